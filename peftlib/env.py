@@ -1,0 +1,71 @@
+"""Where we run: device, precision with its reason, output root, Hugging Face token."""
+
+import os
+from pathlib import Path
+
+from peftlib.errors import ModelError
+
+_T4_CLASS_BYTES = 17 * 2**30  # a card of up to 16 GB counts as the free T4
+
+
+def profile_for_hardware():
+    """demo without a GPU, t4 on a card of up to 16 GB or without bf16, gpu on anything larger."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "demo"
+    card = torch.cuda.get_device_properties(0)
+    return "gpu" if card.total_memory > _T4_CLASS_BYTES and card.major >= 8 else "t4"
+
+
+def training_precision(device):
+    """(precision, reason) that suits a device: 'bf16', 'fp16' or 'fp32', and why.
+
+    Decided by compute capability: torch.cuda.is_bf16_supported() is True on a T4, which only emulates it.
+    """
+    import torch
+
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return "bf16", f"compute capability {major}.{minor} has bf16"
+        return "fp16", f"compute capability {major}.{minor} is below 8.0: no native bf16"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "this CPU has AVX512-BF16"
+    return "fp32", "this CPU has no AVX512-BF16"
+
+
+def output_root():
+    """Folder that holds the studies: PEFTLIB_ROOT, else a mounted Google Drive, else runs/ of the checkout."""
+    named = os.environ.get("PEFTLIB_ROOT")
+    if named:
+        return Path(named).expanduser()
+    drive = Path("/content/drive/MyDrive")
+    if drive.is_dir():
+        return drive / "peftlib"
+    checkout = Path(__file__).resolve().parent.parent
+    # An installed copy lies in site-packages, where nothing should be written.
+    return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
+
+
+def hf_token():
+    """The Hugging Face token from HF_TOKEN, else from Colab's secrets. ModelError: neither is set."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token:
+        return token
+    try:
+        from google.colab import userdata
+    except ImportError:
+        userdata = None
+    if userdata is not None:
+        try:
+            token = (userdata.get("HF_TOKEN") or "").strip()
+        except (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException) as error:
+            print(f"Colab's secret HF_TOKEN could not be read ({type(error).__name__}).")
+    if token:
+        return token
+    raise ModelError(
+        "no Hugging Face token: set the environment variable HF_TOKEN, or on Colab add the secret HF_TOKEN (key icon). "
+        "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
+        "or set model to the id of a public mirror."
+    )

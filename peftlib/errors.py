@@ -1,0 +1,29 @@
+"""Errors that a user can act on: each message names the thing, its value and the way out."""
+
+
+class PeftlibError(Exception):
+    """Base of every error peftlib raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(PeftlibError, ValueError):
+    """An unknown field, a value out of range, or fields that contradict each other."""
+
+
+class DataError(PeftlibError, ValueError):
+    """A data source that is missing, empty, of another schema, or too small."""
+
+
+class StudyError(PeftlibError, RuntimeError):
+    """A study folder that lacks an earlier stage's output or was made with another config."""
+
+
+class ModelError(PeftlibError, RuntimeError):
+    """A model or tokenizer that cannot be had, or that is not what it claims to be."""
+
+
+class CheckpointError(PeftlibError, RuntimeError):
+    """A checkpoint that cannot be resumed here, with the reason."""
+
+
+class NonFiniteLossError(PeftlibError, FloatingPointError):
+    """Training met a loss that is inf or nan; the last good checkpoint is kept."""
