@@ -239,3 +239,30 @@ def test_plain_groups_equal_torchs_adamw_with_clipping():
 def test_finish_without_a_gradient_says_so():
     with pytest.raises(RuntimeError, match="no gradient was accumulated"):
         make()[1].finish_accumulation()
+
+
+def test_learning_rate_set_after_a_resume_is_the_one_used():
+    model, optimizer = make()
+    train(model, optimizer, range(3))
+    other, resumed = make(seed=9)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    before = weights(other)
+    for group in resumed.param_groups:
+        group["lr"] = 0.0
+    train(other, resumed, range(3, 5))
+    assert torch.equal(before, weights(other))
+
+
+def test_resumed_state_keeps_its_dtype_where_weights_are_bf16():
+    weight = torch.nn.Parameter(torch.randn(8, 12, dtype=torch.bfloat16))
+    group = {"params": [weight], "rank": 2, "update_gap": 5, "scale": 1.0}
+    optimizer = GaLoreAdamW([group], lr=1e-2)
+    weight.float().square().sum().backward()
+    optimizer.finish_accumulation()
+    optimizer.step()
+    resumed = GaLoreAdamW([dict(group)], lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    for name, value in optimizer.state[weight].items():
+        assert resumed.state[weight][name].dtype == torch.float32
+        assert torch.equal(value, resumed.state[weight][name])

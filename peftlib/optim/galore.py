@@ -58,7 +58,7 @@ class GaLoreAdamW(AccumulatingAdamW):
         super().__init__(params, **settings)
         self.moments = moments
         self.reference = reference
-        self._projected = [(p, group) for group in self.param_groups if "rank" in group for p in group["params"]]
+        self._index_groups()
         self._phase = {}
         for i, (p, group) in enumerate(self._projected):
             _check_projected(p, group)
@@ -68,6 +68,21 @@ class GaLoreAdamW(AccumulatingAdamW):
         self._low = {}  # weight -> summed (r, n) gradient
         self._pending = {}  # weight -> basis that step() will adopt
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected]
+
+    def _index_groups(self):
+        self._projected = [(p, group) for group in self.param_groups if "rank" in group for p in group["params"]]
+        self._group_of = dict(self._projected)
+
+    def load_state_dict(self, state_dict):
+        """Take over a saved state, each tensor in the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        self._index_groups()  # torch has put new group dicts in place of the old
+        order = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(order, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                # torch casts float state to the weight's dtype, which would round bases and moments of bf16 weights
+                self.state[p][name] = value.to(device="cpu" if name == "step" else p.device, copy=True)
 
     def detach(self):
         """Remove the backward hooks; the optimizer is of no use after it."""
@@ -89,17 +104,14 @@ class GaLoreAdamW(AccumulatingAdamW):
             self._full[p].add_(grad)
         elif p in self._low:
             self._low[p].addmm_(state["basis"].T, grad.float())
-        elif self._is_due(p, self._group_of(p)):
+        elif self._is_due(p, self._group_of[p]):
             self._full[p] = grad.float().clone()
         else:
             self._low[p] = state["basis"].T @ grad.float()
 
-    def _group_of(self, p):
-        return next(group for weight, group in self._projected if weight is p)
-
     def _accumulated(self, scale):
         for p, grad in self._full.items():
-            group = self._group_of(p)
+            group = self._group_of[p]
             # The fit needs finite numbers; a step with an inf is thrown away whole by the caller.
             finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
             if self.reference:
