@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from peftlib.optim.galore import GaLoreAdamW
+from peftlib.precision import LossScaler
+
+
+def one_projected_weight():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 12))
+    return weight, GaLoreAdamW([{"params": [weight], "rank": 2, "update_gap": 4, "scale": 1.0}], lr=1e-2)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1], ids=["first bases", "inside a gap"])
+def test_overflow_in_fp16_skips_one_step_and_halves_the_scale(steps_before):
+    weight, optimizer = one_projected_weight()
+    scaler = LossScaler("cpu", init_scale=2.0)
+    assert scaler.is_enabled()
+    x = torch.ones(4, 12)
+
+    def run(factor):
+        with torch.autocast("cpu", torch.float16):
+            out = torch.nn.functional.linear(x, weight)
+        assert out.dtype == torch.float16
+        scaler.scale((out * factor).float().sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    for _ in range(steps_before):
+        run(1.0)
+    before = weight.detach().clone()
+    run(60000.0)  # gradients of 60000 x 4 rows pass fp16's 65504
+    assert torch.equal(before, weight) and scaler.get_scale() == 1.0
+    run(1.0)
+    assert not torch.equal(before, weight)
