@@ -1,0 +1,100 @@
+"""A study folder: where each file stands, and the frozen config that keeps its runs comparable."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftlib.config import Config, differences, short_hash
+from peftlib.env import output_root
+from peftlib.errors import StudyError
+from peftlib.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Study:
+    """Paths below `folder`, and the config that this session resolved."""
+
+    folder: Path
+    cfg: Config
+
+    @classmethod
+    def open(cls, cfg):
+        """The study named in cfg. StudyError: its folder was made with other data or mathematics (fields named).
+
+        Nothing is written; `freeze` does that once the data stand.
+        """
+        study = cls(output_root() / cfg.study, cfg)
+        if study.config_path.exists():
+            changed = differences(read_json(study.config_path)["config"], cfg.study_fields())
+            if changed:
+                raise StudyError(
+                    f"study {cfg.study!r} was made with another config: {'; '.join(changed)}. "
+                    f"Set these fields back, or choose another study name ({study.folder} stays as it is)."
+                )
+        return study
+
+    def freeze(self):
+        """Write config.json, unless it stands."""
+        if not self.config_path.exists():
+            frozen = self.cfg.study_fields()
+            write_json(
+                self.config_path,
+                {"profile": self.cfg.profile, "config": frozen, "config_hash": short_hash(frozen)},
+            )
+
+    @property
+    def config_path(self):
+        return self.folder / "config.json"
+
+    @property
+    def data_dir(self):
+        return self.folder / "data"
+
+    @property
+    def manifest_path(self):
+        return self.data_dir / "manifest.json"
+
+    @property
+    def results_path(self):
+        return self.folder / "results.csv"
+
+    @property
+    def figures_dir(self):
+        return self.folder / "figures"
+
+    @property
+    def notebooks_dir(self):
+        return self.folder / "notebooks"
+
+    def record_path(self, method, seed):
+        return self.folder / "records" / f"{method}-s{seed}.json"
+
+    def checkpoint_dir(self, method, seed):
+        return self.folder / "checkpoints" / f"{method}-s{seed}"
+
+    def weights_dir(self, method, seed):
+        return self.folder / "weights" / f"{method}-s{seed}"
+
+    def predictions_path(self, method, seed):
+        return self.folder / "predictions" / f"{method}-s{seed}.jsonl"
+
+    def manifest(self):
+        """data/manifest.json as a dict. StudyError: 01_data has not finished here."""
+        if not (self.manifest_path.exists() and self.config_path.exists()):
+            raise StudyError(
+                f"no data in {self.data_dir}: run 01_data first, with study = {self.cfg.study!r} "
+                f"(python -m peftlib run 01 --study {self.cfg.study})"
+            )
+        return read_json(self.manifest_path)
+
+    def records(self):
+        """[record, ...] of every run in the folder, base first, then in the order of METHOD_ORDER and seed."""
+        found = [read_json(path) for path in sorted((self.folder / "records").glob("*.json"))]
+        return sorted(found, key=lambda record: (method_rank(record["method"]), record["method"], record["seed"]))
+
+
+METHOD_ORDER = ("base", "qlora", "galore", "hybrid", "lora", "full", "apollo")
+
+
+def method_rank(method):
+    """Where a method stands in tables and figures; unknown ones last."""
+    return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
