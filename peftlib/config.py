@@ -72,6 +72,7 @@ class Config:
         0.0, "run", "wall clock of one training call, then save and stop; 0 is no limit", low=0.0
     )
     save_every: int = _field(50, "run", "optimizer steps between checkpoints", low=1)
+    valid_every: int = _field(50, "run", "optimizer steps between validation losses", low=1)
     keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
     log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)
     workers: int = _field(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
@@ -119,10 +120,11 @@ _STUDY = {
     "max_new_tokens": 256,
     "sequences_per_step": 16,
     "galore_update_gap": 200,
+    "valid_every": 200,
 }
 # Only what differs from the field defaults above stands here.
 PROFILES = {
-    "demo": {"galore_update_gap": 50, "save_every": 12, "log_every": 4},
+    "demo": {"galore_update_gap": 50, "micro_batch": 8, "save_every": 12, "valid_every": 12, "log_every": 4},
     "t4": {**_STUDY, "micro_batch": 2, "eval_batch": 32, "checkpointing": True},
     "gpu": {**_STUDY, "micro_batch": 8, "eval_batch": 64},
 }

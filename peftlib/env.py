@@ -18,13 +18,26 @@ def profile_for_hardware():
     return "gpu" if card.total_memory > _T4_CLASS_BYTES and card.major >= 8 else "t4"
 
 
-def training_precision(device):
-    """(precision, reason) that suits a device: 'bf16', 'fp16' or 'fp32', and why.
+def resolve_device(device):
+    """'cuda' or 'cpu' for a config's device. ModelError: cuda is asked for and there is none."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device='cuda', but torch sees no GPU: use device='cpu', or switch Colab's runtime to a T4")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def training_precision(device, asked="auto"):
+    """(precision, reason) of training on a device: 'bf16', 'fp16' or 'fp32', and why; `asked` wins unless 'auto'.
 
     Decided by compute capability: torch.cuda.is_bf16_supported() is True on a T4, which only emulates it.
     """
     import torch
 
+    if asked != "auto":
+        return asked, "as set by precision"
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if major >= 8:

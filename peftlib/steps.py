@@ -1,5 +1,6 @@
 """Which rows make which optimizer step: a pure function of seed, epoch and step, so a resume needs no data state."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,3 +45,12 @@ def micro_batches(rows, lengths, size):
     """
     by_length = sorted(rows, key=lambda row: (-lengths[row], row))
     return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+
+
+def learning_rate_factor(step, steps, cfg):
+    """Share of the peak rate at a step counted from 0: linear warm-up over warmup_ratio, then cfg.schedule to 0."""
+    warmup = round(cfg.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[cfg.schedule]

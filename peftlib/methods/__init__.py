@@ -1,0 +1,25 @@
+"""The registry: a method is a module that says what becomes 4-bit, what trains, and by which optimizer.
+
+Each module holds
+  FOUR_BIT             projection names held in NF4
+  prepare(model, cfg)  the model with what trains switched on
+  build_optimizer(model, cfg)
+                       an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf)
+"""
+
+import importlib
+
+from peftlib.errors import ConfigError
+
+METHODS = {
+    "qlora": "peftlib.methods.qlora",
+    "galore": "peftlib.methods.galore",
+    "hybrid": "peftlib.methods.hybrid",
+}
+
+
+def find(name):
+    """The method's module. ConfigError: no such method."""
+    if name not in METHODS:
+        raise ConfigError(f"method={name!r} is unknown: use {', '.join(METHODS)}")
+    return importlib.import_module(METHODS[name])

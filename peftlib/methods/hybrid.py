@@ -1,0 +1,22 @@
+"""The layer-wise hybrid: LoRA on 4-bit MLP projections, unquantized attention projections trained by GaLore."""
+
+from peftlib.methods.galore import optimizer, train_in_float32
+from peftlib.methods.qlora import with_adapters
+from peftlib.models import ATTENTION, MLP, named_weights, trainable
+
+FOUR_BIT = MLP
+
+
+def prepare(model, cfg):
+    """Adapters on the MLP, attention projections trained in full; norms and embedding frozen."""
+    model = with_adapters(model, cfg, MLP)
+    # After the adapters, which freeze the rest. PEFT does not save these weights: trained.save does.
+    train_in_float32(named_weights(model, ATTENTION))
+    return model
+
+
+def build_optimizer(model, cfg):
+    """GaLore for attention, AdamW for the adapters, each at its own rate."""
+    attention = named_weights(model, ATTENTION)
+    adapters = [p for name, p in trainable(model).items() if name not in attention]
+    return optimizer(cfg, attention.values(), {"params": adapters, "lr": cfg.lora_learning_rate})

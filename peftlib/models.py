@@ -1,0 +1,191 @@
+"""Base models: where they come from, which layers become 4-bit, and what of them trains."""
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from peftlib.config import PACKAGED_MODEL
+from peftlib.env import hf_token
+from peftlib.errors import ModelError
+from peftlib.packaged import PROVENANCE, packaged_model
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION + MLP
+_TORCH_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def locate(model):
+    """(folder or hub id, provenance in words) of a config's `model`."""
+    if model == PACKAGED_MODEL:
+        return str(packaged_model()), PROVENANCE
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser()), f"local folder {Path(model).name}"
+    return model, f"Hugging Face hub, {model}"
+
+
+@contextlib.contextmanager
+def hub_errors(model):
+    """Turns a library's failure to fetch `model` into a ModelError that names the ways out."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model={model!r} is gated and this account has no access: accept its licence at "
+            f"https://huggingface.co/{model}, or set model to the id of a public mirror ({_first_line(error)})"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model={model!r} is neither a folder here nor a repository that this token can see on the hub: "
+            "check the spelling, or use model='packaged'"
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"model={model!r} could not be loaded ({_first_line(error)}): check the network and the name, "
+            "give a local folder, or use model='packaged'"
+        ) from error
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0][:200]
+
+
+def token_for(location):
+    """The hub token where `location` is a hub id of a gated family, None for folders and where none is set."""
+    if Path(location).is_dir():
+        return None
+    if location.startswith("google/"):
+        return hf_token()  # gated: without one the hub's own message would be all that the user sees
+    try:
+        return hf_token()
+    except ModelError:
+        return None
+
+
+def load_base(model, *, precision, device, four_bit=()):
+    """The base model, all weights frozen, in training layout on `device`.
+
+    precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projection names to hold in NF4 with double
+    quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
+    Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
+    Gemma 3's residual passes fp16's 65,504.
+    ModelError: not to be had (gated, no network, unknown), or a 4-bit name that matches no layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location, _ = locate(model)
+    settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
+    if four_bit:
+        settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
+    with hub_errors(model):
+        loaded = AutoModelForCausalLM.from_pretrained(location, token=token_for(location), **settings)
+    loaded.requires_grad_(False)
+    loaded.config.use_cache = False
+    _norms_to_float32(loaded)
+    if precision == "fp16":
+        loaded.get_input_embeddings().register_forward_hook(_to_float32)
+    if four_bit:
+        guard_four_bit(loaded, four_bit)
+    return loaded
+
+
+def _nf4(precision, kept_plain):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_TORCH_DTYPE[precision],
+        llm_int8_skip_modules=[*sorted(kept_plain), "lm_head"],  # a given list replaces the default one
+    )
+
+
+def _norms_to_float32(model):
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and "norm" in name:
+            p.data = p.data.float()
+
+
+def _to_float32(module, args, output):
+    return output.float()
+
+
+def guard_four_bit(model, four_bit):
+    """Keep CPUs from repacking 4-bit weights in place at the first eval() forward, which would change later losses.
+
+    ModelError: a projection that should be 4-bit is not, or one that should not be is.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        is_projection = leaf in PROJECTIONS and isinstance(module, torch.nn.Linear)
+        if is_projection and isinstance(module, Linear4bit) != (leaf in four_bit):
+            raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
+
+
+def core(model):
+    """The transformer without adapter wrapper, whose `.model` gives hidden states and `.lm_head` the vocabulary."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model, input_ids):
+    """(B, T, D) last hidden states, after the final norm, of right-padded (B, T) ids.
+
+    No padding mask: attention is causal, so a real token never sees the padding to its right.
+    """
+    return core(model).model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def head_weight(model):
+    """(V, D) output embedding, tied to the input embedding in Gemma 3."""
+    return core(model).get_output_embeddings().weight
+
+
+def trainable(model):
+    """{name: parameter} of what trains, in a fixed order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def named_weights(model, leaves):
+    """{name: weight} of the plain projections in `leaves`. ModelError: none matches."""
+    found = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in leaves and isinstance(module, torch.nn.Linear):
+            found[f"{name}.weight"] = module.weight
+    if not found:
+        raise ModelError(f"no layer is named {', '.join(leaves)}: this is not a Gemma-like model")
+    return found
+
+
+def count_parameters(model):
+    """(trainable, total) as numbers of weights; a 4-bit weight counts as the matrix it stands for."""
+    trained = sum(p.numel() for p in trainable(model).values())
+    return trained, sum(_true_numel(p) for p in model.parameters())
+
+
+def _true_numel(p):
+    return p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+
+
+def layer_table(model):
+    """[{layer, class, dtype, trains, count, weights}, ...]: what each kind of layer is held as."""
+    rows = Counter()
+    weights = Counter()
+    for name, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            parts = [part for part in f"{name}.{leaf}".split(".") if not part.isdigit() and part != "default"]
+            kind = ".".join(parts[-3:-1] if parts[-1] == "weight" else parts[-2:])
+            dtype = "nf4" if getattr(p, "quant_state", None) is not None else str(p.dtype).removeprefix("torch.")
+            key = (kind, type(module).__name__, dtype, p.requires_grad)
+            rows[key] += 1
+            weights[key] += _true_numel(p)
+    columns = ("layer", "class", "dtype", "trains")
+    return [dict(zip(columns, key, strict=True)) | {"count": n, "weights": weights[key]} for key, n in rows.items()]
