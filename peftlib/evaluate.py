@@ -1,0 +1,83 @@
+"""The test rows, once, at the end: loss and answers of the saved weights, the same way for every method."""
+
+import torch
+
+from peftlib import data
+from peftlib import record as records
+from peftlib.env import resolve_device
+from peftlib.errors import StudyError
+from peftlib.generate import Predictions, answer_rows
+from peftlib.train import Rows, mean_loss
+from peftlib.trained import load_plain, load_trained
+
+
+def evaluate(study, method, *, log=print):
+    """Test loss and answers of a finished run, or of the untrained model ('base'); returns its record.
+
+    The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
+    Rows that were answered before are not answered again; a finished evaluation is not repeated.
+    StudyError: the run is not finished, or 01_data has not run.
+    """
+    split_hash = study.manifest()["split_hash"]
+    seed = 0 if method == "base" else study.cfg.seed
+    record = records.load(study, method, seed)
+    device = resolve_device(study.cfg.device)
+    dtype, precision, reason = evaluation_dtype(device)
+    if record is None:
+        if method != "base":
+            raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
+        record = records.new_record(study, method, device=device, precision=precision, precision_reason=reason)
+        record["status"] = "ok"
+    records.require_ok(record)
+    done = record["evaluation"]
+    if done and done["split_hash"] == split_hash and study.predictions_path(method, seed).exists():
+        log(f"{method}: evaluated before, nothing to do")
+        return record
+    rows = data.load_split(study.data_dir, "test")
+    tokenizer = data.open_tokenizer(study.cfg.model)
+    model = _load(study, method, seed, device=device, dtype=dtype)
+    batch = study.cfg.eval_batch
+    log(f"{method}: loss on {len(rows)} test rows")
+    loss = mean_loss(model, Rows(rows), batch=batch, device=device, precision="fp32")
+    predictions = Predictions(study.predictions_path(method, seed), split_hash)
+    seconds, tokens = answer_rows(
+        model,
+        tokenizer,
+        rows,
+        predictions,
+        max_new_tokens=study.cfg.max_new_tokens,
+        batch=batch,
+        log=lambda line: log(f"{method}: {line}"),
+    )
+    record["eval_loss"] = loss
+    record["evaluation"] = {
+        "n_test": len(rows),
+        "eval_loss": loss,
+        "split_hash": split_hash,
+        "generate_seconds": seconds,
+        "generated_tokens": tokens,
+        "max_new_tokens": study.cfg.max_new_tokens,
+        "precision": precision,
+        "device": records.device_name(device),
+    }
+    records.save(study, record)
+    return record
+
+
+def evaluation_dtype(device):
+    """(torch dtype, its name, reason) of evaluation: float32 wherever bf16 is slow or absent."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
+        return torch.bfloat16, "bf16", "this card has bf16"
+    return torch.float32, "fp32", "CPUs decode faster in float32, and fp16 cannot hold Gemma 3's residual"
+
+
+def _load(study, method, seed, *, device, dtype):
+    if method == "base":
+        return load_plain(study.cfg.model, device=device, dtype=dtype)
+    return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)
+
+
+def trained_methods(study):
+    """Names of the methods with a finished run of this session's seed, in the study's order."""
+    found = study.records()
+    return [r["method"] for r in found if r["method"] != "base" and r["seed"] == study.cfg.seed and r["status"] == "ok"]

@@ -1,0 +1,132 @@
+"""One JSON a run: what was asked, what ran it, what came out. An unknown is null."""
+
+import importlib.metadata
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+from peftlib.errors import StudyError
+from peftlib.files import read_json, write_json
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "sacrebleu", "rouge-score")
+
+
+def new_record(study, method, *, device, precision, precision_reason):
+    """A record with everything known before training; what is not is None."""
+    from peftlib.models import locate
+
+    cfg, manifest = study.cfg, study.manifest()
+    return {
+        "method": method,
+        "seed": 0 if method == "base" else cfg.seed,  # greedy answers of an untrained model have no seed
+        "status": "stopped",
+        "error": None,
+        "config": asdict(cfg),
+        "run_hash": cfg.run_hash(method),
+        "split_hash": manifest["split_hash"],
+        "model": cfg.model,
+        "model_provenance": locate(cfg.model)[1],
+        "precision": precision,
+        "precision_reason": precision_reason,
+        "device": device_name(device),
+        **dict.fromkeys(
+            [
+                "trainable_params",
+                "total_params",
+                "steps",
+                "planned_steps",
+                "train_tokens",
+                "learning_rate",
+                "learning_rate_2",
+                "train_loss",
+                "eval_loss",
+                "peak_memory_bytes",
+                "peak_reserved_bytes",
+                "train_seconds",
+                "tokens_per_second",
+                "first_step_s",
+                "skipped_steps",
+                "evaluation",
+            ]
+        ),
+        "history": [],
+        "valid_history": [],
+        "versions": versions(),
+        "git": git_state(),
+    }
+
+
+def device_name(device):
+    """The card's name, or the processor's with its number of cores."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    import psutil
+
+    return f"CPU ({_processor()}, {len(psutil.Process().cpu_affinity())} cores)" if _has_affinity() else _processor()
+
+
+def _has_affinity():
+    import psutil
+
+    return hasattr(psutil.Process, "cpu_affinity")
+
+
+def _processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions():
+    """{package: version} of what a result depends on; a package that is absent is None."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_state():
+    """{'commit', 'is_dirty'} of the checkout that peftlib runs from; None each where there is no git."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit or None, "is_dirty": bool(_git(folder, "status", "--porcelain")) if commit else None}
+    except OSError:
+        return {"commit": None, "is_dirty": None}
+
+
+def _git(folder, *words):
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def save(study, record):
+    """Write the record to its place in the study folder; returns the path."""
+    path = study.record_path(record["method"], record["seed"])
+    write_json(path, record)
+    return path
+
+
+def load(study, method, seed):
+    """The record of a run, or None where there is none."""
+    path = study.record_path(method, seed)
+    return read_json(path) if path.exists() else None
+
+
+def require_ok(record):
+    """StudyError unless the run came to its end."""
+    if record["status"] != "ok":
+        raise StudyError(
+            f"{record['method']} (seed {record['seed']}) is {record['status']} at step {record['steps']} of "
+            f"{record['planned_steps']}{': ' + record['error'] if record['error'] else ''}. "
+            "Run this notebook again: it goes on from the last checkpoint."
+        )

@@ -1,0 +1,406 @@
+"""The one training loop: every method, every session, from the last checkpoint to the end."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from peftlib import __version__, data, methods
+from peftlib import record as records
+from peftlib.checkpoint import Checkpoint, CheckpointDir, sha256
+from peftlib.config import differences
+from peftlib.env import resolve_device, training_precision
+from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError
+from peftlib.losses import IGNORE, chunked_loss_sum
+from peftlib.memory import PeakMemory
+from peftlib.models import (
+    count_parameters,
+    guard_four_bit,
+    head_weight,
+    hidden_states,
+    load_base,
+    trainable,
+)
+from peftlib.precision import apply_step, autocast, loss_scaler
+from peftlib.steps import StepPlan, learning_rate_factor, micro_batches
+from peftlib.trained import load_trained, save_trained
+
+_SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
+
+
+class Rows:
+    """Tokenized rows. lengths: (N,) tokens; scored: (N,) tokens that count in the loss."""
+
+    def __init__(self, rows):
+        self.ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
+        self.is_scored = [np.asarray(row["is_scored"], dtype=bool) for row in rows]
+        self.lengths = np.array([len(ids) for ids in self.ids])
+        self.scored = np.array([mask.sum() for mask in self.is_scored])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def batch(self, numbers, device):
+        """(input_ids, labels), each (B, T) int64, right-padded to the longest of the rows."""
+        width = max(self.lengths[n] for n in numbers)
+        ids = np.zeros((len(numbers), width), dtype=np.int64)
+        labels = np.full((len(numbers), width), IGNORE, dtype=np.int64)
+        for i, n in enumerate(numbers):
+            ids[i, : self.lengths[n]] = self.ids[n]
+            labels[i, : self.lengths[n]] = np.where(self.is_scored[n], self.ids[n], IGNORE)
+        return torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
+
+
+def mean_loss(model, rows, *, batch, device, precision):
+    """Nats per scored token over all rows, a float; rows are taken longest first in batches of `batch`."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), autocast(device, precision):
+        for numbers in micro_batches(range(len(rows)), rows.lengths, batch):
+            ids, labels = rows.batch(numbers, device)
+            total += chunked_loss_sum(hidden_states(model, ids), head_weight(model), labels).double().cpu()
+    model.train(was_training)
+    return float(total / rows.scored.sum())
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; all of it is in every checkpoint."""
+
+    step: int = 0
+    train_tokens: int = 0  # unpadded, scored or not
+    train_seconds: float = 0.0  # steps alone: no loading, validation or saving
+    first_step_s: float | None = None
+    skipped_steps: int = 0
+    peak_memory_bytes: int = 0
+    peak_reserved_bytes: int | None = None
+
+
+class TrainingRun:
+    """One method and seed of a study. Building it loads and prepares the model; train() starts or goes on.
+
+    method: a name in peftlib.methods.METHODS. log: called with each line of progress.
+    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, or several processes.
+    """
+
+    def __init__(self, study, method, *, log=print):
+        from accelerate import Accelerator
+
+        self.study, self.cfg, self.name, self.log = study, study.cfg, method, log
+        self.method = methods.find(method)
+        self.manifest = study.manifest()
+        self.device = resolve_device(self.cfg.device)
+        self.precision, self.precision_reason = training_precision(self.device, self.cfg.precision)
+        self.accelerator = Accelerator(cpu=self.device == "cpu", gradient_accumulation_steps=1)
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"{self.accelerator.num_processes} processes: GaLore frees gradients before they could be exchanged, "
+                "so peftlib trains on one GPU; start one process, and one seed per GPU"
+            )
+        self._memory = PeakMemory(self.device)
+        self._memory.__enter__()  # the model's weights belong to the peak; train() closes it
+        self.tokenizer = data.open_tokenizer(self.cfg.model)
+        torch.manual_seed(self.cfg.seed)  # adapter initialisation
+        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.FOUR_BIT)
+        self.model = self.method.prepare(base, self.cfg)
+        if self.method.FOUR_BIT:
+            guard_four_bit(self.model, self.method.FOUR_BIT)
+        self._checkpoints = CheckpointDir(study.checkpoint_dir(method, self.cfg.seed), keep=self.cfg.keep_checkpoints)
+
+    def train(self):
+        """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
+
+        A finished run is not repeated: its weights are loaded and its record is returned.
+        NonFiniteLossError: the loss is inf or nan; the last checkpoint is kept. CheckpointError: no space, or the
+        checkpoint at hand was made with other settings.
+        """
+        kept = self.finished_record()
+        if kept is not None:
+            self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")
+            self._memory.__exit__()
+            self.model = load_trained(self.study.weights_dir(self.name, self.cfg.seed), device=self.device)
+            return kept
+        self._start()
+        try:
+            with _interrupts() as interrupted:
+                self._run(interrupted)
+            if self.progress.step == self.plan.steps:
+                self._keep_weights()
+                self.record["status"] = "ok"
+        except Exception as error:
+            self.record.update(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._close()
+        return self.record
+
+    def finished_record(self):
+        """The record of an earlier end of this very run, or None."""
+        kept = records.load(self.study, self.name, self.cfg.seed)
+        is_same = (
+            kept is not None
+            and kept["status"] == "ok"
+            and kept["run_hash"] == self.cfg.run_hash(self.name)
+            and kept["split_hash"] == self.manifest["split_hash"]
+            and self.study.weights_dir(self.name, self.cfg.seed).exists()
+        )
+        return kept if is_same else None
+
+    def _start(self):
+        cfg = self.cfg
+        self.rows = Rows(data.load_split(self.study.data_dir, "train"))
+        self.valid = Rows(data.load_split(self.study.data_dir, "valid"))
+        self.plan = StepPlan(len(self.rows), cfg.sequences_per_step, cfg.epochs, cfg.seed, cfg.max_steps)
+        self.optimizer = self.method.build_optimizer(self.model, cfg)
+        self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = loss_scaler(self.device, self.precision)
+        self.progress = Progress()
+        self._micro_batch = cfg.micro_batch
+        self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
+        if cfg.checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.record = records.new_record(
+            self.study,
+            self.name,
+            device=self.device,
+            precision=self.precision,
+            precision_reason=self.precision_reason,
+        )
+        self._resume()
+        self._describe()
+        self._checkpoints.require_space(self._checkpoint_bytes())
+
+    def _describe(self):
+        trained, total = count_parameters(self.model)
+        rates = sorted(set(self._peak_rates), reverse=True)
+        self.record.update(
+            trainable_params=trained,
+            total_params=total,
+            planned_steps=self.plan.steps,
+            learning_rate=self._peak_rates[0],
+            learning_rate_2=self._peak_rates[1] if len(self._peak_rates) > 1 else None,
+        )
+        start = f"goes on at step {self.progress.step}" if self.progress.step else "starts"
+        self.log(
+            f"{self.name}, seed {self.cfg.seed}, {start} of {self.plan.steps}: {trained:,} of {total:,} parameters "
+            f"train, peak rate {' and '.join(f'{rate:g}' for rate in rates)}, {self.precision} "
+            f"({self.precision_reason}), {self.record['device']}"
+        )
+
+    def _checkpoint_bytes(self):
+        """Upper bound: float32 weights with two moments as large, and a basis."""
+        return 4 * sum(4 * p.numel() for p in trainable(self.model).values())
+
+    def _run(self, interrupted):
+        cfg, started, last_line = self.cfg, time.monotonic(), time.monotonic()
+        self.model.train()
+        while self.progress.step < self.plan.steps:
+            self._step()
+            step, is_last = self.progress.step, self.progress.step == self.plan.steps
+            if step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                self._flush()
+                self.log(self._line())
+                last_line = time.monotonic()
+            if len(self.valid) and (step % cfg.valid_every == 0 or is_last):
+                self._validate()
+                last_line = time.monotonic()
+            over = cfg.max_seconds > 0 and time.monotonic() - started > cfg.max_seconds
+            is_stopping = (interrupted.is_set() or over) and not is_last
+            if (step % cfg.save_every == 0 and not is_last) or is_stopping:
+                self.save()
+            if is_stopping:
+                why = "interrupted" if interrupted.is_set() else f"max_seconds={cfg.max_seconds:g} is over"
+                self.log(f"stopped after step {step} of {self.plan.steps} ({why}); saved: run again to go on")
+                return
+
+    def _step(self):
+        """One optimizer step, replayed with half the micro-batch after an out-of-memory error."""
+        step, cfg = self.progress.step, self.cfg
+        numbers = self.plan.rows_of(step)
+        factor = learning_rate_factor(step, self.plan.steps, cfg)
+        for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * factor
+        started = time.monotonic()
+        while True:
+            # Dropout depends on seed and step alone, so nothing done between two steps can change it.
+            torch.manual_seed((cfg.seed << 32) + step)
+            try:
+                loss = self._accumulate(numbers)
+                break
+            except torch.OutOfMemoryError as error:
+                self.optimizer.zero_grad()
+                if self._micro_batch == 1:
+                    raise ConfigError(
+                        f"{self.name} does not fit this GPU even with micro_batch=1: set checkpointing=True, lower "
+                        "max_length, or take a method that needs less memory"
+                    ) from error
+                self._micro_batch //= 2
+            torch.cuda.empty_cache()
+            self.log(f"out of memory at step {step}: going on with micro_batch={self._micro_batch}")
+        grad_norm, is_skipped = apply_step(self.optimizer, self.scaler)
+        tokens = int(self.rows.lengths[numbers].sum())
+        if step == 0 or self.device == "cpu":
+            grad_norm = float(grad_norm)  # waits for the device, so that the first step's time is true
+        seconds = time.monotonic() - started
+        progress = self.progress
+        progress.step += 1
+        progress.train_tokens += tokens
+        progress.train_seconds += seconds
+        progress.skipped_steps += is_skipped
+        if step == 0:
+            progress.first_step_s = seconds
+        entry = {"step": step + 1, "learning_rate": self._peak_rates[0] * factor, "tokens": tokens, "seconds": seconds}
+        self._pending.append((entry, loss, grad_norm))
+
+    def _accumulate(self, numbers):
+        """Backward over a step's rows; returns nats per scored token, a 0-dim tensor."""
+        scored = int(self.rows.scored[numbers].sum())
+        total = torch.zeros((), device=self.device)
+        for part in micro_batches(numbers, self.rows.lengths, self._micro_batch):
+            ids, labels = self.rows.batch(part, self.device)
+            with autocast(self.device, self.precision):
+                loss = chunked_loss_sum(hidden_states(self.model, ids), head_weight(self.model), labels) / scored
+            self.accelerator.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        return total
+
+    def _flush(self):
+        """Bring pending numbers to the host. NonFiniteLossError: one of the losses is inf or nan."""
+        for entry, loss, grad_norm in self._pending:
+            entry["loss"], norm = float(loss), float(grad_norm)
+            entry["grad_norm"] = norm if math.isfinite(norm) else None  # a skipped fp16 step
+            if not math.isfinite(entry["loss"]):
+                raise NonFiniteLossError(
+                    f"the loss of step {entry['step']} is {entry['loss']} ({self.precision}, learning rate "
+                    f"{entry['learning_rate']:g}): lower the learning rate, or set precision='fp32'. "
+                    "The last checkpoint is kept."
+                )
+            self.record["history"].append(entry)
+        self._pending.clear()
+
+    def _line(self):
+        entry, progress = self.record["history"][-1], self.progress
+        recent = self.record["history"][-20:]
+        pace = sum(e["seconds"] for e in recent) / len(recent)
+        left = int(pace * (self.plan.steps - progress.step))
+        speed = sum(e["tokens"] for e in recent) / sum(e["seconds"] for e in recent)
+        skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
+        return (
+            f"step {progress.step}/{self.plan.steps}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+            f"{speed:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}{skipped}"
+        )
+
+    def _validate(self):
+        self._flush()
+        loss = mean_loss(
+            self.model, self.valid, batch=self.cfg.eval_batch, device=self.device, precision=self.precision
+        )
+        self.record["valid_history"].append({"step": self.progress.step, "valid_loss": loss})
+        self.log(f"step {self.progress.step}/{self.plan.steps}  validation loss {loss:.4f}")
+
+    def save(self):
+        """Write a checkpoint of the last complete step."""
+        self._flush()
+        self._read_memory()
+        state = {
+            "written_by": f"peftlib {__version__}",
+            "method": self.name,
+            "config": self.cfg.fields_of("data", "math"),
+            "run_hash": self.cfg.run_hash(self.name),
+            "split_hash": self.manifest["split_hash"],
+            "progress": vars(self.progress),
+            "history": self.record["history"],
+            "valid_history": self.record["valid_history"],
+            "scaler": self.scaler.state_dict(),
+            "device": self.record["device"],
+        }
+        weights = {name: p.data for name, p in trainable(self.model).items()}
+        self._checkpoints.save(self.progress.step, Checkpoint(weights, self.optimizer.state_dict(), state))
+
+    def _resume(self):
+        found, skipped = self._checkpoints.newest()
+        for line in skipped:
+            self.log(f"checkpoint not used: {line}")
+        if found is None:
+            return
+        state = found.state
+        if (state["run_hash"], state["split_hash"]) != (self.cfg.run_hash(self.name), self.manifest["split_hash"]):
+            changed = differences(state["config"], self.cfg.fields_of("data", "math")) or ["split_hash"]
+            raise CheckpointError(
+                f"the checkpoint in {self._checkpoints.folder} was made with other settings: {'; '.join(changed)}. "
+                "Set them back, choose another study name, or delete that folder to start over."
+            )
+        if state["device"] != self.record["device"]:
+            self.log(f"the checkpoint comes from {state['device']}: going on here, not bit for bit")
+        for name, p in trainable(self.model).items():
+            p.data.copy_(found.weights[name])
+        self.optimizer.load_state_dict(found.optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.record.update(history=state["history"], valid_history=state["valid_history"])
+
+    def _read_memory(self):
+        allocated, reserved = self._memory.read()
+        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, allocated)
+        if reserved is not None:
+            self.progress.peak_reserved_bytes = max(self.progress.peak_reserved_bytes or 0, reserved)
+
+    def _keep_weights(self):
+        facts = {
+            "method": self.name,
+            "model": self.cfg.model,
+            "four_bit": list(self.method.FOUR_BIT),
+            "precision": self.precision,
+            "run_hash": self.cfg.run_hash(self.name),
+            "split_hash": self.manifest["split_hash"],
+            "seed": self.cfg.seed,
+        }
+        folder = self.study.weights_dir(self.name, self.cfg.seed)
+        save_trained(self.model, self.tokenizer, folder, facts)
+        self.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+    def _close(self):
+        """Write the record; with the weights safe, the checkpoints have served."""
+        self._read_memory()
+        self._memory.__exit__()
+        progress, record = self.progress, self.record
+        record.update(vars(progress), steps=progress.step)
+        del record["step"]
+        last = record["history"][-max(1, self.plan.steps // 10) :]
+        if last:
+            record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)
+            record["tokens_per_second"] = progress.train_tokens / progress.train_seconds
+        records.save(self.study, record)
+        if record["status"] == "ok":
+            self._checkpoints.remove()
+            self.study.predictions_path(self.name, self.cfg.seed).unlink(missing_ok=True)  # of earlier weights
+
+
+@contextlib.contextmanager
+def _interrupts():
+    """An event that Ctrl-C, the kernel's interrupt button or SIGTERM sets; a second one ends at once.
+
+    Training then stops after the step at hand, with a checkpoint. Threads other than the main one get no signals.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,119 @@
+"""Trained models on disk: saved so that stock libraries load them, and loaded for evaluation or further use."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from peftlib.chat import STOP_IDS
+from peftlib.errors import ModelError
+from peftlib.files import read_json, write_json
+from peftlib.models import core, guard_four_bit, load_base, trainable
+
+_ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
+_FACTS = "peftlib.json"
+
+
+def save_trained(model, tokenizer, folder, facts):
+    """Write `folder`, replacing it only when the new one is whole; returns it.
+
+    An adapter becomes a PEFT folder (PeftModel.from_pretrained), with weights trained beside it in
+    attention.safetensors; a fully trained model becomes a transformers folder in bf16, whose range holds Gemma's
+    residual where fp16's does not. Tokenizer with chat template and stop ids come with each.
+    facts: JSON values kept in peftlib.json; needs 'model', 'four_bit', 'precision'.
+    """
+    folder = Path(folder)
+    beside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    is_adapter = hasattr(model, "peft_config")
+    if is_adapter:
+        _save_adapter(model, beside)
+    else:
+        _save_full(model, beside)
+    tokenizer.save_pretrained(beside)
+    stop_at(core(model)).generation_config.save_pretrained(beside)
+    write_json(beside / _FACTS, {**facts, "is_adapter": is_adapter})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+    return folder
+
+
+def _save_adapter(model, folder):
+    model.save_pretrained(folder)
+    whole = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items() if "lora_" not in name}
+    if whole:
+        save_file(whole, folder / _ATTENTION)
+
+
+def _save_full(model, folder):
+    dtype = model.config.dtype
+    model.config.dtype = torch.bfloat16
+    state = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype = dtype
+
+
+def stop_at(model):
+    """The model, its generation config set to Gemma's stop ids and greedy decoding; returns it."""
+    settings = model.generation_config
+    settings.eos_token_id, settings.bos_token_id, settings.pad_token_id = list(STOP_IDS), 2, 0
+    settings.do_sample, settings.top_k, settings.top_p, settings.temperature = False, None, None, None
+    return model
+
+
+def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
+    """The trained model of a folder that save_trained wrote, in eval mode.
+
+    merge=True: one plain model in `dtype`, adapters merged into dequantized matrices. The 4-bit matrices are
+    dequantized before any forward pass and never merged in place, which would quantize the result again.
+    merge=False: the form that was trained (4-bit, adapters beside), with the logits it had in training.
+    ModelError: no such folder, or its base model is not to be had.
+    """
+    folder = Path(folder)
+    if not (folder / _FACTS).exists():
+        raise ModelError(f"no trained model in {folder}: run the method's notebook first")
+    facts = read_json(folder / _FACTS)
+    if not facts["is_adapter"]:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
+    return _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
+
+
+def _load_adapter(folder, facts, *, device, merge, dtype):
+    from peft import PeftModel
+
+    four_bit = tuple(facts["four_bit"])
+    base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit)
+    if merge:
+        # float32 first: a bf16 matrix would round most of the adapter's product away
+        base = (base.dequantize() if four_bit else base).float()
+    model = PeftModel.from_pretrained(base, folder)
+    if (folder / _ATTENTION).exists():
+        _put_whole_weights(model, load_file(folder / _ATTENTION, device=device))
+    if merge:
+        model = stop_at(model.merge_and_unload()).to(dtype)
+    else:
+        guard_four_bit(model, four_bit)
+    return model.eval()
+
+
+def _put_whole_weights(model, tensors):
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ModelError(
+                f"{_ATTENTION} holds {name}, which does not fit this base model: use the one it was made on"
+            )
+        parameters[name].data = tensor
+
+
+def load_plain(model, *, device, dtype=torch.float32):
+    """The untrained base model in eval mode, for comparison."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return stop_at(load_base(model, precision=precision, device=device)).eval()
