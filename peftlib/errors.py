@@ -4,6 +4,10 @@
 class PeftlibError(Exception):
     """Base of every error peftlib raises on purpose; the command line prints it without a traceback."""
 
+    def _render_traceback_(self):
+        """What a notebook shows for it (IPython's protocol): the message alone. The cell fails as ever."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(PeftlibError, ValueError):
     """An unknown field, a value out of range, or fields that contradict each other."""

@@ -1,0 +1,111 @@
+"""The command line: python -m peftlib run|data|report|compare."""
+
+import argparse
+import os
+import signal
+import sys
+
+from peftlib.config import from_text, resolve
+from peftlib.errors import PeftlibError, StudyError
+
+ERROR_CODE = 2  # of a command that was refused; argparse uses it too
+
+
+def main(argv=None):
+    """Run one command; its exit code. Errors that peftlib raises on purpose are printed without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and argv[0] in _PASSED_ON:
+            return _PASSED_ON[argv[0]](argv[1:]) or 0
+        args = _parser().parse_args(argv)
+        return args.call(args) or 0
+    except PeftlibError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR_CODE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        sys.stdout = open(os.devnull, "w")  # or Python complains once more when it flushes at exit
+        return 128 + signal.SIGPIPE
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m peftlib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = _command(commands, "run", _run, "execute the notebooks in order, skipping what is finished")
+    run.add_argument(
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="numbers or names, such as 01 02_qlora; default: all"
+    )
+    run.add_argument("--profile", help="demo, t4, gpu or auto (the hardware decides); default: auto")
+    run.add_argument("--study", help="name of the study folder; default: the profile's name")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="set one setting")
+    run.add_argument(
+        "--notebooks", dest="folder", metavar="DIR", help="folder of the notebooks; default: the checkout's"
+    )
+    report = _command(commands, "report", _report, "write results.csv, report.md and figures of a study again")
+    report.add_argument("--study", required=True, help="name of the study folder")
+    for name, call in _PASSED_ON.items():  # listed here for --help; they read their arguments themselves
+        _command(commands, name, call, call.__doc__)
+    return parser
+
+
+def _command(commands, name, call, text):
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _run(args):
+    from peftlib import runner
+
+    given = {"profile": args.profile, "study": args.study}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    overrides |= {name: from_text(name, text) for name, text in args.p}
+    return runner.run(runner.plan(args.notebooks, overrides, args.folder))
+
+
+def _report(args):
+    from peftlib import report
+    from peftlib.notebook import readable_path
+
+    study = _existing_study(args.study)
+    built = report.build(study)
+    for path in (study.results_path, study.folder / "report.md", *built.figures.values()):
+        print(readable_path(path))
+
+
+def _data(argv):
+    """build a study's data, or look at it"""
+    from peftlib.data import cli
+
+    return cli.main(argv)
+
+
+def _compare(argv):
+    """compare the results of studies"""
+    from peftlib import report
+
+    return report.compare_cli(argv)
+
+
+_PASSED_ON = {"data": _data, "compare": _compare}
+
+
+def _existing_study(name):
+    """The Study of a folder that is there, with the config it was made with. StudyError: there is none."""
+    from peftlib.env import output_root
+    from peftlib.files import read_json
+    from peftlib.study import Study
+
+    name = resolve("demo", study=name).study  # refuses what is no folder name
+    path = output_root() / name / "config.json"
+    if not path.exists():
+        raise StudyError(
+            f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"
+        )
+    frozen = read_json(path)
+    return Study.open(resolve(frozen["profile"], study=name, **frozen["config"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

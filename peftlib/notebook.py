@@ -1,0 +1,198 @@
+"""The two ends of a notebook: `setup` reads its parameters and opens the study, `finish` says that it came to its end."""
+
+import ast
+import os
+import re
+import textwrap
+from pathlib import Path
+
+from peftlib.config import differences, resolve, short_hash
+from peftlib.env import resolve_device, training_precision
+from peftlib.errors import ConfigError, StudyError
+from peftlib.record import device_name
+from peftlib.study import Study
+
+# Each notebook with those whose outputs it reads.
+NOTEBOOKS = {
+    "01_data": (),
+    "02_qlora": ("01_data",),
+    "03_galore": ("01_data",),
+    "04_eval": ("01_data", "02_qlora", "03_galore"),
+    "05_hybrid": ("01_data", "02_qlora", "03_galore", "04_eval"),
+}
+FINISHED, STOPPED = "finished", "stopped"
+_PARAMETERS = "# Parameters"  # how papermill's injected cell begins, and ours
+_LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state ([0-9a-f]{12})$", re.MULTILINE)
+_WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
+
+
+def setup(name):
+    """The opened Study of the parameters cell; prints config, device, precision and folder, and seeds the generators.
+
+    name: the notebook's file name without `.ipynb`.
+    ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. StudyError: see Study.open.
+    """
+    is_headless = headless()
+    if is_headless:
+        _quiet_progress_bars()
+    given = executed_parameters(_ipython().user_ns["In"])
+    cfg = resolve(**given)
+    if not is_headless and os.environ.get("PEFTLIB_DRIVE") == "1":
+        mount_drive()
+    study = Study.open(cfg)
+    device = resolve_device(cfg.device)
+    precision, reason = training_precision(device, cfg.precision)
+    seed_everything(cfg.seed)
+    print(f"{name}, study {cfg.study}, profile {cfg.profile}")
+    print(compact(cfg))
+    print(f"device     {device_name(device)}")
+    print(f"precision  {precision}: {reason}")
+    print(f"folder     {readable_path(study.folder)}")
+    return study
+
+
+def finish(study, name, wrote, status=FINISHED):
+    """Print what the notebook wrote and what comes next; the last line is the one that the runner looks for.
+
+    wrote: paths inside the study folder. status: 'stopped' where a time limit ended the work before its end, so that
+    the next run goes on with it. StudyError: one of the paths is not there.
+    """
+    missing = [str(path) for path in wrote if not Path(path).exists()]
+    if missing:
+        raise StudyError(f"{name} should have written {', '.join(missing)}, which is not there: run its cells again")
+    print(f"wrote in {readable_path(study.folder)}:")
+    relative = {Path(path).relative_to(study.folder).as_posix(): Path(path) for path in wrote}
+    width = max(map(len, relative), default=0)
+    for shown, path in relative.items():
+        print(f"  {shown:<{width}}  {_size_text(_size_bytes(path))}")
+    print(_what_comes_next(name, status))
+    print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
+
+
+def state_hash(name, cfg):
+    """12 hex digits over a notebook's name and every setting that changes its results."""
+    return short_hash({"notebook": name, **cfg.fields_of("data", "math")})
+
+
+def last_words(text):
+    """(status, state hash, [paths it wrote]) of what `finish` printed as the end of `text`, or None."""
+    found = list(_LAST_LINE.finditer(text))
+    if not found:
+        return None
+    return found[-1][2], found[-1][4], _WROTE.findall(text[: found[-1].start()])
+
+
+def executed_parameters(cells):
+    """{name: value} from the sources of the cells run so far, the later one winning.
+
+    Only cells that begin with `# Parameters` count: the notebook's own, and the one that papermill injects below it.
+    """
+    ours = [source for source in cells if source.lstrip().startswith(_PARAMETERS)]
+    if not ours:
+        raise ConfigError(f"no parameters: run the cell that begins with {_PARAMETERS!r} first")
+    values = {}
+    for source in ours:
+        values |= literals(source)
+    return values
+
+
+def literals(source):
+    """{name: value} of a cell's `NAME = LITERAL` lines. ConfigError: any other line."""
+    values = {}
+    try:
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.Assign) or not all(isinstance(t, ast.Name) for t in node.targets):
+                raise ValueError(ast.unparse(node))
+            values |= {target.id: ast.literal_eval(node.value) for target in node.targets}
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"the parameters cell holds only lines NAME = VALUE with plain values, no expressions: {error}"
+        ) from None
+    return values
+
+
+def headless():
+    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab."""
+    if os.environ.get("PEFTLIB_HEADLESS") == "1":
+        return True
+    # ipykernel keeps there what the client of the running cell said about itself.
+    return not getattr(getattr(_ipython(), "kernel", None), "_allow_stdin", True)
+
+
+def mount_drive():
+    """Mount Google Drive, which asks its owner for leave. ConfigError: this is not Colab."""
+    try:
+        from google.colab import drive
+    except ImportError:
+        raise ConfigError("PEFTLIB_DRIVE=1 asks for Google Drive, which only Colab has: unset it") from None
+    drive.mount("/content/drive")
+
+
+def seed_everything(seed):
+    """Seed Python's, NumPy's and torch's generators, the last one on every device."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def compact(cfg):
+    """The resolved config in a few lines, one group of lines a scope; then what differs from the profile."""
+    lines = []
+    for scope in ("data", "math", "run"):
+        pairs = "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items())
+        lines += textwrap.wrap(f"{scope:<9}  {pairs}", 110, subsequent_indent=" " * 11, break_on_hyphens=False)
+    plain = resolve(cfg.profile, study=cfg.study)
+    changed = differences(plain.fields_of("data", "math", "run"), cfg.fields_of("data", "math", "run"))
+    return "\n".join([*lines, f"changed    {'; '.join(changed) or 'nothing, all as in the profile'}"])
+
+
+def readable_path(path):
+    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
+    path = Path(path).absolute()
+    checkout = Path(__file__).resolve().parent.parent
+    for base, shown in ((Path.cwd(), "."), (checkout, "."), (Path.home(), "~")):
+        if path.is_relative_to(base):
+            return str(Path(shown) / path.relative_to(base))
+    return str(path)
+
+
+def _ipython():
+    """The running IPython shell. ConfigError: called outside a notebook."""
+    try:
+        return get_ipython()  # IPython puts it among the builtins
+    except NameError:
+        raise ConfigError("setup() is for notebooks: elsewhere use peftlib.config.resolve and Study.open") from None
+
+
+def _quiet_progress_bars():
+    # The libraries read these when they are imported. A bar would leave one line an update in the executed copy.
+    for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ[switch] = "1"
+    import tqdm.auto
+
+    # In a kernel tqdm.auto would take widgets, which nobody sees here and which do not heed TQDM_DISABLE.
+    tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange
+
+
+def _what_comes_next(name, status):
+    if status == STOPPED:
+        return f"stopped before its end: run {name} again to go on from here"
+    later = [other for other in NOTEBOOKS if other > name]
+    return f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison"
+
+
+def _size_bytes(path):
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def _size_text(size_bytes):
+    for unit in ("B", "KiB", "MiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} GiB"

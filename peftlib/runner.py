@@ -1,0 +1,139 @@
+"""Headless runs: which notebooks, in which order, and which of them are finished already."""
+
+import contextlib
+import queue
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from peftlib import executed
+from peftlib.config import resolve
+from peftlib.errors import ConfigError
+from peftlib.execution import CHECKOUT, Execution, Stage, environment
+from peftlib.notebook import FINISHED, NOTEBOOKS, literals, readable_path
+from peftlib.study import Study
+
+HEARTBEAT_S = 20.0  # seconds without a line after which the runner prints one itself
+SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
+_SIGNALS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+
+
+def plan(wanted, overrides, notebooks_dir=None):
+    """[Stage, ...] in the notebooks' order.
+
+    wanted: numbers or names, none for all. overrides: {field: value}, 'profile' included.
+    ConfigError: unknown notebook, field or value. StudyError: a study folder made with another config.
+    """
+    folder = Path(notebooks_dir) if notebooks_dir else CHECKOUT / "notebooks"
+    found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not found:
+        raise ConfigError(f"no notebooks in {folder}: give their folder by --notebooks")
+    return [_stage(name, found[name], overrides) for name in _selected(wanted, found)]
+
+
+def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
+    """Execute what is not finished, in order, until one does not finish; the exit code."""
+    minutes = []
+    code = 0
+    with _signals_as_events() as events:
+        for stage in stages:
+            reason = unfinished_reason(stage)
+            if reason is None:
+                print(f"{stage.name}: finished before, skipped ({readable_path(stage.copy)})", flush=True)
+                minutes.append((stage.name, None))
+                continue
+            cfg = stage.study.cfg
+            print(f"{stage.name}: starts, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
+            started = time.monotonic()
+            outcome = Execution(stage, events, heartbeat_s, save_s).outcome()
+            minutes.append((stage.name, (time.monotonic() - started) / 60))
+            if outcome.status != FINISHED:
+                print(outcome.message, flush=True)
+                code = outcome.code
+                break
+    _print_minutes(minutes)
+    return code
+
+
+def unfinished_reason(stage):
+    """Why a notebook has to be run, in words, or None if its executed copy stands for the present state."""
+    if not stage.copy.exists():
+        return "not finished yet"
+    copy = executed.load(stage.copy)
+    status, state, wrote = executed.ending(copy) or (None, None, ())
+    if (status, state) != (FINISHED, stage.state):
+        return "its settings have changed"
+    if executed.code_of(copy) != executed.code_of(executed.load(stage.source)):
+        return "its cells have changed"
+    gone = [path for path in wrote if not (stage.study.folder / path).exists()]
+    if gone:
+        return f"{gone[0]} is gone"
+    for earlier in _read_by(stage):
+        if earlier.exists() and executed.ended_at(executed.load(earlier)) > executed.ended_at(copy):
+            return f"{earlier.stem} was run after it"
+    return None
+
+
+def _read_by(stage):
+    """Executed copies of the notebooks whose outputs this one reads."""
+    others = NOTEBOOKS.get(stage.name)
+    if others is None:  # a notebook of someone's own reads, for all we know, what every earlier one wrote
+        others = [path.stem for path in stage.source.parent.glob("[0-9][0-9]_*.ipynb") if path.stem < stage.name]
+    return [Stage(name, stage.source, stage.study, {}).copy for name in others]
+
+
+def _selected(wanted, found):
+    """The names asked for, in order; all of them if none is."""
+    by_any_name = {}
+    for name in found:
+        number, _, rest = name.partition("_")
+        by_any_name |= dict.fromkeys((name, number, str(int(number)), rest, f"{name}.ipynb"), name)
+    for asked in wanted:
+        if asked not in by_any_name:
+            raise ConfigError(f"notebook {asked!r} is unknown: use {', '.join(found)}, or their numbers")
+    names = {by_any_name[asked] for asked in wanted}
+    return [name for name in found if name in names or not names]
+
+
+def _stage(name, source, overrides):
+    """The notebook with its own parameters under the overrides, resolved as its kernel will resolve them."""
+    given = {}
+    for cell in executed.load(source)["cells"]:
+        if "parameters" in executed.tags_of(cell):
+            given |= literals(executed.source_of(cell))
+    given |= overrides
+    if given.get("profile") in (None, "auto"):
+        given["profile"] = _profile_of_this_machine()
+    cfg = resolve(**given)
+    return Stage(name, source, Study.open(cfg), {**overrides, "profile": cfg.profile, "study": cfg.study})
+
+
+def _profile_of_this_machine():
+    # In a process of its own: a CUDA context in the runner would take memory from the notebooks for the whole run.
+    code = "from peftlib.env import profile_for_hardware; print(profile_for_hardware())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
+    if asked.returncode:
+        last_line = (asked.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(f"profile='auto' could not be resolved here, give one by --profile ({last_line})")
+    return asked.stdout.split()[-1]
+
+
+@contextlib.contextmanager
+def _signals_as_events():
+    """A queue that also receives the signals that come in the block."""
+    events = queue.SimpleQueue()  # the one queue whose put may be called in a signal handler
+    before = {number: signal.signal(number, lambda got, _: events.put(signal.Signals(got))) for number in _SIGNALS}
+    try:
+        yield events
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_minutes(minutes):
+    print("minutes a stage:")
+    for name, value in minutes:
+        print(f"  {name:<12} {'skipped' if value is None else f'{value:.1f}':>7}")
+    print(f"  {'together':<12} {sum(value or 0 for _, value in minutes):>7.1f}", flush=True)
