@@ -1,6 +1,7 @@
 """Mixed precision: autocast per device, and loss scaling for fp16 that covers gradients outside `.grad`."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -17,6 +18,22 @@ def autocast(device, precision):
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device, _AUTOCAST[precision])
+
+
+def run_in_autocast(model, device, precision):
+    """Give `model` a forward that always runs under autocast, so that calls and generate() work on mixed weights.
+
+    What accelerate does to a prepared model, but with our autocast. Returns the model.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def mixed(*args, **kwargs):
+        with autocast(device, precision):
+            return forward(*args, **kwargs)
+
+    model.forward = mixed
+    return model
 
 
 class LossScaler(torch.amp.GradScaler):

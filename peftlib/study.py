@@ -58,6 +58,10 @@ class Study:
         return self.folder / "results.csv"
 
     @property
+    def report_path(self):
+        return self.folder / "report.md"
+
+    @property
     def figures_dir(self):
         return self.folder / "figures"
 

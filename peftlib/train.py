@@ -19,14 +19,18 @@ from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError
 from peftlib.losses import IGNORE, chunked_loss_sum
 from peftlib.memory import PeakMemory
 from peftlib.models import (
+    PROJECTIONS,
+    core,
     count_parameters,
     guard_four_bit,
     head_weight,
     hidden_states,
     load_base,
+    named_weights,
     trainable,
 )
-from peftlib.precision import apply_step, autocast, loss_scaler
+from peftlib.optim.galore import kept_energy
+from peftlib.precision import apply_step, autocast, loss_scaler, run_in_autocast
 from peftlib.steps import StepPlan, learning_rate_factor, micro_batches
 from peftlib.trained import load_trained, save_trained
 
@@ -109,6 +113,7 @@ class TrainingRun:
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.FOUR_BIT)
         self.model = self.method.prepare(base, self.cfg)
+        run_in_autocast(core(self.model), self.device, self.precision)
         if self.method.FOUR_BIT:
             guard_four_bit(self.model, self.method.FOUR_BIT)
         self._checkpoints = CheckpointDir(study.checkpoint_dir(method, self.cfg.seed), keep=self.cfg.keep_checkpoints)
@@ -124,9 +129,14 @@ class TrainingRun:
         if kept is not None:
             self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")
             self._memory.__exit__()
-            self.model = load_trained(self.study.weights_dir(self.name, self.cfg.seed), device=self.device)
+            folder = self.study.weights_dir(self.name, self.cfg.seed)
+            self.model = load_trained(folder, device=self.device, merge=False)
             return kept
-        self._start()
+        try:
+            self._start()
+        except Exception:
+            self._memory.__exit__()
+            raise
         try:
             with _interrupts() as interrupted:
                 self._run(interrupted)
@@ -139,6 +149,33 @@ class TrainingRun:
         finally:
             self._close()
         return self.record
+
+    def captured_energy(self, layers, *, rows=4):
+        """How much of a gradient its best basis keeps, before training.
+
+        layers: layer numbers. Returns [{layer, projection, shape, kept, by_chance}, ...] for the gradients of the first
+        `rows` training rows: the share of the squared Frobenius norm inside the leading galore_rank directions, and
+        the share r / m that random directions would keep.
+        """
+        batch = Rows(data.load_split(self.study.data_dir, "train")[:rows]).batch(range(rows), self.device)
+        weights = {
+            name: p
+            for name, p in named_weights(self.model, PROJECTIONS).items()
+            if any(f"layers.{layer}." in name for layer in layers)
+        }
+        with autocast(self.device, self.precision):
+            loss = chunked_loss_sum(hidden_states(self.model, batch[0]), head_weight(self.model), batch[1])
+        grads = torch.autograd.grad(loss, list(weights.values()))
+        return [
+            {
+                "layer": int(name.split("layers.")[1].split(".")[0]),
+                "projection": name.split(".")[-2],
+                "shape": tuple(grad.shape),
+                "kept": kept_energy(grad, self.cfg.galore_rank),
+                "by_chance": self.cfg.galore_rank / min(grad.shape),
+            }
+            for name, grad in zip(weights, grads, strict=True)
+        ]
 
     def finished_record(self):
         """The record of an earlier end of this very run, or None."""

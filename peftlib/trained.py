@@ -11,6 +11,7 @@ from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
 from peftlib.files import read_json, write_json
 from peftlib.models import core, guard_four_bit, load_base, trainable
+from peftlib.precision import run_in_autocast
 
 _ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
 _FACTS = "peftlib.json"
@@ -81,7 +82,11 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
     if not facts["is_adapter"]:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
+        return (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
+            .eval()
+            .requires_grad_(False)
+        )
     return _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
 
 
@@ -100,7 +105,8 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
         model = stop_at(model.merge_and_unload()).to(dtype)
     else:
         guard_four_bit(model, four_bit)
-    return model.eval()
+        run_in_autocast(stop_at(core(model)), device, facts["precision"])
+    return model.eval().requires_grad_(False)
 
 
 def _put_whole_weights(model, tensors):

@@ -25,6 +25,19 @@ def fit_basis(grad: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(wide @ wide.T)[1][:, -rank:].flip(1).contiguous()  # strongest column first
 
 
+def kept_energy(grad: Tensor, rank: int) -> float:
+    """Share of ||G||^2 that the best rank-r basis keeps, 0 to 1. grad: (m, n) in either orientation."""
+    wide = _turned(grad).float()
+    return float((fit_basis(wide, rank).T @ wide).square().sum() / wide.square().sum())
+
+
+def state_numbers(shapes, rank) -> tuple[int, int]:
+    """(GaLore's, Adam's) count of optimizer numbers for 2-D weights of these shapes: basis and two moments, against two
+    moments of the weight's own size."""
+    galore = sum(min(shape) * rank + 2 * rank * max(shape) for shape in shapes)
+    return galore, sum(2 * shape[0] * shape[1] for shape in shapes)
+
+
 def fit_basis_by_svd(grad: Tensor, rank: int, *, is_turned: bool) -> Tensor:
     """The same space by the SVD that galore_torch runs, with its signs.
 
