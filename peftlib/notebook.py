@@ -51,17 +51,19 @@ def setup(name):
     return study
 
 
-def finish(study, name, wrote, status=FINISHED):
+def finish(study, name, wrote, status="ok"):
     """Print what the notebook wrote and what comes next; the last line is the one that the runner looks for.
 
-    wrote: paths inside the study folder. status: 'stopped' where a time limit ended the work before its end, so that
-    the next run goes on with it. StudyError: one of the paths is not there.
+    wrote: paths inside the study folder. status: a record's; anything but 'ok' says that the work stopped before its
+    end, so that the next run goes on with it. StudyError: status is 'ok' and one of the paths is not there.
     """
-    missing = [str(path) for path in wrote if not Path(path).exists()]
-    if missing:
+    status = FINISHED if status == "ok" else STOPPED
+    relative = {Path(path).relative_to(study.folder).as_posix(): Path(path) for path in wrote}
+    missing = [shown for shown, path in relative.items() if not path.exists()]
+    if missing and status == FINISHED:
         raise StudyError(f"{name} should have written {', '.join(missing)}, which is not there: run its cells again")
     print(f"wrote in {readable_path(study.folder)}:")
-    relative = {Path(path).relative_to(study.folder).as_posix(): Path(path) for path in wrote}
+    relative = {shown: path for shown, path in relative.items() if shown not in missing}
     width = max(map(len, relative), default=0)
     for shown, path in relative.items():
         print(f"  {shown:<{width}}  {_size_text(_size_bytes(path))}")
