@@ -1,0 +1,199 @@
+"""What a difference of scores is worth: bootstrap intervals and paired tests over the same test rows.
+
+Scores here are corpus BLEU-4 (from summed statistics) and mean ROUGE-L of one or more runs (seeds) a method.
+All methods share each resample's rows, so that differences are paired.
+"""
+
+import math
+import statistics
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peftlib.errors import DataError
+from peftlib.metrics import corpus_bleu
+
+METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
+FEW_ROWS = 100
+_CHUNK = 250  # resamples whose row counts are held at once
+
+
+class FewRowsWarning(UserWarning):
+    """Intervals were asked for on fewer test rows than they can be trusted on."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score or a difference with its 95 % interval, in the score's unit (0-1)."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_noise(self):
+        """True where the interval of a difference contains 0."""
+        return self.low <= 0.0 <= self.high
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Scores of several methods on the same rows, and the same resamples of all of them.
+
+    value: {method: {metric: float}}, mean over seeds. replicates: {method: {metric: (resamples,)}}.
+    """
+
+    n_rows: int
+    n_seeds: dict
+    value: dict = field(repr=False)
+    replicates: dict = field(repr=False)
+
+    def interval(self, method, metric):
+        """95 % interval of one method's score."""
+        return _interval(self.value[method][metric], self.replicates[method][metric], self.n_rows)
+
+    def difference(self, method, other, metric):
+        """95 % interval of score(method) - score(other), paired by rows."""
+        value = self.value[method][metric] - self.value[other][metric]
+        return _interval(value, self.replicates[method][metric] - self.replicates[other][metric], self.n_rows)
+
+
+def bootstrap(runs, *, resamples=2000, seed=0):
+    """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
+
+    A resample draws rows with replacement, the same for every method, and, where a method has several seeds, its
+    seeds too. Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal
+    quantiles) and by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
+    Warns (FewRowsWarning) below 100 rows.
+    DataError: fewer than 1,000 resamples, no runs, or runs of unequal row counts.
+    """
+    n_rows = _checked_rows(runs)
+    if resamples < 1000:
+        raise DataError(f"resamples={resamples} is too few for a 95 % interval: use 1000 or more")
+    if n_rows < FEW_ROWS:
+        warnings.warn(few_rows_note(n_rows), FewRowsWarning, stacklevel=2)
+    rng = np.random.default_rng(seed)
+    owners = [method for method, seeds in runs.items() for _ in seeds]
+    stacked = np.hstack([_columns(rows) for seeds in runs.values() for rows in seeds])
+    scores = _scores_of_sums(stacked.sum(axis=0, keepdims=True), n_rows)
+    drawn = [
+        _scores_of_sums(_row_counts(n_rows, min(_CHUNK, resamples - start), rng) @ stacked, n_rows)
+        for start in range(0, resamples, _CHUNK)
+    ]
+    drawn = {metric: np.concatenate([part[metric] for part in drawn]) for metric in METRICS}
+    value, replicates = {}, {}
+    for method in runs:
+        mine = [column for column, owner in enumerate(owners) if owner == method]
+        weights = _seed_weights(len(mine), resamples, rng)
+        value[method] = {metric: float(scores[metric][0, mine].mean()) for metric in METRICS}
+        replicates[method] = {metric: (drawn[metric][:, mine] * weights).sum(axis=1) for metric in METRICS}
+    return Bootstrap(n_rows, {method: len(seeds) for method, seeds in runs.items()}, value, replicates)
+
+
+def swap_test(rows, other, metric, *, resamples=2000, seed=0):
+    """Two-sided p of a difference between two runs by approximate randomization: each row's answers swapped or not.
+
+    rows, other: RowScores on the same rows. p = (draws at least as far apart + 1) / (resamples + 1).
+    """
+    n_rows = _checked_rows({"first": [rows], "second": [other]})
+    rng = np.random.default_rng(seed)
+    left, right = _columns(rows), _columns(other)
+    sums_left, sums_right = left.sum(axis=0), right.sum(axis=0)
+    observed = _gap(sums_left[None], sums_right[None], metric, n_rows)[0]
+    extreme = 0
+    for start in range(0, resamples, _CHUNK):
+        is_swapped = rng.integers(0, 2, size=(min(_CHUNK, resamples - start), n_rows)).astype(np.float64)
+        moved = is_swapped @ (right - left)
+        gaps = _gap(sums_left + moved, sums_right - moved, metric, n_rows)
+        extreme += int((gaps >= observed - 1e-12).sum())
+    return (extreme + 1) / (resamples + 1)
+
+
+def over_seeds(values):
+    """(mean, standard deviation over seeds or None with fewer than two, count) of the known values; None if none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
+
+
+def describe_difference(difference, method, other, metric):
+    """A sentence on score(method) - score(other), which says 'inside the noise' where the interval contains 0."""
+    name = METRICS.get(metric, metric)
+    numbers = f"{difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
+    if difference.is_noise:
+        return (
+            f"{method} and {other} do not differ measurably in {name}: the difference ({numbers}) is inside the noise."
+        )
+    side = "higher" if difference.value > 0 else "lower"
+    return f"{method} scores {side} than {other} in {name} ({numbers})."
+
+
+def few_rows_note(n_rows):
+    """What fewer than 100 rows mean for the intervals, in words."""
+    return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough, and small differences cannot show"
+
+
+def t_quantile(p, degrees):
+    """Student's t quantile by the Cornish-Fisher series; within 0.002 of exact from 5 degrees of freedom."""
+    z = statistics.NormalDist().inv_cdf(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
+
+
+def _interval(value, replicates, n_rows):
+    # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t quantiles.
+    widened = math.sqrt(n_rows / max(n_rows - 1, 1)) * t_quantile(0.975, max(n_rows - 1, 1))
+    tail = 1 - statistics.NormalDist().cdf(widened)
+    # A tail estimated from a finite number of resamples errs by this much: err towards the wider interval.
+    tail -= math.sqrt(tail * (1 - tail) / len(replicates))
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
+
+
+def _columns(rows):
+    """(n, 11): BLEU's ten counts and ROUGE-L F1 of each row."""
+    return np.column_stack([rows.bleu, rows.rougeL])
+
+
+def _scores_of_sums(sums, n_rows):
+    """{metric: (draws, runs)} from (draws, runs * 11) sums over rows."""
+    sums = sums.reshape(len(sums), -1, 11)
+    return {"bleu4": corpus_bleu(sums[..., :10]), "rougeL": sums[..., 10] / n_rows}
+
+
+def _row_counts(n_rows, draws, rng):
+    """(draws, n_rows): how often each resample holds each row."""
+    picked = rng.integers(0, n_rows, size=(draws, n_rows))
+    flat = (picked + np.arange(draws)[:, None] * n_rows).ravel()
+    return np.bincount(flat, minlength=draws * n_rows).reshape(draws, n_rows).astype(np.float64)
+
+
+def _seed_weights(n_seeds, draws, rng):
+    """(draws, n_seeds) weights that sum to 1: a resample of the seeds, spread as the variance of a mean asks."""
+    if n_seeds == 1:
+        return np.ones((draws, 1))
+    share = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws) / n_seeds
+    # Resampling k values shows only (k - 1) / k of the variance of their mean.
+    return 1 / n_seeds + math.sqrt(n_seeds / (n_seeds - 1)) * (share - 1 / n_seeds)
+
+
+def _gap(sums, other, metric, n_rows):
+    left, right = (_scores_of_sums(part, n_rows)[metric][:, 0] for part in (sums, other))
+    return np.abs(left - right)
+
+
+def _checked_rows(runs):
+    counts = {method: sorted({len(rows) for rows in seeds}) for method, seeds in runs.items()}
+    if not counts or not all(counts.values()):
+        raise DataError(f"no scored rows to compare: {counts}")
+    if len({n for found in counts.values() for n in found}) != 1:
+        raise DataError(f"runs of unequal row counts cannot be paired: {counts}")
+    return next(iter(counts.values()))[0]
