@@ -65,10 +65,10 @@ def _run(args):
 
 
 def _report(args):
+    study = _existing_study(args.study)
     from peftlib import report
     from peftlib.notebook import readable_path
 
-    study = _existing_study(args.study)
     built = report.build(study)
     for path in (study.results_path, study.folder / "report.md", *built.figures.values()):
         print(readable_path(path))

@@ -76,9 +76,8 @@ def first_line(cell):
 def tidy(notebook, studies_root):
     """Take out what must not be kept: widgets, overwritten progress text, this machine's paths, the token. In place."""
     notebook["metadata"].pop("widgets", None)
-    for key in ("input_path", "output_path"):
-        if key in notebook["metadata"].get("papermill", {}):
-            notebook["metadata"]["papermill"][key] = Path(notebook["metadata"]["papermill"][key]).name
+    if "papermill" in notebook["metadata"]:
+        notebook["metadata"]["papermill"]["input_path"] = Path(notebook["metadata"]["papermill"]["input_path"]).name
     # papermill's red banners; the error itself stays in its cell
     notebook["cells"] = [cell for cell in notebook["cells"] if "papermill-error-cell-tag" not in tags_of(cell)]
     private = _private_text(studies_root)

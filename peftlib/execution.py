@@ -49,6 +49,7 @@ class Stage:
     def keep(self, copy, status):
         """Put an executed copy in its place; only a finished one replaces a finished one. Returns the path."""
         target = self.copy if status == FINISHED else self._beside(f".{status}")
+        copy["metadata"].setdefault("papermill", {})["output_path"] = target.name
         executed.save(target, copy)
         for mark in (".running", f".{FAILED}", f".{STOPPED}"):
             if self._beside(mark) != target:

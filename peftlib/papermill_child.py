@@ -16,7 +16,7 @@ CELL_EVENT = "\x1ecell "  # begins the line that announces a cell; its number fo
 DEAD_KERNEL = 138
 _CELL_START = re.compile(r"Executing Cell (\d+)-*$")
 _CELL_END = re.compile(r"Ending Cell \d+-*$")
-_OBJECT = re.compile(r"<[^\n]*>$")  # the text form of a figure, widget or HTML table
+_NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a figure, an HTML table, a progress bar
 
 
 def main(argv):
@@ -64,7 +64,7 @@ class _Lines(logging.Handler):
         start = _CELL_START.match(text)
         if start:
             print(f"{CELL_EVENT}{start[1]}", flush=True)
-        elif not _CELL_END.match(text) and not _OBJECT.match(text):
+        elif not _CELL_END.match(text) and not _NOT_TEXT.match(text):
             print(text, flush=True)
 
 
