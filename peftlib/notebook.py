@@ -26,10 +26,11 @@ _LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state 
 _WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
 
 
-def setup(name):
+def setup(name, *, drive=None):
     """The opened Study of the parameters cell; prints config, device, precision and folder, and seeds the generators.
 
-    name: the notebook's file name without `.ipynb`.
+    name: the notebook's file name without `.ipynb`. drive: on Colab, keep the study on Google Drive, which is mounted
+    if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0). A headless run never mounts, for that prompts.
     ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. StudyError: see Study.open.
     """
     is_headless = headless()
@@ -37,7 +38,8 @@ def setup(name):
         _quiet_progress_bars()
     given = executed_parameters(_ipython().user_ns["In"])
     cfg = resolve(**given)
-    if not is_headless and os.environ.get("PEFTLIB_DRIVE") == "1":
+    is_drive_wanted = os.environ.get("PEFTLIB_DRIVE") == "1" if drive is None else drive
+    if is_drive_wanted and not is_headless:
         mount_drive()
     study = Study.open(cfg)
     device = resolve_device(cfg.device)
@@ -126,7 +128,9 @@ def mount_drive():
     try:
         from google.colab import drive
     except ImportError:
-        raise ConfigError("PEFTLIB_DRIVE=1 asks for Google Drive, which only Colab has: unset it") from None
+        raise ConfigError(
+            "Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it"
+        ) from None
     drive.mount("/content/drive")
 
 

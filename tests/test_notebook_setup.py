@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import fake_notebooks
@@ -122,7 +123,8 @@ def test_paths_are_shown_below_the_working_folder_or_home(tmp_path, monkeypatch)
     assert notebook.readable_path("/elsewhere") == "/elsewhere"
 
 
-def test_plain_papermill_runs_a_notebook_and_keeps_bars_out(study, tmp_path):
+def test_plain_papermill_runs_a_notebook_keeps_bars_out_and_never_asks_for_drive(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTLIB_DRIVE", "1")
     bars = "from tqdm.auto import tqdm\n\nfor _ in tqdm(range(3)):\n    pass\nprint(headless())"
     source = fake_notebooks.write(tmp_path, "01_data", SETUP, bars, 'finish(study, "NAME", wrote=[])')
     done = papermill(source, tmp_path / "out.ipynb", "-p", "study", "s", "-p", "lora_rank", "8")
@@ -136,6 +138,15 @@ def test_plain_papermill_runs_a_notebook_and_keeps_bars_out(study, tmp_path):
     assert shown[4] == "True\n"
     state = notebook.state_hash("01_data", resolve("demo", lora_rank=8))
     assert shown[5].splitlines()[-1] == f"peftlib: 01_data finished, study s, state {state}"
+
+
+def test_drive_is_mounted_where_it_can_be(monkeypatch):
+    mounted = []
+    colab = types.ModuleType("google.colab")
+    colab.drive = types.SimpleNamespace(mount=mounted.append)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    notebook.mount_drive()
+    assert mounted == ["/content/drive"]
 
 
 def test_plain_papermill_with_an_unknown_parameter_fails_with_our_message_alone(study, tmp_path):
@@ -158,6 +169,8 @@ def test_in_a_live_kernel_an_edited_parameters_cell_wins_and_errors_are_short(st
         _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"\nlora_rank = 4')
         _, said = _said(client, 'study = setup("02_qlora")')
         assert "lora_rank: 16 -> 4" in said
+        status, said = _said(client, 'study = setup("02_qlora", drive=True)')
+        assert status == "error" and said.endswith("but only Colab can mount it")
         _said(client, "# Parameters\nlora_rank = 0")
         status, said = _said(client, 'study = setup("02_qlora")')
         assert status == "error"
