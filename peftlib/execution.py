@@ -22,6 +22,7 @@ from peftlib.study import Study
 CHECKOUT = Path(__file__).resolve().parent.parent
 FAILED = "failed"
 EXIT_FAILED, EXIT_STOPPED = 1, 3
+LINE_LIMIT = 200  # characters relayed of a line: a table of answers is for the executed copy
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Execution:
 
     def _relay(self, text):
         self.last_line_at = time.monotonic()
-        print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {text}", flush=True)
+        shown = text if len(text) <= LINE_LIMIT else f"{text[:LINE_LIMIT]} ..."
+        print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}", flush=True)
 
     def _on_signal(self, child, number):
         if self.signal is not None or not _interrupt_kernel(child):
