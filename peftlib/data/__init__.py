@@ -1,0 +1,8 @@
+"""Sources to train/valid/test rows: read, convert, choose without leaks, tokenize, store."""
+
+from peftlib.data.build import build_data
+from peftlib.data.card import push_to_hub
+from peftlib.data.store import load_split
+from peftlib.data.tokenizer import open_tokenizer
+
+__all__ = ["build_data", "load_split", "open_tokenizer", "push_to_hub"]

@@ -1,0 +1,154 @@
+"""The data of a study, from sources to the files in its folder."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from peftlib import chat
+from peftlib.data import card, near
+from peftlib.data.candidates import Stream, Tally
+from peftlib.data.convert import NOTES, REASONS, SCHEMAS
+from peftlib.data.sources import parse_sources
+from peftlib.data.split import SPLITS, Queue, choose
+from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
+from peftlib.data.tokenizer import tokenizer_sha256
+from peftlib.data.tokens import max_chars
+from peftlib.errors import DataError
+from peftlib.files import write_json
+
+_CODE_VERSION = 1  # raised whenever the same inputs would give other rows
+_SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
+
+
+def build_data(cfg, folder, log=print):
+    """Write train/valid/test.parquet, rejects.jsonl, README.md and, last, manifest.json; returns the manifest.
+
+    Data that stand there already, made from the same inputs, are left as they are.
+    DataError: a source that cannot be read, or that falls short (see allow_short). ConfigError: `sources` is malformed.
+    ModelError: no tokenizer.
+    """
+    sources = parse_sources(cfg.sources)
+    inputs = _inputs(cfg, sources)
+    manifest = standing_manifest(folder, inputs)
+    if manifest is not None:
+        log(f"data stand already: split {manifest['split_hash']}, made from the same inputs")
+        return manifest
+    wanted = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
+    tallies = {source.name: Tally() for source in sources}
+    queues = _queues(cfg, sources, wanted, tallies)
+    for source in sources:
+        log(f"{source.name}: {'; '.join(f'{s} {source.label(s)}' for s in source.streams)}")
+    chosen, missing = choose(queues, wanted)
+    for queue in dict.fromkeys(queues.values()):
+        log(f"{queue.source}: {queue.stream.name} rows are read as {SCHEMAS[queue.stream.schema]}")
+    if missing and not cfg.allow_short:
+        raise DataError(_shortage(missing, wanted, tallies))
+    manifest = _manifest(sources, queues, chosen, inputs)
+    (folder / MANIFEST).unlink(missing_ok=True)  # it must never stand beside files that it does not describe
+    for split in SPLITS:
+        write_split(folder, split, chosen[split])
+    write_rejects(folder, [example for tally in tallies.values() for example in tally.examples])
+    card.write_card(folder, manifest)
+    manifest["files"] = file_hashes(folder)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _inputs(cfg, sources):
+    """Everything that decides what the rows are, JSON values."""
+    fields = ("train_rows", "valid_rows", "test_rows", "split_seed", "allow_short", "max_length")
+    return {
+        "code_version": _CODE_VERSION,
+        "sources": {source.name: source.identity() for source in sources},
+        **{name: getattr(cfg, name) for name in fields},
+        "tokenizer_sha256": tokenizer_sha256(cfg.model),
+        "template_sha256": chat.TEMPLATE_SHA256,
+    }
+
+
+def _queues(cfg, sources, wanted, tallies):
+    """{(source, split): Queue}; splits that draw on the same rows share one."""
+    limit = max_chars(cfg.model, cfg.max_length)
+    queues = {}
+    for source in sources:
+        own = {"test": ("test",), "main": ("valid", "train")} if "test" in source.streams else {"main": SPLITS}
+        for name, splits in own.items():
+            expected = sum(wanted[split] for split in splits)
+            stream = Stream(
+                source,
+                name,
+                seed=cfg.split_seed,
+                capacity=int(expected * _SPARE) + 512,
+                max_chars=limit,
+                tally=tallies[source.name],
+            )
+            queue = Queue(stream, cfg, expected)
+            queues |= {(source.name, split): queue for split in splits}
+    return queues
+
+
+def _shortage(missing, wanted, tallies):
+    lines = [
+        f"{source}: {wanted[split] - short} of {wanted[split]} {split} rows"
+        for (split, source), short in missing.items()
+    ]
+    for source in dict.fromkeys(source for _, source in missing):
+        tally = tallies[source]
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in tally.rejected.most_common())
+        lines.append(f"{source} has {tally.read:,} rows, rejected: {reasons or 'none'}")
+    return f"too few rows. {'; '.join(lines)}. Ask for fewer rows, add data, or set allow_short = True"
+
+
+def _manifest(sources, queues, chosen, inputs):
+    names = [source.name for source in sources]
+    per_source = {name: [row for rows in chosen.values() for row in rows if row.source == name] for name in names}
+    tallies = {queue.source: queue.tally for queue in queues.values()}
+    rejected = {name: dict(sorted(tallies[name].rejected.items())) for name in names}
+    notes = {
+        name: dict(sorted(Counter(note for row in per_source[name] for note in row.notes).items())) for name in names
+    }
+    schemas = defaultdict(dict)
+    for queue in queues.values():
+        schemas[queue.source][queue.stream.name] = queue.stream.schema
+    return {
+        "counts": {split: {name: _count(chosen[split], name) for name in names} for split in sorted(SPLITS)},
+        "rejected": rejected,
+        "split_hash": split_hash(chosen),
+        "read": {name: tallies[name].read for name in names},
+        "unused": {name: tallies[name].read - sum(rejected[name].values()) - len(per_source[name]) for name in names},
+        "conversions": notes,
+        "tokens": {split: {name: _token_statistics(chosen[split], name) for name in names} for split in sorted(SPLITS)},
+        "sources": {
+            s.name: {**s.provenance(), **inputs["sources"][s.name], "schema": schemas[s.name]} for s in sources
+        },
+        "template_sha256": chat.TEMPLATE_SHA256,
+        "template_source": chat.TEMPLATE_SOURCE,
+        "tokenizer_sha256": inputs["tokenizer_sha256"],
+        "near_duplicate": {"jaccard_at_least": near.THRESHOLD, "words_a_gram": near.GRAM_WORDS},
+        "meaning": {
+            "rejected": {
+                reason: text for reason, text in REASONS.items() if any(reason in r for r in rejected.values())
+            },
+            "conversions": {note: text for note, text in NOTES.items() if any(note in n for n in notes.values())},
+        },
+        "inputs": inputs,
+    }
+
+
+def _count(rows, source):
+    return sum(row.source == source for row in rows)
+
+
+def _token_statistics(rows, source):
+    """Numbers of tokens of a source's rows in one split; None where there is no row."""
+    lengths = np.array([row.ids.size for row in rows if row.source == source])
+    if not lengths.size:
+        return None
+    return {
+        "total": int(lengths.sum()),
+        "scored": int(sum(row.is_scored.sum() for row in rows if row.source == source)),
+        "shortest": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "p95": float(np.percentile(lengths, 95)),
+        "longest": int(lengths.max()),
+    }

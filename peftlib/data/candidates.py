@@ -1,0 +1,143 @@
+"""Candidates of a stream in an order that only their content and the seed decide, in memory that a stream's size does
+not change.
+
+Of all convertible rows the `capacity` first are kept while the stream passes by. Should these not be enough, the
+stream passes by again for the next ones.
+"""
+
+import hashlib
+import heapq
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from peftlib.data.convert import SCHEMAS, RowRejected, convert, detect
+from peftlib.data.reading import Broken
+from peftlib.errors import DataError
+
+_EXAMPLES = 5  # rejected rows kept a reason, to look at
+_LOOK_AHEAD = 100  # rows in which one of a known schema must be met
+
+
+@dataclass
+class Candidate:
+    """One distinct conversation. key: its place in the order. copies: rows of the stream that hold it."""
+
+    key: int
+    texts: list
+    notes: tuple
+    origin: str
+    copies: int = 1
+
+
+@dataclass
+class Tally:
+    """What became of a source's rows."""
+
+    read: int = 0
+    rejected: Counter = field(default_factory=Counter)
+    examples: list = field(default_factory=list)  # dicts for rejects.jsonl
+
+    def reject(self, source, reason, *, copies=1, **shown):
+        """Count `copies` rows, and keep what is shown of them while examples of the reason are few."""
+        if sum(e["reason"] == reason for e in self.examples) < _EXAMPLES:
+            self.examples.append({"source": source, "reason": reason, **shown})
+        self.rejected[reason] += copies
+
+
+class Stream:
+    """The rows of one stream of a source as candidates; `schema` and `tally` are filled by the first pass.
+
+    max_chars: texts of more characters cannot fit max_length, whatever they hold, so they are not kept whole.
+    """
+
+    def __init__(self, source, name, *, seed, capacity, max_chars, tally):
+        self.source, self.name = source, name
+        self.seed, self.capacity, self.max_chars = seed, capacity, max_chars
+        self.tally, self.schema = tally, None
+
+    def batches(self):
+        """Yields lists of Candidate, each in order and all behind the one before; the next pass runs when asked for."""
+        after = -1
+        while True:
+            batch, is_last = self._pass(after)
+            if batch:
+                yield batch
+            if is_last:
+                return
+            after = batch[-1].key
+
+    def _pass(self, after):
+        """(the `capacity` first candidates behind the key `after`, whether these are all)."""
+        held, heap, is_last = {}, [], True
+        for number, row in self.source.rows(self.name):
+            converted = self._converted(number, row, is_counted=after < 0)
+            if converted is None:
+                continue
+            key = self._key(converted.texts)
+            if key <= after:
+                continue
+            if key in held:
+                held[key].copies += 1
+                held[key].origin = min(held[key].origin, converted.origin)
+            elif len(heap) < self.capacity or key < -heap[0]:
+                if len(heap) == self.capacity:
+                    # What falls out never comes back: `capacity` smaller keys are known. So `copies` is exact.
+                    del held[-heapq.heappop(heap)]
+                    is_last = False
+                heapq.heappush(heap, -key)
+                held[key] = Candidate(key, self._affordable(converted.texts), converted.notes, converted.origin)
+            else:
+                is_last = False
+        if after < 0:
+            self._require_schema()
+        return [held[key] for key in sorted(held)], is_last
+
+    def _converted(self, number, row, *, is_counted):
+        """The Conversation of a row, or None; counts it in the tally."""
+        self.tally.read += is_counted
+        try:
+            if isinstance(row, Broken):
+                raise RowRejected(row.reason)
+            self.schema = self.schema or detect(row)
+            if self.schema is None:
+                if number >= _LOOK_AHEAD:
+                    self._require_schema(row)
+                raise RowRejected("other_schema" if isinstance(row, dict) else "not_an_object")
+            return convert(row, self.schema)
+        except RowRejected as rejected:
+            if is_counted:
+                excerpt = row.excerpt if isinstance(row, Broken) else _excerpt(row)
+                self.tally.reject(self.source.name, rejected.reason, stream=self.name, row=number, excerpt=excerpt)
+            return None
+
+    def _require_schema(self, row=None):
+        if self.schema is None:
+            fields = f"; row {_LOOK_AHEAD} has {_excerpt(list(row))}" if isinstance(row, dict) else ""
+            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(self.tally.rejected.items()))
+            raise DataError(
+                f"{self.source.label(self.name)} holds no row of a known schema ({reasons}{fields}): "
+                f"rows must be one of {'; '.join(SCHEMAS.values())}"
+            )
+
+    def _key(self, texts):
+        content = json.dumps(texts, ensure_ascii=True).encode()
+        return int.from_bytes(hashlib.sha256(b"%d\0" % self.seed + content).digest(), "big")
+
+    def _affordable(self, texts):
+        """The turns up to and with the first that goes beyond max_chars, that one cut; all too long for certain."""
+        room = self.max_chars
+        for i, text in enumerate(texts):
+            if len(text) > room:
+                # One character more than fits is as much too long as a million.
+                return [*texts[:i], text[: room + 1]]
+            room -= len(text)
+        return texts
+
+
+def _excerpt(row):
+    """A row's beginning as ASCII text, however it is made."""
+    try:
+        return json.dumps(row, ensure_ascii=True, default=ascii)[:200]
+    except (RecursionError, ValueError, TypeError):
+        return f"a {type(row).__name__} that cannot be shown"

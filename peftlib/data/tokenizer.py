@@ -1,0 +1,34 @@
+"""The tokenizer of a config's model: checked, with Gemma's chat template set."""
+
+import hashlib
+from pathlib import Path
+
+from peftlib import chat
+
+
+def open_tokenizer(model):
+    """Tokenizer of 'packaged', a hub id or a folder, with the bundled chat template.
+
+    ModelError: not to be had (gated, unknown, no network), or not a Gemma 3 tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from peftlib.models import hub_errors, locate, token_for
+
+    location, _ = locate(model)
+    with hub_errors(model):
+        tokenizer = AutoTokenizer.from_pretrained(location, token=token_for(location))
+    chat.check_tokenizer(tokenizer)
+    return chat.set_template(tokenizer)
+
+
+def tokenizer_sha256(model):
+    """SHA-256 of the tokenizer.json that `model` stands for. ModelError: there is none, or it is not to be had."""
+    from transformers.utils import cached_file
+
+    from peftlib.models import hub_errors, locate, token_for
+
+    location, _ = locate(model)
+    with hub_errors(model):
+        path = Path(cached_file(location, "tokenizer.json", token=token_for(location)))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
