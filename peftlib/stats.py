@@ -91,14 +91,19 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     return Bootstrap(n_rows, {method: len(seeds) for method, seeds in runs.items()}, value, replicates)
 
 
-def swap_test(rows, other, metric, *, resamples=2000, seed=0):
-    """Two-sided p of a difference between two runs by approximate randomization: each row's answers swapped or not.
+def swap_test(runs, others, metric, *, resamples=2000, seed=0):
+    """Two-sided p of a difference by approximate randomization: each row's answers are swapped between methods or not.
 
-    rows, other: RowScores on the same rows. p = (draws at least as far apart + 1) / (resamples + 1).
+    runs, others: [RowScores of one seed, ...] of two methods on the same rows, equally many seeds, or one on a side,
+    which then stands against each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1).
+    DataError: several but unequally many seeds, or unequal row counts.
     """
-    n_rows = _checked_rows({"first": [rows], "second": [other]})
+    n_rows = _checked_rows({"first": runs, "second": others})
+    pairs = max(len(runs), len(others))
+    if {len(runs), len(others)} - {1, pairs}:
+        raise DataError(f"{len(runs)} and {len(others)} seeds cannot be swapped: give equally many, or one")
     rng = np.random.default_rng(seed)
-    left, right = _columns(rows), _columns(other)
+    left, right = (np.hstack([_columns(rows[i % len(rows)]) for i in range(pairs)]) for rows in (runs, others))
     sums_left, sums_right = left.sum(axis=0), right.sum(axis=0)
     observed = _gap(sums_left[None], sums_right[None], metric, n_rows)[0]
     extreme = 0
@@ -186,7 +191,7 @@ def _seed_weights(n_seeds, draws, rng):
 
 
 def _gap(sums, other, metric, n_rows):
-    left, right = (_scores_of_sums(part, n_rows)[metric][:, 0] for part in (sums, other))
+    left, right = (_scores_of_sums(part, n_rows)[metric].mean(axis=1) for part in (sums, other))
     return np.abs(left - right)
 
 

@@ -79,7 +79,7 @@ def test_a_true_difference_is_found_because_rows_are_paired():
     for metric in stats.METRICS:
         paired = found.difference("a", "b", metric)
         assert not paired.is_noise and paired.value > 0
-        assert stats.swap_test(better, worse, metric, resamples=1000) < 0.01
+        assert stats.swap_test([better], [worse], metric, resamples=1000) < 0.01
         one, two = found.interval("a", metric), found.interval("b", metric)
         assert paired.high - paired.low < (one.high - one.low) + (two.high - two.low)
 
@@ -87,7 +87,7 @@ def test_a_true_difference_is_found_because_rows_are_paired():
 def test_swap_test_of_equal_systems_rejects_about_one_in_twenty():
     rng = np.random.default_rng(23)
     rejected = sum(
-        stats.swap_test(simulated(rng, 60), simulated(rng, 60), "bleu4", resamples=200, seed=i) < 0.05
+        stats.swap_test([simulated(rng, 60)], [simulated(rng, 60)], "bleu4", resamples=200, seed=i) < 0.05
         for i in range(200)
     )
     assert rejected <= 20
@@ -101,11 +101,18 @@ def test_swap_test_agrees_with_sacrebleus_paired_test():
     answers, references = corpus(80, 1, shared=0.6)
     others = [metrics.cut_words(text, 9) for text in answers]
     rows, other = (metrics.row_scores(texts, references) for texts in (answers, others))
-    ours = stats.swap_test(other, rows, "bleu4", resamples=2000)
+    ours = stats.swap_test([other], [rows], "bleu4", resamples=2000)
     _, theirs = PairedTest(
         [("a", answers), ("b", others)], {"BLEU": BLEU(references=[references])}, None, test_type="ar", n_samples=2000
     )()
     assert ours == pytest.approx(theirs["BLEU"][1].p_value, abs=0.03)
+
+
+def test_swap_test_takes_one_run_against_several_seeds():
+    rng = np.random.default_rng(4)
+    base, better = simulated(rng, 200, skill=0.4), [simulated(rng, 200, skill=0.6) for _ in range(3)]
+    assert stats.swap_test(better, [base], "rougeL", resamples=1000) == pytest.approx(1 / 1001)
+    assert stats.swap_test([base], [base] * 3, "bleu4", resamples=1000) == 1
 
 
 def test_several_seeds_widen_the_interval():
@@ -131,6 +138,9 @@ def test_runs_that_cannot_be_paired_are_refused():
         quietly({"a": [simulated(rng, 100)], "b": [simulated(rng, 101)]})
     with pytest.raises(DataError, match="resamples=500"):
         stats.bootstrap({"a": [simulated(rng, 100)]}, resamples=500)
+    rows = simulated(rng, 100)
+    with pytest.raises(DataError, match="2 and 3 seeds"):
+        stats.swap_test([rows] * 2, [rows] * 3, "bleu4")
     with pytest.raises(DataError, match="no scored rows"):
         stats.bootstrap({})
 

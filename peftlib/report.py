@@ -1,0 +1,203 @@
+"""The report of a study: results.csv, report.md, report.html and figures, made from records and predictions alone.
+
+The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+from peftlib import comparison, results, scored, stats
+from peftlib.files import write_text
+from peftlib.report_text import blocks_of, method_table
+
+N_SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """results: results.csv as a DataFrame. table: the field's table, one row a method, texts. per_source, pairs,
+    scores: DataFrames of numbers. findings: sentences. figures: {name: PNG path}. alt: {name: text}. samples: dicts of
+    source, id, prompt, reference and one answer a method. notes: what was not matched. study: the ScoredStudy."""
+
+    results: object
+    table: object
+    per_source: object
+    pairs: object
+    scores: object
+    findings: list
+    figures: dict
+    alt: dict
+    samples: list = field(repr=False)
+    notes: list
+    study: scored.ScoredStudy = field(repr=False)
+
+
+def build(study):
+    """Score the study's runs, write its results.csv, report.md, report.html and figures; returns the Report.
+
+    StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
+    Too few test rows for narrow intervals are the first of its findings.
+    """
+    found = scored.load(study)
+    rows = [results.result_row(run) for run in found.runs]
+    systems = found.systems()
+    boot = _bootstrap(systems) if systems else None
+    by_source = _by_source(found)
+    pairs = comparison.pairs_of(systems, boot) if boot else []
+    charts = _charts(found, boot, by_source)
+    notes = comparison.unmatched(found.runs)
+    sentences = list(comparison.findings(found, boot, pairs)) if boot else []
+    samples = _samples(found)
+    paths = _save_charts(charts, study.figures_dir)
+    report = Report(
+        results=results.frame(rows),
+        table=_frame(*method_table(found, boot)),
+        per_source=_source_frame(by_source),
+        pairs=_dict_frame([pair.row() for pair in pairs], comparison.PAIR_COLUMNS),
+        scores=_dict_frame(_all_scores(found)),
+        findings=sentences,
+        figures=paths,
+        alt={name: chart.alt for name, chart in charts.items()},
+        samples=samples,
+        notes=notes,
+        study=found,
+    )
+    _write(study, report, rows, pairs, boot)
+    return report
+
+
+def _write(study, report, rows, pairs, boot):
+    from peftlib.document import to_html, to_markdown
+
+    blocks = blocks_of(study, report, pairs, boot)
+    write_text(study.folder / "report.html", to_html(blocks, f"Study {study.folder.name}"))
+    write_text(study.report_path, to_markdown(blocks, study.folder))
+    write_text(study.results_path, results.to_csv(rows))
+
+
+def _bootstrap(systems):
+    """stats.bootstrap without its warning: a report says in its own words where rows are few."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.FewRowsWarning)
+        return stats.bootstrap(systems)
+
+
+def _by_source(found):
+    """{source: Bootstrap} over the rows of each source."""
+    import numpy as np
+
+    names = np.array([row["source"] for row in found.test_rows])
+    made = {}
+    for source in found.sources:
+        systems = {method: [run.rows.subset(names == source) for run in runs] for method, runs in found.scored.items()}
+        if systems:
+            made[source] = _bootstrap(systems)
+    return made
+
+
+def _intervals(boot, methods):
+    return {m: {metric: boot.interval(m, metric) for metric in stats.METRICS} for m in methods}
+
+
+def _charts(found, boot, by_source):
+    """{name: figures.Chart}; charts that need scores are left out where there are none."""
+    from peftlib import figures
+
+    finished = [run.record for run in found.runs if run.record["status"] == "ok"]
+    peak, reserved = (_mean_gib(found, name) for name in ("peak_memory_bytes", "peak_reserved_bytes"))
+    charts = {"loss": figures.loss_curves([run.record for run in found.runs])} if finished else {}
+    if boot:
+        intervals = _intervals(boot, found.scored)
+        per_source = {source: _intervals(part, found.scored) for source, part in by_source.items()}
+        charts["scores"] = figures.score_bars(_intervals(boot, found.systems()))
+        charts["rougeL_by_source"] = figures.source_bars(per_source, "rougeL")
+        charts["bleu4_by_source"] = figures.source_bars(per_source, "bleu4")
+        if set(peak) & set(found.scored):
+            charts["rougeL_against_memory"] = figures.quality_against_memory(intervals, peak, "rougeL")
+            charts["bleu4_against_memory"] = figures.quality_against_memory(intervals, peak, "bleu4")
+    if peak:
+        charts["memory"] = figures.memory_bars(peak, reserved)
+    return {name: chart for name, chart in charts.items() if not chart.is_empty}
+
+
+def _save_charts(charts, folder):
+    from peftlib import figures
+
+    return {name: figures.save(chart, folder, name) for name, chart in charts.items()}
+
+
+def _mean_gib(found, name):
+    """{method: GiB, mean over its finished runs} where all are known."""
+    groups = {}
+    for run in found.runs:
+        if run.record["status"] == "ok" and run.record["method"] != scored.BASE:
+            groups.setdefault(run.record["method"], []).append(run)
+    means = {m: comparison.mean_of(runs, lambda run: results.gib(run.record[name])) for m, runs in groups.items()}
+    return {method: value for method, value in means.items() if value is not None}
+
+
+def _samples(found):
+    """Up to N_SAMPLES test rows with every method's answer (its first seed), sources in turn.
+
+    Within a source by the hash of the prompt, so that nobody chose them.
+    """
+    order = sorted(range(len(found.test_rows)), key=lambda i: found.test_rows[i]["prompt_sha256"])
+    queues = {s: [i for i in order if found.test_rows[i]["source"] == s] for s in found.sources}
+    picked = []
+    while len(picked) < N_SAMPLES and any(queues.values()):
+        picked += [queue.pop(0) for queue in queues.values() if queue]
+    return [_sample(found, i) for i in picked[:N_SAMPLES]] if found.scored else []
+
+
+def _sample(found, i):
+    row = found.test_rows[i]
+    turns = row["messages"][:-1]
+    prompt = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
+    answers = {method: runs[0].answers[i] for method, runs in found.scored.items()}
+    return {"source": row["source"], "id": row["id"], "prompt": prompt, "reference": found.references[i], **answers}
+
+
+def _all_scores(found):
+    """[{method, seed, metric: value}] of every score of every scored run."""
+    return [
+        {
+            "method": run.record["method"],
+            "seed": run.record["seed"],
+            **run.rows.scores(),
+            "chrf": run.chrf,
+            "truncated_share": run.truncated_share,
+        }
+        for runs in found.scored.values()
+        for run in runs
+    ]
+
+
+def _source_frame(by_source):
+    rows = []
+    for source, boot in by_source.items():
+        for method in boot.value:
+            row = {"source": source, "method": method, "n": boot.n_rows}
+            for metric in stats.METRICS:
+                found = boot.interval(method, metric)
+                row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
+            rows.append(row)
+    return _dict_frame(rows)
+
+
+def _frame(header, rows):
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(header))
+
+
+def _dict_frame(rows, columns=None):
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(columns) if columns else None)
+
+
+def compare_cli(argv):
+    """`python -m peftlib compare A B ...`: studies side by side; returns the exit code."""
+    from peftlib.compare import main
+
+    return main(argv)

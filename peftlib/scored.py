@@ -1,0 +1,216 @@
+"""A study's runs with their scores: records and predictions read, checked against the test rows, and scored.
+
+Nothing is written here. What does not belong together is refused, naming files and values.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from peftlib import metrics
+from peftlib.errors import StudyError
+from peftlib.files import read_json
+from peftlib.study import method_rank
+
+BASE = "base"
+BASE_CUT = "base (cut)"  # base's answers cut at the median reference length
+STATUSES = ("ok", "stopped", "failed")
+_RECORD_FIELDS = (
+    "method",
+    "seed",
+    "status",
+    "error",
+    "config",
+    "split_hash",
+    "model",
+    "model_provenance",
+    "precision",
+    "device",
+    "trainable_params",
+    "steps",
+    "planned_steps",
+    "train_tokens",
+    "learning_rate",
+    "learning_rate_2",
+    "train_loss",
+    "eval_loss",
+    "peak_memory_bytes",
+    "peak_reserved_bytes",
+    "train_seconds",
+    "tokens_per_second",
+    "history",
+    "valid_history",
+    "evaluation",
+)
+_PREDICTION_FIELDS = ("id", "source", "prompt_sha256", "answer", "n_tokens", "finish_reason", "split_hash")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record and, where it was evaluated, its answers in the order of the test rows and their scores."""
+
+    record: dict
+    answers: list = field(default=None, repr=False)  # of text
+    rows: metrics.RowScores = field(default=None, repr=False)
+    truncated_share: float = None  # answers that met the token limit
+    chrf: float = None
+
+    @property
+    def name(self):
+        return f"{self.record['method']} (seed {self.record['seed']})"
+
+    @property
+    def is_scored(self):
+        return self.rows is not None
+
+    @property
+    def eval_loss(self):
+        """Nats per assistant token on the test rows, or None."""
+        return self.record["eval_loss"]
+
+
+@dataclass(frozen=True)
+class ScoredStudy:
+    """test_rows in file order; runs in the order of METHOD_ORDER and seed; base_cut: RowScores or None."""
+
+    test_rows: list
+    references: list
+    runs: list
+    split_hash: str
+    tokenizer: str  # of BLEU, chosen from the references
+    cut_at_words: int
+    base_cut: metrics.RowScores
+
+    @property
+    def scored(self):
+        """{method: [Run, ...]} of the runs with scores, in order."""
+        found = {}
+        for run in self.runs:
+            if run.is_scored:
+                found.setdefault(run.record["method"], []).append(run)
+        return found
+
+    @property
+    def sources(self):
+        """Names of the sources in the order of the test rows."""
+        return list(dict.fromkeys(row["source"] for row in self.test_rows))
+
+    def systems(self):
+        """{method: [RowScores, ...]} for the bootstrap, base cut at the median reference length included."""
+        found = {method: [run.rows for run in runs] for method, runs in self.scored.items()}
+        return found if self.base_cut is None else {BASE: found.pop(BASE), BASE_CUT: [self.base_cut], **found}
+
+
+def load(study):
+    """The ScoredStudy of a study folder. StudyError: no data, no records, or any that do not belong together."""
+    from peftlib import data
+
+    split_hash = study.manifest()["split_hash"]
+    records = read_records(study, split_hash)
+    test_rows = list(data.load_split(study.data_dir, "test"))
+    references = [row["messages"][-1]["content"] for row in test_rows]
+    tokenizer = metrics.bleu_tokenizer(references)
+    runs = [_run(study, record, test_rows, references, tokenizer) for record in records]
+    cut_at = metrics.median_words(references)
+    base = next((run for run in runs if run.record["method"] == BASE and run.is_scored), None)
+    base_cut = None
+    if base is not None:
+        cut = [metrics.cut_words(answer, cut_at) for answer in base.answers]
+        base_cut = metrics.row_scores(cut, references, tokenizer=tokenizer)
+    return ScoredStudy(test_rows, references, runs, split_hash, tokenizer, cut_at, base_cut)
+
+
+def read_records(study, split_hash):
+    """[record, ...], base first. StudyError: none, a missing field, a twin, or one of another split."""
+    paths = sorted((study.folder / "records").glob("*.json"))
+    if not paths:
+        raise StudyError(f"no records in {study.folder / 'records'}: run 04_eval, or train a method, first")
+    found = {}
+    for path in paths:
+        record = _checked_record(path)
+        key = (record["method"], record["seed"])
+        if key in found:
+            raise StudyError(f"{path} and {found[key][0]} are both {key[0]} of seed {key[1]}: delete one")
+        found[key] = path, record
+    _same_split({str(study.manifest_path): split_hash, **{str(path): r["split_hash"] for path, r in found.values()}})
+    records = [record for _, record in found.values()]
+    return sorted(records, key=lambda record: (method_rank(record["method"]), record["method"], record["seed"]))
+
+
+def _checked_record(path):
+    record = read_json(path)
+    missing = [name for name in _RECORD_FIELDS if name not in record]
+    if missing:
+        raise StudyError(f"{path} lacks {', '.join(missing)}: delete it and run its notebook again")
+    if record["status"] not in STATUSES:
+        raise StudyError(f"{path} has status {record['status']!r}: use {', '.join(STATUSES)}")
+    return record
+
+
+def _same_split(hashes):
+    if len(set(hashes.values())) > 1:
+        listed = "; ".join(f"{path} has {value}" for path, value in hashes.items())
+        raise StudyError(
+            f"not of the same test rows, so not comparable: split_hash differs: {listed}. "
+            "Train and evaluate these methods again on one split, or use another study name."
+        )
+
+
+def _run(study, record, test_rows, references, tokenizer):
+    path = study.predictions_path(record["method"], record["seed"])
+    # A run that was cut, or answers that are not all there yet, have no score: an unknown, not an error.
+    if record["status"] != "ok" or record["evaluation"] is None or not path.exists():
+        return Run(record)
+    found = read_predictions(path, test_rows, record["split_hash"])
+    answers = [row["answer"] for row in found]
+    return Run(
+        record,
+        answers,
+        metrics.row_scores(answers, references, tokenizer=tokenizer),
+        sum(row["finish_reason"] == "length" for row in found) / len(found),
+        metrics.corpus_chrf(answers, references)[0],
+    )
+
+
+def read_predictions(path, test_rows, split_hash):
+    """[prediction, ...] in the order of the test rows.
+
+    StudyError: a damaged line, a missing field, another split, a row twice, rows that are missing, unknown, or of
+    another prompt.
+    """
+    found = {}
+    # Not splitlines: an answer may hold U+2028 and other characters that it takes for line ends.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        row = _parsed(path, number, line)
+        if row["split_hash"] != split_hash:
+            raise _wrong(path, f"line {number} has split_hash {row['split_hash']}, the test rows have {split_hash}")
+        if row["id"] in found:
+            raise _wrong(path, f"line {number} answers row {row['id']!r} a second time")
+        found[row["id"]] = row
+    known = {row["id"]: row["prompt_sha256"] for row in test_rows}
+    unknown, missing = [i for i in found if i not in known], [i for i in known if i not in found]
+    if unknown:
+        raise _wrong(path, f"{len(unknown)} of {len(found)} answers are to other rows, the first {unknown[0]!r}")
+    if missing:
+        raise _wrong(path, f"{len(missing)} of {len(known)} test rows are not answered, the first {missing[0]!r}")
+    other = [i for i in known if found[i]["prompt_sha256"] != known[i]]
+    if other:
+        raise _wrong(path, f"{len(other)} answers are to another prompt, the first to row {other[0]!r}")
+    return [found[row["id"]] for row in test_rows]
+
+
+def _parsed(path, number, line):
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise _wrong(path, f"line {number} is damaged ({error})") from None
+    missing = [name for name in _PREDICTION_FIELDS if not isinstance(row, dict) or row.get(name) is None]
+    if missing:
+        raise _wrong(path, f"line {number} lacks {', '.join(missing)}")
+    if not isinstance(row["answer"], str):
+        raise _wrong(path, f"line {number} has the answer {row['answer']!r}, no text")
+    return row
+
+
+def _wrong(path, what):
+    return StudyError(f"{path}: {what}. Nothing was written: delete this file and run 04_eval again")
