@@ -124,7 +124,7 @@ _STUDY = {
 }
 # Only what differs from the field defaults above stands here.
 PROFILES = {
-    "demo": {"galore_update_gap": 50, "micro_batch": 8, "save_every": 12, "valid_every": 12, "log_every": 4},
+    "demo": {"galore_update_gap": 50, "save_every": 12, "valid_every": 12, "log_every": 4},
     "t4": {**_STUDY, "micro_batch": 2, "eval_batch": 32, "checkpointing": True},
     "gpu": {**_STUDY, "micro_batch": 8, "eval_batch": 64},
 }

@@ -1,5 +1,6 @@
 """Trained models on disk: saved so that stock libraries load them, and loaded for evaluation or further use."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
-from peftlib.files import read_json, write_json
+from peftlib.files import read_json, write_json, write_text
 from peftlib.models import core, guard_four_bit, load_base, trainable
 from peftlib.precision import run_in_autocast
 
@@ -50,13 +51,11 @@ def _save_adapter(model, folder):
 
 
 def _save_full(model, folder):
-    dtype = model.config.dtype
-    model.config.dtype = torch.bfloat16
     state = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=state)
+    # transformers writes the dtype of the model in memory, not that of the tensors it was given
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def stop_at(model):

@@ -72,9 +72,9 @@ class GaLoreAdamW(AccumulatingAdamW):
         self.moments = moments
         self.reference = reference
         self._index_groups()
+        _check_projected(self._projected)
         self._phase = {}
         for i, (p, group) in enumerate(self._projected):
-            _check_projected(p, group)
             spread = stagger and not reference
             self._phase[p] = i * group["update_gap"] // len(self._projected) if spread else 0
         self._full = {}  # weight -> summed (m, n) gradient, where a basis is due
@@ -206,8 +206,13 @@ def _turned(matrix):
     return matrix.T if _is_turned(matrix) else matrix
 
 
-def _check_projected(p, group):
-    if p.ndim != 2:
-        raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis")
-    if not 1 <= group["rank"] <= min(p.shape):
-        raise ConfigError(f"galore_rank={group['rank']}, weight {tuple(p.shape)}: use 1..{min(p.shape)}")
+def _check_projected(projected):
+    for p, _ in projected:
+        if p.ndim != 2:
+            raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis")
+    smallest = min((p for p, _ in projected), key=lambda p: min(p.shape), default=None)
+    for _, group in projected:
+        if not 1 <= group["rank"] <= min(smallest.shape):
+            raise ConfigError(
+                f"galore_rank={group['rank']}, weight {tuple(smallest.shape)}: use 1..{min(smallest.shape)}"
+            )

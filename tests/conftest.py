@@ -1,0 +1,60 @@
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from peftlib import config
+from peftlib.study import Study
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+# What every tiny study shares: the bundled sample, few rows, ranks that fit a width of 64.
+TINY = {
+    "train_rows": 4,
+    "valid_rows": 1,
+    "test_rows": 2,
+    "max_length": 700,
+    "max_new_tokens": 6,
+    "sequences_per_step": 2,
+    "micro_batch": 2,
+    "lora_rank": 4,
+    "galore_rank": 8,
+    "galore_update_gap": 3,
+    "precision": "fp32",
+    "device": "cpu",
+    "workers": 1,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a tiny random Gemma 3 with its tokenizer."""
+    return tiny.model_folder(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def built_data(tiny_model, tmp_path_factory):
+    """The data folder of a tiny study, built once."""
+    from peftlib import data
+
+    folder = tmp_path_factory.mktemp("built") / "data"
+    data.build_data(config.resolve("demo", model=str(tiny_model), **TINY), folder)
+    return folder
+
+
+@pytest.fixture
+def make_study(tiny_model, built_data, tmp_path, monkeypatch):
+    """make_study(**fields) -> a Study below tmp_path whose data stand and whose config is frozen."""
+    monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "runs"))
+
+    def make(**fields):
+        cfg = config.resolve("demo", **{"model": str(tiny_model), "study": "tiny", **TINY, **fields})
+        study = Study.open(cfg)
+        if not study.data_dir.exists():
+            shutil.copytree(built_data, study.data_dir)
+        study.freeze()
+        return study
+
+    return make

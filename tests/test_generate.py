@@ -1,0 +1,107 @@
+import json
+
+import pytest
+import tiny
+import torch
+
+from peftlib.chat import encode_prompt
+from peftlib.data import load_split
+from peftlib.errors import StudyError
+from peftlib.evaluate import evaluate, trained_methods
+from peftlib.generate import Predictions, answer_batch, answer_rows
+from peftlib.train import TrainingRun
+
+
+def prompts(*texts):
+    return [encode_prompt(tiny.tokenizer(), [{"role": "user", "content": text}]) for text in texts]
+
+
+def test_a_padded_batch_answers_as_single_rows_do():
+    model = tiny.model()
+    asked = prompts("hi", "what is the answer to this longer question?", "and this")
+    together = answer_batch(model, tiny.tokenizer(), asked, max_new_tokens=12)
+    alone = [answer_batch(model, tiny.tokenizer(), [p], max_new_tokens=12)[0] for p in asked]
+    assert together == alone
+
+
+def test_an_answer_ends_before_the_first_stop_token():
+    model = tiny.model()
+    script = iter([366, 367, 106, 368])
+
+    def say(module, args, out):
+        logits = torch.zeros_like(out)
+        logits[..., next(script)] = 1.0
+        return logits
+
+    model.lm_head.register_forward_hook(say)
+    (answer,) = answer_batch(model, tiny.tokenizer(), prompts("hi"), max_new_tokens=4)
+    assert (answer.text, answer.n_tokens, answer.finish_reason) == ("ab", 2, "stop")
+
+
+def test_an_answer_of_full_length_says_so():
+    model = tiny.model()
+    model.lm_head.register_forward_hook(lambda m, a, out: torch.zeros_like(out).index_fill(-1, torch.tensor([366]), 1))
+    (answer,) = answer_batch(model, tiny.tokenizer(), prompts("hi"), max_new_tokens=3)
+    assert (answer.text, answer.n_tokens, answer.finish_reason) == ("aaa", 3, "length")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_and_run_again_answers_each_row_once_with_the_same_file(make_study, tmp_path):
+    study = make_study()
+    rows, model = load_split(study.data_dir, "test"), tiny.model()
+    settings = {"max_new_tokens": 5, "batch": 2, "log": lambda line: None}
+    whole = Predictions(tmp_path / "whole.jsonl", "h")
+    answer_rows(model, tiny.tokenizer(), rows, whole, **settings)
+
+    def kill(line):
+        raise Killed
+
+    cut = tmp_path / "cut.jsonl"
+    with pytest.raises(Killed):
+        answer_rows(model, tiny.tokenizer(), rows, Predictions(cut, "h"), **{**settings, "log": kill})
+    with open(cut, "a") as half_a_line:
+        half_a_line.write('{"id": "x", "answ')
+    again = Predictions(cut, "h")
+    assert len(again.rows) == 2
+    answer_rows(model, tiny.tokenizer(), rows, again, **settings)
+    assert cut.read_bytes() == whole.path.read_bytes()
+    assert len(again.rows) == len(rows) == 6
+
+
+def test_answers_of_another_split_are_not_taken_over(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"id": "a", "split_hash": "old"}) + "\n")
+    assert not Predictions(path, "new").rows
+
+
+def test_evaluation_writes_loss_and_answers_once(make_study):
+    study = make_study()
+    TrainingRun(study, "qlora", log=lambda line: None).train()
+    for method in ("base", "qlora"):
+        record = evaluate(study, method, log=lambda line: None)
+        lines = study.predictions_path(method, 0).read_text().splitlines()
+        assert len(lines) == record["evaluation"]["n_test"] == 6
+        assert list(json.loads(lines[0])) == [
+            "id",
+            "source",
+            "prompt_sha256",
+            "answer",
+            "n_tokens",
+            "finish_reason",
+            "split_hash",
+        ]
+        assert record["eval_loss"] == record["evaluation"]["eval_loss"] > 0
+    before = study.record_path("qlora", 0).read_bytes()
+    said = []
+    evaluate(study, "qlora", log=said.append)
+    assert said == ["qlora: evaluated before, nothing to do"]
+    assert study.record_path("qlora", 0).read_bytes() == before
+    assert trained_methods(study) == ["qlora"]
+
+
+def test_evaluating_what_was_not_trained_is_refused(make_study):
+    with pytest.raises(StudyError, match="no record of galore.*train it first"):
+        evaluate(make_study(), "galore", log=lambda line: None)

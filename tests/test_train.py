@@ -1,0 +1,261 @@
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftlib import methods, models
+from peftlib import record as records
+from peftlib.checkpoint import CheckpointDir
+from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError, StudyError
+from peftlib.evaluate import evaluate
+from peftlib.study import Study
+from peftlib.train import Rows, TrainingRun, mean_loss
+
+METHODS = tuple(methods.METHODS)
+
+
+def trained(study, method, **changes):
+    run = TrainingRun(study, method, log=lambda line: None)
+    return run, run.train(**changes)
+
+
+def kept_weights(study, method):
+    found = {}
+    for path in sorted(study.weights_dir(method, study.cfg.seed).glob("*.safetensors")):
+        found |= {f"{path.name}:{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys() and a
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_weights_stay_and_the_loss_falls_on_repeated_rows(make_study, method):
+    study = make_study(epochs=8, schedule="constant", lora_learning_rate=3e-3, galore_learning_rate=1e-2)
+    run = TrainingRun(study, method, log=lambda line: None)
+    frozen = {name: p.detach().clone() for name, p in run.model.named_parameters() if not p.requires_grad}
+    record = run.train()
+    for name, p in run.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(p, frozen[name]), name
+    losses = [entry["loss"] for entry in record["history"]]
+    assert record["status"] == "ok" and len(losses) == record["steps"] == 48
+    assert sum(losses[-6:]) < 0.97 * sum(losses[:6])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_trains_is_what_the_contract_says(make_study, method):
+    run = TrainingRun(make_study(), method, log=lambda line: None)
+    trains = {name for name in models.trainable(run.model)}
+    for name, _ in run.model.named_parameters():
+        is_attention = any(f".{leaf}." in name for leaf in models.ATTENTION)
+        wanted = {
+            "qlora": "lora_" in name,
+            "galore": "embed" not in name and "lm_head" not in name,
+            "hybrid": "lora_" in name or is_attention,
+        }[method]
+        assert (name in trains) == wanted, name
+    assert all(p.dtype == torch.float32 for p in models.trainable(run.model).values())
+    four_bit = {row["layer"].split(".")[0] for row in models.layer_table(run.model) if row["dtype"] == "nf4"}
+    assert four_bit == set(run.method.FOUR_BIT)
+    assert not any("lm_head" in row["layer"] and row["dtype"] == "nf4" for row in models.layer_table(run.model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_resumed_run_is_bit_equal_to_one_never_stopped(make_study, monkeypatch, method, stop_at):
+    fields = {"lora_dropout": 0.1, "epochs": 2, "valid_every": 2, "save_every": 3}
+    whole = make_study(study="whole", **fields)
+    _, straight = trained(whole, method)
+    cut = make_study(study="cut", **fields)
+    first = TrainingRun(cut, method, log=lambda line: None)
+    step = first._step
+
+    def stop_there():
+        step()
+        if first.progress.step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(first, "_step", stop_there)
+    assert first.train()["status"] == "stopped"
+    torch.manual_seed(99)  # what a new session happens to have drawn must not matter
+    _, resumed = trained(make_study(study="cut", **fields), method)
+    assert resumed["steps"] == straight["steps"] == 12
+    assert [e["loss"] for e in resumed["history"]] == [e["loss"] for e in straight["history"]]
+    assert resumed["valid_history"] == straight["valid_history"]
+    assert_equal_weights(kept_weights(whole, method), kept_weights(cut, method))
+    assert not cut.checkpoint_dir(method, 0).exists()
+
+
+def test_micro_batches_change_nothing_but_rounding(make_study):
+    a, b = (
+        make_study(study="a", sequences_per_step=4, micro_batch=4),
+        make_study(study="b", sequences_per_step=4, micro_batch=1),
+    )
+    one, many = trained(a, "galore")[1], trained(b, "galore")[1]
+    for x, y in zip(one["history"], many["history"], strict=True):
+        assert abs(x["loss"] - y["loss"]) < 1e-4
+
+
+def test_two_seeds_differ_and_one_seed_repeats(make_study):
+    studies = [make_study(study=name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    a, b, c = (trained(study, "qlora") and kept_weights(study, "qlora") for study in studies)
+    assert_equal_weights(a, b)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_finished_run_is_not_repeated(make_study):
+    study = make_study()
+    _, first = trained(study, "qlora")
+    before = study.record_path("qlora", 0).read_bytes()
+    lines = []
+    again = TrainingRun(study, "qlora", log=lines.append).train()
+    assert "nothing to do" in lines[-1] and again["run_hash"] == first["run_hash"]
+    assert study.record_path("qlora", 0).read_bytes() == before
+
+
+def test_a_time_limit_saves_and_stops_and_the_next_call_goes_on(make_study):
+    study = make_study(max_seconds=1e-6)
+    _, record = trained(study, "galore")
+    assert (record["status"], record["steps"]) == ("stopped", 1)
+    with pytest.raises(StudyError, match="stopped at step 1 of 6.*goes on from the last checkpoint"):
+        records.require_ok(record)
+    with pytest.raises(StudyError, match="stopped at step 1 of 6"):
+        evaluate(study, "galore", log=lambda line: None)
+    lines = []
+    assert TrainingRun(make_study(), "galore", log=lines.append).train()["steps"] == 6
+    assert "goes on at step 1 of 6" in lines[0]
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_field(make_study, tmp_path):
+    study = make_study(max_seconds=1e-6)
+    trained(study, "qlora")
+    study.config_path.unlink()  # else the study itself refuses first
+    other = make_study(lora_alpha=8)
+    with pytest.raises(CheckpointError, match=r"lora_alpha: 32 -> 8"):
+        TrainingRun(other, "qlora", log=lambda line: None).train()
+    assert any(study.checkpoint_dir("qlora", 0).iterdir())
+
+
+def test_a_study_of_another_config_is_refused_with_its_fields(make_study):
+    study = make_study()
+    before = study.config_path.read_bytes()
+    with pytest.raises(StudyError, match=r"max_new_tokens: 6 -> 7.*choose another study name"):
+        Study.open(study.cfg.replace(max_new_tokens=7))
+    assert study.config_path.read_bytes() == before
+    Study.open(study.cfg.replace(seed=3, micro_batch=1))  # seeds and run-time fields are free
+
+
+def test_training_before_data_is_refused(make_study):
+    study = make_study()
+    shutil.rmtree(study.data_dir)
+    with pytest.raises(StudyError, match="run 01_data first"):
+        TrainingRun(study, "qlora", log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "method, fields, message",
+    [
+        ("nosuch", {}, "'nosuch' is unknown: use qlora, galore, hybrid"),
+        ("qlora", {"lora_rank": 65}, r"lora_rank=65 is larger than a layer: use 1\.\.32"),
+        ("galore", {"galore_rank": 65}, r"galore_rank=65, weight \(32, 64\): use 1\.\.32"),
+    ],
+)
+def test_a_method_or_rank_that_cannot_be_is_refused(make_study, method, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingRun(make_study(**fields), method, log=lambda line: None).train()
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, monkeypatch):
+    study = make_study(save_every=2)
+    run = TrainingRun(study, "qlora", log=lambda line: None)
+    accumulate = run._accumulate
+    monkeypatch.setattr(run, "_accumulate", lambda n: accumulate(n) * (float("nan") if run.progress.step == 3 else 1))
+    with pytest.raises(NonFiniteLossError, match="loss of step 4 is nan.*learning rate.*checkpoint is kept"):
+        run.train()
+    record = records.load(study, "qlora", 0)
+    assert record["status"] == "failed" and "NonFiniteLossError" in record["error"]
+    assert CheckpointDir(study.checkpoint_dir("qlora", 0), keep=1).newest()[0].state["progress"]["step"] == 2
+
+
+def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, monkeypatch):
+    plain = make_study(study="plain", sequences_per_step=4, micro_batch=2)
+    short = make_study(study="short", sequences_per_step=4, micro_batch=4)
+    trained(plain, "galore")
+    lines = []
+    run = TrainingRun(short, "galore", log=lines.append)
+    backward = run.accelerator.backward
+
+    def full_card(loss):
+        backward(loss)
+        if run._micro_batch == 4:
+            raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(run.accelerator, "backward", full_card)
+    run.train()
+    assert any("going on with micro_batch=2" in line for line in lines)
+    assert_equal_weights(kept_weights(plain, "galore"), kept_weights(short, "galore"))
+
+
+def test_a_full_disk_is_refused_before_the_first_step(make_study, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="GiB free, keep_checkpoints=1 needs .* GiB: free some space"):
+        TrainingRun(make_study(), "galore", log=lambda line: None).train()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_is_active_and_learns(make_study, precision):
+    study = make_study(precision=precision, epochs=2)
+    run = TrainingRun(study, "hybrid", log=lambda line: None)
+    seen = []
+    layer = next(m for n, m in run.model.named_modules() if n.endswith("self_attn.q_proj"))
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    record = run.train()
+    assert seen[0] == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert run.scaler.is_enabled() == (precision == "fp16")
+    assert record["precision"] == precision and record["history"][-1]["loss"] < record["history"][0]["loss"]
+
+
+def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch):
+    run = TrainingRun(make_study(precision="fp16"), "hybrid", log=lambda line: None)
+    accumulate = run._accumulate
+
+    def overflow(numbers):
+        loss = accumulate(numbers)
+        if run.progress.step == 2:
+            low = next(iter(run.optimizer._low.values()), None)
+            (low if low is not None else next(iter(run.optimizer._full.values()))).view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(run, "_accumulate", overflow)
+    record = run.train()
+    assert record["skipped_steps"] == 1 and record["status"] == "ok"
+    assert [entry["grad_norm"] is None for entry in record["history"]].count(True) == 1
+
+
+def test_mean_loss_does_not_depend_on_the_batch_and_leaves_the_mode(make_study):
+    study = make_study()
+    run = TrainingRun(study, "hybrid", log=lambda line: None)
+    from peftlib.data import load_split
+
+    rows = Rows(load_split(study.data_dir, "valid"))
+    run.model.train()
+    one, three = (mean_loss(run.model, rows, batch=b, device="cpu", precision="fp32") for b in (1, 3))
+    assert abs(one - three) < 1e-5 and run.model.training
+
+
+def test_the_record_is_json_with_every_promised_field(make_study):
+    study = make_study()
+    trained(study, "galore")
+    record = json.loads(study.record_path("galore", 0).read_text())
+    for name in ("trainable_params", "steps", "train_tokens", "train_loss", "peak_memory_bytes", "tokens_per_second"):
+        assert record[name] is not None and record[name] > 0, name
+    assert record["eval_loss"] is None and record["evaluation"] is None and record["peak_reserved_bytes"] is None
+    assert record["learning_rate"] == 1e-3 and record["learning_rate_2"] == 2.5e-4
