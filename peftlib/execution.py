@@ -64,11 +64,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended."""
+    """How one notebook ended: 0 if the run may go on, else its exit code and why."""
 
-    status: str  # finished, stopped or failed
-    message: str  # empty when finished
-    code: int  # exit code of the run
+    code: int
+    message: str = ""
 
 
 class Execution:
@@ -87,6 +86,7 @@ class Execution:
         self.cell = 0  # number of the running cell, from 1
         self.cell_started = self.last_line_at = time.monotonic()
         self.last_text = ""
+        self.child = None
         self.signal = None
         self.kill_at = None
 
@@ -96,7 +96,8 @@ class Execution:
         self.stage.running.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             _write_kernel_spec(folder)
-            code = self._follow(self._start(folder))
+            self.child = self._start(folder)
+            code = self._follow()
         return self._judge(code)
 
     def _start(self, kernel_folder):
@@ -114,23 +115,23 @@ class Execution:
         threading.Thread(target=_read_lines, args=(child, self.events), daemon=True).start()
         return child
 
-    def _follow(self, child):
+    def _follow(self):
         """Relay until the child is done; its exit code."""
         while True:
             try:
                 event = self.events.get(timeout=0.2)
             except queue.Empty:
                 event = ""
-            if event is child:
-                child.stdout.close()
-                return child.wait()
+            if event is self.child:
+                self.child.stdout.close()
+                return self.child.wait()
             if isinstance(event, signal.Signals):
-                self._on_signal(child, event)
+                self._on_signal(event)
             elif event:
                 self._on_line(event.rstrip("\n"))
             now = time.monotonic()
             if self.kill_at is not None and now > self.kill_at:
-                self._kill(child)
+                self._kill()
             if now - self.last_line_at >= self.heartbeat_s:
                 self._relay(f"... {_duration(now - self.cell_started)} in this cell")
 
@@ -138,8 +139,8 @@ class Execution:
         if line.startswith(CELL_EVENT):
             self.cell = int(line[len(CELL_EVENT) :])
             self.cell_started = time.monotonic()
-            if self.kill_at is not None:  # the interrupt fell between two cells: nothing is being saved now
-                self.kill_at = time.monotonic()
+            if self.kill_at is not None:  # the interrupted cell has saved and come to its end: no need for the rest
+                _signal_kernel(self.child, signal.SIGKILL)
             if self.cells[self.cell - 1]["cell_type"] == "code" and not executed.tags_of(self.cells[self.cell - 1]):
                 self._relay(f"> {self._code_line(self.cell)}")
             return
@@ -156,20 +157,20 @@ class Execution:
         shown = text if len(text) <= LINE_LIMIT else f"{text[:LINE_LIMIT]} ..."
         print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}", flush=True)
 
-    def _on_signal(self, child, number):
-        if self.signal is not None or not _interrupt_kernel(child):
-            self._kill(child)
+    def _on_signal(self, number):
+        if self.signal is not None or not _signal_kernel(self.child, signal.SIGINT):
+            self._kill()
         else:
             self.kill_at = time.monotonic() + self.save_s
             self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
         self.signal = number
 
-    def _kill(self, child):
+    def _kill(self):
         import psutil
 
         self.kill_at = None
         with contextlib.suppress(psutil.NoSuchProcess):
-            end_tree(psutil.Process(child.pid))
+            end_tree(psutil.Process(self.child.pid))
 
     def _judge(self, code):
         """Exit code and last line decide, never the status of a cell."""
@@ -180,16 +181,18 @@ class Execution:
             kept_bytes = self.stage.keep(copy, FINISHED).stat().st_size
             if kept_bytes > executed.SIZE_LIMIT_BYTES:
                 print(f"{name}: its executed copy has {kept_bytes // 1000} kB, which is a lot to open")
-            return Outcome(FINISHED, "", 0)
+            if self.signal is not None:
+                return Outcome(128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on")
+            return Outcome(0)
         if code == 0 and state == self.stage.state:
             kept = readable_path(self.stage.keep(copy, STOPPED))
             message = f"{name} stopped at its time limit, the same command goes on from there; so far: {kept}"
-            return Outcome(STOPPED, message, EXIT_STOPPED)
+            return Outcome(EXIT_STOPPED, message)
         kept = f"executed copy: {readable_path(self.stage.keep(copy, FAILED))}" if copy else "it left no executed copy"
         if self.signal is not None:
             message = f"{name} was interrupted by {self.signal.name}, the same command goes on from there; {kept}"
-            return Outcome(FAILED, message, 128 + self.signal)
-        return Outcome(FAILED, f"FAILED: {name}, {self._reason(code, copy, state)}\n{kept}", EXIT_FAILED)
+            return Outcome(128 + self.signal, message)
+        return Outcome(EXIT_FAILED, f"FAILED: {name}, {self._reason(code, copy, state)}\n{kept}")
 
     def _tidied_copy(self):
         """What papermill left, or None if it left nothing that can be read."""
@@ -249,14 +252,17 @@ def _read_lines(child, events):
     events.put(child)
 
 
-def _interrupt_kernel(child):
-    """Interrupt the kernel below papermill, which raises KeyboardInterrupt in its cell; False if there is none yet."""
+def _signal_kernel(child, number):
+    """Send a signal to the kernel below papermill; False if there is none yet.
+
+    SIGINT raises KeyboardInterrupt in its cell; after SIGKILL papermill still writes the executed copy.
+    """
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(child.pid).children(recursive=True):
             if "ipykernel_launcher" in process.cmdline():
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 return True
     return False
 

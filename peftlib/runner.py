@@ -49,7 +49,7 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
             started = time.monotonic()
             outcome = Execution(stage, events, heartbeat_s, save_s).outcome()
             minutes.append((stage.name, (time.monotonic() - started) / 60))
-            if outcome.status != FINISHED:
+            if outcome.code:
                 print(outcome.message, flush=True)
                 code = outcome.code
                 break

@@ -193,9 +193,10 @@ try:
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.5)
-    (study.folder / "saved").write_text("")
-    raise"""
-    fake_notebooks.write_good(notebooks, "01_first", work)
+    (study.folder / "saved").write_text("")"""
+    later = '(study.folder / "later").write_text("")'
+    is_raised = number == signal.SIGINT  # training code may also return as if nothing had been
+    fake_notebooks.write_good(notebooks, "01_first", work + "\n    raise" * is_raised, "time.sleep(20)", later)
     log = studies.parent / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(command(notebooks, "--study", "s"), stdout=out, stderr=subprocess.STDOUT)
@@ -205,7 +206,8 @@ except KeyboardInterrupt:
     assert process.wait(timeout=30) == 128 + number, log.read_text()
     assert f"01_first was interrupted by {number.name}, the same command goes on" in log.read_text()
     assert "Traceback" not in log.read_text()
-    assert (studies / "s" / "saved").exists()
+    assert (studies / "s" / "saved").exists() and not (studies / "s" / "later").exists()
+    assert executed.load(studies / "s" / "notebooks" / "01_first.failed.ipynb")
     wait_for(lambda: not kernel.is_running())
 
 
