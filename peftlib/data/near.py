@@ -15,8 +15,11 @@ import numpy as np
 
 THRESHOLD = 0.8
 GRAM_WORDS = 5
-_WORD = re.compile(r"\w+")
+# A word is a run of letters and digits to some, what white space parts to others; what is near by either is near.
+READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
+_SHARE = THRESHOLD / (1 + THRESHOLD)  # of the two sizes' sum must be shared to reach it
 _WORDS_REMEMBERED = 500_000
+_ROUNDING = 1e-9  # a product like 0.8 * 35 must not be rounded up past the whole number it stands for
 # Odd multipliers that make a gram's hash depend on the order of its words.
 _MIX = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F],
@@ -35,30 +38,32 @@ def prompt_sha256(texts):
 
 
 class Grams:
-    """Texts as sorted arrays of 64-bit hashes of their distinct word 5-grams."""
+    """Texts as sorted arrays of 64-bit hashes of their distinct word 5-grams, one array a reading of 'word'."""
 
     def __init__(self):
-        self._word_hashes = {}
+        self._word_hashes = _WordHashes()
 
     def __call__(self, texts):
-        """(n,) uint64, ascending, n >= 1: texts of fewer than five words are one gram as a whole."""
+        """[(n,) uint64 ascending, n >= 1, for each of READINGS]; texts of fewer than five words are one gram."""
         text = normalised(texts)
-        words = _WORD.findall(text)
+        return [self._grams(text, reading.findall(text)) for reading in READINGS]
+
+    def _grams(self, text, words):
         if len(words) < GRAM_WORDS:
             return np.array([_hash(" ".join(words) or text)], dtype=np.uint64)
-        hashes = self._hashes(words)
+        if len(self._word_hashes) > _WORDS_REMEMBERED:  # else a source's rare words would fill the memory
+            self._word_hashes.clear()
+        hashes = np.fromiter(map(self._word_hashes.__getitem__, words), dtype=np.uint64, count=len(words))
         n = len(words) - GRAM_WORDS + 1
         mixed = sum(hashes[i : i + n] * _MIX[i] for i in range(GRAM_WORDS))  # modulo 2**64
         mixed ^= mixed >> np.uint64(32)
         return np.unique(mixed * _MIX[0])
 
-    def _hashes(self, words):
-        known = self._word_hashes
-        if len(known) > _WORDS_REMEMBERED:  # else a source's rare words would fill the memory
-            known.clear()
-        for word in set(words) - known.keys():
-            known[word] = _hash(word)
-        return np.fromiter(map(known.__getitem__, words), dtype=np.uint64, count=len(words))
+
+class _WordHashes(dict):
+    def __missing__(self, word):
+        self[word] = value = _hash(word)
+        return value
 
 
 def _hash(text):
@@ -72,16 +77,34 @@ def jaccard(a, b):
 
 
 class NearIndex:
-    """Gram sets in the order added, and the search for those near a new one."""
+    """The gram sets added so far, numbered from 0, and the search for those near a new one."""
 
     def __init__(self):
-        self.sets = []
+        self._readings = [_SetIndex() for _ in READINGS]
+
+    def add(self, grams):
+        """Add what a Grams call gave."""
+        for index, one in zip(self._readings, grams, strict=True):
+            index.add(one)
+
+    def near(self, grams):
+        """Numbers of all whose Jaccard similarity is THRESHOLD or more by any reading, ascending."""
+        return sorted({n for index, one in zip(self._readings, grams, strict=True) for n in index.near(one)})
+
+
+class _SetIndex:
+    """One reading's sets. _prefix_ends: last gram of each prefix. _lefts: grams behind it."""
+
+    def __init__(self):
+        self.sets, self._prefix_ends, self._lefts = [], [], []
         self._holders = {}  # gram -> number of the set whose prefix holds it, or a list of them
 
     def add(self, grams):
-        number = len(self.sets)
+        number, prefix = len(self.sets), _prefix(grams)
         self.sets.append(grams)
-        for gram in _prefix(grams).tolist():
+        self._prefix_ends.append(int(prefix[-1]))
+        self._lefts.append(grams.size - prefix.size)
+        for gram in prefix.tolist():
             holders = self._holders.get(gram)
             if holders is None:
                 self._holders[gram] = number
@@ -91,18 +114,19 @@ class NearIndex:
                 self._holders[gram] = [holders, number]
 
     def near(self, grams):
-        """Numbers of all sets of Jaccard similarity >= THRESHOLD to `grams`, ascending."""
-        shared = Counter()
-        for gram in _prefix(grams).tolist():
+        shared, prefix = Counter(), _prefix(grams).tolist()
+        for gram in prefix:
             holders = self._holders.get(gram)
             if holders is not None:
                 shared.update(holders if isinstance(holders, list) else (holders,))
-        return [n for n in sorted(shared) if self._may_be_near(grams, n) and jaccard(grams, self.sets[n]) >= THRESHOLD]
-
-    def _may_be_near(self, grams, number):
-        size, other = grams.size, self.sets[number].size
-        return min(size, other) >= THRESHOLD * max(size, other)
+        end, left = prefix[-1], grams.size - len(prefix)
+        for number, n in shared.items():
+            # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.
+            most = n + (left if end <= self._prefix_ends[number] else self._lefts[number])
+            least = _SHARE * (grams.size + self.sets[number].size) - _ROUNDING
+            if most >= least and jaccard(grams, self.sets[number]) >= THRESHOLD:
+                yield number
 
 
 def _prefix(grams):
-    return grams[: grams.size - math.ceil(THRESHOLD * grams.size - 1e-9) + 1]
+    return grams[: grams.size - math.ceil(THRESHOLD * grams.size - _ROUNDING) + 1]

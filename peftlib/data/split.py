@@ -19,7 +19,7 @@ SPLITS = ("test", "valid", "train")  # in order of precedence
 
 @dataclass
 class Row:
-    """One chosen conversation, cut to length. near: gram set, for the search alone."""
+    """One chosen conversation, cut to length. grams: near.Grams of texts."""
 
     source: str
     texts: list
@@ -27,7 +27,7 @@ class Row:
     origin: str
     ids: np.ndarray
     is_scored: np.ndarray
-    grams: np.ndarray
+    grams: list
 
     @property
     def content_sha256(self):
