@@ -55,14 +55,14 @@ def to_html(blocks, title):
 
 
 _MARKUP = re.compile(r"([\\`*\[\]~$])")
-_EDGE_UNDERSCORE = re.compile(r"(?<!\w)_|_(?!\w)")
+_EDGE_UNDERSCORES = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")  # inside a word they are no markup
 
 
 def markdown_text(text):
     """Text that Markdown shows as it is, in a paragraph or a table cell; line breaks and indents kept."""
     text = _without_controls(text)
     text = _MARKUP.sub(r"\\\1", text)
-    text = _EDGE_UNDERSCORE.sub(r"\\_", text)
+    text = _EDGE_UNDERSCORES.sub(lambda found: r"\_" * len(found[0]), text)
     text = html.escape(text, quote=False).replace("|", "&#124;")
     text = re.sub(r"(?m)^ +", lambda found: "&nbsp;" * len(found[0]), text)
     return text.replace("\n", "<br>")

@@ -30,6 +30,7 @@ MARKERS = {"base": "X", "qlora": "o", "galore": "s", "hybrid": "D", "lora": "^",
 _OTHER_COLOR, _OTHER_MARKER = "#000000", "*"
 _DPI = 130
 _FORMATS = ("png", "svg")
+_MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
 _TEXT, _GRID = "#222222", "#d9d9d9"
 _METRIC_NAMES = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 
@@ -66,41 +67,41 @@ def color_of(method):
 
 
 def loss_curves(records):
-    """Training loss over optimizer steps, one line a run: faint as logged, bold smoothed; validation as points."""
+    """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation points."""
     chart = Chart()
     axes = _axes(chart, "optimizer step", "loss (nats per assistant token)")
-    shown, parts = set(), []
-    for record in sorted(records, key=_order):
-        history = [e for e in record["history"] if _is_number(e.get("loss"))]
-        valid = [e for e in record["valid_history"] if _is_number(e.get("valid_loss"))]
-        if not history and not valid:
-            continue
-        method = record["method"]
-        label, color = (None if method in shown else method), color_of(method)
-        shown.add(method)
-        if history:
-            steps, losses = [e["step"] for e in history], [e["loss"] for e in history]
-            axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(losses), color=color, linewidth=1.8, label=label)
-            parts.append(f"{_run_name(record)} from {losses[0]:.2f} to {losses[-1]:.2f} in {steps[-1]} steps")
-        if valid:
-            steps, losses = [e["step"] for e in valid], [e["valid_loss"] for e in valid]
-            axes.plot(
-                steps,
-                losses,
-                linestyle="none",
-                marker=MARKERS.get(method, _OTHER_MARKER),
-                color=color,
-                markeredgecolor="white",
-                label=None if history else label,
-            )
-            parts.append(f"{_run_name(record)} ends at {losses[-1]:.2f} on validation rows")
-    if not parts:
+    curves = [curve for curve in map(_curve, sorted(records, key=_order)) if any(curve[1:])]
+    if not curves:
         return _empty(chart, axes, "no training steps recorded")
+    named, said = set(), []
+    for record, history, valid in curves:
+        method, color = record["method"], color_of(record["method"])
+        label = None if method in named else method  # one entry a method, not one a seed
+        named.add(method)
+        if history:
+            steps, losses = zip(*history)
+            if len(curves) <= _MOST_RAW_CURVES:
+                axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(losses), color=color, linewidth=1.7, label=label)
+            said.append(f"{_run_name(record)} {losses[0]:.2f} to {losses[-1]:.2f}")
+        if valid:
+            marker = MARKERS.get(method, _OTHER_MARKER)
+            points = {"marker": marker, "color": color, "markeredgecolor": "white", "linestyle": "none"}
+            axes.plot(*zip(*valid), **points, label=None if history else label)
+            said.append(f"{_run_name(record)} {valid[-1][1]:.2f} on validation rows")
     axes.set_title("Training loss (line: smoothed; points: validation)", **_TITLE)
     _legend(axes)
-    chart.alt = f"Loss over training steps. {'; '.join(parts)}."
+    chart.alt = f"Loss from the first to the last training step. {'; '.join(said)}."
     return chart
+
+
+def _curve(record):
+    """(record, [(step, training loss), ...], [(step, validation loss), ...]) without what is unknown."""
+    history, valid = (
+        [(entry["step"], entry[key]) for entry in record[part] if _is_number(entry.get(key))]
+        for part, key in (("history", "loss"), ("valid_history", "valid_loss"))
+    )
+    return record, history, valid
 
 
 def smoothed(values, share=0.1):
@@ -122,7 +123,8 @@ def score_bars(intervals):
         _dress(axes, "", f"{name} (0-1)")
         for at, method in enumerate(methods):
             _bar(axes, at, 0.72, intervals[method][metric], method)
-        axes.set_xticks(range(len(methods)), methods, rotation=35 if len(methods) > 4 else 0)
+        slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(methods) > 4 else {}
+        axes.set_xticks(range(len(methods)), methods, **slant)
         _room_above(axes, [interval[metric].high for interval in intervals.values()])
         axes.set_title(f"{name}, 95 % intervals", **_TITLE)
     chart.alt = "Scores on the test rows. " + _said(methods, intervals)

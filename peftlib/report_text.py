@@ -58,6 +58,9 @@ def blocks_of(study, report, pairs, boot):
         blocks += [Heading("Differences between methods"), Paragraph(_pairs_note(pairs)), _pair_table(pairs)]
         blocks += [Heading("By source"), _source_table(report.per_source), Paragraph(_source_note(report.per_source))]
         blocks += [Heading("All scores"), _score_table(report.scores), *map(Paragraph, _score_notes(found))]
+    spread = _spread_table(found)
+    if spread.rows:
+        blocks += [Heading("Over seeds"), spread]
     blocks += [Heading("Runs"), _run_table(found)]
     if report.samples:
         blocks += [Heading("Answers side by side"), Paragraph(_SAMPLES_NOTE)]
@@ -201,6 +204,20 @@ def _score_notes(found):
         f"The study this one grew from printed per-sample BLEU-4 and ROUGE-L on 5 samples: {listed}. Its smoothing, its "
         "tokenizer and its rows are not known here, so they show the size of such figures and no more."
     )
+
+
+def _spread_table(found):
+    """Mean and standard deviation over the seeds of methods that have several."""
+    rows = []
+    for method, runs in found.scored.items():
+        if len(runs) > 1:
+            scores = [run.rows.scores() for run in runs]
+            parts = [stats.over_seeds([score[name] for score in scores]) for name in stats.METRICS]
+            parts.append(stats.over_seeds([run.eval_loss for run in runs]))
+            cells = (UNKNOWN if part is None else f"{part[0]:.4f} ({_number(part[1], '.4f')})" for part in parts)
+            rows.append((method, str(len(runs)), *cells))
+    header = ("method", "seeds", *(f"{name}, mean (sd)" for name in stats.METRICS.values()), "test loss, mean (sd)")
+    return Table(header, tuple(rows))
 
 
 def _run_table(found):

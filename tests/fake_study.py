@@ -128,7 +128,7 @@ def write_record(study, record):
     return path
 
 
-def write_predictions(study, method, seed, rows, answers):
+def write_predictions(study, method, seed, rows, answers, *, split_hash=SPLIT):
     """The answers at their place, in another order than the test rows; returns the path."""
     path = study.predictions_path(method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def write_predictions(study, method, seed, rows, answers):
             "answer": answer,
             "n_tokens": len(answer.split()),
             "finish_reason": "length" if method == "base" else "stop",
-            "split_hash": SPLIT,
+            "split_hash": split_hash,
         }
         for row, answer in zip(rows, answers, strict=True)
     ]
