@@ -2,17 +2,14 @@
 
 import math
 
-from peftlib import rouge, stats
+from peftlib import report_notes, stats
 from peftlib.comparison import mean_of
 from peftlib.document import Bullets, Heading, Paragraph, Picture, Table
-from peftlib.metrics import bleu_signature
+from peftlib.report_notes import UNKNOWN
 from peftlib.results import gib
 from peftlib.scored import BASE, BASE_CUT
 
-UNKNOWN = "n/a"
 _ANSWER_CHARACTERS = 700
-# What the study this one grew from printed: mean over 5 samples of each sample's BLEU-4 and ROUGE-L.
-_ORIGINAL = {"base": (0.0085, 0.1355), "qlora": (0.0227, 0.1632)}
 _METHOD_HEADER = (
     "technique",
     "BLEU-4 before",
@@ -43,9 +40,9 @@ _SCORE_NAMES = {
 def blocks_of(study, report, pairs, boot):
     """The report as document blocks."""
     found = report.study
-    blocks = [Heading(f"Study {study.folder.name}", 1), *map(Paragraph, _opening(study, found))]
+    blocks = [Heading(f"Study {study.folder.name}", 1), *map(Paragraph, report_notes.opening(found))]
     blocks += [Heading("Result"), Table(*method_table(found, boot))]
-    blocks += [Paragraph(_table_note(found))]
+    blocks += [Paragraph(report_notes.table_note(found))]
     if report.notes:
         blocks += [
             Paragraph("Not matched between runs, so differences may come from this:"),
@@ -55,9 +52,18 @@ def blocks_of(study, report, pairs, boot):
         blocks += [Heading("Findings"), Bullets(tuple(report.findings))]
     blocks += [Picture(path, report.alt[name]) for name, path in report.figures.items()]
     if pairs:
-        blocks += [Heading("Differences between methods"), Paragraph(_pairs_note(pairs)), _pair_table(pairs)]
-        blocks += [Heading("By source"), _source_table(report.per_source), Paragraph(_source_note(report.per_source))]
-        blocks += [Heading("All scores"), _score_table(report.scores), *map(Paragraph, _score_notes(found))]
+        blocks += [
+            Heading("Differences between methods"),
+            Paragraph(report_notes.pairs_note(pairs)),
+            _pair_table(pairs),
+        ]
+    if boot:
+        blocks += [
+            Heading("By source"),
+            _source_table(report.per_source),
+            Paragraph(report_notes.source_note(report.per_source)),
+        ]
+        blocks += [Heading("All scores"), _score_table(report.scores), *map(Paragraph, report_notes.score_notes())]
     spread = _spread_table(found)
     if spread.rows:
         blocks += [Heading("Over seeds"), spread]
@@ -65,8 +71,8 @@ def blocks_of(study, report, pairs, boot):
     if report.samples:
         blocks += [Heading("Answers side by side"), Paragraph(_SAMPLES_NOTE)]
         blocks += [block for number, sample in enumerate(report.samples, 1) for block in _sample_blocks(number, sample)]
-    blocks += [Heading("What this does not show"), Bullets(tuple(_limits(found, boot, pairs)))]
-    blocks += [Heading("How it was measured"), Bullets(tuple(_methods(found)))]
+    blocks += [Heading("What this does not show"), Bullets(tuple(report_notes.limits(found)))]
+    blocks += [Heading("How it was measured"), Bullets(tuple(report_notes.methods(found)))]
     return blocks
 
 
@@ -123,43 +129,6 @@ def _number(value, form):
     return UNKNOWN if value is None else format(value, form)
 
 
-def _opening(study, found):
-    records = [run.record for run in found.runs]
-    models = dict.fromkeys((record["model"], record["model_provenance"]) for record in records)
-    for model, provenance in models:
-        yield f"Model: {model} ({provenance or 'where its weights come from is not recorded'})."
-    counts = {source: sum(row["source"] == source for row in found.test_rows) for source in found.sources}
-    listed = ", ".join(f"{n} {source}" for source, n in counts.items())
-    yield f"Test rows: {len(found.test_rows)} ({listed}), the same for every method; split {found.split_hash}."
-
-
-def _table_note(found):
-    parts = [
-        "Before: the untrained model. After: the trained one, scores in 0-1, mean over seeds.",
-        "Test loss: nats per assistant token. Memory and time: of training, mean over finished seeds.",
-        f"{UNKNOWN}: not known.",
-    ]
-    failed = [run for run in found.runs if run.record["status"] != "ok"]
-    for run in failed:
-        error = f": {run.record['error']}" if run.record["error"] else ""
-        done, planned = run.record["steps"], run.record["planned_steps"]
-        at = f" at step {done} of {planned}" if done is not None and planned is not None else ""
-        parts.append(f"{run.name} {run.record['status']}{at}{error}.")
-    unscored = [run.name for run in found.runs if run.record["status"] == "ok" and not run.is_scored]
-    if unscored:
-        parts.append(f"No answers yet, so no scores: {', '.join(unscored)} (04_eval makes them).")
-    return " ".join(parts)
-
-
-def _pairs_note(pairs):
-    noise = sum(pair.difference.is_noise for pair in pairs)
-    return (
-        f"Each line is score(method) - score(other) on the same rows. {noise} of {len(pairs)} differences are inside the "
-        "noise: their 95 % interval contains 0. Of methods that do not differ, about one pair in twenty looks different "
-        "by chance. p: two-sided, by swapping the methods' answers row by row."
-    )
-
-
 def _pair_table(pairs):
     rows = []
     for pair in pairs:
@@ -179,31 +148,12 @@ def _source_table(per_source):
     )
 
 
-def _source_note(per_source):
-    few = [f"{s} {n}" for s, n in per_source.groupby("source", sort=False)["n"].first().items() if n < stats.FEW_ROWS]
-    if not few:
-        return "Each source has enough rows for its intervals."
-    return f"Sources with fewer than {stats.FEW_ROWS} rows ({', '.join(few)}): their intervals are wide and rough."
-
-
 def _score_table(scores):
     rows = [
         (f"{row['method']} (seed {row['seed']})", *(f"{row[name]:.4f}" for name in _SCORE_NAMES))
         for row in scores.to_dict("records")
     ]
     return Table(("run", *_SCORE_NAMES.values()), tuple(rows))
-
-
-def _score_notes(found):
-    yield (
-        "length ratio: words of the answers over words of the references. repetition: share of an answer's 4-grams that "
-        "stood in it before. cut by limit: answers that met the token limit."
-    )
-    listed = ", ".join(f"{m} {b:.4f} and {r:.4f}" for m, (b, r) in _ORIGINAL.items())
-    yield (
-        f"The study this one grew from printed per-sample BLEU-4 and ROUGE-L on 5 samples: {listed}. Its smoothing, its "
-        "tokenizer and its rows are not known here, so they show the size of such figures and no more."
-    )
 
 
 def _spread_table(found):
@@ -280,53 +230,3 @@ def _shortened(text):
         return "(empty)"
     rest = len(text) - _ANSWER_CHARACTERS
     return text if rest <= 0 else f"{text[:_ANSWER_CHARACTERS]} ... ({rest} more characters)"
-
-
-def _limits(found, boot, pairs):
-    n_rows = len(found.test_rows)
-    yield (
-        stats.few_rows_note(n_rows) + "."
-        if n_rows < stats.FEW_ROWS
-        else (f"{n_rows} test rows: what differs by less than the intervals above cannot be told apart.")
-    )
-    seeds = {method: len(runs) for method, runs in found.scored.items() if method != BASE}
-    if seeds and min(seeds.values()) == 1:
-        single = ", ".join(method for method, n in seeds.items() if n == 1)
-        yield f"One seed ({single}): intervals hold the chance of the test rows, not that of training again."
-    if len({run.record["method"] for run in found.runs if run.is_scored}) < 2:
-        yield "Fewer than two methods are scored: nothing can be compared yet."
-    for provenance in dict.fromkeys(run.record["model_provenance"] for run in found.runs):
-        if provenance and "Q4_K_M" in provenance:
-            yield (
-                "The weights come from a 4-bit file (Q4_K_M), so what 4-bit training costs on them is not what it costs "
-                "on the original release."
-            )
-    devices = dict.fromkeys(run.record["device"] for run in found.runs if run.record["device"])
-    yield f"Memory and speed are those of {', '.join(devices) or 'an unrecorded device'}; other devices differ."
-    yield "BLEU and ROUGE compare words with one reference; a correct answer in other words scores low."
-    yield "One learning rate a method (run table) and one rank (config.json): others may order the methods otherwise."
-
-
-def _methods(found):
-    yield f"BLEU-4: corpus BLEU by sacrebleu, {bleu_signature(found.tokenizer)}, divided by 100."
-    yield f"ROUGE: {rouge.VARIANT}."
-    yield (
-        "BLEU-4 per sample: nltk's sentence_bleu with smoothing method1 on whitespace words; ROUGE-L per sample: "
-        "rouge_score with its own tokenizer (a-z and 0-9 only), no stemmer."
-    )
-    yield (
-        "Intervals: 2,000 paired bootstrap resamples of the test rows (and of the seeds where there are several), "
-        "percentiles widened for small samples; seeded, so the same inputs give the same report."
-    )
-    base = mean_of(found.scored.get(BASE, []), lambda run: run.truncated_share)
-    if base is not None:
-        yield (
-            f"Base cut: base's answers end after {found.cut_at_words} whitespace words, the median of the references. "
-            f"{base:.0%} of base's answers met the token limit, and overlong answers score low for that alone."
-        )
-    versions = {}
-    for run in found.runs:
-        for name, version in (run.record.get("versions") or {}).items():
-            versions.setdefault(name, dict.fromkeys(()))[version or UNKNOWN] = None
-    if versions:
-        yield "Versions: " + ", ".join(f"{name} {' and '.join(found_)}" for name, found_ in versions.items()) + "."
