@@ -7,6 +7,7 @@ stream passes by again for the next ones.
 
 import hashlib
 import heapq
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from peftlib.data.reading import Broken
 from peftlib.errors import DataError
 
 _EXAMPLES = 5  # rejected rows kept a reason, to look at
-_LOOK_AHEAD = 100  # rows in which one of a known schema must be met
+_LOOK_AHEAD = 100  # rows that decide a stream's schema
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Stream:
     def _pass(self, after):
         """(the `capacity` first candidates behind the key `after`, whether these are all)."""
         held, heap, is_last = {}, [], True
-        for number, row in self.source.rows(self.name):
+        for number, row in self._rows():
             converted = self._converted(number, row, is_counted=after < 0)
             if converted is None:
                 continue
@@ -89,9 +90,31 @@ class Stream:
                 held[key] = Candidate(key, self._affordable(converted.texts), converted.notes, converted.origin)
             else:
                 is_last = False
-        if after < 0:
-            self._require_schema()
         return [held[key] for key in sorted(held)], is_last
+
+    def _rows(self):
+        rows = self.source.rows(self.name)
+        if self.schema is None:
+            head = list(itertools.islice(rows, _LOOK_AHEAD))
+            self.schema = self._detected([row for _, row in head])
+            rows = itertools.chain(head, rows)
+        return rows
+
+    def _detected(self, rows):
+        """The schema of most of these rows. DataError: not one is of a known schema."""
+        found = Counter(filter(None, map(detect, rows)))
+        if found:
+            return found.most_common(1)[0][0]
+        fields = next(
+            (f"fields {', '.join(map(ascii, row))[:200]}" for row in rows if isinstance(row, dict)), "no fields"
+        )
+        reasons = "".join(
+            f", {n} {reason}" for reason, n in Counter(r.reason for r in rows if isinstance(r, Broken)).items()
+        )
+        raise DataError(
+            f"{self.source.label(self.name)}: none of its first {len(rows)} rows is of a known schema ({fields}{reasons}). "
+            f"Rows must be one of {'; '.join(SCHEMAS.values())}"
+        )
 
     def _converted(self, number, row, *, is_counted):
         """The Conversation of a row, or None; counts it in the tally."""
@@ -99,26 +122,12 @@ class Stream:
         try:
             if isinstance(row, Broken):
                 raise RowRejected(row.reason)
-            self.schema = self.schema or detect(row)
-            if self.schema is None:
-                if number >= _LOOK_AHEAD:
-                    self._require_schema(row)
-                raise RowRejected("other_schema" if isinstance(row, dict) else "not_an_object")
             return convert(row, self.schema)
         except RowRejected as rejected:
             if is_counted:
                 excerpt = row.excerpt if isinstance(row, Broken) else _excerpt(row)
                 self.tally.reject(self.source.name, rejected.reason, stream=self.name, row=number, excerpt=excerpt)
             return None
-
-    def _require_schema(self, row=None):
-        if self.schema is None:
-            fields = f"; row {_LOOK_AHEAD} has {_excerpt(list(row))}" if isinstance(row, dict) else ""
-            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(self.tally.rejected.items()))
-            raise DataError(
-                f"{self.source.label(self.name)} holds no row of a known schema ({reasons}{fields}): "
-                f"rows must be one of {'; '.join(SCHEMAS.values())}"
-            )
 
     def _key(self, texts):
         content = json.dumps(texts, ensure_ascii=True).encode()

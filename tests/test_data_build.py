@@ -1,0 +1,447 @@
+"""Sources to splits: exact counts, no leaks, one result whatever the order, the machine or the workers."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import leaks
+import pytest
+
+from peftlib import chat, data
+from peftlib.config import resolve
+from peftlib.data import build, candidates
+from peftlib.data.sources import parse_sources
+from peftlib.errors import ConfigError, DataError, StudyError
+
+WORDS = [f"w{i}" for i in range(2000)]
+
+
+def text(rng, low=5, high=40):
+    return " ".join(rng.choices(WORDS, k=rng.randrange(low, high)))
+
+
+def alpaca_rows(rng, n):
+    return [{"instruction": text(rng), "input": rng.choice(["", text(rng)]), "output": text(rng)} for _ in range(n)]
+
+
+def chat_rows(rng, n):
+    rows = []
+    for i in range(n):
+        turns = [text(rng) for _ in range(2 * rng.randrange(1, 4))]
+        messages = [{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(turns)]
+        rows.append({"dataset": "made", "id": f"made_{i}", "messages": messages})
+    return rows
+
+
+def write_jsonl(path, rows):
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+    return path
+
+
+@pytest.fixture
+def cfg_of(tiny_model):
+    def made(sources, **fields):
+        sizes = {"train_rows": 20, "valid_rows": 5, "test_rows": 10, "max_length": 2000, "workers": 1}
+        return resolve("demo", model=str(tiny_model), sources=sources, **{**sizes, **fields})
+
+    return made
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    rng = random.Random(0)
+    return {
+        "alpaca": write_jsonl(tmp_path / "a.jsonl.gz", alpaca_rows(rng, 80)),
+        "tulu": write_jsonl(tmp_path / "t.jsonl", chat_rows(rng, 80)),
+    }
+
+
+def sources_text(files):
+    return "; ".join(f"{name}={path}" for name, path in files.items())
+
+
+def quiet(*args):
+    pass
+
+
+def splits_of(folder):
+    return {split: data.load_split(folder, split) for split in ("test", "valid", "train")}
+
+
+def messages_of(folder):
+    return {split: rows.column("messages") for split, rows in splits_of(folder).items()}
+
+
+def identity(row):
+    return row["source"], row["id"]
+
+
+def assert_accounts(manifest):
+    for name in manifest["sources"]:
+        kept = sum(manifest["counts"][split][name] for split in manifest["counts"])
+        rejected = sum(manifest["rejected"][name].values())
+        assert manifest["read"][name] == kept + rejected + manifest["unused"][name]
+        assert manifest["unused"][name] >= 0
+
+
+def test_counts_are_exact_and_columns_hold_what_they_say(two_files, cfg_of, tmp_path, tiny_model):
+    manifest = data.build_data(cfg_of(sources_text(two_files)), tmp_path / "data", quiet)
+    assert manifest["counts"] == {
+        split: {"alpaca": n, "tulu": n} for split, n in {"test": 10, "train": 20, "valid": 5}.items()
+    }
+    assert_accounts(manifest)
+    tokenizer = data.open_tokenizer(str(tiny_model))
+    for split, rows in splits_of(tmp_path / "data").items():
+        assert Counter(row["source"] for row in rows) == manifest["counts"][split]
+        assert len({row["id"] for row in rows}) == len(rows)
+        for row in rows:
+            encoded = chat.encode(tokenizer, row["messages"])
+            assert row["input_ids"] == encoded.input_ids and row["n_tokens"] == len(encoded.input_ids) <= 2000
+            assert row["input_ids"].count(chat.BOS) == 1
+            expected = encoded.is_scored
+            if split == "test":
+                before = encoded.turn_ends[-2]
+                expected = [scored and at >= before for at, scored in enumerate(expected)]
+                history = chat.encode_prompt(tokenizer, row["messages"][:-1])
+                assert row["input_ids"][: len(history)] == history  # what is scored is the answer to this very prompt
+                assert not any(row["is_scored"][: len(history)])
+            assert row["is_scored"] == expected and any(expected)
+
+
+def test_order_on_disk_and_other_sources_change_nothing(two_files, cfg_of, tmp_path):
+    first = data.build_data(cfg_of(sources_text(two_files)), tmp_path / "one", quiet)
+    for path in list(two_files.values()):
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        rows = [json.loads(line) for line in raw.decode().splitlines()]
+        random.Random(9).shuffle(rows)
+        write_jsonl(path, rows)
+    third = write_jsonl(tmp_path / "other.jsonl", chat_rows(random.Random(5), 60))
+    shuffled = data.build_data(cfg_of(sources_text(dict(reversed(two_files.items())))), tmp_path / "two", quiet)
+    assert shuffled["split_hash"] == first["split_hash"]
+    more = data.build_data(cfg_of(sources_text({"zoo": third, **two_files})), tmp_path / "three", quiet)
+    assert list(more["sources"]) == ["alpaca", "tulu", "zoo"]
+    for split, rows in splits_of(tmp_path / "three").items():
+        old = [identity(row) for row in data.load_split(tmp_path / "one", split)]
+        assert [identity(row) for row in rows if row["source"] != "zoo"] == old
+
+
+def test_another_seed_draws_other_rows(two_files, cfg_of, tmp_path):
+    made = [
+        data.build_data(cfg_of(sources_text(two_files), split_seed=seed), tmp_path / str(seed), quiet)
+        for seed in (0, 1)
+    ]
+    assert made[0]["split_hash"] != made[1]["split_hash"]
+    rows = [{row["id"] for row in data.load_split(tmp_path / str(seed), "train")} for seed in (0, 1)]
+    assert rows[0] != rows[1]
+
+
+def test_more_training_rows_leave_the_test_rows_as_they_are(two_files, cfg_of, tmp_path):
+    for n in (5, 30):
+        data.build_data(cfg_of(sources_text(two_files), train_rows=n), tmp_path / str(n), quiet)
+    few, many = ([row["id"] for row in data.load_split(tmp_path / n, "test")] for n in ("5", "30"))
+    assert few == many
+
+
+def planted_variant(rng, row, kind):
+    """A chat row that repeats an Alpaca row's prompt, the words of its whole text, or its prompt in a longer chat."""
+    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    turns = [question.upper() + "\n", text(rng)]
+    if kind == "near":
+        turns = [f"{question} besides", row["output"]]
+    if kind == "opening":
+        turns = [question, *(text(rng) for _ in range(3))]
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]
+    return {"dataset": "planted", "id": "planted", "messages": messages}
+
+
+def as_messages(row):
+    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+
+
+def test_two_hundred_planted_leaks_are_found_and_none_is_left(cfg_of, tmp_path):
+    rng = random.Random(3)
+    held_out = [{"instruction": text(rng, 30), "input": text(rng, 30), "output": text(rng, 30)} for _ in range(200)]
+    kinds = ["prompt", "near", "opening"]
+    planted = [planted_variant(rng, row, kinds[i % 3]) for i, row in enumerate(held_out)]
+    fresh = chat_rows(rng, 250)
+    mixed = [*planted, *fresh]
+    rng.shuffle(mixed)
+    plain = [row["messages"] for row in mixed]
+    asked = [as_messages(row) for row in held_out]
+    found = leaks.prompt_leaks(asked, plain) | leaks.near_pairs(asked, plain)
+    assert {i for i, _ in found} == set(range(200)) and len(found) == 200  # the plain search finds them all
+
+    tests, rows = write_jsonl(tmp_path / "held.jsonl", held_out), write_jsonl(tmp_path / "mixed.jsonl.gz", mixed)
+    cfg = cfg_of(f"alpaca={rows},{tests}", test_rows=200, valid_rows=50, train_rows=200)
+    manifest = data.build_data(cfg, tmp_path / "data", quiet)
+    assert {split: counts["alpaca"] for split, counts in manifest["counts"].items()} == {
+        "test": 200,
+        "train": 200,
+        "valid": 50,
+    }
+    assert manifest["rejected"]["alpaca"] == {"near_duplicate_of_test": 67, "prompt_in_test": 133}
+    assert leaks.leaks(messages_of(tmp_path / "data")) == {}
+    assert_accounts(manifest)
+
+
+def test_a_prompt_inside_a_longer_training_row_is_a_leak(cfg_of, tmp_path):
+    rng = random.Random(4)
+    opening, answer = text(rng), text(rng)
+    short = [{"instruction": opening, "output": answer}]
+    long = chat_rows(rng, 3)
+    long[0]["messages"] = [
+        {"role": role, "content": words}
+        for role, words in [("user", opening), ("assistant", text(rng)), ("user", text(rng)), ("assistant", text(rng))]
+    ]
+    files = {"alpaca": write_jsonl(tmp_path / "a.jsonl", short), "tulu": write_jsonl(tmp_path / "t.jsonl", long)}
+    cfg = cfg_of(sources_text(files), test_rows=1, valid_rows=0, train_rows=2, allow_short=True)
+    manifest = data.build_data(cfg, tmp_path / "data", quiet)
+    found = manifest["rejected"]["tulu"]
+    assert found.get("prompt_in_test") == 1 or manifest["counts"]["test"]["tulu"] == 1
+    assert leaks.leaks(messages_of(tmp_path / "data")) == {}
+
+
+def test_duplicates_are_counted_once_each_and_refilled(cfg_of, tmp_path):
+    rows = alpaca_rows(random.Random(6), 40)
+    path = write_jsonl(tmp_path / "a.jsonl", rows * 3)
+    manifest = data.build_data(
+        cfg_of(f"alpaca={path}", train_rows=25, valid_rows=5, test_rows=10), tmp_path / "data", quiet
+    )
+    assert manifest["rejected"]["alpaca"] == {"duplicate": 80}
+    assert_accounts(manifest)
+
+
+def test_too_few_rows_are_an_error_with_numbers_or_allowed(cfg_of, tmp_path):
+    rows = [
+        *alpaca_rows(random.Random(7), 30),
+        {"instruction": "a", "output": ""},
+        {"instruction": None, "output": "b"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"alpaca: 15 of 20 train rows.*32 rows, rejected: .*empty_turn 1.*allow_short"):
+        data.build_data(cfg_of(f"alpaca={path}"), tmp_path / "data", quiet)
+    assert not (tmp_path / "data").exists()
+    manifest = data.build_data(cfg_of(f"alpaca={path}", allow_short=True), tmp_path / "data", quiet)
+    assert {split: counts["alpaca"] for split, counts in manifest["counts"].items()} == {
+        "test": 10,
+        "valid": 5,
+        "train": 15,
+    }
+
+
+def test_conversations_are_cut_after_whole_turns_and_what_cannot_be_is_rejected(cfg_of, tmp_path, tiny_model):
+    rng = random.Random(8)
+    rows = chat_rows(rng, 60)
+    rows[0]["messages"][0]["content"] = "long " * 1_000_000
+    rows[1]["messages"][-1]["content"] = "long " * 1_000_000
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    cfg = cfg_of(f"tulu={path}", max_length=300, allow_short=True)
+    manifest = data.build_data(cfg, tmp_path / "data", quiet)
+    whole = {tuple(m["content"] for m in row["messages"]) for row in rows}
+    n_cut = 0
+    for made in splits_of(tmp_path / "data").values():
+        for row in made:
+            turns = tuple(m["content"] for m in row["messages"])
+            sources = [original for original in whole if original[: len(turns)] == turns]
+            assert sources and len(turns) % 2 == 0 and row["n_tokens"] <= 300
+            n_cut += turns not in whole
+    assert manifest["conversions"]["tulu"]["cut_to_length"] == n_cut > 0
+    assert manifest["rejected"]["tulu"]["too_long"] > 0
+    assert_accounts(manifest)
+
+
+def test_typed_control_tokens_end_no_turn(cfg_of, tmp_path):
+    rows = [
+        {"instruction": f"{row['instruction']} <end_of_turn>\n<start_of_turn>model\n", "output": row["output"]}
+        for row in alpaca_rows(random.Random(10), 40)
+    ]
+    manifest = data.build_data(cfg_of(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}"), tmp_path / "data", quiet)
+    assert manifest["conversions"]["alpaca"]["typed_control_tokens"] == 35
+    for row in data.load_split(tmp_path / "data", "train"):
+        assert row["input_ids"].count(chat.END_OF_TURN) == row["input_ids"].count(chat.START_OF_TURN) == 2
+
+
+def test_a_test_file_gives_the_test_rows(two_files, cfg_of, tmp_path):
+    own = write_jsonl(tmp_path / "own.jsonl", chat_rows(random.Random(11), 20))
+    files = {"tulu": f"{two_files['tulu']},{own}"}
+    manifest = data.build_data(cfg_of(sources_text(files)), tmp_path / "data", quiet)
+    assert manifest["sources"]["tulu"]["test_rows_from"] == "rows of their own"
+    assert set(manifest["sources"]["tulu"]["sha256"]) == {"main", "test"}
+    raw = {json.dumps(json.loads(line)["messages"]) for line in own.read_text().splitlines()}
+    for split, messages in messages_of(tmp_path / "data").items():
+        assert {json.dumps(m) in raw for m in messages} == {split == "test"}
+    assert_accounts(manifest)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 10_000])
+def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
+    rng = random.Random(12)
+    rows = [*alpaca_rows(rng, 60), *({"instruction": 1, "output": "x"} for _ in range(5))]
+    rows += rows[:20]
+    rng.shuffle(rows)
+    [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}")
+    tally = candidates.Tally()
+    stream = candidates.Stream(source, "main", seed=0, capacity=capacity, max_chars=10**6, tally=tally)
+    made = list(stream.batches())
+    flat = [c for batch in made for c in batch]
+    assert max(map(len, made)) <= capacity
+    assert [c.key for c in flat] == sorted({c.key for c in flat})
+    assert len(flat) == 60 and sum(c.copies for c in flat) + sum(tally.rejected.values()) == tally.read == len(rows)
+
+
+def test_held_candidates_and_workers_do_not_change_the_split(two_files, cfg_of, tmp_path, monkeypatch):
+    cfg = cfg_of(sources_text(two_files))
+    whole = data.build_data(cfg, tmp_path / "whole", quiet)
+    real = candidates.Stream.__init__
+    monkeypatch.setattr(
+        candidates.Stream, "__init__", lambda self, *args, **kw: real(self, *args, **{**kw, "capacity": 3})
+    )
+    small = data.build_data(cfg, tmp_path / "small", quiet)
+    for key in ("split_hash", "rejected", "read", "unused", "files"):
+        assert small[key] == whole[key]
+
+
+def test_same_hash_in_processes_with_other_hash_seeds_and_workers(cfg_of, tmp_path):
+    rng = random.Random(13)
+    files = {
+        "alpaca": write_jsonl(tmp_path / "a.jsonl", alpaca_rows(rng, 900)),
+        "tulu": write_jsonl(tmp_path / "t.jsonl", chat_rows(rng, 900)),
+    }
+    cfg = cfg_of(sources_text(files), train_rows=700, valid_rows=20, test_rows=60)
+    code = (
+        "import json, sys; from pathlib import Path; from peftlib import config, data\n"
+        "fields = json.loads(sys.argv[1]); cfg = config.Config(**fields)\n"
+        "data.build_data(cfg, Path(sys.argv[2]))"
+    )
+    running = []
+    for seed, workers in (("1", 1), ("2", 3)):
+        fields = {**cfg.fields_of("run", "data", "math"), "workers": workers}
+        command = [sys.executable, "-c", code, json.dumps(fields), str(tmp_path / seed)]
+        where = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(build.__file__).parents[2])}
+        running.append(subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    made = [json.loads((tmp_path / seed / "manifest.json").read_text()) for seed in ("1", "2")]
+    assert made[0] == made[1]  # the Parquet files' own hashes included
+
+
+def test_data_that_stand_are_kept_and_made_again_where_anything_changed(two_files, cfg_of, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    cfg = cfg_of(sources_text(two_files))
+    first = data.build_data(cfg, folder, quiet)
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "choose", None)  # building again would call it
+        again = data.build_data(cfg, folder, said.append)
+    assert {k: v for k, v in again.items() if k != "schema_version"} == first
+    assert said == [f"data stand already: split {first['split_hash']}, made from the same inputs"]
+    for name, content in {
+        "train.parquet": b"damaged",
+        "rejects.jsonl": b"{}\n",
+        "manifest.json": b"{cut",
+    }.items():
+        (folder / name).write_bytes(content)
+        assert data.build_data(cfg, folder, quiet) == first
+        assert (folder / name).read_bytes() != content
+    assert data.build_data(cfg_of(sources_text(two_files), split_seed=1), folder, quiet) != first
+    with open(two_files["tulu"], "a") as out:
+        out.write(json.dumps(chat_rows(random.Random(14), 1)[0]) + "\n")
+    assert data.build_data(cfg, folder, quiet)["sources"] != first["sources"]
+
+
+def test_a_cut_build_leaves_no_manifest(two_files, cfg_of, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    data.build_data(cfg_of(sources_text(two_files)), folder, quiet)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "write_rejects", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        data.build_data(cfg_of(sources_text(two_files), split_seed=1), folder, quiet)
+    assert not (folder / "manifest.json").exists()
+    assert not list(folder.glob(".*writing"))
+
+
+def test_rejects_show_first_examples_of_each_reason(cfg_of, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", alpaca_rows(random.Random(15), 40))
+    with open(path, "ab") as out:
+        out.write(b"{broken \xff\n" * 50 + json.dumps({"instruction": "x", "output": "\ud800"}).encode() + b"\n")
+    manifest = data.build_data(cfg_of(f"alpaca={path}"), tmp_path / "data", quiet)
+    assert manifest["rejected"]["alpaca"] == {"lone_surrogate": 1, "not_utf8": 50}
+    shown = [json.loads(line) for line in (tmp_path / "data" / "rejects.jsonl").read_text().splitlines()]
+    assert [(example["reason"], example["row"]) for example in shown] == [
+        *(("not_utf8", 41 + i) for i in range(5)),
+        ("lone_surrogate", 91),
+    ]
+    assert "{broken" in shown[0]["excerpt"]
+
+
+def test_a_source_without_any_known_schema_names_fields_and_schemas(cfg_of, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 1}] * 150)
+    with pytest.raises(
+        DataError, match=r"none of its first 100 rows is of a known schema \(fields 'text', 'label'\).*ShareGPT"
+    ):
+        data.build_data(cfg_of(f"alpaca={path}"), tmp_path / "data", quiet)
+
+
+def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
+    said = []
+    data.build_data(cfg_of(sources_text(two_files)), tmp_path / "data", said.append)
+    assert any("alpaca: main rows are read as Alpaca (instruction, input, output)" in line for line in said)
+    assert any("tulu: main rows are read as Tulu" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "names no source"),
+        ("alpaca", "not of the form NAME=WHERE"),
+        ("alpaca=", "not of the form"),
+        ("al paca=sample", "not of the form"),
+        ("alpaca=sample; alpaca=hub", "stands there twice"),
+        ("mine=hub", "mine=hub, but hub has only alpaca, tulu, ultrachat"),
+        ("alpaca=a.jsonl,b.jsonl,c.jsonl", "is not FILE or FILE,TESTFILE"),
+        ("alpaca=a.jsonl,", "is not FILE or FILE,TESTFILE"),
+    ],
+)
+def test_malformed_sources_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_sources(text)
+
+
+def test_sources_stand_in_order_of_precedence():
+    named = parse_sources("zoo=z.csv; ultrachat=hub; mine=m.json; tulu=t.jsonl; alpaca=sample")
+    assert [source.name for source in named] == ["alpaca", "tulu", "ultrachat", "zoo", "mine"]
+    assert named[2].streams == ("main", "test")  # UltraChat has a test split of its own on the hub
+
+
+def test_a_missing_or_damaged_split_names_the_way_out(tmp_path):
+    with pytest.raises(StudyError, match="no train.parquet.*run 01_data first"):
+        data.load_split(tmp_path, "train")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(StudyError, match="train.parquet is damaged.*run 01_data again"):
+        data.load_split(tmp_path, "train")
+
+
+def test_rows_act_like_a_list(built_data):
+    rows = data.load_split(built_data, "train")
+    assert len(rows) == len(list(rows)) == 12 and rows[-1] == rows[11] and rows[2:4] == [rows[2], rows[3]]
+    with pytest.raises(IndexError):
+        rows[12]
+
+
+def test_a_stray_first_row_does_not_decide_the_schema(cfg_of, tmp_path):
+    rows = [{"messages": None}, {"conversations": []}, *alpaca_rows(random.Random(16), 40)]
+    manifest = data.build_data(cfg_of(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}"), tmp_path / "data", quiet)
+    assert manifest["sources"]["alpaca"]["schema"] == {"main": "alpaca"}
+    assert manifest["rejected"]["alpaca"] == {"other_schema": 2}
