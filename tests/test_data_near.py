@@ -29,9 +29,9 @@ def as_messages(texts):
     return [{"role": "user", "content": text} for text in texts]
 
 
-def searched(held_out, others):
+def searched(held_out, others, sample=()):
     """{(i, j)} by the product's index."""
-    grams, index = near.Grams(), near.NearIndex()
+    grams, index = near.Grams(sample), near.NearIndex()
     for texts in held_out:
         index.add(grams(texts))
     return {(i, j) for j, texts in enumerate(others) for i in index.near(grams(texts))}
@@ -67,7 +67,19 @@ def test_templated_text_is_searched_exactly_too():
     texts = [[f"{frame} {' '.join(rng.choices(WORDS, k=rng.randrange(1, 40)))}", "yes"] for _ in range(300)]
     truth = leaks.near_pairs([as_messages(t) for t in texts], [as_messages(t) for t in texts])
     assert searched(texts, texts) == truth
+    assert searched(texts, texts, sample=texts[:50]) == truth
     assert len(truth) > 2000
+
+
+def test_rows_that_share_a_template_are_not_compared_one_by_one(monkeypatch):
+    rng = random.Random(5)
+    frame = " ".join(rng.choices(WORDS, k=60))
+    texts = [[f"{frame} {' '.join(rng.choices(WORDS, k=60))}", "yes"] for _ in range(200)]
+    compared = []
+    real = near.jaccard
+    monkeypatch.setattr(near, "jaccard", lambda a, b: compared.append(1) or real(a, b))
+    assert searched(texts, texts, sample=texts[:50]) == {(i, i) for i in range(200)}
+    assert len(compared) <= 2 * 200  # each with itself alone, by either reading
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 9, 10, 35, 100])

@@ -2,7 +2,8 @@
 
 Two conversations of Jaccard similarity t or more on their gram sets must share a gram among the first
 n - ceil(t n) + 1 of each in any fixed order of all grams (prefix filtering: Chaudhuri et al. 2006; Bayardo et al. 2007,
-"Scaling up all pairs similarity search"). The order here is by hash, so it depends on no corpus, no seed and no machine.
+"Scaling up all pairs similarity search"). The order here is by hash, with grams that were common in a sample put last:
+rows that only share a template then share no prefix. The order decides how long a search takes, never what it finds.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ GRAM_WORDS = 5
 READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
 _SHARE = THRESHOLD / (1 + THRESHOLD)  # of the two sizes' sum must be shared to reach it
 _WORDS_REMEMBERED = 500_000
+_COMMON = 3  # conversations of a sample that make a gram common
 _ROUNDING = 1e-9  # a product like 0.8 * 35 must not be rounded up past the whole number it stands for
 # Odd multipliers that make a gram's hash depend on the order of its words.
 _MIX = np.array(
@@ -38,26 +40,43 @@ def prompt_sha256(texts):
 
 
 class Grams:
-    """Texts as sorted arrays of 64-bit hashes of their distinct word 5-grams, one array a reading of 'word'."""
+    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams, one array a reading of 'word'.
 
-    def __init__(self):
+    sample: turns of some conversations; grams of several of them get the 64th bit, so that they stand last.
+    """
+
+    def __init__(self, sample=()):
         self._word_hashes = _WordHashes()
+        self._common = [np.empty(0, dtype=np.uint64) for _ in READINGS]
+        if sample:
+            self._common = [_frequent(sets) for sets in zip(*map(self, sample), strict=True)]
 
     def __call__(self, texts):
         """[(n,) uint64 ascending, n >= 1, for each of READINGS]; texts of fewer than five words are one gram."""
         text = normalised(texts)
-        return [self._grams(text, reading.findall(text)) for reading in READINGS]
+        found = [self._grams(text, reading.findall(text)) for reading in READINGS]
+        return [_common_last(grams, common) for grams, common in zip(found, self._common, strict=True)]
 
     def _grams(self, text, words):
         if len(words) < GRAM_WORDS:
-            return np.array([_hash(" ".join(words) or text)], dtype=np.uint64)
+            return np.array([_hash(" ".join(words) or text)], dtype=np.uint64) >> np.uint64(1)
         if len(self._word_hashes) > _WORDS_REMEMBERED:  # else a source's rare words would fill the memory
             self._word_hashes.clear()
         hashes = np.fromiter(map(self._word_hashes.__getitem__, words), dtype=np.uint64, count=len(words))
         n = len(words) - GRAM_WORDS + 1
         mixed = sum(hashes[i : i + n] * _MIX[i] for i in range(GRAM_WORDS))  # modulo 2**64
         mixed ^= mixed >> np.uint64(32)
-        return np.unique(mixed * _MIX[0])
+        return np.unique(mixed * _MIX[0] >> np.uint64(1))
+
+
+def _frequent(sets):
+    grams, counts = np.unique(np.concatenate(sets), return_counts=True)
+    return grams[counts >= _COMMON]
+
+
+def _common_last(grams, common):
+    is_common = np.isin(grams, common, assume_unique=True)
+    return np.sort(grams | is_common.astype(np.uint64) << np.uint64(63)) if is_common.any() else grams
 
 
 class _WordHashes(dict):

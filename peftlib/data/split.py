@@ -15,11 +15,12 @@ from peftlib.data import near
 from peftlib.data.tokens import tokenize
 
 SPLITS = ("test", "valid", "train")  # in order of precedence
+_SAMPLE = 500  # candidates of a stream that say which grams are common
 
 
 @dataclass
 class Row:
-    """One chosen conversation, cut to length. grams: near.Grams of texts."""
+    """One usable conversation, cut to length. ids: (T,) int32. is_scored: (T,) bool, all answers."""
 
     source: str
     texts: list
@@ -27,7 +28,6 @@ class Row:
     origin: str
     ids: np.ndarray
     is_scored: np.ndarray
-    grams: list
 
     @property
     def content_sha256(self):
@@ -45,14 +45,20 @@ class Queue:
         self.source, self.tally = stream.source.name, stream.tally
         self.stream, self.cfg, self.expected = stream, cfg, expected
         self.taken = 0  # rows of the stream that were looked at
-        self._grams = near.Grams()
+        self._batches = stream.batches()
         self._rows = self._usable()
 
     def __iter__(self):
         return self._rows
 
+    def sample(self):
+        """Turns of the first candidates, none of which is taken thereby."""
+        first = next(self._batches, [])
+        self._batches = itertools.chain([first], self._batches)
+        return [candidate.texts for candidate in first[:_SAMPLE]]
+
     def _usable(self):
-        for batch in self.stream.batches():
+        for batch in self._batches:
             at = 0
             while at < len(batch):
                 # Some will be rejected; a twentieth more is cheaper than many small batches.
@@ -73,37 +79,36 @@ class Queue:
             return None
         notes = candidate.notes if kept == len(candidate.texts) else (*candidate.notes, "cut_to_length")
         texts = candidate.texts[:kept]
-        return Row(self.source, texts, notes, candidate.origin, tokenized.ids, tokenized.is_scored, self._grams(texts))
+        return Row(self.source, texts, notes, candidate.origin, tokenized.ids, tokenized.is_scored)
 
 
 class Judge:
-    """Says whether a row may join a split, given all rows that joined one before."""
+    """Lets rows join a split, or says why not, given all rows that joined one before. sample: see near.Grams."""
 
-    def __init__(self):
-        self.index = near.NearIndex()
-        self.placed = []  # (split, id) by number in the index
-        self.prompts = {}  # normalised prompt of each placed row -> (split, id)
+    def __init__(self, sample):
+        self._grams = near.Grams(sample)
+        self._index = near.NearIndex()
+        self._placed = []  # (split, id) by number in the index
+        self._prompts = {}  # normalised prompt of each placed row -> (split, id)
 
     def objection(self, row, split):
-        """(reason, id of the row in the way), or None."""
-        own = near.prompt_sha256(row.texts[:-1])
-        # Training scores every answer, so each turn's history is a prompt of the row.
-        for n in range(1, len(row.texts), 2):
-            holder = self.prompts.get(near.prompt_sha256(row.texts[:n]))
-            if holder and holder[0] != split:
-                return f"prompt_in_{holder[0]}", holder[1]
-        if own in self.prompts:
-            return "prompt_repeated", self.prompts[own][1]
-        found = [self.placed[number] for number in self.index.near(row.grams)]
-        if not found:
-            return None
-        where, identity = min(found, key=lambda holder: SPLITS.index(holder[0]))
-        return ("near_duplicate" if where == split else f"near_duplicate_of_{where}"), identity
-
-    def place(self, row, split):
-        self.index.add(row.grams)
-        self.placed.append((split, row.id))
-        self.prompts[near.prompt_sha256(row.texts[:-1])] = (split, row.id)
+        """None, and the row has joined; or (reason, id of the row in the way)."""
+        # Training scores every answer, so each turn's history is a prompt of the row; the last is its own.
+        prompts = [near.prompt_sha256(row.texts[:n]) for n in range(1, len(row.texts), 2)]
+        for where, other in (self._prompts[p] for p in prompts if p in self._prompts):
+            if where != split:
+                return f"prompt_in_{where}", other
+        if prompts[-1] in self._prompts:
+            return "prompt_repeated", self._prompts[prompts[-1]][1]
+        grams = self._grams(row.texts)
+        near_ones = [self._placed[number] for number in self._index.near(grams)]
+        if near_ones:
+            where, other = min(near_ones, key=lambda holder: SPLITS.index(holder[0]))
+            return ("near_duplicate" if where == split else f"near_duplicate_of_{where}"), other
+        self._index.add(grams)
+        self._placed.append((split, row.id))
+        self._prompts[prompts[-1]] = (split, row.id)
+        return None
 
 
 def choose(queues, wanted):
@@ -112,7 +117,8 @@ def choose(queues, wanted):
     queues: {(source, split): Queue}, one Queue standing for several splits where they share a stream; sources in order
     of precedence. wanted: {split: rows a source}.
     """
-    judge, chosen, missing = Judge(), {}, {}
+    judge = Judge([texts for queue in dict.fromkeys(queues.values()) for texts in queue.sample()])
+    chosen, missing = {}, {}
     for split in SPLITS:
         chosen[split] = []
         for source in dict.fromkeys(source for source, _ in queues):
@@ -127,7 +133,6 @@ def _accepted(queue, judge, split):
     for row in queue:
         objection = judge.objection(row, split)
         if objection is None:
-            judge.place(row, split)
             yield row
         else:
             reason, other = objection
