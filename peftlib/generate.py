@@ -72,12 +72,13 @@ class Predictions:
         self.path = Path(path)
         self.split_hash = split_hash
         self.rows = {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
+        # not splitlines(), which would also cut at separators inside an answer
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
+        for line in lines[:-1]:
             row = _parsed(line)
             if row and row["split_hash"] == split_hash:
                 self.rows[row["id"]] = row
-        if len(self.rows) != len(lines):
+        if len(self.rows) != len(lines) - 1 or lines[-1]:
             write_text(self.path, "".join(_line(row) for row in self.rows.values()))
 
     def add(self, test_rows, answers):

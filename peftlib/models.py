@@ -1,6 +1,8 @@
 """Base models: where they come from, which layers become 4-bit, and what of them trains."""
 
 import contextlib
+import logging
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -79,6 +81,7 @@ def load_base(model, *, precision, device, four_bit=()):
 
     location, _ = locate(model)
     settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
     if four_bit:
         settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
     with hub_errors(model):
@@ -103,6 +106,19 @@ def _nf4(precision, kept_plain):
         bnb_4bit_compute_dtype=_TORCH_DTYPE[precision],
         llm_int8_skip_modules=[*sorted(kept_plain), "lm_head"],  # a given list replaces the default one
     )
+
+
+def _is_worth_reading(log_record):
+    """Drops the advice to install `kernels`, which would fetch code from a hub."""
+    return not str(log_record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+@contextlib.contextmanager
+def peft_calls():
+    """Around calls of PEFT, which asks transformers for an attribute that the newest transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _norms_to_float32(model):

@@ -158,7 +158,7 @@ def _interval(value, replicates, n_rows):
     widened = math.sqrt(n_rows / max(n_rows - 1, 1)) * t_quantile(0.975, max(n_rows - 1, 1))
     tail = 1 - statistics.NormalDist().cdf(widened)
     # A tail estimated from a finite number of resamples errs by this much: err towards the wider interval.
-    tail -= math.sqrt(tail * (1 - tail) / len(replicates))
+    tail = max(0.0, tail - math.sqrt(tail * (1 - tail) / len(replicates)))
     low, high = np.quantile(replicates, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))
 

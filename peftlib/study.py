@@ -92,7 +92,12 @@ class Study:
 
     def records(self):
         """[record, ...] of every run in the folder, base first, then in the order of METHOD_ORDER and seed."""
-        found = [read_json(path) for path in sorted((self.folder / "records").glob("*.json"))]
+        found = []
+        for path in sorted((self.folder / "records").glob("*.json")):
+            record = read_json(path)
+            if not {"method", "seed"} <= record.keys():
+                raise StudyError(f"{path} names no method or seed, so it is no record of a run: move it away")
+            found.append(record)
         return sorted(found, key=lambda record: (method_rank(record["method"]), record["method"], record["seed"]))
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
 from peftlib.files import read_json, write_json, write_text
-from peftlib.models import core, guard_four_bit, load_base, trainable
+from peftlib.models import core, guard_four_bit, load_base, peft_calls, trainable
 from peftlib.precision import run_in_autocast
 
 _ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
@@ -90,14 +90,15 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
 
 
 def _load_adapter(folder, facts, *, device, merge, dtype):
-    from peft import PeftModel
-
     four_bit = tuple(facts["four_bit"])
     base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit)
     if merge:
         # float32 first: a bf16 matrix would round most of the adapter's product away
-        base = (base.dequantize() if four_bit else base).float()
-    model = PeftModel.from_pretrained(base, folder)
+        base = (base.dequantize(dtype=torch.float32) if four_bit else base).float()
+    from peft import PeftModel  # after load_base, which quiets what this import would print
+
+    with peft_calls():
+        model = PeftModel.from_pretrained(base, folder)
     if (folder / _ATTENTION).exists():
         _put_whole_weights(model, load_file(folder / _ATTENTION, device=device))
     if merge:

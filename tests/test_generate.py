@@ -8,7 +8,7 @@ from peftlib.chat import encode_prompt
 from peftlib.data import load_split
 from peftlib.errors import StudyError
 from peftlib.evaluate import evaluate, trained_methods
-from peftlib.generate import Predictions, answer_batch, answer_rows
+from peftlib.generate import Answer, Predictions, answer_batch, answer_rows
 from peftlib.train import TrainingRun
 
 
@@ -69,6 +69,13 @@ def test_killed_and_run_again_answers_each_row_once_with_the_same_file(make_stud
     answer_rows(model, tiny.tokenizer(), rows, again, **settings)
     assert cut.read_bytes() == whole.path.read_bytes()
     assert len(again.rows) == len(rows) == 6
+
+
+def test_an_answer_with_a_line_separator_is_one_row(tmp_path):
+    kept = Predictions(tmp_path / "p.jsonl", "h")
+    kept.add([{"id": "a", "source": "s", "prompt_sha256": "x"}], [Answer("one\u2028two\x85three", 3, "stop")])
+    before = kept.path.read_bytes()
+    assert Predictions(kept.path, "h").rows == kept.rows and kept.path.read_bytes() == before
 
 
 def test_answers_of_another_split_are_not_taken_over(tmp_path):

@@ -183,3 +183,10 @@ def _quick_interval(rows, metric, rng):
 def _quick_difference(left, right, metric, rng):
     seed = int(rng.integers(2**31))
     return quietly({"a": [left], "b": [right]}, seed=seed).difference("a", "b", metric)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 9])
+def test_a_handful_of_rows_gives_an_interval_and_no_crash(n_rows):
+    replicates = np.random.default_rng(0).normal(size=500)
+    found = stats._interval(0.0, replicates, n_rows)
+    assert found.low <= np.quantile(replicates, 0.02) and found.high >= np.quantile(replicates, 0.98)

@@ -1,7 +1,7 @@
 """QLoRA: adapters on a frozen 4-bit model (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 from peftlib.errors import ConfigError
-from peftlib.models import PROJECTIONS, core, trainable
+from peftlib.models import PROJECTIONS, core, peft_calls, trainable
 from peftlib.optim.adamw import AccumulatingAdamW
 
 FOUR_BIT = PROJECTIONS
@@ -43,4 +43,5 @@ def with_adapters(model, cfg, targets):
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, adapters)
+    with peft_calls():
+        return get_peft_model(model, adapters)
