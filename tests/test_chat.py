@@ -43,7 +43,7 @@ TRICKY = {
 def gemma_tokenizer():
     from transformers import AutoTokenizer
 
-    folder = packaged.cache_root() / f"gemma3-270m-{packaged.GGUF_SHA256[:12]}"
+    folder = packaged.packaged_folder()
     if not (folder / "provenance.txt").exists():
         pytest.skip(f"the packaged model has not been converted here (no {folder}): make demo does it")
     return AutoTokenizer.from_pretrained(folder)

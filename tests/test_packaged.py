@@ -33,7 +33,7 @@ def test_absent_packages_are_named_with_the_way_out(monkeypatch, tmp_path):
 
 def test_a_cut_conversion_is_not_taken_for_a_whole_one(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path))
-    folder = tmp_path / f"gemma3-270m-{packaged.GGUF_SHA256[:12]}"
+    folder = packaged.packaged_folder()
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"cut")
     monkeypatch.setattr(packaged, "_piece_paths", list)
@@ -43,7 +43,7 @@ def test_a_cut_conversion_is_not_taken_for_a_whole_one(monkeypatch, tmp_path):
 
 def test_a_finished_conversion_is_used_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path))
-    folder = tmp_path / f"gemma3-270m-{packaged.GGUF_SHA256[:12]}"
+    folder = packaged.packaged_folder()
     folder.mkdir()
     (folder / "provenance.txt").write_text("done")
     assert packaged.packaged_model() == folder
