@@ -70,7 +70,12 @@ def _report(args):
     from peftlib.notebook import readable_path
 
     built = report.build(study)
-    for path in (study.results_path, study.folder / "report.md", *built.figures.values()):
+    for path in (
+        study.results_path,
+        study.report_path,
+        study.report_path.with_suffix(".html"),
+        *built.figures.values(),
+    ):
         print(readable_path(path))
 
 

@@ -14,6 +14,8 @@ import time
 
 CELL_EVENT = "\x1ecell "  # begins the line that announces a cell; its number follows, from 1
 DEAD_KERNEL = 138
+# What papermill says about its own work. It guesses at our parameters; peftlib.config knows them.
+_ABOUT_ITSELF = ("Input Notebook", "Output Notebook", "Executing note", "Unable to parse line", "Passed unknown param")
 _CELL_START = re.compile(r"Executing Cell (\d+)-*$")
 _CELL_END = re.compile(r"Ending Cell \d+-*$")
 _NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a figure, an HTML table, a progress bar

@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from conftest import TINY
 
+from peftlib import __main__ as command_line
 from peftlib import badges, executed, notebook
 from peftlib.config import resolve
 
@@ -182,6 +183,14 @@ def test_the_same_command_again_trains_nothing_and_changes_nothing(headless):
     assert headless["again"]["code"] == 0, headless["again"]["said"]
     assert headless["again"]["said"].count("finished before, skipped") == len(NAMES)
     assert headless["again"]["seconds"] < 60
+    assert (headless["folder"] / "results.csv").read_bytes() == headless["results"]
+
+
+def test_the_report_command_writes_the_same_results(headless, monkeypatch, capsys):
+    monkeypatch.setenv("PEFTLIB_ROOT", str(headless["folder"].parent))
+    assert command_line.main(["report", "--study", "tiny"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("tiny/results.csv") for line in shown)
     assert (headless["folder"] / "results.csv").read_bytes() == headless["results"]
 
 
