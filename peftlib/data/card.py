@@ -49,14 +49,10 @@ def card_text(manifest):
 
 
 def _source_line(name, facts, counts):
-    where = "; ".join(Path(text).name if "/" in text and Path(text).is_absolute() else text for text in _wheres(facts))
+    where = "; ".join(facts["where"].values())
     identity = facts.get("revision") or ", ".join(str(digest)[:16] for digest in facts["sha256"].values())
     numbers = " | ".join(f"{counts[split][name]:,}" for split in ("train", "valid", "test"))
     return f"| {name} | {where} | `{identity}` | {facts['license']} | {numbers} |"
-
-
-def _wheres(facts):
-    return facts["where"].values()
 
 
 def _counts_line(name, manifest):

@@ -33,7 +33,6 @@ HUB = {
 
 def hub_rows(name, stream):
     """Yields (row number from 1, row) of a source. DataError: the hub cannot be reached, or reading broke off."""
-    import httpx
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
@@ -44,11 +43,16 @@ def hub_rows(name, stream):
         rows = load_dataset(source.id, revision=source.revision, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield number, row if isinstance(row, dict) else Broken("not_an_object", ascii(row)[:200])
-    except (OSError, DatasetsError, HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, DatasetsError, *_http_errors(HfHubHTTPError)) as error:
         raise DataError(
             f"{source.label(stream)} could not be read from the hub after row {number} ({_first_line(error)}): "
             f"check the network and run again, or give a file of your own: sources = '{name}=FILE; ...'"
         ) from error
+
+
+def _http_errors(hub_error):
+    """The hub client's own error and the base of its HTTP library's, which depends on the client's version."""
+    return [hub_error, *(base for base in hub_error.__mro__ if base.__name__ in ("HTTPError", "RequestException"))]
 
 
 def _first_line(error):

@@ -42,6 +42,9 @@ class Source:
             return HUB[self.name].label(stream)
         return f"the bundled sample {self.paths[stream].name}" if self.where == "sample" else str(self.paths[stream])
 
+    def _public_label(self, stream):
+        return self.paths[stream].name if self.where == "file" else self.label(stream)
+
     def identity(self):
         """What makes its rows what they are: the hub's revision, or each file's SHA-256. DataError: no such file."""
         if self.where == "hub":
@@ -53,7 +56,7 @@ class Source:
         own = "rows of their own" if "test" in self.streams else "the same rows, by hash"
         licence = {"hub": self.where == "hub" and HUB[self.name].license, "sample": _SAMPLE_LICENSE}
         return {
-            "where": {stream: self.label(stream) for stream in self.streams},
+            "where": {stream: self._public_label(stream) for stream in self.streams},
             "license": licence.get(self.where, "as its owner says: not known to peftlib"),
             "test_rows_from": own,
         }
