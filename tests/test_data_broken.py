@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from peftlib import chat, data
 from peftlib.config import resolve
-from peftlib.data.candidates import Stream, Tally
+from peftlib.data.candidates import Limits, Stream, Tally
 from peftlib.data.convert import NOTES, REASONS, RowRejected, convert, detect
 from peftlib.data.reading import Broken, read_rows
 from peftlib.data.sources import parse_sources
@@ -139,8 +139,9 @@ def test_two_thousand_broken_rows_are_used_converted_or_rejected_by_name(tmp_pat
         again = [json.loads(line) for line in path.read_text().splitlines()]
         schemas = Counter(filter(None, map(detect, again)))
         schema = max(schemas, key=schemas.get, default=None)
-        tally = Tally()
-        stream = Stream(parse_sources(f"alpaca={path}")[0], "main", seed=0, capacity=50, max_chars=10**6, tally=tally)
+        tally = Tally(log=lambda line: None)
+        [source] = parse_sources(f"alpaca={path}")
+        stream = Stream(source, "main", tally, seed=0, limits=Limits(rows=50, chars=10**6))
         if schema is None:
             with pytest.raises(DataError, match="none of its first"):
                 list(stream.batches())

@@ -48,7 +48,7 @@ def write_jsonl(path, rows):
 def cfg_of(tiny_model):
     def made(sources, **fields):
         sizes = {"train_rows": 20, "valid_rows": 5, "test_rows": 10, "max_length": 2000, "workers": 1}
-        return resolve("demo", model=str(tiny_model), sources=sources, **{**sizes, **fields})
+        return resolve("demo", sources=sources, **{"model": str(tiny_model), **sizes, **fields})
 
     return made
 
@@ -288,8 +288,8 @@ def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
     rows += rows[:20]
     rng.shuffle(rows)
     [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}")
-    tally = candidates.Tally()
-    stream = candidates.Stream(source, "main", seed=0, capacity=capacity, max_chars=10**6, tally=tally)
+    tally = candidates.Tally(log=quiet)
+    stream = candidates.Stream(source, "main", tally, seed=0, limits=candidates.Limits(rows=capacity, chars=10**6))
     made = list(stream.batches())
     flat = [c for batch in made for c in batch]
     assert max(map(len, made)) <= capacity
@@ -300,10 +300,7 @@ def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
 def test_held_candidates_and_workers_do_not_change_the_split(two_files, cfg_of, tmp_path, monkeypatch):
     cfg = cfg_of(sources_text(two_files))
     whole = data.build_data(cfg, tmp_path / "whole", quiet)
-    real = candidates.Stream.__init__
-    monkeypatch.setattr(
-        candidates.Stream, "__init__", lambda self, *args, **kw: real(self, *args, **{**kw, "capacity": 3})
-    )
+    monkeypatch.setattr(build, "Limits", lambda rows, chars: candidates.Limits(rows=3, chars=chars))
     small = data.build_data(cfg, tmp_path / "small", quiet)
     for key in ("split_hash", "rejected", "read", "unused", "files"):
         assert small[key] == whole[key]
@@ -342,7 +339,7 @@ def test_data_that_stand_are_kept_and_made_again_where_anything_changed(two_file
     with monkeypatch.context() as patch:
         patch.setattr(build, "choose", None)  # building again would call it
         again = data.build_data(cfg, folder, said.append)
-    assert {k: v for k, v in again.items() if k != "schema_version"} == first
+    assert again == first
     assert said == [f"data stand already: split {first['split_hash']}, made from the same inputs"]
     for name, content in {
         "train.parquet": b"damaged",
@@ -366,7 +363,7 @@ def test_a_cut_build_leaves_no_manifest(two_files, cfg_of, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(build, "write_rejects", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StudyError, match="No space left.*free some space there, or set PEFTLIB_ROOT"):
         data.build_data(cfg_of(sources_text(two_files), split_seed=1), folder, quiet)
     assert not (folder / "manifest.json").exists()
     assert not list(folder.glob(".*writing"))
@@ -397,8 +394,10 @@ def test_a_source_without_any_known_schema_names_fields_and_schemas(cfg_of, tmp_
 def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
     said = []
     data.build_data(cfg_of(sources_text(two_files)), tmp_path / "data", said.append)
-    assert any("alpaca: main rows are read as Alpaca (instruction, input, output)" in line for line in said)
-    assert any("tulu: main rows are read as Tulu" in line for line in said)
+    assert said[0].startswith("alpaca: ") and said[0].endswith(
+        "a.jsonl.gz is read as Alpaca (instruction, input, output)"
+    )
+    assert said[1].startswith("tulu: ") and "t.jsonl is read as Tulu" in said[1]
 
 
 @pytest.mark.parametrize(
@@ -423,6 +422,21 @@ def test_sources_stand_in_order_of_precedence():
     named = parse_sources("zoo=z.csv; ultrachat=hub; mine=m.json; tulu=t.jsonl; alpaca=sample")
     assert [source.name for source in named] == ["alpaca", "tulu", "ultrachat", "zoo", "mine"]
     assert named[2].streams == ("main", "test")  # UltraChat has a test split of its own on the hub
+
+
+def test_a_missing_file_is_found_before_anything_is_loaded(cfg_of, tmp_path, two_files):
+    cfg = cfg_of(f"alpaca={two_files['alpaca']}; tulu={tmp_path / 'absent.jsonl'}", model="no/such-model")
+    with pytest.raises(DataError, match=r"absent.jsonl does not exist: check the path"):
+        data.build_data(cfg, tmp_path / "data", quiet)
+
+
+def test_long_reading_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "_SILENT_SECONDS", 0.0)
+    [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', alpaca_rows(random.Random(17), 2500))}")
+    said = []
+    limits = candidates.Limits(rows=10, chars=10**6)
+    next(candidates.Stream(source, "main", candidates.Tally(said.append), seed=0, limits=limits).batches())
+    assert said[1:] == ["alpaca: 1,000 rows read", "alpaca: 2,000 rows read"]
 
 
 def test_a_missing_or_damaged_split_names_the_way_out(tmp_path):

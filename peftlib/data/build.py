@@ -1,20 +1,21 @@
 """The data of a study, from sources to the files in its folder."""
 
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 
 from peftlib import chat
 from peftlib.data import card, near
-from peftlib.data.candidates import Stream, Tally
-from peftlib.data.convert import NOTES, REASONS, SCHEMAS
+from peftlib.data.candidates import Limits, Stream, Tally
+from peftlib.data.convert import NOTES, REASONS
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
 from peftlib.data.tokenizer import tokenizer_sha256
 from peftlib.data.tokens import max_chars
-from peftlib.errors import DataError
-from peftlib.files import write_json
+from peftlib.errors import DataError, StudyError
+from peftlib.files import read_json, write_json
 
 _CODE_VERSION = 1  # raised whenever the same inputs would give other rows
 _SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
@@ -25,33 +26,40 @@ def build_data(cfg, folder, log=print):
 
     Data that stand there already, made from the same inputs, are left as they are.
     DataError: a source that cannot be read, or that falls short (see allow_short). ConfigError: `sources` is malformed.
-    ModelError: no tokenizer.
+    ModelError: no tokenizer. StudyError: the folder cannot be written.
     """
+    folder = Path(folder)
     sources = parse_sources(cfg.sources)
+    for source in sources:
+        source.check()
     inputs = _inputs(cfg, sources)
     manifest = standing_manifest(folder, inputs)
     if manifest is not None:
         log(f"data stand already: split {manifest['split_hash']}, made from the same inputs")
         return manifest
     wanted = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
-    tallies = {source.name: Tally() for source in sources}
+    tallies = {source.name: Tally(log) for source in sources}
     queues = _queues(cfg, sources, wanted, tallies)
-    for source in sources:
-        log(f"{source.name}: {'; '.join(f'{s} {source.label(s)}' for s in source.streams)}")
     chosen, missing = choose(queues, wanted)
-    for queue in dict.fromkeys(queues.values()):
-        log(f"{queue.source}: {queue.stream.name} rows are read as {SCHEMAS[queue.stream.schema]}")
     if missing and not cfg.allow_short:
         raise DataError(_shortage(missing, wanted, tallies))
     manifest = _manifest(sources, queues, chosen, inputs)
+    try:
+        _write(folder, manifest, chosen, tallies)
+    except OSError as error:
+        raise StudyError(
+            f"{folder} cannot be written ({error}): free some space there, or set PEFTLIB_ROOT to another place"
+        ) from error
+    return read_json(folder / MANIFEST)
+
+
+def _write(folder, manifest, chosen, tallies):
     (folder / MANIFEST).unlink(missing_ok=True)  # it must never stand beside files that it does not describe
     for split in SPLITS:
         write_split(folder, split, chosen[split])
     write_rejects(folder, [example for tally in tallies.values() for example in tally.examples])
     card.write_card(folder, manifest)
-    manifest["files"] = file_hashes(folder)
-    write_json(folder / MANIFEST, manifest)
-    return manifest
+    write_json(folder / MANIFEST, {**manifest, "files": file_hashes(folder)})
 
 
 def _inputs(cfg, sources):
@@ -68,20 +76,14 @@ def _inputs(cfg, sources):
 
 def _queues(cfg, sources, wanted, tallies):
     """{(source, split): Queue}; splits that draw on the same rows share one."""
-    limit = max_chars(cfg.model, cfg.max_length)
+    chars = max_chars(cfg.model, cfg.max_length)
     queues = {}
     for source in sources:
         own = {"test": ("test",), "main": ("valid", "train")} if "test" in source.streams else {"main": SPLITS}
         for name, splits in own.items():
             expected = sum(wanted[split] for split in splits)
-            stream = Stream(
-                source,
-                name,
-                seed=cfg.split_seed,
-                capacity=int(expected * _SPARE) + 512,
-                max_chars=limit,
-                tally=tallies[source.name],
-            )
+            limits = Limits(rows=int(expected * _SPARE) + 512, chars=chars)
+            stream = Stream(source, name, tallies[source.name], seed=cfg.split_seed, limits=limits)
             queue = Queue(stream, cfg, expected)
             queues |= {(source.name, split): queue for split in splits}
     return queues

@@ -1,7 +1,7 @@
 """Candidates of a stream in an order that only their content and the seed decide, in memory that a stream's size does
 not change.
 
-Of all convertible rows the `capacity` first are kept while the stream passes by. Should these not be enough, the
+Of all convertible rows only the first so many are kept while the stream passes by. Should these not be enough, the
 stream passes by again for the next ones.
 """
 
@@ -9,7 +9,9 @@ import hashlib
 import heapq
 import itertools
 import json
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from peftlib.data.convert import SCHEMAS, RowRejected, convert, detect
@@ -17,6 +19,7 @@ from peftlib.data.reading import Broken
 from peftlib.errors import DataError
 
 _EXAMPLES = 5  # rejected rows kept a reason, to look at
+_SILENT_SECONDS = 10.0  # of reading, at most about
 _LOOK_AHEAD = 100  # rows that decide a stream's schema
 
 
@@ -33,8 +36,9 @@ class Candidate:
 
 @dataclass
 class Tally:
-    """What became of a source's rows."""
+    """What became of a source's rows. log: takes lines of text on how it goes."""
 
+    log: Callable = print
     read: int = 0
     rejected: Counter = field(default_factory=Counter)
     examples: list = field(default_factory=list)  # dicts for rejects.jsonl
@@ -46,16 +50,21 @@ class Tally:
         self.rejected[reason] += copies
 
 
+@dataclass(frozen=True)
+class Limits:
+    """rows: candidates held at a time. chars: more of them cannot fit max_length, whatever they are."""
+
+    rows: int
+    chars: int
+
+
 class Stream:
-    """The rows of one stream of a source as candidates; `schema` and `tally` are filled by the first pass.
+    """The rows of one stream of a source as candidates, ordered by `seed`; `schema` is found on the first pass."""
 
-    max_chars: texts of more characters cannot fit max_length, whatever they hold, so they are not kept whole.
-    """
-
-    def __init__(self, source, name, *, seed, capacity, max_chars, tally):
-        self.source, self.name = source, name
-        self.seed, self.capacity, self.max_chars = seed, capacity, max_chars
-        self.tally, self.schema = tally, None
+    def __init__(self, source, name, tally, *, seed, limits):
+        self.source, self.name, self.tally = source, name, tally
+        self.seed, self.limits = seed, limits
+        self.schema = None
 
     def batches(self):
         """Yields lists of Candidate, each in order and all behind the one before; the next pass runs when asked for."""
@@ -69,9 +78,9 @@ class Stream:
             after = batch[-1].key
 
     def _pass(self, after):
-        """(the `capacity` first candidates behind the key `after`, whether these are all)."""
+        """(the first limits.rows candidates behind the key `after`, whether these are all)."""
         held, heap, is_last = {}, [], True
-        for number, row in self._rows():
+        for number, row in self._told(self._rows()):
             converted = self._converted(number, row, is_counted=after < 0)
             if converted is None:
                 continue
@@ -81,9 +90,9 @@ class Stream:
             if key in held:
                 held[key].copies += 1
                 held[key].origin = min(held[key].origin, converted.origin)
-            elif len(heap) < self.capacity or key < -heap[0]:
-                if len(heap) == self.capacity:
-                    # What falls out never comes back: `capacity` smaller keys are known. So `copies` is exact.
+            elif len(heap) < self.limits.rows or key < -heap[0]:
+                if len(heap) == self.limits.rows:
+                    # What falls out never comes back: as many smaller keys as are held are known. So `copies` is exact.
                     del held[-heapq.heappop(heap)]
                     is_last = False
                 heapq.heappush(heap, -key)
@@ -97,8 +106,19 @@ class Stream:
         if self.schema is None:
             head = list(itertools.islice(rows, _LOOK_AHEAD))
             self.schema = self._detected([row for _, row in head])
+            label = self.source.label(self.name)
+            self.tally.log(f"{self.source.name}: {label} is read as {SCHEMAS[self.schema]}")
             rows = itertools.chain(head, rows)
         return rows
+
+    def _told(self, rows):
+        """The rows, with a line now and then for who waits."""
+        last = time.monotonic()
+        for number, row in rows:
+            if number % 1000 == 0 and time.monotonic() - last > _SILENT_SECONDS:
+                last = time.monotonic()
+                self.tally.log(f"{self.source.name}: {number:,} rows read")
+            yield number, row
 
     def _detected(self, rows):
         """The schema of most of these rows. DataError: not one is of a known schema."""
@@ -134,8 +154,8 @@ class Stream:
         return int.from_bytes(hashlib.sha256(b"%d\0" % self.seed + content).digest(), "big")
 
     def _affordable(self, texts):
-        """The turns up to and with the first that goes beyond max_chars, that one cut; all too long for certain."""
-        room = self.max_chars
+        """The turns up to and with the first that goes beyond limits.chars, that one cut but still too long for certain."""
+        room = self.limits.chars
         for i, text in enumerate(texts):
             if len(text) > room:
                 # One character more than fits is as much too long as a million.

@@ -43,7 +43,7 @@ def read_rows(path):
     DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
     """
     path = Path(path)
-    kind, is_gzip = _kind(path)
+    kind, is_gzip = kind_of(path)
     number = 0
     try:
         with gzip.open(path, "rb") if is_gzip else open(path, "rb") as stream:
@@ -58,8 +58,8 @@ def read_rows(path):
         raise DataError(f"{path} holds no rows: {_WAY_OUT}, or leave the source out")
 
 
-def _kind(path):
-    """(kind of file, whether it is gzip) by its name."""
+def kind_of(path):
+    """(kind of file by its name, whether it is gzip by its content). DataError: missing, a folder, empty, unknown."""
     if path.is_dir():
         raise DataError(f"{path} is a folder: name one file in it ({', '.join(_KINDS)}, each plain or .gz)")
     if not path.exists():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib.data.hub import HUB, hub_rows
-from peftlib.data.reading import read_rows
+from peftlib.data.reading import kind_of, read_rows
 from peftlib.errors import ConfigError
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
@@ -32,6 +32,11 @@ class Source:
             return ("main", "test") if HUB[self.name].test_split else ("main",)
         return tuple(self.paths)
 
+    def check(self):
+        """DataError: one of its files is missing, empty, a folder, or of no known kind."""
+        for path in self.paths.values():
+            kind_of(path)
+
     def rows(self, stream):
         """Yields (row number, row or reading.Broken) of a stream. DataError: it cannot be read."""
         return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream])
@@ -46,7 +51,7 @@ class Source:
         return self.paths[stream].name if self.where == "file" else self.label(stream)
 
     def identity(self):
-        """What makes its rows what they are: the hub's revision, or each file's SHA-256. DataError: no such file."""
+        """What makes its rows what they are: the hub's revision, or each file's SHA-256."""
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
         return {"sha256": {stream: _file_sha256(path) for stream, path in self.paths.items()}}
@@ -94,8 +99,6 @@ def _source(name, where):
 
 
 def _file_sha256(path):
-    """SHA-256 of a file's bytes, None where there is no such file (reading it then says so)."""
-    if not path.is_file():
-        return None
+    """SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from peftlib.data.tokenizer import open_tokenizer
 
 _ROWS_WORTH_A_WORKER = 400  # starting one costs about as much as tokenizing these
 _BATCH = 64
+_THREADS = "TOKENIZERS_PARALLELISM"
 _COLUMNS = {"ids": "int32", "is_scored": "bool", "turn_ends": "int32"}
 
 
@@ -41,7 +42,7 @@ def _mapped(texts, workers, settings):
     import datasets
 
     columns = {name: datasets.List(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
-    with _without_progress_bars(datasets):
+    with _quiet_workers(datasets):
         return datasets.Dataset.from_dict({"texts": texts}).map(
             _encode_batch,
             batched=True,
@@ -56,14 +57,20 @@ def _mapped(texts, workers, settings):
 
 
 @contextlib.contextmanager
-def _without_progress_bars(datasets):
-    were_off = datasets.are_progress_bars_disabled()
+def _quiet_workers(datasets):
+    """No progress bars; and one thread a worker, as they share the cores, and a fork of a threaded tokenizer warns."""
+    were_off, threads = datasets.are_progress_bars_disabled(), os.environ.get(_THREADS)
     datasets.disable_progress_bars()
+    os.environ[_THREADS] = "false"
     try:
         yield
     finally:
         if not were_off:
             datasets.enable_progress_bars()
+        if threads is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = threads
 
 
 def _unpacked(batch):
