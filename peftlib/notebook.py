@@ -37,11 +37,12 @@ def setup(name, *, drive=None):
     if is_headless:
         _quiet_progress_bars()
     given = executed_parameters(_ipython().user_ns["In"])
-    cfg = resolve(**given)
+    resolve(**given)  # refuses bad settings before anything is mounted
     is_drive_wanted = os.environ.get("PEFTLIB_DRIVE") == "1" if drive is None else drive
     if is_drive_wanted and not is_headless:
         mount_drive()
-    study = Study.open(cfg)
+    study = Study.resolve(**given)
+    cfg = study.cfg
     device = resolve_device(cfg.device)
     precision, reason = training_precision(device, cfg.precision)
     seed_everything(cfg.seed)

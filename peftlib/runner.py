@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from peftlib import executed
-from peftlib.config import resolve
 from peftlib.errors import ConfigError
 from peftlib.execution import CHECKOUT, Execution, Stage, environment
 from peftlib.notebook import FINISHED, NOTEBOOKS, literals, readable_path
@@ -106,8 +105,8 @@ def _stage(name, source, overrides):
     given |= overrides
     if given.get("profile") in (None, "auto"):
         given["profile"] = _profile_of_this_machine()
-    cfg = resolve(**given)
-    return Stage(name, source, Study.open(cfg), {**overrides, "profile": cfg.profile, "study": cfg.study})
+    study = Study.resolve(**given)
+    return Stage(name, source, study, {**overrides, "profile": study.cfg.profile, "study": study.cfg.study})
 
 
 def _profile_of_this_machine():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlib.config import Config, differences, short_hash
+from peftlib.config import Config, differences, resolve, short_hash
 from peftlib.env import output_root
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
@@ -31,6 +31,19 @@ class Study:
                     f"Set these fields back, or choose another study name ({study.folder} stays as it is)."
                 )
         return study
+
+    @classmethod
+    def resolve(cls, **given):
+        """The study that settings name: what they leave open comes from its folder where it stands, else the profile.
+
+        given: fields of Config as in config.resolve, None where open. ConfigError, StudyError: see there and `open`.
+        """
+        cfg = resolve(**given)
+        path = cls(output_root() / cfg.study, cfg).config_path
+        if path.exists():
+            chosen = {name: value for name, value in given.items() if value is not None}
+            cfg = resolve(**{**read_json(path)["config"], **chosen, "profile": cfg.profile, "study": cfg.study})
+        return cls.open(cfg)
 
     def freeze(self):
         """Write config.json, unless it stands."""
