@@ -1,26 +1,9 @@
 """Peak memory of a stretch of work: allocated on the GPU, else the rise of the process tree's resident memory."""
 
-import ctypes
-import platform
 import threading
 
 import psutil
 import torch
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-def keep_freed_memory():
-    """Have glibc reuse large freed blocks instead of giving them back to the system after each use.
-
-    A training step on a CPU allocates and frees gigabytes; handing each block back costs a third of the step in page
-    faults. Does nothing where the C library is another.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class PeakMemory:

@@ -11,7 +11,6 @@ import torch
 from peftlib.config import PACKAGED_MODEL
 from peftlib.env import hf_token
 from peftlib.errors import ModelError
-from peftlib.memory import keep_freed_memory
 from peftlib.packaged import PROVENANCE, packaged_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -80,8 +79,6 @@ def load_base(model, *, precision, device, four_bit=()):
     """
     from transformers import AutoModelForCausalLM
 
-    if device == "cpu":
-        keep_freed_memory()
     location, _ = locate(model)
     settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
