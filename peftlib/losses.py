@@ -47,7 +47,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             wanted = targets[part, None]
-            log_p = F.log_softmax(F.linear(rows[part].to(head.dtype), head).float(), dim=-1)
+            log_p = F.log_softmax(F.linear(rows[part].to(head.dtype), head), dim=-1, dtype=torch.float32)
             total -= log_p.gather(1, wanted).sum()
             if wants_grad:
                 slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
