@@ -7,7 +7,7 @@ from peftlib import record as records
 from peftlib.env import resolve_device
 from peftlib.errors import StudyError
 from peftlib.generate import Predictions, answer_rows
-from peftlib.train import Rows, mean_loss
+from peftlib.rows import Rows, mean_loss
 from peftlib.trained import load_plain, load_trained
 
 
@@ -38,7 +38,7 @@ def evaluate(study, method, *, log=print):
     model = _load(study, method, seed, device=device, dtype=dtype)
     batch = study.cfg.eval_batch
     log(f"{method}: loss on {len(rows)} test rows")
-    loss = mean_loss(model, Rows(rows), batch=batch, device=device, precision="fp32")
+    loss = mean_loss(model, Rows(rows), device=device, precision="fp32")
     predictions = Predictions(study.predictions_path(method, seed), split_hash)
     seconds, tokens = answer_rows(
         model,

@@ -2,12 +2,9 @@
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from peftlib import __version__, data, methods
@@ -16,7 +13,8 @@ from peftlib.checkpoint import Checkpoint, CheckpointDir, sha256
 from peftlib.config import differences
 from peftlib.env import resolve_device, training_precision
 from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError
-from peftlib.losses import IGNORE, chunked_loss_sum
+from peftlib.interrupts import interrupts
+from peftlib.losses import chunked_loss_sum
 from peftlib.memory import PeakMemory
 from peftlib.models import (
     PROJECTIONS,
@@ -31,46 +29,11 @@ from peftlib.models import (
 )
 from peftlib.optim.galore import kept_energy
 from peftlib.precision import apply_step, autocast, loss_scaler, run_in_autocast
+from peftlib.rows import Rows, mean_loss
 from peftlib.steps import StepPlan, learning_rate_factor, micro_batches
 from peftlib.trained import load_trained, save_trained
 
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
-
-
-class Rows:
-    """Tokenized rows. lengths: (N,) tokens; scored: (N,) tokens that count in the loss."""
-
-    def __init__(self, rows):
-        self.ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
-        self.is_scored = [np.asarray(row["is_scored"], dtype=bool) for row in rows]
-        self.lengths = np.array([len(ids) for ids in self.ids])
-        self.scored = np.array([mask.sum() for mask in self.is_scored])
-
-    def __len__(self):
-        return len(self.ids)
-
-    def batch(self, numbers, device):
-        """(input_ids, labels), each (B, T) int64, right-padded to the longest of the rows."""
-        width = max(self.lengths[n] for n in numbers)
-        ids = np.zeros((len(numbers), width), dtype=np.int64)
-        labels = np.full((len(numbers), width), IGNORE, dtype=np.int64)
-        for i, n in enumerate(numbers):
-            ids[i, : self.lengths[n]] = self.ids[n]
-            labels[i, : self.lengths[n]] = np.where(self.is_scored[n], self.ids[n], IGNORE)
-        return torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
-
-
-def mean_loss(model, rows, *, batch, device, precision):
-    """Nats per scored token over all rows, a float; rows are taken longest first in batches of `batch`."""
-    was_training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad(), autocast(device, precision):
-        for numbers in micro_batches(range(len(rows)), rows.lengths, batch):
-            ids, labels = rows.batch(numbers, device)
-            total += chunked_loss_sum(hidden_states(model, ids), head_weight(model), labels).double().cpu()
-    model.train(was_training)
-    return float(total / rows.scored.sum())
 
 
 @dataclass
@@ -107,8 +70,8 @@ class TrainingRun:
                 f"{self.accelerator.num_processes} processes: GaLore frees gradients before they could be exchanged, "
                 "so peftlib trains on one GPU; start one process, and one seed per GPU"
             )
-        self._memory = PeakMemory(self.device)
-        self._memory.__enter__()  # the model's weights belong to the peak; train() closes it
+        self._open = contextlib.ExitStack()  # train() closes it
+        self._memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
         self.tokenizer = data.open_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.FOUR_BIT)
@@ -125,20 +88,20 @@ class TrainingRun:
         NonFiniteLossError: the loss is inf or nan; the last checkpoint is kept. CheckpointError: no space, or the
         checkpoint at hand was made with other settings.
         """
-        kept = self.finished_record()
-        if kept is not None:
-            self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")
-            self._memory.__exit__()
-            folder = self.study.weights_dir(self.name, self.cfg.seed)
-            self.model = load_trained(folder, device=self.device, merge=False)
-            return kept
-        try:
+        with self._open:
+            kept = self.finished_record()
+            if kept is not None:
+                self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")
+                folder = self.study.weights_dir(self.name, self.cfg.seed)
+                self.model = load_trained(folder, device=self.device, merge=False)
+                return kept
             self._start()
-        except Exception:
-            self._memory.__exit__()
-            raise
+            self._to_the_end()
+        return self.record
+
+    def _to_the_end(self):
         try:
-            with _interrupts() as interrupted:
+            with interrupts() as interrupted:
                 self._run(interrupted)
             if self.progress.step == self.plan.steps:
                 self._keep_weights()
@@ -148,7 +111,6 @@ class TrainingRun:
             raise
         finally:
             self._close()
-        return self.record
 
     def captured_energy(self, layers, *, rows=4):
         """How much of a gradient its best basis keeps, before training.
@@ -335,9 +297,7 @@ class TrainingRun:
 
     def _validate(self):
         self._flush()
-        loss = mean_loss(
-            self.model, self.valid, batch=self.cfg.eval_batch, device=self.device, precision=self.precision
-        )
+        loss = mean_loss(self.model, self.valid, device=self.device, precision=self.precision)
         self.record["valid_history"].append({"step": self.progress.step, "valid_loss": loss})
         self.log(f"step {self.progress.step}/{self.plan.steps}  validation loss {loss:.4f}")
 
@@ -405,7 +365,6 @@ class TrainingRun:
     def _close(self):
         """Write the record; with the weights safe, the checkpoints have served."""
         self._read_memory()
-        self._memory.__exit__()
         progress, record = self.progress, self.record
         record.update(vars(progress), steps=progress.step)
         del record["step"]
@@ -417,27 +376,3 @@ class TrainingRun:
         if record["status"] == "ok":
             self._checkpoints.remove()
             self.study.predictions_path(self.name, self.cfg.seed).unlink(missing_ok=True)  # of earlier weights
-
-
-@contextlib.contextmanager
-def _interrupts():
-    """An event that Ctrl-C, the kernel's interrupt button or SIGTERM sets; a second one ends at once.
-
-    Training then stops after the step at hand, with a checkpoint. Threads other than the main one get no signals.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

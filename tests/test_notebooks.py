@@ -22,8 +22,6 @@ from peftlib.config import resolve
 CHECKOUT = Path(notebook.__file__).resolve().parent.parent
 NAMES = list(notebook.NOTEBOOKS)
 PATHS = {name: CHECKOUT / "notebooks" / f"{name}.ipynb" for name in NAMES}
-missing = [name for name, path in PATHS.items() if not path.exists()]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"not written yet: {', '.join(missing)}")
 
 TOKEN = "hf_planted0token0that0must0not0appear"
 COLUMNS = (
