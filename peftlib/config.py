@@ -55,19 +55,42 @@ class Config:
     lora_rank: int = _field(16, "math", "columns of each adapter", low=1)
     lora_alpha: int = _field(32, "math", "adapter scale times rank", low=1)
     lora_dropout: float = _field(0.0, "math", "share of adapter inputs dropped", low=0.0, high=0.9)
+    lora_init: str = _field(
+        "default", "math", "adapters' start; default: B zero", choices=("default", "gaussian", "pissa", "pissa_niter_4")
+    )
+    lora_use_rslora: bool = _field(False, "math", "adapter scale is alpha / sqrt(rank) (rsLoRA)")
+    lora_use_dora: bool = _field(False, "math", "train each row's length apart from its direction (DoRA; slower)")
     lora_learning_rate: float = _field(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
     galore_rank: int = _field(128, "math", "columns kept of each gradient's basis", low=1)
     galore_update_gap: int = _field(200, "math", "steps between two bases of one layer", low=1)
     galore_scale: float = _field(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
     galore_learning_rate: float = _field(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 
+    galore_weights: str = _field(
+        "fp32", "math", "dtype of projected weights; bf16 is rounded stochastically", choices=("fp32", "bf16")
+    )
+    galore_on_refresh: str = _field("keep", "math", "moments at a change of basis", choices=("keep", "project"))
+    optimizer_bits: int = _field(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
+    apollo_rank: int = _field(128, "math", "columns of the random projection", low=1)
+    apollo_scale: float = _field(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
+    apollo_learning_rate: float = _field(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
+    full_learning_rate: float = _field(2e-5, "math", "peak, for everything full trains", above=0.0, high=1.0)
+
     max_new_tokens: int = _field(48, "data", "tokens of an answer", low=1, high=8192)
 
     precision: str = _field("auto", "run", "autocast type of training", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = _field("auto", "run", "where tensors live", choices=("auto", "cpu", "cuda"))
-    micro_batch: int = _field(4, "run", "rows of one forward pass in training", low=1)
+    micro_batch: int = _field(
+        0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
+    )
     eval_batch: int = _field(16, "run", "rows of one batch in generation and evaluation", low=1)
-    checkpointing: bool = _field(False, "run", "recompute activations in the backward pass")
+    checkpointing: bool = _field(
+        False, "run", "recompute activations in the backward pass; the planner decides where micro_batch is 0"
+    )
+    compile: str = _field(
+        "auto", "run", "torch.compile by layer; auto: on a GPU with Triton", choices=("auto", "on", "off")
+    )
+    memory_gib: float = _field(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
     max_seconds: float = _field(
         0.0, "run", "wall clock of one training call, then save and stop; 0 is no limit", low=0.0
     )
@@ -131,13 +154,14 @@ PROFILES = {
         "lora_learning_rate": 1e-3,
         "galore_learning_rate": 5e-4,
         "galore_update_gap": 50,
+        "micro_batch": 4,
         "eval_batch": 48,
         "save_every": 12,
         "valid_every": 8,
         "log_every": 3,
     },
-    "t4": {**_STUDY, "micro_batch": 2, "eval_batch": 32, "checkpointing": True},
-    "gpu": {**_STUDY, "micro_batch": 8, "eval_batch": 64},
+    "t4": {**_STUDY, "eval_batch": 32},
+    "gpu": {**_STUDY, "eval_batch": 64},
 }
 
 

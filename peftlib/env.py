@@ -82,3 +82,14 @@ def hf_token():
         "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
         "or set model to the id of a public mirror."
     )
+
+
+def require_bitsandbytes(what):
+    """ModelError unless bitsandbytes can be imported; `what` needs it."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f"{what} needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, "
+            "or take a method that needs none (lora, galore)"
+        ) from error

@@ -1,34 +1,47 @@
 """Cross-entropy over a 262,144-word head without ever holding all logits (1 MiB of float32 a token)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a position that is not scored, torch's own default
+CHUNK = 256  # positions whose logits are held at once
 _FP16_LIFT = 1024.0  # exact power of two that keeps small probabilities above fp16's smallest number
 
 
-def chunked_loss_sum(hidden: Tensor, head: Tensor, labels: Tensor, *, chunk=256) -> Tensor:
+def chunked_loss_sum(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, positions=None, chunk=CHUNK, is_compiled=False
+) -> Tensor:
     """Sum over the scored positions of the cross-entropy, in nats, float32, 0-dim.
 
     hidden: (B, T, D), any float dtype; head: (V, D), the output embedding, in whose dtype the products run; labels:
     (B, T), unshifted: position t is scored by the hidden state of t - 1, and IGNORE is not scored. Divide by the
-    step's number of scored tokens.
+    step's number of scored tokens. positions: (N,) int64, what `scored_positions` finds; given, the host need not
+    wait for the device to count them. is_compiled: let torch.compile fuse a chunk's softmax.
 
     Only scored positions reach the head, `chunk` of them at a time. For a frozen head the gradient is made in the
     forward pass, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), so the logits are made once; a trained head
     makes them again in the backward pass. Not torch's linear_cross_entropy, whose bf16 loss was seen wrong on CPUs.
     """
-    targets = labels[:, 1:]
-    scored = targets != IGNORE
-    rows, targets = hidden[:, :-1][scored], targets[scored]  # (N, D), (N,)
+    if positions is None:
+        positions = scored_positions(labels)
+    rows = hidden.flatten(0, 1).index_select(0, positions)  # (N, D)
+    targets = labels.flatten().index_select(0, positions + 1)
     if torch.is_grad_enabled() and head.requires_grad:
         total = 0.0 * rows.float().sum()  # keeps the graph where nothing is scored
         for part, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True):
             total = total + checkpoint(_logits_loss, part, head, wanted, use_reentrant=False)
         return total
-    return _FrozenHeadLoss.apply(rows, head, targets, chunk)
+    return _FrozenHeadLoss.apply(rows, head, targets, chunk, is_compiled)
+
+
+def scored_positions(labels: Tensor) -> Tensor:
+    """(N,) int64 places in the flattened (B, T) hidden states whose next token is scored."""
+    is_scored = F.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
+    return is_scored.flatten().nonzero().squeeze(1)
 
 
 def _logits_loss(rows, head, targets):
@@ -39,19 +52,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """Sum of losses whose gradient with respect to the rows is kept from the forward pass, (N, D) float32."""
 
     @staticmethod
-    def forward(ctx, rows, head, targets, chunk):
+    def forward(ctx, rows, head, targets, chunk, is_compiled):
         wants_grad = ctx.needs_input_grad[0]
         grad = torch.empty(rows.shape, dtype=torch.float32, device=rows.device) if wants_grad else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        lift = _FP16_LIFT if head.dtype == torch.float16 else 1.0
+        chunk_loss = _compiled_chunk_loss() if is_compiled else _chunk_loss
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
-            wanted = targets[part, None]
-            log_p = F.log_softmax(F.linear(rows[part].to(head.dtype), head), dim=-1, dtype=torch.float32)
-            total -= log_p.gather(1, wanted).sum()
+            loss, slope = chunk_loss(rows[part], head, targets[part, None], wants_grad)
+            total += loss
             if wants_grad:
-                slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
-                grad[part] = ((slope.mul_(lift).to(head.dtype) @ head).float()).div_(lift)
+                grad[part] = _head_product(slope, head)
         ctx.save_for_backward(grad)
         ctx.dtype = rows.dtype
         return total
@@ -59,4 +70,38 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         (grad,) = ctx.saved_tensors
-        return (grad * grad_total).to(ctx.dtype), None, None, None
+        return (grad * grad_total).to(ctx.dtype), None, None, None, None
+
+
+def _chunk_loss(rows, head, wanted, wants_grad):
+    """(loss, its slope with respect to the logits, lifted, in the head's dtype) of (c, D) rows and (c, 1) targets."""
+    log_p = F.log_softmax(F.linear(rows.to(head.dtype), head), dim=-1, dtype=torch.float32)
+    loss = -log_p.gather(1, wanted).sum()
+    if not wants_grad:
+        return loss, None
+    slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
+    return loss, slope.mul_(_lift(head)).to(head.dtype)
+
+
+def _chunk_loss_to_fuse(rows, head, wanted, wants_grad):
+    """_chunk_loss in a form that a compiler turns into two passes over the logits and no float32 copy of them."""
+    logits = F.linear(rows.to(head.dtype), head).float()
+    log_z = logits.logsumexp(-1, keepdim=True)
+    loss = (log_z - logits.gather(1, wanted)).sum()
+    if not wants_grad:
+        return loss, None
+    is_wanted = torch.arange(head.shape[0], device=head.device) == wanted
+    return loss, (((logits - log_z).exp() - is_wanted.float()) * _lift(head)).to(head.dtype)
+
+
+@functools.cache
+def _compiled_chunk_loss():
+    return torch.compile(_chunk_loss_to_fuse, dynamic=True)
+
+
+def _head_product(slope, head):
+    return (slope @ head).float().div_(_lift(head))
+
+
+def _lift(head):
+    return _FP16_LIFT if head.dtype == torch.float16 else 1.0

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from peftlib.config import PACKAGED_MODEL
-from peftlib.env import hf_token
+from peftlib.env import hf_token, require_bitsandbytes
 from peftlib.errors import ModelError
+from peftlib.layers import guard_products
 from peftlib.packaged import PROVENANCE, packaged_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -74,8 +75,8 @@ def load_base(model, *, precision, device, four_bit=()):
     precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projection names to hold in NF4 with double
     quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
     Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
-    Gemma 3's residual passes fp16's 65,504.
-    ModelError: not to be had (gated, no network, unknown), or a 4-bit name that matches no layer.
+    Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too.
+    ModelError: not to be had (gated, no network, unknown), bitsandbytes is missing, or a 4-bit name matches no layer.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,6 +84,7 @@ def load_base(model, *, precision, device, four_bit=()):
     settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
     if four_bit:
+        require_bitsandbytes("a 4-bit model")
         settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
     with hub_errors(model):
         loaded = AutoModelForCausalLM.from_pretrained(location, token=token_for(location), **settings)
@@ -91,7 +93,9 @@ def load_base(model, *, precision, device, four_bit=()):
     _norms_to_float32(loaded)
     if precision == "fp16":
         loaded.get_input_embeddings().register_forward_hook(_to_float32)
+        guard_products(loaded)
     if four_bit:
+        named_weights(loaded, four_bit)  # at least one layer bears such a name
         guard_four_bit(loaded, four_bit)
     return loaded
 
@@ -147,17 +151,47 @@ def guard_four_bit(model, four_bit):
             raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
 
 
+def checkpoint_layers(model, cfg):
+    """Recompute each decoder layer in the backward pass instead of keeping what it made."""
+    # Keeping the random state would wait for the device at every layer; only dropout draws from it.
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            "preserve_rng_state": cfg.lora_dropout > 0,
+            "determinism_check": "none",
+        }
+    )
+
+
 def core(model):
     """The transformer without adapter wrapper, whose `.model` gives hidden states and `.lm_head` the vocabulary."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model, input_ids):
-    """(B, T, D) last hidden states, after the final norm, of right-padded (B, T) ids.
+def hidden_states(model, batch):
+    """(B, T, D) last hidden states, after the final norm, of a rows.Batch.
 
-    No padding mask: attention is causal, so a real token never sees the padding to its right.
+    No padding mask: attention is causal, so a real token never sees the padding to its right. Rows packed into one
+    sequence do not see each other and count their positions from 0.
     """
-    return core(model).model(input_ids=input_ids, use_cache=False).last_hidden_state
+    inner, packed = core(model).model, {}
+    if batch.documents is not None:
+        packed = {
+            "position_ids": batch.places,
+            "attention_mask": packed_masks(batch.documents, inner.config.sliding_window),
+        }
+    return inner(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
+
+
+def packed_masks(documents, window):
+    """{layer type: (B, 1, T, T) bool}, True where a token sees another of its own document, as Gemma 3 names them.
+
+    documents: (B, T). window: tokens, itself included, that a sliding layer's token sees.
+    """
+    place = torch.arange(documents.shape[1], device=documents.device)
+    back = place[:, None] - place
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]) & (back >= 0)
+    return {"full_attention": seen, "sliding_attention": seen & (back < window)}
 
 
 def head_weight(model):

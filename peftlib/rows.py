@@ -1,12 +1,35 @@
 """Tokenized rows as batches, and the mean loss over them."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-from peftlib.losses import IGNORE, chunked_loss_sum
+from peftlib.losses import IGNORE, chunked_loss_sum, scored_positions
 from peftlib.models import head_weight, hidden_states
 from peftlib.precision import autocast
-from peftlib.steps import micro_batches
+from peftlib.steps import pack
+
+
+class Batch(NamedTuple):
+    """Rows on a device.
+
+    ids, labels: (B, T) int64; positions: (N,) int64, what losses.scored_positions finds in the labels; places: (B, T)
+    int64, each token's place in its row; documents: (B, T) int64, the number of each token's row, or None where each
+    sequence holds one row.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    places: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+
+    def to(self, device):
+        """The batch on a device, without waiting for it."""
+        if device == "cpu":
+            return self
+        return Batch(*(t if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))
 
 
 class Rows:
@@ -21,28 +44,48 @@ class Rows:
     def __len__(self):
         return len(self.ids)
 
-    def batch(self, numbers, device):
-        """(input_ids, labels), each (B, T) int64, right-padded to the longest of the rows."""
-        width = max(self.lengths[n] for n in numbers)
-        ids = np.zeros((len(numbers), width), dtype=np.int64)
-        labels = np.full((len(numbers), width), IGNORE, dtype=np.int64)
-        for i, n in enumerate(numbers):
-            ids[i, : self.lengths[n]] = self.ids[n]
-            labels[i, : self.lengths[n]] = np.where(self.is_scored[n], self.ids[n], IGNORE)
-        return torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
+    def batch(self, bins, device):
+        """A Batch of bins (lists of row numbers), each a sequence, right-padded to the fullest."""
+        filled = max(sum(self.lengths[n] for n in rows) for rows in bins)
+        shape = (len(bins), -(-int(filled) // multiple_on(device)) * multiple_on(device))
+        ids, places = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        labels, documents = np.full(shape, IGNORE, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+        for i, rows in enumerate(bins):
+            start = 0
+            for document, n in enumerate(rows):
+                part = slice(start, start + self.lengths[n])
+                ids[i, part] = self.ids[n]
+                labels[i, part] = np.where(self.is_scored[n], self.ids[n], IGNORE)
+                labels[i, start] = IGNORE  # nothing stands before a row's first token
+                places[i, part] = np.arange(self.lengths[n])
+                documents[i, part] = document
+                start = part.stop
+        labels = torch.from_numpy(labels)
+        batch = Batch(torch.from_numpy(ids), labels, scored_positions(labels))
+        if any(len(rows) > 1 for rows in bins):
+            batch = batch._replace(places=torch.from_numpy(places), documents=torch.from_numpy(documents))
+        return batch.to(device)
+
+    def batches(self, numbers, tokens, device):
+        """Batches of at most `tokens` padded tokens that hold the given rows, see steps.pack."""
+        for bins in pack(numbers, self.lengths, tokens, multiple=multiple_on(device)):
+            yield self.batch(bins, device)
 
 
-def mean_loss(model, rows, *, device, precision, batch=8):
-    """Nats per scored token over all rows, a float; rows are taken longest first in batches of `batch`.
+def multiple_on(device):
+    """Widths on a GPU are multiples of 64: matrix units like round numbers, attention masks need them."""
+    return 1 if device == "cpu" else 64
 
-    Small batches of like lengths pad little, and a forward pass of a few rows fills the processor.
-    """
+
+def mean_loss(model, rows, *, device, precision, tokens=2048):
+    """Nats per scored token over all rows, a float; rows are packed into batches of at most `tokens` tokens."""
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), autocast(device, precision):
-        for numbers in micro_batches(range(len(rows)), rows.lengths, batch):
-            ids, labels = rows.batch(numbers, device)
-            total += chunked_loss_sum(hidden_states(model, ids), head_weight(model), labels).double().cpu()
+        for batch in rows.batches(range(len(rows)), tokens, device):
+            hidden = hidden_states(model, batch)
+            loss = chunked_loss_sum(hidden, head_weight(model), batch.labels, positions=batch.positions)
+            total += loss.double().cpu()
     model.train(was_training)
     return float(total / rows.scored.sum())

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square
+_ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a share of a token's other work
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -38,13 +41,55 @@ class StepPlan:
         return order[start : start + self.sequences_per_step].tolist()
 
 
-def micro_batches(rows, lengths, size):
-    """Cut a step's rows into batches of `size`, longest first, so that a batch pads little and memory peaks early.
+def pack(rows, lengths, tokens, *, multiple=1):
+    """Micro-batches of at most `tokens` padded tokens for some rows: [[bin, ...], ...], a bin being [row, ...].
 
-    lengths: tokens of each row, by row number. The step's summed loss does not depend on the cut.
+    The rows of a bin lie one behind the other in one sequence, so that little is padded; all bins of a micro-batch are
+    padded to its fullest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than
+    `tokens` makes a micro-batch of its own. The summed loss of the rows does not depend on the cut.
     """
-    by_length = sorted(rows, key=lambda row: (-lengths[row], row))
-    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    order = sorted(rows, key=lambda row: (-lengths[row], row))
+    batches = []
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        bins, width = _best_bins(order[start : start + _ROWS_AT_ONCE], lengths, tokens, multiple)
+        at_once = max(1, tokens // width)
+        batches += [bins[i : i + at_once] for i in range(0, len(bins), at_once)]
+    return batches
+
+
+def _best_bins(order, lengths, tokens, multiple):
+    """(bins, their width) that cost least. Attention costs a token in proportion to the width, the rest does not."""
+    longest, total = int(lengths[order[0]]), int(sum(lengths[row] for row in order))
+    best = None
+    for count in range(1, len(order) + 1):
+        width = max(longest, -(-total // count))
+        if width > max(tokens, longest):
+            continue
+        bins = _first_fit(order, lengths, width)
+        fullest = max(sum(lengths[row] for row in rows) for rows in bins)
+        width = -(-int(fullest) // multiple) * multiple
+        cost = len(bins) * width * (1 + _ATTENTION_SHARE * width)
+        if best is None or cost < best[0]:
+            best = cost, bins, width
+        if width <= longest + multiple:
+            break  # more bins can be no narrower
+    return best[1], best[2]
+
+
+def _first_fit(order, lengths, width):
+    """Rows, longest first, each into the first bin that has room."""
+    bins, room = [], []
+    for row in order:
+        length = int(lengths[row])
+        for i, left in enumerate(room):
+            if length <= left:
+                bins[i].append(row)
+                room[i] -= length
+                break
+        else:
+            bins.append([row])
+            room.append(width - length)
+    return bins
 
 
 def learning_rate_factor(step, steps, cfg):

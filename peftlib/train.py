@@ -18,6 +18,7 @@ from peftlib.losses import chunked_loss_sum
 from peftlib.memory import PeakMemory
 from peftlib.models import (
     PROJECTIONS,
+    checkpoint_layers,
     core,
     count_parameters,
     guard_four_bit,
@@ -27,10 +28,11 @@ from peftlib.models import (
     named_weights,
     trainable,
 )
-from peftlib.optim.galore import kept_energy
-from peftlib.precision import apply_step, autocast, loss_scaler, run_in_autocast
+from peftlib.optim.basis import kept_energy
+from peftlib.precision import autocast, loss_scaler, run_in_autocast
 from peftlib.rows import Rows, mean_loss
-from peftlib.steps import StepPlan, learning_rate_factor, micro_batches
+from peftlib.stepper import Stepper
+from peftlib.steps import StepPlan, learning_rate_factor
 from peftlib.trained import load_trained, save_trained
 
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
@@ -119,14 +121,15 @@ class TrainingRun:
         `rows` training rows: the share of the squared Frobenius norm inside the leading galore_rank directions, and
         the share r / m that random directions would keep.
         """
-        batch = Rows(data.load_split(self.study.data_dir, "train")[:rows]).batch(range(rows), self.device)
+        first = Rows(data.load_split(self.study.data_dir, "train")[:rows])
+        batch = first.batch([[n] for n in range(rows)], self.device)
         weights = {
             name: p
             for name, p in named_weights(self.model, PROJECTIONS).items()
             if any(f"layers.{layer}." in name for layer in layers)
         }
         with autocast(self.device, self.precision):
-            loss = chunked_loss_sum(hidden_states(self.model, batch[0]), head_weight(self.model), batch[1])
+            loss = chunked_loss_sum(hidden_states(self.model, batch), head_weight(self.model), batch.labels)
         grads = torch.autograd.grad(loss, list(weights.values()))
         return [
             {
@@ -159,11 +162,19 @@ class TrainingRun:
         self.optimizer = self.method.build_optimizer(self.model, cfg)
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = loss_scaler(self.device, self.precision)
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            self.scaler,
+            device=self.device,
+            precision=self.precision,
+            backward=self.accelerator.backward,
+        )
         self.progress = Progress()
-        self._micro_batch = cfg.micro_batch
+        self._micro_batch = cfg.micro_batch or 4
         self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
         if cfg.checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(self.model, cfg)
         self.record = records.new_record(
             self.study,
             self.name,
@@ -227,10 +238,10 @@ class TrainingRun:
             group["lr"] = peak * factor
         started = time.monotonic()
         while True:
-            # Dropout depends on seed and step alone, so nothing done between two steps can change it.
-            torch.manual_seed((cfg.seed << 32) + step)
             try:
-                loss = self._accumulate(numbers)
+                batches = list(self.rows.batches(numbers, self._micro_batch * cfg.max_length, self.device))
+                # Dropout depends on seed and step alone, so nothing done between two steps can change it.
+                loss = self.stepper.gradients(batches, self._scored(numbers), seed=(cfg.seed << 32) + step)
                 break
             except torch.OutOfMemoryError as error:
                 self.optimizer.zero_grad()
@@ -242,7 +253,7 @@ class TrainingRun:
                 self._micro_batch //= 2
             torch.cuda.empty_cache()
             self.log(f"out of memory at step {step}: going on with micro_batch={self._micro_batch}")
-        grad_norm, is_skipped = apply_step(self.optimizer, self.scaler)
+        grad_norm, is_skipped = self.stepper.update()
         tokens = int(self.rows.lengths[numbers].sum())
         if step == 0 or self.device == "cpu":
             grad_norm = float(grad_norm)  # waits for the device, so that the first step's time is true
@@ -257,17 +268,8 @@ class TrainingRun:
         entry = {"step": step + 1, "learning_rate": self._peak_rates[0] * factor, "tokens": tokens, "seconds": seconds}
         self._pending.append((entry, loss, grad_norm))
 
-    def _accumulate(self, numbers):
-        """Backward over a step's rows; returns nats per scored token, a 0-dim tensor."""
-        scored = int(self.rows.scored[numbers].sum())
-        total = torch.zeros((), device=self.device)
-        for part in micro_batches(numbers, self.rows.lengths, self._micro_batch):
-            ids, labels = self.rows.batch(part, self.device)
-            with autocast(self.device, self.precision):
-                loss = chunked_loss_sum(hidden_states(self.model, ids), head_weight(self.model), labels) / scored
-            self.accelerator.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        return total
+    def _scored(self, numbers):
+        return int(self.rows.scored[numbers].sum())
 
     def _flush(self):
         """Bring pending numbers to the host. NonFiniteLossError: one of the losses is inf or nan."""

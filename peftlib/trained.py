@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
 from peftlib.files import read_json, write_json, write_text
+from peftlib.layers import fuse_adapters
 from peftlib.models import core, guard_four_bit, load_base, peft_calls, trainable
 from peftlib.precision import run_in_autocast
 
@@ -105,6 +106,7 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
         model = stop_at(model.merge_and_unload()).to(dtype)
     else:
         guard_four_bit(model, four_bit)
+        fuse_adapters(model)  # as in training: other kernels round otherwise
         run_in_autocast(stop_at(core(model)), device, facts["precision"])
     return model.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ TINY = {
     "micro_batch": 2,
     "lora_rank": 4,
     "galore_rank": 8,
+    "apollo_rank": 8,
     "galore_update_gap": 3,
     "precision": "fp32",
     "device": "cpu",

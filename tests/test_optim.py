@@ -7,7 +7,8 @@ import torch
 
 from peftlib.errors import ConfigError
 from peftlib.optim.adamw import AccumulatingAdamW
-from peftlib.optim.galore import GaLoreAdamW, fit_basis, fit_basis_by_svd
+from peftlib.optim.basis import fit_basis, fit_basis_by_svd
+from peftlib.optim.galore import GaLoreAdamW
 
 
 class TwoLayers(torch.nn.Module):
@@ -149,15 +150,15 @@ def test_clipping_is_by_the_norm_of_what_is_applied():
 
 @pytest.mark.parametrize("moments", ["keep", "project"])
 def test_resume_inside_a_gap_is_bit_equal(moments):
-    straight, optimizer = make(moments=moments)
+    straight, optimizer = make(on_refresh=moments)
     train(straight, optimizer, range(10))
-    first, optimizer = make(moments=moments)
+    first, optimizer = make(on_refresh=moments)
     train(first, optimizer, range(6))
     stored = io.BytesIO()
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, stored)
     stored.seek(0)
     loaded = torch.load(stored, weights_only=True)
-    second, optimizer = make(seed=9, moments=moments)
+    second, optimizer = make(seed=9, on_refresh=moments)
     second.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     train(second, optimizer, range(6, 10))
@@ -191,7 +192,7 @@ def test_loss_falls_on_repeated_rows():
 
 
 def test_full_rank_moments_projected_is_a_rotation_of_the_mean():
-    model, optimizer = make(rank=12, moments="project", stagger=False)
+    model, optimizer = make(rank=12, on_refresh="project", stagger=False)
     train(model, optimizer, range(4))
     state = optimizer.state[model.square.weight]
     before = state["basis"] @ state["exp_avg"]

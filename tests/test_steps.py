@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from peftlib.steps import StepPlan, micro_batches
+from peftlib.steps import StepPlan, pack
 
 
 def test_each_epoch_takes_every_row_once():
@@ -23,6 +24,24 @@ def test_max_steps_cuts_the_plan():
         plan.rows_of(3)
 
 
-def test_micro_batches_keep_every_row_longest_first():
-    lengths = {7: 3, 1: 9, 4: 9, 2: 5, 9: 1}
-    assert micro_batches([7, 1, 4, 2, 9], lengths, 2) == [[1, 4], [2, 7], [9]]
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_packs_hold_every_row_once_within_the_limit(multiple):
+    lengths = np.random.default_rng(0).integers(2, 600, 150)
+    batches = pack(range(150), lengths, 2048, multiple=multiple)
+    assert sorted(row for bins in batches for rows in bins for row in rows) == list(range(150))
+    for bins in batches:
+        width = -(-max(sum(lengths[row] for row in rows) for rows in bins) // multiple) * multiple
+        assert len(bins) * width <= 2048
+
+
+def test_packs_waste_little():
+    lengths = np.random.default_rng(1).lognormal(5, 0.8, 16).astype(int) + 2
+    padded = sum(
+        len(bins) * max(sum(lengths[row] for row in rows) for rows in bins) for bins in pack(range(16), lengths, 8192)
+    )
+    assert padded < 1.1 * lengths.sum() < 16 * lengths.max()
+
+
+def test_rows_of_one_length_stay_sequences_of_their_own_and_a_long_one_stands_alone():
+    assert pack(range(4), [512] * 4, 2048) == [[[0], [1], [2], [3]]]
+    assert pack([0, 1], [3000, 5], 1000)[0] == [[0]]

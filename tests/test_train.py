@@ -13,6 +13,7 @@ from peftlib.checkpoint import CheckpointDir
 from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError, StudyError
 from peftlib.evaluate import evaluate
 from peftlib.rows import Rows, mean_loss
+from peftlib.stepper import Stepper
 from peftlib.study import Study
 from peftlib.train import TrainingRun
 
@@ -36,9 +37,17 @@ def assert_equal_weights(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+FAST = {
+    "lora_learning_rate": 3e-3,
+    "galore_learning_rate": 1e-2,
+    "full_learning_rate": 3e-3,
+    "apollo_learning_rate": 3e-3,
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_frozen_weights_stay_and_the_loss_falls_on_repeated_rows(make_study, method):
-    study = make_study(epochs=8, schedule="constant", lora_learning_rate=3e-3, galore_learning_rate=1e-2)
+    study = make_study(epochs=8, schedule="constant", **FAST)
     run = TrainingRun(study, method, log=lambda line: None)
     frozen = {name: p.detach().clone() for name, p in run.model.named_parameters() if not p.requires_grad}
     record = run.train()
@@ -60,6 +69,9 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
             "qlora": "lora_" in name,
             "galore": "embed" not in name and "lm_head" not in name,
             "hybrid": "lora_" in name or is_attention,
+            "lora": "lora_" in name,
+            "full": "embed" not in name and "lm_head" not in name,
+            "apollo": "embed" not in name and "lm_head" not in name,
         }[method]
         assert (name in trains) == wanted, name
     assert all(p.dtype == torch.float32 for p in models.trainable(run.model).values())
@@ -171,7 +183,7 @@ def test_training_before_data_is_refused(make_study):
 @pytest.mark.parametrize(
     "method, fields, message",
     [
-        ("nosuch", {}, "'nosuch' is unknown: use qlora, galore, hybrid"),
+        ("nosuch", {}, "'nosuch' is unknown: use qlora, galore, hybrid, lora, full, apollo"),
         ("qlora", {"lora_rank": 65}, r"lora_rank=65 is larger than a layer: use 1\.\.32"),
         ("galore", {"galore_rank": 65}, r"galore_rank=65, weight \(32, 64\): use 1\.\.32"),
     ],
@@ -184,8 +196,9 @@ def test_a_method_or_rank_that_cannot_be_is_refused(make_study, method, fields, 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, monkeypatch):
     study = make_study(save_every=2)
     run = TrainingRun(study, "qlora", log=lambda line: None)
-    accumulate = run._accumulate
-    monkeypatch.setattr(run, "_accumulate", lambda n: accumulate(n) * (float("nan") if run.progress.step == 3 else 1))
+    gradients = Stepper.gradients
+    spoil = lambda *args, **kw: gradients(*args, **kw) * (float("nan") if run.progress.step == 3 else 1)
+    monkeypatch.setattr(Stepper, "gradients", spoil)
     with pytest.raises(NonFiniteLossError, match="loss of step 4 is nan.*learning rate.*checkpoint is kept"):
         run.train()
     record = records.load(study, "qlora", 0)
@@ -234,16 +247,16 @@ def test_mixed_precision_is_active_and_learns(make_study, precision):
 
 def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch):
     run = TrainingRun(make_study(precision="fp16"), "hybrid", log=lambda line: None)
-    accumulate = run._accumulate
+    gradients = Stepper.gradients
 
-    def overflow(numbers):
-        loss = accumulate(numbers)
+    def overflow(*args, **settings):
+        loss = gradients(*args, **settings)
         if run.progress.step == 2:
             low = next(iter(run.optimizer._low.values()), None)
             (low if low is not None else next(iter(run.optimizer._full.values()))).view(-1)[0] = float("inf")
         return loss
 
-    monkeypatch.setattr(run, "_accumulate", overflow)
+    monkeypatch.setattr(Stepper, "gradients", overflow)
     record = run.train()
     assert record["skipped_steps"] == 1 and record["status"] == "ok"
     assert [entry["grad_norm"] is None for entry in record["history"]].count(True) == 1
@@ -256,7 +269,7 @@ def test_mean_loss_does_not_depend_on_the_batch_and_leaves_the_mode(make_study):
 
     rows = Rows(load_split(study.data_dir, "valid"))
     run.model.train()
-    one, three = (mean_loss(run.model, rows, batch=b, device="cpu", precision="fp32") for b in (1, 3))
+    one, three = (mean_loss(run.model, rows, tokens=b, device="cpu", precision="fp32") for b in (64, 4096))
     assert abs(one - three) < 1e-5 and run.model.training
 
 

@@ -15,6 +15,9 @@ METHODS = {
     "qlora": "peftlib.methods.qlora",
     "galore": "peftlib.methods.galore",
     "hybrid": "peftlib.methods.hybrid",
+    "lora": "peftlib.methods.lora",
+    "full": "peftlib.methods.full",
+    "apollo": "peftlib.methods.apollo",
 }
 
 

@@ -1,5 +1,7 @@
 """GaLore: all projections train in full, Adam's moments in a rank-r view (Zhao et al. 2024, arXiv:2403.03507)."""
 
+import torch
+
 from peftlib.models import PROJECTIONS, named_weights, trainable
 from peftlib.optim.galore import GaLoreAdamW
 
@@ -7,11 +9,16 @@ FOUR_BIT = ()
 
 
 def prepare(model, cfg):
-    """The model with projections and norms trained, in float32; the tied embedding stays frozen."""
+    """The model with projections (in cfg.galore_weights) and norms (in float32) trained; the tied embedding frozen."""
+    return train_projections_and_norms(model, cfg.galore_weights)
+
+
+def train_projections_and_norms(model, dtype):
+    """Switch training on for the seven projections, held in `dtype`, and for the norms, in float32."""
     for name, p in model.named_parameters():
         if p.ndim == 1 and "norm" in name:
             p.requires_grad_(True)
-    train_in_float32(named_weights(model, PROJECTIONS))
+    train_in(dtype, named_weights(model, PROJECTIONS))
     return model
 
 
@@ -36,11 +43,15 @@ def optimizer(cfg, projected, plain):
         lr=cfg.galore_learning_rate,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
+        on_refresh=cfg.galore_on_refresh,
+        moment_bits=cfg.optimizer_bits,
+        seed=cfg.seed,
     )
 
 
-def train_in_float32(weights):
-    """Switch training on; float32 because bf16 and fp16 round small updates away."""
+def train_in(dtype, weights):
+    """Switch training on. fp32 by default, for 16 bits round small updates away; bf16 weights, which take half the
+    memory, are rounded stochastically by the optimizer."""
     for p in weights.values():
-        p.data = p.data.float()
+        p.data = p.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
         p.requires_grad_(True)

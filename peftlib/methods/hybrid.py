@@ -1,6 +1,6 @@
 """The layer-wise hybrid: LoRA on 4-bit MLP projections, unquantized attention projections trained by GaLore."""
 
-from peftlib.methods.galore import optimizer, train_in_float32
+from peftlib.methods.galore import optimizer, train_in
 from peftlib.methods.qlora import with_adapters
 from peftlib.models import ATTENTION, MLP, named_weights, trainable
 
@@ -11,7 +11,7 @@ def prepare(model, cfg):
     """Adapters on the MLP, attention projections trained in full; norms and embedding frozen."""
     model = with_adapters(model, cfg, MLP)
     # After the adapters, which freeze the rest. PEFT does not save these weights: trained.save does.
-    train_in_float32(named_weights(model, ATTENTION))
+    train_in(cfg.galore_weights, named_weights(model, ATTENTION))
     return model
 
 

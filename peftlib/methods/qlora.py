@@ -1,8 +1,9 @@
 """QLoRA: adapters on a frozen 4-bit model (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 from peftlib.errors import ConfigError
-from peftlib.models import PROJECTIONS, core, peft_calls, trainable
-from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.layers import fuse_adapters
+from peftlib.models import PROJECTIONS, core, named_weights, peft_calls, trainable
+from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 FOUR_BIT = PROJECTIONS
 
@@ -13,8 +14,9 @@ def prepare(model, cfg):
 
 
 def build_optimizer(model, cfg):
-    """AdamW over the adapters."""
-    return AccumulatingAdamW(
+    """AdamW over the adapters, its moments in cfg.optimizer_bits."""
+    make = adamw_8bit if cfg.optimizer_bits == 8 else AccumulatingAdamW
+    return make(
         list(trainable(model).values()),
         lr=cfg.lora_learning_rate,
         weight_decay=cfg.weight_decay,
@@ -25,8 +27,10 @@ def build_optimizer(model, cfg):
 def with_adapters(model, cfg, targets):
     """A PeftModel with LoRA (Hu et al. 2021, arXiv:2106.09685) on `targets`: W x + alpha/r B A x, B zero at first.
 
-    ConfigError: lora_rank above the shorter side of a target.
+    PEFT's options rsLoRA, DoRA and PiSSA come from the config. ConfigError: lora_rank above the shorter side of a
+    target. ModelError: no layer bears one of the names.
     """
+    named_weights(model, targets)
     from peft import LoraConfig, get_peft_model
 
     shortest = min(
@@ -36,12 +40,25 @@ def with_adapters(model, cfg, targets):
     )
     if cfg.lora_rank > shortest:
         raise ConfigError(f"lora_rank={cfg.lora_rank} is larger than a layer: use 1..{shortest}")
+    is_four_bit = any(getattr(p, "quant_state", None) is not None for p in model.parameters())
+    if cfg.lora_init.startswith("pissa") and is_four_bit:
+        raise ConfigError(
+            f"lora_init={cfg.lora_init!r} needs the singular values of 16-bit weights: use it with method lora, "
+            "or lora_init='default'"
+        )
     adapters = LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=cfg.lora_dropout,
         target_modules=list(targets),
+        use_rslora=cfg.lora_use_rslora,
+        use_dora=cfg.lora_use_dora,
+        init_lora_weights=True if cfg.lora_init == "default" else cfg.lora_init,
         task_type="CAUSAL_LM",
     )
     with peft_calls():
-        return get_peft_model(model, adapters)
+        adapted = get_peft_model(model, adapters)
+    for p in trainable(adapted).values():
+        p.data = p.data.float()  # PiSSA and DoRA take the base's 16 bits, which would lose small updates
+    fuse_adapters(adapted)
+    return adapted

@@ -7,28 +7,23 @@ the backward pass that made it. A weight whose basis is due keeps its summed G u
 """
 
 import torch
-from torch import Tensor
 
+from peftlib.env import require_bitsandbytes
 from peftlib.errors import ConfigError
-from peftlib.optim.adamw import AccumulatingAdamW, fresh_state
+from peftlib.optim import moments
+from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.optim.basis import (
+    COLD_ITERATIONS,
+    WARM_ITERATIONS,
+    fit_basis_by_svd,
+    gram,
+    is_turned,
+    leading_space,
+    random_start,
+    turned,
+)
 
-
-def fit_basis(grad: Tensor, rank: int) -> Tensor:
-    """Leading left singular directions of a gradient.
-
-    grad: (m, n), m <= n, finite, any float dtype; worked in float32. Returns (m, rank) float32, orthonormal columns.
-    They are the eigenvectors of the Gram matrix G G^T (m, m), which needs no SVD of the wide matrix.
-    """
-    wide = grad.float()
-    # Squaring would overflow or vanish for extreme gradients; a basis does not depend on their size.
-    wide = wide / wide.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.eigh(wide @ wide.T)[1][:, -rank:].flip(1).contiguous()  # strongest column first
-
-
-def kept_energy(grad: Tensor, rank: int) -> float:
-    """Share of ||G||^2 that the best rank-r basis keeps, 0 to 1. grad: (m, n) in either orientation."""
-    wide = _turned(grad).float()
-    return float((fit_basis(wide, rank).T @ wide).square().sum() / wide.square().sum())
+_NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
 
 def state_numbers(shapes, rank) -> tuple[int, int]:
@@ -38,41 +33,52 @@ def state_numbers(shapes, rank) -> tuple[int, int]:
     return galore, sum(2 * shape[0] * shape[1] for shape in shapes)
 
 
-def fit_basis_by_svd(grad: Tensor, rank: int, *, is_turned: bool) -> Tensor:
-    """The same space by the SVD that galore_torch runs, with its signs.
-
-    is_turned: `grad` (m, n) is the transpose of the weight's gradient. The SVD then runs on that gradient itself, for
-    the sign of each column differs between a matrix and its transpose, and moments kept over a refresh feel it.
-    """
-    if is_turned:
-        return torch.linalg.svd(grad.float().T, full_matrices=False)[2][:rank].T.contiguous()
-    return torch.linalg.svd(grad.float(), full_matrices=False)[0][:, :rank].contiguous()
-
-
 class GaLoreAdamW(AccumulatingAdamW):
     """AdamW in which groups with a "rank" are projected; the other groups are plain AdamW.
 
     params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}.
-    moments: what becomes of the moments when a basis changes. "keep" leaves them (GaLore), "project" turns them into
-        the new basis (LDAdam, Robert et al. 2024, arXiv:2410.16103: M' = C M with C = P_new^T P_old; the second
+    on_refresh: what becomes of the moments when a basis changes. "keep" leaves them (GaLore), "project" turns them
+        into the new basis (LDAdam, Robert et al. 2024, arXiv:2410.16103: M' = C M with C = P_new^T P_old; the second
         moment by the squares of C, which drops its cross terms).
+    moment_bits: 32, or 8 for bitsandbytes' blockwise quantization of the projected moments.
     reference: galore_torch 1.0's arithmetic: SVD bases, eps added before bias correction, decay after the update.
     stagger: spread the refreshes of the weights over the gap, so that few whole gradients are held at once. The first
         step still fits every basis.
+    whole_gradient_bytes: what the summed whole gradients of a step may take. Where the due weights need more (the
+        first step), basis_passes() asks for backward passes over the same rows, each of which holds a part of them;
+        the bases then come from the whole step's gradients all the same.
+    seed: of the random columns that first bases start from and of stochastic rounding.
+    A bfloat16 weight is rounded stochastically; float16 ones are refused, for their range is too short.
     The clipped norm is that of the projected gradients and the plain ones together, which is below the full norm.
     State is tensors only. State dicts load under torch.load(weights_only=True).
 
-    ConfigError: rank larger than a weight's shorter side, or a projected weight that is not 2-D.
+    ConfigError: rank larger than a weight's shorter side, or a projected weight that is not 2-D or float16.
     """
 
-    def __init__(self, params, *, moments="keep", reference=False, stagger=True, **settings):
-        if moments not in ("keep", "project"):
-            raise ConfigError(f"moments={moments!r} is not allowed: use keep, project")
+    def __init__(
+        self,
+        params,
+        *,
+        on_refresh="keep",
+        moment_bits=32,
+        reference=False,
+        stagger=True,
+        whole_gradient_bytes=1 << 30,
+        seed=0,
+        **settings,
+    ):
+        if on_refresh not in ("keep", "project"):
+            raise ConfigError(f"on_refresh={on_refresh!r} is not allowed: use keep, project")
+        if moment_bits not in (8, 32):
+            raise ConfigError(f"moment_bits={moment_bits!r} is not allowed: use 8, 32")
+        if moment_bits == 8:
+            require_bitsandbytes("moment_bits=8")
         super().__init__(params, **settings)
-        self.moments = moments
-        self.reference = reference
+        self.on_refresh, self.moment_bits, self.reference = on_refresh, moment_bits, reference
+        self.whole_gradient_bytes, self.seed = whole_gradient_bytes, seed
         self._index_groups()
         _check_projected(self._projected)
+        self._place = {p: i for i, (p, _) in enumerate(self._projected)}
         self._phase = {}
         for i, (p, group) in enumerate(self._projected):
             spread = stagger and not reference
@@ -80,6 +86,7 @@ class GaLoreAdamW(AccumulatingAdamW):
         self._full = {}  # weight -> summed (m, n) gradient, where a basis is due
         self._low = {}  # weight -> summed (r, n) gradient
         self._pending = {}  # weight -> basis that step() will adopt
+        self._held = None  # in a basis pass: the weights whose gradients it is for
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected]
 
     def _index_groups(self):
@@ -102,6 +109,18 @@ class GaLoreAdamW(AccumulatingAdamW):
         for hook in self._hooks:
             hook.remove()
 
+    def basis_passes(self):
+        """Yields once for each extra backward pass over the step that due bases need; see whole_gradient_bytes."""
+        parts = _parts([p for p, group in self._projected if self._is_due(p, group)], self.whole_gradient_bytes)
+        if len(parts) < 2:
+            return
+        for part in parts:
+            self._held = set(part)
+            yield
+            self._fit_due()
+            self._drop_gradients()
+        self._held = None
+
     def _is_due(self, p, group):
         if not self.state[p]:
             return True
@@ -110,65 +129,112 @@ class GaLoreAdamW(AccumulatingAdamW):
     @torch.no_grad()
     def _absorb(self, p):
         """Take a weight's gradient as soon as it is made, and free it."""
-        grad = _turned(p.grad)
+        grad = turned(p.grad)
         p.grad = None
-        state = self.state[p]
+        if self._held is not None and p not in self._held:
+            return
         if p in self._full:
             self._full[p].add_(grad)
-        elif p in self._low:
-            self._low[p].addmm_(state["basis"].T, grad.float())
-        elif self._is_due(p, self._group_of[p]):
-            self._full[p] = grad.float().clone()
+            return
+        basis = self._pending.get(p)
+        if basis is None and (self._held is not None or self._is_due(p, self._group_of[p])):
+            self._full[p] = grad.float().clone() if grad.dtype == torch.float32 else grad.float()
+            return
+        if basis is None:
+            basis = self.state[p]["basis"]
+        if p in self._low:
+            self._low[p].addmm_(basis.T, grad.float())
         else:
-            self._low[p] = state["basis"].T @ grad.float()
+            self._low[p] = basis.T @ grad.float()
 
-    def _accumulated(self, scale):
-        for p, grad in self._full.items():
-            group = self._group_of[p]
-            # The fit needs finite numbers; a step with an inf is thrown away whole by the caller.
-            finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
-            if self.reference:
-                self._pending[p] = fit_basis_by_svd(finite, group["rank"], is_turned=_is_turned(p))
-            else:
-                self._pending[p] = fit_basis(finite, group["rank"])
+    def _accumulated(self):
+        whole = dict(self._full)
+        self._fit_due()
+        for p, grad in whole.items():
             self._low[p] = self._pending[p].T @ grad
         self._full.clear()
         plain = [p.grad for group in self.param_groups if "rank" not in group for p in group["params"]]
         return [*self._low.values(), *(grad for grad in plain if grad is not None)]
 
     @torch.no_grad()
+    def _fit_due(self):
+        """Pending bases from the whole gradients at hand, those of one shape and age together."""
+        alike = {}
+        for p, grad in self._full.items():
+            # The fit needs finite numbers; a step with an inf is thrown away whole by the caller.
+            finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+            rank = self._group_of[p]["rank"]
+            if self.reference:
+                self._pending[p] = fit_basis_by_svd(finite, rank, is_turned=is_turned(p))
+            else:
+                alike.setdefault((finite.shape[0], rank, not self.state[p]), []).append((p, gram(finite)))
+        for (m, rank, is_cold), members in alike.items():
+            starts = [self._start(p, m, rank, is_cold) for p, _ in members]
+            grams = torch.stack([product for _, product in members])
+            bases = leading_space(grams, torch.stack(starts), COLD_ITERATIONS if is_cold else WARM_ITERATIONS)
+            self._pending.update((p, basis.clone()) for (p, _), basis in zip(members, bases, strict=True))
+
+    def _start(self, p, m, rank, is_cold):
+        if is_cold:
+            return random_start(m, rank, seed=(self.seed << 16) + self._place[p], device=p.device)
+        return self.state[p]["basis"]
+
+    @torch.no_grad()
     def step(self, closure=None):
         """One update from what finish_accumulation left; adopts the pending bases."""
-        for p, group in self._projected:
-            if p in self._low:
-                self._step_projected(p, group, self._low[p])
         for group in self.param_groups:
             if "rank" not in group:
                 self._step_plain(group)
+                continue
+            ready = [p for p in group["params"] if p in self._low]
+            for p in ready:
+                if p in self._pending:
+                    self._adopt(self.state[p], self._pending[p], self._low[p])
+            for part in _parts(ready, _NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
+                self._step_projected(part, group)
 
-    def _step_projected(self, p, group, low):
-        state = self.state[p]
-        if p in self._pending:
-            self._adopt(state, self._pending[p], low)
-        weight = _turned(p)
+    def _step_projected(self, params, group):
+        updates, sizes = self._adam([self.state[p] for p in params], [self._low[p] for p in params], group)
         decay = 1 - group["lr"] * group["weight_decay"]
-        update, size = self._adam(state, low, group)
-        if not self.reference:
-            weight.mul_(decay)
-        weight.sub_((state["basis"] @ update).to(weight.dtype), alpha=size * group["scale"])
-        if self.reference:
-            weight.mul_(decay)
+        for p, update, size in zip(params, updates, sizes, strict=True):
+            self._move(p, update, size * group["scale"], decay)
 
-    def _adam(self, state, grad, group):
-        """(direction, step size) of Adam, its moments in `state` moved on by `grad`."""
+    def _move(self, p, update, size, decay):
+        """weight = decay * weight - size * basis @ update; in reference mode the decay comes last."""
+        weight, basis = turned(p), self.state[p]["basis"]
+        before, after = (1.0, decay) if self.reference else (decay, 1.0)
+        if p.dtype == torch.float32:
+            weight.addmm_(basis, update, beta=before, alpha=-size)
+            if after != 1.0:
+                weight.mul_(after)
+            return
+        exact = torch.addmm(weight.float(), basis, update, beta=before, alpha=-size).mul_(after)
+        weight.copy_(moments.round_stochastically(exact, self._noise(p)))
+
+    def _noise(self, p):
+        """A generator that depends on seed, weight and step alone, so that it needs no saved state."""
+        generator = torch.Generator(p.device)
+        return generator.manual_seed((self.seed << 40) + (self._place[p] << 24) + int(self.state[p]["step"]))
+
+    def _adam(self, states, grads, group):
+        """(directions, step sizes) of Adam, lists; the moments of `states` move on by `grads`."""
         beta1, beta2 = group["betas"]
-        state["step"] += 1
-        t = int(state["step"])
-        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        debias = (1 - beta2**t) ** 0.5
-        eps = group["eps"] if self.reference else group["eps"] * debias
-        return mean / square.sqrt().add_(eps), group["lr"] * debias / (1 - beta1**t)
+        for state in states:
+            state["step"] += 1
+        counts = [int(state["step"]) for state in states]
+        debias = [(1 - beta2**t) ** 0.5 for t in counts]
+        means = [moments.read(state, "exp_avg") for state in states]
+        squares = [moments.read(state, "exp_avg_sq") for state in states]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        for state, mean, square in zip(states, means, squares, strict=True):
+            moments.write(state, "exp_avg", mean)
+            moments.write(state, "exp_avg_sq", square)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, [group["eps"] * (1.0 if self.reference else d) for d in debias])
+        directions = torch._foreach_div(means, roots)
+        return directions, [group["lr"] * d / (1 - beta1**t) for d, t in zip(debias, counts, strict=True)]
 
     def _step_plain(self, group):
         if not self.reference:
@@ -176,40 +242,49 @@ class GaLoreAdamW(AccumulatingAdamW):
             return
         for p in group["params"]:
             if p.grad is not None:
-                state = self.state[p] or fresh_state(self.state[p], p.grad)
-                update, size = self._adam(state, p.grad, group)
+                state = self.state[p] or moments.fresh(self.state[p], p.grad, bits=32)
+                (update,), (size,) = self._adam([state], [p.grad], group)
                 p.sub_(update, alpha=size).mul_(1 - group["lr"] * group["weight_decay"])
 
     def _adopt(self, state, basis, low):
         if not state:
-            fresh_state(state, low)
-        elif self.moments == "project":
+            moments.fresh(state, low, bits=self.moment_bits)
+        elif self.on_refresh == "project":
             turn = basis.T @ state["basis"]
-            state["exp_avg"] = turn @ state["exp_avg"]
-            state["exp_avg_sq"] = turn.square() @ state["exp_avg_sq"]
+            moments.write(state, "exp_avg", turn @ moments.read(state, "exp_avg"))
+            moments.write(state, "exp_avg_sq", turn.square() @ moments.read(state, "exp_avg_sq"))
         state["basis"] = basis
+
+    def _drop_gradients(self):
+        super().zero_grad(True)
+        self._full.clear()
+        self._low.clear()
 
     def zero_grad(self, set_to_none=True):
         """Drop what was accumulated, plain and projected, and bases not yet adopted."""
-        super().zero_grad(set_to_none)
-        for kept in (self._full, self._low, self._pending):
-            kept.clear()
+        self._drop_gradients()
+        self._pending.clear()
+        self._held = None
 
 
-def _is_turned(matrix):
-    """Square ones are turned too, as galore_torch projects them from the right."""
-    return matrix.shape[0] >= matrix.shape[1]
-
-
-def _turned(matrix):
-    """A view with the shorter side first."""
-    return matrix.T if _is_turned(matrix) else matrix
+def _parts(items, limit, *, size=lambda p: 4 * p.numel()):
+    """Runs of `items` whose summed sizes stay within `limit`; a larger item stands alone."""
+    parts, room = [], 0
+    for item in items:
+        if size(item) > room or not parts:
+            parts.append([])
+            room = limit
+        parts[-1].append(item)
+        room -= size(item)
+    return parts
 
 
 def _check_projected(projected):
     for p, _ in projected:
         if p.ndim != 2:
             raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis")
+        if p.dtype == torch.float16:
+            raise ConfigError("a float16 weight loses small updates and overflows: hold it in float32 or bfloat16")
     smallest = min((p for p, _ in projected), key=lambda p: min(p.shape), default=None)
     for _, group in projected:
         if not 1 <= group["rank"] <= min(smallest.shape):

@@ -1,10 +1,11 @@
 """Training speed and memory of the methods on one GPU, on the exact Gemma-3-1B shape with random weights.
 
-    python tests/bench/methods.py OUT.json              # all settings below, a process each
-    python tests/bench/methods.py --one '{"name": ...}' # one setting, here and now
+    python tests/bench/methods.py OUT.json [--only NAME,...] [--settings FILE]   # a process each
+    python tests/bench/methods.py --one '{"method": ...}'      # one setting, here and now
 
-Each step is 16 sequences of 1,024 random tokens, all scored. tok_s is the median over steps after the second. A cap
-imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer, no network.
+Each step is 16 sequences of 1,024 random tokens, all scored, through peftlib's own Stepper. tok_s is the median over
+steps after the second. A cap imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer,
+no network.
 """
 
 import json
@@ -15,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-OVERRIDES = {}  # config fields beside the gpu profile's
-SEQUENCES, TOKENS, STEPS = 16, 1024, 6
+SEQUENCES, TOKENS = 16, 1024
 SHAPE_1B = {
     "vocab_size": 262144,
     "hidden_size": 1152,
@@ -30,21 +30,47 @@ SHAPE_1B = {
     "query_pre_attn_scalar": 256,
 }
 FOLDER = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir())) / "gemma3_1b_shape"
+PEERS = Path(__file__).with_name("peers.py")
+MIXED = [["packed", 16], ["random", 4], ["random", 8], ["random", 16]]
+DEFAULTS = {
+    "precision": "bf16",
+    "cap_gib": 0.0,
+    "micro_batch": 4,
+    "checkpointing": False,
+    "compile": "auto",
+    "chunk": 256,
+    "seq": TOKENS,
+    "steps": 7,
+    "fields": {},  # of the config, beside the gpu profile's
+}
 
 
 def settings():
-    """The rows of the table: every method in bf16 and, under the cap, in fp16, with and without checkpointing."""
+    """The rows of the table: the bars of the study with the peers beside them, then fp16, the controls and others."""
+    speed = {"micro_batch": 16, "checkpointing": True, "cap_gib": 14.5}
+    memory = {"micro_batch": 2, "checkpointing": True, "chunk": 64, "fields": {"optimizer_bits": 8}}
+    light = {"galore_weights": "bf16", "optimizer_bits": 8}
+    yield {"name": "qlora_speed", "method": "qlora", **speed}
+    yield {"name": "qlora_memory", "method": "qlora", **memory}
+    yield {"name": "unsloth", "peer": "unsloth", "micro_batch": 4, "accumulation": 4}
+    yield {"name": "galore", "method": "galore", **speed, "refresh": True}
+    yield {"name": "galore_memory", "method": "galore", "micro_batch": 8, "checkpointing": True, "fields": light}
+    yield {"name": "hybrid", "method": "hybrid", **speed}
+    yield {"name": "galore_layerwise_liger", "peer": "galore_layerwise_liger", "micro_batch": 4, "accumulation": 1}
+    yield {"name": "galore8", "peer": "galore8", "micro_batch": 4, "accumulation": 4}
+    yield {"name": "qlora_liger_nogc", "peer": "qlora_liger_nogc", "micro_batch": 4, "accumulation": 4}
     for method in ("qlora", "galore", "hybrid"):
-        for precision, cap_gib in (("bf16", 0.0), ("bf16", 14.5), ("fp16", 14.5)):
-            for micro_batch, checkpointing in ((4, False), (8, True)):
-                yield {
-                    "name": method,
-                    "precision": precision,
-                    "cap_gib": cap_gib,
-                    "micro_batch": micro_batch,
-                    "checkpointing": checkpointing,
-                    "seq": TOKENS,
-                }
+        yield {"name": f"{method}_fp16", "method": method, **speed, "precision": "fp16"}
+    yield {"name": "mixed_lengths", "method": "galore", **speed, "cap_gib": 0.0, "steps": 3, "mixed": MIXED}
+    for method in ("qlora", "galore"):
+        yield {"name": f"{method}_no_checkpointing", "method": method, "micro_batch": 4}
+    # The planner's constants come from the rows above; these four it has not seen.
+    yield {"name": "heldout_hybrid", "method": "hybrid", "micro_batch": 4}
+    yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": True, "seq": 512}
+    yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": True, "seq": 2048}
+    yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light}
+    for method in ("lora", "full", "apollo"):
+        yield {"name": method, "method": method, **speed}
 
 
 def make_model():
@@ -59,50 +85,183 @@ def make_model():
         model.save_pretrained(FOLDER)
 
 
-def measure(setting):
-    """The setting with tok_s, first_step_s, peak_gib and reserved_gib; 'error' where it does not fit."""
+def build(setting):
+    """(stepper, model) of a setting, ready to step."""
     import torch
 
-    from peftlib import config, methods, models
-    from peftlib.losses import chunked_loss_sum
-    from peftlib.precision import apply_step, autocast, loss_scaler
+    from peftlib import compiled, config, methods, models
+    from peftlib.precision import loss_scaler
+    from peftlib.stepper import Stepper
 
     if setting["cap_gib"]:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(setting["cap_gib"] * 2**30 / whole)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = config.resolve("gpu", model=str(FOLDER), **OVERRIDES)
-    method = methods.find(setting["name"])
+    cfg = config.resolve("gpu", model=str(FOLDER), **setting["fields"])
+    method = methods.find(setting["method"])
     base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.FOUR_BIT)
     model = method.prepare(base, cfg)
-    optimizer = method.build_optimizer(model, cfg)
-    scaler = loss_scaler(device, setting["precision"])
     if setting["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_layers(model, cfg)
+    is_compiled, _ = compiled.resolve(setting["compile"], device)
+    if is_compiled:
+        compiled.compile_layers(model)
     model.train()
-    ids = torch.randint(5, model.config.vocab_size - 5, (SEQUENCES, setting["seq"]), device=device)
+    stepper = Stepper(
+        model,
+        method.build_optimizer(model, cfg),
+        loss_scaler(device, setting["precision"]),
+        device=device,
+        precision=setting["precision"],
+        chunk=setting["chunk"],
+        is_compiled=is_compiled,
+    )
+    return stepper, model
+
+
+def measure(setting):
+    """The setting with what was found; 'error' where it does not fit."""
+    import torch
+
+    stepper, model = build(setting)
+    found = {"weights_gib": _allocated()}
+    batches, scored, useful = _batches(setting, model.config.vocab_size, stepper.device)
     seconds = []
-    for _ in range(STEPS):
-        _wait(device)
+    for step in range(setting["steps"]):
+        _wait(stepper.device)
         started = time.perf_counter()
-        for part in ids.split(setting["micro_batch"]):
-            with autocast(device, setting["precision"]):
-                loss = chunked_loss_sum(models.hidden_states(model, part), models.head_weight(model), part)
-            scaler.scale(loss / ids.numel()).backward()
-        apply_step(optimizer, scaler)
-        _wait(device)
+        loss = stepper.gradients(batches, scored, seed=step)
+        if step == 0:
+            found["gradients_gib"] = _peak()
+        stepper.update()
+        _wait(stepper.device)
         seconds.append(time.perf_counter() - started)
+        if step == 0:
+            found.update(first_step_s=seconds[0], first_peak_gib=_peak(), held_gib=_allocated())
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
     later = sorted(seconds[2:])
-    found = {
-        "tok_s": ids.numel() / later[len(later) // 2],
-        "first_step_s": seconds[0],
-        "loss": float(loss.detach()) / part.numel(),
-    }
-    if device == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    found.update(tok_s=useful / later[len(later) // 2], loss=float(loss), later_peak_gib=_peak())
+    found["peak_gib"] = max(found["first_peak_gib"], found["later_peak_gib"])
+    if stepper.device == "cuda":
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         found["device"] = torch.cuda.get_device_name()
+    if setting.get("refresh"):
+        found.update(_refresh_seconds(stepper.optimizer))
+    if setting.get("mixed"):
+        found.update(_mixed(setting, stepper, model.config.vocab_size))
+    if setting.get("profile"):
+        _profile(stepper, batches, scored)
     return found
+
+
+def _mixed(setting, stepper, vocabulary):
+    """Useful tokens a second over steps of 16 rows of real lengths: packed, or in file order padded to the longest."""
+    import numpy as np
+    import torch
+
+    from peftlib.rows import Rows
+    from peftlib.steps import StepPlan
+
+    lengths = json.loads(Path(os.environ["BENCH_LENGTHS"]).read_text())["lengths"]
+    random = np.random.default_rng(0)
+    made = [
+        {"input_ids": random.integers(5, vocabulary - 5, n), "is_scored": np.arange(n) >= n // 3} for n in lengths[:2000]
+    ]
+    rows = Rows(made)
+    plan = StepPlan(len(rows), SEQUENCES, 1, seed=0)
+    found = {}
+    for way, micro_batch in setting["mixed"]:
+        seconds = useful = padded = 0
+        for step in range(16):
+            numbers = plan.rows_of(step)
+            _wait(stepper.device)
+            started = time.perf_counter()
+            if way == "packed":
+                batches = list(rows.batches(numbers, micro_batch * setting["seq"], stepper.device))
+            else:
+                cut = [numbers[i : i + micro_batch] for i in range(0, len(numbers), micro_batch)]
+                batches = [rows.batch([[n] for n in part], stepper.device) for part in cut]
+            stepper.gradients(batches, int(rows.scored[numbers].sum()), seed=step)
+            stepper.update()
+            _wait(stepper.device)
+            if step >= 6:
+                seconds += time.perf_counter() - started
+                useful += int(rows.lengths[numbers].sum())
+                padded += sum(batch.ids.numel() for batch in batches)
+        found[f"{way}_{micro_batch}"] = {"useful_tok_s": useful / seconds, "padded_share": 1 - useful / padded}
+    return {"mixed_found": found}
+
+
+def _batches(setting, vocabulary, device):
+    """(batches, scored tokens, useful tokens) of one step."""
+    import torch
+
+    from peftlib.losses import scored_positions
+    from peftlib.rows import Batch
+
+    torch.manual_seed(1)
+    ids = torch.randint(5, vocabulary - 5, (SEQUENCES, setting["seq"]))
+    parts = ids.split(setting["micro_batch"])
+    batches = [Batch(part, part, scored_positions(part)).to(device) for part in parts]
+    return batches, sum(len(batch.positions) for batch in batches), ids.numel()
+
+
+def _refresh_seconds(optimizer):
+    """Seconds to make warm bases of all projected weights, and of the one whose basis takes longest."""
+    import torch
+
+    times = []
+    for p, _ in optimizer._projected:
+        optimizer._full[p] = torch.randn(sorted(p.shape), device=p.device)
+        _wait(p.device.type)
+        started = time.perf_counter()
+        optimizer._fit_due()
+        _wait(p.device.type)
+        times.append(time.perf_counter() - started)
+        optimizer._full.clear()
+    batched = 0.0
+    shapes = {}
+    for p, _ in optimizer._projected:
+        shapes.setdefault(tuple(p.shape), []).append(p)
+    for shape, members in shapes.items():
+        for p in members:
+            optimizer._full[p] = torch.randn(sorted(shape), device=p.device)
+        _wait(p.device.type)
+        started = time.perf_counter()
+        optimizer._fit_due()
+        _wait(p.device.type)
+        batched += time.perf_counter() - started
+        optimizer._full.clear()
+    optimizer.zero_grad()
+    return {"refresh_all_s": batched, "refresh_one_by_one_s": sum(times), "refresh_one_s": max(times[1:])}
+
+
+def _profile(stepper, batches, scored):
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        stepper.gradients(batches, scored, seed=0)
+        stepper.update()
+        _wait(stepper.device)
+    events = profiled.key_averages()
+    total = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA")
+    print(f"PROFILE device {total / 1e3:.0f} ms")
+    events = [event for event in events if event.device_type.name == "CUDA"]
+    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:25]:
+        print(f"PROFILE {event.self_device_time_total / 1e3:8.1f} ms {event.count:6d}  {event.key[:100]}")
+
+
+def _allocated():
+    import torch
+
+    return torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def _peak():
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def _wait(device):
@@ -114,31 +273,64 @@ def _wait(device):
 
 def main(argv):
     if argv[0] == "--one":
-        setting = json.loads(argv[1])
+        setting = {**DEFAULTS, **json.loads(argv[1])}
         try:
             found = measure(setting)
         except RuntimeError as error:  # out of memory is a result too
-            found = {"error": str(error).split("\n")[0][:200]}
+            found = {"error": str(error).split("\n")[0][:300]}
         print("RESULT " + json.dumps({**setting, **found}), flush=True)
         return
     make_model()
-    rows = []
-    for setting in settings():
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", json.dumps(setting)], capture_output=True, text=True, check=False
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        rows.append(json.loads(lines[0][7:]) if lines else {**setting, "error": done.stderr[-300:]})
+    chosen = list(settings())
+    if argv[1:2] == ["--settings"]:
+        chosen = json.loads(Path(argv[2]).read_text())
+    elif argv[1:2] == ["--only"]:
+        chosen = [setting for setting in chosen if setting["name"] in argv[2].split(",")]
+    rows, end = [], time.time() + float(os.environ.get("BENCH_SECONDS", "1e9"))
+    for setting in chosen:
+        if time.time() > end:
+            print("no time for", setting)
+            continue
+        rows.append(_in_own_process(setting))
         Path(argv[0]).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        print(_line(rows[-1]), flush=True)
+
+
+def _in_own_process(setting):
+    started, where = time.time(), dict(os.environ)
+    if "peer" in setting:
+        sizes = [setting[name] for name in ("micro_batch", "accumulation")]
+        command = [sys.executable, str(PEERS), setting["peer"], str(TOKENS), *map(str, sizes), str(DEFAULTS["steps"])]
+        where["PEERS_DIR"] = str(FOLDER)
+        where["PYTHONPATH"] = where.get("BENCH_PEER_PATH") or where.get("PYTHONPATH", "")
+    else:
+        command = [sys.executable, __file__, "--one", json.dumps(setting)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=where)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = json.loads(lines[0][7:]) if lines else {"error": done.stderr[-600:]}
+    row = {**DEFAULTS, **setting, **found}
+    if "peer" in setting and lines and "error" not in found:
+        row.update(first_step_s=row["first"], peak_gib=row["peak_alloc"], reserved_gib=row["peak_res"])
+    print("\n".join(line for line in done.stdout.splitlines() if line.startswith("PROFILE")), end="")
+    print(_line(row), f"({time.time() - started:.0f} s)", flush=True)
+    return row
 
 
 def _line(row):
-    head = f"{row['name']:<8}{row['precision']:<6}cap {row['cap_gib']:<6}mb {row['micro_batch']:<3}ckpt {row['checkpointing']!s:<6}"
+    head = (
+        f"{row['name']:<23}{row['precision']:<6}cap {row['cap_gib']:<5}mb {row['micro_batch']:<3}"
+        f"ckpt {row['checkpointing']!s:<6}chunk {row['chunk']:<5}"
+    )
     if "error" in row:
         return f"{head}{row['error']}"
-    return f"{head}{row['tok_s']:>9,.0f} tok/s{row.get('peak_gib', 0):>7.2f} GiB  first {row['first_step_s']:.1f} s"
+    parts = [f"{key[:-4]} {row[key]:.2f}" for key in ("weights_gib", "held_gib", "first_peak_gib") if key in row]
+    return (
+        f"{head}{row['tok_s']:>8,.0f} tok/s {row['peak_gib']:6.2f} GiB ({', '.join(parts)}) "
+        f"first {row['first_step_s']:.1f} s"
+        + "".join(f" {key} {row[key]:.4f}" for key in row if key.startswith("refresh_"))
+        + "".join(f" {way} {got['useful_tok_s']:,.0f}" for way, got in row.get("mixed_found", {}).items())
+    )
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main(sys.argv[1:])

@@ -1,0 +1,23 @@
+"""Full fine-tuning, everything but the embedding, by AdamW with 8-bit moments."""
+
+from peftlib.methods.galore import train_projections_and_norms
+from peftlib.models import trainable
+from peftlib.optim.adamw import adamw_8bit
+
+FOUR_BIT = ()
+
+
+def prepare(model, cfg):
+    """The model with projections and norms trained, in float32; the tied embedding stays frozen."""
+    return train_projections_and_norms(model, "fp32")
+
+
+def build_optimizer(model, cfg):
+    """8-bit AdamW over all that trains; norms without weight decay."""
+    matrices = [p for p in trainable(model).values() if p.ndim == 2]
+    norms = [p for p in trainable(model).values() if p.ndim != 2]
+    return adamw_8bit(
+        [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        lr=cfg.full_learning_rate,
+        max_grad_norm=cfg.max_grad_norm,
+    )

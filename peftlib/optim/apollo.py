@@ -1,0 +1,81 @@
+"""APOLLO: each channel of a gradient scaled as Adam would scale it in a random low-rank view (arXiv:2412.05270).
+
+Our own and not apollo-torch 1.0.3, whose state holds Python objects (it does not load under weights_only=True) and
+whose limiter reads a norm back to the host for every weight. Agrees with it where both draw the same projection.
+"""
+
+import torch
+
+from peftlib.errors import ConfigError
+from peftlib.optim import moments
+from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.optim.basis import turned
+
+_GROWTH = 1.01  # most that the norm of a weight's update may grow in one step (Fira, arXiv:2410.01623)
+
+
+class ApolloAdamW(AccumulatingAdamW):
+    """Groups with a "rank" go by APOLLO, the others by AdamW.
+
+    params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}. With the
+    shorter side first the gradient is G (m, n); R = A G with A (r, m) normal of variance 1 / r; Adam's step on R gives
+    each of the n channels its factor ||adam(R)|| / ||R||, and the weight moves along G by it. A is drawn anew every
+    update_gap steps, from `seed`, the weight's place and the step count, so it is never saved.
+    """
+
+    def __init__(self, params, *, seed=0, **settings):
+        super().__init__(params, **settings)
+        self.seed = seed
+        self._drawn = {}  # weight -> (block of steps, its projection)
+        projected = [(p, group) for group in self.param_groups if "rank" in group for p in group["params"]]
+        self._place = {p: i for i, (p, _) in enumerate(projected)}
+        for p, group in projected:
+            if p.ndim != 2:
+                raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights can")
+            if not 1 <= group["rank"] <= min(p.shape):
+                raise ConfigError(f"apollo_rank={group['rank']}, weight {tuple(p.shape)}: use 1..{min(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients that finish_accumulation left."""
+        for group in self.param_groups:
+            if "rank" in group:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._step_scaled(p, group)
+            else:
+                self._step_plain(group)
+
+    def _step_scaled(self, p, group):
+        grad, state = turned(p.grad).float(), self.state[p]
+        done = int(state["step"]) if state else 0
+        low = self.projection(p, group, done) @ grad  # (r, n)
+        if not state:
+            moments.fresh(state, low, bits=32)
+            state["update_norm"] = torch.full((), torch.inf, device=p.device)  # nothing to grow from yet
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        t = done + 1
+        state["exp_avg"].lerp_(low, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        debias = (1 - beta2**t) ** 0.5
+        adam = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"] * debias)
+        update = grad * (adam.norm(dim=0) / (low.norm(dim=0) + 1e-8))
+        norm = update.norm()
+        allowed = (norm / (state["update_norm"] + 1e-8) / _GROWTH).clamp_min(1.0)
+        state["update_norm"] = norm / allowed
+        update.mul_(group["scale"] ** 0.5 / allowed)
+        weight = turned(p)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.sub_(update, alpha=group["lr"] * debias / (1 - beta1**t))
+
+    def projection(self, p, group, step):
+        """(r, m) projection of a weight at a step counted from 0."""
+        m, r = min(p.shape), group["rank"]
+        block = step // group["update_gap"]
+        if self._drawn.get(p, (None,))[0] != block:
+            generator = torch.Generator().manual_seed((self.seed << 40) + (self._place[p] << 20) + block)
+            self._drawn[p] = block, (torch.randn(r, m, generator=generator) / r**0.5).to(p.device)
+        return self._drawn[p][1]
+
+

@@ -1,0 +1,67 @@
+"""Adam's moments of one weight, in float32 or in blockwise 8 bits, as plain tensors of an optimizer's state."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256
+_SMALLEST = 4096  # numbers; below it the scales would eat what 8 bits save (bitsandbytes' own limit)
+
+
+def fresh(state, like: Tensor, *, bits):
+    """Fill an empty state with a step count (on the CPU) and zero moments of the shape of `like`; returns it.
+
+    bits: 32, or 8 for bitsandbytes' dynamic blockwise quantization (Dettmers et al. 2022, arXiv:2110.02861): the
+    first moment signed, the second unsigned, a float32 scale for each 256 numbers.
+    """
+    state["step"] = torch.zeros((), dtype=torch.float32)
+    is_8bit = bits == 8 and like.numel() >= _SMALLEST
+    for name in ("exp_avg", "exp_avg_sq"):
+        if is_8bit:
+            write(state, name, torch.zeros(like.shape, dtype=torch.float32, device=like.device), is_8bit=True)
+        else:
+            state[name] = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    return state
+
+
+def read(state, name) -> Tensor:
+    """The moment in float32: the state's own tensor where it is kept so, else a new one."""
+    value = state[name]
+    if value.dtype != torch.uint8:
+        return value
+    scales = state[f"{name}_scale"]
+    return torch.ops.bitsandbytes.dequantize_blockwise(
+        value, scales, _code(name, value.device), _BLOCK, torch.float32
+    )
+
+
+def write(state, name, value: Tensor, *, is_8bit=None):
+    """Keep a new value of the moment in the form that it has."""
+    if is_8bit is None:
+        is_8bit = state[name].dtype == torch.uint8
+    if is_8bit:
+        quantized = torch.ops.bitsandbytes.quantize_blockwise(value.contiguous(), _code(name, value.device), _BLOCK)
+        state[name], state[f"{name}_scale"] = quantized
+    elif state[name] is not value:
+        state[name] = value
+
+
+@functools.cache
+def _code(name, device):
+    """(256,) float32 values of the 8-bit code."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=name == "exp_avg").to(device)
+
+
+def round_stochastically(value: Tensor, generator) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that makes the mean right.
+
+    An update below half of bfloat16's spacing (1/256 of the weight) is lost by rounding to nearest and survives in
+    the mean here (Gupta et al. 2015, arXiv:1502.02551). inf and nan stay.
+    """
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    rounded = ((bits + noise) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(value), rounded, value).to(torch.bfloat16)
