@@ -37,9 +37,15 @@ def compile_layers(model, *, backend="inductor"):
     stays outside, and a layer's hooks run between the compiled pieces.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    # A first layer whose input needs no gradient would be compiled apart from the others.
+    core(model).get_input_embeddings().register_forward_hook(_with_gradient)
     for layer in core(model).model.layers:
         layer.compile(dynamic=True, backend=backend)
     return model
+
+
+def _with_gradient(module, args, output):
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
 class CompileCache:

@@ -84,8 +84,12 @@ class Config:
         0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
     )
     eval_batch: int = _field(16, "run", "rows of one batch in generation and evaluation", low=1)
-    checkpointing: bool = _field(
-        False, "run", "recompute activations in the backward pass; the planner decides where micro_batch is 0"
+    checkpointing: str = _field(
+        "off",
+        "run",
+        "recompute activations in the backward pass (offload: from layer inputs kept in the host's memory); "
+        "the planner decides where micro_batch is 0",
+        choices=("off", "on", "offload"),
     )
     compile: str = _field(
         "auto", "run", "torch.compile by layer; auto: on a GPU with Triton", choices=("auto", "on", "off")

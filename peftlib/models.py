@@ -151,18 +151,6 @@ def guard_four_bit(model, four_bit):
             raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
 
 
-def checkpoint_layers(model, cfg):
-    """Recompute each decoder layer in the backward pass instead of keeping what it made."""
-    # Keeping the random state would wait for the device at every layer; only dropout draws from it.
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            "preserve_rng_state": cfg.lora_dropout > 0,
-            "determinism_check": "none",
-        }
-    )
-
-
 def core(model):
     """The transformer without adapter wrapper, whose `.model` gives hidden states and `.lm_head` the vocabulary."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -15,8 +15,8 @@ class Batch(NamedTuple):
     """Rows on a device.
 
     ids, labels: (B, T) int64; positions: (N,) int64, what losses.scored_positions finds in the labels; places: (B, T)
-    int64, each token's place in its row; documents: (B, T) int64, the number of each token's row, or None where each
-    sequence holds one row.
+    int64, each token's place in its row; documents: (B, T) int64, the number of each token's row; both None on CPUs
+    where each sequence holds one row.
     """
 
     ids: torch.Tensor
@@ -46,6 +46,9 @@ class Rows:
 
     def batch(self, bins, device):
         """A Batch of bins (lists of row numbers), each a sequence, right-padded to the fullest."""
+        is_gpu = device != "cpu"
+        if is_gpu and len(bins) == 1:
+            bins = [*bins, []]  # torch.compile would compile once more for a batch of one
         filled = max(sum(self.lengths[n] for n in rows) for rows in bins)
         shape = (len(bins), -(-int(filled) // multiple_on(device)) * multiple_on(device))
         ids, places = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -62,13 +65,14 @@ class Rows:
                 start = part.stop
         labels = torch.from_numpy(labels)
         batch = Batch(torch.from_numpy(ids), labels, scored_positions(labels))
-        if any(len(rows) > 1 for rows in bins):
+        if is_gpu or any(len(rows) > 1 for rows in bins):
             batch = batch._replace(places=torch.from_numpy(places), documents=torch.from_numpy(documents))
         return batch.to(device)
 
     def batches(self, numbers, tokens, device):
         """Batches of at most `tokens` padded tokens that hold the given rows, see steps.pack."""
-        for bins in pack(numbers, self.lengths, tokens, multiple=multiple_on(device)):
+        least = 1 if device == "cpu" else 2
+        for bins in pack(numbers, self.lengths, tokens, multiple=multiple_on(device), least=least):
             yield self.batch(bins, device)
 
 

@@ -1,5 +1,6 @@
 """Which rows make which optimizer step: a pure function of seed, epoch and step, so a resume needs no data state."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -41,39 +42,52 @@ class StepPlan:
         return order[start : start + self.sequences_per_step].tolist()
 
 
-def pack(rows, lengths, tokens, *, multiple=1):
+def pack(rows, lengths, tokens, *, multiple=1, least=1):
     """Micro-batches of at most `tokens` padded tokens for some rows: [[bin, ...], ...], a bin being [row, ...].
 
     The rows of a bin lie one behind the other in one sequence, so that little is padded; all bins of a micro-batch are
     padded to its fullest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than
-    `tokens` makes a micro-batch of its own. The summed loss of the rows does not depend on the cut.
+    `tokens` makes a micro-batch of its own. least: bins of a micro-batch, where rows and `tokens` allow it. The summed
+    loss of the rows does not depend on the cut.
     """
     order = sorted(rows, key=lambda row: (-lengths[row], row))
     batches = []
     for start in range(0, len(order), _ROWS_AT_ONCE):
-        bins, width = _best_bins(order[start : start + _ROWS_AT_ONCE], lengths, tokens, multiple)
-        at_once = max(1, tokens // width)
-        batches += [bins[i : i + at_once] for i in range(0, len(bins), at_once)]
+        bins, width = _best_bins(order[start : start + _ROWS_AT_ONCE], lengths, tokens, multiple, least)
+        batches += _even_parts(bins, max(1, tokens // width))
     return batches
 
 
-def _best_bins(order, lengths, tokens, multiple):
+def _even_parts(bins, at_most):
+    """As few runs of bins as can be, of like length: none is left with a single one."""
+    count = -(-len(bins) // at_most)
+    edges = [round(i * len(bins) / count) for i in range(count + 1)]
+    return [bins[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _best_bins(order, lengths, tokens, multiple, least):
     """(bins, their width) that cost least. Attention costs a token in proportion to the width, the rest does not."""
     longest, total = int(lengths[order[0]]), int(sum(lengths[row] for row in order))
-    best = None
-    for count in range(1, len(order) + 1):
-        width = max(longest, -(-total // count))
-        if width > max(tokens, longest):
-            continue
-        bins = _first_fit(order, lengths, width)
-        fullest = max(sum(lengths[row] for row in rows) for rows in bins)
-        width = -(-int(fullest) // multiple) * multiple
-        cost = len(bins) * width * (1 + _ATTENTION_SHARE * width)
-        if best is None or cost < best[0]:
-            best = cost, bins, width
-        if width <= longest + multiple:
+    best = _cheaper(None, order, lengths, tokens, multiple, least, longest)
+    for count in range(min(least, len(order)), len(order) + 1):
+        # A little slack, for rows do not fill a bin exactly.
+        for slack in (1.0, 1.03, 1.08, 1.15):
+            best = _cheaper(best, order, lengths, tokens, multiple, least, max(longest, int(slack * total / count) + 1))
+        if total / count < longest:
             break  # more bins can be no narrower
     return best[1], best[2]
+
+
+def _cheaper(best, order, lengths, tokens, multiple, least, width):
+    """`best`, or (cost, bins, width) of first fit into bins of `width` where that costs less."""
+    if best is not None and width > tokens // least:
+        return best
+    bins = _first_fit(order, lengths, width)
+    if best is not None and len(bins) < least:
+        return best
+    width = -(-int(max(sum(lengths[row] for row in rows) for rows in bins)) // multiple) * multiple
+    cost = len(bins) * width * (1 + _ATTENTION_SHARE * width)
+    return (cost, bins, width) if best is None or cost < best[0] else best
 
 
 def _first_fit(order, lengths, width):

@@ -18,7 +18,6 @@ from peftlib.losses import chunked_loss_sum
 from peftlib.memory import PeakMemory
 from peftlib.models import (
     PROJECTIONS,
-    checkpoint_layers,
     core,
     count_parameters,
     guard_four_bit,
@@ -30,6 +29,7 @@ from peftlib.models import (
 )
 from peftlib.optim.basis import kept_energy
 from peftlib.precision import autocast, loss_scaler, run_in_autocast
+from peftlib.recompute import checkpoint_layers
 from peftlib.rows import Rows, mean_loss
 from peftlib.stepper import Stepper
 from peftlib.steps import StepPlan, learning_rate_factor
@@ -173,8 +173,7 @@ class TrainingRun:
         self.progress = Progress()
         self._micro_batch = cfg.micro_batch or 4
         self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
-        if cfg.checkpointing:
-            checkpoint_layers(self.model, cfg)
+        checkpoint_layers(self.model, cfg)
         self.record = records.new_record(
             self.study,
             self.name,
@@ -247,7 +246,7 @@ class TrainingRun:
                 self.optimizer.zero_grad()
                 if self._micro_batch == 1:
                     raise ConfigError(
-                        f"{self.name} does not fit this GPU even with micro_batch=1: set checkpointing=True, lower "
+                        f"{self.name} does not fit this GPU even with micro_batch=1: set checkpointing=on, lower "
                         "max_length, or take a method that needs less memory"
                     ) from error
                 self._micro_batch //= 2

@@ -55,7 +55,7 @@ def test_none_leaves_the_profiles_value_and_study_defaults_to_the_profile():
 
 @pytest.mark.parametrize(
     "name, text, value",
-    [("seed", "3", 3), ("galore_scale", "1e-1", 0.1), ("checkpointing", "true", True), ("study", "7", "7")],
+    [("seed", "3", 3), ("galore_scale", "1e-1", 0.1), ("allow_short", "true", True), ("study", "7", "7")],
 )
 def test_command_line_text_becomes_the_fields_type(name, text, value):
     assert config.from_text(name, text) == value

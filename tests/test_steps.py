@@ -44,4 +44,10 @@ def test_packs_waste_little():
 
 def test_rows_of_one_length_stay_sequences_of_their_own_and_a_long_one_stands_alone():
     assert pack(range(4), [512] * 4, 2048) == [[[0], [1], [2], [3]]]
-    assert pack([0, 1], [3000, 5], 1000)[0] == [[0]]
+    assert pack([0, 1], [3000, 2000], 1000) == [[[0]], [[1]]]
+
+
+def test_a_micro_batch_has_two_sequences_where_rows_and_limit_allow():
+    lengths = np.random.default_rng(0).integers(2, 200, 40)
+    assert all(len(bins) >= 2 for bins in pack(range(40), lengths, 1024, least=2))
+    assert pack([3], lengths, 1024, least=2) == [[[3]]]

@@ -36,7 +36,7 @@ DEFAULTS = {
     "precision": "bf16",
     "cap_gib": 0.0,
     "micro_batch": 4,
-    "checkpointing": False,
+    "checkpointing": "off",
     "compile": "auto",
     "chunk": 256,
     "seq": TOKENS,
@@ -47,14 +47,14 @@ DEFAULTS = {
 
 def settings():
     """The rows of the table: the bars of the study with the peers beside them, then fp16, the controls and others."""
-    speed = {"micro_batch": 16, "checkpointing": True, "cap_gib": 14.5}
-    memory = {"micro_batch": 2, "checkpointing": True, "chunk": 64, "fields": {"optimizer_bits": 8}}
+    speed = {"micro_batch": 16, "checkpointing": "on", "cap_gib": 14.5}
+    memory = {"micro_batch": 4, "checkpointing": "offload", "fields": {"optimizer_bits": 8}}
     light = {"galore_weights": "bf16", "optimizer_bits": 8}
     yield {"name": "qlora_speed", "method": "qlora", **speed}
     yield {"name": "qlora_memory", "method": "qlora", **memory}
     yield {"name": "unsloth", "peer": "unsloth", "micro_batch": 4, "accumulation": 4}
     yield {"name": "galore", "method": "galore", **speed, "refresh": True}
-    yield {"name": "galore_memory", "method": "galore", "micro_batch": 8, "checkpointing": True, "fields": light}
+    yield {"name": "galore_memory", "method": "galore", "micro_batch": 8, "checkpointing": "on", "fields": light}
     yield {"name": "hybrid", "method": "hybrid", **speed}
     yield {"name": "galore_layerwise_liger", "peer": "galore_layerwise_liger", "micro_batch": 4, "accumulation": 1}
     yield {"name": "galore8", "peer": "galore8", "micro_batch": 4, "accumulation": 4}
@@ -66,8 +66,8 @@ def settings():
         yield {"name": f"{method}_no_checkpointing", "method": method, "micro_batch": 4}
     # The planner's constants come from the rows above; these four it has not seen.
     yield {"name": "heldout_hybrid", "method": "hybrid", "micro_batch": 4}
-    yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": True, "seq": 512}
-    yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": True, "seq": 2048}
+    yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": "on", "seq": 512}
+    yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": "on", "seq": 2048}
     yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light}
     for method in ("lora", "full", "apollo"):
         yield {"name": method, "method": method, **speed}
@@ -91,18 +91,18 @@ def build(setting):
 
     from peftlib import compiled, config, methods, models
     from peftlib.precision import loss_scaler
+    from peftlib.recompute import checkpoint_layers
     from peftlib.stepper import Stepper
 
     if setting["cap_gib"]:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(setting["cap_gib"] * 2**30 / whole)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = config.resolve("gpu", model=str(FOLDER), **setting["fields"])
+    cfg = config.resolve("gpu", model=str(FOLDER), checkpointing=setting["checkpointing"], **setting["fields"])
     method = methods.find(setting["method"])
     base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.FOUR_BIT)
     model = method.prepare(base, cfg)
-    if setting["checkpointing"]:
-        models.checkpoint_layers(model, cfg)
+    checkpoint_layers(model, cfg)
     is_compiled, _ = compiled.resolve(setting["compile"], device)
     if is_compiled:
         compiled.compile_layers(model)
@@ -157,18 +157,11 @@ def measure(setting):
 
 def _mixed(setting, stepper, vocabulary):
     """Useful tokens a second over steps of 16 rows of real lengths: packed, or in file order padded to the longest."""
-    import numpy as np
-    import torch
-
     from peftlib.rows import Rows
     from peftlib.steps import StepPlan
 
     lengths = json.loads(Path(os.environ["BENCH_LENGTHS"]).read_text())["lengths"]
-    random = np.random.default_rng(0)
-    made = [
-        {"input_ids": random.integers(5, vocabulary - 5, n), "is_scored": np.arange(n) >= n // 3} for n in lengths[:2000]
-    ]
-    rows = Rows(made)
+    rows = Rows(_random_rows(lengths, vocabulary, prompt_share=0.3))
     plan = StepPlan(len(rows), SEQUENCES, 1, seed=0)
     found = {}
     for way, micro_batch in setting["mixed"]:
@@ -195,16 +188,21 @@ def _mixed(setting, stepper, vocabulary):
 
 def _batches(setting, vocabulary, device):
     """(batches, scored tokens, useful tokens) of one step."""
-    import torch
+    from peftlib.rows import Rows
 
-    from peftlib.losses import scored_positions
-    from peftlib.rows import Batch
+    rows = Rows(_random_rows([setting["seq"]] * SEQUENCES, vocabulary))
+    batches = list(rows.batches(range(SEQUENCES), setting["micro_batch"] * setting["seq"], device))
+    return batches, int(rows.scored.sum()), int(rows.lengths.sum())
 
-    torch.manual_seed(1)
-    ids = torch.randint(5, vocabulary - 5, (SEQUENCES, setting["seq"]))
-    parts = ids.split(setting["micro_batch"])
-    batches = [Batch(part, part, scored_positions(part)).to(device) for part in parts]
-    return batches, sum(len(batch.positions) for batch in batches), ids.numel()
+
+def _random_rows(lengths, vocabulary, *, prompt_share=0.0):
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    return [
+        {"input_ids": random.integers(5, vocabulary - 5, n), "is_scored": np.arange(n) >= max(1, n * prompt_share)}
+        for n in lengths
+    ]
 
 
 def _refresh_seconds(optimizer):
@@ -318,7 +316,7 @@ def _in_own_process(setting):
 def _line(row):
     head = (
         f"{row['name']:<23}{row['precision']:<6}cap {row['cap_gib']:<5}mb {row['micro_batch']:<3}"
-        f"ckpt {row['checkpointing']!s:<6}chunk {row['chunk']:<5}"
+        f"ckpt {row['checkpointing']:<8}chunk {row['chunk']:<5}"
     )
     if "error" in row:
         return f"{head}{row['error']}"
