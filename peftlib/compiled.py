@@ -1,5 +1,6 @@
 """torch.compile by layer, and its cache in one file that outlives the session."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -10,12 +11,13 @@ import torch
 
 from peftlib.models import core
 
+_STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def resolve(asked, device):
-    """(is_on, reason) of a config's `compile` on a device. ModelError: 'on' where it cannot be."""
+def resolve(asked, device, steps):
+    """(is_on, reason) of a config's `compile` on a device for a run of so many steps. ModelError: 'on' but cannot be."""
     from peftlib.errors import ModelError
 
     if asked == "off":
@@ -27,7 +29,11 @@ def resolve(asked, device):
         missing = "Triton is not installed"
     if missing and asked == "on":
         raise ModelError(f"compile='on', but {missing}: use compile='auto' or 'off', or pip install triton on a GPU")
-    return (False, missing) if missing else (True, "GPU with Triton")
+    if missing or asked == "on":
+        return (False, missing) if missing else (True, "as set by compile")
+    if steps < _STEPS_TO_PAY:
+        return False, f"{steps} steps are over before compiling pays"
+    return True, "GPU with Triton"
 
 
 def compile_layers(model, *, backend="inductor"):
@@ -42,6 +48,26 @@ def compile_layers(model, *, backend="inductor"):
     for layer in core(model).model.layers:
         layer.compile(dynamic=True, backend=backend)
     return model
+
+
+@contextlib.contextmanager
+def uncompiled(model):
+    """Within it the layers run as they were: for generation and evaluation, whose shapes would be compiled anew."""
+    layers = [layer for layer in core(model).model.layers if layer._compiled_call_impl is not None]
+    kept = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, kept, strict=True):
+            layer._compiled_call_impl = call
+
+
+def release(model):
+    """Take the compiled forms off for good: what comes after training is generation."""
+    for layer in core(model).model.layers:
+        layer._compiled_call_impl = None
 
 
 def _with_gradient(module, args, output):

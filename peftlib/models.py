@@ -138,9 +138,13 @@ def _to_float32(module, args, output):
 def guard_four_bit(model, four_bit):
     """Keep CPUs from repacking 4-bit weights in place at the first eval() forward, which would change later losses.
 
-    ModelError: a projection that should be 4-bit is not, or one that should not be is.
+    ModelError: a projection that should be 4-bit is not, or one that should not be is; lm_head is 4-bit or untied.
     """
     from bitsandbytes.nn import Linear4bit
+
+    head, embedding = core(model).get_output_embeddings(), core(model).get_input_embeddings()
+    if isinstance(head, Linear4bit) or head.weight is not embedding.weight:
+        raise ModelError(f"lm_head is a {type(head).__name__} that is not tied to the embedding: it should share it")
 
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]

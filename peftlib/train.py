@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peftlib import __version__, data, methods
+from peftlib import __version__, compiled, data, methods, plan
 from peftlib import record as records
 from peftlib.checkpoint import Checkpoint, CheckpointDir, sha256
+from peftlib.compiled import CompileCache
 from peftlib.config import differences
 from peftlib.env import resolve_device, training_precision
 from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError
@@ -28,9 +29,11 @@ from peftlib.models import (
     trainable,
 )
 from peftlib.optim.basis import kept_energy
+from peftlib.packaged import cache_root
 from peftlib.precision import autocast, loss_scaler, run_in_autocast
 from peftlib.recompute import checkpoint_layers
 from peftlib.rows import Rows, mean_loss
+from peftlib.seeds import seed_of
 from peftlib.stepper import Stepper
 from peftlib.steps import StepPlan, learning_rate_factor
 from peftlib.trained import load_trained, save_trained
@@ -105,6 +108,7 @@ class TrainingRun:
         try:
             with interrupts() as interrupted:
                 self._run(interrupted)
+            compiled.release(self.model)
             if self.progress.step == self.plan.steps:
                 self._keep_weights()
                 self.record["status"] = "ok"
@@ -162,6 +166,14 @@ class TrainingRun:
         self.optimizer = self.method.build_optimizer(self.model, cfg)
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = loss_scaler(self.device, self.precision)
+        is_compiled, why = compiled.resolve(cfg.compile, self.device, self.plan.steps)
+        self._choose_plan(is_compiled)
+        checkpoint_layers(self.model, self._run_cfg)
+        self._compile_cache = CompileCache([cache_root() / "compile", self.study.folder.parent / "compile"])
+        if is_compiled:
+            loaded = self._compile_cache.load()
+            self.log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")
+            compiled.compile_layers(self.model)
         self.stepper = Stepper(
             self.model,
             self.optimizer,
@@ -169,11 +181,11 @@ class TrainingRun:
             device=self.device,
             precision=self.precision,
             backward=self.accelerator.backward,
+            is_compiled=is_compiled,
         )
         self.progress = Progress()
-        self._micro_batch = cfg.micro_batch or 4
+        self._is_first_here = True  # the first step of this session, which compiles
         self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
-        checkpoint_layers(self.model, cfg)
         self.record = records.new_record(
             self.study,
             self.name,
@@ -184,6 +196,40 @@ class TrainingRun:
         self._resume()
         self._describe()
         self._checkpoints.require_space(self._checkpoint_bytes())
+
+    def _choose_plan(self, is_compiled):
+        """Micro-batch and recomputation: the config's, or on a GPU the planner's where micro_batch is 0."""
+        cfg, self._run_cfg, self._micro_batch = self.cfg, self.cfg, self.cfg.micro_batch or 4
+        if self.device != "cuda":
+            return
+        if cfg.memory_gib:
+            whole = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * plan.GIB / whole))
+        if cfg.micro_batch == 0:
+            chosen = plan.choose(
+                plan.Shape.of(core(self.model).config),
+                self.name,
+                cfg,
+                precision=self.precision,
+                device_bytes=plan.device_bytes(cfg),
+                is_compiled=is_compiled,
+            )
+            self.log(f"plan for {plan.device_bytes(cfg) / plan.GIB:.1f} GiB: {chosen.line()}")
+            self._micro_batch = chosen.micro_batch
+            self._run_cfg = cfg.replace(checkpointing=chosen.checkpointing)
+
+    def _make_room(self, error):
+        """After an out-of-memory error: half the micro-batch, then recomputation. ConfigError: all of that is done."""
+        if self._micro_batch > 1:
+            self._micro_batch //= 2
+        elif self._run_cfg.checkpointing == "off":
+            self._run_cfg = self._run_cfg.replace(checkpointing="on")
+            checkpoint_layers(self.model, self._run_cfg)
+        else:
+            raise ConfigError(
+                f"{self.name} does not fit this GPU even with micro_batch=1 and checkpointing={self._run_cfg.checkpointing}: "
+                "lower max_length, or take a method that needs less memory"
+            ) from error
 
     def _describe(self):
         trained, total = count_parameters(self.model)
@@ -240,18 +286,16 @@ class TrainingRun:
             try:
                 batches = list(self.rows.batches(numbers, self._micro_batch * cfg.max_length, self.device))
                 # Dropout depends on seed and step alone, so nothing done between two steps can change it.
-                loss = self.stepper.gradients(batches, self._scored(numbers), seed=(cfg.seed << 32) + step)
+                loss = self.stepper.gradients(batches, self._scored(numbers), seed=seed_of(cfg.seed, step))
                 break
             except torch.OutOfMemoryError as error:
                 self.optimizer.zero_grad()
-                if self._micro_batch == 1:
-                    raise ConfigError(
-                        f"{self.name} does not fit this GPU even with micro_batch=1: set checkpointing=on, lower "
-                        "max_length, or take a method that needs less memory"
-                    ) from error
-                self._micro_batch //= 2
+                self._make_room(error)
             torch.cuda.empty_cache()
-            self.log(f"out of memory at step {step}: going on with micro_batch={self._micro_batch}")
+            self.log(
+                f"out of memory at step {step}: going on with micro_batch={self._micro_batch}, "
+                f"checkpointing={self._run_cfg.checkpointing}"
+            )
         grad_norm, is_skipped = self.stepper.update()
         tokens = int(self.rows.lengths[numbers].sum())
         if step == 0 or self.device == "cpu":
@@ -264,6 +308,10 @@ class TrainingRun:
         progress.skipped_steps += is_skipped
         if step == 0:
             progress.first_step_s = seconds
+        if self._is_first_here:
+            self._is_first_here = False
+            if self.stepper.loss_settings["is_compiled"]:
+                self._compile_cache.save()
         entry = {"step": step + 1, "learning_rate": self._peak_rates[0] * factor, "tokens": tokens, "seconds": seconds}
         self._pending.append((entry, loss, grad_norm))
 
@@ -298,7 +346,8 @@ class TrainingRun:
 
     def _validate(self):
         self._flush()
-        loss = mean_loss(self.model, self.valid, device=self.device, precision=self.precision)
+        with compiled.uncompiled(self.model):
+            loss = mean_loss(self.model, self.valid, device=self.device, precision=self.precision)
         self.record["valid_history"].append({"step": self.progress.step, "valid_loss": loss})
         self.log(f"step {self.progress.step}/{self.plan.steps}  validation loss {loss:.4f}")
 

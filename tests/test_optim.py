@@ -267,3 +267,66 @@ def test_resumed_state_keeps_its_dtype_where_weights_are_bf16():
     for name, value in optimizer.state[weight].items():
         assert resumed.state[weight][name].dtype == torch.float32
         assert torch.equal(value, resumed.state[weight][name])
+
+
+@pytest.mark.parametrize("stagger", [True, False])
+def test_bases_made_in_several_passes_are_those_made_at_once(stagger):
+    one, whole = make(stagger=stagger)
+    several, parted = make(stagger=stagger, whole_gradient_bytes=1600)  # one, then the two others
+    passes = 0
+    for step in range(6):
+        x, y = rows(step)
+        for model, optimizer in ((one, whole), (several, parted)):
+            for _ in optimizer.basis_passes():
+                (model(x) - y).square().sum().backward()
+                held = sum(4 * grad.numel() for grad in optimizer._full.values())
+                assert held <= 1600
+                passes += 1
+            (model(x) - y).square().sum().backward()
+            optimizer.finish_accumulation()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert passes == (2 if stagger else 4)
+    torch.testing.assert_close(weights(several), weights(one), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("moment_bits, dtype", [(8, torch.float32), (32, torch.bfloat16), (8, torch.bfloat16)])
+def test_light_states_and_weights_resume_bit_equal_and_still_learn(moment_bits, dtype):
+    def wide(seed):
+        torch.manual_seed(seed)
+        weight = torch.nn.Parameter((torch.randn(80, 256) / 16).to(dtype))
+        group = {"params": [weight], "rank": 32, "update_gap": 3, "scale": 1.0}
+        return weight, GaLoreAdamW([group], lr=1e-2, moment_bits=moment_bits)
+
+    def loss(weight, step):
+        g = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 256, generator=g)
+        return (x @ weight.float().T - x[:, :80]).square().mean()
+
+    def go(weight, optimizer, steps):
+        for step in steps:
+            loss(weight, step).backward()
+            optimizer.finish_accumulation()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, optimizer = wide(0)
+    before = float(loss(straight, 0))
+    go(straight, optimizer, range(8))
+    assert float(loss(straight, 0)) < 0.9 * before
+    cut, optimizer = wide(0)
+    go(cut, optimizer, range(4))
+    kept = io.BytesIO()
+    torch.save(optimizer.state_dict(), kept)
+    kept.seek(0)
+    resumed, again = wide(5)
+    resumed.data.copy_(cut.data)
+    again.load_state_dict(torch.load(kept, weights_only=True))
+    go(resumed, again, range(4, 8))
+    assert torch.equal(resumed, straight)
+
+
+def test_float16_weights_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(8, 16, dtype=torch.float16))
+    with pytest.raises(ConfigError, match="float16 weight.*hold it in float32 or bfloat16"):
+        GaLoreAdamW([{"params": [weight], "rank": 2, "update_gap": 3, "scale": 1.0}], lr=1e-2)

@@ -2,6 +2,7 @@
 
 Each module holds
   FOUR_BIT             projection names held in NF4
+  TRAINS               {how ("adapters", "galore", "apollo", "full"): projection names}, for the planner
   prepare(model, cfg)  the model with what trains switched on
   build_optimizer(model, cfg)
                        an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf)

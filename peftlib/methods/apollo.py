@@ -5,6 +5,7 @@ from peftlib.models import PROJECTIONS, named_weights, trainable
 from peftlib.optim.apollo import ApolloAdamW
 
 FOUR_BIT = ()
+TRAINS = {"apollo": PROJECTIONS}
 
 
 def prepare(model, cfg):

@@ -6,6 +6,7 @@ from peftlib.models import PROJECTIONS, named_weights, trainable
 from peftlib.optim.galore import GaLoreAdamW
 
 FOUR_BIT = ()
+TRAINS = {"galore": PROJECTIONS}
 
 
 def prepare(model, cfg):

@@ -5,6 +5,7 @@ from peftlib.methods.qlora import with_adapters
 from peftlib.models import ATTENTION, MLP, named_weights, trainable
 
 FOUR_BIT = MLP
+TRAINS = {"adapters": MLP, "galore": ATTENTION}
 
 
 def prepare(model, cfg):

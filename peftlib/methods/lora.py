@@ -3,9 +3,10 @@
 from peftlib.methods.qlora import build_optimizer, with_adapters
 from peftlib.models import PROJECTIONS
 
-__all__ = ["FOUR_BIT", "build_optimizer", "prepare"]
+__all__ = ["FOUR_BIT", "TRAINS", "build_optimizer", "prepare"]
 
 FOUR_BIT = ()
+TRAINS = {"adapters": PROJECTIONS}
 
 
 def prepare(model, cfg):

@@ -6,6 +6,7 @@ from peftlib.models import PROJECTIONS, core, named_weights, peft_calls, trainab
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 FOUR_BIT = PROJECTIONS
+TRAINS = {"adapters": PROJECTIONS}
 
 
 def prepare(model, cfg):

@@ -10,6 +10,7 @@ from peftlib.errors import ConfigError
 from peftlib.optim import moments
 from peftlib.optim.adamw import AccumulatingAdamW
 from peftlib.optim.basis import turned
+from peftlib.seeds import seed_of
 
 _GROWTH = 1.01  # most that the norm of a weight's update may grow in one step (Fira, arXiv:2410.01623)
 
@@ -74,8 +75,6 @@ class ApolloAdamW(AccumulatingAdamW):
         m, r = min(p.shape), group["rank"]
         block = step // group["update_gap"]
         if self._drawn.get(p, (None,))[0] != block:
-            generator = torch.Generator().manual_seed((self.seed << 40) + (self._place[p] << 20) + block)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, self._place[p], block))
             self._drawn[p] = block, (torch.randn(r, m, generator=generator) / r**0.5).to(p.device)
         return self._drawn[p][1]
-
-

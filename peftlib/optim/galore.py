@@ -22,6 +22,7 @@ from peftlib.optim.basis import (
     random_start,
     turned,
 )
+from peftlib.seeds import seed_of
 
 _NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
@@ -176,7 +177,7 @@ class GaLoreAdamW(AccumulatingAdamW):
 
     def _start(self, p, m, rank, is_cold):
         if is_cold:
-            return random_start(m, rank, seed=(self.seed << 16) + self._place[p], device=p.device)
+            return random_start(m, rank, seed=seed_of(self.seed, self._place[p]), device=p.device)
         return self.state[p]["basis"]
 
     @torch.no_grad()
@@ -214,7 +215,7 @@ class GaLoreAdamW(AccumulatingAdamW):
     def _noise(self, p):
         """A generator that depends on seed, weight and step alone, so that it needs no saved state."""
         generator = torch.Generator(p.device)
-        return generator.manual_seed((self.seed << 40) + (self._place[p] << 24) + int(self.state[p]["step"]))
+        return generator.manual_seed(seed_of(self.seed, self._place[p], int(self.state[p]["step"])))
 
     def _adam(self, states, grads, group):
         """(directions, step sizes) of Adam, lists; the moments of `states` move on by `grads`."""

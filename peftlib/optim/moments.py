@@ -31,9 +31,7 @@ def read(state, name) -> Tensor:
     if value.dtype != torch.uint8:
         return value
     scales = state[f"{name}_scale"]
-    return torch.ops.bitsandbytes.dequantize_blockwise(
-        value, scales, _code(name, value.device), _BLOCK, torch.float32
-    )
+    return torch.ops.bitsandbytes.dequantize_blockwise(value, scales, _code(name, value.device), _BLOCK, torch.float32)
 
 
 def write(state, name, value: Tensor, *, is_8bit=None):

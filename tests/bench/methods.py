@@ -103,7 +103,7 @@ def build(setting):
     base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.FOUR_BIT)
     model = method.prepare(base, cfg)
     checkpoint_layers(model, cfg)
-    is_compiled, _ = compiled.resolve(setting["compile"], device)
+    is_compiled, _ = compiled.resolve(setting["compile"], device, steps=10**6)
     if is_compiled:
         compiled.compile_layers(model)
     model.train()
@@ -123,8 +123,22 @@ def measure(setting):
     """The setting with what was found; 'error' where it does not fit."""
     import torch
 
+    from peftlib import config, flops, methods, plan
+
     stepper, model = build(setting)
-    found = {"weights_gib": _allocated()}
+    shape = plan.Shape.of(model.config)
+    cfg = config.resolve("gpu", max_length=setting["seq"], **setting["fields"])
+    planned = plan.estimate(
+        shape,
+        setting["method"],
+        cfg,
+        precision=setting["precision"],
+        micro_batch=setting["micro_batch"],
+        checkpointing=setting["checkpointing"],
+        is_compiled=stepper.loss_settings["is_compiled"],
+        chunk=setting["chunk"],
+    )
+    found = {"weights_gib": _allocated(), "predicted_gib": planned.total / 2**30}
     batches, scored, useful = _batches(setting, model.config.vocab_size, stepper.device)
     seconds = []
     for step in range(setting["steps"]):
@@ -142,6 +156,10 @@ def measure(setting):
                 torch.cuda.reset_peak_memory_stats()
     later = sorted(seconds[2:])
     found.update(tok_s=useful / later[len(later) // 2], loss=float(loss), later_peak_gib=_peak())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting["precision"]]
+    ceiling = flops.matmul_ceiling(stepper.device, dtype)
+    needed = flops.flops_per_token(shape, methods.find(setting["method"]), length=setting["seq"])
+    found.update(mfu=found["tok_s"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
     found["peak_gib"] = max(found["first_peak_gib"], found["later_peak_gib"])
     if stepper.device == "cuda":
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
