@@ -1,4 +1,4 @@
-"""The command line: python -m peftlib run|data|report|compare."""
+"""The command line: python -m peftlib run|data|report|compare|sweep|export."""
 
 import argparse
 import os
@@ -44,6 +44,16 @@ def _parser():
     )
     report = _command(commands, "report", _report, "write results.csv, report.md and figures of a study again")
     report.add_argument("--study", required=True, help="name of the study folder")
+    sweep = _command(commands, "sweep", _sweep, "try learning rates of a study's methods on its validation rows")
+    sweep.add_argument("--study", required=True, help="name of the study folder")
+    sweep.add_argument("--method", action="append", help="once for each method; default: all")
+    sweep.add_argument("--factor", action="append", type=float, help="of the study's rates; default: 0.3, 1, 3")
+    sweep.add_argument("--rows", type=int, default=1500, help="training rows of each trial; default: 1500")
+    export = _command(commands, "export", _export, "write a trained model as one standalone folder in 16 bits")
+    export.add_argument("--study", required=True, help="name of the study folder")
+    export.add_argument("--method", required=True)
+    export.add_argument("--seed", type=int, default=0)
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     for name, call in _PASSED_ON.items():  # listed here for --help; they read their arguments themselves
         _command(commands, name, call, call.__doc__)
     return parser
@@ -77,6 +87,22 @@ def _report(args):
         *built.figures.values(),
     ):
         print(readable_path(path))
+
+
+def _sweep(args):
+    from peftlib import methods
+    from peftlib.sweep import FACTORS, sweep
+
+    study = _existing_study(args.study)
+    for method in args.method or methods.METHODS:
+        sweep(study, method, factors=args.factor or FACTORS, rows=args.rows)
+
+
+def _export(args):
+    from peftlib.trained import export_merged
+
+    study = _existing_study(args.study)
+    print(export_merged(study.weights_dir(args.method, args.seed), args.out))
 
 
 def _data(argv):

@@ -11,7 +11,7 @@ from peftlib.results import gib
 from peftlib.scored import BASE, BASE_CUT
 
 # Settings of one method alone: they may differ between methods without making them unequal.
-_OWN_SETTINGS = ("lora_", "galore_", "apollo_", "seed")
+_OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "seed")
 _RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")
 PAIR_COLUMNS = ("metric", "method", "other", "difference", "low", "high", "p", "verdict")
 

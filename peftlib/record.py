@@ -46,10 +46,13 @@ def new_record(study, method, *, device, precision, precision_reason):
                 "train_seconds",
                 "tokens_per_second",
                 "first_step_s",
+                "mfu",
+                "matmul_tflops",
                 "skipped_steps",
                 "evaluation",
             ]
         ),
+        "layers": [],
         "history": [],
         "valid_history": [],
         "versions": versions(),

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from peftlib import __version__, compiled, data, methods, plan
+from peftlib import __version__, compiled, data, flops, methods, plan
 from peftlib import record as records
 from peftlib.checkpoint import Checkpoint, CheckpointDir, sha256
-from peftlib.compiled import CompileCache
 from peftlib.config import differences
 from peftlib.env import resolve_device, training_precision
 from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError
@@ -24,14 +23,14 @@ from peftlib.models import (
     guard_four_bit,
     head_weight,
     hidden_states,
+    layer_table,
     load_base,
     named_weights,
     trainable,
 )
 from peftlib.optim.basis import kept_energy
-from peftlib.packaged import cache_root
+from peftlib.placement import Placement
 from peftlib.precision import autocast, loss_scaler, run_in_autocast
-from peftlib.recompute import checkpoint_layers
 from peftlib.rows import Rows, mean_loss
 from peftlib.seeds import seed_of
 from peftlib.stepper import Stepper
@@ -166,14 +165,15 @@ class TrainingRun:
         self.optimizer = self.method.build_optimizer(self.model, cfg)
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = loss_scaler(self.device, self.precision)
-        is_compiled, why = compiled.resolve(cfg.compile, self.device, self.plan.steps)
-        self._choose_plan(is_compiled)
-        checkpoint_layers(self.model, self._run_cfg)
-        self._compile_cache = CompileCache([cache_root() / "compile", self.study.folder.parent / "compile"])
-        if is_compiled:
-            loaded = self._compile_cache.load()
-            self.log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")
-            compiled.compile_layers(self.model)
+        self.placement = Placement(
+            self.model,
+            self.name,
+            cfg,
+            device=self.device,
+            precision=self.precision,
+            steps=self.plan.steps,
+            log=self.log,
+        )
         self.stepper = Stepper(
             self.model,
             self.optimizer,
@@ -181,10 +181,9 @@ class TrainingRun:
             device=self.device,
             precision=self.precision,
             backward=self.accelerator.backward,
-            is_compiled=is_compiled,
+            is_compiled=self.placement.is_compiled,
         )
         self.progress = Progress()
-        self._is_first_here = True  # the first step of this session, which compiles
         self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
         self.record = records.new_record(
             self.study,
@@ -193,43 +192,12 @@ class TrainingRun:
             precision=self.precision,
             precision_reason=self.precision_reason,
         )
+        self.record["layers"] = layer_table(self.model)
         self._resume()
+        if self.method.FOUR_BIT:
+            guard_four_bit(self.model, self.method.FOUR_BIT)
         self._describe()
         self._checkpoints.require_space(self._checkpoint_bytes())
-
-    def _choose_plan(self, is_compiled):
-        """Micro-batch and recomputation: the config's, or on a GPU the planner's where micro_batch is 0."""
-        cfg, self._run_cfg, self._micro_batch = self.cfg, self.cfg, self.cfg.micro_batch or 4
-        if self.device != "cuda":
-            return
-        if cfg.memory_gib:
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * plan.GIB / whole))
-        if cfg.micro_batch == 0:
-            chosen = plan.choose(
-                plan.Shape.of(core(self.model).config),
-                self.name,
-                cfg,
-                precision=self.precision,
-                device_bytes=plan.device_bytes(cfg),
-                is_compiled=is_compiled,
-            )
-            self.log(f"plan for {plan.device_bytes(cfg) / plan.GIB:.1f} GiB: {chosen.line()}")
-            self._micro_batch = chosen.micro_batch
-            self._run_cfg = cfg.replace(checkpointing=chosen.checkpointing)
-
-    def _make_room(self, error):
-        """After an out-of-memory error: half the micro-batch, then recomputation. ConfigError: all of that is done."""
-        if self._micro_batch > 1:
-            self._micro_batch //= 2
-        elif self._run_cfg.checkpointing == "off":
-            self._run_cfg = self._run_cfg.replace(checkpointing="on")
-            checkpoint_layers(self.model, self._run_cfg)
-        else:
-            raise ConfigError(
-                f"{self.name} does not fit this GPU even with micro_batch=1 and checkpointing={self._run_cfg.checkpointing}: "
-                "lower max_length, or take a method that needs less memory"
-            ) from error
 
     def _describe(self):
         trained, total = count_parameters(self.model)
@@ -284,18 +252,14 @@ class TrainingRun:
         started = time.monotonic()
         while True:
             try:
-                batches = list(self.rows.batches(numbers, self._micro_batch * cfg.max_length, self.device))
+                batches = list(self.rows.batches(numbers, self.placement.tokens, self.device))
                 # Dropout depends on seed and step alone, so nothing done between two steps can change it.
                 loss = self.stepper.gradients(batches, self._scored(numbers), seed=seed_of(cfg.seed, step))
                 break
             except torch.OutOfMemoryError as error:
                 self.optimizer.zero_grad()
-                self._make_room(error)
+                self.placement.make_room(step, error)
             torch.cuda.empty_cache()
-            self.log(
-                f"out of memory at step {step}: going on with micro_batch={self._micro_batch}, "
-                f"checkpointing={self._run_cfg.checkpointing}"
-            )
         grad_norm, is_skipped = self.stepper.update()
         tokens = int(self.rows.lengths[numbers].sum())
         if step == 0 or self.device == "cpu":
@@ -308,10 +272,7 @@ class TrainingRun:
         progress.skipped_steps += is_skipped
         if step == 0:
             progress.first_step_s = seconds
-        if self._is_first_here:
-            self._is_first_here = False
-            if self.stepper.loss_settings["is_compiled"]:
-                self._compile_cache.save()
+        self.placement.after_step()
         entry = {"step": step + 1, "learning_rate": self._peak_rates[0] * factor, "tokens": tokens, "seconds": seconds}
         self._pending.append((entry, loss, grad_norm))
 
@@ -366,6 +327,7 @@ class TrainingRun:
             "valid_history": self.record["valid_history"],
             "scaler": self.scaler.state_dict(),
             "device": self.record["device"],
+            "layers": self.record["layers"],
         }
         weights = {name: p.data for name, p in trainable(self.model).items()}
         self._checkpoints.save(self.progress.step, Checkpoint(weights, self.optimizer.state_dict(), state))
@@ -385,12 +347,25 @@ class TrainingRun:
             )
         if state["device"] != self.record["device"]:
             self.log(f"the checkpoint comes from {state['device']}: going on here, not bit for bit")
+        if state["layers"] != self.record["layers"]:
+            raise CheckpointError(
+                f"the model's layers are {self.record['layers']}, those of the checkpoint in "
+                f"{self._checkpoints.folder} {state['layers']}: take the model and versions it was made with"
+            )
         for name, p in trainable(self.model).items():
             p.data.copy_(found.weights[name])
         self.optimizer.load_state_dict(found.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.record.update(history=state["history"], valid_history=state["valid_history"])
+
+    def _compare_with_ceiling(self, record):
+        """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
+        shape = plan.Shape.of(core(self.model).config)
+        needed = flops.flops_per_token(shape, self.method, length=float(self.rows.lengths.mean()))
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+        ceiling = flops.matmul_ceiling(self.device, dtype)
+        record.update(mfu=record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
 
     def _read_memory(self):
         allocated, reserved = self._memory.read()
@@ -422,6 +397,7 @@ class TrainingRun:
         if last:
             record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)
             record["tokens_per_second"] = progress.train_tokens / progress.train_seconds
+            self._compare_with_ceiling(record)
         records.save(self.study, record)
         if record["status"] == "ok":
             self._checkpoints.remove()

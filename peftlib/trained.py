@@ -90,6 +90,26 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
     return _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
 
 
+def export_merged(folder, out, *, dtype=torch.bfloat16):
+    """Write a trained model of `folder` as one standalone transformers folder in 16 bits; returns `out`.
+
+    4-bit matrices are dequantized, adapters merged in float32, and only then is the result rounded to `dtype`.
+    Tokenizer, chat template and stop ids come with it. ModelError: `out` is there already.
+    """
+    from transformers import AutoTokenizer
+
+    out = Path(out)
+    if out.exists():
+        raise ModelError(f"{out} is there already: choose another folder")
+    model = load_trained(folder, merge=True, dtype=torch.float32).to(dtype)
+    beside = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(beside)
+    os.replace(beside, out)
+    return out
+
+
 def _load_adapter(folder, facts, *, device, merge, dtype):
     four_bit = tuple(facts["four_bit"])
     base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit)

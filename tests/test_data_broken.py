@@ -130,7 +130,7 @@ def assert_nothing_changed_in_silence(row, made):
 def test_two_thousand_broken_rows_are_used_converted_or_rejected_by_name(tmp_path):
     seen = {"rows": 0, "accepted": 0, "reasons": set()}
 
-    @settings(max_examples=220, **_SETTINGS)
+    @settings(max_examples=320, **_SETTINGS)
     @given(files)
     def broken_rows_pass(made):
         seen["rows"] += len(made)

@@ -216,7 +216,7 @@ def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, m
 
     def full_card(loss):
         backward(loss)
-        if run._micro_batch == 4:
+        if run.placement.micro_batch == 4:
             raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(run.accelerator, "backward", full_card)
@@ -281,3 +281,27 @@ def test_the_record_is_json_with_every_promised_field(make_study):
         assert record[name] is not None and record[name] > 0, name
     assert record["eval_loss"] is None and record["evaluation"] is None and record["peak_reserved_bytes"] is None
     assert record["learning_rate"] == 1e-3 and record["learning_rate_2"] == 2.5e-4
+
+
+def test_a_card_that_one_row_does_not_fit_recomputes_then_names_the_ways_out(make_study, monkeypatch):
+    study = make_study(sequences_per_step=2, micro_batch=2)
+    lines = []
+    run = TrainingRun(study, "galore", log=lines.append)
+
+    def full_card(loss):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(run.accelerator, "backward", full_card)
+    with pytest.raises(ConfigError, match="does not fit this GPU even with micro_batch=1 and checkpointing=on: lower"):
+        run.train()
+    assert ["micro_batch=1, checkpointing=off" in line for line in lines].count(True) == 1
+    assert ["micro_batch=1, checkpointing=on" in line for line in lines].count(True) == 1
+
+
+def test_a_checkpoint_of_other_layers_is_refused(make_study, monkeypatch):
+    study = make_study(save_every=2, max_seconds=1e-6)
+    TrainingRun(study, "hybrid", log=lambda line: None).train()
+    run = TrainingRun(study, "hybrid", log=lambda line: None)
+    monkeypatch.setattr("peftlib.train.layer_table", lambda model: [{"layer": "q_proj", "class": "Other"}])
+    with pytest.raises(CheckpointError, match="the model's layers are .*'Other'.*take the model and versions"):
+        run.train()

@@ -5,10 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from peftlib.chat import STOP_IDS
+from peftlib.data import load_split
 from peftlib.errors import ModelError
 from peftlib.models import locate
+from peftlib.rows import Rows, mean_loss
 from peftlib.train import TrainingRun
-from peftlib.trained import load_plain, load_trained
+from peftlib.trained import export_merged, load_plain, load_trained
 
 IDS = torch.tensor([[2, 105, 449, 363, 366, 367, 106, 363, 105, 453, 363]])
 
@@ -74,6 +76,23 @@ def test_a_merged_model_is_plain_and_agrees(trained, method):
     assert not any("lora" in name or "4bit" in type(m).__name__ for name, m in merged.named_modules())
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(merged), logits(ours), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
+def test_an_exported_model_is_standalone_and_scores_like_the_unmerged_one(trained, method, tmp_path):
+    ours, folder, study = trained(method)
+    out = export_merged(folder, tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    assert stock.dtype == torch.bfloat16 and not hasattr(stock, "peft_config")
+    assert not any("4bit" in type(module).__name__ for module in stock.modules())
+    assert GenerationConfig.from_pretrained(out).eos_token_id == list(STOP_IDS)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    rows = Rows(load_split(study.data_dir, "test"))
+    settings = {"device": "cpu", "precision": "fp32"}
+    merged, unmerged = mean_loss(stock.float(), rows, **settings), mean_loss(ours, rows, **settings)
+    assert abs(merged - unmerged) < 2e-3 * unmerged  # what rounding to bf16 costs
+    with pytest.raises(ModelError, match="is there already"):
+        export_merged(folder, out)
 
 
 def test_the_hybrids_attention_is_saved_beside_the_adapter(trained):

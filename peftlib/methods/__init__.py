@@ -3,6 +3,7 @@
 Each module holds
   FOUR_BIT             projection names held in NF4
   TRAINS               {how ("adapters", "galore", "apollo", "full"): projection names}, for the planner
+  RATES                names of its learning rates in the config
   prepare(model, cfg)  the model with what trains switched on
   build_optimizer(model, cfg)
                        an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf)

@@ -6,6 +6,7 @@ from peftlib.optim.apollo import ApolloAdamW
 
 FOUR_BIT = ()
 TRAINS = {"apollo": PROJECTIONS}
+RATES = ("apollo_learning_rate",)
 
 
 def prepare(model, cfg):

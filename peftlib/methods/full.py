@@ -6,6 +6,7 @@ from peftlib.optim.adamw import adamw_8bit
 
 FOUR_BIT = ()
 TRAINS = {"full": PROJECTIONS}
+RATES = ("full_learning_rate",)
 
 
 def prepare(model, cfg):

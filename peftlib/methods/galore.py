@@ -7,6 +7,7 @@ from peftlib.optim.galore import GaLoreAdamW
 
 FOUR_BIT = ()
 TRAINS = {"galore": PROJECTIONS}
+RATES = ("galore_learning_rate",)
 
 
 def prepare(model, cfg):

@@ -6,6 +6,7 @@ from peftlib.models import ATTENTION, MLP, named_weights, trainable
 
 FOUR_BIT = MLP
 TRAINS = {"adapters": MLP, "galore": ATTENTION}
+RATES = ("lora_learning_rate", "galore_learning_rate")
 
 
 def prepare(model, cfg):

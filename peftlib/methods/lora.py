@@ -3,10 +3,11 @@
 from peftlib.methods.qlora import build_optimizer, with_adapters
 from peftlib.models import PROJECTIONS
 
-__all__ = ["FOUR_BIT", "TRAINS", "build_optimizer", "prepare"]
+__all__ = ["FOUR_BIT", "RATES", "TRAINS", "build_optimizer", "prepare"]
 
 FOUR_BIT = ()
 TRAINS = {"adapters": PROJECTIONS}
+RATES = ("lora_learning_rate",)
 
 
 def prepare(model, cfg):

@@ -7,6 +7,7 @@ from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 FOUR_BIT = PROJECTIONS
 TRAINS = {"adapters": PROJECTIONS}
+RATES = ("lora_learning_rate",)
 
 
 def prepare(model, cfg):
