@@ -1,11 +1,12 @@
 """Training speed and memory of the methods on one GPU, on the exact Gemma-3-1B shape with random weights.
 
-    python tests/bench/methods.py OUT.json [--only NAME,...] [--settings FILE]   # a process each
+    python tests/bench/methods.py OUT.json [--only NAME,...] [--settings FILE] [--warm]   # a process each
     python tests/bench/methods.py --one '{"method": ...}'      # one setting, here and now
 
 Each step is 16 sequences of 1,024 random tokens, all scored, through peftlib's own Stepper. tok_s is the median over
 steps after the second. A cap imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer,
-no network.
+no network. --warm first takes one step of each of our settings, several at a time: that fills the compiler's cache and
+gives first_step_cold_s (compilers side by side), so that first_step_s is that of a session which has the cache.
 """
 
 import json
@@ -51,7 +52,7 @@ def settings():
     memory = {"micro_batch": 4, "checkpointing": "offload", "fields": {"optimizer_bits": 8}}
     light = {"galore_weights": "bf16", "optimizer_bits": 8}
     yield {"name": "qlora_speed", "method": "qlora", **speed}
-    yield {"name": "qlora_memory", "method": "qlora", **memory}
+    yield {"name": "qlora_memory", "method": "qlora", **memory, "profile": True}
     yield {"name": "unsloth", "peer": "unsloth", "micro_batch": 4, "accumulation": 4}
     yield {"name": "galore", "method": "galore", **speed, "refresh": True}
     yield {"name": "galore_memory", "method": "galore", "micro_batch": 8, "checkpointing": "on", "fields": light}
@@ -61,7 +62,9 @@ def settings():
     yield {"name": "qlora_liger_nogc", "peer": "qlora_liger_nogc", "micro_batch": 4, "accumulation": 4}
     for method in ("qlora", "galore", "hybrid"):
         yield {"name": f"{method}_fp16", "method": method, **speed, "precision": "fp16"}
-    yield {"name": "mixed_lengths", "method": "galore", **speed, "cap_gib": 0.0, "steps": 3, "mixed": MIXED}
+    mixed = {"micro_batch": 16, "steps": 3, "mixed": MIXED}
+    yield {"name": "mixed_lengths", "method": "galore", **mixed}
+    yield {"name": "mixed_lengths_qlora", "method": "qlora", **mixed}
     for method in ("qlora", "galore"):
         yield {"name": f"{method}_no_checkpointing", "method": method, "micro_batch": 4}
     # The planner's constants come from the rows above; these four it has not seen.
@@ -154,6 +157,8 @@ def measure(setting):
             found.update(first_step_s=seconds[0], first_peak_gib=_peak(), held_gib=_allocated())
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
+            if setting.get("only_first_step"):
+                return found
     later = sorted(seconds[2:])
     found.update(tok_s=useful / later[len(later) // 2], loss=float(loss), later_peak_gib=_peak())
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting["precision"]]
@@ -261,11 +266,15 @@ def _profile(stepper, batches, scored):
         stepper.update()
         _wait(stepper.device)
     events = profiled.key_averages()
-    total = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA")
-    print(f"PROFILE device {total / 1e3:.0f} ms")
-    events = [event for event in events if event.device_type.name == "CUDA"]
-    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:25]:
+    on_device = [event for event in events if event.device_type.name == "CUDA"]
+    total = sum(event.self_device_time_total for event in on_device)
+    print(f"PROFILE device {total / 1e3:.0f} ms in {sum(event.count for event in on_device)} launches")
+    for event in sorted(on_device, key=lambda e: -e.self_device_time_total)[:10]:
         print(f"PROFILE {event.self_device_time_total / 1e3:8.1f} ms {event.count:6d}  {event.key[:100]}")
+    on_host = [event for event in events if event.device_type.name == "CPU"]
+    print("PROFILE host")
+    for event in sorted(on_host, key=lambda e: -e.self_cpu_time_total)[:15]:
+        print(f"PROFILE {event.self_cpu_time_total / 1e3:8.1f} ms {event.count:6d}  {event.key[:100]}")
 
 
 def _allocated():
@@ -303,12 +312,24 @@ def main(argv):
     elif argv[1:2] == ["--only"]:
         chosen = [setting for setting in chosen if setting["name"] in argv[2].split(",")]
     rows, end = [], time.time() + float(os.environ.get("BENCH_SECONDS", "1e9"))
+    cold = _cold_first_steps(chosen) if "--warm" in argv else {}
     for setting in chosen:
         if time.time() > end:
             print("no time for", setting)
             continue
-        rows.append(_in_own_process(setting))
+        rows.append(_in_own_process(setting) | cold.get(setting["name"], {}))
         Path(argv[0]).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _cold_first_steps(chosen):
+    """{name: {'first_step_cold_s': ...}} of one step of each of our settings, at most six at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    started, ours = time.time(), [setting for setting in chosen if "peer" not in setting]
+    with ThreadPoolExecutor(6) as pool:
+        rows = list(pool.map(lambda setting: _in_own_process({**setting, "only_first_step": True}), ours))
+    print(f"cold first steps took {time.time() - started:.0f} s together", flush=True)
+    return {row["name"]: {"first_step_cold_s": row["first_step_s"]} for row in rows if "error" not in row}
 
 
 def _in_own_process(setting):
@@ -326,8 +347,11 @@ def _in_own_process(setting):
     row = {**DEFAULTS, **setting, **found}
     if "peer" in setting and lines and "error" not in found:
         row.update(first_step_s=row["first"], peak_gib=row["peak_alloc"], reserved_gib=row["peak_res"])
-    print("\n".join(line for line in done.stdout.splitlines() if line.startswith("PROFILE")), end="")
-    print(_line(row), f"({time.time() - started:.0f} s)", flush=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("PROFILE"):
+            print(line)
+    if not setting.get("only_first_step"):
+        print(_line(row), f"({time.time() - started:.0f} s)", flush=True)
     return row
 
 
