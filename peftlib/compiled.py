@@ -43,6 +43,8 @@ def compile_layers(model, *, backend="inductor"):
     stays outside, and a layer's hooks run between the compiled pieces.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    # Else a layer with our FourBitProduct is traced anew in every session, which took 53 s on an H100 where 8 s do.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # A first layer whose input needs no gradient would be compiled apart from the others.
     core(model).get_input_embeddings().register_forward_hook(_with_gradient)
     for layer in core(model).model.layers:

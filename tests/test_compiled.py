@@ -36,6 +36,27 @@ def test_compiled_layers_have_no_break_one_form_for_all_shapes_and_equal_gradien
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
+def test_the_graph_of_a_layer_can_be_kept_in_the_compile_cache(prepared, method):  # noqa: F811
+    from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+
+    graphs = []
+
+    def backend(graph, inputs):
+        check_cacheable(graph)  # raises BypassAOTAutogradCache where torch would trace it anew in every session
+        graphs.append(graph)
+        return graph.forward
+
+    model, _ = prepared(method)
+    data = rows([20, 30, 25, 21])
+    torch._dynamo.reset()
+    compiled.compile_layers(model, backend=backend)
+    loss_and_gradients(model, [data.batch([[0, 1], [2, 3]], "cpu")])
+    assert graphs
+    compiled.release(model)
+    torch._dynamo.reset()
+
+
 def test_when_to_compile():
     assert compiled.resolve("off", "cuda", 1000)[0] is False
     assert compiled.resolve("auto", "cpu", 1000) == (False, "no GPU")

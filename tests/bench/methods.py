@@ -67,11 +67,13 @@ def settings():
     yield {"name": "mixed_lengths_qlora", "method": "qlora", **mixed}
     for method in ("qlora", "galore"):
         yield {"name": f"{method}_no_checkpointing", "method": method, "micro_batch": 4}
-    # The planner's constants come from the rows above; these four it has not seen.
-    yield {"name": "heldout_hybrid", "method": "hybrid", "micro_batch": 4}
-    yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": "on", "seq": 512}
-    yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": "on", "seq": 2048}
-    yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light}
+    # The planner's constants come from the rows above; these four it has not seen. They run side by side, so they
+    # have no speed.
+    unseen = {"is_memory_alone": True, "steps": 3}
+    yield {"name": "heldout_hybrid", "method": "hybrid", "micro_batch": 4, **unseen}
+    yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": "on", "seq": 512, **unseen}
+    yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": "on", "seq": 2048, **unseen}
+    yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light, **unseen}
     for method in ("lora", "full", "apollo"):
         yield {"name": method, "method": method, **speed}
 
@@ -160,15 +162,17 @@ def measure(setting):
             if setting.get("only_first_step"):
                 return found
     later = sorted(seconds[2:])
-    found.update(tok_s=useful / later[len(later) // 2], loss=float(loss), later_peak_gib=_peak())
+    found.update(loss=float(loss), later_peak_gib=_peak())
+    found["peak_gib"] = max(found["first_peak_gib"], found["later_peak_gib"])
+    if stepper.device == "cuda":
+        found.update(reserved_gib=torch.cuda.max_memory_reserved() / 2**30, device=torch.cuda.get_device_name())
+    if setting.get("is_memory_alone"):
+        return found
+    found["tok_s"] = useful / later[len(later) // 2]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting["precision"]]
     ceiling = flops.matmul_ceiling(stepper.device, dtype)
     needed = flops.flops_per_token(shape, methods.find(setting["method"]), length=setting["seq"])
     found.update(mfu=found["tok_s"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
-    found["peak_gib"] = max(found["first_peak_gib"], found["later_peak_gib"])
-    if stepper.device == "cuda":
-        found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        found["device"] = torch.cuda.get_device_name()
     if setting.get("refresh"):
         found.update(_refresh_seconds(stepper.optimizer))
     if setting.get("mixed"):
@@ -312,24 +316,34 @@ def main(argv):
     elif argv[1:2] == ["--only"]:
         chosen = [setting for setting in chosen if setting["name"] in argv[2].split(",")]
     rows, end = [], time.time() + float(os.environ.get("BENCH_SECONDS", "1e9"))
-    cold = _cold_first_steps(chosen) if "--warm" in argv else {}
+    cold = _side_by_side(chosen, is_warming="--warm" in argv)
     for setting in chosen:
-        if time.time() > end:
+        if setting.get("is_memory_alone"):
+            rows.append(cold[setting["name"]])
+        elif time.time() > end:
             print("no time for", setting)
             continue
-        rows.append(_in_own_process(setting) | cold.get(setting["name"], {}))
+        else:
+            rows.append(_in_own_process(setting))
+            if "error" not in cold.get(setting["name"], {"error": "not run"}):
+                rows[-1]["first_step_cold_s"] = cold[setting["name"]]["first_step_s"]
         Path(argv[0]).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def _cold_first_steps(chosen):
-    """{name: {'first_step_cold_s': ...}} of one step of each of our settings, at most six at once."""
+def _side_by_side(chosen, *, is_warming):
+    """{name: row} of the settings that have no speed, and of one step of each of the others; eight at once."""
     from concurrent.futures import ThreadPoolExecutor
 
     started, ours = time.time(), [setting for setting in chosen if "peer" not in setting]
-    with ThreadPoolExecutor(6) as pool:
-        rows = list(pool.map(lambda setting: _in_own_process({**setting, "only_first_step": True}), ours))
-    print(f"cold first steps took {time.time() - started:.0f} s together", flush=True)
-    return {row["name"]: {"first_step_cold_s": row["first_step_s"]} for row in rows if "error" not in row}
+    ours = [
+        setting if setting.get("is_memory_alone") else {**setting, "only_first_step": True}
+        for setting in ours
+        if is_warming or setting.get("is_memory_alone")
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(_in_own_process, ours))
+    print(f"side by side: {len(rows)} settings in {time.time() - started:.0f} s", flush=True)
+    return {row["name"]: row for row in rows}
 
 
 def _in_own_process(setting):
@@ -364,7 +378,7 @@ def _line(row):
         return f"{head}{row['error']}"
     parts = [f"{key[:-4]} {row[key]:.2f}" for key in ("weights_gib", "held_gib", "first_peak_gib") if key in row]
     return (
-        f"{head}{row['tok_s']:>8,.0f} tok/s {row['peak_gib']:6.2f} GiB ({', '.join(parts)}) "
+        f"{head}{row.get('tok_s', 0):>8,.0f} tok/s {row['peak_gib']:6.2f} GiB ({', '.join(parts)}) "
         f"first {row['first_step_s']:.1f} s"
         + "".join(f" {key} {row[key]:.4f}" for key in row if key.startswith("refresh_"))
         + "".join(f" {way} {got['useful_tok_s']:,.0f}" for way, got in row.get("mixed_found", {}).items())
