@@ -1,77 +1,120 @@
-"""Checkpoints that are whole or ignored: written beside, listed with sizes and SHA-256 last, renamed."""
+"""Checkpoints that are whole or ignored: written beside, read back, listed with sizes and SHA-256 last, renamed."""
 
-import hashlib
-import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from peftlib.errors import CheckpointError, StudyError
-from peftlib.files import read_json, write_json
+from peftlib import __version__
+from peftlib.errors import CheckpointError, SchemaError, StudyError
+from peftlib.files import fault_of, json_text, read_json, remove_tree, rename, sealed, unsealed, write_stream
 
-_WEIGHTS, _OPTIMIZER, _STATE, _MANIFEST = "weights.safetensors", "optimizer.pt", "state.json", "manifest.json"
-_FILES = (_WEIGHTS, _OPTIMIZER, _STATE)
+TENSORS, STATE, MANIFEST = "tensors.pt", "state.json", "manifest.json"
+_PARTS = ("weights", "optimizer", "generators")  # of a Checkpoint, in tensors.pt
+_BESIDE = ".writing-"
 
 
 @dataclass
 class Checkpoint:
-    """weights: {name: tensor} of what trains. optimizer: its state dict. state: JSON values of the loop."""
+    """weights: {name: tensor} of what trains. optimizer: its state dict. state: JSON values of the loop. generators:
+    what seeds.generator_states gives."""
 
     weights: dict
     optimizer: dict
     state: dict
+    generators: dict = field(default_factory=dict)
 
 
 class CheckpointDir:
-    """The checkpoints of one run below `folder`, the newest `keep` of them."""
+    """The checkpoints of one run below `folder`, the newest `keep` of them.
 
-    def __init__(self, folder, *, keep):
+    A checkpoint is a folder step-NNNNNN of tensors.pt (plain tensors, for torch.load(weights_only=True)), state.json
+    and, written last, manifest.json. log: called with what goes wrong and is mended.
+    """
+
+    def __init__(self, folder, *, keep, log=print):
         self.folder = Path(folder)
         self.keep = keep
+        self.log = log
+        self._verified = set()  # paths that this object has read back or resumed from
 
     def save(self, step, checkpoint):
-        """Write step's checkpoint; older ones go once it stands. CheckpointError: the disk is full (older ones stay)."""
-        beside = self.folder / f".writing-{step:06d}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        """Write step's checkpoint; older ones go once it stands and was read back.
+
+        CheckpointError: it could not be written, or not as it was meant (older ones stay).
+        """
+        path = self._path(step)
+        if path in self._verified and path.exists():
+            return
+        beside = self.folder / f"{_BESIDE}{path.name}"
         try:
-            save_file(
-                {name: t.detach().contiguous().cpu() for name, t in checkpoint.weights.items()}, beside / _WEIGHTS
-            )
-            torch.save(checkpoint.optimizer, beside / _OPTIMIZER)
-            write_json(beside / _STATE, checkpoint.state)
-            listed = {
-                name: {"bytes": (beside / name).stat().st_size, "sha256": sha256(beside / name)} for name in _FILES
-            }
-            write_json(beside / _MANIFEST, {"files": listed})
-            shutil.rmtree(self._path(step), ignore_errors=True)
-            os.replace(beside, self._path(step))
+            self._write(beside, checkpoint)
+            fault = _fault(beside)
+            if fault is None:
+                remove_tree(path)
+                rename(beside, path)
         except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            fault = error.strerror or str(error)
+        if fault is not None:
+            self._remove(beside)
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}): "
-                "free some space and run again; training resumes from the one before"
-            ) from error
-        for old in self._all()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+                f"the checkpoint of step {step} could not be written to {self.folder} ({fault}): "
+                f"free some space or take another disk (PEFTLIB_ROOT); {self._what_stands()}"
+            )
+        self._verified.add(path)
+        self._prune()
+
+    def _write(self, beside, checkpoint):
+        remove_tree(beside)
+        beside.mkdir(parents=True)
+        tensors = {name: getattr(checkpoint, name) for name in _PARTS}
+        state = json_text(checkpoint.state).encode("utf-8")
+        listed = {
+            TENSORS: write_stream(beside / TENSORS, lambda out: torch.save(tensors, out)),
+            STATE: write_stream(beside / STATE, lambda out: out.write(state)),
+        }
+        manifest = sealed({"written_by": f"peftlib {__version__}", "files": listed})
+        write_stream(beside / MANIFEST, lambda out: out.write(manifest))
+
+    def _prune(self):
+        """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""
+        good = [path for path in self._all() if path in self._verified or _fault(path) is None]
+        for path in self._all():
+            if path not in good[: self.keep]:
+                self._remove(path)
+
+    def _remove(self, path):
+        try:
+            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one does not count
+            remove_tree(path)
+        except OSError as error:
+            self.log(f"{path.name} could not be deleted ({error.strerror or error}); it takes space, nothing else")
 
     def newest(self):
-        """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...])."""
+        """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...]).
+
+        CheckpointError: the newest was written by a peftlib of another schema version.
+        """
+        for left in self.folder.glob(f"{_BESIDE}*"):
+            self._remove(left)
         skipped = []
         for path in self._all():
+            _refuse_other_schema(path)
             fault = _fault(path)
             if fault is None:
-                optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
-                return Checkpoint(load_file(path / _WEIGHTS), optimizer, read_json(path / _STATE)), skipped
+                self._verified.add(path)
+                tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
+                return Checkpoint(**tensors, state=read_json(path / STATE)), skipped
             skipped.append(f"{path.name}: {fault}")
         return None, skipped
 
     def remove(self):
         """Delete the folder with all its checkpoints."""
+        for path in self._all():
+            self._remove(path)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._verified.clear()
 
     def require_space(self, checkpoint_bytes):
         """CheckpointError, with the numbers, unless keep + 1 checkpoints of this size fit on the disk."""
@@ -84,6 +127,10 @@ class CheckpointDir:
                 f"{needed / 2**30:.2f} GiB: free some space, lower keep_checkpoints, or set PEFTLIB_ROOT to another disk"
             )
 
+    def _what_stands(self):
+        good = [path.name for path in self._all() if path in self._verified]
+        return f"{good[0]} stands" if good else "none stands yet"
+
     def _path(self, step):
         return self.folder / f"step-{step:06d}"
 
@@ -92,25 +139,25 @@ class CheckpointDir:
 
 
 def _fault(path):
-    """Why a checkpoint cannot be used, or None."""
+    """Why a checkpoint cannot be used, or None. CheckpointError: it is whole, but of another schema version."""
     try:
-        listed = read_json(path / _MANIFEST)["files"]
-    except (OSError, StudyError, KeyError) as error:
+        manifest = unsealed(path / MANIFEST)
+        return next(filter(None, (fault_of(path / name, manifest["files"][name]) for name in (TENSORS, STATE))), None)
+    except SchemaError as error:
+        return str(error)
+    except (OSError, StudyError, KeyError, TypeError) as error:
         return f"no readable manifest ({type(error).__name__})"
-    for name in _FILES:
-        if name not in listed or not (path / name).is_file():
-            return f"{name} is missing"
-        if (path / name).stat().st_size != listed[name]["bytes"]:
-            return f"{name} has {(path / name).stat().st_size} bytes, not {listed[name]['bytes']}"
-        if sha256(path / name) != listed[name]["sha256"]:
-            return f"{name} is damaged (SHA-256 differs)"
-    return None
 
 
-def sha256(path):
-    """Hex digest of a file."""
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _refuse_other_schema(path):
+    try:
+        unsealed(path / MANIFEST)
+    except SchemaError as error:
+        raise CheckpointError(
+            f"{path} {error}: resume with that version, or start anew under another study name"
+        ) from None
+    except (OSError, StudyError):
+        return  # damaged, which _fault says
 
 
 def _size(path):

@@ -47,6 +47,7 @@ class Config:
     max_steps: int = _field(0, "math", "optimizer steps; 0 is all of the epochs", low=0)
     sequences_per_step: int = _field(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
     seed: int = _field(0, "math", "row order, adapter initialisation, dropout", low=0)
+    fork: str = _field("", "math", "study whose run of the same method and seed gives the first weights; '' is none")
     schedule: str = _field("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = _field(0.05, "math", "share of the steps", low=0.0, high=0.5)
     weight_decay: float = _field(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
@@ -98,7 +99,17 @@ class Config:
     max_seconds: float = _field(
         0.0, "run", "wall clock of one training call, then save and stop; 0 is no limit", low=0.0
     )
-    save_every: int = _field(50, "run", "optimizer steps between checkpoints", low=1)
+    session_hours: float = _field(
+        0.0, "run", "after which this machine ends by itself; 0: 12 on Colab and Kaggle, else never", low=0.0
+    )
+    save_every: int = _field(50, "run", "optimizer steps between checkpoints, at least", low=1)
+    save_stall: float = _field(
+        0.02,
+        "run",
+        "share of the time that saving may hold up training; 0 saves at every save_every",
+        low=0.0,
+        high=1.0,
+    )
     valid_every: int = _field(50, "run", "optimizer steps between validation losses", low=1)
     keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
     log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)

@@ -21,6 +21,14 @@ class StudyError(PeftlibError, RuntimeError):
     """A study folder that lacks an earlier stage's output or was made with another config."""
 
 
+class LockedError(StudyError):
+    """A study folder that another live session works in."""
+
+
+class SchemaError(StudyError):
+    """A file that a peftlib of another schema version wrote; undamaged."""
+
+
 class ModelError(PeftlibError, RuntimeError):
     """A model or tokenizer that cannot be had, or that is not what it claims to be."""
 

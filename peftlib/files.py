@@ -1,12 +1,111 @@
-"""Files that are either whole or absent: written beside their place, flushed, then renamed."""
+"""Files that are either whole or absent: written beside their place, flushed to the disk, then renamed.
+
+Every write, rename, flush and deletion of what a study must not lose goes through this module.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
 
-from peftlib import SCHEMA_VERSION
-from peftlib.errors import StudyError
+from peftlib import SCHEMA_VERSION, __version__
+from peftlib.errors import SchemaError, StudyError
+
+
+class HashingWriter:
+    """A binary file to write to in order, which knows `bytes` and `sha256` of what it was given.
+
+    Hashed before it is written, so that what a disk changes on the way is found when the file is read back.
+    """
+
+    def __init__(self, raw):
+        self._raw = raw
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+        self.error = None  # the OSError of a failed write
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        try:
+            written = 0
+            while written < view.nbytes:  # a disk may take a part
+                written += self._raw.write(view[written:])
+        except OSError as error:
+            self.error = error
+            raise
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def flush(self):
+        """For those who write to files; nothing is held back here."""
+
+    @property
+    def sha256(self):
+        """Hex digest so far."""
+        return self._digest.hexdigest()
+
+
+def write_stream(path, write):
+    """Write a file by write(HashingWriter), onto the disk; returns {'bytes', 'sha256'} of what was given."""
+    with open(path, "wb", buffering=0) as raw:
+        writer = HashingWriter(raw)
+        try:
+            write(writer)
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None  # torch.save turns a failed write into an error of its own
+        os.fsync(raw.fileno())
+    return {"bytes": writer.bytes, "sha256": writer.sha256}
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def fault_of(path, listed):
+    """Why a file is not the {'bytes', 'sha256'} that was written, in words, or None."""
+    path = Path(path)
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != listed["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, not {listed['bytes']}"
+    if sha256(path) != listed["sha256"]:
+        return f"{path.name} is damaged (SHA-256 differs)"
+    return None
+
+
+def rename(old, new):
+    """Put `old` in the place of `new`, at once and lastingly."""
+    os.replace(old, new)
+    sync_folder(Path(new).parent)
+
+
+def sync_folder(folder):
+    """Have the disk keep the names in a folder, where the system can."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):  # Windows opens no folders
+        return
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_tree(folder):
+    """Delete a folder of files and folders; one that is not there is fine. OSError: something could not be deleted."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(entry.path)
+            else:
+                os.unlink(entry.path)
+        os.rmdir(folder)
 
 
 @contextlib.contextmanager
@@ -19,21 +118,26 @@ def atomic_path(path):
         yield beside
         with open(beside, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(beside, path)
+        rename(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
 
 
 def write_text(path, text):
     """Replace `path` with UTF-8 text, whole or not at all."""
-    with atomic_path(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_path(path) as beside, open(beside, "wb") as raw:
+        raw.write(text.encode("utf-8"))
+
+
+def json_text(value):
+    """A JSON object with the schema version, as text."""
+    return json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path, value):
     """Replace `path` with a JSON object that carries the schema version."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json_text(value))
 
 
 def read_json(path):
@@ -44,7 +148,34 @@ def read_json(path):
         raise StudyError(f"{path} is damaged ({error}): delete it and run the notebook that writes it again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version != SCHEMA_VERSION:
-        raise StudyError(
+        raise SchemaError(
             f"{path} has schema_version {version!r}, this peftlib reads {SCHEMA_VERSION}: use a new study name"
         )
     return value
+
+
+def sealed(value):
+    """A JSON object with schema version and its own SHA-256, as bytes: a manifest that shows its own damage."""
+    value = {"schema_version": SCHEMA_VERSION, **value}
+    return (json.dumps({**value, "seal": _seal(value)}, indent=1) + "\n").encode("utf-8")
+
+
+def unsealed(path):
+    """The object of a file that `sealed` made. StudyError: damaged. SchemaError: whole, but of another version."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+        seal = value.pop("seal")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise StudyError(f"{path} is damaged") from None
+    if seal != _seal(value):
+        raise StudyError(f"{path} is damaged (its SHA-256 differs)")
+    if value["schema_version"] != SCHEMA_VERSION:
+        raise SchemaError(
+            f"was written by {value.get('written_by', 'another peftlib')} with schema_version "
+            f"{value['schema_version']}, this is peftlib {__version__} with {SCHEMA_VERSION}"
+        )
+    return value
+
+
+def _seal(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()

@@ -53,6 +53,11 @@ class Placement:
             self.cfg = cfg.replace(checkpointing=chosen.checkpointing)
 
     @property
+    def description(self):
+        """What two sessions must share for equal bits, in words."""
+        return f"micro_batch={self.micro_batch}, compiled={self.is_compiled}, {torch.get_num_threads()} threads"
+
+    @property
     def tokens(self):
         """Padded tokens of a micro-batch."""
         return self.micro_batch * self.cfg.max_length

@@ -3,17 +3,17 @@
 import contextlib
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 
-from peftlib import __version__, compiled, data, flops, methods, plan
+from peftlib import compiled, data, flops, methods, plan, resume
 from peftlib import record as records
-from peftlib.checkpoint import Checkpoint, CheckpointDir, sha256
-from peftlib.config import differences
+from peftlib.checkpoint import CheckpointDir
 from peftlib.env import resolve_device, training_precision
-from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError
+from peftlib.errors import ConfigError, NonFiniteLossError
+from peftlib.files import sha256
 from peftlib.interrupts import interrupts
+from peftlib.lock import StudyLock
 from peftlib.losses import chunked_loss_sum
 from peftlib.memory import PeakMemory
 from peftlib.models import (
@@ -31,26 +31,16 @@ from peftlib.models import (
 from peftlib.optim.basis import kept_energy
 from peftlib.placement import Placement
 from peftlib.precision import autocast, loss_scaler, run_in_autocast
+from peftlib.resume import Progress
 from peftlib.rows import Rows, mean_loss
+from peftlib.saving import Saver
 from peftlib.seeds import seed_of
+from peftlib.session import Deadline
 from peftlib.stepper import Stepper
 from peftlib.steps import StepPlan, learning_rate_factor
 from peftlib.trained import load_trained, save_trained
 
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
-
-
-@dataclass
-class Progress:
-    """What a run has done so far; all of it is in every checkpoint."""
-
-    step: int = 0
-    train_tokens: int = 0  # unpadded, scored or not
-    train_seconds: float = 0.0  # steps alone: no loading, validation or saving
-    first_step_s: float | None = None
-    skipped_steps: int = 0
-    peak_memory_bytes: int = 0
-    peak_reserved_bytes: int | None = None
 
 
 class TrainingRun:
@@ -83,7 +73,9 @@ class TrainingRun:
         run_in_autocast(core(self.model), self.device, self.precision)
         if self.method.FOUR_BIT:
             guard_four_bit(self.model, self.method.FOUR_BIT)
-        self._checkpoints = CheckpointDir(study.checkpoint_dir(method, self.cfg.seed), keep=self.cfg.keep_checkpoints)
+        self.checkpoints = CheckpointDir(
+            study.checkpoint_dir(method, self.cfg.seed), keep=self.cfg.keep_checkpoints, log=log
+        )
 
     def train(self):
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
@@ -92,21 +84,22 @@ class TrainingRun:
         NonFiniteLossError: the loss is inf or nan; the last checkpoint is kept. CheckpointError: no space, or the
         checkpoint at hand was made with other settings.
         """
-        with self._open:
+        with self._open, StudyLock(self.study.folder, f"training {self.name}, seed {self.cfg.seed}") as lock:
             kept = self.finished_record()
             if kept is not None:
                 self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")
+                self.checkpoints.remove()  # of a session that died between its record and this
                 folder = self.study.weights_dir(self.name, self.cfg.seed)
                 self.model = load_trained(folder, device=self.device, merge=False)
                 return kept
             self._start()
-            self._to_the_end()
+            self._to_the_end(lock)
         return self.record
 
-    def _to_the_end(self):
+    def _to_the_end(self, lock):
         try:
             with interrupts() as interrupted:
-                self._run(interrupted)
+                self._run(interrupted, lock)
             compiled.release(self.model)
             if self.progress.step == self.plan.steps:
                 self._keep_weights()
@@ -115,6 +108,8 @@ class TrainingRun:
             self.record.update(status="failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
+            self.saver.wait()
+            lock.require()  # another session's record is not overwritten
             self._close()
 
     def captured_energy(self, layers, *, rows=4):
@@ -153,9 +148,14 @@ class TrainingRun:
             and kept["status"] == "ok"
             and kept["run_hash"] == self.cfg.run_hash(self.name)
             and kept["split_hash"] == self.manifest["split_hash"]
-            and self.study.weights_dir(self.name, self.cfg.seed).exists()
+            and self._are_weights_whole(kept)
         )
         return kept if is_same else None
+
+    def _are_weights_whole(self, record):
+        folder = self.study.weights_dir(self.name, self.cfg.seed)
+        digests = record["weights_sha256"]
+        return all((folder / name).is_file() and sha256(folder / name) == kept for name, kept in digests.items())
 
     def _start(self):
         cfg = self.cfg
@@ -184,6 +184,13 @@ class TrainingRun:
             is_compiled=self.placement.is_compiled,
         )
         self.progress = Progress()
+        self.saver = Saver(
+            self.checkpoints,
+            every=cfg.save_every,
+            stall_share=cfg.save_stall,
+            is_background=self.device != "cpu",
+            log=self.log,
+        )
         self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
         self.record = records.new_record(
             self.study,
@@ -193,11 +200,13 @@ class TrainingRun:
             precision_reason=self.precision_reason,
         )
         self.record["layers"] = layer_table(self.model)
-        self._resume()
+        if not resume.go_on(self) and self.cfg.fork:
+            resume.fork(self)
+        self.saver.start(self.progress.step)
         if self.method.FOUR_BIT:
             guard_four_bit(self.model, self.method.FOUR_BIT)
         self._describe()
-        self._checkpoints.require_space(self._checkpoint_bytes())
+        self.checkpoints.require_space(self._checkpoint_bytes())
 
     def _describe(self):
         trained, total = count_parameters(self.model)
@@ -220,10 +229,12 @@ class TrainingRun:
         """Upper bound: float32 weights with two moments as large, and a basis."""
         return 4 * sum(4 * p.numel() for p in trainable(self.model).values())
 
-    def _run(self, interrupted):
-        cfg, started, last_line = self.cfg, time.monotonic(), time.monotonic()
+    def _run(self, interrupted, lock):
+        cfg, last_line = self.cfg, time.monotonic()
+        deadline = Deadline(cfg)
         self.model.train()
         while self.progress.step < self.plan.steps:
+            lock.require()
             self._step()
             step, is_last = self.progress.step, self.progress.step == self.plan.steps
             if step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
@@ -233,12 +244,10 @@ class TrainingRun:
             if len(self.valid) and (step % cfg.valid_every == 0 or is_last):
                 self._validate()
                 last_line = time.monotonic()
-            over = cfg.max_seconds > 0 and time.monotonic() - started > cfg.max_seconds
-            is_stopping = (interrupted.is_set() or over) and not is_last
-            if (step % cfg.save_every == 0 and not is_last) or is_stopping:
-                self.save()
-            if is_stopping:
-                why = "interrupted" if interrupted.is_set() else f"max_seconds={cfg.max_seconds:g} is over"
+            why = None if is_last else ("interrupted" if interrupted.is_set() else deadline.passed())
+            if why or (not is_last and self.saver.is_due(step)):
+                self.save(must=bool(why))
+            if why:
                 self.log(f"stopped after step {step} of {self.plan.steps} ({why}); saved: run again to go on")
                 return
 
@@ -312,52 +321,11 @@ class TrainingRun:
         self.record["valid_history"].append({"step": self.progress.step, "valid_loss": loss})
         self.log(f"step {self.progress.step}/{self.plan.steps}  validation loss {loss:.4f}")
 
-    def save(self):
-        """Write a checkpoint of the last complete step."""
+    def save(self, *, must=True):
+        """Write a checkpoint of the last complete step. CheckpointError: `must`, and it could not be written."""
         self._flush()
         self._read_memory()
-        state = {
-            "written_by": f"peftlib {__version__}",
-            "method": self.name,
-            "config": self.cfg.fields_of("data", "math"),
-            "run_hash": self.cfg.run_hash(self.name),
-            "split_hash": self.manifest["split_hash"],
-            "progress": vars(self.progress),
-            "history": self.record["history"],
-            "valid_history": self.record["valid_history"],
-            "scaler": self.scaler.state_dict(),
-            "device": self.record["device"],
-            "layers": self.record["layers"],
-        }
-        weights = {name: p.data for name, p in trainable(self.model).items()}
-        self._checkpoints.save(self.progress.step, Checkpoint(weights, self.optimizer.state_dict(), state))
-
-    def _resume(self):
-        found, skipped = self._checkpoints.newest()
-        for line in skipped:
-            self.log(f"checkpoint not used: {line}")
-        if found is None:
-            return
-        state = found.state
-        if (state["run_hash"], state["split_hash"]) != (self.cfg.run_hash(self.name), self.manifest["split_hash"]):
-            changed = differences(state["config"], self.cfg.fields_of("data", "math")) or ["split_hash"]
-            raise CheckpointError(
-                f"the checkpoint in {self._checkpoints.folder} was made with other settings: {'; '.join(changed)}. "
-                "Set them back, choose another study name, or delete that folder to start over."
-            )
-        if state["device"] != self.record["device"]:
-            self.log(f"the checkpoint comes from {state['device']}: going on here, not bit for bit")
-        if state["layers"] != self.record["layers"]:
-            raise CheckpointError(
-                f"the model's layers are {self.record['layers']}, those of the checkpoint in "
-                f"{self._checkpoints.folder} {state['layers']}: take the model and versions it was made with"
-            )
-        for name, p in trainable(self.model).items():
-            p.data.copy_(found.weights[name])
-        self.optimizer.load_state_dict(found.optimizer)
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.record.update(history=state["history"], valid_history=state["valid_history"])
+        self.saver.save(self.progress.step, resume.checkpoint_of(self), must=must)
 
     def _compare_with_ceiling(self, record):
         """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
@@ -384,6 +352,7 @@ class TrainingRun:
             "seed": self.cfg.seed,
         }
         folder = self.study.weights_dir(self.name, self.cfg.seed)
+        self.study.predictions_path(self.name, self.cfg.seed).unlink(missing_ok=True)  # of earlier weights
         save_trained(self.model, self.tokenizer, folder, facts)
         self.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
@@ -400,5 +369,4 @@ class TrainingRun:
             self._compare_with_ceiling(record)
         records.save(self.study, record)
         if record["status"] == "ok":
-            self._checkpoints.remove()
-            self.study.predictions_path(self.name, self.cfg.seed).unlink(missing_ok=True)  # of earlier weights
+            self.checkpoints.remove()

@@ -26,6 +26,7 @@ TINY = {
     "device": "cpu",
     "workers": 1,
     "log_every": 1,
+    "save_stall": 0.0,
 }
 
 

@@ -3,6 +3,7 @@ import errno
 import pytest
 import torch
 
+from peftlib import files
 from peftlib.checkpoint import Checkpoint, CheckpointDir
 from peftlib.errors import CheckpointError
 
@@ -21,7 +22,7 @@ def test_the_newest_comes_back_and_older_ones_go(tmp_path):
     assert sorted(p.name for p in folder.folder.iterdir()) == ["step-000002", "step-000003"]
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["tensors.pt", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete"])
 def test_a_damaged_one_is_skipped_with_its_reason(tmp_path, name, damage):
     folder = CheckpointDir(tmp_path, keep=2)
@@ -42,8 +43,8 @@ def test_a_damaged_one_is_skipped_with_its_reason(tmp_path, name, damage):
 def test_a_cut_write_leaves_nothing_that_counts(tmp_path):
     folder = CheckpointDir(tmp_path, keep=1)
     folder.save(1, checkpoint(1))
-    (tmp_path / ".writing-000002").mkdir()
-    (tmp_path / ".writing-000002" / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / ".writing-step-000002").mkdir()
+    (tmp_path / ".writing-step-000002" / "tensors.pt").write_bytes(b"half")
     assert folder.newest()[0].state["at"] == 1
     folder.save(2, checkpoint(2))
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
@@ -60,6 +61,46 @@ def test_a_full_disk_is_named_and_the_one_before_stays(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="step 2 could not be written.*No space left.*free some space"):
         folder.save(2, checkpoint(2))
     assert folder.newest()[0].state["at"] == 1
+
+
+def test_a_damaged_newer_one_never_costs_the_last_good_one(tmp_path):
+    CheckpointDir(tmp_path, keep=1).save(9, checkpoint(9))
+    (tmp_path / "step-000009" / "tensors.pt").write_bytes(b"")
+    folder = CheckpointDir(tmp_path, keep=1)
+    for step in (4, 5):
+        folder.save(step, checkpoint(step))
+        assert CheckpointDir(tmp_path, keep=1).newest()[0].state["at"] == step
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_what_a_disk_changes_while_writing_is_found_before_older_ones_go(tmp_path, monkeypatch):
+    folder = CheckpointDir(tmp_path, keep=1)
+    folder.save(1, checkpoint(1))
+    real = files.write_stream
+
+    def flipping(path, write):
+        listed = real(path, write)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        return listed
+
+    monkeypatch.setattr("peftlib.checkpoint.write_stream", flipping)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written.*step-000001 stands"):
+        folder.save(2, checkpoint(2))
+    assert folder.newest()[0].state["at"] == 1
+
+
+def test_one_of_another_schema_version_is_refused_and_a_flipped_version_is_damage(tmp_path, monkeypatch):
+    folder = CheckpointDir(tmp_path, keep=1)
+    monkeypatch.setattr(files, "SCHEMA_VERSION", 7)
+    folder.save(1, checkpoint(1))
+    monkeypatch.setattr(files, "SCHEMA_VERSION", 1)
+    with pytest.raises(CheckpointError, match="schema_version 7, this is peftlib .* with 1: resume with that version"):
+        folder.newest()
+    manifest = tmp_path / "step-000001" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"schema_version": 7', b'"schema_version": 5'))
+    assert folder.newest()[1] == ["step-000001: no readable manifest (StudyError)"]
 
 
 def test_no_checkpoint_is_none(tmp_path):

@@ -1,0 +1,147 @@
+"""One session at a time on a study folder: a lock file with owner and heartbeat.
+
+A lock whose process is gone, or that gave no sign of life for a while, is taken over; a live one is refused by name.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+from peftlib.errors import LockedError
+from peftlib.files import write_json
+
+HEARTBEAT_S = 15.0  # seconds between two signs of life
+STALE_S = 90.0  # seconds without one after which a lock counts as left behind
+_NAME = "lock.json"
+
+
+class StudyLock:
+    """Context manager that holds `folder`/lock.json.
+
+    what: the work in words, shown to whoever is refused. settle_s: seconds after which the file is read again, for
+    folders that several machines reach (two could have written it at once).
+    LockedError: another live session holds it. While held, `require` raises LockedError once another has taken over.
+    """
+
+    def __init__(self, folder, what, *, heartbeat_s=HEARTBEAT_S, stale_s=STALE_S, settle_s=0.0):
+        self.path = Path(folder) / _NAME
+        self.heartbeat_s, self.stale_s, self.settle_s = heartbeat_s, stale_s, settle_s
+        self._owner = _this_process() | {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
+        self._is_over = threading.Event()
+        self._taker = None  # who has taken over
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(20):
+            try:
+                self._create()
+                break
+            except FileExistsError:
+                self._clear_if_left_behind()
+        else:
+            raise LockedError(f"{self.path} changes hands all the time: several sessions want this study at once")
+        if self.settle_s:
+            time.sleep(self.settle_s)
+            self._look()
+            self.require()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._beating.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._is_over.set()
+        self._beating.join()
+        with contextlib.suppress(OSError):
+            if (_read(self.path) or {}).get("token") == self._owner["token"]:
+                os.unlink(self.path)
+
+    def require(self):
+        """LockedError where another session has taken over."""
+        if self._taker is not None:
+            raise LockedError(
+                f"{_named(self._taker)} has taken over {self.path.parent.name}: this session stops and writes no more"
+            )
+
+    def _create(self):
+        opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        with os.fdopen(opened, "w", encoding="utf-8") as out:
+            json.dump(self._owner | {"heartbeat": time.time()}, out)
+
+    def _clear_if_left_behind(self):
+        """Move a stale lock out of the way. LockedError: it is a live one."""
+        owner = _read(self.path)
+        if owner is None:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - self.path.stat().st_mtime < 2.0:
+                    time.sleep(0.1)  # being written right now
+                    return
+            owner = {}
+        silent = time.time() - owner.get("heartbeat", 0.0)
+        if silent < self.stale_s and not _is_gone(owner):
+            clears = time.strftime("%H:%M:%S", time.localtime(owner["heartbeat"] + self.stale_s))
+            raise LockedError(
+                f"study {self.path.parent.name!r} is in use by {_named(owner)}, last sign of life {max(0, silent):.0f} s "
+                f"ago: wait for it, or stop it. If it is gone, run this again after {clears}"
+            )
+        with contextlib.suppress(FileNotFoundError):  # another session was faster
+            beside = self.path.with_name(f".{_NAME}.{self._owner['token']}")
+            os.replace(self.path, beside)
+            if (_read(beside) or {}).get("token") != owner.get("token"):
+                with contextlib.suppress(OSError):  # a faster session's new lock was moved: it goes back
+                    os.link(beside, self.path)
+            os.unlink(beside)
+
+    def _beat(self):
+        while not self._is_over.wait(self.heartbeat_s):
+            self._look()
+            if self._taker is not None:
+                return
+            with contextlib.suppress(OSError):  # a full disk is no reason to give up the work
+                write_json(self.path, self._owner | {"heartbeat": time.time()})
+
+    def _look(self):
+        owner = _read(self.path)
+        if owner is not None and owner.get("token") != self._owner["token"]:
+            self._taker = owner
+
+
+def _read(path):
+    """The lock's content, or None where it is absent or no JSON object."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _this_process():
+    process = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "boot": psutil.boot_time(),
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
+
+
+def _is_gone(owner):
+    """Whether the owner was a process of this machine that runs no more."""
+    here = _this_process()
+    if owner.get("host") != here["host"] or abs(owner.get("boot", 0.0) - here["boot"]) > 5:
+        return not owner.get("host")
+    try:
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _named(owner):
+    since = time.strftime("%H:%M", time.localtime(owner.get("since", 0.0)))
+    return f"{owner.get('host', 'another machine')}, process {owner.get('pid')} ({owner.get('what')}, since {since})"

@@ -1,0 +1,117 @@
+"""A run and its checkpoint: what is kept of it, how it goes on, and a new run from another's weights."""
+
+from dataclasses import dataclass
+
+from safetensors.torch import load_file
+
+from peftlib.checkpoint import Checkpoint, CheckpointDir
+from peftlib.config import differences
+from peftlib.errors import CheckpointError, StudyError
+from peftlib.models import trainable
+from peftlib.seeds import generator_states, set_generator_states
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; all of it is in every checkpoint."""
+
+    step: int = 0
+    train_tokens: int = 0  # unpadded, scored or not
+    train_seconds: float = 0.0  # steps alone: no loading, validation or saving
+    first_step_s: float | None = None
+    skipped_steps: int = 0
+    peak_memory_bytes: int = 0
+    peak_reserved_bytes: int | None = None
+
+
+def checkpoint_of(run):
+    """The Checkpoint of a TrainingRun between two steps; its tensors are the run's own."""
+    state = {
+        "method": run.name,
+        "config": run.cfg.fields_of("data", "math"),
+        "run_hash": run.cfg.run_hash(run.name),
+        "split_hash": run.manifest["split_hash"],
+        "progress": vars(run.progress),
+        "history": run.record["history"],
+        "valid_history": run.record["valid_history"],
+        "scaler": run.scaler.state_dict(),
+        "device": run.record["device"],
+        "plan": run.placement.description,
+        "layers": run.record["layers"],
+    }
+    weights = {name: p.data for name, p in trainable(run.model).items()}
+    return Checkpoint(weights, run.optimizer.state_dict(), state, generator_states())
+
+
+def go_on(run):
+    """Take up the newest checkpoint that verifies; whether there was one.
+
+    CheckpointError: it was made with other settings (fields named), layers, or schema version.
+    """
+    found, skipped = run.checkpoints.newest()
+    for line in skipped:
+        run.log(f"checkpoint not used: {line}")
+    if found is None:
+        return False
+    state = found.state
+    if (state["run_hash"], state["split_hash"]) != (run.cfg.run_hash(run.name), run.manifest["split_hash"]):
+        changed = differences(state["config"], run.cfg.fields_of("data", "math")) or ["split_hash"]
+        raise CheckpointError(
+            f"the checkpoint in {run.checkpoints.folder} was made with other settings: {'; '.join(changed)}. "
+            "Set them back, choose another study name (with fork = this one, it starts from these weights), or delete "
+            "that folder to start over."
+        )
+    if state["layers"] != run.record["layers"]:
+        raise CheckpointError(
+            f"the model's layers are {run.record['layers']}, those of the checkpoint in {run.checkpoints.folder} "
+            f"{state['layers']}: take the model and versions it was made with"
+        )
+    for what, now in (("device", run.record["device"]), ("plan", run.placement.description)):
+        if state[what] != now:
+            run.log(f"the checkpoint was made with {what} {state[what]}, here it is {now}: going on, not bit for bit")
+    for name, p in trainable(run.model).items():
+        p.data.copy_(found.weights[name])
+    run.optimizer.load_state_dict(found.optimizer)
+    run.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**state["progress"])
+    run.record.update(history=state["history"], valid_history=state["valid_history"])
+    set_generator_states(found.generators)
+    return True
+
+
+def fork(run):
+    """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh optimizer.
+
+    StudyError: that study has neither a checkpoint nor finished weights of it. CheckpointError: they do not fit.
+    """
+    other = run.study.folder.parent / run.cfg.fork
+    weights, where = _reached(other, run)
+    params = trainable(run.model)
+    unlike = [name for name, p in params.items() if name not in weights or weights[name].shape != p.shape]
+    if unlike or len(weights) != len(params):
+        raise CheckpointError(
+            f"fork={run.cfg.fork!r}: its {run.name} trained other weights ({unlike[:3] or 'more of them'}): "
+            "take the same model, method and ranks"
+        )
+    for name, p in params.items():
+        p.data.copy_(weights[name])
+    run.record["forked_from"] = where
+    run.log(f"starts from the weights of {where}")
+
+
+def _reached(folder, run):
+    """({name: tensor}, where they come from in words)."""
+    place = f"{run.name}-s{run.cfg.seed}"
+    found, _ = CheckpointDir(folder / "checkpoints" / place, keep=1, log=run.log).newest()
+    if found is not None:
+        return found.weights, f"{folder.name}, {place}, step {found.state['progress']['step']}"
+    files = sorted((folder / "weights" / place).glob("*.safetensors"))
+    if not files:
+        raise StudyError(
+            f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {place}: train it there first"
+        )
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    # PEFT leaves the adapter's name out of what it saves.
+    names = {name.replace(".default", ""): name for name in trainable(run.model)}
+    found = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    return {name: found[name] for name in trainable(run.model) if name in found}, f"{folder.name}, {place}, finished"

@@ -1,0 +1,115 @@
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from peftlib.errors import LockedError
+from peftlib.lock import StudyLock
+
+HOLDER = """
+import sys, time
+from peftlib.lock import StudyLock
+with StudyLock(sys.argv[1], "training qlora"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    root = Path(__file__).resolve().parent.parent
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, cwd=root)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_live_session_is_refused_with_who_holds_it(holder, tmp_path):
+    with pytest.raises(LockedError, match=rf"process {holder.pid} \(training qlora, since .*last sign of life 0 s ago"):
+        StudyLock(tmp_path, "evaluating").__enter__()
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
+
+
+def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "lock.json").exists()
+    with StudyLock(tmp_path, "training qlora"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machines_lock_is_stale_after_a_while_without_a_sign_of_life(tmp_path):
+    lock = {"host": "elsewhere", "boot": 1.0, "pid": 7, "started": 2.0, "what": "training", "token": "t", "since": 0.0}
+    (tmp_path / "lock.json").write_text(json.dumps(lock | {"heartbeat": time.time() - 30}))
+    with pytest.raises(LockedError, match=r"elsewhere, process 7 .* 30 s ago"):
+        StudyLock(tmp_path, "x").__enter__()
+    (tmp_path / "lock.json").write_text(json.dumps(lock | {"heartbeat": time.time() - 91}))
+    with StudyLock(tmp_path, "x"):
+        assert json.loads((tmp_path / "lock.json").read_text())["what"] == "x"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_torn_lock_is_taken_over(tmp_path, content):
+    import os
+
+    (tmp_path / "lock.json").write_text(content)
+    os.utime(tmp_path / "lock.json", (1.0, 1.0))
+    with StudyLock(tmp_path, "x"):
+        pass
+
+
+def test_it_beats_and_notices_who_took_over(tmp_path):
+    with StudyLock(tmp_path, "x", heartbeat_s=0.05) as lock:
+        first = json.loads((tmp_path / "lock.json").read_text())["heartbeat"]
+        _until(lambda: json.loads((tmp_path / "lock.json").read_text())["heartbeat"] > first)
+        lock.require()
+        other = {
+            "host": "elsewhere",
+            "pid": 7,
+            "what": "training",
+            "token": "t",
+            "since": 0.0,
+            "heartbeat": time.time(),
+        }
+        (tmp_path / "lock.json").write_text(json.dumps(other))
+        _until(lambda: lock._taker is not None)
+        with pytest.raises(LockedError, match="elsewhere, process 7 .* has taken over"):
+            lock.require()
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "t"  # the other's lock stays
+
+
+def test_of_many_that_want_a_stale_lock_one_gets_it(tmp_path):
+    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "heartbeat": 0.0, "token": "t"}))
+    got, refused, done = [], [], threading.Event()
+
+    def want():
+        try:
+            with StudyLock(tmp_path, "x"):
+                got.append(1)
+                done.wait(20)
+        except LockedError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    _until(lambda: len(got) + len(refused) == 8)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1 and len(refused) == 7
+
+
+def _until(is_true, seconds=20):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
