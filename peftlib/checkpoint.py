@@ -8,9 +8,9 @@ import torch
 
 from peftlib import __version__
 from peftlib.errors import CheckpointError, SchemaError, StudyError
-from peftlib.files import fault_of, json_text, read_json, remove_tree, rename, sealed, unsealed, write_stream
+from peftlib.files import MANIFEST, fault_of, json_text, read_json, remove_tree, rename, sealed, unsealed, write_stream
 
-TENSORS, STATE, MANIFEST = "tensors.pt", "state.json", "manifest.json"
+TENSORS, STATE = "tensors.pt", "state.json"
 _PARTS = ("weights", "optimizer", "generators")  # of a Checkpoint, in tensors.pt
 _BESIDE = ".writing-"
 
@@ -86,7 +86,6 @@ class CheckpointDir:
 
     def _remove(self, path):
         try:
-            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one does not count
             remove_tree(path)
         except OSError as error:
             self.log(f"{path.name} could not be deleted ({error.strerror or error}); it takes space, nothing else")
@@ -111,9 +110,8 @@ class CheckpointDir:
 
     def remove(self):
         """Delete the folder with all its checkpoints."""
-        for path in self._all():
-            self._remove(path)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            self._remove(self.folder)
         self._verified.clear()
 
     def require_space(self, checkpoint_bytes):

@@ -49,13 +49,10 @@ def training_precision(device, asked="auto"):
 
 
 def output_root():
-    """Folder that holds the studies: PEFTLIB_ROOT, else a mounted Google Drive, else runs/ of the checkout."""
+    """Folder on the local disk that holds the studies: PEFTLIB_ROOT, else runs/ of the checkout. Copies: see storage."""
     named = os.environ.get("PEFTLIB_ROOT")
     if named:
         return Path(named).expanduser()
-    drive = Path("/content/drive/MyDrive")
-    if drive.is_dir():
-        return drive / "peftlib"
     checkout = Path(__file__).resolve().parent.parent
     # An installed copy lies in site-packages, where nothing should be written.
     return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"

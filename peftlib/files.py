@@ -12,6 +12,8 @@ from pathlib import Path
 from peftlib import SCHEMA_VERSION, __version__
 from peftlib.errors import SchemaError, StudyError
 
+MANIFEST = "manifest.json"  # written last: what lacks it does not count
+
 
 class HashingWriter:
     """A binary file to write to in order, which knows `bytes` and `sha256` of what it was given.
@@ -98,9 +100,12 @@ def sync_folder(folder):
 
 
 def remove_tree(folder):
-    """Delete a folder of files and folders; one that is not there is fine. OSError: something could not be deleted."""
+    """Delete a folder, its manifest first, so that a half-deleted one does not count; one that is not there is fine.
+
+    OSError: something could not be deleted.
+    """
     with contextlib.suppress(FileNotFoundError):
-        for entry in list(os.scandir(folder)):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name != MANIFEST):
             if entry.is_dir(follow_symlinks=False):
                 remove_tree(entry.path)
             else:

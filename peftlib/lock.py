@@ -22,6 +22,33 @@ STALE_S = 90.0  # seconds without one after which a lock counts as left behind
 _NAME = "lock.json"
 
 
+@contextlib.contextmanager
+def held(folder, what, *, log=print):
+    """The locks on a study folder, here and on its remote; yields a function that raises once another took over.
+
+    LockedError: another live session holds one of them. A remote that cannot be reached is said, and not waited for.
+    """
+    from peftlib.mirror import running  # which needs no lock
+
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(StudyLock(folder, what))]
+        mirror = running(folder)
+        if mirror is not None and mirror.remote.has_locks:
+            # Fewer signs of life: Drive counts writes, and shows them late to other machines.
+            settle_s = 3.0 if mirror.remote.is_drive else 0.0
+            far = StudyLock(mirror.remote.folder, what, heartbeat_s=60.0, stale_s=240.0, settle_s=settle_s)
+            try:
+                locks.append(stack.enter_context(far))
+            except OSError as error:
+                log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
+
+        def require():
+            for lock in locks:
+                lock.require()
+
+        yield require
+
+
 class StudyLock:
     """Context manager that holds `folder`/lock.json.
 

@@ -7,9 +7,11 @@ import textwrap
 from pathlib import Path
 
 from peftlib.config import differences, resolve, short_hash
-from peftlib.env import resolve_device, training_precision
+from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
+from peftlib.mirror import open_mirror, running
 from peftlib.record import device_name
+from peftlib.storage import mount_drive
 from peftlib.study import Study
 
 # Each notebook with those whose outputs it reads.
@@ -37,10 +39,11 @@ def setup(name, *, drive=None):
     if is_headless:
         _quiet_progress_bars()
     given = executed_parameters(_ipython().user_ns["In"])
-    resolve(**given)  # refuses bad settings before anything is mounted
+    named = resolve(**given)  # refuses bad settings before anything is mounted
     is_drive_wanted = os.environ.get("PEFTLIB_DRIVE") == "1" if drive is None else drive
     if is_drive_wanted and not is_headless:
         mount_drive()
+    mirror = open_mirror(output_root() / named.study)
     study = Study.resolve(**given)
     cfg = study.cfg
     device = resolve_device(cfg.device)
@@ -51,6 +54,7 @@ def setup(name, *, drive=None):
     print(f"device     {device_name(device)}")
     print(f"precision  {precision}: {reason}")
     print(f"folder     {readable_path(study.folder)}")
+    print(f"copies     {'none, only this disk has it' if mirror is None else f'to {mirror.remote}'}")
     return study
 
 
@@ -70,6 +74,10 @@ def finish(study, name, wrote, status="ok"):
     width = max(map(len, relative), default=0)
     for shown, path in relative.items():
         print(f"  {shown:<{width}}  {_size_text(_size_bytes(path))}")
+    mirror = running(study.folder)
+    if mirror is not None:
+        mirror.flush()
+        print(mirror.state())
     print(_what_comes_next(name, status))
     print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
 
@@ -122,17 +130,6 @@ def headless():
         return True
     # ipykernel keeps there what the client of the running cell said about itself.
     return not getattr(getattr(_ipython(), "kernel", None), "_allow_stdin", True)
-
-
-def mount_drive():
-    """Mount Google Drive, which asks its owner for leave. ConfigError: this is not Colab."""
-    try:
-        from google.colab import drive
-    except ImportError:
-        raise ConfigError(
-            "Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it"
-        ) from None
-    drive.mount("/content/drive")
 
 
 def seed_everything(seed):

@@ -98,6 +98,11 @@ def estimate(shape, method, cfg, *, precision, micro_batch, checkpointing, is_co
     )
 
 
+def optimizer_bytes(shape, method, cfg):
+    """Bytes of a method's optimizer state: moments and bases."""
+    return int(_Counts(shape, methods.find(method), cfg).optimizer())
+
+
 def candidates(cfg):
     """(micro_batch, checkpointing) from the fastest to the smallest: many tokens at once first, then no recomputation."""
     sizes = [size for size in (16, 8, 4, 2, 1) if size <= max(1, cfg.sequences_per_step)]

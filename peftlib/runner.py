@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 from peftlib import executed
+from peftlib.config import resolve
+from peftlib.env import output_root
 from peftlib.errors import ConfigError
 from peftlib.execution import CHECKOUT, Execution, Stage, environment
+from peftlib.mirror import bring
 from peftlib.notebook import FINISHED, NOTEBOOKS, literals, readable_path
 from peftlib.study import Study
 
@@ -48,6 +51,7 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
             started = time.monotonic()
             outcome = Execution(stage, events, heartbeat_s, save_s).outcome()
             minutes.append((stage.name, (time.monotonic() - started) / 60))
+            _copy(stage)
             if outcome.code:
                 print(outcome.message, flush=True)
                 code = outcome.code
@@ -105,8 +109,17 @@ def _stage(name, source, overrides):
     given |= overrides
     if given.get("profile") in (None, "auto"):
         given["profile"] = _profile_of_this_machine()
+    bring(output_root() / resolve(**given).study)
     study = Study.resolve(**given)
     return Stage(name, source, study, {**overrides, "profile": study.cfg.profile, "study": study.cfg.study})
+
+
+def _copy(stage):
+    """Put the executed copy on the study's remote too; the kernel, whose mirror did the rest, is gone."""
+    mirror = bring(stage.study.folder)
+    if mirror is not None:
+        mirror.flush()
+        print(mirror.state(), flush=True)
 
 
 def _profile_of_this_machine():

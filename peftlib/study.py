@@ -24,7 +24,9 @@ class Study:
         """
         study = cls(output_root() / cfg.study, cfg)
         if study.config_path.exists():
-            changed = differences(read_json(study.config_path)["config"], cfg.study_fields())
+            # A field that is younger than the study had its default then.
+            frozen = {**resolve(cfg.profile).study_fields(), **read_json(study.config_path)["config"]}
+            changed = differences(frozen, cfg.study_fields())
             if changed:
                 raise StudyError(
                     f"study {cfg.study!r} was made with another config: {'; '.join(changed)}. "

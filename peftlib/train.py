@@ -13,9 +13,10 @@ from peftlib.env import resolve_device, training_precision
 from peftlib.errors import ConfigError, NonFiniteLossError
 from peftlib.files import sha256
 from peftlib.interrupts import interrupts
-from peftlib.lock import StudyLock
+from peftlib.lock import held
 from peftlib.losses import chunked_loss_sum
 from peftlib.memory import PeakMemory
+from peftlib.mirror import running
 from peftlib.models import (
     PROJECTIONS,
     core,
@@ -84,7 +85,8 @@ class TrainingRun:
         NonFiniteLossError: the loss is inf or nan; the last checkpoint is kept. CheckpointError: no space, or the
         checkpoint at hand was made with other settings.
         """
-        with self._open, StudyLock(self.study.folder, f"training {self.name}, seed {self.cfg.seed}") as lock:
+        what = f"training {self.name}, seed {self.cfg.seed}"
+        with self._open, held(self.study.folder, what, log=self.log) as require_lock:
             kept = self.finished_record()
             if kept is not None:
                 self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")
@@ -93,13 +95,13 @@ class TrainingRun:
                 self.model = load_trained(folder, device=self.device, merge=False)
                 return kept
             self._start()
-            self._to_the_end(lock)
+            self._to_the_end(require_lock)
         return self.record
 
-    def _to_the_end(self, lock):
+    def _to_the_end(self, require_lock):
         try:
             with interrupts() as interrupted:
-                self._run(interrupted, lock)
+                self._run(interrupted, require_lock)
             compiled.release(self.model)
             if self.progress.step == self.plan.steps:
                 self._keep_weights()
@@ -109,7 +111,7 @@ class TrainingRun:
             raise
         finally:
             self.saver.wait()
-            lock.require()  # another session's record is not overwritten
+            require_lock()  # another session's record is not overwritten
             self._close()
 
     def captured_energy(self, layers, *, rows=4):
@@ -172,6 +174,7 @@ class TrainingRun:
             device=self.device,
             precision=self.precision,
             steps=self.plan.steps,
+            cache_folder=self.study.folder / "compile",
             log=self.log,
         )
         self.stepper = Stepper(
@@ -207,6 +210,9 @@ class TrainingRun:
             guard_four_bit(self.model, self.method.FOUR_BIT)
         self._describe()
         self.checkpoints.require_space(self._checkpoint_bytes())
+        mirror = running(self.study.folder)
+        if mirror is not None:
+            mirror.require_space(f"{self.name}-s{self.cfg.seed}", self._checkpoint_bytes())
 
     def _describe(self):
         trained, total = count_parameters(self.model)
@@ -226,15 +232,16 @@ class TrainingRun:
         )
 
     def _checkpoint_bytes(self):
-        """Upper bound: float32 weights with two moments as large, and a basis."""
-        return 4 * sum(4 * p.numel() for p in trainable(self.model).values())
+        """What trains, and the optimizer's state as the planner counts it."""
+        weights = sum(p.numel() * p.element_size() for p in trainable(self.model).values())
+        return weights + plan.optimizer_bytes(plan.Shape.of(core(self.model).config), self.name, self.cfg)
 
-    def _run(self, interrupted, lock):
+    def _run(self, interrupted, require_lock):
         cfg, last_line = self.cfg, time.monotonic()
         deadline = Deadline(cfg)
         self.model.train()
         while self.progress.step < self.plan.steps:
-            lock.require()
+            require_lock()
             self._step()
             step, is_last = self.progress.step, self.progress.step == self.plan.steps
             if step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:

@@ -1,0 +1,128 @@
+"""A study kept in a private repository of the Hugging Face hub: the interface of storage.FolderRemote."""
+
+import contextlib
+import errno
+import shutil
+import tempfile
+from pathlib import Path
+
+from peftlib.env import hf_token
+from peftlib.errors import StudyError
+from peftlib.files import fault_of, sealed, unsealed, write_stream
+
+
+class HubRemote:
+    """Archives NAME.tar with their listings NAME.json below a study's folder of a repository.
+
+    repository: 'USER/REPO', made private where it does not exist. Both files come in one commit. Network and hub errors
+    are raised as OSError. api: a huggingface_hub.HfApi, for tests. ModelError: no token.
+    """
+
+    has_locks = False  # a commit for each sign of life would be a commit a minute
+    is_drive = False
+
+    def __init__(self, repository, study_name, *, api=None):
+        self.repository, self.study_name = repository, study_name
+        self._api = api
+
+    def __str__(self):
+        return f"hf://{self.repository}"
+
+    @property
+    def api(self):
+        if self._api is None:
+            from huggingface_hub import HfApi
+
+            self._api = HfApi(token=hf_token())
+        return self._api
+
+    def listing(self):
+        """{name: facts} of the archives whose listing is whole."""
+        found = {}
+        with _as_os_errors(), tempfile.TemporaryDirectory() as folder:
+            for path in self._files():
+                if path.endswith(".json"):
+                    local = self.api.hf_hub_download(self.repository, path, repo_type="model", local_dir=folder)
+                    with contextlib.suppress(StudyError):
+                        found[Path(path).stem] = unsealed(local)
+        return found
+
+    def put(self, name, write, needed_bytes, facts):
+        """Upload an archive written by write(writer), with its listing. OSError: disk, network or hub."""
+        from huggingface_hub import CommitOperationAdd
+
+        with _as_os_errors(), tempfile.TemporaryDirectory() as folder:
+            if shutil.disk_usage(folder).free < needed_bytes:
+                raise OSError(errno.ENOSPC, f"{name} takes {needed_bytes / 2**30:.2f} GiB of {folder}")
+            archive, listing = Path(folder) / "archive", Path(folder) / "listing"
+            made = write_stream(archive, write)
+            write_stream(listing, lambda out: out.write(sealed({**facts, **made})))
+            self.api.create_repo(self.repository, repo_type="model", private=True, exist_ok=True)
+            pairs = ((archive, f"{name}.tar"), (listing, f"{name}.json"))
+            self.api.create_commit(
+                self.repository,
+                [CommitOperationAdd(self._path(remote), str(local)) for local, remote in pairs],
+                commit_message=f"{self.study_name}: {name}, serial {facts['serial']}",
+                repo_type="model",
+            )
+        return made
+
+    def fetch(self, name, facts, target):
+        """Download an archive to the local path `target`. OSError: it is not what its listing says."""
+        with _as_os_errors(), tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
+            path = self._path(f"{name}.tar")
+            shutil.move(self.api.hf_hub_download(self.repository, path, repo_type="model", local_dir=folder), target)
+        fault = fault_of(target, facts)
+        if fault:
+            raise OSError(errno.EIO, f"{name}: {fault}")
+
+    def drop(self, name):
+        """Delete an archive and its listing."""
+        from huggingface_hub import CommitOperationDelete
+
+        with _as_os_errors():
+            self.api.create_commit(
+                self.repository,
+                [CommitOperationDelete(self._path(f"{name}.{ending}")) for ending in ("tar", "json")],
+                commit_message=f"{self.study_name}: {name} has served",
+                repo_type="model",
+            )
+
+    def free_bytes(self):
+        """A large number: the hub names no limit in advance."""
+        return 1 << 50
+
+    def reconnect(self):
+        """Nothing: each call is a connection of its own."""
+
+    def flush(self):
+        """Nothing: a commit is there when its call returns."""
+
+    def remedy(self, error):
+        """What a person can do about an error, in words."""
+        return f"see whether HF_TOKEN may write to {self.repository}, or set PEFTLIB_MIRROR to a folder or to off"
+
+    def _path(self, name):
+        return f"{self.study_name}/{name}"
+
+    def _files(self):
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            files = self.api.list_repo_files(self.repository, repo_type="model")
+        except RepositoryNotFoundError:
+            return []
+        return [path for path in files if path.startswith(f"{self.study_name}/")]
+
+
+@contextlib.contextmanager
+def _as_os_errors():
+    """The network's errors as OSError, which is what a remote may raise; the hub's own are that already."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError.__bases__ as error:  # of the HTTP library that this huggingface_hub uses
+        if isinstance(error, OSError):
+            raise
+        raise OSError(errno.EIO, str(error).strip().split("\n")[0][:200]) from error

@@ -1,0 +1,159 @@
+"""Where a study is kept beside the local disk: a mounted Google Drive, any other folder, or a hub repository.
+
+The one module that knows what Drive is: deleted files lie in its trash and still count, so files keep their names, are
+written over in place, and are emptied before they are deleted; renaming over a file would trash the old one. A mount
+can die or lie, so what was written is read back, and a file counts only with its sealed listing, written last.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from peftlib.errors import ConfigError, StudyError
+from peftlib.files import fault_of, sealed, unsealed, write_stream
+
+DRIVE = Path("/content/drive")
+_BLOCK = 4 << 20  # bytes copied at once
+DRIVE_LIMIT_BYTES = 12 << 30  # of a free Drive's 15 GB; mail and photos share it
+
+
+def remote_of(study_name):
+    """The remote of a study, or None where it has none.
+
+    PEFTLIB_MIRROR names it: a folder, hf://USER/REPO, or off. Where it is not set, a mounted Drive is taken.
+    ConfigError: hf:// without a repository.
+    """
+    named = os.environ.get("PEFTLIB_MIRROR", "").strip()
+    if named.startswith("hf://"):
+        from peftlib.hub_remote import HubRemote
+
+        if named.count("/") < 3:
+            raise ConfigError(f"PEFTLIB_MIRROR={named!r}: use hf://USER/REPO")
+        return HubRemote(named.removeprefix("hf://"), study_name)
+    if named and named != "off":
+        return FolderRemote(Path(named).expanduser() / study_name)
+    drive = DRIVE / "MyDrive"
+    return FolderRemote(drive / "peftlib" / study_name, is_drive=True) if not named and drive.is_dir() else None
+
+
+def mount_drive():
+    """Mount Google Drive, which asks its owner for leave. ConfigError: this is not Colab."""
+    try:
+        from google.colab import drive
+    except ImportError:
+        raise ConfigError(
+            "Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it"
+        ) from None
+    drive.mount(str(DRIVE))
+
+
+class FolderRemote:
+    """Named archives in a folder: NAME.tar, and NAME.json, which is written last and holds bytes, SHA-256 and facts.
+
+    Methods raise OSError as the folder does.
+    """
+
+    has_locks = True
+
+    def __init__(self, folder, *, is_drive=False):
+        self.folder, self.is_drive = Path(folder), is_drive
+
+    def __str__(self):
+        return "Google Drive" if self.is_drive else str(self.folder)
+
+    def listing(self):
+        """{name: facts} of the archives whose listing is whole; whether an archive is, `fetch` finds out."""
+        found = {}
+        for path in sorted(self.folder.glob("*.json")):
+            with contextlib.suppress(StudyError, OSError):
+                found[path.stem] = unsealed(path)
+        return found
+
+    def put(self, name, write, needed_bytes, facts):
+        """Write an archive by write(writer), in place, read it back, and list it with `facts` (JSON values).
+
+        OSError: also where it would not fit, before anything is touched, and where what is read back differs.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        archive, listing = self._paths(name)
+        there = archive.stat().st_size if archive.exists() else 0
+        free = self.free_bytes() + there
+        if needed_bytes > free:
+            raise OSError(
+                errno.ENOSPC, f"{name} takes {needed_bytes / 2**30:.2f} GiB, {max(0, free) / 2**30:.2f} are free"
+            )
+        write_stream(listing, lambda out: None)  # from here the old archive does not count
+        made = write_stream(archive, write)
+        fault = fault_of(archive, made)
+        if fault:
+            raise OSError(errno.EIO, f"read back: {fault}")
+        write_stream(listing, lambda out: out.write(sealed({**facts, **made})))
+        return made
+
+    def fetch(self, name, facts, target):
+        """Copy an archive to the local path `target`. OSError: it is not what its listing says."""
+        archive, _ = self._paths(name)
+        with open(archive, "rb") as source, open(target, "wb") as out:
+            shutil.copyfileobj(source, out, _BLOCK)
+        fault = fault_of(target, facts)
+        if fault:
+            raise OSError(errno.EIO, f"{name}: {fault}")
+
+    def drop(self, name):
+        """Delete an archive, emptied first."""
+        for path in reversed(self._paths(name)):  # the listing goes first
+            if path.exists():
+                write_stream(path, lambda out: None)
+                os.unlink(path)
+
+    def free_bytes(self):
+        """Bytes that may still be written."""
+        free = shutil.disk_usage(self.folder if self.folder.exists() else _existing_parent(self.folder)).free
+        if not self.is_drive:
+            return free
+        ours = sum(path.stat().st_size for path in self.folder.parent.rglob("*") if path.is_file())
+        return min(free, DRIVE_LIMIT_BYTES - ours)
+
+    def reconnect(self):
+        """Mount a Drive again whose mount has died. OSError: it does not come back."""
+        if self.is_drive and _is_colabs_own_kernel():
+            from google.colab import drive
+
+            try:
+                drive.mount(str(DRIVE), force_remount=True)
+            except (ValueError, RuntimeError) as error:  # what Colab raises for a refused or failed mount
+                raise OSError(errno.ENOTCONN, f"Drive could not be mounted again ({error})") from error
+
+    def flush(self):
+        """Have Drive upload what its mount still holds back; other folders need nothing."""
+        if self.is_drive and _is_colabs_own_kernel():
+            from google.colab import drive
+
+            drive.flush_and_unmount()
+            self.reconnect()
+
+    def remedy(self, error):
+        """What a person can do about an OSError of this remote, in words."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = "Drive (and empty its trash, which counts)" if self.is_drive else str(self.folder)
+            return f"free some space on {place}, or name another place in PEFTLIB_MIRROR"
+        if error.errno in (errno.ENOTCONN, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOENT):
+            if self.is_drive:
+                return "run drive.mount('/content/drive', force_remount=True) in a cell if it does not come back"
+            return f"see whether {self.folder} is still mounted"
+        return f"see whether {self.folder} can be written to, or set PEFTLIB_MIRROR to another place or to off"
+
+    def _paths(self, name):
+        return self.folder / f"{name}.tar", self.folder / f"{name}.json"
+
+
+def _is_colabs_own_kernel():
+    """Whether this kernel can talk to Colab's page, as mounting needs; one that papermill started cannot."""
+    return "google.colab" in sys.modules
+
+
+def _existing_parent(path):
+    return next(parent for parent in path.parents if parent.exists())
