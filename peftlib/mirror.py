@@ -98,9 +98,11 @@ class Mirror:
             return
         for unit in _in_order(listing):
             self._restore_unit(unit, listing)
-        for unit, serial in list(self._serials.items()):
-            if serial not in [facts["serial"] for _, facts in _newest_first(unit, listing)[:1]]:
-                self._copied.pop(unit, None)  # the remote has lost it
+        newest = {unit: _newest_first(unit, listing)[0][1]["serial"] for unit in _in_order(listing)}
+        lost = [unit for unit in self._copied if newest.get(unit) != self._serials[unit]]
+        if lost:
+            self._copied = {unit: rows for unit, rows in self._copied.items() if unit not in lost}
+            self._write_state()
 
     def _restore_unit(self, unit, listing):
         for name, facts in _newest_first(unit, listing):
@@ -284,6 +286,9 @@ class Mirror:
 
     def _keep(self, unit, serial, print_of_files):
         self._serials[unit], self._copied[unit] = serial, print_of_files
+        self._write_state()
+
+    def _write_state(self):
         state = {"remote": str(self.remote), "origin": self._origin, "serials": self._serials, "copied": self._copied}
         write_json(_made(self.folder) / _STATE, state)
 

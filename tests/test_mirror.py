@@ -1,0 +1,385 @@
+import errno
+import inspect
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from peftlib import archive, files, lock, mirror, storage
+from peftlib.checkpoint import Checkpoint, CheckpointDir
+from peftlib.errors import CheckpointError, ConfigError, LockedError
+from peftlib.hub_remote import HubRemote
+from peftlib.mirror import Mirror
+from peftlib.storage import FolderRemote
+
+
+def checkpoint(value, numbers=5000):
+    return Checkpoint({"w": torch.full((numbers,), float(value))}, {"state": {}, "param_groups": []}, {"at": value})
+
+
+def save(folder, step, **more):
+    CheckpointDir(folder / "checkpoints" / "qlora-s0", keep=1).save(step, checkpoint(step, **more))
+
+
+def newest(folder):
+    found, _ = CheckpointDir(folder / "checkpoints" / "qlora-s0", keep=1).newest()
+    return found and found.state["at"]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study folder of every kind of file."""
+    folder = tmp_path / "study"
+    for name, text in {
+        "config.json": "{}",
+        "data/manifest.json": "{}",
+        "data/train.parquet": "rows",
+        "records/base-s0.json": '{"status": "ok"}',
+        "predictions/base-s0.jsonl": "{}\n",
+        "weights/galore-s0/model.safetensors": "weights",
+        "compile/card.bin": "cache",
+        "notebooks/01_data.ipynb": "{}",
+        "notebooks/02_qlora.running.ipynb": "{}",
+        "sweeps/qlora.json": "{}",
+        "sweeps/qlora-1/records/qlora-s0.json": "{}",
+        "sweeps/qlora-1/checkpoints/qlora-s0/step-000001/tensors.pt": "not kept",
+        "lock.json": "{}",
+        ".hidden": "x",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    save(folder, 3)
+    return folder
+
+
+@pytest.fixture
+def remote(tmp_path):
+    return FolderRemote(tmp_path / "remote")
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def open_again(tmp_path, remote, lines):
+    """open_again(name) -> the Mirror of a session on a new machine, after it has brought what there is."""
+
+    def open_again(name="elsewhere", **settings):
+        made = Mirror(tmp_path / name, remote, log=lines.append, **settings)
+        made.restore()
+        return made
+
+    return open_again
+
+
+def tree(folder):
+    kept = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept if path.name[0] != "."}
+
+
+def test_a_new_machine_gets_everything_that_was_copied(study, remote, open_again, lines):
+    ours = Mirror(study, remote, log=lines.append)
+    assert ours.flush(20) and ours.state() == f"all of the study is on {remote}"
+    again = open_again()
+    left_out = {"lock.json", "notebooks/02_qlora.running.ipynb"}
+    left_out |= {"sweeps/qlora-1/checkpoints/qlora-s0/step-000001/tensors.pt"}
+    assert tree(again.folder) == {name: content for name, content in tree(study).items() if name not in left_out}
+    assert newest(again.folder) == 3 and not again._waiting()
+    assert len(list(remote.folder.glob("*.tar"))) == 5  # few files
+
+
+def test_nothing_is_copied_twice_and_a_second_process_knows_what_the_first_has_copied(study, remote):
+    assert Mirror(study, remote).flush(20)
+    with mock.patch.object(remote, "put", side_effect=AssertionError):
+        second = Mirror(study, remote)
+        second.restore()
+        second.copy_once(is_last=True)
+        assert second.flush(20)
+    for path in remote.folder.iterdir():
+        path.unlink()
+    third = Mirror(study, remote)
+    third.restore()  # finds that the remote has lost it all
+    assert third.flush(20) and len(list(remote.folder.glob("*.tar"))) == 5
+
+
+def test_what_is_here_and_newer_is_never_overwritten(study, remote, open_again):
+    assert Mirror(study, remote).flush(20)
+    (study / "predictions" / "base-s0.jsonl").write_text("{}\n{}\n")
+    save(study, 4)
+    again = Mirror(study, remote)
+    again.restore()
+    assert (study / "predictions" / "base-s0.jsonl").read_text() == "{}\n{}\n" and newest(study) == 4
+    assert again.flush(20) and newest(open_again().folder) == 4
+
+
+def test_a_machine_that_falls_behind_gets_what_another_has_made(study, remote, open_again, lines):
+    first = Mirror(study, remote, log=lines.append)
+    assert first.flush(20)
+    other = open_again()
+    save(other.folder, 7)
+    assert other.flush(20)
+    save(study, 5)
+    first.copy_once(is_last=True)  # would put an older state over the newer one
+    assert "another session writes to" in first.state() and not first.flush(5)
+    back = Mirror(study, remote, log=lines.append)
+    back.restore()
+    assert newest(study) == 7
+
+
+class Drive:
+    """Google Drive's way with deleted files: they lie in its trash and count. peak_bytes: live and trashed, at most."""
+
+    def __init__(self, folder):
+        self.folder, self.trashed, self.peak_bytes = Path(folder), 0, 0
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def live(self):
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def unlink(self, path):
+        self._trash(path)
+        os.unlink(path)
+
+    def replace(self, old, new):
+        self._trash(new)
+        os.replace(old, new)
+
+    def fsync(self, opened):
+        os.fsync(opened)
+        self.peak_bytes = max(self.peak_bytes, self.live() + self.trashed)
+
+    def _trash(self, path):
+        if Path(path).is_relative_to(self.folder) and Path(path).exists():
+            self.trashed += Path(path).stat().st_size
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_fifty_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_path, keep):
+    folder, remote = tmp_path / "study", FolderRemote(tmp_path / "drive" / "study")
+    drive = Drive(tmp_path / "drive")
+    ours = Mirror(folder, remote, keep=keep)
+    with mock.patch("peftlib.files.os", drive), mock.patch("peftlib.storage.os", drive):
+        for step in range(1, 51):
+            save(folder, step)
+            ours.copy_once()
+        one = max(path.stat().st_size for path in remote.folder.glob("*.tar"))
+        assert drive.peak_bytes <= (keep + 1) * one + 10_000 * (keep + 1)
+        assert drive.trashed == 0
+        (folder / "weights" / "qlora-s0").mkdir(parents=True)
+        (folder / "weights" / "qlora-s0" / "adapter_model.safetensors").write_text("w")
+        (folder / "records").mkdir()
+        (folder / "records" / "qlora-s0.json").write_text('{"status": "ok"}')
+        CheckpointDir(folder / "checkpoints" / "qlora-s0", keep=keep).remove()
+        assert ours.flush(20)
+        ours.copy_once(is_last=True)
+    assert sorted(path.stem for path in remote.folder.glob("*.tar")) == ["study.0", "weights-qlora-s0.0"]
+    assert drive.trashed < 1000
+
+
+def test_a_checkpoint_stays_on_the_remote_until_record_and_weights_are_there(study, remote, open_again):
+    assert Mirror(study, remote).flush(20)
+    again = open_again()
+    shutil.rmtree(again.folder / "checkpoints")
+    again.copy_once(is_last=True)
+    assert newest(open_again("third").folder) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOTCONN, errno.EIO, errno.EACCES])
+def test_a_failing_remote_is_said_once_with_the_remedy_and_caught_up_with(study, remote, lines, number):
+    ours = Mirror(study, remote, log=lines.append, every_s=0.01)
+    with mock.patch.object(FolderRemote, "put", side_effect=OSError(number, os.strerror(number))) as put:
+        for _ in range(3):
+            ours.copy_once(is_last=True)
+        assert put.call_count == 5  # once a unit: then it pauses
+        assert not ours.flush(20) and put.call_count > 5
+    assert len(lines) == 5 and all(os.strerror(number) in line and "Work goes on" in line for line in lines)
+    remedy = {errno.ENOSPC: "free some space", errno.ENOTCONN: "still mounted", errno.EIO: "still mounted"}
+    assert remedy.get(number, "can be written to") in lines[0]
+    assert ours.state().startswith(f"NOT on {remote} yet: ") and os.strerror(number) in ours.state()
+    assert ours.flush(20) and ours.state().startswith("all of the study")
+
+
+def test_a_full_remote_is_found_before_the_older_copy_is_touched(study, remote, open_again, lines):
+    ours = Mirror(study, remote, log=lines.append)
+    assert ours.flush(20)
+    save(study, 4)
+    with mock.patch.object(FolderRemote, "free_bytes", return_value=100):
+        ours.copy_once(is_last=True)
+    assert "takes" in lines[-1] and "are free" in lines[-1]
+    assert newest(open_again().folder) == 3
+
+
+def test_a_mount_that_hangs_holds_nobody_up_longer_than_asked(study, remote):
+    released = threading.Event()
+    ours = Mirror(study, remote, every_s=0.01)
+    with mock.patch.object(FolderRemote, "put", side_effect=lambda *a: released.wait(30)):
+        started = time.monotonic()
+        assert not ours.flush(0.3) and time.monotonic() - started < 10
+        assert "NOT on" in ours.state()
+        released.set()
+
+
+def test_a_mount_that_is_gone_leaves_the_study_usable(study, tmp_path, lines):
+    (tmp_path / "mount").write_text("no folder")
+    ours = Mirror(study, FolderRemote(tmp_path / "mount" / "study"), log=lines.append, every_s=0.01)
+    ours.restore()
+    assert not ours.flush(20) and "NOT on" in ours.state()
+    ours.require_space("qlora-s0", 1)
+
+
+def test_a_damaged_copy_is_said_and_the_older_one_taken(study, remote, open_again, lines):
+    ours = Mirror(study, remote)
+    assert ours.flush(20)
+    save(study, 4)
+    assert ours.flush(20)
+    names = {
+        facts["serial"]: name for name, facts in remote.listing().items() if facts["unit"].startswith("checkpoint")
+    }
+    path = remote.folder / f"{names[2]}.tar"
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100).replace(b"\0", b"x"))
+    assert newest(open_again().folder) == 3
+    assert any("not used" in line and "SHA-256" in line for line in lines)
+
+
+def test_it_copies_in_the_background_while_files_change(study, remote, open_again):
+    ours = Mirror(study, remote, every_s=0.01, small_files_s=0.0)
+    ours.start()
+    for step in range(4, 30):
+        save(study, step)
+    end = time.monotonic() + 20
+    while ours._waiting() and time.monotonic() < end:
+        time.sleep(0.01)
+    ours.stop()
+    assert newest(open_again().folder) == 29 and not (study / ".mirroring").exists()
+
+
+def test_space_for_one_more_checkpoint_than_is_kept(study, remote, lines):
+    ours = Mirror(study, remote, keep=3, log=lines.append)
+    with mock.patch.object(FolderRemote, "free_bytes", return_value=300):
+        ours.require_space("galore-s0", 100)
+        assert ours.keep == 1 and "keeps one checkpoint, not 3" in lines[0]
+        with pytest.raises(CheckpointError, match="PEFTLIB_MIRROR=off to train without"):
+            ours.require_space("galore-s0", 151)
+
+
+def test_a_drive_takes_twelve_of_its_fifteen_gigabytes(tmp_path):
+    drive = FolderRemote(tmp_path / "peftlib" / "study", is_drive=True)
+    (tmp_path / "peftlib" / "other").mkdir(parents=True)
+    (tmp_path / "peftlib" / "other" / "weights.tar").write_bytes(bytes(1000))
+    assert drive.free_bytes() <= storage.DRIVE_LIMIT_BYTES - 1000
+
+
+def test_the_lock_holds_on_the_remote_too(study, remote, open_again, monkeypatch):
+    ours, other = Mirror(study, remote), open_again()
+    monkeypatch.setattr(mirror, "_RUNNING", {study: ours, other.folder: other})
+    refused = pytest.raises(LockedError, match="training qlora")
+    with lock.held(study, "training qlora"), refused, lock.held(other.folder, "training galore"):
+        pass
+    with lock.held(other.folder, "training galore"):
+        assert (remote.folder / "lock.json").exists() and (other.folder / "lock.json").exists()
+    assert "lock" not in remote.listing()
+
+
+def test_which_remote(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "DRIVE", tmp_path / "drive")
+    monkeypatch.delenv("PEFTLIB_MIRROR", raising=False)
+    assert storage.remote_of("s") is None
+    (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    assert str(storage.remote_of("s")) == "Google Drive"
+    monkeypatch.setenv("PEFTLIB_MIRROR", "off")
+    assert storage.remote_of("s") is None
+    monkeypatch.setenv("PEFTLIB_MIRROR", str(tmp_path / "disk"))
+    assert storage.remote_of("s").folder == tmp_path / "disk" / "s"
+    monkeypatch.setenv("PEFTLIB_MIRROR", "hf://me/runs")
+    assert str(storage.remote_of("s")) == "hf://me/runs"
+    monkeypatch.setenv("PEFTLIB_MIRROR", "hf://me")
+    with pytest.raises(ConfigError, match="use hf://USER/REPO"):
+        storage.remote_of("s")
+
+
+class FakeHub:
+    """What HubRemote calls of huggingface_hub.HfApi, on a folder; each call has to fit the real signature."""
+
+    def __init__(self, folder):
+        self.folder, self.is_down = Path(folder), False
+
+    def __getattr__(self, name):
+        from huggingface_hub import HfApi
+
+        signature, ours = inspect.signature(getattr(HfApi, name)), getattr(self, f"_{name}")
+
+        def call(*args, **named):
+            signature.bind(None, *args, **named)
+            if self.is_down:
+                raise _http_error()("the network is unreachable")
+            return ours(*args, **named)
+
+        return call
+
+    def _list_repo_files(self, repository, *, repo_type):
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+
+    def _create_repo(self, repository, *, repo_type, private, exist_ok):
+        assert private
+
+    def _create_commit(self, repository, operations, *, commit_message, repo_type):
+        for operation in operations:
+            target = self.folder / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if hasattr(operation, "path_or_fileobj"):
+                shutil.copy(operation.path_or_fileobj, target)
+            else:
+                target.unlink()
+
+    def _hf_hub_download(self, repository, path, *, repo_type, local_dir):
+        target = Path(local_dir) / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(self.folder / path, target)
+
+
+def _http_error():
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
+    hub = FakeHub(tmp_path / "hub")
+    remote = HubRemote("me/runs", "study", api=hub)
+    ours = Mirror(study, remote, log=lines.append, every_s=0.01)
+    hub.is_down = True
+    ours.restore()
+    assert not ours.flush(20) and "HF_TOKEN may write to me/runs" in lines[-1]
+    hub.is_down = False
+    assert ours.flush(20)
+    again = Mirror(tmp_path / "elsewhere", remote, log=lines.append)
+    again.restore()
+    assert newest(again.folder) == 3
+    remote.drop("data.0")
+    assert "data.0" not in remote.listing()
+
+
+def test_files_that_vanish_while_they_are_listed_are_left(study):
+    units = archive.units_of(study)
+    (study / "config.json").unlink()
+    assert not any(row[0] == "config.json" for row in archive.fingerprint(study, units["study"]))
+    with pytest.raises(FileNotFoundError), archive.pinned(study, units["study"]):
+        pass
+
+
+def test_sealed_files_show_their_damage(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(files.sealed({"a": 1}))
+    assert files.unsealed(path)["a"] == 1
+    path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"a": 2'))
+    with pytest.raises(files.StudyError, match="SHA-256 differs"):
+        files.unsealed(path)
