@@ -1,4 +1,4 @@
-"""The command line: python -m peftlib run|data|report|compare|sweep|export."""
+"""The command line: python -m peftlib run|data|report|compare|judge|sweep|export."""
 
 import argparse
 import os
@@ -119,7 +119,14 @@ def _compare(argv):
     return report.compare_cli(argv)
 
 
-_PASSED_ON = {"data": _data, "compare": _compare}
+def _judge(argv):
+    """have a language model compare two methods' answers"""
+    from peftlib import judge_cli
+
+    return judge_cli.main(argv, _existing_study)
+
+
+_PASSED_ON = {"data": _data, "compare": _compare, "judge": _judge}
 
 
 def _existing_study(name):

@@ -50,6 +50,18 @@ def pairs_note(pairs):
     )
 
 
+def judged_note(n_other):
+    """How to read the table of a judge's verdicts."""
+    other = f" {n_other} verdicts on other answers or under another rubric are left out." if n_other else ""
+    return (
+        "Each row was shown in both orders. Win rate: of the first run of the pair, a tie as a half, interval by "
+        "resampling rows; 0.5 inside it means that no difference was found. Position bias: rows whose two verdicts both "
+        "took the first answer shown, or both the second. First chosen: of the verdicts that are no tie. Malformed "
+        "verdicts are left out with their rows, never guessed. A judge has tastes of its own, and judges its own kind "
+        f"kindly.{other}"
+    )
+
+
 def source_note(per_source):
     """Whether each source has rows enough."""
     few = [f"{s} {n}" for s, n in per_source.groupby("source", sort=False)["n"].first().items() if n < stats.FEW_ROWS]

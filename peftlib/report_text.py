@@ -21,6 +21,18 @@ _METHOD_HEADER = (
     "peak memory GiB",
     "training min",
 )
+_JUDGED_HEADER = (
+    "pair",
+    "judge",
+    "win rate (95 %)",
+    "rows",
+    "won",
+    "tied",
+    "lost",
+    "position bias",
+    "first chosen",
+    "malformed",
+)
 _SCORE_NAMES = {
     "bleu4": "BLEU-4",
     "rouge1": "ROUGE-1",
@@ -57,6 +69,8 @@ def blocks_of(study, report, pairs, boot):
             Paragraph(report_notes.pairs_note(pairs)),
             _pair_table(pairs),
         ]
+    if report.judged or report.n_other_verdicts:
+        blocks += [Heading("Judged by a language model"), *_judged_blocks(report)]
     if boot:
         blocks += [
             Heading("By source"),
@@ -136,6 +150,21 @@ def _pair_table(pairs):
         numbers = (f"{found.value:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", _number(pair.p, ".4f"))
         rows.append((f"{pair.method} - {pair.other}", stats.METRICS[pair.metric], *numbers, pair.verdict))
     return Table(("difference", "score", "value", "95 % interval", "p", "verdict"), tuple(rows), n_text=2)
+
+
+def _judged_blocks(report):
+    rows = []
+    for found in report.judged:
+        rate = found.win_rate
+        wins = UNKNOWN if rate is None else f"{rate.value:.3f} ({rate.low:.3f} to {rate.high:.3f})"
+        counts = (found.n_rows, found.wins, found.ties, found.losses)
+        shares = (_number(found.position_bias, ".1%"), _number(found.first_share, ".1%"))
+        rows.append(
+            (f"{found.b} against {found.a}", found.judge, wins, *map(str, counts), *shares, str(found.n_malformed))
+        )
+    if rows:
+        yield Table(_JUDGED_HEADER, tuple(rows), n_text=2)
+    yield Paragraph(report_notes.judged_note(report.n_other_verdicts))
 
 
 def _source_table(per_source):
