@@ -1,8 +1,11 @@
-"""The test rows, once, at the end: loss and answers of the saved weights, the same way for every method."""
+"""The test rows, once, at the end: loss and answers of the saved weights, the same way for every method.
+
+Beside them the loss on general text, which shows what a method made the model forget.
+"""
 
 import torch
 
-from peftlib import data
+from peftlib import data, forgetting
 from peftlib import record as records
 from peftlib.env import resolve_device
 from peftlib.errors import StudyError
@@ -12,7 +15,7 @@ from peftlib.trained import load_plain, load_trained
 
 
 def evaluate(study, method, *, log=print):
-    """Test loss and answers of a finished run, or of the untrained model ('base'); returns its record.
+    """Test loss, general text loss and answers of a finished run, or of the untrained model ('base'); returns its record.
 
     The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
     Rows that were answered before are not answered again; a finished evaluation is not repeated.
@@ -39,6 +42,9 @@ def evaluate(study, method, *, log=print):
     batch = study.cfg.eval_batch
     log(f"{method}: loss on {len(rows)} test rows")
     loss = mean_loss(model, Rows(rows), device=device, precision="fp32")
+    general = forgetting.general_loss(
+        model, tokenizer, study.cfg, data.load_split(study.data_dir, "train"), device=device
+    )
     predictions = Predictions(study.predictions_path(method, seed), split_hash)
     seconds, tokens = answer_rows(
         model,
@@ -53,6 +59,7 @@ def evaluate(study, method, *, log=print):
     record["evaluation"] = {
         "n_test": len(rows),
         "eval_loss": loss,
+        **forgetting.record_fields(general),
         "split_hash": split_hash,
         "generate_seconds": seconds,
         "generated_tokens": tokens,

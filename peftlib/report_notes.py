@@ -1,6 +1,6 @@
 """What a report says in sentences: what was compared, how it was measured, what it does not show."""
 
-from peftlib import rouge, stats
+from peftlib import forgetting, rouge, stats
 from peftlib.comparison import mean_of
 from peftlib.metrics import bleu_signature
 from peftlib.scored import BASE
@@ -28,6 +28,14 @@ def table_note(found):
         "Test loss: nats per assistant token. Memory and time: of training, mean over finished seeds.",
         f"{UNKNOWN}: not known.",
     ]
+    known = [run.general for run in found.runs if run.general is not None]
+    if known:
+        tokens = " or ".join(f"{n:,}" for n in dict.fromkeys(loss.n_tokens for loss in known))
+        parts.insert(
+            2,
+            f"General text loss: nats per token on {tokens} tokens of {forgetting.TEXT_NAME}, which nobody trained on; "
+            "a rise against base is what was forgotten.",
+        )
     failed = [run for run in found.runs if run.record["status"] != "ok"]
     for run in failed:
         error = f": {run.record['error']}" if run.record["error"] else ""

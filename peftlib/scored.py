@@ -6,7 +6,7 @@ Nothing is written here. What does not belong together is refused, naming files 
 import json
 from dataclasses import dataclass, field
 
-from peftlib import metrics
+from peftlib import forgetting, metrics
 from peftlib.errors import StudyError
 from peftlib.files import read_json
 from peftlib.study import method_rank
@@ -66,6 +66,11 @@ class Run:
     def eval_loss(self):
         """Nats per assistant token on the test rows, or None."""
         return self.record["eval_loss"]
+
+    @property
+    def general(self):
+        """The forgetting.GeneralLoss, or None."""
+        return forgetting.of_record(self.record)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,32 @@ def test_findings_are_made_from_the_numbers(built):
     assert "base 100%, qlora 0%" in said
 
 
+def test_what_was_forgotten_stands_in_table_and_findings(built):
+    study, shown = built
+    cells = dict(zip(shown.table["technique"], shown.table["general text loss (change)"]))
+    assert (cells["base"], cells["qlora"], cells["galore"]) == ("3.000", "3.060 (+2.0%)", "3.300 (+10.0%)")
+    said = next(line for line in shown.findings if "general text" in line)
+    assert (
+        "512 tokens" in said and "base 3.000, qlora 3.060 (+2.0%), galore 3.300 (+10.0%), hybrid 2.970 (-1.0%)." in said
+    )
+    for text in (study.report_path, study.folder / "report.html"):
+        assert "World Factbook" in text.read_text(encoding="utf-8")
+
+
+def test_evaluations_without_general_text_are_read_and_other_texts_not_compared(small):
+    record = fake_study.record_of("base")
+    for name in ("general_loss", "general_tokens", "general_text_sha256"):
+        del record["evaluation"][name]
+    fake_study.write_record(small, record)
+    shown = report.build(small)
+    assert list(shown.table["general text loss (change)"]) == ["n/a", "", "3.060"]
+    assert not any("general text" in line for line in shown.findings)
+    record = fake_study.record_of("base")
+    record["evaluation"]["general_text_sha256"] = "0ther"
+    fake_study.write_record(small, record)
+    assert list(report.build(small).table["general text loss (change)"]) == ["3.000", "", "3.060"]
+
+
 def test_every_pair_is_compared_and_noise_is_called_noise(built):
     study, shown = built
     pairs = shown.pairs
