@@ -19,7 +19,7 @@ def evaluate(study, method, *, log=print):
 
     The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
     Rows that were answered before are not answered again; a finished evaluation is not repeated.
-    StudyError: the run is not finished, or 01_data has not run.
+    StudyError: the run is not finished, its record lacks a field, or 01_data has not run.
     """
     split_hash = study.manifest()["split_hash"]
     seed = 0 if method == "base" else study.cfg.seed
@@ -31,6 +31,7 @@ def evaluate(study, method, *, log=print):
             raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
         record = records.new_record(study, method, device=device, precision=precision, precision_reason=reason)
         record["status"] = "ok"
+    records.require_fields(record, study.record_path(method, seed))
     records.require_ok(record)
     done = record["evaluation"]
     if done and done["split_hash"] == split_hash and study.predictions_path(method, seed).exists():

@@ -7,6 +7,7 @@ asks nothing twice. A verdict belongs to its texts, rubric and judge: other answ
 import hashlib
 import json
 import re
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -31,9 +32,10 @@ for the first answer is better, the second answer is better, or neither is."""
 REMINDER = "That did not end with one verdict line. Reply with one line and nothing else: VERDICT: 1, VERDICT: 2 or VERDICT: TIE"
 RUBRIC_SHA256 = hashlib.sha256(f"{RUBRIC}\n{REMINDER}".encode()).hexdigest()
 ORDERS = ("ab", "ba")
-MAX_REPLY_TOKENS = 300
+REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
+_REFUSED = -1
 _TRIES_TO_PARSE = 3  # a reply and two reminders
-_LOG_EVERY = 20  # verdicts
+_LOG_EVERY_S = 10.0
 _CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
 _VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
 _VERDICT_LIKE = re.compile(r"(?i)verdict\W*:")
@@ -64,7 +66,7 @@ class Case:
 
     def key(self, judge):
         """16 hex digits over the judge, the rubric, the order and everything that was shown."""
-        shown = [judge, RUBRIC_SHA256, MAX_REPLY_TOKENS, self.order, self.message]
+        shown = [judge, RUBRIC_SHA256, self.order, self.message]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
@@ -129,9 +131,9 @@ def cases_of(rows, answers_a, answers_b, *, n_rows=0):
     ]
 
 
-def plan(cases, verdicts, judge):
+def plan(cases, verdicts, judge, *, reply_tokens=REPLY_TOKENS):
     """The Plan of judging cases of which `verdicts` (a judge_verdicts.Verdicts) may hold some."""
-    fresh = [case for case in cases if case.key(judge) not in verdicts]
+    fresh = _fresh(cases, verdicts, judge, reply_tokens)
     to_ask = [case for case in fresh if not case.is_identical]
     characters = sum(len(case.message) for case in to_ask)
     return Plan(
@@ -140,40 +142,46 @@ def plan(cases, verdicts, judge):
         len(fresh) - len(to_ask),
         to_ask,
         characters // _CHARACTERS_PER_TOKEN,
-        len(to_ask) * MAX_REPLY_TOKENS,
+        len(to_ask) * reply_tokens,
     )
 
 
-def run(cases, verdicts, backend, *, parallel=1, log=print):
+def _fresh(cases, verdicts, judge, reply_tokens):
+    return [case for case in cases if not verdicts.is_settled(case.key(judge), reply_tokens)]
+
+
+def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print):
     """Judge every case that `verdicts` lacks, and keep each verdict as it comes; returns {what: count} of this call.
 
-    backend: has name, counts and ask(messages, max_tokens=) -> judge_backends.Reply. parallel: calls at a time.
+    backend: has name, counts and ask(messages, max_tokens=) -> judge_backends.Reply. reply_tokens: of
+    one reply at most; malformed verdicts of a lower limit are asked for again. parallel: calls at a time.
     JudgeError: the judge cannot be asked; what it said before is kept, and the next run goes on from there.
     """
     counts = dict.fromkeys(("asked", "malformed", "refused", "input_tokens", "output_tokens"), 0)
-    fresh = [case for case in cases if case.key(backend.name) not in verdicts]
+    fresh = _fresh(cases, verdicts, backend.name, reply_tokens)
     for case in fresh:
         if case.is_identical:
-            verdicts.add(case, backend.name, verdict="tie", reply="", tries=0, usage=(0, 0))
-    to_ask, errors = [case for case in fresh if not case.is_identical], []
-    for case, found, error in _outcomes(backend, to_ask, parallel):
+            verdicts.add(case, backend.name, verdict="tie", reply="", reply_tokens=0, tries=0, usage=(0, 0))
+    to_ask, errors, said = [case for case in fresh if not case.is_identical], [], time.monotonic()
+    for case, found, error in _outcomes(backend, to_ask, parallel, reply_tokens):
         if error is not None:
             errors.append(error)
             continue
         _keep(case, backend, found, verdicts, counts)
-        if counts["asked"] % _LOG_EVERY == 0 or counts["asked"] == len(to_ask):
+        if time.monotonic() - said > _LOG_EVERY_S or counts["asked"] == len(to_ask):
             log(f"judged {counts['asked']}/{len(to_ask)}")
+            said = time.monotonic()
     if errors:
         kept = f"{len(verdicts)} verdicts are kept in {verdicts.path.name}: run it again to go on"
         raise JudgeError(f"{errors[0]}. {kept}") from None
     return {**counts, **backend.counts}
 
 
-def _outcomes(backend, cases, parallel):
+def _outcomes(backend, cases, parallel, reply_tokens):
     """(case, what _judged found, JudgeError or None) as they come; after an error only of what runs already."""
     waiting, is_stopped = iter(cases), False
     with ThreadPoolExecutor(parallel) as pool:
-        running = {pool.submit(_judged, backend, case): case for _, case in zip(range(parallel), waiting)}
+        running = {pool.submit(_judged, backend, case, reply_tokens): case for _, case in zip(range(parallel), waiting)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 case = running.pop(future)
@@ -184,7 +192,7 @@ def _outcomes(backend, cases, parallel):
                     yield case, None, error
                 following = None if is_stopped else next(waiting, None)
                 if following is not None:
-                    running[pool.submit(_judged, backend, following)] = following
+                    running[pool.submit(_judged, backend, following, reply_tokens)] = following
 
 
 def _keep(case, backend, found, verdicts, counts):
@@ -198,19 +206,26 @@ def _keep(case, backend, found, verdicts, counts):
     verdicts.add(case, backend.name, **found)
 
 
-def _judged(backend, case):
-    """{'verdict', 'reply', 'tries', 'usage'} of one case; verdict is None where the server refuses the request."""
+def _judged(backend, case, reply_tokens):
+    """{'verdict', 'reply', 'reply_tokens', 'tries', 'usage'} of one case; verdict is None where the server refuses the request."""
     messages, sent, received = [{"role": "user", "content": case.message}], 0, 0
     for tries in range(1, _TRIES_TO_PARSE + 1):
-        reply = backend.ask(messages, max_tokens=MAX_REPLY_TOKENS)
+        reply = backend.ask(messages, max_tokens=reply_tokens)
         sent, received = sent + reply.input_tokens, received + reply.output_tokens
         if reply.is_refused:
-            return {"verdict": None, "reply": reply.text, "tries": tries, "usage": (sent, received)}
+            chosen = _REFUSED
+            break
         chosen = parse_verdict(reply.text)
         if chosen is not None:
             break
         # A judge that answers greedily would say the same again, so it is told what was missing.
         turns = [{"role": "assistant", "content": reply.text or "(nothing)"}, {"role": "user", "content": REMINDER}]
         messages = [*messages[:1], *turns]
-    winner = {0: "tie", 1: case.order[0], 2: case.order[1], None: "malformed"}[chosen]
-    return {"verdict": winner, "reply": reply.text, "tries": tries, "usage": (sent, received)}
+    winner = {0: "tie", 1: case.order[0], 2: case.order[1], None: "malformed", _REFUSED: None}[chosen]
+    return {
+        "verdict": winner,
+        "reply": reply.text,
+        "reply_tokens": reply_tokens,
+        "tries": tries,
+        "usage": (sent, received),
+    }

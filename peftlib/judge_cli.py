@@ -17,14 +17,15 @@ def main(argv, study_of):
     methods = judge.in_order(args.methods)
     names, cases = cases_of_study(study, methods, args.seed, args.rows)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, methods), names)
-    plan = judge.plan(cases, verdicts, _judge_name(args))
+    plan = judge.plan(cases, verdicts, _judge_name(args), reply_tokens=args.reply_tokens)
     print(f"{methods[0]} against {methods[1]}, judged by {_judge_name(args)}")
     print("\n".join(plan.lines(price_in=args.price_in, price_out=args.price_out)))
     if args.dry_run:
         return 0
     if plan.to_ask or plan.n_identical:
         backend = _backend(args)
-        counts = judge.run(cases, verdicts, backend, parallel=1 if args.local else args.parallel, log=_say)
+        parallel = 1 if args.local else args.parallel
+        counts = judge.run(cases, verdicts, backend, reply_tokens=args.reply_tokens, parallel=parallel, log=_say)
         print("\n".join(_what_it_took(counts, args)))
     found = judge_verdicts.summary(cases, verdicts, _judge_name(args), names)
     print("\n".join(judge_verdicts.sentences(found)))
@@ -67,6 +68,13 @@ def _parser():
     for name, what in (("--price-in", "sent"), ("--price-out", "received")):
         parser.add_argument(name, type=float, metavar="PRICE", help=f"of a million tokens {what}")
     parser.add_argument("--parallel", type=_count, default=4, metavar="N", help="calls at a time; default: 4")
+    parser.add_argument(
+        "--reply-tokens",
+        type=_count,
+        default=judge.REPLY_TOKENS,
+        metavar="N",
+        help=f"of a reply at most; more for a judge that thinks at length; default: {judge.REPLY_TOKENS}",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of one call; default: 60")
     parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a call that failed; default: 5")
     return parser

@@ -9,7 +9,7 @@ from peftlib.errors import StudyError
 from peftlib.files import write_text
 from peftlib.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
 
-_FIELDS = ("schema_version", "key", "id", "order", "verdict", "judge", "rubric_sha256", "a", "b")
+_FIELDS = ("schema_version", "key", "id", "order", "verdict", "judge", "rubric_sha256", "reply_tokens", "a", "b")
 _VALUES = ("a", "b", "tie", "malformed")
 _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 
@@ -34,11 +34,16 @@ class Verdicts:
     def __len__(self):
         return len(self._by_key)
 
+    def is_settled(self, key, reply_tokens):
+        """Whether there is a verdict that a limit of `reply_tokens` would not better."""
+        line = self._by_key.get(key)
+        return line is not None and (line["verdict"] != "malformed" or line["reply_tokens"] >= reply_tokens)
+
     def get(self, key):
         """The verdict of a key as a dict, or None."""
         return self._by_key.get(key)
 
-    def add(self, case, judge, *, verdict, reply, tries, usage):
+    def add(self, case, judge, *, verdict, reply, reply_tokens, tries, usage):
         """Append one verdict and have the disk keep it. usage: (tokens sent, tokens received), retries included."""
         line = {
             "schema_version": SCHEMA_VERSION,
@@ -51,6 +56,7 @@ class Verdicts:
             "verdict": verdict,
             "is_identical": case.is_identical,
             "tries": tries,
+            "reply_tokens": reply_tokens,
             "input_tokens": usage[0],
             "output_tokens": usage[1],
             "judge": judge,

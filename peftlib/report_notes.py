@@ -6,8 +6,6 @@ from peftlib.metrics import bleu_signature
 from peftlib.scored import BASE
 
 UNKNOWN = "n/a"
-# What the study this one grew from printed: mean over 5 samples of each sample's BLEU-4 and ROUGE-L.
-_ORIGINAL = {"base": (0.0085, 0.1355), "qlora": (0.0227, 0.1632)}
 
 
 def opening(found):
@@ -58,18 +56,6 @@ def pairs_note(pairs):
     )
 
 
-def judged_note(n_other):
-    """How to read the table of a judge's verdicts."""
-    other = f" {n_other} verdicts on other answers or under another rubric are left out." if n_other else ""
-    return (
-        "Each row was shown in both orders. Win rate: of the first run of the pair, a tie as a half, interval by "
-        "resampling rows; 0.5 inside it means that no difference was found. Position bias: rows whose two verdicts both "
-        "took the first answer shown, or both the second. First chosen: of the verdicts that are no tie. Malformed "
-        "verdicts are left out with their rows, never guessed. A judge has tastes of its own, and judges its own kind "
-        f"kindly.{other}"
-    )
-
-
 def source_note(per_source):
     """Whether each source has rows enough."""
     few = [f"{s} {n}" for s, n in per_source.groupby("source", sort=False)["n"].first().items() if n < stats.FEW_ROWS]
@@ -78,16 +64,11 @@ def source_note(per_source):
     return f"Sources with fewer than {stats.FEW_ROWS} rows ({', '.join(few)}): their intervals are wide and rough."
 
 
-def score_notes():
-    """What the less known scores mean, and the original study's figures beside them."""
-    yield (
+def score_note():
+    """What the less known scores mean."""
+    return (
         "length ratio: words of the answers over words of the references. repetition: share of an answer's 4-grams that "
         "stood in it before. cut by limit: answers that met the token limit."
-    )
-    listed = ", ".join(f"{m} {b:.4f} and {r:.4f}" for m, (b, r) in _ORIGINAL.items())
-    yield (
-        f"The study this one grew from printed per-sample BLEU-4 and ROUGE-L on 5 samples: {listed}. Its smoothing, its "
-        "tokenizer and its rows are not known here, so they show the size of such figures and no more."
     )
 
 

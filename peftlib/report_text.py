@@ -2,7 +2,7 @@
 
 import math
 
-from peftlib import forgetting, report_notes, stats
+from peftlib import forgetting, report_beside, report_notes, stats
 from peftlib.comparison import mean_of
 from peftlib.document import Bullets, Heading, Paragraph, Picture, Table
 from peftlib.report_notes import UNKNOWN
@@ -21,18 +21,6 @@ _METHOD_HEADER = (
     "general text loss (change)",
     "peak memory GiB",
     "training hours",
-)
-_JUDGED_HEADER = (
-    "pair",
-    "judge",
-    "win rate (95 %)",
-    "rows",
-    "won",
-    "tied",
-    "lost",
-    "position bias",
-    "first chosen",
-    "malformed",
 )
 _SCORE_NAMES = {
     "bleu4": "BLEU-4",
@@ -71,14 +59,15 @@ def blocks_of(study, report, pairs, boot):
             _pair_table(pairs),
         ]
     if report.judged or report.n_other_verdicts:
-        blocks += [Heading("Judged by a language model"), *_judged_blocks(report)]
+        blocks += [Heading("Judged by a language model"), *report_beside.judged_blocks(report)]
     if boot:
         blocks += [
             Heading("By source"),
             _source_table(report.per_source),
             Paragraph(report_notes.source_note(report.per_source)),
         ]
-        blocks += [Heading("All scores"), _score_table(report.scores), *map(Paragraph, report_notes.score_notes())]
+        blocks += [Heading("All scores"), _score_table(report.scores), Paragraph(report_notes.score_note())]
+        blocks += report_beside.original_blocks(found)
     spread = _spread_table(found)
     if spread.rows:
         blocks += [Heading("Over seeds"), spread]
@@ -165,21 +154,6 @@ def _pair_table(pairs):
         numbers = (f"{found.value:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", _number(pair.p, ".4f"))
         rows.append((f"{pair.method} - {pair.other}", stats.METRICS[pair.metric], *numbers, pair.verdict))
     return Table(("difference", "score", "value", "95 % interval", "p", "verdict"), tuple(rows), n_text=2)
-
-
-def _judged_blocks(report):
-    rows = []
-    for found in report.judged:
-        rate = found.win_rate
-        wins = UNKNOWN if rate is None else f"{rate.value:.3f} ({rate.low:.3f} to {rate.high:.3f})"
-        counts = (found.n_rows, found.wins, found.ties, found.losses)
-        shares = (_number(found.position_bias, ".1%"), _number(found.first_share, ".1%"))
-        rows.append(
-            (f"{found.b} against {found.a}", found.judge, wins, *map(str, counts), *shares, str(found.n_malformed))
-        )
-    if rows:
-        yield Table(_JUDGED_HEADER, tuple(rows), n_text=2)
-    yield Paragraph(report_notes.judged_note(report.n_other_verdicts))
 
 
 def _source_table(per_source):

@@ -11,6 +11,7 @@ from peftlib import data, forgetting, record
 from peftlib.data.convert import convert, detect
 from peftlib.data.reading import read_rows
 from peftlib.data.sources import SAMPLE
+from peftlib.errors import StudyError
 from peftlib.evaluate import evaluate
 from peftlib.models import load_base
 from peftlib.train import TrainingRun
@@ -80,6 +81,17 @@ def test_base_and_a_method_are_measured_on_the_same_text(make_study):
     assert base["evaluation"]["general_loss"] == before.loss != after.loss
     assert forgetting.change(before, after) == pytest.approx((after.loss - before.loss) / before.loss)
     assert record.load(study, "galore", 0)["evaluation"]["general_tokens"] == 150
+
+
+def test_a_record_that_lacks_a_field_is_not_evaluated_and_stays_as_it_is(make_study):
+    study = make_study()
+    made = record.new_record(study, "qlora", device="cpu", precision="fp32", precision_reason="test")
+    del made["train_tokens"], made["evaluation"]
+    path = record.save(study, {**made, "status": "ok"})
+    before = path.read_bytes()
+    with pytest.raises(StudyError, match=r"qlora-s0\.json lacks train_tokens, evaluation"):
+        evaluate(study, "qlora", log=lambda line: None)
+    assert path.read_bytes() == before and not study.predictions_path("qlora", 0).exists()
 
 
 def test_unknown_stays_unknown():

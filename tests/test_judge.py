@@ -85,7 +85,7 @@ def test_both_orders_are_asked_and_the_win_rate_follows(study, capsys):
     assert len(server.requests) == 22 and len(lines_of(study)) == 24
     pairs = [tuple(shown(body)) for body, _ in server.requests]
     assert {(second, first) for first, second in pairs} == set(pairs)
-    assert all(body["temperature"] == 0 and body["max_tokens"] == judge.MAX_REPLY_TOKENS for body, _ in server.requests)
+    assert all(body["temperature"] == 0 and body["max_tokens"] == judge.REPLY_TOKENS for body, _ in server.requests)
     assert "qlora" not in json.dumps([body for body, _ in server.requests])  # the judge does not know who answered
 
 
@@ -165,6 +165,19 @@ def test_a_judge_that_never_says_a_verdict_is_counted_and_never_guessed(study, c
     assert "Judged by a language model" in text and "Judged by m at" not in text
 
 
+def test_malformed_verdicts_are_asked_for_again_only_with_more_room(study):
+    server = fake_judge.Server(lambda body: "I am still thinking" if body["max_tokens"] < 900 else shorter(body))
+    with fake_judge.serving(server) as url:
+        call(study, url)
+        asked = len(server.requests)
+        call(study, url)
+        assert len(server.requests) == asked == 3 * 22
+        call(study, url, "--reply-tokens", "900")
+    assert len(server.requests) == asked + 22
+    (found,) = report.build(study).judged
+    assert (found.n_rows, found.n_malformed) == (12, 0)
+
+
 def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monkeypatch):
     waits = quick(monkeypatch)
     port = fake_judge.free_port()
@@ -221,7 +234,7 @@ def test_parameters_that_a_server_does_not_take_are_given_otherwise(study):
         call(study, url, "--parallel", "1")
         first, last = server.requests[0][0], server.requests[-1][0]
         assert "max_tokens" in first and "max_tokens" not in last
-        assert last["max_completion_tokens"] == judge.MAX_REPLY_TOKENS
+        assert last["max_completion_tokens"] == judge.REPLY_TOKENS
         server.faults, server.param = [400], "temperature"
         call(study, url, "--model", "other", "--parallel", "1")
     assert "temperature" not in server.requests[-1][0]

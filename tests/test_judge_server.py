@@ -14,7 +14,7 @@ import fake_study
 import pytest
 import tiny
 
-from peftlib import judge, judge_cli, report
+from peftlib import judge_cli, report
 from peftlib.chat import set_template
 from peftlib.errors import JudgeError
 from peftlib.judge_backends import KEY_VARIABLE, Endpoint
@@ -73,7 +73,20 @@ def study(tmp_path, monkeypatch):
 
 
 def call(study, url, model, *more):
-    words = ["--study", "x", "--methods", "base", "qlora", "--endpoint", url, "--model", model, *more]
+    words = [
+        "--study",
+        "x",
+        "--methods",
+        "base",
+        "qlora",
+        "--endpoint",
+        url,
+        "--model",
+        model,
+        "--reply-tokens",
+        "16",
+        *more,
+    ]
     return judge_cli.main(words, lambda name: study)
 
 
@@ -141,4 +154,3 @@ def test_a_server_that_went_away_is_named(served, study, monkeypatch):
 def _quick(monkeypatch):
     real = Endpoint.__init__
     monkeypatch.setattr(Endpoint, "__init__", lambda self, *a, **given: real(self, *a, **given, sleep=lambda _: None))
-    monkeypatch.setattr(judge, "MAX_REPLY_TOKENS", 16)

@@ -300,6 +300,34 @@ def test_different_seed_sets_are_named(small):
     assert "seeds: 0 (qlora); 1 (galore)" in report.build(small).notes
 
 
+def test_the_original_studys_figures_stand_beside_ours_as_quoted(built):
+    study, shown = built
+    text = study.report_path.read_text(encoding="utf-8")
+    assert "## Beside the original study" in text
+    assert "| original (quoted) | base | 5 samples | 0.0085 | 0.1355 |" in text
+    assert "| original (quoted) | qlora | 5 samples | 0.0227 | 0.1632 |" in text
+    ours = shown.scores.set_index("method").loc["qlora"]
+    assert f"| this one | qlora | 48 rows | {ours['sample_bleu4']:.4f} | {ours['sample_rougeL']:.4f} |" in text
+
+
+def test_the_table_has_what_the_field_prints(built):
+    _, shown = built
+    assert list(shown.table.columns) == [
+        "technique",
+        "BLEU-4 before",
+        "BLEU-4 after (95 %)",
+        "ROUGE-L before",
+        "ROUGE-L after (95 %)",
+        "test loss before",
+        "test loss after",
+        "general text loss (change)",
+        "peak memory GiB",
+        "training hours",
+    ]
+    assert list(shown.table["training hours"]) == ["", "", "0.028", "0.028", "0.028"]
+    assert all(len(row) == len(shown.table.columns) for row in shown.table.to_numpy())
+
+
 # What does not belong together is refused, and nothing is written
 
 
@@ -380,6 +408,19 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_overwritten(sma
         report.build(small)
     assert [path.read_text(encoding="utf-8") for path in kept] == ["older", "older"]
     assert not small.figures_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "last", [{"role": "user", "content": "a question"}, {"role": "assistant", "content": " "}, {"role": "assistant"}]
+)
+def test_a_test_row_without_a_reference_is_named_and_nothing_is_overwritten(small, monkeypatch, last):
+    rows = fake_study.made_rows(6)
+    rows[1]["messages"] = [*rows[1]["messages"][:-1], last]
+    monkeypatch.setattr("peftlib.data.load_split", lambda data_dir, split: rows)
+    small.results_path.write_text("older", encoding="utf-8")
+    with pytest.raises(StudyError, match="1 of 6 test rows in .* have no reference, the first 'tulu-1'"):
+        report.build(small)
+    assert small.results_path.read_text(encoding="utf-8") == "older" and not small.report_path.exists()
 
 
 def test_a_study_without_records_or_data_says_what_to_run(tmp_path, monkeypatch):
