@@ -95,7 +95,7 @@ class Plan:
             yield "cost: not known, for no price was given (--price-in and --price-out, per million tokens)"
         else:
             cost = cost_of(self.input_tokens, self.output_tokens, price_in, price_out)
-            yield f"cost: at most about {cost:.4f} at {price_in or 0:g} in and {price_out or 0:g} out per million tokens"
+            yield f"cost: up to about {cost:.4f}, retries apart, at {price_in or 0:g} in and {price_out or 0:g} out per million tokens"
 
 
 def cost_of(input_tokens, output_tokens, price_in, price_out):
@@ -153,8 +153,8 @@ def _fresh(cases, verdicts, judge, reply_tokens):
 def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print):
     """Judge every case that `verdicts` lacks, and keep each verdict as it comes; returns {what: count} of this call.
 
-    backend: has name, counts and ask(messages, max_tokens=) -> judge_backends.Reply. reply_tokens: of
-    one reply at most; malformed verdicts of a lower limit are asked for again. parallel: calls at a time.
+    backend: has name, counts and ask(messages, max_tokens=) -> judge_backends.Reply. reply_tokens: of one reply at most;
+    malformed verdicts of a lower limit are asked for again. parallel: calls at a time.
     JudgeError: the judge cannot be asked; what it said before is kept, and the next run goes on from there.
     """
     counts = dict.fromkeys(("asked", "malformed", "refused", "input_tokens", "output_tokens"), 0)
@@ -172,8 +172,9 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
             log(f"judged {counts['asked']}/{len(to_ask)}")
             said = time.monotonic()
     if errors:
+        retried = ", ".join(f"{n} {what}" for what, n in backend.counts.items()) or "none retried"
         kept = f"{len(verdicts)} verdicts are kept in {verdicts.path.name}: run it again to go on"
-        raise JudgeError(f"{errors[0]}. {kept}") from None
+        raise JudgeError(f"{errors[0]}. Calls so far: {counts['asked']} done, {retried}. {kept}") from None
     return {**counts, **backend.counts}
 
 
@@ -207,7 +208,7 @@ def _keep(case, backend, found, verdicts, counts):
 
 
 def _judged(backend, case, reply_tokens):
-    """{'verdict', 'reply', 'reply_tokens', 'tries', 'usage'} of one case; verdict is None where the server refuses the request."""
+    """What Verdicts.add keeps of one case, as a dict; its verdict is None where the server refuses the request."""
     messages, sent, received = [{"role": "user", "content": case.message}], 0, 0
     for tries in range(1, _TRIES_TO_PARSE + 1):
         reply = backend.ask(messages, max_tokens=reply_tokens)

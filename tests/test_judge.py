@@ -78,7 +78,7 @@ def test_both_orders_are_asked_and_the_win_rate_follows(study, capsys):
     printed = capsys.readouterr().out
     assert "24 comparisons: 0 judged before, 2 of equal answers (ties without asking), 22 calls to make" in printed
     assert (
-        "cost: at most about" in printed
+        "cost: up to about" in printed
         and "2,200 tokens sent, 220 received as the server counts them, cost 0.0066" in printed
     )
     assert "rows won 11, tied 1 (1 of equal answers), lost 0" in printed and "position bias: 0.0%" in printed
