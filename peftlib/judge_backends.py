@@ -44,7 +44,7 @@ class Endpoint:
     """A model behind an OpenAI-compatible API. The key comes from OPENAI_API_KEY alone and is kept nowhere else.
 
     url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: of one call. retries: of a call that met a timeout, a
-    lost connection, 408, 409, 429 or 5xx, with waits that double. counts: {'retried ...': n} so far.
+    lost connection, an unreadable answer, 408, 409, 429 or 5xx, with waits that double. counts: {'retried ...': n} so far.
     JudgeError: the URL is none or holds a secret, or the package openai is missing.
     """
 
@@ -60,40 +60,46 @@ class Endpoint:
         self._client = openai.OpenAI(base_url=url, api_key=self._key or "none", timeout=timeout_s, max_retries=0)
 
     def ask(self, messages, *, max_tokens):
-        """The Reply to chat messages. JudgeError: down after all retries, unauthorised, or no such model."""
-        openai = _openai()
-        for attempt in range(self._retries + 1):
+        """The Reply to chat messages. JudgeError: down after all retries, unauthorised, or no such model or API."""
+        openai, attempt = _openai(), 0
+        while True:
+            given = {self._limit_name: max_tokens, **self._settings}
             try:
-                return self._ask_once(messages, max_tokens)
+                return self._ask_once(messages, given)
             except openai.APIError as error:
                 self._give_up_if_hopeless(error)
-                if self._is_adapted(error):
+                if self._is_adapted(error, given):
                     continue
                 if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
                     return self._refused(error)
-                kind = _kind(error)
-                if attempt == self._retries:
-                    raise JudgeError(
-                        f"{self.name} cannot be asked: {kind} {attempt + 1} times ({self._said(error)})"
-                    ) from None
-                with self._lock:
-                    self.counts[f"retried {kind}"] += 1
-                self._sleep(_wait_s(error, attempt))
-        raise JudgeError(f"{self.name} takes no form of this request")
+                self._wait(error, attempt)
+            except ValueError as error:  # what came is cut or no JSON
+                self._wait(error, attempt)
+            attempt += 1
 
-    def _ask_once(self, messages, max_tokens):
-        made = self._client.chat.completions.create(
-            model=self._model, messages=messages, **{self._limit_name: max_tokens}, **self._settings
-        )
+    def _ask_once(self, messages, given):
+        made = self._client.chat.completions.create(model=self._model, messages=messages, **given)
+        if not hasattr(made, "choices"):
+            raise JudgeError(f"{self.name} answers, but not as an OpenAI-compatible API does: most URLs end in /v1")
         self._refusals = 0
-        if not getattr(made, "choices", None):
-            return Reply("")  # a server that answers without an answer: malformed, like any other
+        if not made.choices:
+            return Reply("")  # an answer without an answer: malformed, like any other
         usage = made.usage
         return Reply(
             made.choices[0].message.content or "",
             (usage.prompt_tokens or 0) if usage else 0,
             (usage.completion_tokens or 0) if usage else 0,
         )
+
+    def _wait(self, error, attempt):
+        """Count a failure and wait before the next try. JudgeError: this was the last one."""
+        kind = _kind(error)
+        if attempt >= self._retries:
+            said = self._said(error)
+            raise JudgeError(f"{self.name} cannot be asked: {kind} {attempt + 1} times ({said})") from None
+        with self._lock:
+            self.counts[f"retried {kind}"] += 1
+        self._sleep(_wait_s(error, attempt))
 
     def _refused(self, error):
         with self._lock:
@@ -114,13 +120,16 @@ class Endpoint:
                 "as the server's documentation says, mostly in /v1"
             ) from None
 
-    def _is_adapted(self, error):
-        """Whether a refusal named a parameter that can be given otherwise, and it now is."""
+    def _is_adapted(self, error, given):
+        """Whether a refusal named a parameter of `given` that can be given otherwise, as it is from now on."""
         wrong = getattr(error, "param", None)
-        if wrong == "max_tokens" and self._limit_name == "max_tokens":
+        if wrong == "max_tokens" and wrong in given:
             self._limit_name = "max_completion_tokens"
             return True
-        return wrong == "temperature" and self._settings.pop("temperature", None) is not None
+        if wrong == "temperature" and wrong in given:
+            self._settings = {}
+            return True
+        return False
 
     def _said(self, error):
         """The server's own words, shortened; the client's message leaves some of them out."""
@@ -201,6 +210,8 @@ def _kind(error):
         return "timeout"
     if isinstance(error, openai.APIConnectionError):
         return "connection"
+    if isinstance(error, (ValueError, openai.APIResponseValidationError)):
+        return "unreadable answer"
     return f"status {getattr(error, 'status_code', 'unknown')}"
 
 

@@ -116,7 +116,7 @@ def _what_it_took(counts, args):
     cost = ""
     if args.price_in is not None or args.price_out is not None:
         cost = f", cost {judge.cost_of(*tokens, args.price_in, args.price_out):.4f}"
-    yield f"{tokens[0]:,} tokens sent, {tokens[1]:,} received as the server counts them{cost}"
+    yield f"{tokens[0]:,} tokens sent, {tokens[1]:,} received as the judge counts them{cost}"
 
 
 def _say(line):

@@ -26,7 +26,7 @@ def completion(text, *, sent=100, received=10):
 
 class Server:
     """`requests`: bodies and headers as they came. `faults`: what becomes of the next requests, in order; a status,
-    'timeout', 'reset', 'malformed', 'empty', or None for none. `verdict`: the text to a request's body; with `upstream`
+    'timeout', 'reset', 'malformed', 'empty', 'cut' (no JSON), 'page' (HTML), or None for none. `verdict`: the text to a request's body; with `upstream`
     the request is passed on first, and verdict(body) replaces the text that came back."""
 
     def __init__(self, verdict, *, upstream=None, faults=(), hang_s=1.0, param=None):
@@ -59,6 +59,10 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self._send(fault, {"error": {"message": f"planted {fault}", "param": server.param, "code": "planted"}})
             return
+        if fault in ("cut", "page"):
+            kind = "text/html" if fault == "page" else "application/json"
+            self._send_bytes(200, b"<html>Sign in</html>" if fault == "page" else b'{"id": "x", "choi', kind)
+            return
         answer = self._passed_on(raw) if server.upstream else completion("")
         if fault == "empty":
             answer = {**answer, "choices": []}
@@ -77,9 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
             return json.load(found)
 
     def _send(self, status, value):
-        body = json.dumps(value).encode()
+        self._send_bytes(status, json.dumps(value).encode(), "application/json")
+
+    def _send_bytes(self, status, body, kind):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(OSError):  # the client may have given up

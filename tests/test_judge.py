@@ -79,7 +79,7 @@ def test_both_orders_are_asked_and_the_win_rate_follows(study, capsys):
     assert "24 comparisons: 0 judged before, 2 of equal answers (ties without asking), 22 calls to make" in printed
     assert (
         "cost: up to about" in printed
-        and "2,200 tokens sent, 220 received as the server counts them, cost 0.0066" in printed
+        and "2,200 tokens sent, 220 received as the judge counts them, cost 0.0066" in printed
     )
     assert "rows won 11, tied 1 (1 of equal answers), lost 0" in printed and "position bias: 0.0%" in printed
     assert len(server.requests) == 22 and len(lines_of(study)) == 24
@@ -127,15 +127,15 @@ def test_other_answers_or_another_judge_do_not_reuse_a_verdict(study):
 
 
 def test_planted_faults_are_retried_counted_and_lose_nothing(study, capsys, monkeypatch):
-    faults = [429, "timeout", 500, "reset", "malformed", "empty", 503, None, "malformed", 429]
+    faults = [429, "timeout", 500, "reset", "malformed", "empty", 503, None, "malformed", 429, "cut"]
     server = fake_judge.Server(shorter, faults=faults)
     waits = quick(monkeypatch)
     with fake_judge.serving(server) as url:
         assert call(study, url, "--timeout", "0.3", "--parallel", "2") == 0
     printed = capsys.readouterr().out
-    for said in ("2 status 429", "1 timeout", "1 status 500", "1 connection", "1 status 503"):
+    for said in ("2 status 429", "1 timeout", "1 status 500", "1 connection", "1 status 503", "1 unreadable answer"):
         assert said in printed
-    assert "asked 22: 0 malformed, 0 refused" in printed and len(waits) == 6
+    assert "asked 22: 0 malformed, 0 refused" in printed and len(waits) == 7
     found = lines_of(study)
     assert len(found) == 24 and {line["verdict"] for line in found} == {"b", "tie"}
     assert sum(line["tries"] - 1 for line in found if line["tries"]) == 3
@@ -202,6 +202,7 @@ def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monk
         (401, rf"unauthorised \(status 401\): the key in {KEY_VARIABLE} was refused"),
         (403, r"unauthorised \(status 403\)"),
         (404, r"is not there \(status 404: .*planted 404.*check --model"),
+        ("page", r"answers, but not as an OpenAI-compatible API does"),
         (400, r"refused 3 requests in a row \(.*planted 400"),
     ],
 )
@@ -230,8 +231,9 @@ def test_one_request_that_is_refused_is_asked_again_by_the_next_run(study, capsy
 
 def test_parameters_that_a_server_does_not_take_are_given_otherwise(study):
     server = fake_judge.Server(shorter, faults=[400], param="max_tokens")
+    server.faults *= 4  # each of the calls that run at a time is refused once
     with fake_judge.serving(server) as url:
-        call(study, url, "--parallel", "1")
+        call(study, url, "--parallel", "4", "--retries", "0")
         first, last = server.requests[0][0], server.requests[-1][0]
         assert "max_tokens" in first and "max_tokens" not in last
         assert last["max_completion_tokens"] == judge.REPLY_TOKENS
