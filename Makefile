@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Nothing that a target runs may ask a hub; what needs one fails at once and says so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
-.PHONY: demo test bench-data badges clean
+.PHONY: demo test test-slow bench-data badges clean
 
 # Made anew whenever what it installs has changed.
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
@@ -21,6 +21,9 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-slow: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
 
 bench-data: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/bench/data.py

@@ -1,4 +1,4 @@
-"""The command line: python -m peftlib run|data|report|compare|sweep|export."""
+"""The command line: python -m peftlib run|data|report|compare|judge|plan|chat|sweep|export."""
 
 import argparse
 import os
@@ -44,6 +44,16 @@ def _parser():
     )
     report = _command(commands, "report", _report, "write results.csv, report.md and figures of a study again")
     report.add_argument("--study", required=True, help="name of the study folder")
+    plan = _command(commands, "plan", _plan, "which method fits a GPU, in which micro-batch, for how many hours")
+    plan.add_argument("--gpu", required=True, help="t4, l4, a100, h100 and others")
+    plan.add_argument("--model", help="'packaged', gemma-3-1b, a folder or a hub id; default: the study's or profile's")
+    plan.add_argument("--study", help="name of a study folder whose settings and data to plan for")
+    plan.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="set one setting")
+    chat = _command(commands, "chat", _chat, "talk to a trained model; /new starts over, /quit ends")
+    chat.add_argument("--study", required=True, help="name of the study folder")
+    chat.add_argument("--method", required=True, help="a trained method, or base")
+    chat.add_argument("--seed", type=int, default=0, help="of the run; default: 0")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="of an answer; default: 256")
     sweep = _command(commands, "sweep", _sweep, "try learning rates of a study's methods on its validation rows")
     sweep.add_argument("--study", required=True, help="name of the study folder")
     sweep.add_argument("--method", action="append", help="once for each method; default: all")
@@ -89,6 +99,23 @@ def _report(args):
         print(readable_path(path))
 
 
+def _plan(args):
+    from peftlib import plan_cli
+
+    study = _existing_study(args.study) if args.study else None
+    overrides = {name: from_text(name, text) for name, text in args.p}
+    for line in plan_cli.lines(args.gpu, args.model, overrides, study):
+        print(line)
+
+
+def _chat(args):
+    from peftlib import talk
+
+    study = _existing_study(args.study)
+    cfg = study.cfg.replace(max_new_tokens=args.max_new_tokens)
+    return talk.main(study, args.method, seed=args.seed, max_new_tokens=cfg.max_new_tokens)
+
+
 def _sweep(args):
     from peftlib import methods
     from peftlib.sweep import FACTORS, sweep
@@ -119,7 +146,14 @@ def _compare(argv):
     return report.compare_cli(argv)
 
 
-_PASSED_ON = {"data": _data, "compare": _compare}
+def _judge(argv):
+    """have a language model compare two methods' answers"""
+    from peftlib import judge_cli
+
+    return judge_cli.main(argv, _existing_study)
+
+
+_PASSED_ON = {"data": _data, "compare": _compare, "judge": _judge}
 
 
 def _existing_study(name):

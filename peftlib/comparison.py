@@ -6,7 +6,7 @@ Every sentence is made from numbers at hand; a number that is unknown makes no s
 import math
 from dataclasses import dataclass
 
-from peftlib import stats
+from peftlib import forgetting, stats
 from peftlib.results import gib
 from peftlib.scored import BASE, BASE_CUT
 
@@ -96,6 +96,7 @@ def findings(study, boot, pairs):
         *_best(study, boot, pairs),
         *_hybrid(pairs),
         *_loss(study),
+        *_forgotten(study),
         *_cheapest(study),
         *_answers(study),
     ]
@@ -171,6 +172,21 @@ def _loss(study):
     if parts:
         yield f"Loss on test rows, nats per assistant token: base {base:.3f} (perplexity {math.exp(base):.1f}), " + (
             ", ".join(parts) + "."
+        )
+
+
+def _forgotten(study):
+    base = forgetting.mean_over([run.general for run in study.scored.get(BASE, [])])
+    parts = []
+    for method, runs in study.scored.items():
+        after = forgetting.mean_over([run.general for run in runs])
+        moved = forgetting.change(base, after)
+        if method != BASE and moved is not None:
+            parts.append(f"{method} {after.loss:.3f} ({moved:+.1%})")
+    if parts:
+        yield (
+            f"Loss on general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens), nats per token, where a rise is "
+            f"what was forgotten: base {base.loss:.3f}, {', '.join(parts)}."
         )
 
 

@@ -85,6 +85,9 @@ class Config:
         0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
     )
     eval_batch: int = _field(16, "run", "rows of one batch in generation and evaluation", low=1)
+    general_tokens: int = _field(
+        512, "run", "tokens of general text whose loss shows what was forgotten; 0 measures none", low=0
+    )
     checkpointing: str = _field(
         "off",
         "run",
@@ -159,6 +162,7 @@ _STUDY = {
     "sequences_per_step": 16,
     "galore_update_gap": 200,
     "valid_every": 200,
+    "general_tokens": 16384,  # all of the text
 }
 # Only what differs from the field defaults above stands here.
 PROFILES = {

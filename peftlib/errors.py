@@ -39,3 +39,7 @@ class CheckpointError(PeftlibError, RuntimeError):
 
 class NonFiniteLossError(PeftlibError, FloatingPointError):
     """Training met a loss that is inf or nan; the last good checkpoint is kept."""
+
+
+class JudgeError(PeftlibError, RuntimeError):
+    """A judge that cannot be asked: its endpoint is down, refuses the key, or does not serve the model."""

@@ -1,8 +1,11 @@
-"""The test rows, once, at the end: loss and answers of the saved weights, the same way for every method."""
+"""The test rows, once, at the end: loss and answers of the saved weights, the same way for every method.
+
+Beside them the loss on general text, which shows what a method made the model forget.
+"""
 
 import torch
 
-from peftlib import data
+from peftlib import data, forgetting
 from peftlib import record as records
 from peftlib.env import resolve_device
 from peftlib.errors import StudyError
@@ -12,11 +15,11 @@ from peftlib.trained import load_plain, load_trained
 
 
 def evaluate(study, method, *, log=print):
-    """Test loss and answers of a finished run, or of the untrained model ('base'); returns its record.
+    """Test loss, general text loss and answers of a finished run, or of the untrained model ('base'); returns its record.
 
     The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
     Rows that were answered before are not answered again; a finished evaluation is not repeated.
-    StudyError: the run is not finished, or 01_data has not run.
+    StudyError: the run is not finished, its record lacks a field, or 01_data has not run.
     """
     split_hash = study.manifest()["split_hash"]
     seed = 0 if method == "base" else study.cfg.seed
@@ -28,6 +31,7 @@ def evaluate(study, method, *, log=print):
             raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
         record = records.new_record(study, method, device=device, precision=precision, precision_reason=reason)
         record["status"] = "ok"
+    records.require_fields(record, study.record_path(method, seed))
     records.require_ok(record)
     done = record["evaluation"]
     if done and done["split_hash"] == split_hash and study.predictions_path(method, seed).exists():
@@ -39,6 +43,9 @@ def evaluate(study, method, *, log=print):
     batch = study.cfg.eval_batch
     log(f"{method}: loss on {len(rows)} test rows")
     loss = mean_loss(model, Rows(rows), device=device, precision="fp32")
+    general = forgetting.general_loss(
+        model, tokenizer, study.cfg, data.load_split(study.data_dir, "train"), device=device
+    )
     predictions = Predictions(study.predictions_path(method, seed), split_hash)
     seconds, tokens = answer_rows(
         model,
@@ -53,6 +60,7 @@ def evaluate(study, method, *, log=print):
     record["evaluation"] = {
         "n_test": len(rows),
         "eval_loss": loss,
+        **forgetting.record_fields(general),
         "split_hash": split_hash,
         "generate_seconds": seconds,
         "generated_tokens": tokens,

@@ -15,7 +15,7 @@ from peftlib.models import ATTENTION, PROJECTIONS
 
 GIB = 2**30
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
-_HEADROOM = 0.92  # of the card: the allocator's fragments and what the driver keeps
+HEADROOM = 0.92  # of the card: the allocator's fragments and what the driver keeps
 # Numbers that a compiled layer keeps for its backward pass, in units of a token's hidden, intermediate and attention
 # widths; the second factor is what the backward pass itself holds at its widest.
 _KEPT = {"hidden": 8.0, "intermediate": 3.0, "attention": 4.0}
@@ -114,7 +114,7 @@ def candidates(cfg):
 
 def choose(shape, method, cfg, *, precision, device_bytes, is_compiled=True):
     """The first candidate that fits. ConfigError: none does, with the numbers and what to change."""
-    limit = _HEADROOM * device_bytes
+    limit = HEADROOM * device_bytes
     for micro_batch, checkpointing in candidates(cfg):
         plan = estimate(
             shape,
@@ -135,18 +135,29 @@ def choose(shape, method, cfg, *, precision, device_bytes, is_compiled=True):
 
 
 def table(shape, cfg, *, precision, device_bytes, is_compiled=True):
-    """[{method, fits, micro_batch, checkpointing, weights_gib, ..., total_gib}, ...] for every method."""
+    """[{method, fits, micro_batch, checkpointing, weights_gib, ..., total_gib}, ...] for every method.
+
+    Where nothing fits, the setting that takes the least memory.
+    """
     rows = []
     for method in methods.METHODS:
         try:
             plan = choose(shape, method, cfg, precision=precision, device_bytes=device_bytes, is_compiled=is_compiled)
         except ConfigError:
-            rows.append({"method": method, "fits": False})
-            continue
+            plan = _least(shape, method, cfg, precision=precision, is_compiled=is_compiled)
         sizes = {f"{name}_gib": getattr(plan, name) / GIB for name in ("weights", "optimizer", "activations", "total")}
         run = {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
-        rows.append({"method": method, "fits": True, **run, **sizes})
+        rows.append({"method": method, "fits": plan.total <= HEADROOM * device_bytes, **run, **sizes})
     return rows
+
+
+def _least(shape, method, cfg, *, precision, is_compiled):
+    """The Plan of the candidate that takes the least memory."""
+    plans = (
+        estimate(shape, method, cfg, precision=precision, micro_batch=size, checkpointing=how, is_compiled=is_compiled)
+        for size, how in candidates(cfg)
+    )
+    return min(plans, key=lambda plan: plan.total)
 
 
 def device_bytes(cfg):

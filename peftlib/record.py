@@ -12,6 +12,35 @@ from peftlib.files import read_json, write_json
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "sacrebleu", "rouge-score")
 
 
+_NEEDED = (
+    "method",
+    "seed",
+    "status",
+    "error",
+    "config",
+    "split_hash",
+    "model",
+    "model_provenance",
+    "precision",
+    "device",
+    "trainable_params",
+    "steps",
+    "planned_steps",
+    "train_tokens",
+    "learning_rate",
+    "learning_rate_2",
+    "train_loss",
+    "eval_loss",
+    "peak_memory_bytes",
+    "peak_reserved_bytes",
+    "train_seconds",
+    "tokens_per_second",
+    "history",
+    "valid_history",
+    "evaluation",
+)
+
+
 def new_record(study, method, *, device, precision, precision_reason):
     """A record with everything known before training; what is not is None."""
     from peftlib.models import locate
@@ -123,6 +152,13 @@ def load(study, method, seed):
     """The record of a run, or None where there is none."""
     path = study.record_path(method, seed)
     return read_json(path) if path.exists() else None
+
+
+def require_fields(record, path):
+    """StudyError where a record lacks a field that evaluation or the report reads."""
+    missing = [name for name in _NEEDED if name not in record]
+    if missing:
+        raise StudyError(f"{path} lacks {', '.join(missing)}: delete it and run its notebook again")
 
 
 def require_ok(record):

@@ -6,7 +6,7 @@ The same inputs give the same bytes. Nothing is written before everything was re
 import warnings
 from dataclasses import dataclass, field
 
-from peftlib import comparison, results, scored, stats
+from peftlib import comparison, judge_verdicts, results, scored, stats
 from peftlib.files import write_text
 from peftlib.report_text import blocks_of, method_table
 
@@ -17,7 +17,8 @@ N_SAMPLES = 10
 class Report:
     """results: results.csv as a DataFrame. table: the field's table, one row a method, texts. per_source, pairs,
     scores: DataFrames of numbers. findings: sentences. figures: {name: PNG path}. alt: {name: text}. samples: dicts of
-    source, id, prompt, reference and one answer a method. notes: what was not matched. study: the ScoredStudy."""
+    source, id, prompt, reference and one answer a method. notes: what was not matched. judged: [judge_verdicts.Judged, ...]. n_other_verdicts: verdicts on
+    other answers or under another rubric. study: the ScoredStudy."""
 
     results: object
     table: object
@@ -29,6 +30,8 @@ class Report:
     alt: dict
     samples: list = field(repr=False)
     notes: list
+    judged: list
+    n_other_verdicts: int
     study: scored.ScoredStudy = field(repr=False)
 
 
@@ -39,6 +42,7 @@ def build(study):
     Too few test rows for narrow intervals are the first of its findings.
     """
     found = scored.load(study)
+    judged, n_other_verdicts = judge_verdicts.load(study, found)
     rows = [results.result_row(run) for run in found.runs]
     systems = found.systems()
     boot = _bootstrap(systems) if systems else None
@@ -47,6 +51,7 @@ def build(study):
     charts = _charts(found, boot, by_source)
     notes = comparison.unmatched(found.runs)
     sentences = list(comparison.findings(found, boot, pairs)) if boot else []
+    sentences += judge_verdicts.findings(judged)
     samples = _samples(found)
     paths = _save_charts(charts, study.figures_dir)
     report = Report(
@@ -60,6 +65,8 @@ def build(study):
         alt={name: chart.alt for name, chart in charts.items()},
         samples=samples,
         notes=notes,
+        judged=judged,
+        n_other_verdicts=n_other_verdicts,
         study=found,
     )
     _write(study, report, rows, pairs, boot)

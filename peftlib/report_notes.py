@@ -1,13 +1,11 @@
 """What a report says in sentences: what was compared, how it was measured, what it does not show."""
 
-from peftlib import rouge, stats
+from peftlib import forgetting, rouge, stats
 from peftlib.comparison import mean_of
 from peftlib.metrics import bleu_signature
 from peftlib.scored import BASE
 
 UNKNOWN = "n/a"
-# What the study this one grew from printed: mean over 5 samples of each sample's BLEU-4 and ROUGE-L.
-_ORIGINAL = {"base": (0.0085, 0.1355), "qlora": (0.0227, 0.1632)}
 
 
 def opening(found):
@@ -28,6 +26,14 @@ def table_note(found):
         "Test loss: nats per assistant token. Memory and time: of training, mean over finished seeds.",
         f"{UNKNOWN}: not known.",
     ]
+    known = [run.general for run in found.runs if run.general is not None]
+    if known:
+        tokens = " or ".join(f"{n:,}" for n in dict.fromkeys(loss.n_tokens for loss in known))
+        parts.insert(
+            2,
+            f"General text loss: nats per token on {tokens} tokens of {forgetting.TEXT_NAME}, which nobody trained on; "
+            "a rise against base is what was forgotten.",
+        )
     failed = [run for run in found.runs if run.record["status"] != "ok"]
     for run in failed:
         error = f": {run.record['error']}" if run.record["error"] else ""
@@ -58,16 +64,11 @@ def source_note(per_source):
     return f"Sources with fewer than {stats.FEW_ROWS} rows ({', '.join(few)}): their intervals are wide and rough."
 
 
-def score_notes():
-    """What the less known scores mean, and the original study's figures beside them."""
-    yield (
+def score_note():
+    """What the less known scores mean."""
+    return (
         "length ratio: words of the answers over words of the references. repetition: share of an answer's 4-grams that "
         "stood in it before. cut by limit: answers that met the token limit."
-    )
-    listed = ", ".join(f"{m} {b:.4f} and {r:.4f}" for m, (b, r) in _ORIGINAL.items())
-    yield (
-        f"The study this one grew from printed per-sample BLEU-4 and ROUGE-L on 5 samples: {listed}. Its smoothing, its "
-        "tokenizer and its rows are not known here, so they show the size of such figures and no more."
     )
 
 

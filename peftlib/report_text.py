@@ -2,7 +2,7 @@
 
 import math
 
-from peftlib import report_notes, stats
+from peftlib import forgetting, report_beside, report_notes, stats
 from peftlib.comparison import mean_of
 from peftlib.document import Bullets, Heading, Paragraph, Picture, Table
 from peftlib.report_notes import UNKNOWN
@@ -18,8 +18,9 @@ _METHOD_HEADER = (
     "ROUGE-L after (95 %)",
     "test loss before",
     "test loss after",
+    "general text loss (change)",
     "peak memory GiB",
-    "training min",
+    "training hours",
 )
 _SCORE_NAMES = {
     "bleu4": "BLEU-4",
@@ -57,13 +58,16 @@ def blocks_of(study, report, pairs, boot):
             Paragraph(report_notes.pairs_note(pairs)),
             _pair_table(pairs),
         ]
+    if report.judged or report.n_other_verdicts:
+        blocks += [Heading("Judged by a language model"), *report_beside.judged_blocks(report)]
     if boot:
         blocks += [
             Heading("By source"),
             _source_table(report.per_source),
             Paragraph(report_notes.source_note(report.per_source)),
         ]
-        blocks += [Heading("All scores"), _score_table(report.scores), *map(Paragraph, report_notes.score_notes())]
+        blocks += [Heading("All scores"), _score_table(report.scores), Paragraph(report_notes.score_note())]
+        blocks += report_beside.original_blocks(found)
     spread = _spread_table(found)
     if spread.rows:
         blocks += [Heading("Over seeds"), spread]
@@ -87,7 +91,7 @@ def method_table(found, boot):
         if method == BASE and found.base_cut is not None:
             name = f"base, cut at the median reference length ({found.cut_at_words} words)"
             cells = [part for metric in stats.METRICS for part in ("", _scored(boot, BASE_CUT, metric))]
-            rows.append((name, *cells, "", "", "", ""))
+            rows.append((name, *cells, *[""] * (len(_METHOD_HEADER) - 1 - len(cells))))
     return _METHOD_HEADER, tuple(rows)
 
 
@@ -110,11 +114,25 @@ def _method_cells(method, runs, found, boot):
     base_loss = mean_of(found.scored.get(BASE, []), lambda run: run.eval_loss)
     loss = mean_of(finished, lambda run: run.eval_loss)
     cells += [_number(base_loss, ".3f"), "" if is_base else _number(loss, ".3f")]
+    cells.append(_general(finished, [] if is_base else found.scored.get(BASE, [])))
     if is_base:
         return [*cells, "", ""]
     memory = mean_of(finished, lambda run: gib(run.record["peak_memory_bytes"]))
     seconds = mean_of(finished, lambda run: run.record["train_seconds"])
-    return [*cells, _number(memory, ".2f"), _number(None if seconds is None else seconds / 60, ".1f")]
+    return [*cells, _number(memory, ".2f"), _hours(seconds)]
+
+
+def _hours(seconds):
+    """Hours with two digits that count, for a demo takes minutes."""
+    return UNKNOWN if seconds is None else f"{seconds / 3600:.2f}" if seconds >= 3600 else f"{seconds / 3600:.2g}"
+
+
+def _general(runs, base_runs):
+    """Loss on general text, and its change against base where both read the same."""
+    after = forgetting.mean_over([run.general for run in runs])
+    moved = forgetting.change(forgetting.mean_over([run.general for run in base_runs]), after)
+    shown = UNKNOWN if after is None else f"{after.loss:.3f}"
+    return shown if moved is None else f"{shown} ({moved:+.1%})"
 
 
 def _scored(boot, method, metric, with_interval=True):

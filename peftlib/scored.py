@@ -6,41 +6,15 @@ Nothing is written here. What does not belong together is refused, naming files 
 import json
 from dataclasses import dataclass, field
 
-from peftlib import metrics
+from peftlib import forgetting, metrics
 from peftlib.errors import StudyError
 from peftlib.files import read_json
+from peftlib.record import require_fields
 from peftlib.study import method_rank
 
 BASE = "base"
 BASE_CUT = "base (cut)"  # base's answers cut at the median reference length
 STATUSES = ("ok", "stopped", "failed")
-_RECORD_FIELDS = (
-    "method",
-    "seed",
-    "status",
-    "error",
-    "config",
-    "split_hash",
-    "model",
-    "model_provenance",
-    "precision",
-    "device",
-    "trainable_params",
-    "steps",
-    "planned_steps",
-    "train_tokens",
-    "learning_rate",
-    "learning_rate_2",
-    "train_loss",
-    "eval_loss",
-    "peak_memory_bytes",
-    "peak_reserved_bytes",
-    "train_seconds",
-    "tokens_per_second",
-    "history",
-    "valid_history",
-    "evaluation",
-)
 _PREDICTION_FIELDS = ("id", "source", "prompt_sha256", "answer", "n_tokens", "finish_reason", "split_hash")
 
 
@@ -66,6 +40,11 @@ class Run:
     def eval_loss(self):
         """Nats per assistant token on the test rows, or None."""
         return self.record["eval_loss"]
+
+    @property
+    def general(self):
+        """The forgetting.GeneralLoss, or None."""
+        return forgetting.of_record(self.record)
 
 
 @dataclass(frozen=True)
@@ -107,7 +86,7 @@ def load(study):
     split_hash = study.manifest()["split_hash"]
     records = read_records(study, split_hash)
     test_rows = list(data.load_split(study.data_dir, "test"))
-    references = [row["messages"][-1]["content"] for row in test_rows]
+    references = references_of(test_rows, study.data_dir)
     tokenizer = metrics.bleu_tokenizer(references)
     runs = [_run(study, record, test_rows, references, tokenizer) for record in records]
     cut_at = metrics.median_words(references)
@@ -117,6 +96,22 @@ def load(study):
         cut = [metrics.cut_words(answer, cut_at) for answer in base.answers]
         base_cut = metrics.row_scores(cut, references, tokenizer=tokenizer)
     return ScoredStudy(test_rows, references, runs, split_hash, tokenizer, cut_at, base_cut)
+
+
+def references_of(test_rows, folder):
+    """[text, ...]: the last turn of each test row. StudyError: a row without one."""
+    lacking = [row["id"] for row in test_rows if not _has_reference(row["messages"])]
+    if lacking:
+        raise StudyError(
+            f"{len(lacking)} of {len(test_rows)} test rows in {folder} have no reference, the first {lacking[0]!r}: "
+            "nothing was written; build the data again (01_data)"
+        )
+    return [row["messages"][-1]["content"] for row in test_rows]
+
+
+def _has_reference(messages):
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and isinstance(last.get("content"), str) and bool(last["content"].strip())
 
 
 def read_records(study, split_hash):
@@ -138,9 +133,7 @@ def read_records(study, split_hash):
 
 def _checked_record(path):
     record = read_json(path)
-    missing = [name for name in _RECORD_FIELDS if name not in record]
-    if missing:
-        raise StudyError(f"{path} lacks {', '.join(missing)}: delete it and run its notebook again")
+    require_fields(record, path)
     if record["status"] not in STATUSES:
         raise StudyError(f"{path} has status {record['status']!r}: use {', '.join(STATUSES)}")
     return record

@@ -158,6 +158,32 @@ def test_findings_are_made_from_the_numbers(built):
     assert "base 100%, qlora 0%" in said
 
 
+def test_what_was_forgotten_stands_in_table_and_findings(built):
+    study, shown = built
+    cells = dict(zip(shown.table["technique"], shown.table["general text loss (change)"]))
+    assert (cells["base"], cells["qlora"], cells["galore"]) == ("3.000", "3.060 (+2.0%)", "3.300 (+10.0%)")
+    said = next(line for line in shown.findings if "general text" in line)
+    assert (
+        "512 tokens" in said and "base 3.000, qlora 3.060 (+2.0%), galore 3.300 (+10.0%), hybrid 2.970 (-1.0%)." in said
+    )
+    for text in (study.report_path, study.folder / "report.html"):
+        assert "World Factbook" in text.read_text(encoding="utf-8")
+
+
+def test_evaluations_without_general_text_are_read_and_other_texts_not_compared(small):
+    record = fake_study.record_of("base")
+    for name in ("general_loss", "general_tokens", "general_text_sha256"):
+        del record["evaluation"][name]
+    fake_study.write_record(small, record)
+    shown = report.build(small)
+    assert list(shown.table["general text loss (change)"]) == ["n/a", "", "3.060"]
+    assert not any("general text" in line for line in shown.findings)
+    record = fake_study.record_of("base")
+    record["evaluation"]["general_text_sha256"] = "0ther"
+    fake_study.write_record(small, record)
+    assert list(report.build(small).table["general text loss (change)"]) == ["3.000", "", "3.060"]
+
+
 def test_every_pair_is_compared_and_noise_is_called_noise(built):
     study, shown = built
     pairs = shown.pairs
@@ -274,6 +300,34 @@ def test_different_seed_sets_are_named(small):
     assert "seeds: 0 (qlora); 1 (galore)" in report.build(small).notes
 
 
+def test_the_original_studys_figures_stand_beside_ours_as_quoted(built):
+    study, shown = built
+    text = study.report_path.read_text(encoding="utf-8")
+    assert "## Beside the original study" in text
+    assert "| original (quoted) | base | 5 samples | 0.0085 | 0.1355 |" in text
+    assert "| original (quoted) | qlora | 5 samples | 0.0227 | 0.1632 |" in text
+    ours = shown.scores.set_index("method").loc["qlora"]
+    assert f"| this one | qlora | 48 rows | {ours['sample_bleu4']:.4f} | {ours['sample_rougeL']:.4f} |" in text
+
+
+def test_the_table_has_what_the_field_prints(built):
+    _, shown = built
+    assert list(shown.table.columns) == [
+        "technique",
+        "BLEU-4 before",
+        "BLEU-4 after (95 %)",
+        "ROUGE-L before",
+        "ROUGE-L after (95 %)",
+        "test loss before",
+        "test loss after",
+        "general text loss (change)",
+        "peak memory GiB",
+        "training hours",
+    ]
+    assert list(shown.table["training hours"]) == ["", "", "0.028", "0.028", "0.028"]
+    assert all(len(row) == len(shown.table.columns) for row in shown.table.to_numpy())
+
+
 # What does not belong together is refused, and nothing is written
 
 
@@ -354,6 +408,19 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_overwritten(sma
         report.build(small)
     assert [path.read_text(encoding="utf-8") for path in kept] == ["older", "older"]
     assert not small.figures_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "last", [{"role": "user", "content": "a question"}, {"role": "assistant", "content": " "}, {"role": "assistant"}]
+)
+def test_a_test_row_without_a_reference_is_named_and_nothing_is_overwritten(small, monkeypatch, last):
+    rows = fake_study.made_rows(6)
+    rows[1]["messages"] = [*rows[1]["messages"][:-1], last]
+    monkeypatch.setattr("peftlib.data.load_split", lambda data_dir, split: rows)
+    small.results_path.write_text("older", encoding="utf-8")
+    with pytest.raises(StudyError, match="1 of 6 test rows in .* have no reference, the first 'tulu-1'"):
+        report.build(small)
+    assert small.results_path.read_text(encoding="utf-8") == "older" and not small.report_path.exists()
 
 
 def test_a_study_without_records_or_data_says_what_to_run(tmp_path, monkeypatch):

@@ -145,6 +145,20 @@ def test_runs_that_cannot_be_paired_are_refused():
         stats.bootstrap({})
 
 
+def test_the_mean_of_one_number_a_row_has_the_intervals_of_a_score():
+    rng = np.random.default_rng(5)
+    covered, widths = 0, []
+    for seed in range(300):
+        found = stats.mean_interval(rng.choice([0.0, 0.5, 1.0], size=60, p=[0.2, 0.3, 0.5]), resamples=1000, seed=seed)
+        covered += found.low <= 0.65 <= found.high
+        widths.append(found.high - found.low)
+    assert 0.92 <= covered / 300 <= 0.99
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.39 / 60**0.5, rel=0.1)
+    assert stats.mean_interval([1.0, 1.0]) == stats.Interval(1.0, 1.0, 1.0)
+    with pytest.raises(DataError, match="no rows"):
+        stats.mean_interval([])
+
+
 def test_a_difference_is_put_in_words():
     words = stats.describe_difference(stats.Interval(0.01, -0.002, 0.022), "galore", "qlora", "bleu4")
     assert "inside the noise" in words and "BLEU-4" in words and "+0.0100" in words

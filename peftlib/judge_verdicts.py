@@ -1,0 +1,209 @@
+"""Verdicts on disk, and what they say: win rates with intervals, position bias, what could not be read."""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+from peftlib import SCHEMA_VERSION, scored, stats
+from peftlib.errors import StudyError
+from peftlib.files import write_text
+from peftlib.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
+
+_FIELDS = ("schema_version", "key", "id", "order", "verdict", "judge", "rubric_sha256", "reply_tokens", "a", "b")
+_VALUES = ("a", "b", "tie", "malformed")
+_SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
+
+
+class Verdicts:
+    """judge/<a>-vs-<b>.jsonl, one verdict a line. `names`: of the runs whose answers are compared, ('base-s0', ...).
+
+    A last line that a kill cut does not count. StudyError: any other line that is damaged, or of another schema.
+    """
+
+    def __init__(self, path, names):
+        self.path, self.names = path, names
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole, _, cut = text.rpartition("\n")
+        self.lines = [_parsed(path, number, line) for number, line in enumerate(whole.split("\n"), 1) if line]
+        self._whole = whole + "\n" if cut and whole else "" if cut else None  # put right by the first verdict added
+        self._by_key = {line["key"]: line for line in self.lines}
+
+    def __contains__(self, key):
+        return key in self._by_key
+
+    def __len__(self):
+        return len(self._by_key)
+
+    def is_settled(self, key, reply_tokens):
+        """Whether there is a verdict that a limit of `reply_tokens` would not better."""
+        line = self._by_key.get(key)
+        return line is not None and (line["verdict"] != "malformed" or line["reply_tokens"] >= reply_tokens)
+
+    def get(self, key):
+        """The verdict of a key as a dict, or None."""
+        return self._by_key.get(key)
+
+    def add(self, case, judge, *, verdict, reply, reply_tokens, tries, usage):
+        """Append one verdict and have the disk keep it. usage: (tokens sent, tokens received), retries included."""
+        line = {
+            "schema_version": SCHEMA_VERSION,
+            "key": case.key(judge),
+            "id": case.row["id"],
+            "source": case.row["source"],
+            "order": case.order,
+            "a": self.names[0],
+            "b": self.names[1],
+            "verdict": verdict,
+            "is_identical": case.is_identical,
+            "tries": tries,
+            "reply_tokens": reply_tokens,
+            "input_tokens": usage[0],
+            "output_tokens": usage[1],
+            "judge": judge,
+            "rubric_sha256": RUBRIC_SHA256,
+            "reply": reply,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._whole is not None:
+            write_text(self.path, self._whole)
+            self._whole = None
+        with open(self.path, "a", encoding="utf-8") as out:
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        self.lines.append(line)
+        self._by_key[line["key"]] = line
+
+
+def _parsed(path, number, text):
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise StudyError(f"{path}: line {number} is damaged ({error}): delete that line; the rest is kept") from None
+    missing = [name for name in _FIELDS if not isinstance(line, dict) or line.get(name) is None]
+    if missing:
+        raise StudyError(f"{path}: line {number} lacks {', '.join(missing)}: delete that line; the rest is kept")
+    if line["schema_version"] != SCHEMA_VERSION or line["verdict"] not in _VALUES or line["order"] not in ORDERS:
+        raise StudyError(
+            f"{path}: line {number} has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict "
+            f"{line['verdict']!r}, which this peftlib does not read: delete that line; the rest is kept"
+        )
+    return line
+
+
+def path_of(study, methods):
+    """Where the verdicts on two methods stand, whatever their order."""
+    return study.folder / "judge" / f"{'-vs-'.join(in_order(methods))}.jsonl"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One judge's verdicts on two runs. a, b: their names. n_rows: rows with a verdict in both orders.
+
+    wins, ties, losses: rows where b wins in both orders or wins once and ties once, neither, or the other way round.
+    win_rate: of b, a tie as a half, mean of both orders, by row; None without rows. position_bias: share of the rows of
+    different answers whose two verdicts both took the first answer, or both the second. first_share: of the verdicts
+    that chose one, those that chose the first.
+    """
+
+    judge: str
+    a: str
+    b: str
+    n_rows: int
+    wins: int
+    ties: int
+    losses: int
+    win_rate: stats.Interval = field(repr=False)
+    n_identical: int
+    position_bias: float
+    first_share: float
+    n_malformed: int
+
+
+def summary(cases, verdicts, judge, names):
+    """The Judged of the cases that one judge has a verdict on, or None where it has none."""
+    by_row, n_malformed = {}, 0
+    for case in cases:
+        line = verdicts.get(case.key(judge))
+        if line is None:
+            continue
+        if line["verdict"] == "malformed":
+            n_malformed += 1
+            continue
+        by_row.setdefault(case.row["id"], {})[case.order] = (line["verdict"], case.is_identical)
+    if not by_row and not n_malformed:
+        return None
+    both = [found for found in by_row.values() if len(found) == len(ORDERS)]
+    scores = [sum(_SCORE[verdict] for verdict, _ in found.values()) / len(ORDERS) for found in both]
+    asked = [found for found in both if not found["ab"][1]]
+    chosen = [verdict == order[0] for found in asked for order, (verdict, _) in found.items() if verdict != "tie"]
+    one_place = [{found["ab"][0], found["ba"][0]} == {"a", "b"} for found in asked]
+    return Judged(
+        judge,
+        *names,
+        len(both),
+        sum(score > 0.5 for score in scores),
+        sum(score == 0.5 for score in scores),
+        sum(score < 0.5 for score in scores),
+        stats.mean_interval(scores) if scores else None,
+        len(both) - len(asked),
+        sum(one_place) / len(asked) if asked else None,
+        sum(chosen) / len(chosen) if chosen else None,
+        n_malformed,
+    )
+
+
+def sentences(judged):
+    """What a Judged says, in words; one that is None says that nothing was judged."""
+    if judged is None or judged.win_rate is None:
+        yield "no row has a verdict in both orders, so there is no win rate"
+    else:
+        rate = judged.win_rate
+        is_noise = rate.low <= 0.5 <= rate.high
+        yield (
+            f"{judged.b} wins {rate.value:.1%} against {judged.a} (95 % interval {rate.low:.1%} to {rate.high:.1%}, "
+            f"{judged.n_rows} rows, a tie counts half): "
+            + ("inside the noise" if is_noise else "better" if rate.value > 0.5 else "worse")
+        )
+        yield f"rows won {judged.wins}, tied {judged.ties} ({judged.n_identical} of equal answers), lost {judged.losses}"
+    if judged is not None and judged.position_bias is not None:
+        first = "" if judged.first_share is None else f"; of its choices {judged.first_share:.0%} were the first answer"
+        yield f"position bias: {judged.position_bias:.1%} of rows judged by place alone{first}"
+    if judged is not None and judged.n_malformed:
+        yield f"malformed verdicts: {judged.n_malformed}, left out with their rows"
+
+
+def findings(judged):
+    """One sentence for each Judged with a win rate."""
+    return [f"Judged by {found.judge}: {next(sentences(found))}." for found in judged if found.win_rate is not None]
+
+
+def load(study, found):
+    """([Judged, ...], number of verdicts left out) of the study's verdict files, against the answers of today.
+
+    found: scored.ScoredStudy. Left out are verdicts on other answers or under another rubric.
+    StudyError: a damaged line.
+    """
+    made, n_used, n_lines = [], 0, 0
+    for path in sorted((study.folder / "judge").glob("*-vs-*.jsonl")):
+        methods = tuple(path.stem.split("-vs-"))
+        verdicts = Verdicts(path, methods)
+        n_lines += len(verdicts)
+        used = set()
+        for run_a, run_b in _pairs(found, methods):
+            names = tuple(f"{run.record['method']}-s{run.record['seed']}" for run in (run_a, run_b))
+            cases = cases_of(found.test_rows, run_a.answers, run_b.answers)
+            for judge in dict.fromkeys(line["judge"] for line in verdicts.lines):
+                used |= {key for case in cases if (key := case.key(judge)) in verdicts}
+                judged = summary(cases, verdicts, judge, names)
+                made += [judged] if judged else []
+        n_used += len(used)
+    return made, n_lines - n_used
+
+
+def _pairs(found, methods):
+    """[(run of a, run of b), ...] of scored runs: equal seeds, or every seed where one side has a single run (base)."""
+    runs_a, runs_b = (found.scored.get(method, []) for method in methods)
+    if scored.BASE in methods:
+        return [(a, b) for a in runs_a for b in runs_b]
+    return [(a, b) for a in runs_a for b in runs_b if a.record["seed"] == b.record["seed"]]

@@ -1,0 +1,99 @@
+"""`python -m peftlib chat`: a conversation with a trained model, on a terminal or from a pipe."""
+
+import sys
+
+import torch
+
+from peftlib import data, methods
+from peftlib.chat import STOP_IDS, encode_prompt
+from peftlib.env import resolve_device
+from peftlib.evaluate import evaluation_dtype
+from peftlib.scored import BASE
+from peftlib.trained import load_plain, load_trained
+
+QUIT, NEW = "/quit", "/new"
+
+
+class Conversation:
+    """Turns with one model. say(text) prints the answer while it is made, and returns it.
+
+    limit: tokens of history and answer together; the oldest exchanges are left out beyond it.
+    """
+
+    def __init__(self, model, tokenizer, *, max_new_tokens, limit=None):
+        self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, max_new_tokens
+        self._limit = limit or model.config.get_text_config().max_position_embeddings
+        self.messages = []
+
+    def start_over(self):
+        """Forget what was said."""
+        self.messages = []
+
+    def say(self, text):
+        """The model's answer to one more user turn."""
+        from transformers import TextStreamer
+
+        self.messages.append({"role": "user", "content": text})
+        prompt = torch.tensor([self._prompt()], device=self._model.device)
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            made = self._model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=self._max_new_tokens,
+                do_sample=False,
+                top_k=None,
+                top_p=None,
+                eos_token_id=list(STOP_IDS),
+                pad_token_id=0,
+                streamer=streamer,
+            )
+        answer = self._tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _prompt(self):
+        ids = encode_prompt(self._tokenizer, self.messages)
+        while len(ids) + self._max_new_tokens > self._limit and len(self.messages) > 1:
+            self.messages = self.messages[2:]
+            ids = encode_prompt(self._tokenizer, self.messages)
+        return ids[-max(1, self._limit - self._max_new_tokens) :]
+
+
+def main(study, method, *, seed, max_new_tokens):
+    """Talk until /quit or the end of the input; returns 0. ConfigError, ModelError: no such method, or not trained."""
+    if method != BASE:
+        methods.find(method)
+    device = resolve_device(study.cfg.device)
+    dtype = evaluation_dtype(device)[0]
+    if method == BASE:
+        model = load_plain(study.cfg.model, device=device, dtype=dtype)
+    else:
+        model = load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)
+    print(
+        f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
+    )
+    talk = Conversation(model, data.open_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
+    for text in _typed():
+        if text == QUIT:
+            break
+        if text == NEW:
+            talk.start_over()
+            print("(a new conversation)", flush=True)
+        elif text:
+            talk.say(text)
+    return 0
+
+
+def _typed():
+    """Lines of the input, each trimmed. What comes from a pipe is shown, for nobody sees it being typed."""
+    if sys.stdin.isatty():
+        while True:
+            try:
+                yield input("> ").strip()
+            except EOFError:
+                print()
+                return
+    for line in sys.stdin:
+        print(f"> {line.strip()}", flush=True)
+        yield line.strip()
