@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 # Nothing that a target runs may ask a hub; what needs one fails at once and says so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
-.PHONY: demo test test-slow bench-data badges clean
+.PHONY: demo test test-slow chaos faults bench-data badges clean
+KILLS := 100
 
 # Made anew whenever what it installs has changed.
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
@@ -24,6 +25,14 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
+
+# Real training processes, killed; KILLS=n says how often.
+chaos: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python tests/chaos.py --kills $(KILLS)
+
+# A fault at every write, rename, flush and deletion of checkpoints and their copies.
+faults: $(VENV)/installed
+	$(OFFLINE) $(BIN)/python tests/faults.py
 
 bench-data: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/bench/data.py
