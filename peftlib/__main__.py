@@ -38,6 +38,7 @@ def _parser():
     )
     run.add_argument("--profile", help="demo, t4, gpu or auto (the hardware decides); default: auto")
     run.add_argument("--study", help="name of the study folder; default: the profile's name")
+    run.add_argument("--fork", metavar="STUDY", help="start from the weights that this other study's runs reached")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="set one setting")
     run.add_argument(
         "--notebooks", dest="folder", metavar="DIR", help="folder of the notebooks; default: the checkout's"
@@ -78,7 +79,7 @@ def _command(commands, name, call, text):
 def _run(args):
     from peftlib import runner
 
-    given = {"profile": args.profile, "study": args.study}
+    given = {"profile": args.profile, "study": args.study, "fork": args.fork}
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= {name: from_text(name, text) for name, text in args.p}
     return runner.run(runner.plan(args.notebooks, overrides, args.folder))

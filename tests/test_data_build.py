@@ -321,13 +321,13 @@ def test_same_hash_in_processes_with_other_hash_seeds_and_workers(cfg_of, tmp_pa
     running = []
     for seed, workers in (("1", 1), ("2", 3)):
         fields = {**cfg.fields_of("run", "data", "math"), "workers": workers}
-        command = [sys.executable, "-c", code, json.dumps(fields), str(tmp_path / seed)]
+        command = [sys.executable, "-c", code, json.dumps(fields), str(tmp_path / seed / "data")]
         where = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(build.__file__).parents[2])}
         running.append(subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    made = [json.loads((tmp_path / seed / "manifest.json").read_text()) for seed in ("1", "2")]
+    made = [json.loads((tmp_path / seed / "data" / "manifest.json").read_text()) for seed in ("1", "2")]
     assert made[0] == made[1]  # the Parquet files' own hashes included
 
 

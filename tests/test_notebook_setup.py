@@ -134,7 +134,7 @@ def test_plain_papermill_runs_a_notebook_keeps_bars_out_and_never_asks_for_drive
     lines = shown[3].splitlines()
     assert lines[0] == "01_data, study s, profile demo"
     assert "changed    lora_rank: 16 -> 8" in lines
-    assert [line.split()[0] for line in lines[-3:]] == ["device", "precision", "folder"]
+    assert [line.split()[0] for line in lines[-4:]] == ["device", "precision", "folder", "copies"]
     assert shown[4] == "True\n"
     state = notebook.state_hash("01_data", resolve("demo", lora_rank=8))
     assert shown[5].splitlines()[-1] == f"peftlib: 01_data finished, study s, state {state}"

@@ -305,3 +305,69 @@ def test_a_checkpoint_of_other_layers_is_refused(make_study, monkeypatch):
     monkeypatch.setattr("peftlib.train.layer_table", lambda model: [{"layer": "q_proj", "class": "Other"}])
     with pytest.raises(CheckpointError, match="the model's layers are .*'Other'.*take the model and versions"):
         run.train()
+
+
+def weights_at_start(study, method):
+    """What a run's weights are when its first step begins."""
+    run = TrainingRun(study, method, log=lambda line: None)
+    seen = {}
+
+    def first_step():
+        seen.update({name: p.detach().clone() for name, p in models.trainable(run.model).items()})
+        raise KeyboardInterrupt
+
+    run._step = first_step
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    return seen, run.record
+
+
+@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid"])
+def test_a_fork_starts_from_the_weights_another_study_has_reached(make_study, method):
+    source = make_study(study="source", max_steps=4, max_seconds=1e-9, **FAST)
+    run, record = trained(source, method)
+    assert record["status"] == "stopped"
+    reached = {name: p.detach().clone() for name, p in models.trainable(run.model).items()}
+    start, forked = weights_at_start(make_study(study="fork-a", fork="source", lora_learning_rate=1e-5), method)
+    assert_equal_weights(start, reached)
+    assert forked["forked_from"] == f"source, {method}-s0, step 1"
+    run, record = trained(make_study(study="source", max_steps=4, **FAST), method)
+    start, forked = weights_at_start(make_study(study="fork-b", fork="source"), method)
+    assert forked["forked_from"] == f"source, {method}-s0, finished" and record["status"] == "ok"
+    for name, p in models.trainable(run.model).items():
+        torch.testing.assert_close(start[name], p, atol=0, rtol=2**-8)  # a full model is kept in bf16
+
+
+def test_a_fork_that_cannot_be_is_refused_with_the_way_out(make_study):
+    with pytest.raises(StudyError, match="fork='nowhere': .* train it there first"):
+        trained(make_study(study="a", fork="nowhere"), "qlora")
+    trained(make_study(study="b", max_steps=1), "qlora")
+    with pytest.raises(CheckpointError, match="take the same model, method and ranks"):
+        trained(make_study(study="c", fork="b", lora_rank=2), "qlora")
+
+
+def test_another_session_in_the_same_study_is_refused_and_nothing_is_lost(make_study):
+    from peftlib.lock import StudyLock
+
+    study = make_study(max_steps=2)
+    with StudyLock(study.folder, "training galore"), pytest.raises(StudyError, match="is in use by .*training galore"):
+        trained(study, "qlora")
+    assert trained(study, "qlora")[1]["status"] == "ok"
+
+
+def test_another_plan_or_device_goes_on_and_says_so(make_study):
+    trained(make_study(max_steps=4, max_seconds=1e-9), "qlora")
+    lines = []
+    study = make_study(max_steps=4, micro_batch=1)
+    record = TrainingRun(study, "qlora", log=lines.append).train()
+    assert record["status"] == "ok"
+    assert any("was made with plan micro_batch=2" in line and "here it is micro_batch=1" in line for line in lines)
+
+
+def test_weights_that_are_no_longer_what_was_trained_are_trained_again(make_study):
+    study = make_study(max_steps=2)
+    trained(study, "qlora")
+    path = study.weights_dir("qlora", 0) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"xxxx")
+    run = TrainingRun(study, "qlora", log=lambda line: None)
+    assert run.finished_record() is None and run.train()["status"] == "ok"

@@ -16,6 +16,7 @@ from peftlib.data.tokenizer import tokenizer_sha256
 from peftlib.data.tokens import max_chars
 from peftlib.errors import DataError, StudyError
 from peftlib.files import read_json, write_json
+from peftlib.lock import held
 
 _CODE_VERSION = 1  # raised whenever the same inputs would give other rows
 _SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
@@ -26,7 +27,7 @@ def build_data(cfg, folder, log=print):
 
     Data that stand there already, made from the same inputs, are left as they are.
     DataError: a source that cannot be read, or that falls short (see allow_short). ConfigError: `sources` is malformed.
-    ModelError: no tokenizer. StudyError: the folder cannot be written.
+    ModelError: no tokenizer. StudyError: the folder cannot be written, or another session works in it.
     """
     folder = Path(folder)
     sources = parse_sources(cfg.sources)
@@ -45,7 +46,8 @@ def build_data(cfg, folder, log=print):
         raise DataError(_shortage(missing, wanted, tallies))
     manifest = _manifest(sources, queues, chosen, inputs)
     try:
-        _write(folder, manifest, chosen, tallies)
+        with held(folder.parent, "building the data", log=log):
+            _write(folder, manifest, chosen, tallies)
     except OSError as error:
         raise StudyError(
             f"{folder} cannot be written ({error}): free some space there, or set PEFTLIB_ROOT to another place"
