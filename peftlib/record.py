@@ -78,6 +78,9 @@ def new_record(study, method, *, device, precision, precision_reason):
                 "mfu",
                 "matmul_tflops",
                 "skipped_steps",
+                "saves",
+                "save_stall_seconds",
+                "forked_from",
                 "evaluation",
             ]
         ),

@@ -17,13 +17,13 @@ class Saver:
     after a save that took s seconds of training's time, the next waits s / stall_share; 0 saves every `every` steps.
     is_background: copy the tensors to the host and write them in a thread while training goes on (for GPUs; on a CPU
     the copy would cost memory that the method is measured by, and the thread the processor).
-    `stall_seconds`: what saving has cost training so far.
+    `saves`, `stall_seconds`: how many, and what they have cost training so far.
     """
 
     def __init__(self, checkpoints, *, every, stall_share, is_background, log):
         self.checkpoints, self.every, self.stall_share = checkpoints, every, stall_share
         self.is_background, self.log = is_background, log
-        self.stall_seconds = 0.0
+        self.saves, self.stall_seconds = 0, 0.0
         self._last_step, self._next_at = 0, 0.0
         self._writing = None
         self._error = None
@@ -53,6 +53,7 @@ class Saver:
         if must:
             self.wait()
         stall = time.monotonic() - started
+        self.saves += 1
         self.stall_seconds += stall
         self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
         error, self._error = self._error, None
@@ -60,6 +61,10 @@ class Saver:
             if must:
                 raise error
             self.log(f"{error}; training goes on and tries again")
+
+    def is_writing(self):
+        """Whether a thread is writing a checkpoint at the moment."""
+        return self._writing is not None and self._writing.is_alive()
 
     def wait(self):
         """Return once nothing is being written."""

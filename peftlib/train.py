@@ -369,6 +369,7 @@ class TrainingRun:
         progress, record = self.progress, self.record
         record.update(vars(progress), steps=progress.step)
         del record["step"]
+        record["saves"], record["save_stall_seconds"] = self.saver.saves, self.saver.stall_seconds  # of this session
         last = record["history"][-max(1, self.plan.steps // 10) :]
         if last:
             record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)

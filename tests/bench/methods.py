@@ -54,7 +54,7 @@ def settings():
     yield {"name": "qlora_speed", "method": "qlora", **speed}
     yield {"name": "qlora_memory", "method": "qlora", **memory, "profile": True}
     yield {"name": "unsloth", "peer": "unsloth", "micro_batch": 4, "accumulation": 4}
-    yield {"name": "galore", "method": "galore", **speed, "refresh": True}
+    yield {"name": "galore", "method": "galore", **speed, "refresh": True, "saving": True}
     yield {"name": "galore_memory", "method": "galore", "micro_batch": 8, "checkpointing": "on", "fields": light}
     yield {"name": "hybrid", "method": "hybrid", **speed}
     yield {"name": "galore_layerwise_liger", "peer": "galore_layerwise_liger", "micro_batch": 4, "accumulation": 1}
@@ -175,6 +175,8 @@ def measure(setting):
     found.update(mfu=found["tok_s"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
     if setting.get("refresh"):
         found.update(_refresh_seconds(stepper.optimizer))
+    if setting.get("saving"):
+        found.update(_saving(stepper, model, batches, scored))
     if setting.get("mixed"):
         found.update(_mixed(setting, stepper, model.config.vocab_size))
     if setting.get("profile"):
@@ -211,6 +213,36 @@ def _mixed(setting, stepper, vocabulary):
                 padded += sum(batch.ids.numel() for batch in batches)
         found[f"{way}_{micro_batch}"] = {"useful_tok_s": useful / seconds, "padded_share": 1 - useful / padded}
     return {"mixed_found": found}
+
+
+def _saving(stepper, model, batches, scored):
+    """What a checkpoint costs: its bytes, how long training waits for it, and how long a thread then writes."""
+    from peftlib.checkpoint import Checkpoint, CheckpointDir
+    from peftlib.models import trainable
+    from peftlib.saving import Saver
+
+    with tempfile.TemporaryDirectory(dir=FOLDER.parent) as folder:
+        saver = Saver(CheckpointDir(folder, keep=1), every=1, stall_share=0.02, is_background=True, log=print)
+        weights = {name: p.data for name, p in trainable(model).items()}
+        _wait(stepper.device)
+        started = time.perf_counter()
+        saver.save(1, Checkpoint(weights, stepper.optimizer.state_dict(), {}))
+        waited, steps = time.perf_counter() - started, []
+        while saver.is_writing():
+            begun = time.perf_counter()
+            stepper.gradients(batches, scored, seed=0)
+            stepper.update()
+            _wait(stepper.device)
+            steps.append(time.perf_counter() - begun)
+        saver.wait()
+        written = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return {
+        "checkpoint_gib": size / 2**30,
+        "save_stall_s": waited,
+        "save_written_s": written,
+        "save_step_s": sum(steps) / max(1, len(steps)),
+    }
 
 
 def _batches(setting, vocabulary, device):
@@ -380,7 +412,7 @@ def _line(row):
     return (
         f"{head}{row.get('tok_s', 0):>8,.0f} tok/s {row['peak_gib']:6.2f} GiB ({', '.join(parts)}) "
         f"first {row['first_step_s']:.1f} s"
-        + "".join(f" {key} {row[key]:.4f}" for key in row if key.startswith("refresh_"))
+        + "".join(f" {key} {row[key]:.4f}" for key in row if key.startswith(("refresh_", "save_", "checkpoint_")))
         + "".join(f" {way} {got['useful_tok_s']:,.0f}" for way, got in row.get("mixed_found", {}).items())
     )
 
