@@ -234,7 +234,7 @@ class Mirror:
         if self._failures.get(unit, ("",))[0] != said:
             self.log(f"{self.remote}: {unit} could not be copied ({said}). Work goes on; {self.remote.remedy(error)}")
         self._failures[unit] = (said, time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE_S))
-        with contextlib.suppress(OSError, ImportError):
+        with contextlib.suppress(OSError):
             self.remote.reconnect()
 
     def _put(self, unit):

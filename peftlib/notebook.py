@@ -11,6 +11,7 @@ from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
 from peftlib.mirror import open_mirror, running
 from peftlib.record import device_name
+from peftlib.session import host
 from peftlib.storage import mount_drive
 from peftlib.study import Study
 
@@ -31,8 +32,9 @@ _WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
 def setup(name, *, drive=None):
     """The opened Study of the parameters cell; prints config, device, precision and folder, and seeds the generators.
 
-    name: the notebook's file name without `.ipynb`. drive: on Colab, keep the study on Google Drive, which is mounted
-    if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0). A headless run never mounts, for that prompts.
+    name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, which is mounted
+    if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0; on Colab 1 where it is not set). A headless
+    run never mounts, for that prompts.
     ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. StudyError: see Study.open.
     """
     is_headless = headless()
@@ -40,8 +42,9 @@ def setup(name, *, drive=None):
         _quiet_progress_bars()
     given = executed_parameters(_ipython().user_ns["In"])
     named = resolve(**given)  # refuses bad settings before anything is mounted
-    is_drive_wanted = os.environ.get("PEFTLIB_DRIVE") == "1" if drive is None else drive
-    if is_drive_wanted and not is_headless:
+    if drive is None:
+        drive = os.environ.get("PEFTLIB_DRIVE", "1" if host() == "colab" else "0") == "1"
+    if drive and not is_headless:
         mount_drive()
     mirror = open_mirror(output_root() / named.study)
     study = Study.resolve(**given)

@@ -40,14 +40,30 @@ def remote_of(study_name):
 
 
 def mount_drive():
-    """Mount Google Drive, which asks its owner for leave. ConfigError: this is not Colab."""
+    """Mount Google Drive, which asks its owner for leave; without it work goes on, on this machine's disk alone.
+
+    ConfigError: this is not Colab.
+    """
+    if not _is_colabs_own_kernel():
+        raise ConfigError("Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it")
     try:
-        from google.colab import drive
-    except ImportError:
-        raise ConfigError(
-            "Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it"
-        ) from None
-    drive.mount(str(DRIVE))
+        _mount()
+    except OSError as error:
+        print(
+            f"{error.strerror}: results stay on this machine and go with it. Run this cell again to give leave, or set "
+            "PEFTLIB_DRIVE=0 to do without"
+        )
+
+
+def _mount(**how):
+    """Mount Drive. OSError: refused, or it failed."""
+    from google.colab import drive
+
+    try:
+        drive.mount(str(DRIVE), **how)
+    except Exception as error:
+        # Colab raises ValueError, RuntimeError and errors of its page's own kind, which are plain Exceptions.
+        raise OSError(errno.ENOTCONN, f"Google Drive is not mounted ({error})") from error
 
 
 class FolderRemote:
@@ -120,12 +136,7 @@ class FolderRemote:
     def reconnect(self):
         """Mount a Drive again whose mount has died. OSError: it does not come back."""
         if self.is_drive and _is_colabs_own_kernel():
-            from google.colab import drive
-
-            try:
-                drive.mount(str(DRIVE), force_remount=True)
-            except (ValueError, RuntimeError) as error:  # what Colab raises for a refused or failed mount
-                raise OSError(errno.ENOTCONN, f"Drive could not be mounted again ({error})") from error
+            _mount(force_remount=True)
 
     def flush(self):
         """Have Drive upload what its mount still holds back; other folders need nothing."""

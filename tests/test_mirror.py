@@ -2,8 +2,10 @@ import errno
 import inspect
 import os
 import shutil
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -304,6 +306,48 @@ def test_which_remote(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_MIRROR", "hf://me")
     with pytest.raises(ConfigError, match="use hf://USER/REPO"):
         storage.remote_of("s")
+
+
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    """Colab's module as far as it is used: what it was asked for, in order; `fails` makes mounting raise."""
+    asked = []
+    module = types.ModuleType("google.colab")
+
+    def mount(path, force_remount=False):
+        asked.append("remount" if force_remount else "mount")
+        if module.fails:
+            raise ValueError("mount failed")
+
+    module.fails = False
+    module.drive = types.SimpleNamespace(mount=mount, flush_and_unmount=lambda: asked.append("flush"))
+    module.asked = asked
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    return module
+
+
+def test_drive_is_mounted_or_its_absence_said(colab, capsys, monkeypatch):
+    storage.mount_drive()
+    colab.fails = True
+    storage.mount_drive()
+    assert colab.asked == ["mount", "mount"]
+    assert "not mounted (mount failed): results stay on this machine" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "google.colab")
+    with pytest.raises(ConfigError, match="only Colab can mount it"):
+        storage.mount_drive()
+
+
+def test_a_dead_mount_is_mounted_again_and_the_last_copy_flushed(colab, study, tmp_path, lines):
+    drive = FolderRemote(tmp_path / "drive" / "peftlib" / "study", is_drive=True)
+    ours = Mirror(study, drive, log=lines.append, every_s=0.01)
+    gone = OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+    with mock.patch.object(FolderRemote, "put", side_effect=gone):
+        ours.copy_once(is_last=True)
+    assert colab.asked == ["remount"] * 5 and "force_remount=True" in lines[0]
+    assert ours.flush(20) and colab.asked[5:] == ["flush", "remount"]
+    colab.fails = True
+    assert ours.flush(20)  # a mount that does not come back after the flush harms nothing
 
 
 class FakeHub:

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import fake_notebooks
@@ -138,15 +137,6 @@ def test_plain_papermill_runs_a_notebook_keeps_bars_out_and_never_asks_for_drive
     assert shown[4] == "True\n"
     state = notebook.state_hash("01_data", resolve("demo", lora_rank=8))
     assert shown[5].splitlines()[-1] == f"peftlib: 01_data finished, study s, state {state}"
-
-
-def test_drive_is_mounted_where_it_can_be(monkeypatch):
-    mounted = []
-    colab = types.ModuleType("google.colab")
-    colab.drive = types.SimpleNamespace(mount=mounted.append)
-    monkeypatch.setitem(sys.modules, "google.colab", colab)
-    notebook.mount_drive()
-    assert mounted == ["/content/drive"]
 
 
 def test_plain_papermill_with_an_unknown_parameter_fails_with_our_message_alone(study, tmp_path):
