@@ -1,14 +1,21 @@
 """The test rows, once, at the end: loss and answers of the saved weights, the same way for every method."""
 
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+
 import torch
 
 from peftlib import data
 from peftlib import record as records
+from peftlib.engines import require_vllm
 from peftlib.env import resolve_device
 from peftlib.errors import StudyError
 from peftlib.generate import Predictions, answer_rows
+from peftlib.models import locate
 from peftlib.rows import Rows, mean_loss
-from peftlib.trained import load_plain, load_trained
+from peftlib.trained import export_merged, load_plain, load_trained
 
 
 def evaluate(study, method, *, log=print):
@@ -16,7 +23,7 @@ def evaluate(study, method, *, log=print):
 
     The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
     Rows that were answered before are not answered again; a finished evaluation is not repeated.
-    StudyError: the run is not finished, or 01_data has not run.
+    StudyError: the run is not finished, or 01_data has not run. ModelError: engine='vllm' and there is no vLLM.
     """
     split_hash = study.manifest()["split_hash"]
     seed = 0 if method == "base" else study.cfg.seed
@@ -33,22 +40,29 @@ def evaluate(study, method, *, log=print):
     if done and done["split_hash"] == split_hash and study.predictions_path(method, seed).exists():
         log(f"{method}: evaluated before, nothing to do")
         return record
+    if study.cfg.engine == "vllm":
+        require_vllm()
     rows = data.load_split(study.data_dir, "test")
     tokenizer = data.open_tokenizer(study.cfg.model)
     model = _load(study, method, seed, device=device, dtype=dtype)
-    batch = study.cfg.eval_batch
     log(f"{method}: loss on {len(rows)} test rows")
     loss = mean_loss(model, Rows(rows), device=device, precision="fp32")
     predictions = Predictions(study.predictions_path(method, seed), split_hash)
-    seconds, tokens = answer_rows(
-        model,
-        tokenizer,
-        rows,
-        predictions,
-        max_new_tokens=study.cfg.max_new_tokens,
-        batch=batch,
-        log=lambda line: log(f"{method}: {line}"),
-    )
+    if study.cfg.engine == "vllm":
+        model = None  # vLLM takes the card for itself
+        gc.collect()
+        torch.cuda.empty_cache()
+    with _merged_folder(study, method, seed) if model is None else contextlib.nullcontext(model) as answering:
+        seconds, tokens = answer_rows(
+            answering,
+            tokenizer,
+            rows,
+            predictions,
+            max_new_tokens=study.cfg.max_new_tokens,
+            batch=study.cfg.eval_batch,
+            engine=study.cfg.engine,
+            log=lambda line: log(f"{method}: {line}"),
+        )
     record["eval_loss"] = loss
     record["evaluation"] = {
         "n_test": len(rows),
@@ -56,6 +70,7 @@ def evaluate(study, method, *, log=print):
         "split_hash": split_hash,
         "generate_seconds": seconds,
         "generated_tokens": tokens,
+        "engine": study.cfg.engine,
         "max_new_tokens": study.cfg.max_new_tokens,
         "precision": precision,
         "device": records.device_name(device),
@@ -75,6 +90,16 @@ def _load(study, method, seed, *, device, dtype):
     if method == "base":
         return load_plain(study.cfg.model, device=device, dtype=dtype)
     return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _merged_folder(study, method, seed):
+    """A transformers folder (or hub id) of the model that is evaluated, for engines that load it themselves."""
+    if method == "base":
+        yield locate(study.cfg.model)[0]
+        return
+    with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
+        yield export_merged(study.weights_dir(method, seed), Path(folder) / "model")
 
 
 def trained_methods(study):
