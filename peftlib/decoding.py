@@ -27,16 +27,18 @@ _REFILL_SHARE = 8  # prompts are read when one slot in so many is free: a pass o
 @dataclass(frozen=True)
 class Pace:
     """How a device is driven. prompt_tokens: padded tokens of one pass over prompts; steps: between two looks at who
-    is done; places: attention reads a multiple of so many; widths: slots of a step are a power of two."""
+    is done; places: attention reads a multiple of so many; shrink: a step spans all slots or so many times fewer,
+    again and again, 0 for exactly those that live."""
 
     prompt_tokens: int
     steps: int
     places: int
-    widths: bool
+    shrink: int
 
 
-CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, widths=False)  # temporaries of more tokens leave the caches
-GPU_PACE = Pace(prompt_tokens=16384, steps=4, places=128, widths=True)
+CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, shrink=0)  # temporaries of more tokens leave the caches
+# Each pair of places and span is a graph of its own, whose capture costs as much as dozens of replays.
+GPU_PACE = Pace(prompt_tokens=16384, steps=4, places=256, shrink=4)
 
 
 def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
@@ -221,7 +223,13 @@ class _Decoder:
         self.count = self._span(max(self.live) + 1)
 
     def _span(self, slots):
-        return min(1 << (slots - 1).bit_length(), self.slots) if self.pace.widths else slots
+        """Slots that a step spans to reach the first `slots`."""
+        if not self.pace.shrink:
+            return slots
+        span = self.slots
+        while span // self.pace.shrink >= slots:
+            span //= self.pace.shrink
+        return span
 
     def _move(self, sources, targets):
         for source, target in zip(sources, targets, strict=True):

@@ -81,7 +81,7 @@ def test_every_row_is_answered_once_whatever_the_slots(rows, slots):
 def test_the_pace_of_a_gpu_makes_the_same_answers(monkeypatch):
     model, (prompts, limits) = stopping_model(), uneven(60)
     by_row = dict(decoding.generate_by_slots(model, prompts, limits, slots=16))
-    small = decoding.Pace(prompt_tokens=300, steps=4, places=16, widths=True)
+    small = decoding.Pace(prompt_tokens=300, steps=4, places=16, shrink=4)
     monkeypatch.setattr(decoding, "CPU_PACE", small)
     assert dict(decoding.generate_by_slots(model, prompts, limits, slots=16)) == by_row
 
