@@ -18,7 +18,8 @@ from peftlib.graphs import StepGraphs
 from peftlib.kv_cache import SlotCache, slot_bytes
 from peftlib.models import core
 
-CPU_SLOTS = 64  # two cores gain little from more rows a step, and each takes megabytes of cache
+CPU_SLOTS = 128  # a step reads all weights, however many rows share it
+_CPU_CACHE_BYTES = 2 * 2**30  # a fixed number, so that answers do not hang on the memory that happens to be free
 _MOST_SLOTS = 512
 _FREE_SHARE = 0.8  # of the GPU memory that is free: the rest is for fragments and the driver
 _REFILL_SHARE = 8  # prompts are read when one slot in so many is free: a pass over few costs as much as one over many
@@ -72,15 +73,15 @@ def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
 
 
 def planned_slots(model, prompts, limits):
-    """Rows at a time that the device's free memory holds at the longest prompt; a power of two on a GPU."""
+    """Rows at a time that memory holds if all were as long as the longest; a power of two on a GPU."""
     parameter = next(model.parameters())
+    config, size = core(model).model.config, _dtype(model).itemsize
+    cache = slot_bytes(config, _longest(prompts, limits), size)
     if parameter.device.type != "cuda":
-        return CPU_SLOTS
-    config = core(model).model.config
+        return max(1, min(CPU_SLOTS, _CPU_CACHE_BYTES // cache))
     free = torch.cuda.mem_get_info(parameter.device)[0]
     free += torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
-    size = _dtype(model).itemsize
-    row = slot_bytes(config, _longest(prompts, limits), size) + 2 * config.vocab_size * size
+    row = cache + 2 * config.vocab_size * size
     room = _FREE_SHARE * free - GPU_PACE.prompt_tokens * _token_bytes(config)
     return max(1, min(_MOST_SLOTS, _power_of_two_below(max(1, int(room / row)))))
 

@@ -8,7 +8,7 @@ from peftlib.errors import ModelError
 
 _PAD = 0
 _PLAIN_BATCH = 32
-_BLOCK = 4  # batches of slots; what a kill costs at most, and small beside the pause in which the last rows end alone
+_BLOCK = 2  # batches of slots; what a kill costs at most, and small beside the pause in which the last rows end alone
 
 
 def generate_rows(model, prompts, limits, *, engine="auto", batch=0, log=print):

@@ -21,7 +21,7 @@ from peftlib.trained import export_merged, load_plain, load_trained
 def evaluate(study, method, *, log=print):
     """Test loss and answers of a finished run, or of the untrained model ('base'); returns its record.
 
-    The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
+    The saved weights are loaded as one plain merged model, in the precision of `evaluation_dtype`.
     Rows that were answered before are not answered again; a finished evaluation is not repeated.
     StudyError: the run is not finished, or 01_data has not run. ModelError: engine='vllm' and there is no vLLM.
     """
@@ -46,7 +46,8 @@ def evaluate(study, method, *, log=print):
     tokenizer = data.open_tokenizer(study.cfg.model)
     model = _load(study, method, seed, device=device, dtype=dtype)
     log(f"{method}: loss on {len(rows)} test rows")
-    loss = mean_loss(model, Rows(rows), device=device, precision="fp32")
+    # A bf16 model needs no autocast; fp16 matrices beside a float32 residual do.
+    loss = mean_loss(model, Rows(rows), device=device, precision="fp16" if precision == "fp16" else "fp32")
     predictions = Predictions(study.predictions_path(method, seed), split_hash)
     if study.cfg.engine == "vllm":
         model = None  # vLLM takes the card for itself
@@ -80,10 +81,15 @@ def evaluate(study, method, *, log=print):
 
 
 def evaluation_dtype(device):
-    """(torch dtype, its name, reason) of evaluation: float32 wherever bf16 is slow or absent."""
-    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
+    """(torch dtype, its name, reason) of evaluation: float32 wherever 16 bits are slow."""
+    if device != "cuda":
+        return torch.float32, "fp32", "CPUs decode faster in float32"
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:
         return torch.bfloat16, "bf16", "this card has bf16"
-    return torch.float32, "fp32", "CPUs decode faster in float32, and fp16 cannot hold Gemma 3's residual"
+    if major == 7:
+        return torch.float16, "fp16", f"compute capability {major}.{minor} has no bf16 but fp16; the residual is fp32"
+    return torch.float32, "fp32", f"compute capability {major}.{minor} has fast matrix products in float32 alone"
 
 
 def _load(study, method, seed, *, device, dtype):

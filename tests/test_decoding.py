@@ -14,6 +14,7 @@ from peftlib.kv_cache import SlotCache, slot_bytes
 from peftlib.methods import qlora
 from peftlib.models import core, load_base
 from peftlib.precision import run_in_autocast
+from peftlib.trained import load_plain
 
 STOPS = (1, 106)
 WINDOW = 32
@@ -159,6 +160,21 @@ def test_a_model_in_autocast_keeps_its_cache_in_that_precision(tiny_model):
     ours = dict(decoding.generate_by_slots(model, prompts, limits, slots=4))
     same = [ours[i] == alone(model, p, n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
     assert sum(same) >= 9  # bf16 rounds by neighbours
+
+
+def test_a_residual_beyond_fp16_does_not_overflow_in_the_slots(tmp_path):
+    model = stopping_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_feedforward_layernorm.weight.fill_(4e4)
+            layer.post_attention_layernorm.weight.fill_(5e4)
+            layer.pre_feedforward_layernorm.weight.fill_(2e3)
+    model.save_pretrained(tmp_path / "big")
+    prompts, limits = uneven(12)
+    exact, half = (load_plain(str(tmp_path / "big"), device="cpu", dtype=t) for t in (torch.float32, torch.float16))
+    whole = dict(decoding.generate_by_slots(exact, prompts, limits, slots=4))
+    ours = dict(decoding.generate_by_slots(half, prompts, limits, slots=4))
+    assert sum(ours[i][0] == whole[i][0] for i in range(12)) >= 9  # fp16 rounds, an overflow would leave no word right
 
 
 def test_plain_batches_end_each_row_at_its_own_limit():

@@ -143,6 +143,17 @@ def test_evaluation_writes_loss_and_answers_once(make_study):
     assert trained_methods(study) == ["qlora"]
 
 
+def test_evaluation_in_fp16_scores_as_in_float32(make_study, monkeypatch):
+    study = make_study()
+    exact = evaluate(study, "base", log=lambda line: None)
+    study.record_path("base", 0).unlink()
+    study.predictions_path("base", 0).unlink()
+    monkeypatch.setattr("peftlib.evaluate.evaluation_dtype", lambda device: (torch.float16, "fp16", "as on a T4"))
+    record = evaluate(study, "base", log=lambda line: None)
+    assert record["precision"] == record["evaluation"]["precision"] == "fp16"
+    assert abs(record["eval_loss"] - exact["eval_loss"]) < 1e-3
+
+
 def test_evaluating_what_was_not_trained_is_refused(make_study):
     with pytest.raises(StudyError, match="no record of galore.*train it first"):
         evaluate(make_study(), "galore", log=lambda line: None)

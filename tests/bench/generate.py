@@ -6,7 +6,9 @@
 A row is a prompt as token ids and its reference's number of tokens. The packaged model is not tuned and would babble
 to the limit, so every row ends at its reference's length (or the token limit, or a stop token), on both sides alike:
 plain `generate` through a stopping criterion by row, ours through a limit by row. Counted are useful tokens, up to
-the first stop token. Plain batches are left-padded, rows in file order. Results of other devices in OUT stay.
+the first stop token. Plain batches are left-padded, rows in file order; where a size is
+measured on fewer rows than all, they are spread over the file, and ours answers the same. Results of other devices in
+OUT stay.
 """
 
 import argparse
@@ -22,9 +24,11 @@ sys.path.insert(0, str(REPOSITORY))
 
 FILES = {"alpaca": "alpaca.jsonl.gz", "tulu": "tulu_v2.jsonl.gz", "ultrachat": "ultrachat_200k.jsonl.gz"}
 LENGTHS = "each row ends at its reference's length, on both sides"
-BATCHES = {"cpu": [8, 16, 32, 64, 128], "cuda": [64, 128, 256, 512, 1024]}
+BATCHES = {"cpu": [8, 16, 32], "cuda": [512, 1024, 256, 128]}  # where time runs out, the last are left out
 WARM_ROWS, WARM_TOKENS = 64, 4
-TRIAL_SHARE = 0.25  # of the rows, on which a CPU looks for plain generate's best batch size
+TRIAL_ROWS = 48  # on which a CPU looks for plain generate's best batch size
+PLAIN_BATCHES = 6  # of each size on a GPU; ours then answers the same rows
+REST_SECONDS = 45.0  # that our own runs need
 
 
 def make_prompts(path, data_dir, *, a_source, max_length):
@@ -71,22 +75,30 @@ class Bench:
         self.results = []
 
     def measure(self, model, engine, *, batch, rows, seconds=None):
-        """{seconds, useful_tokens, tok_s, rows, answers} of one engine; plain stops at a batch's end after `seconds`."""
-        made, started = {}, time.perf_counter()
+        """{rows, useful_tokens, seconds, tok_s, answers, ...} of one engine; plain stops at a batch's end after `seconds`.
+
+        rows: their numbers, in file order.
+        """
+        made, started, worked = {}, time.perf_counter(), time.process_time()
         for number, ids in self._answers(model, engine, batch, rows):
-            made[number] = ids
+            made[rows[number]] = ids
             late = seconds and time.perf_counter() - started > seconds
             if engine == "generate" and late and len(made) % batch == 0:
                 break
         self._wait()
         spent = time.perf_counter() - started
         useful = sum(len(_useful(ids)) for ids in made.values())
-        return {"seconds": spent, "useful_tokens": useful, "tok_s": useful / spent, "rows": len(made), "answers": made}
+        found = {"rows": len(made), "useful_tokens": useful, "seconds": spent, "tok_s": useful / spent, "answers": made}
+        if self.device == "cpu":
+            found["processor_seconds"] = (
+                time.process_time() - worked
+            )  # of all cores; other work on them adds less to it
+        return found
 
     def _answers(self, model, engine, batch, rows):
         from peftlib.engines import generate_plainly, generate_rows
 
-        prompts, limits = self.prompts[:rows], self.limits[:rows]
+        prompts, limits = [self.prompts[i] for i in rows], [self.limits[i] for i in rows]
         if engine == "generate":
             return generate_plainly(model, prompts, limits, batch=batch, order=range(len(prompts)))
         return generate_rows(model, prompts, limits, engine="slots", batch=batch)
@@ -94,12 +106,16 @@ class Bench:
     def warm(self, model, engine, batch):
         """What a first call sets up (kernels, threads, buffers) is no part of either side."""
         limits, self.limits = self.limits, [min(limit, WARM_TOKENS) for limit in self.limits]
-        self.measure(model, engine, batch=batch, rows=min(WARM_ROWS, len(limits)))
+        self.measure(model, engine, batch=batch, rows=self.spread(WARM_ROWS))
         self.limits = limits
+
+    def spread(self, rows):
+        """Numbers of so many rows from all over the file, in its order; of all, where it has no more."""
+        return spread(range(len(self.prompts)), rows)
 
     def add(self, found, against, **facts):
         """Keep a result beside its baseline, print it."""
-        numbers = {key: found[key] for key in ("rows", "useful_tokens", "seconds", "tok_s")}
+        numbers = {key: value for key, value in found.items() if key != "answers"}
         compared = {"baseline_tok_s": against["tok_s"], "ratio": found["tok_s"] / against["tok_s"]}
         if against is not found:
             both = found["answers"].keys() & against["answers"].keys()
@@ -127,6 +143,11 @@ class Bench:
         return load_plain(self.args.model, device=self.device, dtype=kinds[dtype])
 
 
+def spread(rows, n):
+    """n of the rows at even distances, in their order; all where there are no more."""
+    return [rows[i * len(rows) // n] for i in range(n)] if n < len(rows) else list(rows)
+
+
 def _useful(ids):
     from peftlib.chat import STOP_IDS
 
@@ -143,19 +164,21 @@ def line_of(result):
 
 
 def plain_runs(bench, model):
-    """{batch: found} of plain generate at batch 64 and at its best batch size; other sizes as far as time goes."""
-    total, found = len(bench.prompts), {}
-    sizes = bench.args.batches or BATCHES[bench.device]
-    cap = bench.args.cap
+    """{batch: found} of plain generate at batch 64 and at others, among them its best."""
     if bench.device == "cpu":
-        sizes, cap = [_trial(bench, model, sizes)], None
-    sizes = sorted({64, *sizes}, key=lambda batch: (batch != 64, batch))
+        sizes, most, cap = [64, _trial(bench, model)], len(bench.prompts), None
+    else:
+        sizes, most, cap = [64, *(bench.args.batches or BATCHES["cuda"])], PLAIN_BATCHES, bench.args.cap
     bench.warm(model, "generate", 64)
-    for batch in sizes:
-        if found and not bench.has_time(cap or 0.0):
+    found = {}
+    for batch in dict.fromkeys(sizes):
+        if found and not bench.has_time((cap or 0.0) + REST_SECONDS):
             print(f"generate, batch {batch}: no time", flush=True)
             continue
-        run = _unless_out_of_memory(lambda b=batch: bench.measure(model, "generate", batch=b, rows=total, seconds=cap))
+        rows = bench.spread(most * batch)
+        run = _unless_out_of_memory(
+            lambda b=batch, r=rows: bench.measure(model, "generate", batch=b, rows=r, seconds=cap)
+        )
         if run is None:
             print(f"generate, batch {batch}: out of memory", flush=True)
             continue
@@ -164,16 +187,15 @@ def plain_runs(bench, model):
     return found
 
 
-def _trial(bench, model, sizes):
-    """Plain generate's best batch size on a share of the rows, for a CPU that has no time to try all on all."""
-    rows = max(1, int(len(bench.prompts) * TRIAL_SHARE))
+def _trial(bench, model):
+    """Plain generate's best batch size on a part of the rows, for a CPU that has no time to try all on all."""
     speeds = {}
+    sizes = bench.args.batches or BATCHES["cpu"]
     bench.warm(model, "generate", min(sizes))
     for batch in sizes:
-        # No batch may be cut short by the share: as many rows as make whole batches, all rows at most.
-        some = min(len(bench.prompts), -(-rows // batch) * batch)
-        speeds[batch] = bench.measure(model, "generate", batch=batch, rows=some)["tok_s"]
-        print(f"trial: generate, batch {batch} on {some} rows: {speeds[batch]:,.1f} tok/s", flush=True)
+        rows = bench.spread(max(batch, TRIAL_ROWS))
+        speeds[batch] = bench.measure(model, "generate", batch=batch, rows=rows)["tok_s"]
+        print(f"trial: generate, batch {batch} on {len(rows)} rows: {speeds[batch]:,.1f} tok/s", flush=True)
     return max(speeds, key=speeds.get)
 
 
@@ -196,7 +218,7 @@ def our_runs(bench, model, plain):
     runs = {}
     for batch, name in ((64, "generate, batch 64"), (best, f"generate at its best batch size, {best}")):
         if batch in plain:
-            rows = plain[batch]["rows"]
+            rows = tuple(sorted(plain[batch]["answers"]))
             runs[rows] = runs.get(rows) or bench.measure(model, "slots", batch=0, rows=rows)
             bench.add(runs[rows], plain[batch], engine="slots", batch=0, baseline=name)
 
@@ -208,7 +230,7 @@ def merging(bench):
     from peftlib.trained import load_trained
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    rows = min(len(bench.prompts), bench.args.merge_rows)
+    rows = bench.spread(bench.args.merge_rows)
     with tempfile.TemporaryDirectory(prefix="peftlib-bench-") as folder:
         adapter = _adapter(bench, Path(folder) / "adapter")
         found = {}
@@ -246,17 +268,20 @@ def _adapter(bench, folder):
 
 def equality(bench):
     """Our engine and plain batches of 64 in float32: the share of equal rows, and the widest margin of the others."""
-    rows, limits = min(len(bench.prompts), bench.args.equal_rows), bench.limits
+    rows, limits = bench.spread(bench.args.equal_rows), bench.limits
     model = bench.load("fp32")
     bench.limits = [min(limit, 64) for limit in limits]
     plain = bench.measure(model, "generate", batch=64, rows=rows)
     ours = bench.measure(model, "slots", batch=0, rows=rows)
-    others = [i for i in range(rows) if plain["answers"][i] != ours["answers"][i]]
+    others = [i for i in rows if plain["answers"][i] != ours["answers"][i]]
     margins = [_margin(model, bench.prompts[i], plain["answers"][i], ours["answers"][i]) for i in others]
     bench.limits, dtype, bench.dtype = limits, bench.dtype, "fp32"
     facts = {"max_new_tokens": min(64, bench.args.max_new_tokens), "widest_margin": max(margins, default=None)}
     bench.add(ours, plain, engine="slots, equality in fp32", batch=0, baseline="generate, batch 64", **facts)
-    print(f"fp32: {rows - len(others)} of {rows} answers equal; margins where others part: {margins[:5]}", flush=True)
+    print(
+        f"fp32: {len(rows) - len(others)} of {len(rows)} answers equal; margins where others part: {margins[:5]}",
+        flush=True,
+    )
     bench.dtype = dtype
 
 
@@ -285,7 +310,7 @@ def run(args):
         with tempfile.TemporaryDirectory(prefix="peftlib-bench-") as folder:
             some = -(-args.rows // len(FILES))
             rows = make_prompts(Path(folder) / "rows.json", args.data, a_source=some, max_length=args.max_length)
-    rows = rows[: args.rows] if args.rows else rows
+    rows = spread(rows, args.rows) if args.rows else rows
     bench = Bench(args, rows)
     width, most = sum(map(len, bench.prompts)) / len(rows), sum(bench.limits) / len(rows)
     print(
