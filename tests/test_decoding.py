@@ -1,3 +1,4 @@
+import contextlib
 import random
 import sys
 import types
@@ -10,6 +11,7 @@ from peftlib import decoding, engines, forward
 from peftlib.config import resolve
 from peftlib.errors import ModelError
 from peftlib.evaluate import evaluate
+from peftlib.graphs import StepGraphs
 from peftlib.kv_cache import SlotCache, slot_bytes
 from peftlib.methods import qlora
 from peftlib.models import core, load_base
@@ -234,3 +236,44 @@ def test_graphs_on_a_gpu_answer_as_stock_generate_does():
     ours = dict(decoding.generate_by_slots(model, prompts, limits, slots=16))
     plain = [alone(model, p, n) for p, n in zip(prompts, limits, strict=True)]
     assert sum(ours[i] == plain[i] for i in range(60)) >= 59
+
+
+class FakeGraph:
+    """Stands for torch.cuda.CUDAGraph: notes what happens to it."""
+
+    fails = False
+    seen = []
+
+    def capture_begin(self, *pool):
+        self.seen.append(("begin", *pool))
+
+    def capture_end(self):
+        self.seen.append("end")
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        self.seen.append("replay")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_captured_once_a_shape_and_runs_as_it_is_where_that_fails(monkeypatch, fails):
+    FakeGraph.fails, FakeGraph.seen = fails, []
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"CUDAGraph": FakeGraph, "Stream": lambda: stream, "current_stream": lambda: stream}
+    fakes |= {"synchronize": lambda: None, "stream": lambda side: contextlib.nullcontext()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    steps = []
+    run = StepGraphs(lambda *shape: steps.append(shape))
+    for shape in ((8, 256), (8, 256), (2, 256), (8, 256)):
+        run(*shape)
+    if fails:
+        assert FakeGraph.seen == [("begin",), "end"]
+        assert steps == [(8, 256)] * 3 + [(2, 256), (8, 256)]  # the second is the capture that failed
+    else:
+        assert FakeGraph.seen == [("begin",), "end", "replay", ("begin", "pool"), "end", "replay"]
+        assert steps == [(8, 256), (8, 256), (2, 256), (2, 256)]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY))
 FILES = {"alpaca": "alpaca.jsonl.gz", "tulu": "tulu_v2.jsonl.gz", "ultrachat": "ultrachat_200k.jsonl.gz"}
 LENGTHS = "each row ends at its reference's length, on both sides"
 BATCHES = {"cpu": [8, 16, 32], "cuda": [512, 1024, 256, 128]}  # where time runs out, the last are left out
-WARM_ROWS, WARM_TOKENS = 64, 4
+WARM_ROWS, WARM_TOKENS = {"cpu": 8, "cuda": 1024}, 4
 TRIAL_ROWS = 48  # on which a CPU looks for plain generate's best batch size
 PLAIN_BATCHES = 6  # of each size on a GPU; ours then answers the same rows
 REST_SECONDS = 45.0  # that our own runs need
@@ -62,7 +62,7 @@ class Bench:
         self.args = args
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = args.dtype or ("bf16" if self.device == "cuda" else "fp32")
-        self.deadline = time.monotonic() + (args.seconds or 1e9)
+        self.deadline = args.started + (args.seconds or 1e9)
         self.prompts = [row["ids"] for row in rows]
         self.limits = [max(1, min(row["reference_tokens"], args.max_new_tokens)) for row in rows]
         self.facts = {
@@ -72,6 +72,7 @@ class Bench:
             "lengths": LENGTHS,
             "torch": torch.__version__,
         }
+        self.before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
         self.results = []
 
     def measure(self, model, engine, *, batch, rows, seconds=None):
@@ -105,8 +106,9 @@ class Bench:
 
     def warm(self, model, engine, batch):
         """What a first call sets up (kernels, threads, buffers) is no part of either side."""
+        rows = WARM_ROWS[self.device] if engine == "slots" or self.device == "cpu" else batch
         limits, self.limits = self.limits, [min(limit, WARM_TOKENS) for limit in self.limits]
-        self.measure(model, engine, batch=batch, rows=self.spread(WARM_ROWS))
+        self.measure(model, engine, batch=batch, rows=self.spread(rows))
         self.limits = limits
 
     def spread(self, rows):
@@ -114,7 +116,7 @@ class Bench:
         return spread(range(len(self.prompts)), rows)
 
     def add(self, found, against, **facts):
-        """Keep a result beside its baseline, print it."""
+        """Keep a result beside its baseline: printed, and written at once."""
         numbers = {key: value for key, value in found.items() if key != "answers"}
         compared = {"baseline_tok_s": against["tok_s"], "ratio": found["tok_s"] / against["tok_s"]}
         if against is not found:
@@ -123,6 +125,7 @@ class Bench:
             compared["same_answers"] = same / max(1, len(both))
         self.results.append({**self.facts, "dtype": self.dtype, **facts, **numbers, **compared})
         print(line_of(self.results[-1]), flush=True)
+        write(self.args.out, self.before, self.results)
 
     def has_time(self, seconds=0.0):
         """Whether something of so many seconds may start."""
@@ -169,16 +172,13 @@ def plain_runs(bench, model):
         sizes, most, cap = [64, _trial(bench, model)], len(bench.prompts), None
     else:
         sizes, most, cap = [64, *(bench.args.batches or BATCHES["cuda"])], PLAIN_BATCHES, bench.args.cap
-    bench.warm(model, "generate", 64)
     found = {}
     for batch in dict.fromkeys(sizes):
         if found and not bench.has_time((cap or 0.0) + REST_SECONDS):
             print(f"generate, batch {batch}: no time", flush=True)
             continue
         rows = bench.spread(most * batch)
-        run = _unless_out_of_memory(
-            lambda b=batch, r=rows: bench.measure(model, "generate", batch=b, rows=r, seconds=cap)
-        )
+        run = _plain(bench, model, batch, rows, cap)
         if run is None:
             print(f"generate, batch {batch}: out of memory", flush=True)
             continue
@@ -199,11 +199,13 @@ def _trial(bench, model):
     return max(speeds, key=speeds.get)
 
 
-def _unless_out_of_memory(run):
+def _plain(bench, model, batch, rows, cap):
+    """What plain generate did in at most `cap` seconds; None where it ran out of memory."""
     import torch
 
     try:
-        return run()
+        bench.warm(model, "generate", batch)
+        return bench.measure(model, "generate", batch=batch, rows=rows, seconds=cap)
     except torch.OutOfMemoryError:
         pass
     gc.collect()
@@ -296,11 +298,12 @@ def _margin(model, prompt, plain, ours):
     return float(best[0] - best[1])
 
 
-def merged_into(path, results):
-    """All results: those of this device, and what the file holds of others."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def write(path, before, results):
+    """Write the results of this device, and what the file held of others."""
     devices = {result["device"] for result in results}
-    return [result for result in before if result["device"] not in devices] + results
+    kept = [result for result in before if result["device"] not in devices]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept + results, indent=1) + "\n", encoding="utf-8")
 
 
 def run(args):
@@ -324,8 +327,6 @@ def run(args):
         if getattr(args, f"{'equal' if part is equality else 'merge'}_rows") and bench.has_time(seconds):
             gc.collect()
             part(bench)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(merged_into(args.out, bench.results), indent=1) + "\n", encoding="utf-8")
     print("\n" + "\n".join(map(line_of, bench.results)), flush=True)
 
 
@@ -355,6 +356,7 @@ def arguments(argv):
 
 def main(argv):
     args = arguments(argv)
+    args.started = time.monotonic()
     if args.make_prompts:
         rows = make_prompts(args.make_prompts, args.data, a_source=args.a_source, max_length=args.max_length)
         size = args.make_prompts.stat().st_size / 2**20
