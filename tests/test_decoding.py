@@ -242,7 +242,7 @@ class FakeGraph:
     """Stands for torch.cuda.CUDAGraph: notes what happens to it."""
 
     fails = False
-    seen = []
+    seen = None  # a list, once a test begins
 
     def capture_begin(self, *pool):
         self.seen.append(("begin", *pool))
