@@ -5,6 +5,7 @@ import torch
 from peftlib.chat import STOP_IDS
 from peftlib.decoding import CPU_SLOTS, generate_by_slots
 from peftlib.errors import ModelError
+from peftlib.models import core
 
 _PAD = 0
 _PLAIN_BATCH = 32
@@ -18,11 +19,27 @@ def generate_rows(model, prompts, limits, *, engine="auto", batch=0, log=print):
     prompts: lists of token ids; limits: most new tokens of each. batch: rows at a time, 0 for the engine's choice.
     A stop token ends an answer and is its last id. ModelError: vLLM is not installed, or no row fits the memory.
     """
+    engine = resolve_engine(model, engine)
     if engine == "vllm":
         return generate_by_vllm(model, prompts, limits)
     if engine == "plain":
         return generate_plainly(model, prompts, limits, batch=batch or _PLAIN_BATCH)
     return generate_by_slots(model, prompts, limits, slots=batch, log=log)
+
+
+def resolve_engine(model, engine):
+    """'slots', 'plain' or 'vllm' for a config's engine: auto takes slots for the text models that they know.
+
+    ModelError: slots are asked for, and the model is another.
+    """
+    if engine not in ("auto", "slots"):
+        return engine
+    inner = type(core(model).model).__name__
+    if inner == "Gemma3TextModel":
+        return "slots"
+    if engine == "slots":
+        raise ModelError(f"engine='slots' knows Gemma 3's text model, not {inner}: use engine='plain'")
+    return "plain"
 
 
 def block_rows(model, *, engine="auto", batch=0):
@@ -32,6 +49,7 @@ def block_rows(model, *, engine="auto", batch=0):
     CPU fixed blocks, redone whole after a kill, keep answers equal to the bit; a GPU does not promise that anyway, and
     would stand idle at the end of each block.
     """
+    engine = resolve_engine(model, engine)
     if engine == "plain":
         return batch or _PLAIN_BATCH
     if engine == "vllm" or next(model.parameters()).device.type != "cpu":

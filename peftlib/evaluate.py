@@ -9,7 +9,7 @@ import torch
 
 from peftlib import data
 from peftlib import record as records
-from peftlib.engines import require_vllm
+from peftlib.engines import require_vllm, resolve_engine
 from peftlib.env import resolve_device
 from peftlib.errors import StudyError
 from peftlib.generate import Predictions, answer_rows
@@ -49,7 +49,8 @@ def evaluate(study, method, *, log=print):
     # A bf16 model needs no autocast; fp16 matrices beside a float32 residual do.
     loss = mean_loss(model, Rows(rows), device=device, precision="fp16" if precision == "fp16" else "fp32")
     predictions = Predictions(study.predictions_path(method, seed), split_hash)
-    if study.cfg.engine == "vllm":
+    engine = resolve_engine(model, study.cfg.engine)
+    if engine == "vllm":
         model = None  # vLLM takes the card for itself
         gc.collect()
         torch.cuda.empty_cache()
@@ -61,7 +62,7 @@ def evaluate(study, method, *, log=print):
             predictions,
             max_new_tokens=study.cfg.max_new_tokens,
             batch=study.cfg.eval_batch,
-            engine=study.cfg.engine,
+            engine=engine,
             log=lambda line: log(f"{method}: {line}"),
         )
     record["eval_loss"] = loss
@@ -71,7 +72,7 @@ def evaluate(study, method, *, log=print):
         "split_hash": split_hash,
         "generate_seconds": seconds,
         "generated_tokens": tokens,
-        "engine": study.cfg.engine,
+        "engine": engine,
         "max_new_tokens": study.cfg.max_new_tokens,
         "precision": precision,
         "device": records.device_name(device),

@@ -179,6 +179,14 @@ def test_a_residual_beyond_fp16_does_not_overflow_in_the_slots(tmp_path):
     assert sum(ours[i][0] == whole[i][0] for i in range(12)) >= 9  # fp16 rounds, an overflow would leave no word right
 
 
+def test_a_model_that_slots_do_not_know_is_answered_by_generate():
+    other = types.SimpleNamespace(model=types.SimpleNamespace())
+    assert engines.resolve_engine(other, "auto") == "plain"
+    assert engines.resolve_engine(stopping_model(), "auto") == "slots"
+    with pytest.raises(ModelError, match="engine='slots' knows Gemma 3's text model, not SimpleNamespace"):
+        engines.resolve_engine(other, "slots")
+
+
 def test_plain_batches_end_each_row_at_its_own_limit():
     model, (prompts, limits) = stopping_model(), uneven(20)
     made = dict(engines.generate_rows(model, prompts, limits, engine="plain", batch=7))
