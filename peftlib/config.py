@@ -84,7 +84,13 @@ class Config:
     micro_batch: int = _field(
         0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
     )
-    eval_batch: int = _field(16, "run", "rows of one batch in generation and evaluation", low=1)
+    eval_batch: int = _field(0, "run", "rows that are answered at a time; 0: what the device's memory holds", low=0)
+    engine: str = _field(
+        "auto",
+        "run",
+        "what makes the answers; auto: slots, our continuous batching; plain: transformers' generate",
+        choices=("auto", "slots", "plain", "vllm"),
+    )
     general_tokens: int = _field(
         512, "run", "tokens of general text whose loss shows what was forgotten; 0 measures none", low=0
     )
@@ -174,13 +180,12 @@ PROFILES = {
         "galore_learning_rate": 5e-4,
         "galore_update_gap": 50,
         "micro_batch": 4,
-        "eval_batch": 48,
         "save_every": 12,
         "valid_every": 8,
         "log_every": 3,
     },
-    "t4": {**_STUDY, "eval_batch": 32},
-    "gpu": {**_STUDY, "eval_batch": 64},
+    "t4": _STUDY,
+    "gpu": _STUDY,
 }
 
 

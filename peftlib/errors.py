@@ -37,6 +37,10 @@ class CheckpointError(PeftlibError, RuntimeError):
     """A checkpoint that cannot be resumed here, with the reason."""
 
 
+class Stopped(PeftlibError):
+    """Work that ends before its time is over; what is done is kept, and the same call goes on from there."""
+
+
 class NonFiniteLossError(PeftlibError, FloatingPointError):
     """Training met a loss that is inf or nan; the last good checkpoint is kept."""
 

@@ -3,86 +3,153 @@
 Beside them the loss on general text, which shows what a method made the model forget.
 """
 
+import contextlib
+import gc
+import tempfile
+from pathlib import Path
+
 import torch
 
 from peftlib import data, forgetting
 from peftlib import record as records
+from peftlib.engines import require_vllm, resolve_engine
 from peftlib.env import resolve_device
 from peftlib.errors import StudyError
 from peftlib.generate import Predictions, answer_rows
+from peftlib.lock import held
+from peftlib.models import locate
 from peftlib.rows import Rows, mean_loss
-from peftlib.trained import load_plain, load_trained
+from peftlib.session import Deadline
+from peftlib.trained import export_merged, load_plain, load_trained
 
 
 def evaluate(study, method, *, log=print):
     """Test loss, general text loss and answers of a finished run, or of the untrained model ('base'); returns its record.
 
-    The saved weights are loaded as one plain merged model, in float32 on a CPU or a card without bf16, else in bf16.
-    Rows that were answered before are not answered again; a finished evaluation is not repeated.
-    StudyError: the run is not finished, its record lacks a field, or 01_data has not run.
+    The saved weights are loaded as one plain merged model, in the precision of `evaluation_dtype`.
+    What was done before is not done again: losses, answered rows, a finished evaluation.
+    StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session works in the
+    study. ModelError: engine='vllm' and there is no vLLM. Stopped: this session ends soon; what is answered is kept.
     """
+    with held(study.folder, f"answering the test rows with {method}", log=log):
+        record = _record_of(study, method)
+        done = record["evaluation"]
+        predictions_path = study.predictions_path(method, record["seed"])
+        if done and done["split_hash"] == record["split_hash"] and predictions_path.exists():
+            log(f"{method}: evaluated before, nothing to do")
+            return record
+        if study.cfg.engine == "vllm":
+            require_vllm()
+        rows = data.load_split(study.data_dir, "test")
+        device = resolve_device(study.cfg.device)
+        dtype, precision, _ = evaluation_dtype(device)
+        model = _load(study, method, record["seed"], device=device, dtype=dtype)
+        losses = _losses(study, record, model, rows, precision=precision, log=log)
+        answers = _answers(study, record, model, rows, log=log)
+        record["eval_loss"] = losses["eval_loss"]
+        record["evaluation"] = {
+            "n_test": len(rows),
+            **losses,
+            **answers,
+            "max_new_tokens": study.cfg.max_new_tokens,
+            "precision": precision,
+            "device": records.device_name(device),
+        }
+        records.save(study, record)
+        return record
+
+
+def _record_of(study, method):
+    """The record to fill: a finished run's, or the untrained model's."""
     split_hash = study.manifest()["split_hash"]
     seed = 0 if method == "base" else study.cfg.seed
     record = records.load(study, method, seed)
-    device = resolve_device(study.cfg.device)
-    dtype, precision, reason = evaluation_dtype(device)
     if record is None:
         if method != "base":
             raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
+        device = resolve_device(study.cfg.device)
+        _, precision, reason = evaluation_dtype(device)
         record = records.new_record(study, method, device=device, precision=precision, precision_reason=reason)
         record["status"] = "ok"
     records.require_fields(record, study.record_path(method, seed))
     records.require_ok(record)
-    done = record["evaluation"]
-    if done and done["split_hash"] == split_hash and study.predictions_path(method, seed).exists():
-        log(f"{method}: evaluated before, nothing to do")
-        return record
-    rows = data.load_split(study.data_dir, "test")
-    tokenizer = data.open_tokenizer(study.cfg.model)
-    model = _load(study, method, seed, device=device, dtype=dtype)
-    batch = study.cfg.eval_batch
-    log(f"{method}: loss on {len(rows)} test rows")
-    loss = mean_loss(model, Rows(rows), device=device, precision="fp32")
-    general = forgetting.general_loss(
-        model, tokenizer, study.cfg, data.load_split(study.data_dir, "train"), device=device
-    )
-    predictions = Predictions(study.predictions_path(method, seed), split_hash)
-    seconds, tokens = answer_rows(
-        model,
-        tokenizer,
-        rows,
-        predictions,
-        max_new_tokens=study.cfg.max_new_tokens,
-        batch=batch,
-        log=lambda line: log(f"{method}: {line}"),
-    )
-    record["eval_loss"] = loss
-    record["evaluation"] = {
-        "n_test": len(rows),
-        "eval_loss": loss,
-        **forgetting.record_fields(general),
-        "split_hash": split_hash,
-        "generate_seconds": seconds,
-        "generated_tokens": tokens,
-        "max_new_tokens": study.cfg.max_new_tokens,
-        "precision": precision,
-        "device": records.device_name(device),
-    }
-    records.save(study, record)
+    if record["split_hash"] != split_hash:
+        raise StudyError(
+            f"{study.record_path(method, seed)} has split_hash {record['split_hash']}, the data {split_hash}: these runs "
+            "saw other rows; move the record away and train again, or build the data it was made with"
+        )
     return record
 
 
+def _losses(study, record, model, rows, *, precision, log):
+    """Losses on test rows and general text, kept in the record as soon as they are known."""
+    kept = record.get("losses")
+    if kept is not None:
+        return kept
+    device, name = resolve_device(study.cfg.device), record["method"]
+    log(f"{name}: loss on {len(rows)} test rows")
+    # A bf16 model needs no autocast; fp16 matrices beside a float32 residual do.
+    how = {"device": device, "precision": "fp16" if precision == "fp16" else "fp32"}
+    loss = mean_loss(model, Rows(rows), **how)
+    train = data.load_split(study.data_dir, "train")
+    general = forgetting.general_loss(model, data.open_tokenizer(study.cfg.model), study.cfg, train, **how)
+    record["losses"] = {"eval_loss": loss, **forgetting.record_fields(general)}
+    records.save(study, record)
+    return record["losses"]
+
+
+def _answers(study, record, model, rows, *, log):
+    """Answer what is not answered yet; facts on it for the record."""
+    cfg, method, split_hash = study.cfg, record["method"], record["split_hash"]
+    predictions = Predictions(study.predictions_path(method, record["seed"]), split_hash)
+    tokenizer, engine = data.open_tokenizer(cfg.model), resolve_engine(model, cfg.engine)
+    deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds is of training
+    if engine == "vllm":
+        model = None  # vLLM takes the card for itself
+        gc.collect()
+        torch.cuda.empty_cache()
+    is_merged = model is None
+    with _merged_folder(study, method, record["seed"]) if is_merged else contextlib.nullcontext(model) as answering:
+        seconds, tokens = answer_rows(
+            answering,
+            tokenizer,
+            rows,
+            predictions,
+            max_new_tokens=cfg.max_new_tokens,
+            batch=cfg.eval_batch,
+            engine=engine,
+            deadline=deadline,
+            log=lambda line: log(f"{method}: {line}"),
+        )
+    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
+
+
 def evaluation_dtype(device):
-    """(torch dtype, its name, reason) of evaluation: float32 wherever bf16 is slow or absent."""
-    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
+    """(torch dtype, its name, reason) of evaluation: float32 wherever 16 bits are slow."""
+    if device != "cuda":
+        return torch.float32, "fp32", "CPUs decode faster in float32"
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:
         return torch.bfloat16, "bf16", "this card has bf16"
-    return torch.float32, "fp32", "CPUs decode faster in float32, and fp16 cannot hold Gemma 3's residual"
+    if major == 7:
+        return torch.float16, "fp16", f"compute capability {major}.{minor} has no bf16 but fp16; the residual is fp32"
+    return torch.float32, "fp32", f"compute capability {major}.{minor} has fast matrix products in float32 alone"
 
 
 def _load(study, method, seed, *, device, dtype):
     if method == "base":
         return load_plain(study.cfg.model, device=device, dtype=dtype)
     return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _merged_folder(study, method, seed):
+    """A transformers folder (or hub id) of the model that is evaluated, for engines that load it themselves."""
+    if method == "base":
+        yield locate(study.cfg.model)[0]
+        return
+    with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
+        yield export_merged(study.weights_dir(method, seed), Path(folder) / "model")
 
 
 def trained_methods(study):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib import executed
-from peftlib.errors import StudyError
+from peftlib.errors import Stopped, StudyError
 from peftlib.notebook import FINISHED, STOPPED, readable_path, state_hash
 from peftlib.papermill_child import CELL_EVENT, DEAD_KERNEL, end_tree
 from peftlib.study import Study
@@ -189,6 +189,9 @@ class Execution:
             message = f"{name} stopped at its time limit, the same command goes on from there; so far: {kept}"
             return Outcome(EXIT_STOPPED, message)
         kept = f"executed copy: {readable_path(self.stage.keep(copy, FAILED))}" if copy else "it left no executed copy"
+        error = executed.failure(copy) if copy else None
+        if error and error[1] == Stopped.__name__:
+            return Outcome(EXIT_STOPPED, f"{name} stopped: {error[2]}\n{kept}")
         if self.signal is not None:
             message = f"{name} was interrupted by {self.signal.name}, the same command goes on from there; {kept}"
             return Outcome(128 + self.signal, message)

@@ -59,8 +59,11 @@ def tokenized(tokenizer, texts, *, n_tokens, max_length):
     return made
 
 
-def general_loss(model, tokenizer, cfg, train_rows, *, device):
-    """The GeneralLoss of a model, or None where cfg.general_tokens is 0 or no passage is apart from the training rows."""
+def general_loss(model, tokenizer, cfg, train_rows, *, device, precision="fp32"):
+    """The GeneralLoss of a model, or None where cfg.general_tokens is 0 or no passage is apart from the training rows.
+
+    precision: of autocast, as in rows.mean_loss.
+    """
     from peftlib.rows import Rows, mean_loss
 
     texts = apart_from(passages(), train_rows) if cfg.general_tokens else []
@@ -68,7 +71,7 @@ def general_loss(model, tokenizer, cfg, train_rows, *, device):
     if not made:
         return None
     rows = Rows(made)
-    loss = mean_loss(model, rows, device=device, precision="fp32")
+    loss = mean_loss(model, rows, device=device, precision=precision)
     ids = json.dumps([row["input_ids"] for row in made])
     return GeneralLoss(loss, int(rows.scored.sum()), hashlib.sha256(ids.encode()).hexdigest()[:12])
 

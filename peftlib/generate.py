@@ -1,4 +1,4 @@
-"""Greedy answers: left-padded batches by length, kept row by row so that a cut session loses one batch at most."""
+"""Greedy answers to rows and questions, kept row by row so that a cut session loses little and repeats nothing."""
 
 import json
 import os
@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from peftlib.chat import STOP_IDS, encode_prompt
+from peftlib.engines import block_rows, generate_batch, generate_rows
+from peftlib.errors import Stopped, StudyError
 from peftlib.files import write_text
 
-_PAD = 0
+_SYNC_SECONDS = 5.0  # between two fsyncs; a crash of the machine, not of the process, loses so much
+_LOG_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -26,33 +27,15 @@ class Answer:
 
 def answer_batch(model, tokenizer, prompts, *, max_new_tokens):
     """[Answer, ...] to a batch of token-id lists, greedy, by transformers' generate."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), _PAD)
-    mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        made = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            top_k=None,
-            top_p=None,
-            eos_token_id=list(STOP_IDS),
-            pad_token_id=_PAD,
-            use_cache=True,
-        )
-    return [_answer(tokenizer, row) for row in made[:, width:].tolist()]
+    made = generate_batch(model, prompts, [max_new_tokens] * len(prompts))
+    return [_answer(tokenizer, ids) for ids in made]
 
 
 def _answer(tokenizer, ids):
-    ends = [i for i, token in enumerate(ids) if token in STOP_IDS]
-    kept = ids[: ends[0]] if ends else ids
+    has_stop = bool(ids) and ids[-1] in STOP_IDS
+    kept = ids[:-1] if has_stop else ids
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Answer(text, len(kept), "stop" if ends else "length")
+    return Answer(text, len(kept), "stop" if has_stop else "length")
 
 
 def ask(model, tokenizer, questions, *, max_new_tokens):
@@ -66,23 +49,32 @@ def ask(model, tokenizer, questions, *, max_new_tokens):
 
 
 class Predictions:
-    """predictions/<method>-s<seed>.jsonl, one row a line; what another split or a cut line left is dropped on opening."""
+    """predictions/<method>-s<seed>.jsonl, one row a line; what a kill left of a line is dropped on opening.
+
+    StudyError: the file holds answers to the rows of another split; it stays as it is.
+    """
 
     def __init__(self, path, split_hash):
         self.path = Path(path)
         self.split_hash = split_hash
         self.rows = {}
+        self._synced = 0.0
         # not splitlines(), which would also cut at separators inside an answer
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
         for line in lines[:-1]:
             row = _parsed(line)
-            if row and row["split_hash"] == split_hash:
+            if row and row["split_hash"] != split_hash:
+                raise StudyError(
+                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to other "
+                    "rows; move the file away and run again"
+                )
+            if row:
                 self.rows[row["id"]] = row
         if len(self.rows) != len(lines) - 1 or lines[-1]:
-            write_text(self.path, "".join(_line(row) for row in self.rows.values()))
+            self._write(self.rows.values())
 
     def add(self, test_rows, answers):
-        """Append the answers to test rows and have the disk keep them."""
+        """Append the answers to test rows. They outlive this process at once, the machine after seconds."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as out:
             for row, answer in zip(test_rows, answers, strict=True):
@@ -98,7 +90,17 @@ class Predictions:
                 self.rows[row["id"]] = made
                 out.write(_line(made))
             out.flush()
-            os.fsync(out.fileno())
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                os.fsync(out.fileno())
+                self._synced = time.monotonic()
+
+    def complete(self, test_rows):
+        """Put the file in the order of the test rows, which no interruption changes, and drop all other rows."""
+        self.rows = {row["id"]: self.rows[row["id"]] for row in test_rows}
+        self._write(self.rows.values())
+
+    def _write(self, rows):
+        write_text(self.path, "".join(map(_line, rows)))
 
 
 def _line(row):
@@ -113,24 +115,68 @@ def _parsed(line):
     return row if isinstance(row, dict) and "id" in row and "split_hash" in row else None
 
 
-def answer_rows(model, tokenizer, rows, predictions, *, max_new_tokens, batch, log=print):
-    """Answer every test row that `predictions` lacks, longest prompt first.
+def answer_rows(
+    model, tokenizer, rows, predictions, *, max_new_tokens, batch=0, engine="auto", deadline=None, log=print
+):
+    """Answer every test row that `predictions` lacks, longest prompts first; then put its file in the rows' order.
 
-    rows: test rows of peftlib.data; the last turn is the reference, the turns before it the prompt.
-    Returns (seconds of generation, tokens generated) of this call.
+    rows: test rows of peftlib.data; the last turn is the reference, the turns before it the prompt. engine, batch:
+    see engines.generate_rows. deadline: a session.Deadline. On a CPU the file of an interrupted run ends equal to an uninterrupted one's, byte by
+    byte; on a GPU answers may differ where two tokens were within rounding of each other.
+    Returns (seconds of generation, tokens generated) of this call. Stopped: the deadline has passed.
     """
     prompts = {row["id"]: encode_prompt(tokenizer, row["messages"][:-1]) for row in rows}
-    missing = [row for row in rows if row["id"] not in predictions.rows]
-    missing.sort(key=lambda row: (-len(prompts[row["id"]]), row["id"]))
-    started, tokens = time.monotonic(), 0
-    for at in range(0, len(missing), batch):
-        part = missing[at : at + batch]
-        answers = answer_batch(model, tokenizer, [prompts[row["id"]] for row in part], max_new_tokens=max_new_tokens)
-        predictions.add(part, answers)
-        tokens += sum(answer.n_tokens for answer in answers)
-        spent = time.monotonic() - started
-        left = int(spent / (at + len(part)) * (len(missing) - at - len(part)))
-        log(
-            f"answered {len(predictions.rows)}/{len(rows)}  {tokens / spent:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"
+    ordered = sorted(rows, key=lambda row: (-len(prompts[row["id"]]), row["id"]))
+    progress = _Progress(len(rows), len(predictions.rows), log)
+    for block in _blocks(ordered, predictions, block_rows(model, engine=engine, batch=batch)):
+        asked = [prompts[row["id"]] for row in block]
+        limits = [max_new_tokens] * len(block)
+        for number, ids in generate_rows(model, asked, limits, engine=engine, batch=batch, log=log):
+            row = block[number]
+            if row["id"] not in predictions.rows:
+                answer = _answer(tokenizer, ids)
+                predictions.add([row], [answer])
+                progress.count(answer)
+                why = deadline and deadline.passed()
+                if why and len(predictions.rows) < len(rows):
+                    raise Stopped(
+                        f"{why}: {len(predictions.rows)} of {len(rows)} rows are answered and kept; run again"
+                    )
+    predictions.complete(rows)
+    return progress.spent(), progress.tokens
+
+
+def _blocks(rows, predictions, size):
+    """Runs of `size` rows that hold an unanswered one, whole; without a size all unanswered rows at once."""
+    if size is None:
+        missing = [row for row in rows if row["id"] not in predictions.rows]
+        yield from [missing] if missing else []
+        return
+    for at in range(0, len(rows), size):
+        block = rows[at : at + size]
+        if any(row["id"] not in predictions.rows for row in block):
+            yield block
+
+
+class _Progress:
+    """Lines of rows answered, tokens a second and time left, at most one every few seconds and one at the end."""
+
+    def __init__(self, rows, before, log):
+        self.rows, self.answered, self.before, self.log = rows, before, before, log
+        self.tokens, self.started, self.logged = 0, time.monotonic(), time.monotonic()
+
+    def spent(self):
+        return time.monotonic() - self.started
+
+    def count(self, answer):
+        self.answered += 1
+        self.tokens += answer.n_tokens
+        now = time.monotonic()
+        if now - self.logged < _LOG_SECONDS and self.answered < self.rows:
+            return
+        self.logged = now
+        spent = max(self.spent(), 1e-9)
+        left = int(spent / (self.answered - self.before) * (self.rows - self.answered))
+        self.log(
+            f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"
         )
-    return time.monotonic() - started, tokens

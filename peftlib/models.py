@@ -92,8 +92,7 @@ def load_base(model, *, precision, device, four_bit=()):
     loaded.config.use_cache = False
     _norms_to_float32(loaded)
     if precision == "fp16":
-        loaded.get_input_embeddings().register_forward_hook(_to_float32)
-        guard_products(loaded)
+        keep_residual_in_float32(loaded)
     if four_bit:
         named_weights(loaded, four_bit)  # at least one layer bears such a name
         guard_four_bit(loaded, four_bit)
@@ -129,6 +128,12 @@ def _norms_to_float32(model):
     for name, p in model.named_parameters():
         if p.ndim == 1 and "norm" in name:
             p.data = p.data.float()
+
+
+def keep_residual_in_float32(model):
+    """Let a model of fp16 matrices carry its residual stream in float32 and guard the MLP's product, see load_base."""
+    model.get_input_embeddings().register_forward_hook(_to_float32)
+    guard_products(model)
 
 
 def _to_float32(module, args, output):

@@ -33,6 +33,7 @@ def run_in_autocast(model, device, precision):
             return forward(*args, **kwargs)
 
     model.forward = mixed
+    model.running_precision = functools.partial(autocast, device, precision)  # for who calls its parts
     return model
 
 

@@ -12,7 +12,7 @@ from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
 from peftlib.files import read_json, write_json, write_text
 from peftlib.layers import fuse_adapters
-from peftlib.models import core, guard_four_bit, load_base, peft_calls, trainable
+from peftlib.models import core, guard_four_bit, keep_residual_in_float32, load_base, peft_calls, trainable
 from peftlib.precision import run_in_autocast
 
 _ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
@@ -71,7 +71,8 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
     """The trained model of a folder that save_trained wrote, in eval mode.
 
     merge=True: one plain model in `dtype`, adapters merged into dequantized matrices. The 4-bit matrices are
-    dequantized before any forward pass and never merged in place, which would quantize the result again.
+    dequantized before any forward pass and never merged in place, which would quantize the result again. In fp16 only
+    matrices are, and the model runs under autocast with its residual in float32, as in training.
     merge=False: the form that was trained (4-bit, adapters beside), with the logits it had in training.
     ModelError: no such folder, or its base model is not to be had.
     """
@@ -82,11 +83,9 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
     if not facts["is_adapter"]:
         from transformers import AutoModelForCausalLM
 
-        return (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
-            .eval()
-            .requires_grad_(False)
-        )
+        first = torch.float32 if dtype == torch.float16 else dtype
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=first, device_map={"": device})
+        return _in_dtype(model, dtype, device).eval().requires_grad_(False)
     return _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
 
 
@@ -123,12 +122,23 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
     if (folder / _ATTENTION).exists():
         _put_whole_weights(model, load_file(folder / _ATTENTION, device=device))
     if merge:
-        model = stop_at(model.merge_and_unload()).to(dtype)
+        model = _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
     else:
         guard_four_bit(model, four_bit)
         fuse_adapters(model)  # as in training: other kernels round otherwise
         run_in_autocast(stop_at(core(model)), device, facts["precision"])
     return model.eval().requires_grad_(False)
+
+
+def _in_dtype(model, dtype, device):
+    """The model in `dtype`; in fp16 its vectors stay in float32, and with them what fp16 cannot hold."""
+    if dtype != torch.float16:
+        return model.to(dtype)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data = p.data.half()
+    keep_residual_in_float32(model)
+    return run_in_autocast(model, device, "fp16")
 
 
 def _put_whole_weights(model, tensors):
@@ -144,4 +154,5 @@ def _put_whole_weights(model, tensors):
 def load_plain(model, *, device, dtype=torch.float32):
     """The untrained base model in eval mode, for comparison."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    return stop_at(load_base(model, precision=precision, device=device)).eval()
+    loaded = stop_at(load_base(model, precision=precision, device=device)).eval()
+    return run_in_autocast(loaded, device, precision) if precision == "fp16" else loaded

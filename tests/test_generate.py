@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 import tiny
@@ -6,7 +7,7 @@ import torch
 
 from peftlib.chat import encode_prompt
 from peftlib.data import load_split
-from peftlib.errors import StudyError
+from peftlib.errors import Stopped, StudyError
 from peftlib.evaluate import evaluate, trained_methods
 from peftlib.generate import Answer, Predictions, answer_batch, answer_rows
 from peftlib.train import TrainingRun
@@ -49,26 +50,59 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_and_run_again_answers_each_row_once_with_the_same_file(make_study, tmp_path):
+class Dying(Predictions):
+    """Predictions of a process that is killed after some rows."""
+
+    left = 2
+
+    def add(self, test_rows, answers):
+        if not self.left:
+            raise Killed
+        self.left -= 1
+        super().add(test_rows, answers)
+
+
+@pytest.mark.parametrize(("engine", "batch"), [("auto", 0), ("slots", 1), ("slots", 4), ("plain", 2), ("plain", 3)])
+def test_killed_and_run_again_answers_each_row_once_with_the_same_file(make_study, tmp_path, engine, batch):
     study = make_study()
     rows, model = load_split(study.data_dir, "test"), tiny.model()
-    settings = {"max_new_tokens": 5, "batch": 2, "log": lambda line: None}
+    settings = {"max_new_tokens": 5, "batch": batch, "engine": engine, "log": lambda line: None}
     whole = Predictions(tmp_path / "whole.jsonl", "h")
     answer_rows(model, tiny.tokenizer(), rows, whole, **settings)
 
-    def kill(line):
-        raise Killed
-
     cut = tmp_path / "cut.jsonl"
-    with pytest.raises(Killed):
-        answer_rows(model, tiny.tokenizer(), rows, Predictions(cut, "h"), **{**settings, "log": kill})
-    with open(cut, "a") as half_a_line:
-        half_a_line.write('{"id": "x", "answ')
+    for answered in (2, 4):
+        with pytest.raises(Killed):
+            answer_rows(model, tiny.tokenizer(), rows, Dying(cut, "h"), **settings)
+        with open(cut, "a") as half_a_line:
+            half_a_line.write('{"id": "x", "answ')
+        ids = [json.loads(line)["id"] for line in cut.read_text().splitlines()[:-1]]
+        assert len(ids) == len(set(ids)) == answered
     again = Predictions(cut, "h")
-    assert len(again.rows) == 2
     answer_rows(model, tiny.tokenizer(), rows, again, **settings)
     assert cut.read_bytes() == whole.path.read_bytes()
-    assert len(again.rows) == len(rows) == 6
+    assert list(again.rows) == [row["id"] for row in rows] and len(rows) == 6
+
+
+def test_a_block_cut_in_the_middle_is_answered_by_the_same_batches(monkeypatch):
+    asked = []
+
+    def generate(model, prompts, limits, **settings):
+        asked.append([tuple(prompt) for prompt in prompts])
+        return iter((i, [366, 106]) for i in range(len(prompts)))
+
+    monkeypatch.setattr("peftlib.generate.generate_rows", generate)
+    rows = [
+        {"id": str(i), "source": "s", "prompt_sha256": "", "messages": [{"role": "user", "content": "a" * i}, {}]}
+        for i in range(1, 8)
+    ]
+    kept = types.SimpleNamespace(rows={"6": {}}, add=lambda rows, answers: None, complete=lambda rows: None)
+    settings = {"max_new_tokens": 5, "batch": 3, "engine": "plain", "log": lambda line: None}
+    answer_rows(tiny.model(), tiny.tokenizer(), rows, kept, **settings)
+    assert [len(block) for block in asked] == [3, 3, 1]
+    kept.rows = {str(i): {} for i in (7, 6, 5, 3)}
+    answer_rows(tiny.model(), tiny.tokenizer(), rows, kept, **settings)
+    assert asked[3:] == asked[1:3]
 
 
 def test_an_answer_with_a_line_separator_is_one_row(tmp_path):
@@ -78,10 +112,33 @@ def test_an_answer_with_a_line_separator_is_one_row(tmp_path):
     assert Predictions(kept.path, "h").rows == kept.rows and kept.path.read_bytes() == before
 
 
-def test_answers_of_another_split_are_not_taken_over(tmp_path):
+def test_answers_of_another_split_are_refused_and_stay(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"id": "a", "split_hash": "old"}) + "\n")
-    assert not Predictions(path, "new").rows
+    with pytest.raises(StudyError, match="split_hash old, the data new.*move the file away"):
+        Predictions(path, "new")
+    assert path.read_text() == '{"id": "a", "split_hash": "old"}\n'
+
+
+def test_a_session_that_ends_keeps_the_answers_and_the_next_one_goes_on(make_study):
+    from peftlib import session
+
+    study, lines = make_study(), []
+    ends = iter([None, "this session ends in 3 minutes"])
+
+    class Ending(session.Deadline):
+        def passed(self):
+            return next(ends)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("peftlib.evaluate.Deadline", Ending)
+        with pytest.raises(
+            Stopped, match="this session ends in 3 minutes: 2 of 6 rows are answered and kept; run again"
+        ):
+            evaluate(study, "base", log=lines.append)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("peftlib.evaluate.mean_loss", None)  # the losses are known already
+        assert evaluate(study, "base", log=lines.append)["evaluation"]["n_test"] == 6
 
 
 def test_evaluation_writes_loss_and_answers_once(make_study):
@@ -107,6 +164,17 @@ def test_evaluation_writes_loss_and_answers_once(make_study):
     assert said == ["qlora: evaluated before, nothing to do"]
     assert study.record_path("qlora", 0).read_bytes() == before
     assert trained_methods(study) == ["qlora"]
+
+
+def test_evaluation_in_fp16_scores_as_in_float32(make_study, monkeypatch):
+    study = make_study()
+    exact = evaluate(study, "base", log=lambda line: None)
+    study.record_path("base", 0).unlink()
+    study.predictions_path("base", 0).unlink()
+    monkeypatch.setattr("peftlib.evaluate.evaluation_dtype", lambda device: (torch.float16, "fp16", "as on a T4"))
+    record = evaluate(study, "base", log=lambda line: None)
+    assert record["precision"] == record["evaluation"]["precision"] == "fp16"
+    assert abs(record["eval_loss"] - exact["eval_loss"]) < 1e-3
 
 
 def test_evaluating_what_was_not_trained_is_refused(make_study):

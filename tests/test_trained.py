@@ -78,6 +78,15 @@ def test_a_merged_model_is_plain_and_agrees(trained, method):
     torch.testing.assert_close(logits(merged), logits(ours), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["qlora", "galore"])
+def test_a_model_in_fp16_keeps_its_vectors_and_answers_as_in_float32(trained, method):
+    _, folder, _ = trained(method)
+    exact, half = load_trained(folder), load_trained(folder, dtype=torch.float16)
+    assert {p.dtype for p in half.parameters() if p.ndim > 1} == {torch.float16}
+    assert {p.dtype for p in half.parameters() if p.ndim == 1} == {torch.float32}
+    torch.testing.assert_close(logits(half), logits(exact), atol=0.02, rtol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
 def test_an_exported_model_is_standalone_and_scores_like_the_unmerged_one(trained, method, tmp_path):
     ours, folder, study = trained(method)
