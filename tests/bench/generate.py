@@ -336,7 +336,9 @@ def arguments(argv):
     parser.add_argument("--make-prompts", type=Path, metavar="FILE", help="only write the rows, as token ids")
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--a-source", type=int, default=600, help="rows of each source in --make-prompts")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a conversation, as in the study")
+    parser.add_argument(
+        "--max-length", type=int, default=None, help="of a conversation; 1024, made for a CPU here: 256"
+    )
     parser.add_argument("--prompts", type=Path, help="rows that --make-prompts wrote; else made from --data")
     parser.add_argument("--model", default=None, help="folder; the packaged 270M if not given")
     parser.add_argument("--model-name", default="Gemma 3 270M, packaged")
@@ -358,6 +360,7 @@ def main(argv):
     args = arguments(argv)
     args.started = time.monotonic()
     if args.make_prompts:
+        args.max_length = args.max_length or 1024
         rows = make_prompts(args.make_prompts, args.data, a_source=args.a_source, max_length=args.max_length)
         size = args.make_prompts.stat().st_size / 2**20
         print(f"{args.make_prompts}: {len(rows)} rows, {size:.1f} MiB")
@@ -366,6 +369,7 @@ def main(argv):
 
     is_gpu = torch.cuda.is_available()
     defaults = {"rows": 0 if is_gpu else 210, "max_new_tokens": 256 if is_gpu else 48}
+    defaults |= {"max_length": 1024 if is_gpu else 256}  # as in the study, and in the demo
     defaults |= {"equal_rows": 500 if is_gpu else 0, "merge_rows": 10**6 if is_gpu else 32}
     for name, value in defaults.items():
         if getattr(args, name) is None:
