@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 METHODS = ("qlora", "galore", "hybrid")
@@ -23,9 +24,13 @@ def runs(study_name, *, seed, steps, model):
     for method in METHODS:
         for precision in PRECISIONS:
             yield _trained(study_name, method, model, steps=steps, seed=seed, precision=precision)
-    for on_refresh in ("keep", "project"):
-        fields = {"galore_on_refresh": on_refresh, "galore_update_gap": 20}
-        yield {**_trained(study_name, "galore", model, steps=steps, seed=seed, precision="bf16", **fields), **fields}
+    if seed == 0:
+        for on_refresh in ("keep", "project"):
+            fields = {"galore_on_refresh": on_refresh, "galore_update_gap": 20}
+            yield {
+                **_trained(study_name, "galore", model, steps=steps, seed=seed, precision="bf16", **fields),
+                **fields,
+            }
 
 
 def _trained(study_name, method, model, **fields):
@@ -119,6 +124,8 @@ def summary(found):
     """Lines of text: for each method and seed the loss in either precision and their relative difference."""
     by_key = {(r["method"], r["seed"], r["precision"]): r for r in found if "galore_on_refresh" not in r}
     for method, seed in sorted({key[:2] for key in by_key}):
+        if not all((method, seed, precision) in by_key for precision in PRECISIONS):
+            continue  # the benchmark was cut
         bf16, fp16 = (by_key[method, seed, precision] for precision in PRECISIONS)
         apart = fp16["last_losses"] / bf16["last_losses"] - 1
         yield (
@@ -147,19 +154,32 @@ def main(argv):
         return
     again = [sys.executable, __file__, args.study, args.out, "--one", "--steps", str(args.steps), "--model", args.model]
     children = [
-        subprocess.Popen([*again, "--seeds", seed], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for seed in args.seeds.split(",")
+        subprocess.Popen([*again, "--seeds", seed], stdout=subprocess.PIPE, text=True) for seed in args.seeds.split(",")
     ]
-    results, energy = [], None
-    for child in children:
-        out, error = child.communicate()
-        if child.returncode:
-            print(error[-2000:])
-        results += [json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")]
-        energy = next((json.loads(line[7:]) for line in out.splitlines() if line.startswith("ENERGY ")), energy)
-    Path(args.out).write_text(json.dumps({"runs": results, "energy": energy}, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(summary(results)))
-    print(energy)
+    found = {"runs": [], "energy": None}
+    threads = [threading.Thread(target=_collect, args=(child, found, Path(args.out))) for child in children]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print("\n".join(summary(found["runs"])))
+    print(found["energy"])
+
+
+def _collect(child, found, out):
+    """Take a child's results as they come and write them all down, so that a cut benchmark keeps what it has."""
+    for line in child.stdout:
+        kind, _, text = line.partition(" ")
+        if kind == "RESULT":
+            found["runs"].append(json.loads(text))
+        elif kind == "ENERGY":
+            found["energy"] = json.loads(text)
+        else:
+            continue
+        print(line.rstrip()[:160], flush=True)
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if child.wait():
+        print(f"a seed's process ended with exit code {child.returncode}", flush=True)
 
 
 if __name__ == "__main__":

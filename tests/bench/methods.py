@@ -9,6 +9,7 @@ no network. --warm first takes one step of each of our settings, several at a ti
 gives first_step_cold_s (compilers side by side), so that first_step_s is that of a session which has the cache.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -156,7 +157,7 @@ def measure(setting):
         _wait(stepper.device)
         seconds.append(time.perf_counter() - started)
         if step == 0:
-            found.update(first_step_s=seconds[0], first_peak_gib=_peak(), held_gib=_allocated())
+            found.update(first_step_s=seconds[0], first_peak_gib=_peak(), held_gib=_allocated(), **_cache_counts())
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             if setting.get("only_first_step"):
@@ -213,6 +214,19 @@ def _mixed(setting, stepper, vocabulary):
                 padded += sum(batch.ids.numel() for batch in batches)
         found[f"{way}_{micro_batch}"] = {"useful_tok_s": useful / seconds, "padded_share": 1 - useful / padded}
     return {"mixed_found": found}
+
+
+def _cache_counts():
+    """What torch.compile found in its caches: hits, misses, and what it would not keep."""
+    import torch
+
+    counters = torch._dynamo.utils.counters
+    return {
+        f"compile_{name}": n
+        for kind in ("aot_autograd", "inductor")
+        for name, n in counters[kind].items()
+        if "cache" in name
+    }
 
 
 def _saving(stepper, model, batches, scored):
@@ -341,14 +355,21 @@ def main(argv):
             found = {"error": str(error).split("\n")[0][:300]}
         print("RESULT " + json.dumps({**setting, **found}), flush=True)
         return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", help="names of rows, with commas between")
+    parser.add_argument("--settings", type=Path, help="JSON file with a list of rows to run instead of the table's")
+    parser.add_argument("--warm", action="store_true", help="fill the compiler's cache first")
+    args = parser.parse_args(argv)
+    chosen = json.loads(args.settings.read_text()) if args.settings else list(settings())
+    if args.only:
+        unknown = set(args.only.split(",")) - {setting["name"] for setting in chosen}
+        if unknown:
+            parser.error(f"no rows named {', '.join(sorted(unknown))}")
+        chosen = [setting for setting in chosen if setting["name"] in args.only.split(",")]
     make_model()
-    chosen = list(settings())
-    if argv[1:2] == ["--settings"]:
-        chosen = json.loads(Path(argv[2]).read_text())
-    elif argv[1:2] == ["--only"]:
-        chosen = [setting for setting in chosen if setting["name"] in argv[2].split(",")]
     rows, end = [], time.time() + float(os.environ.get("BENCH_SECONDS", "1e9"))
-    cold = _side_by_side(chosen, is_warming="--warm" in argv)
+    cold = _side_by_side(chosen, is_warming=args.warm)
     for setting in chosen:
         if setting.get("is_memory_alone"):
             rows.append(cold[setting["name"]])
@@ -359,7 +380,7 @@ def main(argv):
             rows.append(_in_own_process(setting))
             if "error" not in cold.get(setting["name"], {"error": "not run"}):
                 rows[-1]["first_step_cold_s"] = cold[setting["name"]]["first_step_s"]
-        Path(argv[0]).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _side_by_side(chosen, *, is_warming):
