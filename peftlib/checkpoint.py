@@ -1,5 +1,6 @@
 """Checkpoints that are whole or ignored: written beside, read back, listed with sizes and SHA-256 last, renamed."""
 
+import contextlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,19 @@ import torch
 
 from peftlib import __version__
 from peftlib.errors import CheckpointError, SchemaError, StudyError
-from peftlib.files import MANIFEST, fault_of, json_text, read_json, remove_tree, rename, sealed, unsealed, write_stream
+from peftlib.files import (
+    MANIFEST,
+    fault_of,
+    json_text,
+    read_json,
+    remove_tree,
+    rename,
+    sealed,
+    sync_file,
+    sync_folder,
+    unsealed,
+    write_stream,
+)
 
 TENSORS, STATE = "tensors.pt", "state.json"
 _PARTS = ("weights", "optimizer", "generators")  # of a Checkpoint, in tensors.pt
@@ -44,38 +57,50 @@ class CheckpointDir:
 
         CheckpointError: it could not be written, or not as it was meant (older ones stay).
         """
+        self.begin(step, checkpoint)
+        self.finish(step)
+
+    def begin(self, step, checkpoint):
+        """The part of `save` that needs the tensors: written, but not yet for sure on the disk. Errors as in `save`."""
+        with self._errors_of(step) as beside:
+            remove_tree(beside)
+            beside.mkdir(parents=True)
+            tensors = {name: getattr(checkpoint, name) for name in _PARTS}
+            state = json_text(checkpoint.state).encode("utf-8")
+            torch.serialization.set_crc32_options(False)  # SHA-256 does more, and CRC-32 takes as long
+            listed = {
+                TENSORS: write_stream(beside / TENSORS, lambda out: torch.save(tensors, out), is_lasting=False),
+                STATE: write_stream(beside / STATE, lambda out: out.write(state), is_lasting=False),
+            }
+            manifest = sealed({"written_by": f"peftlib {__version__}", "files": listed})
+            write_stream(beside / MANIFEST, lambda out: out.write(manifest), is_lasting=False)
+
+    def finish(self, step):
+        """The part of `save` that waits for the disk: flushed, read back, put in its place. Errors as in `save`."""
         path = self._path(step)
-        if path in self._verified and path.exists():
-            return
-        beside = self.folder / f"{_BESIDE}{path.name}"
-        try:
-            self._write(beside, checkpoint)
+        with self._errors_of(step) as beside:
+            for name in (TENSORS, STATE, MANIFEST):
+                sync_file(beside / name)
+            sync_folder(beside)
             fault = _fault(beside)
-            if fault is None:
-                remove_tree(path)
-                rename(beside, path)
-        except OSError as error:
-            fault = error.strerror or str(error)
-        if fault is not None:
-            self._remove(beside)
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({fault}): "
-                f"free some space or take another disk (PEFTLIB_ROOT); {self._what_stands()}"
-            )
+            if fault is not None:
+                raise OSError(fault)
+            remove_tree(path)
+            rename(beside, path)
         self._verified.add(path)
         self._prune()
 
-    def _write(self, beside, checkpoint):
-        remove_tree(beside)
-        beside.mkdir(parents=True)
-        tensors = {name: getattr(checkpoint, name) for name in _PARTS}
-        state = json_text(checkpoint.state).encode("utf-8")
-        listed = {
-            TENSORS: write_stream(beside / TENSORS, lambda out: torch.save(tensors, out)),
-            STATE: write_stream(beside / STATE, lambda out: out.write(state)),
-        }
-        manifest = sealed({"written_by": f"peftlib {__version__}", "files": listed})
-        write_stream(beside / MANIFEST, lambda out: out.write(manifest))
+    @contextlib.contextmanager
+    def _errors_of(self, step):
+        beside = self.folder / f"{_BESIDE}{self._path(step).name}"
+        try:
+            yield beside
+        except OSError as error:
+            self._remove(beside)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}): "
+                f"free some space or take another disk (PEFTLIB_ROOT); {self._what_stands()}"
+            ) from error
 
     def _prune(self):
         """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""

@@ -173,9 +173,7 @@ _STUDY = {
 # Only what differs from the field defaults above stands here.
 PROFILES = {
     "demo": {
-        "train_rows": 40,  # what fits ten minutes on two cores
-        "valid_rows": 4,
-        # For 15 steps: adapters start at zero and must get somewhere, GaLore's full weights must not overshoot.
+        # For 24 steps: adapters start at zero and must get somewhere, GaLore's full weights must not overshoot.
         "lora_learning_rate": 1e-3,
         "galore_learning_rate": 5e-4,
         "galore_update_gap": 50,

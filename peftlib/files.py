@@ -49,8 +49,11 @@ class HashingWriter:
         return self._digest.hexdigest()
 
 
-def write_stream(path, write):
-    """Write a file by write(HashingWriter), onto the disk; returns {'bytes', 'sha256'} of what was given."""
+def write_stream(path, write, *, is_lasting=True):
+    """Write a file by write(HashingWriter), onto the disk; returns {'bytes', 'sha256'} of what was given.
+
+    is_lasting=False: without waiting for the disk; `sync_file` does that.
+    """
     with open(path, "wb", buffering=0) as raw:
         writer = HashingWriter(raw)
         try:
@@ -59,8 +62,15 @@ def write_stream(path, write):
             if writer.error is None:
                 raise
             raise writer.error from None  # torch.save turns a failed write into an error of its own
-        os.fsync(raw.fileno())
+        if is_lasting:
+            os.fsync(raw.fileno())
     return {"bytes": writer.bytes, "sha256": writer.sha256}
+
+
+def sync_file(path):
+    """Wait until the disk has what was written to a file."""
+    with open(path, "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def sha256(path):
@@ -121,8 +131,7 @@ def atomic_path(path):
     beside = path.with_name(f".{path.name}.writing")
     try:
         yield beside
-        with open(beside, "rb") as written:
-            os.fsync(written.fileno())
+        sync_file(beside)
         rename(beside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -9,28 +9,34 @@ from torch.utils._pytree import tree_map
 from peftlib.checkpoint import Checkpoint
 from peftlib.errors import CheckpointError
 
+# What a first save is taken to manage: written by a CPU, or copied from a GPU's memory.
+_BYTES_PER_SECOND = {False: 2**30, True: 4 * 2**30}
+
 
 class Saver:
     """Saves checkpoints into a CheckpointDir.
 
     every: steps between two saves, at least. stall_share: share of the wall clock that saving may hold up training:
     after a save that took s seconds of training's time, the next waits s / stall_share; 0 saves every `every` steps.
-    is_background: copy the tensors to the host and write them in a thread while training goes on (for GPUs; on a CPU
-    the copy would cost memory that the method is measured by, and the thread the processor).
+    expected_bytes: of a checkpoint, from which the first save's stall is guessed.
+    is_background: copy the tensors to the host and write them in a thread while training goes on, for GPUs. On a CPU
+    the copy would cost memory that the method is measured by: there the file is written at once, and the thread
+    waits for the disk and reads it back.
     `saves`, `stall_seconds`: how many, and what they have cost training so far.
     """
 
-    def __init__(self, checkpoints, *, every, stall_share, is_background, log):
+    def __init__(self, checkpoints, *, every, stall_share, is_background, log, expected_bytes=0):
         self.checkpoints, self.every, self.stall_share = checkpoints, every, stall_share
         self.is_background, self.log = is_background, log
         self.saves, self.stall_seconds = 0, 0.0
-        self._last_step, self._next_at = 0, 0.0
+        self._last_step, self._expected_bytes, self._next_at = 0, expected_bytes, 0.0
         self._writing = None
         self._error = None
 
     def start(self, step):
         """Count from here: the step that a resumed run stands at."""
         self._last_step = step
+        self._put_off(self._expected_bytes / _BYTES_PER_SECOND[self.is_background])
 
     def is_due(self, step):
         """Whether to save now."""
@@ -45,17 +51,15 @@ class Saver:
         self.wait()
         self._last_step = step
         if self.is_background:
-            snapshot = _on_host(checkpoint)
-            self._writing = threading.Thread(target=self._write, args=(step, snapshot))
-            self._writing.start()
-        else:
-            self._write(step, checkpoint)
-        if must:
-            self.wait()
+            self._start_thread(self.checkpoints.save, step, _on_host(checkpoint))
+        elif self._try(self.checkpoints.begin, step, checkpoint):
+            self._start_thread(self.checkpoints.finish, step)
         stall = time.monotonic() - started
+        if must:
+            self.wait()  # not held up: training ends here
         self.saves += 1
         self.stall_seconds += stall
-        self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
+        self._put_off(stall)
         error, self._error = self._error, None
         if error is not None:
             if must:
@@ -72,11 +76,21 @@ class Saver:
             self._writing.join()
             self._writing = None
 
-    def _write(self, step, checkpoint):
+    def _put_off(self, stall):
+        self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
+
+    def _start_thread(self, call, *args):
+        self._writing = threading.Thread(target=self._try, args=(call, *args))
+        self._writing.start()
+
+    def _try(self, call, *args):
+        """Whether the call went well; its CheckpointError is kept."""
         try:
-            self.checkpoints.save(step, checkpoint)
+            call(*args)
         except CheckpointError as error:
             self._error = error
+            return False
+        return True
 
 
 def _on_host(checkpoint):

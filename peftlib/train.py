@@ -192,6 +192,7 @@ class TrainingRun:
             every=cfg.save_every,
             stall_share=cfg.save_stall,
             is_background=self.device != "cpu",
+            expected_bytes=self._checkpoint_bytes(),
             log=self.log,
         )
         self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device

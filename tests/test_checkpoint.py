@@ -78,8 +78,8 @@ def test_what_a_disk_changes_while_writing_is_found_before_older_ones_go(tmp_pat
     folder.save(1, checkpoint(1))
     real = files.write_stream
 
-    def flipping(path, write):
-        listed = real(path, write)
+    def flipping(path, write, **how):
+        listed = real(path, write, **how)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)

@@ -52,7 +52,7 @@ def test_a_disk_that_refuses_is_said_and_only_a_last_save_fails(tmp_path, monkey
     ours.save(1, checkpoint(torch.ones(1)), must=True)
     with monkeypatch.context() as full:
         error = OSError(errno.ENOSPC, "No space left on device")
-        full.setattr("peftlib.checkpoint.write_stream", lambda *a: (_ for _ in ()).throw(error))
+        full.setattr("peftlib.checkpoint.write_stream", lambda *a, **k: (_ for _ in ()).throw(error))
         ours.save(2, checkpoint(torch.ones(1)))
         ours.wait()
         with pytest.raises(CheckpointError, match="step 3 .*No space left.*step-000001 stands"):
@@ -67,8 +67,13 @@ def test_a_disk_that_refuses_is_said_and_only_a_last_save_fails(tmp_path, monkey
 def test_the_next_save_waits_until_the_last_ones_stall_is_paid_back(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("peftlib.saving.time.monotonic", lambda: now[0])
-    ours, _ = saver(tmp_path, every=2, stall_share=0.02)
-    monkeypatch.setattr(CheckpointDir, "save", lambda *args: now.__setitem__(0, now[0] + 3.0))
+    ours, _ = saver(tmp_path, every=2, stall_share=0.02, expected_bytes=2**30)
+    monkeypatch.setattr(CheckpointDir, "begin", lambda *args: now.__setitem__(0, now[0] + 3.0))
+    monkeypatch.setattr(CheckpointDir, "finish", lambda *args: None)
+    ours.start(0)
+    now[0] += 49.0
+    assert not ours.is_due(2)  # a first save of 1 GiB is taken to hold training up for a second
+    now[0] += 2.0
     assert not ours.is_due(1) and ours.is_due(2)
     ours.save(2, checkpoint(torch.ones(1)))
     assert ours.stall_seconds == 3.0

@@ -277,8 +277,9 @@ def test_the_record_is_json_with_every_promised_field(make_study):
     study = make_study(galore_learning_rate=1e-3)
     trained(study, "galore")
     record = json.loads(study.record_path("galore", 0).read_text())
-    for name in ("trainable_params", "steps", "train_tokens", "train_loss", "peak_memory_bytes", "tokens_per_second"):
+    for name in ("trainable_params", "steps", "train_tokens", "train_loss", "tokens_per_second"):
         assert record[name] is not None and record[name] > 0, name
+    assert record["peak_memory_bytes"] >= 0  # a rise: none where earlier tests left the process large
     assert record["eval_loss"] is None and record["evaluation"] is None and record["peak_reserved_bytes"] is None
     assert record["learning_rate"] == 1e-3 and record["learning_rate_2"] == 2.5e-4
 
