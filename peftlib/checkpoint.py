@@ -30,7 +30,7 @@ _BESIDE = ".writing-"
 
 @dataclass
 class Checkpoint:
-    """weights: {name: tensor} of what trains. optimizer: its state dict. state: JSON values of the loop. generators:
+    """weights: {name: tensor} of what trains; where read back, compact.shrunk parts may stand for one. optimizer: its state dict. state: JSON values of the loop. generators:
     what seeds.generator_states gives."""
 
     weights: dict
@@ -48,6 +48,7 @@ class CheckpointDir:
 
     def __init__(self, folder, *, keep, log=print):
         self.folder = Path(folder)
+        self.base = None  # a compact.BaseWeights, against which weights are then kept as differences
         self.keep = keep
         self.log = log
         self._verified = set()  # paths that this object has read back or resumed from
@@ -66,6 +67,8 @@ class CheckpointDir:
             remove_tree(beside)
             beside.mkdir(parents=True)
             tensors = {name: getattr(checkpoint, name) for name in _PARTS}
+            if self.base is not None:
+                tensors["weights"] = {name: self.base.shrunk(name, w) for name, w in checkpoint.weights.items()}
             state = json_text(checkpoint.state).encode("utf-8")
             torch.serialization.set_crc32_options(False)  # SHA-256 does more, and CRC-32 takes as long
             listed = {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from safetensors.torch import load_file
 
+from peftlib import compact
 from peftlib.checkpoint import Checkpoint, CheckpointDir
 from peftlib.config import differences
 from peftlib.errors import CheckpointError, StudyError
@@ -69,8 +70,9 @@ def go_on(run):
     for what, now in (("device", run.record["device"]), ("plan", run.placement.description)):
         if state[what] != now:
             run.log(f"the checkpoint was made with {what} {state[what]}, here it is {now}: going on, not bit for bit")
+    weights = _whole(found.weights, run)
     for name, p in trainable(run.model).items():
-        p.data.copy_(found.weights[name])
+        p.data.copy_(weights[name])
     run.optimizer.load_state_dict(found.optimizer)
     run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
@@ -86,7 +88,7 @@ def fork(run):
     """
     other = run.study.folder.parent / run.cfg.fork
     weights, where = _reached(other, run)
-    params = trainable(run.model)
+    params, weights = trainable(run.model), _whole(weights, run)
     unlike = [name for name, p in params.items() if name not in weights or weights[name].shape != p.shape]
     if unlike or len(weights) != len(params):
         raise CheckpointError(
@@ -97,6 +99,14 @@ def fork(run):
         p.data.copy_(weights[name])
     run.record["forked_from"] = where
     run.log(f"starts from the weights of {where}")
+
+
+def _whole(weights, run):
+    """A checkpoint's weights, those that are kept as differences made whole."""
+    if not any(isinstance(kept, dict) for kept in weights.values()):
+        return weights
+    base = compact.BaseWeights(run.cfg.model)
+    return {name: base.grown(name, kept) if isinstance(kept, dict) else kept for name, kept in weights.items()}
 
 
 def _reached(folder, run):

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from peftlib import compiled, data, flops, methods, plan, resume
+from peftlib import compact, compiled, data, flops, methods, plan, resume
 from peftlib import record as records
 from peftlib.checkpoint import CheckpointDir
 from peftlib.env import resolve_device, training_precision
@@ -204,6 +204,9 @@ class TrainingRun:
             precision_reason=self.precision_reason,
         )
         self.record["layers"] = layer_table(self.model)
+        if self.saver.is_background:  # a thread has the time for it
+            with contextlib.suppress(OSError):  # a model without safetensors files
+                self.checkpoints.base = compact.BaseWeights(cfg.model)
         if not resume.go_on(self) and self.cfg.fork:
             resume.fork(self)
         self.saver.start(self.progress.step)
