@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Nothing that a target runs may ask a hub; what needs one fails at once and says so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
-.PHONY: demo test test-slow chaos faults bench-data bench-generate badges clean
+.PHONY: demo test test-slow chaos faults bench-data bench-generate readme badges clean
 KILLS := 100
 
 # Made anew whenever what it installs has changed.
@@ -39,6 +39,10 @@ bench-data: $(VENV)/installed
 
 bench-generate: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/bench/generate.py results/bench/generate.json
+
+# What stands between README's markers, from results/.
+readme: $(VENV)/installed
+	$(BIN)/python -m peftlib.readme
 
 badges: $(VENV)/installed
 	$(BIN)/python -m peftlib.badges

@@ -1,0 +1,215 @@
+"""Writes what README says in figures: the parts between its markers, made from results/ alone.
+
+`make readme` calls this. `python -m peftlib.readme --take STUDY` first puts a finished study's results.csv, picture and
+summary into results/demo.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from peftlib.errors import PeftlibError, StudyError
+from peftlib.files import read_json, write_json, write_text
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULTS = CHECKOUT / "results"
+
+
+def sections(results=RESULTS):
+    """{name: Markdown} of everything between README's markers. StudyError: a file of results/ is not there."""
+    return {
+        "demo": _demo(_json(results / "demo" / "summary.json")),
+        "methods": _methods(_json(results / "bench" / "methods.json")),
+        "generate": _generate(_json(results / "bench" / "generate.json")),
+        "resume": _resume(_json(results / "bench" / "resume.json")),
+    }
+
+
+def with_sections(readme, made):
+    """README's text with the parts between `<!-- NAME -->` and `<!-- /NAME -->` written anew.
+
+    StudyError: one of the markers is not there.
+    """
+    for name, text in made.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(readme):
+            raise StudyError(f"README.md has no lines <!-- {name} --> and <!-- /{name} -->: put them where it belongs")
+        readme = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", readme)
+    return readme
+
+
+def take(study, results=RESULTS):
+    """Put a finished study's results.csv, picture of scores and summary into results/demo."""
+    from peftlib import report, stats
+    from peftlib.scored import BASE, BASE_CUT
+
+    built, target = report.build(study), results / "demo"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(study.results_path, target / "results.csv")
+    shutil.copyfile(built.figures["scores"], target / "scores.png")
+    systems = built.study.systems()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.FewRowsWarning)  # the section says it
+        boot = stats.bootstrap(systems)
+    trained = [method for method in systems if method not in (BASE, BASE_CUT)]
+
+    def gain(method, over, metric):
+        found = boot.difference(method, over, metric)
+        return {"value": found.value, "low": found.low, "high": found.high, "is_noise": found.is_noise}
+
+    records = {run.record["method"]: run.record for run in built.study.runs}
+    counts = study.manifest()["counts"]
+    write_json(
+        target / "summary.json",
+        {
+            "date": time.strftime("%Y-%m-%d"),
+            "alt": built.alt["scores"],
+            "model_provenance": records[BASE]["model_provenance"],
+            "device": records[trained[0]]["device"],
+            "steps": records[trained[0]]["steps"],
+            "rows": {split: sum(counts[split].values()) for split in counts},
+            "scores": {method: boot.value[method] for method in (BASE, *trained)},
+            "eval_loss": {method: records[method]["eval_loss"] for method in (BASE, *trained)},
+            "general_loss": {method: records[method]["evaluation"].get("general_loss") for method in (BASE, *trained)},
+            "rougeL_over_base": {method: gain(method, BASE, "rougeL") for method in trained},
+            "rougeL_over_base_cut": {method: gain(method, BASE_CUT, "rougeL") for method in trained},
+        },
+    )
+
+
+def _demo(found):
+    methods = list(found["eval_loss"])
+    gains, cut = found["rougeL_over_base"], found["rougeL_over_base_cut"]
+    clear = [method for method in cut if not cut[method]["is_noise"]]
+    rows = [
+        ["", *methods],
+        ["test loss, nats per token", *(f"{found['eval_loss'][m]:.3f}" for m in methods)],
+        ["ROUGE-L", *(f"{found['scores'][m]['rougeL']:.3f}" for m in methods)],
+        ["its gain over base, 95 % interval", *(_interval(gains.get(m)) for m in methods)],
+        ["BLEU-4", *(f"{found['scores'][m]['bleu4']:.3f}" for m in methods)],
+        ["loss on general text", *(_number(found["general_loss"][m], "{:.3f}") for m in methods)],
+    ]
+    against = (
+        f"against the base cut at the median reference length only {' and '.join(clear)} gained more than the noise"
+        if clear
+        else "none of the gains is outside the noise against the base cut at the median reference length, so they may be "
+        "no more than knowing when to stop"
+    )
+    about = (
+        f"One run of the demo: {found['model_provenance']}; {found['rows']['train']} training and {found['rows']['test']} "
+        f"test rows, {found['steps']} steps, one seed, {found['device']}, {found['date']} "
+        "([`results/demo/results.csv`](results/demo/results.csv))."
+    )
+    verdict = (
+        f"It shows that the machinery works, not which method is better: with {found['rows']['test']} rows the intervals are "
+        f"wide, and {against}."
+    )
+    return "\n".join([about, "", f"![{found['alt']}](results/demo/scores.png)", "", _table(rows), "", verdict])
+
+
+def _methods(rows):
+    head = [
+        "card",
+        "setting",
+        "precision",
+        "cap GiB",
+        "micro-batch",
+        "tokens/s",
+        "peak GiB",
+        "planned GiB",
+        "first step s",
+    ]
+    shown = [
+        [
+            f"{row['device'].removeprefix('NVIDIA ').split(' ')[0]}, {row['date']}",
+            row["name"],
+            row["precision"],
+            _number(row["cap_gib"] or None, "{:g}", "none"),
+            str(row["micro_batch"]),
+            _number(row["tok_s"], "{:,.0f}"),
+            f"{row['peak_gib']:.2f}",
+            _number(row.get("predicted_gib"), "{:.2f}"),
+            _number(row.get("first_step_cold_s", row["first_step_s"]), "{:.0f}"),
+        ]
+        for row in rows
+        if "error" not in row
+    ]
+    return _table([head, *shown])
+
+
+def _generate(rows):
+    head = ["device", "engine", "rows at a time", "dtype", "rows", "tokens/s", "against", "ratio"]
+    shown = [
+        [
+            row["device"].removeprefix("NVIDIA ").split(" (")[0] + (" (2 cores)" if "2 cores" in row["device"] else ""),
+            row["engine"],
+            str(row["batch"] or "its own"),
+            row["dtype"],
+            f"{row['rows']:,}",
+            f"{row['tok_s']:,.1f}",
+            row["baseline"],
+            f"{row['ratio']:.2f}",
+        ]
+        for row in rows
+    ]
+    return _table([head, *shown])
+
+
+def _resume(rows):
+    head = ["method", "device", "seconds to the next step", "saves", "share of the time held up", "checkpoint GiB"]
+    shown = [
+        [
+            row["method"],
+            row["device"],
+            f"{row['resume_s']:.0f}",
+            str(row["saves"]),
+            f"{100 * row['stall_share']:.1f} %",
+            f"{row['checkpoint_gib']:.2f}",
+        ]
+        for row in rows
+    ]
+    return _table([head, *shown])
+
+
+def _table(rows):
+    """A Markdown table of rows of texts, the first its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _number(value, form, unknown=""):
+    return unknown if value is None else form.format(value)
+
+
+def _interval(gain):
+    return f"{gain['low']:+.3f} to {gain['high']:+.3f}" if gain else ""
+
+
+def _json(path):
+    if not path.exists():
+        raise StudyError(f"{path} is not there: README's figures come from it, see README on how it is made")
+    return read_json(path) if path.name == "summary.json" else json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m peftlib.readme", description=__doc__)
+    parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
+    args = parser.parse_args(argv)
+    try:
+        if args.take:
+            from peftlib.__main__ import _existing_study
+
+            take(_existing_study(args.take))
+        path = CHECKOUT / "README.md"
+        write_text(path, with_sections(path.read_text(encoding="utf-8"), sections()))
+    except PeftlibError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
