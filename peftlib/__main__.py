@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 
-from peftlib.config import from_text, resolve
-from peftlib.errors import PeftlibError, StudyError
+from peftlib import mirror
+from peftlib.config import from_text
+from peftlib.errors import PeftlibError
+from peftlib.study import Study
 
 ERROR_CODE = 2  # of a command that was refused; argparse uses it too
 
@@ -15,10 +17,10 @@ def main(argv=None):
     """Run one command; its exit code. Errors that peftlib raises on purpose are printed without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] in _PASSED_ON:
-            return _PASSED_ON[argv[0]](argv[1:]) or 0
-        args = _parser().parse_args(argv)
-        return args.call(args) or 0
+        code = _call(argv)
+        for told in mirror.flush_all():
+            print(told)
+        return code
     except PeftlibError as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR_CODE
@@ -27,6 +29,13 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 128 + signal.SIGPIPE
+
+
+def _call(argv):
+    if argv and argv[0] in _PASSED_ON:
+        return _PASSED_ON[argv[0]](argv[1:]) or 0
+    args = _parser().parse_args(argv)
+    return args.call(args) or 0
 
 
 def _parser():
@@ -86,7 +95,7 @@ def _run(args):
 
 
 def _report(args):
-    study = _existing_study(args.study)
+    study = Study.existing(args.study)
     from peftlib import report
     from peftlib.notebook import readable_path
 
@@ -103,7 +112,7 @@ def _report(args):
 def _plan(args):
     from peftlib import plan_cli
 
-    study = _existing_study(args.study) if args.study else None
+    study = Study.existing(args.study) if args.study else None
     overrides = {name: from_text(name, text) for name, text in args.p}
     for line in plan_cli.lines(args.gpu, args.model, overrides, study):
         print(line)
@@ -112,7 +121,7 @@ def _plan(args):
 def _chat(args):
     from peftlib import talk
 
-    study = _existing_study(args.study)
+    study = Study.existing(args.study)
     cfg = study.cfg.replace(max_new_tokens=args.max_new_tokens)
     return talk.main(study, args.method, seed=args.seed, max_new_tokens=cfg.max_new_tokens)
 
@@ -121,7 +130,7 @@ def _sweep(args):
     from peftlib import methods
     from peftlib.sweep import FACTORS, sweep
 
-    study = _existing_study(args.study)
+    study = Study.existing(args.study)
     for method in args.method or methods.METHODS:
         sweep(study, method, factors=args.factor or FACTORS, rows=args.rows)
 
@@ -129,7 +138,7 @@ def _sweep(args):
 def _export(args):
     from peftlib.trained import export_merged
 
-    study = _existing_study(args.study)
+    study = Study.existing(args.study)
     print(export_merged(study.weights_dir(args.method, args.seed), args.out))
 
 
@@ -151,26 +160,10 @@ def _judge(argv):
     """have a language model compare two methods' answers"""
     from peftlib import judge_cli
 
-    return judge_cli.main(argv, _existing_study)
+    return judge_cli.main(argv, Study.existing)
 
 
 _PASSED_ON = {"data": _data, "compare": _compare, "judge": _judge}
-
-
-def _existing_study(name):
-    """The Study of a folder that is there, with the config it was made with. StudyError: there is none."""
-    from peftlib.env import output_root
-    from peftlib.files import read_json
-    from peftlib.study import Study
-
-    name = resolve("demo", study=name).study  # refuses what is no folder name
-    path = output_root() / name / "config.json"
-    if not path.exists():
-        raise StudyError(
-            f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"
-        )
-    frozen = read_json(path)
-    return Study.open(resolve(frozen["profile"], study=name, **frozen["config"]))
 
 
 if __name__ == "__main__":

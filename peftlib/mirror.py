@@ -54,6 +54,13 @@ def running(folder):
     return _RUNNING.get(Path(folder).absolute())
 
 
+def flush_all():
+    """Wait for the last copies of every study that this process has opened; what stands where, a line each."""
+    for mirror in _RUNNING.values():
+        mirror.flush()
+        yield mirror.state()
+
+
 class Mirror:
     """Copies of a study folder on a remote, in archives that alternate between places, so that one is always whole.
 

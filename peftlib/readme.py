@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peftlib.errors import PeftlibError, StudyError
 from peftlib.files import read_json, write_json, write_text
+from peftlib.study import Study
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "results"
@@ -202,9 +203,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.take:
-            from peftlib.__main__ import _existing_study
-
-            take(_existing_study(args.take))
+            take(Study.existing(args.take))
         path = CHECKOUT / "README.md"
         write_text(path, with_sections(path.read_text(encoding="utf-8"), sections()))
     except PeftlibError as error:

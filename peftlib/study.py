@@ -7,6 +7,7 @@ from peftlib.config import Config, differences, resolve, short_hash
 from peftlib.env import output_root
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
+from peftlib.mirror import open_mirror
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ class Study:
             chosen = {name: value for name, value in given.items() if value is not None}
             cfg = resolve(**{**read_json(path)["config"], **chosen, "profile": cfg.profile, "study": cfg.study})
         return cls.open(cfg)
+
+    @classmethod
+    def existing(cls, name):
+        """The study of a folder that stands here or on its remote, with the config it was made with; copied from now on.
+
+        StudyError: there is none.
+        """
+        name = resolve("demo", study=name).study  # refuses what is no folder name
+        folder = output_root() / name
+        open_mirror(folder)
+        if not (folder / "config.json").exists():
+            raise StudyError(
+                f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"
+            )
+        frozen = read_json(folder / "config.json")
+        return cls.open(resolve(frozen["profile"], study=name, **frozen["config"]))
 
     def freeze(self):
         """Write config.json, unless it stands."""

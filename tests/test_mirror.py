@@ -427,3 +427,31 @@ def test_sealed_files_show_their_damage(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"a": 2'))
     with pytest.raises(files.StudyError, match="SHA-256 differs"):
         files.unsealed(path)
+
+
+def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
+    study, remote, tmp_path, monkeypatch, capsys
+):
+    from peftlib import __main__ as command_line
+    from peftlib.config import resolve
+    from peftlib.study import Study
+
+    monkeypatch.setattr(mirror, "_RUNNING", {})
+    monkeypatch.setenv("PEFTLIB_MIRROR", str(remote.folder.parent / "copies"))
+    monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "first"))
+    shutil.copytree(study, tmp_path / "first" / "mine")
+    (tmp_path / "first" / "mine" / "config.json").unlink()
+    Study(tmp_path / "first" / "mine", resolve("demo", study="mine")).freeze()
+    assert Mirror(tmp_path / "first" / "mine", storage.remote_of("mine")).flush(20)
+    monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "second"))
+
+    def work(args):
+        found = Study.existing("mine")
+        (found.folder / "records" / "new.json").write_text("{}")
+
+    monkeypatch.setattr(command_line, "_call", work)
+    command_line.main(["report", "--study", "mine"])
+    assert "all of the study is on" in capsys.readouterr().out
+    third = Mirror(tmp_path / "third" / "mine", storage.remote_of("mine"))
+    third.restore()
+    assert (third.folder / "records" / "new.json").exists() and newest(third.folder) == 3

@@ -3,6 +3,8 @@
 import argparse
 
 from peftlib.config import PROFILES, from_text, resolve
+from peftlib.env import output_root
+from peftlib.mirror import open_mirror
 from peftlib.study import Study
 
 _STUDY_SIZED = PROFILES["t4"]  # where row counts are given, what else the data need comes from the study's profile
@@ -11,6 +13,7 @@ _STUDY_SIZED = PROFILES["t4"]  # where row counts are given, what else the data 
 def main(argv):
     """Build a study's data and freeze its config; returns 0. PeftlibError: as build_data, Study.open and resolve."""
     cfg = _config(_parser().parse_args(argv))
+    open_mirror(output_root() / cfg.study)
     study = Study.open(cfg)
     print(f"study {cfg.study}, profile {cfg.profile}, in {study.folder}")
     print("  ".join(f"{name}={value!r}" for name, value in {"model": cfg.model, **cfg.fields_of("data")}.items()))
