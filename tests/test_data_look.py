@@ -101,4 +101,4 @@ def test_row_counts_on_the_command_line_bring_the_full_studys_other_settings():
     cfg = cli._config(cli._parser().parse_args(["--study", "x", "--train", "5000", "--test", "2000"]))
     assert (cfg.valid_rows, cfg.max_length) == (200, 1024)
     plain = cli._config(cli._parser().parse_args(["--study", "x", "--profile", "demo"]))
-    assert (plain.train_rows, plain.valid_rows, plain.max_length) == (40, 4, 256)
+    assert (plain.train_rows, plain.valid_rows, plain.max_length) == (64, 8, 256)
