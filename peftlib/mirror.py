@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from peftlib import __version__, archive
-from peftlib.errors import CheckpointError, StudyError
+from peftlib.errors import CheckpointError, ConfigError, StudyError
 from peftlib.files import read_json, write_json
 from peftlib.storage import remote_of
 
@@ -27,11 +27,15 @@ _RUNNING = {}  # study folder -> its Mirror: a process has one for each
 def bring(folder, *, log=print):
     """A Mirror of a study folder after what another session left on the remote was brought; it copies when told.
 
-    None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote.
+    None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own folder.
     """
     remote = remote_of(Path(folder).name)
     if remote is None:
         return None
+    if Path(folder).resolve() == Path(getattr(remote, "folder", "hub")).resolve():
+        raise ConfigError(
+            f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
+        )
     mirror = Mirror(Path(folder).absolute(), remote, log=log)
     mirror.restore()
     return mirror

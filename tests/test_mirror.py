@@ -350,6 +350,12 @@ def test_a_dead_mount_is_mounted_again_and_the_last_copy_flushed(colab, study, t
     assert ours.flush(20)  # a mount that does not come back after the flush harms nothing
 
 
+def test_a_study_is_not_copied_into_itself(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLIB_MIRROR", str(tmp_path))
+    with pytest.raises(ConfigError, match="where the study itself is kept"):
+        mirror.bring(tmp_path / "study")
+
+
 class FakeHub:
     """What HubRemote calls of huggingface_hub.HfApi, on a folder; each call has to fit the real signature."""
 
