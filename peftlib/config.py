@@ -236,7 +236,7 @@ def _refuse_unknown(names):
     known = [f.name for f in dataclasses.fields(Config)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"{name!r} is not a setting: {hint}")
 

@@ -188,7 +188,8 @@ class Execution:
             kept = readable_path(self.stage.keep(copy, STOPPED))
             message = f"{name} stopped at its time limit, the same command goes on from there; so far: {kept}"
             return Outcome(EXIT_STOPPED, message)
-        kept = f"executed copy: {readable_path(self.stage.keep(copy, FAILED))}" if copy else "it left no executed copy"
+        status = FAILED if self.signal is None else STOPPED
+        kept = f"executed copy: {readable_path(self.stage.keep(copy, status))}" if copy else "it left no executed copy"
         error = executed.failure(copy) if copy else None
         if error and error[1] == Stopped.__name__:
             return Outcome(EXIT_STOPPED, f"{name} stopped: {error[2]}\n{kept}")

@@ -50,15 +50,15 @@ def held(folder, what, *, log=print):
 
 
 class StudyLock:
-    """Context manager that holds `folder`/lock.json.
+    """Context manager that holds `folder`/lock.json, or another `name` that ends so.
 
     what: the work in words, shown to whoever is refused. settle_s: seconds after which the file is read again, for
     folders that several machines reach (two could have written it at once).
     LockedError: another live session holds it. While held, `require` raises LockedError once another has taken over.
     """
 
-    def __init__(self, folder, what, *, heartbeat_s=HEARTBEAT_S, stale_s=STALE_S, settle_s=0.0):
-        self.path = Path(folder) / _NAME
+    def __init__(self, folder, what, *, heartbeat_s=HEARTBEAT_S, stale_s=STALE_S, settle_s=0.0, name=_NAME):
+        self.path = Path(folder) / name
         self.heartbeat_s, self.stale_s, self.settle_s = heartbeat_s, stale_s, settle_s
         self._owner = _this_process() | {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
         self._is_over = threading.Event()
@@ -96,6 +96,11 @@ class StudyLock:
                 f"{_named(self._taker)} has taken over {self.path.parent.name}: this session stops and writes no more"
             )
 
+    def require_free(self):
+        """LockedError where another live session holds the lock; nothing is taken."""
+        if self.path.exists():
+            self._clear_if_left_behind()
+
     def _create(self):
         opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         with os.fdopen(opened, "w", encoding="utf-8") as out:
@@ -118,7 +123,7 @@ class StudyLock:
                 f"ago: wait for it, or stop it. If it is gone, run this again after {clears}"
             )
         with contextlib.suppress(FileNotFoundError):  # another session was faster
-            beside = self.path.with_name(f".{_NAME}.{self._owner['token']}")
+            beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
             os.replace(self.path, beside)
             if (_read(beside) or {}).get("token") != owner.get("token"):
                 with contextlib.suppress(OSError):  # a faster session's new lock was moved: it goes back

@@ -9,6 +9,7 @@ from pathlib import Path
 from peftlib.config import differences, resolve, short_hash
 from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
+from peftlib.lock import StudyLock
 from peftlib.mirror import open_mirror, running
 from peftlib.record import device_name
 from peftlib.session import host
@@ -35,7 +36,7 @@ def setup(name, *, drive=None):
     name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, which is mounted
     if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0; on Colab 1 where it is not set). A headless
     run never mounts, for that prompts.
-    ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. StudyError: see Study.open.
+    ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. StudyError: see Study.open; LockedError: another session works in it.
     """
     is_headless = headless()
     if is_headless:
@@ -47,6 +48,7 @@ def setup(name, *, drive=None):
     if drive and not is_headless:
         mount_drive()
     mirror = open_mirror(output_root() / named.study)
+    StudyLock(output_root() / named.study, name).require_free()
     study = Study.resolve(**given)
     cfg = study.cfg
     device = resolve_device(cfg.device)

@@ -15,7 +15,14 @@ import time
 CELL_EVENT = "\x1ecell "  # begins the line that announces a cell; its number follows, from 1
 DEAD_KERNEL = 138
 # What papermill says about its own work. It guesses at our parameters; peftlib.config knows them.
-_ABOUT_ITSELF = ("Input Notebook", "Output Notebook", "Executing note", "Unable to parse line", "Passed unknown param")
+_ABOUT_ITSELF = (
+    "Input Notebook",
+    "Output Notebook",
+    "Executing note",
+    "Unable to parse line",
+    "Passed unknown param",
+    "Kernel died while waiting",  # the runner says why in its own words
+)
 _CELL_START = re.compile(r"Executing Cell (\d+)-*$")
 _CELL_END = re.compile(r"Ending Cell \d+-*$")
 _NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a figure, an HTML table, a progress bar
@@ -74,9 +81,7 @@ def _log_to_stdout():
     log = logging.getLogger("papermill")
     log.setLevel(logging.INFO)
     log.addHandler(_Lines())
-    log.addFilter(
-        lambda record: not str(record.msg).startswith(("Input Notebook", "Output Notebook", "Executing note"))
-    )
+    log.addFilter(lambda record: not record.getMessage().startswith(_ABOUT_ITSELF))
 
 
 def _end_with_parent(parent_pid):

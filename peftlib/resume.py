@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from safetensors.torch import load_file
 
-from peftlib import compact
+from peftlib import compact, data
 from peftlib.checkpoint import Checkpoint, CheckpointDir
 from peftlib.config import differences
 from peftlib.errors import CheckpointError, StudyError
@@ -84,9 +84,11 @@ def go_on(run):
 def fork(run):
     """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh optimizer.
 
-    StudyError: that study has neither a checkpoint nor finished weights of it. CheckpointError: they do not fit.
+    StudyError: that study has neither a checkpoint nor finished weights of it, or learnt rows that are tested or
+    validated here. CheckpointError: the weights do not fit.
     """
     other = run.study.folder.parent / run.cfg.fork
+    _refuse_learnt_rows(other, run)
     weights, where = _reached(other, run)
     params, weights = trainable(run.model), _whole(weights, run)
     unlike = [name for name, p in params.items() if name not in weights or weights[name].shape != p.shape]
@@ -99,6 +101,18 @@ def fork(run):
         p.data.copy_(weights[name])
     run.record["forked_from"] = where
     run.log(f"starts from the weights of {where}")
+
+
+def _refuse_learnt_rows(other, run):
+    learnt = {row["prompt_sha256"] for row in data.load_split(other / "data", "train")}
+    for split in ("test", "valid"):
+        rows = data.load_split(run.study.data_dir, split)
+        known = sum(row["prompt_sha256"] in learnt for row in rows)
+        if known:
+            raise StudyError(
+                f"fork={run.cfg.fork!r}: {known} of the {len(rows)} {split} rows here were trained on there, so scores would "
+                "mean nothing: give this study the same sources, split_seed and numbers of rows"
+            )
 
 
 def _whole(weights, run):

@@ -13,6 +13,7 @@ from peftlib.config import resolve
 from peftlib.env import output_root
 from peftlib.errors import ConfigError
 from peftlib.execution import CHECKOUT, Execution, Stage, environment
+from peftlib.lock import StudyLock
 from peftlib.mirror import bring
 from peftlib.notebook import FINISHED, NOTEBOOKS, literals, readable_path
 from peftlib.study import Study
@@ -36,10 +37,17 @@ def plan(wanted, overrides, notebooks_dir=None):
 
 
 def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
-    """Execute what is not finished, in order, until one does not finish; the exit code."""
+    """Execute what is not finished, in order, until one does not finish; the exit code.
+
+    LockedError: another runner is at work in the study.
+    """
     minutes = []
     code = 0
-    with _signals_as_events() as events:
+    with contextlib.ExitStack() as stack:
+        for folder in {stage.study.folder for stage in stages}:
+            # Not the lock of the work itself, which the kernel takes: two runners would share executed copies.
+            stack.enter_context(StudyLock(folder, "python -m peftlib run", name="runner-lock.json"))
+        events = stack.enter_context(_signals_as_events())
         for stage in stages:
             reason = unfinished_reason(stage)
             if reason is None:

@@ -19,11 +19,14 @@ class Study:
 
     @classmethod
     def open(cls, cfg):
-        """The study named in cfg. StudyError: its folder was made with other data or mathematics (fields named).
+        """The study named in cfg. StudyError: its folder was made with other data or mathematics (fields named), or there
+        is no study of the name in cfg.fork.
 
         Nothing is written; `freeze` does that once the data stand.
         """
         study = cls(output_root() / cfg.study, cfg)
+        if cfg.fork and not (output_root() / cfg.fork / "config.json").exists():
+            raise StudyError(f"fork={cfg.fork!r}: there is no such study in {output_root()}: check its name")
         if study.config_path.exists():
             # A field that is younger than the study had its default then.
             frozen = {**resolve(cfg.profile).study_fields(), **read_json(study.config_path)["config"]}

@@ -37,6 +37,16 @@ def test_a_live_session_is_refused_with_who_holds_it(holder, tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
 
 
+def test_whether_it_is_free_can_be_asked_without_taking_it(holder, tmp_path):
+    with pytest.raises(LockedError, match="training qlora"):
+        StudyLock(tmp_path, "looking").require_free()
+    StudyLock(tmp_path, "looking", name="runner-lock.json").require_free()
+    holder.kill()
+    holder.wait()
+    StudyLock(tmp_path, "looking").require_free()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_path):
     holder.kill()
     holder.wait()

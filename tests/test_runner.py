@@ -207,7 +207,7 @@ except KeyboardInterrupt:
     assert f"01_first was interrupted by {number.name}, the same command goes on" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert (studies / "s" / "saved").exists() and not (studies / "s" / "later").exists()
-    assert executed.load(studies / "s" / "notebooks" / "01_first.failed.ipynb")
+    assert executed.load(studies / "s" / "notebooks" / "01_first.stopped.ipynb")
     wait_for(lambda: not kernel.is_running())
 
 
@@ -282,3 +282,14 @@ def test_it_runs_with_the_network_cut_off(notebooks, studies):
     done = subprocess.run([*cut_off, *command(notebooks)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| offline: " in done.stdout and "peftlib: 01_first finished" in done.stdout
+
+
+def test_a_second_runner_in_one_study_is_refused_by_name(notebooks, studies, capsys):
+    from peftlib.lock import StudyLock
+
+    fake_notebooks.write_good(notebooks, "01_data")
+    stages = runner.plan([], {"profile": "demo"}, notebooks)
+    with StudyLock(stages[0].study.folder, "python -m peftlib run", name="runner-lock.json"):
+        assert command_line.main(["run", "--profile", "demo", "--notebooks", str(notebooks)]) == 2
+    assert "is in use by" in capsys.readouterr().err
+    assert not stages[0].running.exists()

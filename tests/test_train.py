@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftlib import methods, models
+from peftlib import data, methods, models
 from peftlib import record as records
 from peftlib.checkpoint import CheckpointDir
 from peftlib.errors import CheckpointError, ConfigError, NonFiniteLossError, StudyError
@@ -340,11 +340,25 @@ def test_a_fork_starts_from_the_weights_another_study_has_reached(make_study, me
 
 
 def test_a_fork_that_cannot_be_is_refused_with_the_way_out(make_study):
-    with pytest.raises(StudyError, match="fork='nowhere': .* train it there first"):
-        trained(make_study(study="a", fork="nowhere"), "qlora")
-    trained(make_study(study="b", max_steps=1), "qlora")
+    with pytest.raises(StudyError, match="fork='nowhere': there is no such study"):
+        make_study(study="a", fork="nowhere")
+    source = make_study(study="b", max_steps=1)
+    with pytest.raises(StudyError, match="fork='b': .* train it there first"):
+        trained(make_study(study="a", fork="b"), "qlora")
+    trained(source, "qlora")
     with pytest.raises(CheckpointError, match="take the same model, method and ranks"):
         trained(make_study(study="c", fork="b", lora_rank=2), "qlora")
+
+
+def test_a_fork_that_has_learnt_its_test_rows_is_refused(make_study, monkeypatch):
+    trained(make_study(study="source", max_steps=1), "qlora")
+    forked = make_study(study="forked", fork="source")
+    run = TrainingRun(forked, "qlora", log=lambda line: None)
+    real = data.load_split
+    leaky = {"test": "train", "valid": "valid", "train": "train"}
+    monkeypatch.setattr("peftlib.resume.data.load_split", lambda folder, split: real(folder, leaky[split]))
+    with pytest.raises(StudyError, match=r"fork='source': 12 of the 12 test rows here were trained on there"):
+        run.train()
 
 
 def test_another_session_in_the_same_study_is_refused_and_nothing_is_lost(make_study):
