@@ -169,7 +169,9 @@ def _is_gone(owner):
     if owner.get("host") != here["host"] or abs(owner.get("boot", 0.0) - here["boot"]) > 5:
         return not owner.get("host")
     try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
+        process = psutil.Process(owner["pid"])
+        # A killed process whose parent is gone too may stay in the table for long.
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - owner["started"]) > 1
     except psutil.NoSuchProcess:
         return True
 

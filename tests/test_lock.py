@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peftlib.errors import LockedError
@@ -47,9 +48,13 @@ def test_whether_it_is_free_can_be_asked_without_taking_it(holder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_path):
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_path, is_reaped):
     holder.kill()
-    holder.wait()
+    if is_reaped:
+        holder.wait()
+    else:
+        _until(lambda: psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE)
     assert (tmp_path / "lock.json").exists()
     with StudyLock(tmp_path, "training qlora"):
         pass
