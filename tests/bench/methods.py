@@ -61,7 +61,7 @@ def settings():
     yield {"name": "galore_layerwise_liger", "peer": "galore_layerwise_liger", "micro_batch": 4, "accumulation": 1}
     yield {"name": "galore8", "peer": "galore8", "micro_batch": 4, "accumulation": 4}
     yield {"name": "qlora_liger_nogc", "peer": "qlora_liger_nogc", "micro_batch": 4, "accumulation": 4}
-    for method in ("qlora", "galore", "hybrid"):
+    for method in ("qlora", "galore", "hybrid", "lora", "full", "apollo"):
         yield {"name": f"{method}_fp16", "method": method, **speed, "precision": "fp16"}
     mixed = {"micro_batch": 16, "steps": 3, "mixed": MIXED}
     yield {"name": "mixed_lengths", "method": "galore", **mixed}
