@@ -18,7 +18,7 @@ class PeakMemory:
         self.device = device
         self.peak_bytes = 0
         self.reserved_bytes = None
-        self._resident_bytes = 0  # at the last look
+        self._resident_bytes = 0  # of the process tree, at the last look
         self._interval = interval
         self._is_over = threading.Event()
 
@@ -26,7 +26,7 @@ class PeakMemory:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._start_bytes = _tree_bytes()
+            self._start_bytes = self._resident_bytes = _tree_bytes()
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
         return self
