@@ -14,7 +14,7 @@ from peftlib.notebook import headless
 from peftlib.progress import Watcher
 
 _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
-_SHARE_OF_TIME = 0.01  # that drawing may take, and that all else may take
+_SHOW_SHARE, _DRAW_SHARE = 0.005, 0.015  # of the time, at most
 _DPI = 90
 _LAST_LINES = 6  # of the log, that the panel shows
 _BUTTON, _ASKED = "Save and stop", "Stops after this step"
@@ -51,7 +51,7 @@ class Panel(Watcher):
         self._run, self._kernel = run, kernel
         self._lines, self._last, self._handle = [], None, None
         self._asked = threading.Event()
-        self._show, self._draw = _Pace(_SHOW_EVERY_S), _Pace(_DRAW_EVERY_S)
+        self._show, self._draw = _Pace(_SHOW_EVERY_S, _SHOW_SHARE), _Pace(_DRAW_EVERY_S, _DRAW_SHARE)
 
     def __enter__(self):
         self._print, self._run.log = self._run.log, self._say
@@ -114,6 +114,7 @@ class Panel(Watcher):
             "text/plain": f"{self._run.name}, seed {self._run.cfg.seed} {_INSTEAD}",
         }
         self._handle = display(shown, raw=True, display_id=True)
+        _png(figures.loss_curves([]))  # the first one takes several times as long
 
     def _on_click(self, button):
         self._asked.set()
@@ -121,17 +122,21 @@ class Panel(Watcher):
 
     def _draw_losses(self, snapshot):
         chart = figures.loss_curves([vars(snapshot)])
-        png = io.BytesIO()
-        chart.savefig(png, format="png", dpi=_DPI)
-        self._image.value, self._image.tooltip = png.getvalue(), chart.alt
+        self._image.value, self._image.tooltip = _png(chart), chart.alt
         self._image.layout.display = "block"
+
+
+def _png(chart):
+    png = io.BytesIO()
+    chart.savefig(png, format="png", dpi=_DPI)
+    return png.getvalue()
 
 
 class _Pace:
     """When a piece of work is due again: at most every so many seconds, and within its share of the time."""
 
-    def __init__(self, every_s):
-        self._every_s, self._next_at = every_s, 0.0
+    def __init__(self, every_s, share):
+        self._every_s, self._share, self._next_at = every_s, share, 0.0
 
     def is_due(self):
         """Whether it may be done now."""
@@ -142,4 +147,4 @@ class _Pace:
 
     def __exit__(self, *error):
         now = time.monotonic()
-        self._next_at = now + max(self._every_s, (now - self._started) / _SHARE_OF_TIME)
+        self._next_at = now + max(self._every_s, (now - self._started) / self._share)

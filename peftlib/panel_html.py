@@ -10,7 +10,6 @@ _GIB = 2**30
 _NEARLY_FULL = 0.9  # of the memory's limit
 _TRACK = "background:rgba(127,127,127,.22);border-radius:4px;overflow:hidden"
 _GREY, _WARNING = "#7f7f7f", figures.COLORS["galore"]
-_STATES = {"running": "trains", "ok": "finished", "stopped": "stopped, saved: run this cell again to go on"}
 _PRE = (
     "margin:4px 0 0 0;padding:6px 8px;background:rgba(127,127,127,.10);font-size:12px;line-height:1.45;overflow-x:auto"
 )
@@ -49,15 +48,23 @@ def checkpoint_words(snapshot):
     writing = " (a new one is being written)" if snapshot.is_saving else ""
     if snapshot.saved_step is None:
         return "being written" if writing else "none yet"
+    if snapshot.is_over:
+        return f"step {snapshot.saved_step}"
     if snapshot.saved_at is None:
         return f"step {snapshot.saved_step}, of an earlier session{writing}"
     return f"step {snapshot.saved_step}, {_ago(time.time() - snapshot.saved_at)}{writing}"
 
 
 def summary(snapshot):
-    """A run's state in one line."""
-    state = _STATES.get(snapshot.status, snapshot.status)
-    return f"{snapshot.method}, seed {snapshot.seed}, {state}: step {snapshot.step:,} of {snapshot.planned_steps:,}"
+    """How far a run is, in one line."""
+    of_all = f"step {snapshot.step:,} of {snapshot.planned_steps:,}"
+    told = {
+        "running": of_all,
+        "ok": f"finished, {snapshot.step:,} steps",
+        "stopped": f"stopped at {of_all}; run this cell again to go on from step {snapshot.saved_step or 0:,}",
+        "failed": f"failed after {of_all}; the checkpoint of step {snapshot.saved_step or 0:,} is kept",
+    }
+    return f"{snapshot.method}, seed {snapshot.seed}: {told[snapshot.status]}"
 
 
 def state(snapshot):
@@ -74,7 +81,7 @@ def state(snapshot):
     return (
         f'<div style="font-size:13px;line-height:1.45;max-width:820px"><div style="margin-bottom:4px"><b>'
         f"{html.escape(summary(snapshot))}</b></div>{_bar(done, color, 10)}"
-        '<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:6px 18px;margin:8px 0">'
+        '<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:6px 18px;margin:8px 0">'
         f"{''.join(rows)}</div></div>"
     )
 

@@ -35,7 +35,7 @@ TRAIN = 'record = train_live(run)\nprint("end", record["status"], record["steps"
 
 def trains(message):
     """Whether a message tells the panel's reader of a first step."""
-    return message["msg_type"] == "comm_msg" and re.search(r"trains: step [1-9]\d* of 18", str(message["content"]))
+    return message["msg_type"] == "comm_msg" and re.search(r"seed 0: step [1-9]\d* of 18", str(message["content"]))
 
 
 class FrontEnd:
