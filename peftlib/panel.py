@@ -14,7 +14,7 @@ from peftlib.notebook import headless
 from peftlib.progress import Watcher
 
 _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
-_SHOW_SHARE, _DRAW_SHARE = 0.005, 0.015  # of the time, at most
+_SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
 _DPI = 90
 _LAST_LINES = 6  # of the log, that the panel shows
 _BUTTON, _ASKED = "Save and stop", "Stops after this step"
@@ -81,7 +81,7 @@ class Panel(Watcher):
         with self._show:
             self._facts.value = panel_html.state(snapshot)
             self._log.value = panel_html.log(self._lines[-_LAST_LINES:]) if self._lines else ""
-        if snapshot.history and (snapshot.is_over or self._draw.is_due()):
+        if snapshot.history and not snapshot.is_over and self._draw.is_due():  # in the end the picture goes
             with self._draw:
                 self._draw_losses(snapshot)
 

@@ -19,16 +19,16 @@ OTHER_KERNEL = CHECKOUT / ".venv" / "ipykernel6"
 STEPS = {"epochs": 3, "valid_every": 4}  # 18 steps
 # A step of known length, so that there is time to press the button.
 OPEN = """
-import time, torch
+import os, time, torch
 torch.set_num_threads(1)
-import ipykernel
+os.environ["PEFTLIB_ROOT"] = {root!r}
 from peftlib.study import Study
 from peftlib.train import TrainingRun
 from peftlib.panel import train_live
 run = TrainingRun(Study.resolve(profile="demo", study="tiny", **{fields!r}), "qlora")
 step, pause = run._step, {pause}
 run._step = lambda: (time.sleep(pause), step())
-print("kernel", ipykernel.__version__)
+print("opened")
 """
 TRAIN = 'record = train_live(run)\nprint("end", record["status"], record["steps"])'
 
@@ -44,9 +44,9 @@ class FrontEnd:
     def __init__(self, client):
         self.client, self.heard = client, []
 
-    def run(self, code, **settings):
+    def run(self, code):
         """Send a cell; returns its message id at once."""
-        return self.client.execute(code, **{"allow_stdin": True, **settings})
+        return self.client.execute(code, allow_stdin=True)
 
     def hear(self, is_it, seconds=40):
         """The first message, heard already or soon, of which `is_it` holds."""
@@ -71,6 +71,10 @@ class FrontEnd:
             )
         )
         return self.printed(cell)
+
+    def ended(self, code):
+        """Run a cell to its end: all that it printed."""
+        return self.end_of(self.run(code))
 
     def printed(self, cell):
         ours = [m for m in self.heard if m["parent_header"].get("msg_id") == cell]
@@ -105,25 +109,33 @@ class FrontEnd:
         return [data["state"] for data in sent if data.get("method") == "update"]
 
 
-@pytest.fixture(params=["installed", "ipykernel6"])
-def front_end(request, make_study):
-    """A FrontEnd of a new kernel in which a slow run is open."""
+@pytest.fixture(scope="module", params=["installed", "ipykernel6"])
+def kernel(request):
+    """(KernelManager, client) of a new kernel."""
     if request.param == "ipykernel6" and not OTHER_KERNEL.is_dir():
         pytest.skip(f"no {OTHER_KERNEL}: make .venv/ipykernel6 makes it")
-    study = make_study(**STEPS)
     first = [str(OTHER_KERNEL)] if request.param == "ipykernel6" else []
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*first, str(CHECKOUT)]), "HF_HUB_OFFLINE": "1"}
     env.pop("PEFTLIB_HEADLESS", None)
     manager, client = start_new_kernel(env=env)
-    made = FrontEnd(client)
-    made.study, made.interrupt = study, manager.interrupt_kernel
-    fields = {**TINY, **STEPS, "model": study.cfg.model}
-    made.opening = lambda pause: OPEN.format(fields=fields, pause=pause)
-    opened = made.end_of(made.run(made.opening(pause=0.4)))
-    assert f"kernel {'6.' if first else '7.'}" in opened, opened
-    yield made
+    told = FrontEnd(client).ended("import ipykernel; print(ipykernel.__version__)")
+    assert told.startswith("6." if first else "7."), told
+    yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def front_end(kernel, make_study):
+    """A FrontEnd of a kernel in which a slow run is open; `opening` is the cell for another one."""
+    manager, client = kernel
+    made = FrontEnd(client)
+    made.study, made.interrupt = make_study(**STEPS), manager.interrupt_kernel
+    fields = {**TINY, **STEPS, "model": made.study.cfg.model}
+    made.opening = lambda pause: OPEN.format(fields=fields, pause=pause, root=os.environ["PEFTLIB_ROOT"])
+    assert "opened" in made.ended(made.opening(pause=0.4))
+    made.heard.clear()
+    return made
 
 
 def test_the_button_saves_and_stops_and_waiting_cells_run_once_in_order(front_end):
@@ -148,26 +160,33 @@ def test_the_button_saves_and_stops_and_waiting_cells_run_once_in_order(front_en
     assert ran[-5:] == ["record = trai", *(f'print("cell {n}' for n in (1, 2, 3, 4))]
     assert any(state.get("disabled") for state in front_end.states_of(button))
 
+    def told(kind):
+        return [
+            m["content"] for m in front_end.heard if m["msg_type"] == kind and m["parent_header"]["msg_id"] == training
+        ]
+
+    assert {c["comm_id"] for c in told("comm_open")} == {c["comm_id"] for c in told("comm_close")}  # no widget is left
+    [left] = told("update_display_data")
+    assert set(left["data"]) == {"text/html", "text/plain"} and "stopped after step" in left["data"]["text/plain"]
+
     kept, _ = CheckpointDir(front_end.study.checkpoint_dir("qlora", 0), keep=1).newest()
     assert kept.state["progress"]["step"] == steps
     record = records.load(front_end.study, "qlora", 0)
     assert (record["status"], record["steps"]) == ("stopped", steps)
 
-    again = front_end.run(f"{front_end.opening(pause=0)}\n{TRAIN}")
-    said = front_end.end_of(again)
+    said = front_end.ended(f"{front_end.opening(pause=0)}\n{TRAIN}")
     assert f"goes on at step {steps} of 18" in said and "end ok 18" in said
 
 
 def test_cells_that_wait_do_not_run_after_a_training_that_failed(front_end):
-    front_end.end_of(front_end.run("run._flush = lambda: 1 / 0 if run.progress.step == 7 else type(run)._flush(run)"))
+    front_end.ended("run._flush = lambda: 1 / 0 if run.progress.step == 7 else type(run)._flush(run)")
     training = front_end.run(TRAIN)
     waiting = front_end.run('print("must not run")')
     front_end.hear(trains)
     late = front_end.run('print("must not run either")')
     assert "ZeroDivisionError" in front_end.end_of(training)
     assert [front_end.reply_to(cell)["status"] for cell in (waiting, late)] == ["aborted", "aborted"]
-    after = front_end.end_of(front_end.run('print("lives")'))
-    assert after == "lives\n" and "must not run" not in str(front_end.heard[-20:])
+    assert front_end.ended('print("lives")') == "lives\n" and "must not run" not in str(front_end.heard[-20:])
 
 
 def test_the_interrupt_button_saves_and_stops_too(front_end):
