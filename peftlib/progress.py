@@ -87,7 +87,7 @@ class Watching:
         for watcher in list(self._watchers):
             try:
                 answers.append(call(watcher))
-            except Exception as error:  # noqa: BLE001 - whatever a look-on raises must not end training
+            except Exception as error:  # noqa: BLE001 - whatever a watcher raises must not end training
                 self._watchers.remove(watcher)
                 watcher.is_dropped = True
                 name = type(watcher).__name__
