@@ -123,6 +123,7 @@ class Config:
     keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
     log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)
     workers: int = _field(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
+    theme: str = _field("light", "run", "colours of the charts in notebooks", choices=("light", "dark"))
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

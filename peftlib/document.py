@@ -37,10 +37,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file, shown with its description."""
+    """A PNG file, shown with its description. dark_path: what an HTML page shows instead to readers of dark pages."""
 
     path: Path
     alt: str
+    dark_path: Path = None
 
 
 def to_markdown(blocks, folder):
@@ -100,11 +101,19 @@ def _html(block):
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_html_text(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Picture):
-        encoded = base64.b64encode(block.path.read_bytes()).decode()
-        return f'<figure><img alt="{html.escape(block.alt)}" src="data:image/png;base64,{encoded}"></figure>'
+        image = f'<img alt="{html.escape(block.alt)}" src="{png_address(block.path.read_bytes())}">'
+        if block.dark_path is not None:
+            dark = png_address(block.dark_path.read_bytes())
+            image = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
+        return f"<figure>{image}</figure>"
     rows = [_html_row("th", block.header, block.n_text)]
     rows += [_html_row("td", row, block.n_text) for row in block.rows]
     return f'<div class="wide"><table><thead>{rows[0]}</thead><tbody>{"".join(rows[1:])}</tbody></table></div>'
+
+
+def png_address(content):
+    """A data: address that holds the bytes of a PNG file."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _html_row(tag, cells, n_text):
