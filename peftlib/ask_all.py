@@ -128,14 +128,14 @@ class AskBox:
         import ipywidgets as w
 
         self.question = w.Textarea(value=_QUESTION, description="question", style={"description_width": "4.5rem"})
-        self.question.layout = w.Layout(width="40rem", max_width="100%")
+        self.question.layout = w.Layout(width="40rem", max_width="calc(100% - 4px)")
         self.tokens = w.BoundedIntText(value=max_new_tokens, min=1, max=_MOST_TOKENS, description="at most")
         self.tokens.layout.width, self.tokens.style.description_width = "10rem", "4.5rem"
         small = w.Layout(width="auto")
         names = self._models.names
         self.methods = {name: w.Checkbox(value=True, description=name, indent=False, layout=small) for name in names}
         self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")
-        self.status, self.shown = w.Label(), w.HTML(layout=w.Layout(width="100%"))
+        self.status, self.shown = w.Label(), w.HTML()
         line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px", align_items="center")
         settings = w.Box([self.tokens, w.Label("tokens"), *self.methods.values()], layout=line)
         action = w.Box([self.button, self.status], layout=line)

@@ -43,11 +43,14 @@ class ChartPanel:
     def _make_widgets(self):
         import ipywidgets as w
 
-        wide = {"style": {"description_width": "4.5rem"}, "layout": w.Layout(width="19rem", max_width="100%")}
+        wide = {
+            "style": {"description_width": "4.5rem"},
+            "layout": w.Layout(width="19rem", max_width="calc(100% - 4px)"),
+        }
         self.kind = w.Dropdown(options=KINDS, description="show", **wide)
         self.rows = w.Dropdown(options=row_choices(self._report.numbers, KINDS[0]), description="of", **wide)
         self.theme = w.Dropdown(options=list(THEMES), value=self._report.theme, description="theme", **wide)
-        self.shown, self.download = w.HTML(layout=w.Layout(width="100%")), w.HTML()
+        self.shown, self.download = w.HTML(), w.HTML()
         line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px")
         controls = w.Box([self.kind, self.rows, self.theme], layout=line)
         self.box = w.VBox([controls, self.shown, self.download], layout=w.Layout(max_width="100%"))

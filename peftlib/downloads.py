@@ -18,7 +18,7 @@ CSV, PNG = "text/csv", "image/png"
 def link(name, content, kind):
     """HTML of a link that saves `content` (bytes of MIME type `kind`) as `name`."""
     address = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    return f'<a download="{html.escape(name)}" href="{address}">Download {html.escape(name)}</a>'
+    return f'<a style="text-decoration:underline" download="{html.escape(name)}" href="{address}">Download {html.escape(name)}</a>'
 
 
 def offer_csv(folder, name, text):

@@ -75,7 +75,10 @@ class Explorer:
         import ipywidgets as w
 
         names = list(self.answers.runs)
-        wide = {"style": {"description_width": "4.5rem"}, "layout": w.Layout(width="17rem", max_width="100%")}
+        wide = {
+            "style": {"description_width": "4.5rem"},
+            "layout": w.Layout(width="17rem", max_width="calc(100% - 4px)"),
+        }
         self.source = w.Dropdown(options=[ALL, *self.answers.sources], description="source", **wide)
         self.text = w.Text(
             description="text", placeholder="rows that hold these words", continuous_update=False, **wide
@@ -93,7 +96,7 @@ class Explorer:
         self.next = w.Button(description="Next", icon="arrow-right", layout=w.Layout(width="7rem"))
         self.number = w.BoundedIntText(value=1, min=1, description="row", style={"description_width": "2.2rem"})
         self.number.layout.width = "8rem"
-        self.count, self.shown, self.download = w.HTML(), w.HTML(layout=w.Layout(width="100%")), w.HTML()
+        self.count, self.shown, self.download = w.HTML(), w.HTML(), w.HTML()
         self.csv = w.Button(description="Make CSV", icon="table", tooltip="the rows found, in this order")
         line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px", align_items="center")
         self.box = w.VBox(

@@ -64,10 +64,10 @@ def smoothed(values, share=0.1):
     return made
 
 
-def score_bars(intervals, metrics=tuple(_METRIC_NAMES), *, rows="the test rows", theme=LIGHT):
+def score_bars(intervals, metrics=tuple(_METRIC_NAMES), *, rows="", theme=LIGHT):
     """One panel a metric, a bar a method with its 95 % interval.
 
-    intervals: {method: {metric: stats.Interval}}. rows: which rows, in words.
+    intervals: {method: {metric: stats.Interval}}. rows: the source whose rows alone they are of, if any.
     """
     chart = Chart(7.0, 3.6, theme=theme)
     methods = sorted(intervals, key=_method_order)
@@ -80,8 +80,8 @@ def score_bars(intervals, metrics=tuple(_METRIC_NAMES), *, rows="the test rows",
         slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(methods) * len(metrics) > 8 else {}
         axes.set_xticks(range(len(methods)), methods, **slant)
         _room_above(axes, [interval[metric].high for interval in intervals.values()])
-        title(axes, f"{name}, 95 % intervals")
-    chart.alt = f"Scores on {rows}. " + _said(methods, intervals, metrics)
+        title(axes, f"{name}{_on(rows)}, 95 % intervals")
+    chart.alt = f"Scores on the test rows{_of(rows)}. " + _said(methods, intervals, metrics)
     return chart if methods else empty(chart, panels[0], "no scores yet")
 
 
@@ -110,10 +110,11 @@ def source_bars(per_source, metric="rougeL", theme=LIGHT):
     return chart
 
 
-def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows="the test rows"):
+def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows=""):
     """A point a method: peak training memory across, score with 95 % interval up; base as a dashed line.
 
-    intervals as in `score_bars`; peak_gib: {method: GiB or None}; methods of unknown memory are left out. rows: which, in words.
+    intervals as in `score_bars`; peak_gib: {method: GiB or None}; methods of unknown memory are left out.
+    rows: as in `score_bars`.
     """
     name = _METRIC_NAMES[metric]
     chart = Chart(6.4, 4.0, theme=theme)
@@ -141,11 +142,11 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     axes.set_xlim(0, max(peak_gib[m] for m in placed) * 1.18)
     lows = [intervals[m][metric].low for m in placed] + [i[metric].value for m, i in intervals.items() if m == "base"]
     _room_above(axes, [intervals[m][metric].high for m in placed], bottom=max(0.0, min(lows) * 0.85))
-    title(axes, f"{name} against memory: up and left is better")
+    title(axes, f"{name}{_on(rows)} against memory: up and left is better")
     legend(axes, outside=True)
     said = (f"{m} {intervals[m][metric].value:.3f} at {peak_gib[m]:.2f} GiB" for m in placed)
     base = f" Base {intervals['base'][metric].value:.3f}." if "base" in intervals else ""
-    chart.alt = f"{name} on {rows} against peak training memory. {'; '.join(said)}.{base}"
+    chart.alt = f"{name} on the test rows{_of(rows)} against peak training memory. {'; '.join(said)}.{base}"
     return chart
 
 
@@ -223,6 +224,14 @@ def _said(methods, intervals, metrics=tuple(_METRIC_NAMES)):
         )
 
     return "; ".join(f"{method} {numbers(intervals[method])}" for method in methods) + "."
+
+
+def _on(rows):
+    return f" on {rows}" if rows else ""
+
+
+def _of(rows):
+    return f" of {rows}" if rows else ""
 
 
 def _run_name(record):

@@ -98,12 +98,10 @@ def _of_rows(numbers, metric, is_against_memory, rows, theme):
         return figures.source_bars(numbers.per_source, metric, theme)
     intervals = numbers.intervals if rows == ALL_ROWS else numbers.per_source[rows]
     if is_against_memory:
-        return figures.quality_against_memory(intervals, numbers.peak_gib, metric, theme, rows=_words(rows))
-    return figures.score_bars(intervals, (metric,), rows=_words(rows), theme=theme)
-
-
-def _words(rows):
-    return "the test rows" if rows == ALL_ROWS else f"the test rows of {rows}"
+        return figures.quality_against_memory(
+            intervals, numbers.peak_gib, metric, theme, rows="" if rows == ALL_ROWS else rows
+        )
+    return figures.score_bars(intervals, (metric,), rows="" if rows == ALL_ROWS else rows, theme=theme)
 
 
 def charts_of(numbers, theme=LIGHT):
