@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 from peftlib.files import atomic_path
 from peftlib.palette import LIGHT
 
-_DPI = 130
+_DPI = 150
 _FORMATS = ("png", "svg")
 
 
 class Chart(Figure):
     """A figure with `alt`, its content in words, and `is_empty` where there was nothing to draw."""
 
-    def __init__(self, width=7.0, height=3.8, theme=LIGHT):
+    def __init__(self, width=5.8, height=3.4, theme=LIGHT):
         super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.paper)
         FigureCanvasAgg(self)
         self.alt = ""

@@ -72,7 +72,7 @@ class ChartPanel:
         chart = chart_of(self._report.numbers, self.kind.value, self.rows.value, THEMES[self.theme.value])
         png = chart.png()
         alt = html.escape(chart.alt)
-        self.shown.value = f'<img alt="{alt}" src="{png_address(png)}" style="max-width:100%;width:{chart.get_figwidth() * 100:.0f}px">'
+        self.shown.value = f'<img alt="{alt}" src="{png_address(png)}" style="max-width:100%;width:{chart.get_figwidth() * 110:.0f}px">'
         name = "".join(c if c.isalnum() else "_" for c in f"{self.kind.value} {self.rows.value}")
         results = (self._report.folder / "results.csv").read_bytes()
         self.download.value = f"{link(f'{name}.png', png, PNG)} &nbsp; {link('results.csv', results, CSV)}"

@@ -136,7 +136,7 @@ _PAGE = """<!DOCTYPE html>
 :root {{ color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; --soft: #f4f4f4; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e4e4; --paper: #16181b; --line: #444; --soft: #212429; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }}
+  max-width: 62rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; overflow-wrap: anywhere; }}
 h1, h2, h3 {{ line-height: 1.25; }}
 h2 {{ margin-top: 2.5rem; border-bottom: 1px solid var(--line); }}
 .wide {{ overflow-x: auto; }}
@@ -147,7 +147,13 @@ th {{ background: var(--soft); }}
 .text {{ white-space: pre-wrap; overflow-wrap: break-word; }}
 .text:first-child {{ min-width: 6rem; }}
 figure {{ margin: 1rem 0; }}
-img {{ max-width: 100%; height: auto; background: #fff; border-radius: 4px; }}
+img {{ max-width: 100%; height: auto; }}
+/* On a phone: charts from edge to edge, and rows of tables that scroll keep their name in sight. */
+@media (max-width: 40rem) {{
+  figure {{ margin: 1rem -1.25rem; }}
+  tr > :first-child {{ position: sticky; left: 0; background: var(--paper); max-width: 8rem; }}
+  th:first-child {{ background: var(--soft); }}
+}}
 </style>
 </head>
 <body>

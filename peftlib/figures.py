@@ -13,6 +13,7 @@ from peftlib.palette import LIGHT, MARKERS, OTHER_MARKER
 from peftlib.study import method_rank
 
 _MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
+_RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 _METRIC_NAMES = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 
 
@@ -31,7 +32,7 @@ def loss_curves(records, theme=LIGHT):
         if history:
             steps, losses = zip(*history)
             if len(curves) <= _MOST_RAW_CURVES:
-                axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(steps, losses, color=color, alpha=_RAW_ALPHA[theme.name], linewidth=0.8)
             axes.plot(steps, smoothed(losses), color=color, linewidth=1.7, label=label)
             said.append(f"{_run_name(record)} {losses[0]:.2f} to {losses[-1]:.2f}")
         if valid:
@@ -69,7 +70,7 @@ def score_bars(intervals, metrics=tuple(_METRIC_NAMES), *, rows="", theme=LIGHT)
 
     intervals: {method: {metric: stats.Interval}}. rows: the source whose rows alone they are of, if any.
     """
-    chart = Chart(7.0, 3.6, theme=theme)
+    chart = Chart(6.0, 3.3, theme=theme)
     methods = sorted(intervals, key=_method_order)
     panels = chart.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics):
@@ -88,7 +89,7 @@ def score_bars(intervals, metrics=tuple(_METRIC_NAMES), *, rows="", theme=LIGHT)
 def source_bars(per_source, metric="rougeL", theme=LIGHT):
     """One metric by data source, a bar a method, 95 % intervals. per_source: {source: {method: {metric: Interval}}}."""
     name = _METRIC_NAMES[metric]
-    chart = Chart(7.4, 3.6, theme=theme)
+    chart = Chart(6.2, 3.3, theme=theme)
     axes = add_axes(chart, "", f"{name} (0-1)")
     methods = sorted({method for found in per_source.values() for method in found}, key=_method_order)
     width = 0.8 / max(len(methods), 1)
@@ -117,7 +118,7 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     rows: as in `score_bars`.
     """
     name = _METRIC_NAMES[metric]
-    chart = Chart(6.4, 4.0, theme=theme)
+    chart = Chart(5.6, 3.5, theme=theme)
     axes = add_axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
     if "base" in intervals:
         axes.axhline(intervals["base"][metric].value, color=theme.color_of("base"), linestyle="--", linewidth=1.2)
@@ -172,7 +173,7 @@ def _value_bars(values, name, unit, *, theme, form=".2f", outlines=None, note=""
     """One lying bar a method whose value is known, with the number at its end; `outlines` around some of them."""
     outlines = outlines or {}
     methods = [m for m in sorted(values, key=_method_order) if _is_number(values[m])]
-    chart = Chart(6.4, 0.9 + 0.5 * max(len(methods), 2), theme=theme)
+    chart = Chart(5.6, 0.9 + 0.5 * max(len(methods), 2), theme=theme)
     axes = add_axes(chart, unit, "", grid="x")
     if not methods:
         return empty(chart, axes, f"{name.split(':')[0].lower()} is not known yet")
