@@ -11,7 +11,7 @@ from peftlib.scored import BASE
 
 ALL = "all sources"
 _STATIC_CHARACTERS = 400  # of a text in the static table, which stays in executed notebooks
-_CSV_NAME = "answers.csv"
+_CSV_NAME = "answers.download.csv"
 
 
 def explore(report, *, is_interactive=None):
@@ -171,4 +171,4 @@ class Explorer:
 
     def _make_csv(self, button):
         text = self.answers.to_csv(self._places, self.chosen_names())
-        self.download.value = offer_csv(self._folder / "downloads", _CSV_NAME, text)
+        self.download.value = offer_csv(self._folder, _CSV_NAME, text)

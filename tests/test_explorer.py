@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from peftlib import answers as answers_module
-from peftlib import downloads, report_charts, scored
+from peftlib import archive, downloads, report_charts, scored
 from peftlib.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers
 from peftlib.explorer import explore
 from peftlib.metrics import sentence_bleu
@@ -228,7 +228,9 @@ def test_texts_of_a_model_are_shown_and_never_obeyed(tmp_path, monkeypatch):
 
 
 def csv_of(explorer):
-    [found] = re.findall(r'download="answers.csv" href="data:text/csv;base64,([^"]+)"', explorer.download.value)
+    [found] = re.findall(
+        r'download="answers.download.csv" href="data:text/csv;base64,([^"]+)"', explorer.download.value
+    )
     return list(csv.DictReader(io.StringIO(base64.b64decode(found).decode())))
 
 
@@ -252,9 +254,11 @@ def test_the_csv_holds_the_rows_found_in_their_order(explorer):
 def test_a_csv_too_large_for_a_link_is_written_into_the_study(report, explorer, monkeypatch):
     monkeypatch.setattr(downloads, "LINK_LIMIT_BYTES", 1000)
     explorer.csv.click()
-    path = report.folder / "downloads" / "answers.csv"
+    path = report.folder / "answers.download.csv"
     assert len(list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))) == 48
-    assert "href" not in explorer.download.value and "downloads/answers.csv" in explorer.download.value
+    assert "href" not in explorer.download.value and path.name in explorer.download.value
+    assert path not in archive.units_of(report.folder)["study"]  # not copied to Drive again and again
+    path.unlink()
 
 
 # Where nobody can click
