@@ -15,7 +15,8 @@ _OWN = (
     "weights",
     "checkpoints",
 )  # folders that are archives of their own; a sweep's are its own affair
-_NOT_KEPT = ("lock.json", ".running.ipynb")  # endings: what only the moment means something for
+# Endings: what only the moment means something for, and the explorer's large CSV, which a click makes again.
+_NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
 _BUFFER = 4 << 20  # bytes written to a remote at once
 BUILDING = ".mirroring"  # folder of hard links to what is being copied
 

@@ -129,6 +129,7 @@ class Config:
         choices=("", "tensorboard", "trackio"),
     )
     workers: int = _field(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
+    theme: str = _field("light", "run", "colours of the charts in notebooks", choices=("light", "dark"))
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

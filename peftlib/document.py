@@ -37,10 +37,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file, shown with its description."""
+    """A PNG file, shown with its description. dark_path: what an HTML page shows instead to readers of dark pages."""
 
     path: Path
     alt: str
+    dark_path: Path = None
 
 
 def to_markdown(blocks, folder):
@@ -100,11 +101,19 @@ def _html(block):
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_html_text(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Picture):
-        encoded = base64.b64encode(block.path.read_bytes()).decode()
-        return f'<figure><img alt="{html.escape(block.alt)}" src="data:image/png;base64,{encoded}"></figure>'
+        image = f'<img alt="{html.escape(block.alt)}" src="{png_address(block.path.read_bytes())}">'
+        if block.dark_path is not None:
+            dark = png_address(block.dark_path.read_bytes())
+            image = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
+        return f"<figure>{image}</figure>"
     rows = [_html_row("th", block.header, block.n_text)]
     rows += [_html_row("td", row, block.n_text) for row in block.rows]
     return f'<div class="wide"><table><thead>{rows[0]}</thead><tbody>{"".join(rows[1:])}</tbody></table></div>'
+
+
+def png_address(content):
+    """A data: address that holds the bytes of a PNG file."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _html_row(tag, cells, n_text):
@@ -127,7 +136,7 @@ _PAGE = """<!DOCTYPE html>
 :root {{ color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; --soft: #f4f4f4; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e4e4; --paper: #16181b; --line: #444; --soft: #212429; }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }}
+  max-width: 62rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; overflow-wrap: anywhere; }}
 h1, h2, h3 {{ line-height: 1.25; }}
 h2 {{ margin-top: 2.5rem; border-bottom: 1px solid var(--line); }}
 .wide {{ overflow-x: auto; }}
@@ -138,7 +147,13 @@ th {{ background: var(--soft); }}
 .text {{ white-space: pre-wrap; overflow-wrap: break-word; }}
 .text:first-child {{ min-width: 6rem; }}
 figure {{ margin: 1rem 0; }}
-img {{ max-width: 100%; height: auto; background: #fff; border-radius: 4px; }}
+img {{ max-width: 100%; height: auto; }}
+/* On a phone: charts from edge to edge, and rows of tables that scroll keep their name in sight. */
+@media (max-width: 40rem) {{
+  figure {{ margin: 1rem -1.25rem; }}
+  tr > :first-child {{ position: sticky; left: 0; background: var(--paper); max-width: 8rem; }}
+  th:first-child {{ background: var(--soft); }}
+}}
 </style>
 </head>
 <body>

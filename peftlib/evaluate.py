@@ -43,7 +43,7 @@ def evaluate(study, method, *, log=print):
         rows = data.load_split(study.data_dir, "test")
         device = resolve_device(study.cfg.device)
         dtype, precision, _ = evaluation_dtype(device)
-        model = _load(study, method, record["seed"], device=device, dtype=dtype)
+        model = load_model(study, method, record["seed"], device=device, dtype=dtype)
         losses = _losses(study, record, model, rows, precision=precision, log=log)
         answers = _answers(study, record, model, rows, log=log)
         record["eval_loss"] = losses["eval_loss"]
@@ -136,7 +136,8 @@ def evaluation_dtype(device):
     return torch.float32, "fp32", f"compute capability {major}.{minor} has fast matrix products in float32 alone"
 
 
-def _load(study, method, seed, *, device, dtype):
+def load_model(study, method, seed, *, device, dtype):
+    """The saved weights of a run as one plain merged model, or the untrained model of 'base', in eval mode."""
     if method == "base":
         return load_plain(study.cfg.model, device=device, dtype=dtype)
     return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)

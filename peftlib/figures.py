@@ -1,96 +1,47 @@
 """Charts of a study, each with a text for those who cannot see it. A method keeps its colour and marker everywhere.
 
-Functions return a `Chart`: a matplotlib Figure that shows itself in a notebook and carries `alt`. Nothing global
-(pyplot, rcParams) is touched.
+Functions return a `chart.Chart` in the theme asked for.
 """
 
-import io
 import math
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-from peftlib.files import atomic_path
+from peftlib.chart import Chart, add_axes, dress, empty, legend, title
+from peftlib.palette import LIGHT, MARKERS, OTHER_MARKER
 from peftlib.study import method_rank
 
-# Okabe and Ito's palette, told apart with every common colour blindness; markers repeat the distinction.
-COLORS = {
-    "base": "#7f7f7f",
-    "base (cut)": "#bdbdbd",
-    "qlora": "#0072b2",
-    "galore": "#d55e00",
-    "hybrid": "#009e73",
-    "lora": "#56b4e9",
-    "full": "#cc79a7",
-    "apollo": "#e69f00",
-}
-MARKERS = {"base": "X", "qlora": "o", "galore": "s", "hybrid": "D", "lora": "^", "full": "v", "apollo": "P"}
-_OTHER_COLOR, _OTHER_MARKER = "#000000", "*"
-_DPI = 130
-_FORMATS = ("png", "svg")
 _MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
-_TEXT, _GRID = "#222222", "#d9d9d9"
+_RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 _METRIC_NAMES = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 
 
-class Chart(Figure):
-    """A figure with `alt`, its content in words, and `is_empty` where there was nothing to draw."""
-
-    def __init__(self, width=7.0, height=3.8):
-        super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
-        FigureCanvasAgg(self)
-        self.alt = ""
-        self.is_empty = False
-
-    def _repr_png_(self):
-        png = io.BytesIO()
-        self.savefig(png, format="png", dpi=_DPI)
-        return png.getvalue()
-
-
-def save(chart, folder, name):
-    """Write <name>.png and <name>.svg, whole or not at all; returns the PNG's path.
-
-    Equal charts give equal bytes: no dates, and names inside the SVG that follow from its content.
-    """
-    for kind in _FORMATS:
-        with atomic_path(folder / f"{name}.{kind}") as beside, rc_context({"svg.hashsalt": "peftlib"}):
-            chart.savefig(beside, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
-    return folder / f"{name}.png"
-
-
-def color_of(method):
-    """The colour of a method's lines, bars and points."""
-    return COLORS.get(method, _OTHER_COLOR)
-
-
-def loss_curves(records):
+def loss_curves(records, theme=LIGHT):
     """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation points."""
-    chart = Chart()
-    axes = _axes(chart, "optimizer step", "loss (nats per assistant token)")
+    chart = Chart(theme=theme)
+    axes = add_axes(chart, "optimizer step", "loss (nats per assistant token)")
     curves = [curve for curve in map(_curve, sorted(records, key=_order)) if any(curve[1:])]
     if not curves:
-        return _empty(chart, axes, "no training steps recorded")
+        return empty(chart, axes, "no training steps recorded")
     named, said = set(), []
     for record, history, valid in curves:
-        method, color = record["method"], color_of(record["method"])
+        method, color = record["method"], theme.color_of(record["method"])
         label = None if method in named else method  # one entry a method, not one a seed
         named.add(method)
         if history:
             steps, losses = zip(*history)
             if len(curves) <= _MOST_RAW_CURVES:
-                axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(steps, losses, color=color, alpha=_RAW_ALPHA[theme.name], linewidth=0.8)
             axes.plot(steps, smoothed(losses), color=color, linewidth=1.7, label=label)
             said.append(f"{_run_name(record)} {losses[0]:.2f} to {losses[-1]:.2f}")
         if valid:
-            marker = MARKERS.get(method, _OTHER_MARKER)
-            points = {"marker": marker, "color": color, "markeredgecolor": "white", "linestyle": "none"}
+            marker = MARKERS.get(method, OTHER_MARKER)
+            points = {"marker": marker, "color": color, "markeredgecolor": theme.paper, "linestyle": "none"}
             axes.plot(*zip(*valid), **points, label=None if history else label)
             said.append(f"{_run_name(record)} {valid[-1][1]:.2f} on validation rows")
-    axes.set_title("Training loss (line: smoothed; points: validation)", **_TITLE)
-    _legend(axes)
+    title(axes, "Training loss (line: smoothed; points: validation)")
+    legend(axes)
     chart.alt = f"Loss from the first to the last training step. {'; '.join(said)}."
     return chart
 
@@ -114,28 +65,32 @@ def smoothed(values, share=0.1):
     return made
 
 
-def score_bars(intervals):
-    """BLEU-4 and ROUGE-L of each method with 95 % intervals. intervals: {method: {metric: stats.Interval}}."""
-    chart = Chart(7.0, 3.6)
+def score_bars(intervals, metrics=tuple(_METRIC_NAMES), *, rows="", theme=LIGHT):
+    """One panel a metric, a bar a method with its 95 % interval.
+
+    intervals: {method: {metric: stats.Interval}}. rows: the source whose rows alone they are of, if any.
+    """
+    chart = Chart(6.0, 3.3, theme=theme)
     methods = sorted(intervals, key=_method_order)
-    panels = chart.subplots(1, len(_METRIC_NAMES), squeeze=False)[0]
-    for axes, (metric, name) in zip(panels, _METRIC_NAMES.items()):
-        _dress(axes, "", f"{name} (0-1)")
+    panels = chart.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics):
+        name = _METRIC_NAMES[metric]
+        dress(axes, "", f"{name} (0-1)")
         for at, method in enumerate(methods):
             _bar(axes, at, 0.72, intervals[method][metric], method)
-        slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(methods) > 4 else {}
+        slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(methods) * len(metrics) > 8 else {}
         axes.set_xticks(range(len(methods)), methods, **slant)
         _room_above(axes, [interval[metric].high for interval in intervals.values()])
-        axes.set_title(f"{name}, 95 % intervals", **_TITLE)
-    chart.alt = "Scores on the test rows. " + _said(methods, intervals)
-    return chart if methods else _empty(chart, panels[0], "no scores yet")
+        title(axes, f"{name}{_on(rows)}, 95 % intervals")
+    chart.alt = f"Scores on the test rows{_of(rows)}. " + _said(methods, intervals, metrics)
+    return chart if methods else empty(chart, panels[0], "no scores yet")
 
 
-def source_bars(per_source, metric="rougeL"):
+def source_bars(per_source, metric="rougeL", theme=LIGHT):
     """One metric by data source, a bar a method, 95 % intervals. per_source: {source: {method: {metric: Interval}}}."""
     name = _METRIC_NAMES[metric]
-    chart = Chart(7.4, 3.6)
-    axes = _axes(chart, "", f"{name} (0-1)")
+    chart = Chart(6.2, 3.3, theme=theme)
+    axes = add_axes(chart, "", f"{name} (0-1)")
     methods = sorted({method for found in per_source.values() for method in found}, key=_method_order)
     width = 0.8 / max(len(methods), 1)
     for group, found in enumerate(per_source.values()):
@@ -144,11 +99,11 @@ def source_bars(per_source, metric="rougeL"):
                 place = group + (at - (len(methods) - 1) / 2) * width
                 _bar(axes, place, width * 0.92, found[method][metric], method, label=method if group == 0 else None)
     if not methods:
-        return _empty(chart, axes, "no scores yet")
+        return empty(chart, axes, "no scores yet")
     axes.set_xticks(range(len(per_source)), list(per_source))
     _room_above(axes, [found[metric].high for methods_ in per_source.values() for found in methods_.values()])
-    axes.set_title(f"{name} by source, 95 % intervals", **_TITLE)
-    _legend(axes, outside=True)
+    title(axes, f"{name} by source, 95 % intervals")
+    legend(axes, outside=True)
     said = (
         f"{source}: {_said(sorted(found, key=_method_order), found, (metric,))}" for source, found in per_source.items()
     )
@@ -156,17 +111,18 @@ def source_bars(per_source, metric="rougeL"):
     return chart
 
 
-def quality_against_memory(intervals, peak_gib, metric="rougeL"):
+def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows=""):
     """A point a method: peak training memory across, score with 95 % interval up; base as a dashed line.
 
     intervals as in `score_bars`; peak_gib: {method: GiB or None}; methods of unknown memory are left out.
+    rows: as in `score_bars`.
     """
     name = _METRIC_NAMES[metric]
-    chart = Chart(6.4, 4.0)
-    axes = _axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
+    chart = Chart(5.6, 3.5, theme=theme)
+    axes = add_axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
     if "base" in intervals:
-        axes.axhline(intervals["base"][metric].value, color=COLORS["base"], linestyle="--", linewidth=1.2)
-        axes.text(0.99, intervals["base"][metric].value, " base ", color=COLORS["base"], fontsize=9, ha="right",
+        axes.axhline(intervals["base"][metric].value, color=theme.color_of("base"), linestyle="--", linewidth=1.2)
+        axes.text(0.99, intervals["base"][metric].value, " base ", color=theme.color_of("base"), fontsize=9, ha="right",
                   va="bottom", transform=axes.get_yaxis_transform())  # fmt: skip
     placed = [m for m in sorted(intervals, key=_method_order) if m != "base" and _is_number(peak_gib.get(m))]
     for method in placed:
@@ -175,75 +131,80 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL"):
             peak_gib[method],
             found.value,
             yerr=_spans(found),
-            marker=MARKERS.get(method, _OTHER_MARKER),
+            marker=MARKERS.get(method, OTHER_MARKER),
             markersize=9,
             capsize=4,
             linestyle="none",
-            color=color_of(method),
+            color=theme.color_of(method),
             label=method,
         )
     if not placed:
-        return _empty(chart, axes, "no method with both a score and a memory figure")
+        return empty(chart, axes, "no method with both a score and a memory figure")
     axes.set_xlim(0, max(peak_gib[m] for m in placed) * 1.18)
     lows = [intervals[m][metric].low for m in placed] + [i[metric].value for m, i in intervals.items() if m == "base"]
     _room_above(axes, [intervals[m][metric].high for m in placed], bottom=max(0.0, min(lows) * 0.85))
-    axes.set_title(f"{name} against memory: up and left is better", **_TITLE)
-    _legend(axes, outside=True)
+    title(axes, f"{name}{_on(rows)} against memory: up and left is better")
+    legend(axes, outside=True)
     said = (f"{m} {intervals[m][metric].value:.3f} at {peak_gib[m]:.2f} GiB" for m in placed)
     base = f" Base {intervals['base'][metric].value:.3f}." if "base" in intervals else ""
-    chart.alt = f"{name} against peak training memory. {'; '.join(said)}.{base}"
+    chart.alt = f"{name} on the test rows{_of(rows)} against peak training memory. {'; '.join(said)}.{base}"
     return chart
 
 
-def memory_bars(peak_gib, reserved_gib=None):
+def memory_bars(peak_gib, reserved_gib=None, theme=LIGHT):
     """Peak training memory of each method in GiB; where known, what the allocator held beyond it as an outline."""
     reserved_gib = reserved_gib or {}
-    methods = [m for m in sorted(peak_gib, key=_method_order) if _is_number(peak_gib[m])]
-    chart = Chart(6.4, 0.9 + 0.5 * max(len(methods), 2))
-    axes = _axes(chart, "peak memory of training (GiB)", "", grid="x")
+    outlined = " (outline: reserved)" if any(map(_is_number, reserved_gib.values())) else ""
+    name = "Peak memory of training"
+    return _value_bars(peak_gib, name, "GiB", outlines=reserved_gib, note=outlined, theme=theme)
+
+
+def loss_bars(losses, rows="test rows", theme=LIGHT):
+    """The loss of each method on some text. losses: {method: nats per token or None}."""
+    return _value_bars(losses, f"Loss on {rows}: shorter is better", "nats per token", form=".3f", theme=theme)
+
+
+def speed_bars(tokens_per_second, theme=LIGHT):
+    """How fast each method trained. tokens_per_second: {method: unpadded tokens a second or None}."""
+    return _value_bars(tokens_per_second, "Speed of training", "tokens/s", form=",.0f", theme=theme)
+
+
+def _value_bars(values, name, unit, *, theme, form=".2f", outlines=None, note=""):
+    """One lying bar a method whose value is known, with the number at its end; `outlines` around some of them."""
+    outlines = outlines or {}
+    methods = [m for m in sorted(values, key=_method_order) if _is_number(values[m])]
+    chart = Chart(5.6, 0.9 + 0.5 * max(len(methods), 2), theme=theme)
+    axes = add_axes(chart, unit, "", grid="x")
     if not methods:
-        return _empty(chart, axes, "no memory figures yet")
+        return empty(chart, axes, f"{name.split(':')[0].lower()} is not known yet")
     for at, method in enumerate(methods):
-        held = reserved_gib.get(method)
+        held = outlines.get(method)
         if _is_number(held):
-            axes.barh(at, held, height=0.66, fill=False, edgecolor=color_of(method), linewidth=1.2)
-        axes.barh(at, peak_gib[method], height=0.66, color=color_of(method))
-        axes.annotate(f"{peak_gib[method]:.2f}", (max(peak_gib[method], held or 0), at), xytext=(5, 0),
-                      textcoords="offset points", va="center", fontsize=9, color=_TEXT)  # fmt: skip
+            axes.barh(at, held, height=0.66, fill=False, edgecolor=theme.color_of(method), linewidth=1.2)
+        axes.barh(at, values[method], height=0.66, color=theme.color_of(method))
+        end = max(values[method], held or 0)
+        axes.annotate(f"{values[method]:{form}}", (end, at), xytext=(5, 0), textcoords="offset points", va="center",
+                      fontsize=9, color=theme.ink)  # fmt: skip
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
-    axes.set_xlim(0, max([peak_gib[m] for m in methods] + [reserved_gib.get(m) or 0 for m in methods]) * 1.15)
-    has_outline = any(_is_number(reserved_gib.get(m)) for m in methods)
-    axes.set_title("Peak memory of training" + (" (outline: reserved)" if has_outline else ""), **_TITLE)
-    chart.alt = "Peak training memory. " + "; ".join(f"{m} {peak_gib[m]:.2f} GiB" for m in methods) + "."
+    axes.set_xlim(0, max([values[m] for m in methods] + [outlines.get(m) or 0 for m in methods]) * 1.15)
+    title(axes, name + note)
+    chart.alt = f"{name}. " + "; ".join(f"{m} {values[m]:{form}} {unit}" for m in methods) + "."
     return chart
-
-
-_TITLE = {"fontsize": 11, "color": _TEXT, "loc": "left"}
-
-
-def _axes(chart, x_label, y_label, grid="y"):
-    return _dress(chart.add_subplot(), x_label, y_label, grid)
-
-
-def _dress(axes, x_label, y_label, grid="y"):
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    return axes
 
 
 def _bar(axes, place, width, interval, method, label=None):
+    theme = axes.figure.theme
+    # The rim keeps the lower half of the interval apart from a dark bar.
+    rim = [withStroke(linewidth=2.6, foreground=theme.paper)]
     axes.bar(
         place,
         interval.value,
         width,
         yerr=_spans(interval),
-        color=color_of(method),
+        color=theme.color_of(method),
         label=label,
-        error_kw={"capsize": 3, "ecolor": _TEXT, "elinewidth": 1.1},
+        error_kw={"capsize": 3, "ecolor": theme.ink, "elinewidth": 1.1, "path_effects": rim},
     )
 
 
@@ -257,18 +218,6 @@ def _room_above(axes, highs, bottom=0.0):
     axes.set_ylim(bottom, top + 0.08 * (top - bottom) if top > bottom else bottom + 1)
 
 
-def _legend(axes, outside=False):
-    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "upper right"}
-    axes.legend(frameon=False, fontsize=9, **place)
-
-
-def _empty(chart, axes, reason):
-    axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=_TEXT)
-    axes.set_axis_off()
-    chart.alt, chart.is_empty = f"Empty chart: {reason}.", True
-    return chart
-
-
 def _said(methods, intervals, metrics=tuple(_METRIC_NAMES)):
     def numbers(found):
         return ", ".join(
@@ -276,6 +225,14 @@ def _said(methods, intervals, metrics=tuple(_METRIC_NAMES)):
         )
 
     return "; ".join(f"{method} {numbers(intervals[method])}" for method in methods) + "."
+
+
+def _on(rows):
+    return f" on {rows}" if rows else ""
+
+
+def _of(rows):
+    return f" of {rows}" if rows else ""
 
 
 def _run_name(record):

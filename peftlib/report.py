@@ -5,8 +5,9 @@ The same inputs give the same bytes. Nothing is written before everything was re
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from peftlib import comparison, judge_verdicts, results, scored, stats
+from peftlib import comparison, judge_verdicts, report_charts, results, scored, stats
 from peftlib.files import write_text
 from peftlib.report_text import blocks_of, method_table
 
@@ -16,9 +17,10 @@ N_SAMPLES = 10
 @dataclass(frozen=True)
 class Report:
     """results: results.csv as a DataFrame. table: the field's table, one row a method, texts. per_source, pairs,
-    scores: DataFrames of numbers. findings: sentences. figures: {name: PNG path}. alt: {name: text}. samples: dicts of
-    source, id, prompt, reference and one answer a method. notes: what was not matched. judged: [judge_verdicts.Judged, ...]. n_other_verdicts: verdicts on
-    other answers or under another rubric. study: the ScoredStudy."""
+    scores: DataFrames of numbers. findings: sentences. figures, dark_figures: {name: PNG path}. alt: {name: text}.
+    numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method. notes: what was not
+    matched. judged: [judge_verdicts.Judged, ...]. n_other_verdicts: verdicts on other answers or under another rubric.
+    study: the ScoredStudy. folder: of the study. theme: 'light' or 'dark', as its notebooks show charts."""
 
     results: object
     table: object
@@ -27,12 +29,16 @@ class Report:
     scores: object
     findings: list
     figures: dict
+    dark_figures: dict
     alt: dict
+    numbers: report_charts.Numbers = field(repr=False)
     samples: list = field(repr=False)
     notes: list
     judged: list
     n_other_verdicts: int
     study: scored.ScoredStudy = field(repr=False)
+    folder: Path
+    theme: str
 
 
 def build(study):
@@ -48,12 +54,12 @@ def build(study):
     boot = _bootstrap(systems) if systems else None
     by_source = _by_source(found)
     pairs = comparison.pairs_of(systems, boot) if boot else []
-    charts = _charts(found, boot, by_source)
+    numbers = report_charts.numbers_of(found, boot, by_source)
     notes = comparison.unmatched(found.runs)
     sentences = list(comparison.findings(found, boot, pairs)) if boot else []
     sentences += judge_verdicts.findings(judged)
     samples = _samples(found)
-    paths = _save_charts(charts, study.figures_dir)
+    paths, dark_paths, alt = report_charts.save_charts(numbers, study.figures_dir)
     report = Report(
         results=results.frame(rows),
         table=_frame(*method_table(found, boot)),
@@ -62,12 +68,16 @@ def build(study):
         scores=_dict_frame(_all_scores(found)),
         findings=sentences,
         figures=paths,
-        alt={name: chart.alt for name, chart in charts.items()},
+        dark_figures=dark_paths,
+        alt=alt,
+        numbers=numbers,
         samples=samples,
         notes=notes,
         judged=judged,
         n_other_verdicts=n_other_verdicts,
         study=found,
+        folder=study.folder,
+        theme=study.cfg.theme,
     )
     _write(study, report, rows, pairs, boot)
     return report
@@ -102,47 +112,6 @@ def _by_source(found):
     return made
 
 
-def _intervals(boot, methods):
-    return {m: {metric: boot.interval(m, metric) for metric in stats.METRICS} for m in methods}
-
-
-def _charts(found, boot, by_source):
-    """{name: figures.Chart}; charts that need scores are left out where there are none."""
-    from peftlib import figures
-
-    finished = [run.record for run in found.runs if run.record["status"] == "ok"]
-    peak, reserved = (_mean_gib(found, name) for name in ("peak_memory_bytes", "peak_reserved_bytes"))
-    charts = {"loss": figures.loss_curves([run.record for run in found.runs])} if finished else {}
-    if boot:
-        intervals = _intervals(boot, found.scored)
-        per_source = {source: _intervals(part, found.scored) for source, part in by_source.items()}
-        charts["scores"] = figures.score_bars(_intervals(boot, found.systems()))
-        charts["rougeL_by_source"] = figures.source_bars(per_source, "rougeL")
-        charts["bleu4_by_source"] = figures.source_bars(per_source, "bleu4")
-        if set(peak) & set(found.scored):
-            charts["rougeL_against_memory"] = figures.quality_against_memory(intervals, peak, "rougeL")
-            charts["bleu4_against_memory"] = figures.quality_against_memory(intervals, peak, "bleu4")
-    if peak:
-        charts["memory"] = figures.memory_bars(peak, reserved)
-    return {name: chart for name, chart in charts.items() if not chart.is_empty}
-
-
-def _save_charts(charts, folder):
-    from peftlib import figures
-
-    return {name: figures.save(chart, folder, name) for name, chart in charts.items()}
-
-
-def _mean_gib(found, name):
-    """{method: GiB, mean over its finished runs} where all are known."""
-    groups = {}
-    for run in found.runs:
-        if run.record["status"] == "ok" and run.record["method"] != scored.BASE:
-            groups.setdefault(run.record["method"], []).append(run)
-    means = {m: comparison.mean_of(runs, lambda run: results.gib(run.record[name])) for m, runs in groups.items()}
-    return {method: value for method, value in means.items() if value is not None}
-
-
 def _samples(found):
     """Up to N_SAMPLES test rows with every method's answer (its first seed), sources in turn.
 
@@ -158,10 +127,14 @@ def _samples(found):
 
 def _sample(found, i):
     row = found.test_rows[i]
-    turns = row["messages"][:-1]
-    prompt = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
     answers = {method: runs[0].answers[i] for method, runs in found.scored.items()}
-    return {"source": row["source"], "id": row["id"], "prompt": prompt, "reference": found.references[i], **answers}
+    return {
+        "source": row["source"],
+        "id": row["id"],
+        "prompt": scored.prompt_text(row),
+        "reference": found.references[i],
+        **answers,
+    }
 
 
 def _all_scores(found):

@@ -51,7 +51,7 @@ def blocks_of(study, report, pairs, boot):
         ]
     if report.findings:
         blocks += [Heading("Findings"), Bullets(tuple(report.findings))]
-    blocks += [Picture(path, report.alt[name]) for name, path in report.figures.items()]
+    blocks += [Picture(path, report.alt[name], report.dark_figures[name]) for name, path in report.figures.items()]
     if pairs:
         blocks += [
             Heading("Differences between methods"),

@@ -37,7 +37,7 @@ def words(text):
         return _ASCII_WORD.findall(text)
     found, run = [], []
     for character in unicodedata.normalize("NFC", text):
-        kind = _kind(character)
+        kind = kind_of(character)
         if kind == "letter" or (kind == "mark" and run):
             run.append(character)
             continue
@@ -58,11 +58,12 @@ def ascii_words(text):
 
 def is_unspaced(character):
     """True for a letter of a script written without spaces between words (Han, Kana, Thai, Lao, Khmer, Myanmar)."""
-    return _kind(character) == "unspaced"
+    return kind_of(character) == "unspaced"
 
 
 @lru_cache(maxsize=4096)
-def _kind(character):
+def kind_of(character):
+    """'letter' (or digit), 'mark' (on the letter before it), 'unspaced' (a word by itself), or 'gap'."""
     category = unicodedata.category(character)[0]
     if category == "M":
         return "mark"

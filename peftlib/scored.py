@@ -27,6 +27,8 @@ class Run:
     rows: metrics.RowScores = field(default=None, repr=False)
     truncated_share: float = None  # answers that met the token limit
     chrf: float = None
+    n_tokens: list = field(default=None, repr=False)  # of each answer
+    finish_reasons: list = field(default=None, repr=False)  # 'stop', or 'length' where it met the limit
 
     @property
     def name(self):
@@ -109,6 +111,12 @@ def references_of(test_rows, folder):
     return [row["messages"][-1]["content"] for row in test_rows]
 
 
+def prompt_text(row):
+    """What a test row asks: the text of its only turn before the reference, else all turns with their roles."""
+    turns = row["messages"][:-1]
+    return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
+
+
 def _has_reference(messages):
     last = messages[-1] if messages else {}
     return last.get("role") == "assistant" and isinstance(last.get("content"), str) and bool(last["content"].strip())
@@ -161,6 +169,8 @@ def _run(study, record, test_rows, references, tokenizer):
         metrics.row_scores(answers, references, tokenizer=tokenizer),
         sum(row["finish_reason"] == "length" for row in found) / len(found),
         metrics.corpus_chrf(answers, references)[0],
+        [row["n_tokens"] for row in found],
+        [row["finish_reason"] for row in found],
     )
 
 

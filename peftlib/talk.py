@@ -7,9 +7,8 @@ import torch
 from peftlib import data, methods
 from peftlib.chat import STOP_IDS, encode_prompt
 from peftlib.env import resolve_device
-from peftlib.evaluate import evaluation_dtype
+from peftlib.evaluate import evaluation_dtype, load_model
 from peftlib.scored import BASE
-from peftlib.trained import load_plain, load_trained
 
 QUIT, NEW = "/quit", "/new"
 
@@ -66,10 +65,7 @@ def main(study, method, *, seed, max_new_tokens):
         methods.find(method)
     device = resolve_device(study.cfg.device)
     dtype = evaluation_dtype(device)[0]
-    if method == BASE:
-        model = load_plain(study.cfg.model, device=device, dtype=dtype)
-    else:
-        model = load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)
+    model = load_model(study, method, seed, device=device, dtype=dtype)
     print(
         f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
     )

@@ -9,7 +9,7 @@ import fake_study
 import pandas as pd
 import pytest
 
-from peftlib import figures, metrics, report, stats
+from peftlib import figures, metrics, palette, report, stats
 from peftlib.document import Bullets, Heading, Paragraph, Table, markdown_text, to_html, to_markdown
 from peftlib.errors import StudyError
 from peftlib.files import read_json
@@ -56,7 +56,7 @@ def built(tmp_path_factory, monkeymodule):
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A study of base and qlora on six rows, to be spoilt. No figures: they are tested on `built`."""
-    monkeypatch.setattr(report, "_charts", lambda *_: {})
+    monkeypatch.setattr(report.report_charts, "charts_of", lambda *_: {})
     return fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=6)
 
 
@@ -217,7 +217,7 @@ def test_figures_are_written_with_text_for_those_who_cannot_see_them(built):
 
 
 def test_several_seeds_give_one_table_row_and_their_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_charts", lambda *_: {})
+    monkeypatch.setattr(report.report_charts, "charts_of", lambda *_: {})
     study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), seeds=(0, 1, 2), n=120)
     shown = report.build(study)
     assert list(shown.table["technique"]) == [
@@ -236,7 +236,7 @@ def test_several_seeds_give_one_table_row_and_their_spread(tmp_path, monkeypatch
 def test_test_rows_are_read_from_the_studys_own_files(make_study, monkeypatch):
     from peftlib import data
 
-    monkeypatch.setattr(report, "_charts", lambda *_: {})
+    monkeypatch.setattr(report.report_charts, "charts_of", lambda *_: {})
     study = make_study()
     rows = list(data.load_split(study.data_dir, "test"))
     split_hash = study.manifest()["split_hash"]
@@ -483,8 +483,10 @@ def test_both_forms_hold_every_block():
 
 def test_each_method_has_its_own_colour_and_marker():
     methods = ("base", "qlora", "galore", "hybrid", "lora", "full", "apollo")
-    assert len({figures.COLORS[m] for m in methods}) == len({figures.MARKERS[m] for m in methods}) == len(methods)
-    assert figures.color_of("a new one") not in figures.COLORS.values()
+    assert len({palette.MARKERS[m] for m in methods}) == len(methods)
+    for theme in palette.THEMES.values():
+        assert len({theme.color_of(m) for m in methods}) == len(methods)
+        assert theme.color_of("a new one") == theme.other and theme.other not in theme.colors.values()
 
 
 def test_charts_without_data_say_so_and_are_not_saved(small):

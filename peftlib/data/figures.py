@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from peftlib.chart import Chart
 from peftlib.data.store import load_split
-from peftlib.figures import Chart
 
 # Okabe and Ito's palette; hatches repeat what the colours say.
 _KEPT = {"train": ("#0072b2", ""), "valid": ("#56b4e9", "//"), "test": ("#009e73", "..")}
