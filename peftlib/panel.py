@@ -11,6 +11,7 @@ import time
 from peftlib import figures, panel_html
 from peftlib.kernel_events import KernelEvents
 from peftlib.notebook import headless
+from peftlib.palette import THEMES
 from peftlib.progress import Watcher
 
 _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
@@ -121,7 +122,7 @@ class Panel(Watcher):
         button.disabled, button.description = True, _ASKED
 
     def _draw_losses(self, snapshot):
-        chart = figures.loss_curves([vars(snapshot)])
+        chart = figures.loss_curves([vars(snapshot)], THEMES[self._run.cfg.theme])
         self._image.value, self._image.tooltip = _png(chart), chart.alt
         self._image.layout.display = "block"
 

@@ -3,13 +3,13 @@
 import html
 import time
 
-from peftlib import figures
+from peftlib.palette import LIGHT
 from peftlib.progress import clock
 
 _GIB = 2**30
 _NEARLY_FULL = 0.9  # of the memory's limit
 _TRACK = "background:rgba(127,127,127,.22);border-radius:4px;overflow:hidden"
-_GREY, _WARNING = "#7f7f7f", figures.COLORS["galore"]
+_GREY, _WARNING = "#7f7f7f", LIGHT.color_of("galore")
 _PRE = (
     "margin:4px 0 0 0;padding:6px 8px;background:rgba(127,127,127,.10);font-size:12px;line-height:1.45;overflow-x:auto"
 )
@@ -69,7 +69,7 @@ def summary(snapshot):
 
 def state(snapshot):
     """The state as HTML: the line, how far it is, the facts, memory as a bar."""
-    color = figures.color_of(snapshot.method)
+    color = LIGHT.color_of(snapshot.method)
     done = snapshot.step / max(1, snapshot.planned_steps)
     used = snapshot.memory_bytes / max(1, snapshot.memory_limit_bytes)
     held = (snapshot.reserved_bytes or 0) / max(1, snapshot.memory_limit_bytes)
