@@ -1,6 +1,7 @@
 """The two ends of a notebook: `setup` reads its parameters and opens the study, `finish` says that it came to its end."""
 
 import ast
+import importlib.util
 import os
 import re
 import textwrap
@@ -135,6 +136,16 @@ def headless():
         return True
     # ipykernel keeps there what the client of the running cell said about itself.
     return not getattr(getattr(_ipython(), "kernel", None), "_allow_stdin", True)
+
+
+def can_click():
+    """Whether somebody looks at a notebook that can show widgets; False outside a notebook and in headless runs."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return False
+    try:
+        return not headless()
+    except ConfigError:  # no notebook at all
+        return False
 
 
 def seed_everything(seed):

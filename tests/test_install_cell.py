@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -64,6 +65,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     cloned, commands = set(), []
+    cell = tmp_path / "cell.py"
+    cell.write_text(badges.install_cell())
 
     def enter(host, *, has_peftlib=False, code=0):
         if host == "kaggle":
@@ -83,7 +86,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(os.path, "isdir", lambda path: path in cloned)
         is_there = has_peftlib or any("peftlib-checkout" in path for path in sys.path)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if is_there else None)
-        exec(compile(badges.install_cell(), "cell", "exec"), {})
+        runpy.run_path(str(cell))
         return commands
 
     return enter

@@ -51,23 +51,13 @@ def browse(rows, tokenizer, *, is_interactive=None):
 
     rows: data.load_split(...). is_interactive: None finds out whether somebody is there to click.
     """
-    if is_interactive is None:
-        is_interactive = _somebody_is_there()
-    if is_interactive:
+    from peftlib.notebook import can_click
+
+    if can_click() if is_interactive is None else is_interactive:
         return _widgets(rows, tokenizer)
     from IPython.display import HTML
 
     return HTML(static_table(rows, tokenizer))
-
-
-def _somebody_is_there():
-    from peftlib.errors import ConfigError
-    from peftlib.notebook import headless
-
-    try:
-        return not headless()
-    except ConfigError:  # no notebook at all
-        return False
 
 
 def _widgets(rows, tokenizer):
