@@ -2,6 +2,7 @@
 has them. Colab writes what is chosen into the line, so the line must stay one that everything else reads."""
 
 import ast
+import itertools
 import json
 import re
 from pathlib import Path
@@ -31,7 +32,7 @@ def fields_of(path):
     """[(name, value as text, choices, properties), ...] of a notebook's annotated parameters, in order."""
     [cell] = [cell for cell in executed.load(path)["cells"] if "parameters" in executed.tags_of(cell)]
     lines = executed.source_of(cell).splitlines()
-    marked = [(before, line) for before, line in zip(lines, lines[1:]) if "@param" in line]
+    marked = [(before, line) for before, line in itertools.pairwise(lines) if "@param" in line]
     made = []
     for before, line in marked:
         match = FIELD.fullmatch(line)
