@@ -82,9 +82,6 @@ class Forecast:
             yield f"{', '.join(names)}: {basis}"
         if any(basis.startswith("estimate from") for basis in bases):
             yield hours.scaling_note(self.card)
-        for cost in self.costs:
-            if cost.refused:
-                yield f"{cost.method}: {cost.refused}"
 
 
 def forecast(cfg, card_name, card, *, shape, manifest=None):

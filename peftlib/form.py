@@ -34,7 +34,7 @@ class Answer:
     """What the form says to some choices.
 
     refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: costs.Forecast, or None where the
-    model's shape is not to be had. remarks: what else to know, a line each.
+    model's shape is not to be had. remarks: what else to know, a line each, but for the forecast's own notes.
     """
 
     refused: str = ""
@@ -69,7 +69,7 @@ def answer(study, choices, card_name=None):
     except ModelError as error:
         return Answer(cfg=cfg, remarks=[*remarks, f"costs unknown: {error}"])
     found = costs.forecast(cfg, name, card, shape=shape, manifest=_manifest(study, cfg))
-    return Answer(refused=found.refusal, cfg=cfg, forecast=found, remarks=[*remarks, *found.notes()])
+    return Answer(refused=found.refusal, cfg=cfg, forecast=found, remarks=remarks)
 
 
 def parameter_lines(cfg):
@@ -89,7 +89,7 @@ def table(forecast):
 
 
 def duration(low_s, high_s):
-    """'20 s to 3 min', two digits that count; 'about 2 h' where both ends read the same."""
+    """'20 s to 3 min', two digits that count, nothing below 1 s; 'about 2 h' where both ends read the same."""
     low, high = _time_text(low_s), _time_text(high_s)
     if low == high:
         return f"about {low}"
@@ -103,12 +103,14 @@ def as_html(found):
         parts.append(f"<p><b>Not possible:</b> {html.escape(found.refused)}</p>")
     if found.forecast is not None:
         parts += [f"<p>{html.escape(found.forecast.headline)}</p>", _html_table(found.forecast)]
-    parts += [f'<div style="opacity:.75;font-size:90%">{html.escape(line)}</div>' for line in found.remarks]
+    parts += [f"<p>{html.escape(line)}</p>" for line in found.remarks]
+    if found.forecast is not None:
+        parts.append(_folded("what these numbers rest on", "\n".join(found.forecast.notes())))
     if found.cfg is not None:
         lines = "\n".join(parameter_lines(found.cfg))
         parts.append(f"<p>To have it so, put these lines into the settings cell and run it again:</p>{_pre(lines)}")
         parts.append(f"<p>or, without a browser:</p>{_pre(command(found.cfg))}")
-        parts.append(f"<details><summary>resolved config</summary>{_pre(describe(found.cfg))}</details>")
+        parts.append(_folded("resolved config", describe(found.cfg)))
     return "".join(parts)
 
 
@@ -155,23 +157,28 @@ def _texts(cost, gib):
 def _time_text(seconds):
     for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
         if seconds >= size or unit == "s":
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+            return f"{max(1.0, float(f'{seconds / size:.2g}')):g} {unit}"
 
 
 def _html_table(forecast):
     head = "".join(f"<th>{column}</th>" for column in ("method", "fits", "memory", *COLUMNS[4:]))
+    head = f"<tr>{head}</tr>"
     rows = []
     for cost, row in zip(forecast.costs, table(forecast), strict=True):
         bar = _bar(cost.memory_gib / forecast.gib, f"{row['GiB']} of {row['of GiB']} GiB")
         cells = "".join(f"<td>{html.escape(row[column])}</td>" for column in COLUMNS[4:])
         rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{bar}</td>{cells}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{head}{"".join(rows)}</table>'
 
 
 def _bar(share, text):
-    """A bar in the page's own colour under a text; a full one is a full card."""
-    line = f"height:4px;width:{min(share, 1):.0%};background:currentColor;opacity:.6"
-    return f'<div style="min-width:9em">{text}<div style="{line}"></div></div>'
+    """A bar in the page's own colour under a text, in a grey one that is the whole card."""
+    bar = f'<div style="height:4px;width:{min(share, 1):.0%};background:currentColor"></div>'
+    return f'<div style="min-width:9em">{text}<div style="background:rgba(128,128,128,.35)">{bar}</div></div>'
+
+
+def _folded(title, text):
+    return f"<details><summary>{title}</summary>{_pre(text)}</details>"
 
 
 def _pre(text):
@@ -184,9 +191,8 @@ def _static(study):
     found = answer(study, {})
     if found.refused:
         print(f"not possible: {found.refused}")
-    if found.forecast is not None:
-        print(found.forecast.headline)
-    print("\n".join(found.remarks))
+    notes = [found.forecast.headline, *found.forecast.notes()] if found.forecast else []
+    print("\n".join([*notes[:1], *found.remarks, *notes[1:]]))
     print(f"the same without a browser: {command(found.cfg)}")
     return pd.DataFrame(table(found.forecast) if found.forecast else [], columns=list(COLUMNS))
 

@@ -2,8 +2,10 @@
 
 import html
 import shlex
+from pathlib import Path
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 from peftlib import __main__ as command_line
 from peftlib import cards, costs, form, methods, notebook, plan, runner
@@ -28,7 +30,7 @@ def test_every_method_has_memory_time_and_a_mark_and_they_are_the_planners(fresh
         assert row["GiB"] == f"{planned['total_gib']:.2f}" and row["of GiB"] == "22.0"
         assert row["micro-batch"] == str(planned["micro_batch"]) and row["fits"] == "yes"
         assert row[""] == "estimate" and " to " in row["time"]
-    assert found.refused == "" and any("no data yet" in line for line in found.remarks)
+    assert found.refused == "" and any("no data yet" in line for line in found.forecast.notes())
 
 
 def test_a_choice_moves_the_numbers_it_should(fresh):
@@ -66,7 +68,7 @@ def test_a_rank_larger_than_a_layer_refuses_the_methods_that_need_it_by_the_trai
     refused = {cost.method: cost.refused for cost in found.costs if not cost.fits}
     words = "lora_rank=300 is larger than a layer: use 1..256"
     assert refused == {"qlora": words, "lora": words}, "the hybrid's adapters are on the wider MLP alone"
-    assert f"qlora: {words}" in form.answer(fresh, {"lora_rank": 300}, "t4").remarks
+    assert {row["method"]: row[""] for row in form.table(found)}["qlora"] == words
 
 
 def test_where_nothing_fits_it_says_what_to_change(fresh):
@@ -111,11 +113,11 @@ def test_lines_and_command_give_just_that_config(fresh, choices):
 def test_where_data_stand_they_give_the_hours_and_a_choice_they_fix_makes_a_new_study(make_study):
     study = make_study()
     same = form.answer(study, {"epochs": study.cfg.epochs}, "t4")
-    assert any("as the study's data have them" in line for line in same.remarks)
+    assert any("as the study's data have them" in line for line in same.forecast.notes())
     other = form.answer(study, {"train_rows": 5}, "t4")
     assert other.cfg.study == "tiny-2" and other.cfg.train_rows == 5
     assert any("was made with another config: train_rows: 4 -> 5" in line for line in other.remarks)
-    assert any("no data yet" in line for line in other.remarks)
+    assert any("no data yet" in line for line in other.forecast.notes())
     make_study(study="tiny-2", train_rows=5)
     assert form.answer(study, {"train_rows": 6}, "t4").cfg.study == "tiny-3"
     assert form.answer(study, {"memory_gib": 9.0}, "t4").cfg.study == "tiny", "a choice of the run alone needs none"
@@ -166,8 +168,30 @@ def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):
         ((20, 24), "20 to 24 s"),
         ((50, 200), "50 s to 3.3 min"),
         ((7200, 7201), "about 2 h"),
+        ((0.05, 1.7), "1 to 1.7 s"),
         ((600, 9000), "10 min to 2.5 h"),
     ],
 )
 def test_times_have_a_unit_that_fits(seconds, words):
     assert form.duration(*seconds) == words
+
+
+def test_a_live_kernel_gets_widgets_and_papermill_does_not(fresh, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(form.__file__).resolve().parent.parent))
+    source = "from peftlib.form import study_form\nfrom peftlib.study import Study\nstudy_form(Study.resolve(profile='demo'))"
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        for is_watched, kind in ((True, "application/vnd.jupyter.widget-view+json"), (False, "text/html")):
+            shown = []
+            client.execute_interactive(
+                source,
+                allow_stdin=is_watched,
+                timeout=120,
+                output_hook=lambda message, shown=shown: shown.append(message["content"]),
+            )
+            kinds = {kind for content in shown for kind in content.get("data", {})}
+            assert kind in kinds, shown
+            assert is_watched or not any("widget" in kind for kind in kinds)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
