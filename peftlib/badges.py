@@ -17,6 +17,7 @@ BRANCH = "main"
 INSTALL = "# Install"  # how the install cell begins
 BADGES_BEGIN, BADGES_END = "<!-- badges -->", "<!-- /badges -->"  # what stands between them in README is written here
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+_KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
 # The folder's name must not be the package's: Python would take the folder, seen from its parent, for a package.
 # Kaggle keeps /kaggle/working, so studies below the checkout outlive a session there.
 _INSTALL_CELL = """\
@@ -53,10 +54,10 @@ def address(checkout=CHECKOUT):
 
 
 def badge(name, checkout=CHECKOUT):
-    """The Markdown of a notebook's Colab badge."""
-    owner_and_name = address(checkout).removeprefix("https://github.com/")
-    link = f"https://colab.research.google.com/github/{owner_and_name}/blob/{BRANCH}/notebooks/{name}.ipynb"
-    return f"{_BADGE_IMAGE}({link})"
+    """The Markdown of a notebook's badges, one for Colab and one for Kaggle."""
+    place = f"{address(checkout)}/blob/{BRANCH}/notebooks/{name}.ipynb"
+    colab = place.replace("https://github.com/", "https://colab.research.google.com/github/")
+    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/kernels/welcome?src={place})"
 
 
 def install_cell(checkout=CHECKOUT):

@@ -95,7 +95,13 @@ def test_it_opens_and_closes_by_its_own_name(name, cells):
 def test_badge_and_install_cell_hold_the_one_address(name, cells):
     assert executed.source_of(cells[0]).splitlines()[0] == badges.badge(name), "run make badges"
     assert [s for s in code_of(cells) if is_install(s)] == [badges.install_cell()], "run make badges"
-    assert f"/notebooks/{name}.ipynb)" in badges.badge(name)
+    for opener in (
+        "https://colab.research.google.com/github/",
+        "https://kaggle.com/kernels/welcome?src=https://github.com/",
+    ):
+        assert re.search(
+            rf"\({re.escape(opener)}[\w.-]+/[\w.-]+/blob/main/notebooks/{name}\.ipynb\)", badges.badge(name)
+        )
 
 
 def test_readmes_table_holds_the_one_address():
