@@ -56,7 +56,7 @@ def study_form(study, *, is_interactive=None):
 
 
 def answer(study, choices, card_name=None):
-    """The Answer to {field: value} on a card of peftlib.cards, None for the one at hand. Raises nothing of peftlib's own."""
+    """The Answer to {field: value} on a card of peftlib.cards, None for the one at hand. ConfigError: no such card."""
     try:
         cfg = study.cfg.replace(**choices)
     except PeftlibError as error:
