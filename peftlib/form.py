@@ -228,4 +228,4 @@ def _input(ipywidgets, name, value):
 
 
 def _look(name):
-    return {"description": name, "style": {"description_width": "9.5em"}, "layout": {"width": "22em"}}
+    return {"description": name, "style": {"description_width": "12em"}, "layout": {"width": "25em"}}
