@@ -122,6 +122,12 @@ class Config:
     valid_every: int = _field(50, "run", "optimizer steps between validation losses", low=1)
     keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
     log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)
+    log_to: str = _field(
+        "",
+        "run",
+        "where loss, speed and memory are logged by step as well; '' is nowhere",
+        choices=("", "tensorboard", "trackio"),
+    )
     workers: int = _field(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
 
     def __post_init__(self):
@@ -251,13 +257,17 @@ def _checked(f, value):
         )
     limits = f.metadata
     if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f"{f.name}={value!r} is not allowed: use {', '.join(map(str, limits['choices']))}")
+        raise ConfigError(f"{f.name}={value!r} is not allowed: use {_choices_text(limits['choices'])}")
     too_low = (limits["low"] is not None and not value >= limits["low"]) or (
         limits["above"] is not None and not value > limits["above"]
     )
     if too_low or (limits["high"] is not None and not value <= limits["high"]):
         raise ConfigError(f"{f.name}={value!r} is out of range: use {_range_text(limits)} ({limits['unit']})")
     return value
+
+
+def _choices_text(choices):
+    return ", ".join(str(choice) or "'' (none)" for choice in choices)
 
 
 def _range_text(limits):

@@ -26,6 +26,7 @@ def sections(results=RESULTS):
     return {
         "demo": _demo(_json(results / "demo" / "summary.json")),
         "methods": _methods(_json(results / "bench" / "methods.json")),
+        "fp16": _precision(_json(results / "bench" / "fp16.json")),
         "generate": _generate(_json(results / "bench" / "generate.json")),
         "resume": _resume(_json(results / "bench" / "resume.json")),
     }
@@ -127,7 +128,7 @@ def _methods(rows):
     ]
     shown = [
         [
-            f"{row['device'].removeprefix('NVIDIA ').split(' ')[0]}, {row['date']}",
+            ", ".join([_card(row), row["date"], *([row["run"]] if "run" in row else [])]),
             row["name"],
             row["precision"],
             _number(row["cap_gib"] or None, "{:g}", "none"),
@@ -140,7 +141,60 @@ def _methods(rows):
         for row in rows
         if "error" not in row
     ]
-    return _table([head, *shown])
+    return "\n".join([_table([head, *shown]), *_mixed(rows), *_saving(rows)])
+
+
+def _card(row):
+    return row["device"].removeprefix("NVIDIA ").split(" ")[0]
+
+
+def _mixed(rows):
+    """Lines on packing against padding; none where it was not measured."""
+    for row in (row for row in rows if "mixed_found" in row):
+        speed = {way: found["useful_tok_s"] for way, found in row["mixed_found"].items()}
+        sizes = sorted(int(way.split("_")[1]) for way in speed if way.startswith("random_"))
+        table = [["rows of a pass", *map(str, sizes)]]
+        for way, name in (("random", "random order, padded"), ("packed", "packed, as much room")):
+            table.append([name, *(_number(speed.get(f"{way}_{n}"), "{:,.0f}") for n in sizes)])
+        ratios = [speed.get(f"packed_{n}") and speed[f"packed_{n}"] / speed[f"random_{n}"] for n in sizes]
+        table.append(["ratio", *(_number(ratio, "{:.2f}") for ratio in ratios)])
+        yield from ["", f"Rows of real lengths, useful tokens/s ({row['method']}, {_card(row)}, {row['date']}):", ""]
+        yield _table(table)
+
+
+def _saving(rows):
+    for row in (row for row in rows if "checkpoint_gib" in row):
+        yield ""
+        yield (
+            f"A checkpoint of {row['name']} ({row['checkpoint_gib']:.2f} GiB, {_card(row)}, {row['date']}) holds training up "
+            f"for {row['save_stall_s']:.1f} s; a thread then writes it for {row['save_written_s']:.0f} s, while a step takes "
+            f"{row['save_step_s']:.2f} s instead of {16 * row['seq'] / row['tok_s']:.2f} s."
+        )
+
+
+def _precision(found):
+    """fp16 against bf16 on a real model, a line a method."""
+    lines = [["method", "seed", "bf16", "fp16", "difference", "skipped steps"]]
+    by_key = {(r["method"], r["seed"], r["precision"]): r for r in found["runs"] if "galore_on_refresh" not in r}
+    for method, seed in dict.fromkeys(key[:2] for key in sorted(by_key)):
+        bf16, fp16 = by_key[method, seed, "bf16"], by_key[method, seed, "fp16"]
+        losses = [bf16["last_losses"], fp16["last_losses"]]
+        part = [f"{loss:.4f}" for loss in losses]
+        lines.append([method, str(seed), *part, f"{losses[1] / losses[0] - 1:+.2%}", str(fp16["skipped_steps"])])
+    head = (
+        f"Mean of the last 20 of {found['runs'][0]['steps']} losses, {found['model']}, "
+        f"{found['runs'][0]['device'].removeprefix('NVIDIA ')}, {found['date']}:"
+    )
+    return "\n".join([head, "", _table(lines), "", _energy(found["energy"])])
+
+
+def _energy(found):
+    return (
+        f"On the same run's gradients ({found['matrices']} matrices, rank {found['rank']}) GaLore's fast bases hold "
+        f"{found['cold_min']:.2%} or more of the exact bases' energy when made anew, {found['warm_min']:.2%} or more when "
+        f"refreshed after {found['steps_apart']} steps; a basis left as it was for these steps holds "
+        f"{found['stale_min']:.0%} to {found['stale_median']:.0%} (least and median)."
+    )
 
 
 def _generate(rows):

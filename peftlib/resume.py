@@ -24,6 +24,15 @@ class Progress:
     peak_memory_bytes: int = 0
     peak_reserved_bytes: int | None = None
 
+    def count(self, tokens, seconds, is_skipped):
+        """Take in one more step."""
+        if self.step == 0:
+            self.first_step_s = seconds
+        self.step += 1
+        self.train_tokens += tokens
+        self.train_seconds += seconds
+        self.skipped_steps += is_skipped
+
 
 def checkpoint_of(run):
     """The Checkpoint of a TrainingRun between two steps; its tensors are the run's own."""

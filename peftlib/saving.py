@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
@@ -13,6 +14,13 @@ from peftlib.errors import CheckpointError
 _BYTES_PER_SECOND = {False: 2**30, True: 4 * 2**30}
 
 
+class Saved(NamedTuple):
+    """The newest checkpoint that stands: its step, and time.time() of it where this session wrote it."""
+
+    step: int | None = None
+    at: float | None = None
+
+
 class Saver:
     """Saves checkpoints into a CheckpointDir.
 
@@ -22,13 +30,13 @@ class Saver:
     is_background: copy the tensors to the host and write them in a thread while training goes on, for GPUs. On a CPU
     the copy would cost memory that the method is measured by: there the file is written at once, and the thread
     waits for the disk and reads it back.
-    `saves`, `stall_seconds`: how many, and what they have cost training so far.
+    `saves`, `stall_seconds`: how many, and what they have cost training so far. `saved`: what stands.
     """
 
     def __init__(self, checkpoints, *, every, stall_share, is_background, log, expected_bytes=0):
         self.checkpoints, self.every, self.stall_share = checkpoints, every, stall_share
         self.is_background, self.log = is_background, log
-        self.saves, self.stall_seconds = 0, 0.0
+        self.saves, self.stall_seconds, self.saved = 0, 0.0, Saved()
         self._last_step, self._expected_bytes, self._next_at = 0, expected_bytes, 0.0
         self._writing = None
         self._error = None
@@ -36,6 +44,7 @@ class Saver:
     def start(self, step):
         """Count from here: the step that a resumed run stands at."""
         self._last_step = step
+        self.saved = Saved(step or None)
         self._put_off(self._expected_bytes / _BYTES_PER_SECOND[self.is_background])
 
     def is_due(self, step):
@@ -51,9 +60,9 @@ class Saver:
         self.wait()
         self._last_step = step
         if self.is_background:
-            self._start_thread(self.checkpoints.save, step, _on_host(checkpoint))
+            self._start_thread(step, self.checkpoints.save, _on_host(checkpoint))
         elif self._try(self.checkpoints.begin, step, checkpoint):
-            self._start_thread(self.checkpoints.finish, step)
+            self._start_thread(step, self.checkpoints.finish)
         stall = time.monotonic() - started
         if must:
             self.wait()  # not held up: training ends here
@@ -79,9 +88,13 @@ class Saver:
     def _put_off(self, stall):
         self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
 
-    def _start_thread(self, call, *args):
-        self._writing = threading.Thread(target=self._try, args=(call, *args))
+    def _start_thread(self, step, call, *args):
+        self._writing = threading.Thread(target=self._write, args=(step, call, *args))
         self._writing.start()
+
+    def _write(self, step, call, *args):
+        if self._try(call, step, *args):
+            self.saved = Saved(step, time.time())
 
     def _try(self, call, *args):
         """Whether the call went well; its CheckpointError is kept."""

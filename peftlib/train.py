@@ -1,16 +1,15 @@
 """The one training loop: every method, every session, from the last checkpoint to the end."""
 
 import contextlib
-import math
 import time
 
 import torch
 
-from peftlib import compact, compiled, data, flops, methods, plan, resume
+from peftlib import compact, compiled, data, flops, methods, plan, progress, resume, trackers
 from peftlib import record as records
 from peftlib.checkpoint import CheckpointDir
 from peftlib.env import resolve_device, training_precision
-from peftlib.errors import ConfigError, NonFiniteLossError
+from peftlib.errors import ConfigError
 from peftlib.files import sha256
 from peftlib.interrupts import interrupts
 from peftlib.lock import held
@@ -32,7 +31,6 @@ from peftlib.models import (
 from peftlib.optim.basis import kept_energy
 from peftlib.placement import Placement
 from peftlib.precision import autocast, loss_scaler, run_in_autocast
-from peftlib.resume import Progress
 from peftlib.rows import Rows, mean_loss
 from peftlib.saving import Saver
 from peftlib.seeds import seed_of
@@ -47,8 +45,9 @@ _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
 class TrainingRun:
     """One method and seed of a study. Building it loads and prepares the model; train() starts or goes on.
 
-    method: a name in peftlib.methods.METHODS. log: called with each line of progress.
-    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, or several processes.
+    method: a name in peftlib.methods.METHODS. log: called with each line of progress; may be exchanged until train().
+    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, log_to names a package that is not
+    installed, or several processes.
     """
 
     def __init__(self, study, method, *, log=print):
@@ -57,6 +56,7 @@ class TrainingRun:
         self.study, self.cfg, self.name, self.log = study, study.cfg, method, log
         self.method = methods.find(method)
         self.manifest = study.manifest()
+        trackers.require(self.cfg.log_to)
         self.device = resolve_device(self.cfg.device)
         self.precision, self.precision_reason = training_precision(self.device, self.cfg.precision)
         self.accelerator = Accelerator(cpu=self.device == "cpu", gradient_accumulation_steps=1)
@@ -66,7 +66,7 @@ class TrainingRun:
                 "so peftlib trains on one GPU; start one process, and one seed per GPU"
             )
         self._open = contextlib.ExitStack()  # train() closes it
-        self._memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
+        self.memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
         self.tokenizer = data.open_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.FOUR_BIT)
@@ -75,11 +75,15 @@ class TrainingRun:
         if self.method.FOUR_BIT:
             guard_four_bit(self.model, self.method.FOUR_BIT)
         self.checkpoints = CheckpointDir(
-            study.checkpoint_dir(method, self.cfg.seed), keep=self.cfg.keep_checkpoints, log=log
+            study.checkpoint_dir(method, self.cfg.seed),
+            keep=self.cfg.keep_checkpoints,
+            log=lambda line: self.log(line),
         )
 
-    def train(self):
+    def train(self, watchers=()):
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
+
+        watchers: progress.Watcher objects that see the run while it trains, and may ask it to save and stop.
 
         A finished run is not repeated: its weights are loaded and its record is returned.
         NonFiniteLossError: the loss is inf or nan; the last checkpoint is kept. CheckpointError: no space, or the
@@ -95,6 +99,8 @@ class TrainingRun:
                 self.model = load_trained(folder, device=self.device, merge=False)
                 return kept
             self._start()
+            self._watching = progress.Watching(self, [*trackers.of(self), *watchers])
+            self._watching.show()
             self._to_the_end(require_lock)
         return self.record
 
@@ -113,6 +119,7 @@ class TrainingRun:
             self.saver.wait()
             require_lock()  # another session's record is not overwritten
             self._close()
+            self._watching.show(self.record["status"])
 
     def captured_energy(self, layers, *, rows=4):
         """How much of a gradient its best basis keeps, before training.
@@ -186,7 +193,7 @@ class TrainingRun:
             backward=self.accelerator.backward,
             is_compiled=self.placement.is_compiled,
         )
-        self.progress = Progress()
+        self.progress = resume.Progress()
         self.saver = Saver(
             self.checkpoints,
             every=cfg.save_every,
@@ -195,7 +202,7 @@ class TrainingRun:
             expected_bytes=self._checkpoint_bytes(),
             log=self.log,
         )
-        self._pending = []  # (entry, loss, grad_norm) whose numbers are still on the device
+        self._pending = progress.Pending()
         self.record = records.new_record(
             self.study,
             self.name,
@@ -248,19 +255,28 @@ class TrainingRun:
             require_lock()
             self._step()
             step, is_last = self.progress.step, self.progress.step == self.plan.steps
-            if step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            has_line = step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES
+            if has_line or self._watching.want_numbers():
                 self._flush()
-                self.log(self._line())
-                last_line = time.monotonic()
+                if has_line:
+                    self.log(progress.line(self.record, self.progress, self.plan.steps))
+                    last_line = time.monotonic()
+                self._watching.show()
             if len(self.valid) and (step % cfg.valid_every == 0 or is_last):
                 self._validate()
                 last_line = time.monotonic()
-            why = None if is_last else ("interrupted" if interrupted.is_set() else deadline.passed())
+            why = None if is_last else self._why_stop(interrupted, deadline)
             if why or (not is_last and self.saver.is_due(step)):
                 self.save(must=bool(why))
             if why:
                 self.log(f"stopped after step {step} of {self.plan.steps} ({why}); saved: run again to go on")
                 return
+
+    def _why_stop(self, interrupted, deadline):
+        """Why to save and stop now, in words, or None."""
+        if self._watching.stop_asked():
+            return "asked to"
+        return "interrupted" if interrupted.is_set() else deadline.passed()
 
     def _step(self):
         """One optimizer step, replayed with half the micro-batch after an out-of-memory error."""
@@ -285,45 +301,17 @@ class TrainingRun:
         if step == 0 or self.device == "cpu":
             grad_norm = float(grad_norm)  # waits for the device, so that the first step's time is true
         seconds = time.monotonic() - started
-        progress = self.progress
-        progress.step += 1
-        progress.train_tokens += tokens
-        progress.train_seconds += seconds
-        progress.skipped_steps += is_skipped
-        if step == 0:
-            progress.first_step_s = seconds
+        self.progress.count(tokens, seconds, is_skipped)
         self.placement.after_step()
         entry = {"step": step + 1, "learning_rate": self._peak_rates[0] * factor, "tokens": tokens, "seconds": seconds}
-        self._pending.append((entry, loss, grad_norm))
+        self._pending.add(entry, loss, grad_norm)
 
     def _scored(self, numbers):
         return int(self.rows.scored[numbers].sum())
 
     def _flush(self):
         """Bring pending numbers to the host. NonFiniteLossError: one of the losses is inf or nan."""
-        for entry, loss, grad_norm in self._pending:
-            entry["loss"], norm = float(loss), float(grad_norm)
-            entry["grad_norm"] = norm if math.isfinite(norm) else None  # a skipped fp16 step
-            if not math.isfinite(entry["loss"]):
-                raise NonFiniteLossError(
-                    f"the loss of step {entry['step']} is {entry['loss']} ({self.precision}, learning rate "
-                    f"{entry['learning_rate']:g}): lower the learning rate, or set precision='fp32'. "
-                    "The last checkpoint is kept."
-                )
-            self.record["history"].append(entry)
-        self._pending.clear()
-
-    def _line(self):
-        entry, progress = self.record["history"][-1], self.progress
-        recent = self.record["history"][-20:]
-        pace = sum(e["seconds"] for e in recent) / len(recent)
-        left = int(pace * (self.plan.steps - progress.step))
-        speed = sum(e["tokens"] for e in recent) / sum(e["seconds"] for e in recent)
-        skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
-        return (
-            f"step {progress.step}/{self.plan.steps}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{speed:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}{skipped}"
-        )
+        self._pending.bring(self.record["history"], self.precision)
 
     def _validate(self):
         self._flush()
@@ -347,7 +335,7 @@ class TrainingRun:
         record.update(mfu=record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
 
     def _read_memory(self):
-        allocated, reserved = self._memory.read()
+        allocated, reserved = self.memory.read()
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, allocated)
         if reserved is not None:
             self.progress.peak_reserved_bytes = max(self.progress.peak_reserved_bytes or 0, reserved)
@@ -370,14 +358,14 @@ class TrainingRun:
     def _close(self):
         """Write the record; with the weights safe, the checkpoints have served."""
         self._read_memory()
-        progress, record = self.progress, self.record
-        record.update(vars(progress), steps=progress.step)
+        done, record = self.progress, self.record
+        record.update(vars(done), steps=done.step)
         del record["step"]
         record["saves"], record["save_stall_seconds"] = self.saver.saves, self.saver.stall_seconds  # of this session
         last = record["history"][-max(1, self.plan.steps // 10) :]
         if last:
             record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)
-            record["tokens_per_second"] = progress.train_tokens / progress.train_seconds
+            record["tokens_per_second"] = done.train_tokens / done.train_seconds
             self._compare_with_ceiling(record)
         records.save(self.study, record)
         if record["status"] == "ok":

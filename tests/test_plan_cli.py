@@ -37,7 +37,7 @@ def test_memory_and_micro_batch_are_the_planners():
 
 def test_the_card_that_was_measured_gets_the_measured_speed():
     measured = [row for row in hours.measured_rows() if row["method"] == "galore" and row["precision"] == "bf16"]
-    best = max(row["tok_s"] for row in measured)
+    best = max(row["tok_s"] for row in measured if "H200" in row["device"])
     found = rows_of(plan_cli.lines("h200", "gemma-3-1b", {}))["galore"]
     assert found[-1] == "measured speed" and found[5] == f"{float(f'{best:.2g}'):,.0f}"
     assert rows_of(plan_cli.lines("h200", "packaged", {}))["galore"][-1] == "estimate"  # another model's speed

@@ -38,3 +38,24 @@ def test_a_studys_results_become_the_demo_section(tmp_path, monkeypatch):
     assert f"{summary['eval_loss']['base']:.3f}" in shown and "qlora" in shown
     assert (results / "demo" / "results.csv").read_bytes() == study.results_path.read_bytes()
     assert (results / "demo" / "scores.png").stat().st_size > 1000
+
+
+def test_speeds_of_real_lengths_and_precisions_are_told_with_their_ratios(tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(readme.RESULTS, results)
+    rows = [
+        {"name": "galore", "method": "galore", "device": "NVIDIA H100", "date": "d", "precision": "bf16", "cap_gib": 0.0,
+         "micro_batch": 4, "tok_s": 1600.0, "peak_gib": 1.0, "first_step_s": 1.0, "seq": 100, "checkpoint_gib": 3.0,
+         "save_stall_s": 2.0, "save_written_s": 9.0, "save_step_s": 1.5,
+         "mixed_found": {"random_4": {"useful_tok_s": 100.0}, "packed_4": {"useful_tok_s": 250.0},
+                         "random_8": {"useful_tok_s": 400.0}}}
+    ]  # fmt: skip
+    (results / "bench" / "methods.json").write_text(json.dumps(rows))
+    found = json.loads((results / "bench" / "fp16.json").read_text())
+    for run in found["runs"]:
+        run["last_losses"] = 2.02 if run["precision"] == "fp16" else 2.0
+    (results / "bench" / "fp16.json").write_text(json.dumps(found))
+    made = readme.sections(results)
+    assert "| ratio | 2.50 |  |" in made["methods"]
+    assert "holds training up for 2.0 s" in made["methods"] and "1.50 s instead of 1.00 s" in made["methods"]
+    assert made["fp16"].count("+1.00%") == 9
