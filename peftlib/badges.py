@@ -17,18 +17,31 @@ BRANCH = "main"
 INSTALL = "# Install"  # how the install cell begins
 BADGES_BEGIN, BADGES_END = "<!-- badges -->", "<!-- /badges -->"  # what stands between them in README is written here
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-# The folder's name must not be the package's: Python would take the folder, seen from /content, for a package.
+_KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
+# The folder's name must not be the package's: Python would take the folder, seen from its parent, for a package.
+# Kaggle keeps /kaggle/working, so studies below the checkout outlive a session there.
 _INSTALL_CELL = """\
-{install}: on Colab only, and once; elsewhere it does nothing. Colab keeps its own torch.
+{install}: on Colab and Kaggle alone, in seconds, once and without a restart. Their own torch stays as it is.
 import importlib.util
 import os
+import subprocess
 import sys
 
-if "google.colab" in sys.modules and importlib.util.find_spec("peftlib") is None:
-    if not os.path.isdir("/content/peftlib-checkout"):
-        !git clone -q --depth 1 --branch {branch} {address} /content/peftlib-checkout
-    %pip install -q -r /content/peftlib-checkout/requirements.txt
-    sys.path.append("/content/peftlib-checkout")"""
+host = "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "colab" if "google.colab" in sys.modules else ""
+checkout = {{"colab": "/content/peftlib-checkout", "kaggle": "/kaggle/working/peftlib-checkout"}}.get(host)
+if importlib.util.find_spec("peftlib") is None:
+    if checkout is None:
+        raise ModuleNotFoundError(
+            "this kernel has no peftlib: run `make .venv/installed` in the checkout and choose .venv as the kernel, "
+            "or run `pip install -e PATH_OF_THE_CHECKOUT` in this kernel's environment"
+        )
+    clone = f"git clone -q --depth 1 --branch {branch} {address} {{checkout}}"
+    packages = f"{{sys.executable}} -m pip install -q --no-warn-conflicts -r {{checkout}}/requirements.txt"
+    for command in [packages] if os.path.isdir(checkout) else [clone, packages]:
+        if subprocess.run(command.split(), check=False).returncode != 0:
+            raise RuntimeError(f"`{{command}}` failed: on Kaggle switch Internet on (Settings), then run this cell again")
+    importlib.invalidate_caches()
+    sys.path.append(checkout)"""
 
 
 def address(checkout=CHECKOUT):
@@ -41,10 +54,10 @@ def address(checkout=CHECKOUT):
 
 
 def badge(name, checkout=CHECKOUT):
-    """The Markdown of a notebook's Colab badge."""
-    owner_and_name = address(checkout).removeprefix("https://github.com/")
-    link = f"https://colab.research.google.com/github/{owner_and_name}/blob/{BRANCH}/notebooks/{name}.ipynb"
-    return f"{_BADGE_IMAGE}({link})"
+    """The Markdown of a notebook's badges, one for Colab and one for Kaggle."""
+    place = f"{address(checkout)}/blob/{BRANCH}/notebooks/{name}.ipynb"
+    colab = place.replace("https://github.com/", "https://colab.research.google.com/github/")
+    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/kernels/welcome?src={place})"
 
 
 def install_cell(checkout=CHECKOUT):

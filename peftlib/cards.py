@@ -1,11 +1,11 @@
 """GPUs that a study may run on, by their makers' published figures, and well-known models' shapes: no network needed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftlib.config import PACKAGED_MODEL
 from peftlib.errors import ConfigError, ModelError
-from peftlib.plan import Shape
+from peftlib.plan import GIB, Shape
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,20 @@ def card_of_device(device):
     """The Card that torch's name of a device means, or None."""
     words = (device or "").replace("NVIDIA", " ").split()
     return next((card for card in CARDS.values() if set(card.device.split()) <= set(words)), None)
+
+
+def card_at_hand():
+    """(name in CARDS, Card with this machine's memory) of the GPU here; None: there is none, or it is not listed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    card = card_of_device(seen.name)
+    if card is None:
+        return None
+    name = next(name for name, known in CARDS.items() if known is card)
+    return name, replace(card, gib=seen.total_memory / GIB)
 
 
 def shape_of(model):

@@ -27,6 +27,11 @@ class BaseWeights:
     def __init__(self, model):
         self._files = _tensor_files(locate(model)[0])
 
+    @property
+    def names(self):
+        """Names of the tensors, as the files have them."""
+        return list(self._files)
+
     def get(self, name, dtype):
         """What a parameter started as, on the host in `dtype`, or None where the files have no tensor of its name."""
         key = name.removeprefix("base_model.model.")

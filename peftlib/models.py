@@ -82,7 +82,7 @@ def load_base(model, *, precision, device, four_bit=()):
 
     location, _ = locate(model)
     settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
+    without_advice()
     if four_bit:
         require_bitsandbytes("a 4-bit model")
         settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
@@ -111,8 +111,12 @@ def _nf4(precision, kept_plain):
     )
 
 
+def without_advice():
+    """Have bitsandbytes not advise to install `kernels`, which would fetch code from a hub."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
+
+
 def _is_worth_reading(log_record):
-    """Drops the advice to install `kernels`, which would fetch code from a hub."""
     return not str(log_record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 

@@ -137,18 +137,31 @@ def choose(shape, method, cfg, *, precision, device_bytes, is_compiled=True):
 def table(shape, cfg, *, precision, device_bytes, is_compiled=True):
     """[{method, fits, micro_batch, checkpointing, weights_gib, ..., total_gib}, ...] for every method.
 
-    Where nothing fits, the setting that takes the least memory.
+    Where cfg.micro_batch is set, that setting; else the planner's choice, and where nothing fits, the setting that takes
+    the least memory.
     """
     rows = []
     for method in methods.METHODS:
-        try:
-            plan = choose(shape, method, cfg, precision=precision, device_bytes=device_bytes, is_compiled=is_compiled)
-        except ConfigError:
-            plan = _least(shape, method, cfg, precision=precision, is_compiled=is_compiled)
+        if cfg.micro_batch:
+            plan = _as_set(shape, method, cfg, precision=precision, is_compiled=is_compiled)
+        else:
+            plan = _chosen(shape, method, cfg, precision=precision, device_bytes=device_bytes, is_compiled=is_compiled)
         sizes = {f"{name}_gib": getattr(plan, name) / GIB for name in ("weights", "optimizer", "activations", "total")}
         run = {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
         rows.append({"method": method, "fits": plan.total <= HEADROOM * device_bytes, **run, **sizes})
     return rows
+
+
+def _as_set(shape, method, cfg, **how):
+    rows = min(cfg.micro_batch, cfg.sequences_per_step)
+    return estimate(shape, method, cfg, micro_batch=rows, checkpointing=cfg.checkpointing, **how)
+
+
+def _chosen(shape, method, cfg, *, device_bytes, **how):
+    try:
+        return choose(shape, method, cfg, device_bytes=device_bytes, **how)
+    except ConfigError:
+        return _least(shape, method, cfg, **how)
 
 
 def _least(shape, method, cfg, *, precision, is_compiled):

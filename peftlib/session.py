@@ -11,9 +11,9 @@ _HOURS = {"colab": 12.0, "kaggle": 12.0}  # what their documentation names as th
 
 def host():
     """'colab', 'kaggle' or '' for any other machine."""
-    if "COLAB_RELEASE_TAG" in os.environ:
-        return "colab"
-    return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else ""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "kaggle"  # first: its image is made from Colab's and has Colab's variables too
+    return "colab" if "COLAB_RELEASE_TAG" in os.environ else ""
 
 
 def seconds_left(session_hours=0.0):

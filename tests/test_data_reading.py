@@ -133,6 +133,12 @@ def test_a_csv_quote_never_closed_is_an_error_and_no_loss_of_all_rows_behind_it(
         rows_of(path)
 
 
+def test_a_csv_whose_header_is_broken_is_an_error(tmp_path):
+    path = written(tmp_path / "rows.csv", b'instruction,"sa"0\nask,say\n')
+    with pytest.raises(DataError, match="first line, the header, is no CSV"):
+        rows_of(path)
+
+
 def test_csv_bytes_that_are_no_utf8_stay_visible(tmp_path):
     rows = rows_of(written(tmp_path / "rows.csv", b"instruction,output\na\xff,b\n"))
     assert rows == [{"instruction": "a\udcff", "output": "b"}]  # conversion rejects it as a lone surrogate

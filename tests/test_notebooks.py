@@ -81,8 +81,7 @@ def test_every_code_cell_parses_is_short_and_is_announced(cells):
         source = executed.source_of(cell)
         assert before is not None and before["cell_type"] == "markdown", f"no text before: {source[:60]}"
         lengths.append(sum(bool(line.strip()) for line in source.splitlines()))
-        if not is_install(source):
-            ast.parse(source)
+        ast.parse(source)
     assert max(lengths) <= 25
     assert statistics.median(lengths) <= 8
 
@@ -96,7 +95,13 @@ def test_it_opens_and_closes_by_its_own_name(name, cells):
 def test_badge_and_install_cell_hold_the_one_address(name, cells):
     assert executed.source_of(cells[0]).splitlines()[0] == badges.badge(name), "run make badges"
     assert [s for s in code_of(cells) if is_install(s)] == [badges.install_cell()], "run make badges"
-    assert f"/notebooks/{name}.ipynb)" in badges.badge(name)
+    for opener in (
+        "https://colab.research.google.com/github/",
+        "https://kaggle.com/kernels/welcome?src=https://github.com/",
+    ):
+        assert re.search(
+            rf"\({re.escape(opener)}[\w.-]+/[\w.-]+/blob/main/notebooks/{name}\.ipynb\)", badges.badge(name)
+        )
 
 
 def test_readmes_table_holds_the_one_address():
@@ -112,16 +117,6 @@ def test_nothing_private_dead_or_decorative(cells):
         assert not re.search("[\u2600-\u27bf\U0001f000-\U0001faff]", source)
         if cell["cell_type"] == "code" and not is_install(source):
             assert not re.search(r"pip install|^\s*[!%]|/home/|/content/|/tmp/", source, re.MULTILINE)
-
-
-def test_the_install_cell_does_nothing_outside_colab_and_never_twice_on_it():
-    body = ast.parse(badges.install_cell().replace("!git", "pass  #").replace("%pip", "pass  #")).body
-    assert [type(node) for node in body] == [ast.Import, ast.Import, ast.Import, ast.If]
-    assert ast.unparse(body[-1].test) == (
-        "'google.colab' in sys.modules and importlib.util.find_spec('peftlib') is None"
-    )
-    requirements = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert "torch" in requirements  # any version: Colab's own stays
 
 
 @pytest.fixture(scope="module")

@@ -109,9 +109,10 @@ def test_what_ends_a_session(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert session.host() == "" and session.seconds_left() is None
     assert 0 < session.seconds_left(100.0) <= 100 * 3600
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert session.host() == "kaggle"
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert session.host() == "kaggle"  # whose image has both
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     monkeypatch.setattr(session.psutil.Process, "create_time", lambda self: session.time.time() - 11.95 * 3600)
     assert session.host() == "colab" and session.seconds_left() < 0
     assert session.Deadline(resolve("t4")).passed() == "this session ends in 3 minutes"

@@ -180,7 +180,10 @@ def _csv(stream, path):
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))  # the module's default is 128 KiB
     reader = csv.reader(text, strict=True)
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{path}: its first line, the header, is no CSV ({error}): {_WAY_OUT}") from None
     while True:
         line = reader.line_num + 1
         try:

@@ -28,3 +28,10 @@ def find(name):
     if name not in METHODS:
         raise ConfigError(f"method={name!r} is unknown: use {', '.join(METHODS)}")
     return importlib.import_module(METHODS[name])
+
+
+def require_rank(field, rank, shapes):
+    """ConfigError: the rank that `field` sets is above the shorter side of one of the (rows, columns) in shapes."""
+    shortest = min(min(shape) for shape in shapes)
+    if rank > shortest:
+        raise ConfigError(f"{field}={rank} is larger than a layer: use 1..{shortest}")

@@ -2,6 +2,7 @@
 
 from peftlib.errors import ConfigError
 from peftlib.layers import fuse_adapters
+from peftlib.methods import require_rank
 from peftlib.models import PROJECTIONS, core, named_weights, peft_calls, trainable
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
@@ -35,13 +36,12 @@ def with_adapters(model, cfg, targets):
     named_weights(model, targets)
     from peft import LoraConfig, get_peft_model
 
-    shortest = min(
-        min(module.in_features, module.out_features)
+    shapes = [
+        (module.out_features, module.in_features)
         for name, module in core(model).named_modules()
         if name.rsplit(".", 1)[-1] in targets
-    )
-    if cfg.lora_rank > shortest:
-        raise ConfigError(f"lora_rank={cfg.lora_rank} is larger than a layer: use 1..{shortest}")
+    ]
+    require_rank("lora_rank", cfg.lora_rank, shapes)
     is_four_bit = any(getattr(p, "quant_state", None) is not None for p in model.parameters())
     if cfg.lora_init.startswith("pissa") and is_four_bit:
         raise ConfigError(
