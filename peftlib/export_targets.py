@@ -135,7 +135,7 @@ class HubTarget:
             with as_os_errors():
                 yield
         except OSError as error:
-            said = str(error).strip().split("\n")[0][:200]
+            said = str(error.strerror or error).strip().split("\n")[0][:200]
             raise ModelError(f"{self}: {said}. See whether HF_TOKEN may write there, and the network") from error
 
 
