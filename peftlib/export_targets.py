@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peftlib.env import hf_token
 from peftlib.errors import ConfigError, ModelError, StudyError
-from peftlib.files import read_json, remove_tree, rename
+from peftlib.files import read_json, rename
 from peftlib.hub_remote import as_os_errors
 
 MARKER = "study/export.json"  # names the run, the form and the files of an export
@@ -63,9 +63,7 @@ class FolderTarget:
             if old.exists():
                 rename(old, self.path)
             raise
-        if old.exists():
-            remove_tree(old)
-        return str(self.path)
+        return str(self.path)  # the earlier one goes with the workspace
 
 
 class HubTarget:

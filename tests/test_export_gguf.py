@@ -6,7 +6,7 @@ import pytest
 import torch
 from card_code import logits, run_code_of
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftlib import __main__ as command_line
 from peftlib import export_gguf
@@ -94,6 +94,16 @@ def test_a_converter_that_fails_is_quoted(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
     with pytest.raises(ModelError, match=r"convert_hf_to_gguf.py failed \(Model Gemma3 is not supported\)"):
         export(study, "qlora", to=tmp_path / "out", form="gguf")
+
+
+def test_sentencepiece_merges_in_the_tokenizers_order(tiny_model, tmp_path):
+    pieces = pytest.importorskip("sentencepiece")
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    export_gguf._add_tokenizer_model(folder)
+    theirs = pieces.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = AutoTokenizer.from_pretrained(folder)
+    for text in ("mof", "thend  is\n\n\nusing", "d\u00e9j\u00e0 \u4f60"):  # mo-f, not m-of: the earlier merge wins
+        assert theirs.encode(text) == ours.encode(text, add_special_tokens=False)
 
 
 def test_a_tokenizer_that_sentencepiece_cannot_follow_is_refused(tiny_model, tmp_path):
