@@ -69,11 +69,17 @@ def _parser():
     sweep.add_argument("--method", action="append", help="once for each method; default: all")
     sweep.add_argument("--factor", action="append", type=float, help="of the study's rates; default: 0.3, 1, 3")
     sweep.add_argument("--rows", type=int, default=1500, help="training rows of each trial; default: 1500")
-    export = _command(commands, "export", _export, "write a trained model as one standalone folder in 16 bits")
+    export = _command(commands, "export", _export, "hand on a trained model with a model card: a folder or the hub")
     export.add_argument("--study", required=True, help="name of the study folder")
-    export.add_argument("--method", required=True)
-    export.add_argument("--seed", type=int, default=0)
-    export.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--method", required=True, help="a trained method")
+    export.add_argument("--seed", type=int, default=0, help="of the run; default: 0")
+    export.add_argument(
+        "--form", default="adapter", help="adapter, merged (one model in bf16) or gguf; default: adapter"
+    )
+    export.add_argument("--to", required=True, metavar="WHERE", help="a folder, or hf://USER/REPO (made private)")
+    export.add_argument("--quant", default="q8_0", help="of a GGUF file: q8_0, f16 or bf16; default: q8_0")
+    export.add_argument("--public", action="store_true", help="a repository that is made now may be seen by everyone")
+    export.add_argument("--dry-run", action="store_true", help="show files and card, write and send nothing")
     for name, call in _PASSED_ON.items():  # listed here for --help; they read their arguments themselves
         _command(commands, name, call, call.__doc__)
     return parser
@@ -136,10 +142,20 @@ def _sweep(args):
 
 
 def _export(args):
-    from peftlib.trained import export_merged
+    from peftlib.export import export, lines_of
 
-    study = Study.existing(args.study)
-    print(export_merged(study.weights_dir(args.method, args.seed), args.out))
+    exported = export(
+        Study.existing(args.study),
+        args.method,
+        seed=args.seed,
+        to=args.to,
+        form=args.form,
+        quant=args.quant,
+        private=not args.public,
+        dry_run=args.dry_run,
+    )
+    for line in lines_of(exported, dry_run=args.dry_run):
+        print(line)
 
 
 def _data(argv):

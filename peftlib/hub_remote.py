@@ -39,7 +39,7 @@ class HubRemote:
     def listing(self):
         """{name: facts} of the archives whose listing is whole."""
         found = {}
-        with _as_os_errors(), tempfile.TemporaryDirectory() as folder:
+        with as_os_errors(), tempfile.TemporaryDirectory() as folder:
             for path in self._files():
                 if path.endswith(".json"):
                     local = self.api.hf_hub_download(self.repository, path, repo_type="model", local_dir=folder)
@@ -51,7 +51,7 @@ class HubRemote:
         """Upload an archive written by write(writer), with its listing. OSError: disk, network or hub."""
         from huggingface_hub import CommitOperationAdd
 
-        with _as_os_errors(), tempfile.TemporaryDirectory() as folder:
+        with as_os_errors(), tempfile.TemporaryDirectory() as folder:
             if shutil.disk_usage(folder).free < needed_bytes:
                 raise OSError(errno.ENOSPC, f"{name} takes {needed_bytes / 2**30:.2f} GiB of {folder}")
             archive, listing = Path(folder) / "archive", Path(folder) / "listing"
@@ -69,7 +69,7 @@ class HubRemote:
 
     def fetch(self, name, facts, target):
         """Download an archive to the local path `target`. OSError: it is not what its listing says."""
-        with _as_os_errors(), tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
+        with as_os_errors(), tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
             path = self._path(f"{name}.tar")
             shutil.move(self.api.hf_hub_download(self.repository, path, repo_type="model", local_dir=folder), target)
         fault = fault_of(target, facts)
@@ -80,7 +80,7 @@ class HubRemote:
         """Delete an archive and its listing."""
         from huggingface_hub import CommitOperationDelete
 
-        with _as_os_errors():
+        with as_os_errors():
             self.api.create_commit(
                 self.repository,
                 [CommitOperationDelete(self._path(f"{name}.{ending}")) for ending in ("tar", "json")],
@@ -116,7 +116,7 @@ class HubRemote:
 
 
 @contextlib.contextmanager
-def _as_os_errors():
+def as_os_errors():
     """The network's errors as OSError, which is what a remote may raise; the hub's own are that already."""
     from huggingface_hub.errors import HfHubHTTPError
 

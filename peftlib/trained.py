@@ -15,8 +15,8 @@ from peftlib.layers import fuse_adapters
 from peftlib.models import core, guard_four_bit, keep_residual_in_float32, load_base, peft_calls, trainable
 from peftlib.precision import run_in_autocast
 
-_ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
-_FACTS = "peftlib.json"
+ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
+FACTS = "peftlib.json"
 
 
 def save_trained(model, tokenizer, folder, facts):
@@ -38,7 +38,7 @@ def save_trained(model, tokenizer, folder, facts):
         _save_full(model, beside)
     tokenizer.save_pretrained(beside)
     stop_at(core(model)).generation_config.save_pretrained(beside)
-    write_json(beside / _FACTS, {**facts, "is_adapter": is_adapter})
+    write_json(beside / FACTS, {**facts, "is_adapter": is_adapter})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
     return folder
@@ -48,7 +48,7 @@ def _save_adapter(model, folder):
     model.save_pretrained(folder)
     whole = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items() if "lora_" not in name}
     if whole:
-        save_file(whole, folder / _ATTENTION)
+        save_file(whole, folder / ATTENTION)
 
 
 def _save_full(model, folder):
@@ -77,9 +77,9 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
     ModelError: no such folder, or its base model is not to be had.
     """
     folder = Path(folder)
-    if not (folder / _FACTS).exists():
+    if not (folder / FACTS).exists():
         raise ModelError(f"no trained model in {folder}: run the method's notebook first")
-    facts = read_json(folder / _FACTS)
+    facts = read_json(folder / FACTS)
     if not facts["is_adapter"]:
         from transformers import AutoModelForCausalLM
 
@@ -119,8 +119,8 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
 
     with peft_calls():
         model = PeftModel.from_pretrained(base, folder)
-    if (folder / _ATTENTION).exists():
-        _put_whole_weights(model, load_file(folder / _ATTENTION, device=device))
+    if (folder / ATTENTION).exists():
+        _put_whole_weights(model, load_file(folder / ATTENTION, device=device))
     if merge:
         model = _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
     else:
@@ -146,7 +146,7 @@ def _put_whole_weights(model, tensors):
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ModelError(
-                f"{_ATTENTION} holds {name}, which does not fit this base model: use the one it was made on"
+                f"{ATTENTION} holds {name}, which does not fit this base model: use the one it was made on"
             )
         parameters[name].data = tensor
 

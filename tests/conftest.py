@@ -60,3 +60,19 @@ def make_study(tiny_model, built_data, tmp_path, monkeypatch):
         return study
 
     return make
+
+
+@pytest.fixture
+def finished(make_study):
+    """finished(method, **fields) -> a Study in which that method is trained; is_scored=True scores it and base."""
+    from peftlib.evaluate import evaluate
+    from peftlib.train import TrainingRun
+
+    def make(method, is_scored=False, **fields):
+        study = make_study(lora_learning_rate=1e-2, galore_learning_rate=1e-2, **fields)
+        TrainingRun(study, method, log=lambda line: None).train()
+        for name in ("base", method) if is_scored else ():
+            evaluate(study, name, log=lambda line: None)
+        return study
+
+    return make

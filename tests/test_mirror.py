@@ -1,5 +1,4 @@
 import errno
-import inspect
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fake_hub import FakeHub
 
 from peftlib import archive, files, lock, mirror, storage
 from peftlib.checkpoint import Checkpoint, CheckpointDir
@@ -356,52 +356,6 @@ def test_a_study_is_not_copied_into_itself(monkeypatch, tmp_path):
         mirror.bring(tmp_path / "study")
 
 
-class FakeHub:
-    """What HubRemote calls of huggingface_hub.HfApi, on a folder; each call has to fit the real signature."""
-
-    def __init__(self, folder):
-        self.folder, self.is_down = Path(folder), False
-
-    def __getattr__(self, name):
-        from huggingface_hub import HfApi
-
-        signature, ours = inspect.signature(getattr(HfApi, name)), getattr(self, f"_{name}")
-
-        def call(*args, **named):
-            signature.bind(None, *args, **named)
-            if self.is_down:
-                raise _http_error()("the network is unreachable")
-            return ours(*args, **named)
-
-        return call
-
-    def _list_repo_files(self, repository, *, repo_type):
-        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-
-    def _create_repo(self, repository, *, repo_type, private, exist_ok):
-        assert private
-
-    def _create_commit(self, repository, operations, *, commit_message, repo_type):
-        for operation in operations:
-            target = self.folder / operation.path_in_repo
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if hasattr(operation, "path_or_fileobj"):
-                shutil.copy(operation.path_or_fileobj, target)
-            else:
-                target.unlink()
-
-    def _hf_hub_download(self, repository, path, *, repo_type, local_dir):
-        target = Path(local_dir) / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return shutil.copy(self.folder / path, target)
-
-
-def _http_error():
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return HfHubHTTPError.__bases__[0]
-
-
 def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
     hub = FakeHub(tmp_path / "hub")
     remote = HubRemote("me/runs", "study", api=hub)
@@ -410,7 +364,7 @@ def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
     ours.restore()
     assert not ours.flush(20) and "HF_TOKEN may write to me/runs" in lines[-1]
     hub.is_down = False
-    assert ours.flush(20)
+    assert ours.flush(20) and hub.is_private
     again = Mirror(tmp_path / "elsewhere", remote, log=lines.append)
     again.restore()
     assert newest(again.folder) == 3
