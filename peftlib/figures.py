@@ -4,6 +4,8 @@ Functions return a `Chart`: a matplotlib Figure that shows itself in a notebook 
 (pyplot, rcParams) is touched.
 """
 
+import base64
+import html
 import io
 import math
 
@@ -44,10 +46,13 @@ class Chart(Figure):
         self.alt = ""
         self.is_empty = False
 
-    def _repr_png_(self):
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        # As HTML, for JupyterLab shows an image/png without the alt text that it was given.
         png = io.BytesIO()
         self.savefig(png, format="png", dpi=_DPI)
-        return png.getvalue()
+        address = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+        image = f'<img alt="{html.escape(self.alt)}" src="{address}" style="max-width:100%">'
+        return {"text/html": image, "text/plain": f"<figure: {self.alt}>"}
 
 
 def save(chart, folder, name):
