@@ -21,12 +21,6 @@ $(VENV)/ipykernel6: tests/ipykernel6.txt | $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
 
-# Another ipykernel for tests, in a folder of its own: a kernel that has it first in PYTHONPATH runs it.
-$(VENV)/ipykernel6: tests/ipykernel6.txt | $(VENV)/installed
-	rm -rf $@
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ -r $<
-	@touch $@
-
 # JupyterLab and what drives a browser: the other targets do without.
 $(VENV)/browser: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
