@@ -286,7 +286,8 @@ class Cell:
         found = [f"an error: {error[0]}" for error in map(_ERROR.match, self.texts()) if error]
         found += [f"instead of a widget or figure: {text[0].strip()}" for text in _FALLBACK.finditer(self.text)]
         images = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} img")
-        return found + ["a figure without alt text" for image in images if not image.get_attribute("alt")]
+        wordless = ("", "Image")  # the latter is what JupyterLab puts in its place
+        return found + ["a figure without alt text" for image in images if image.get_property("alt") in wordless]
 
     def choose(self, label, option):
         """Take an option of a dropdown by its text."""

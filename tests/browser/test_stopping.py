@@ -37,7 +37,7 @@ def training(request, lab, tiny_model, built_data):
 
 def require_whole_checkpoint(checkpoints, cell):
     """The step at which the cell says that it stopped, of which a checkpoint that verifies stands."""
-    step = int(cell.wait_for(rf"stopped: (\d+) of {STEPS} steps")[1])
+    step = int(cell.wait_for(rf"stopped: (\d+) of {STEPS} steps", seconds=10)[1])
     kept, skipped = checkpoints.newest()
     assert 0 < step < STEPS and skipped == [] and kept.state["progress"]["step"] == step
     return step
