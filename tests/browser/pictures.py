@@ -1,0 +1,79 @@
+"""README's pictures of the notebooks, from a finished study of the demo: python tests/browser/pictures.py STUDY FOLDER
+
+STUDY: its folder, such as runs/demo. A copy of it is opened in a JupyterLab of its own, and 02_qlora trains once more, to
+be looked at half way. Needs what `make test-browser` needs.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+from lab import Lab, headless_chromium
+from lab_server import LabServer
+from selenium.webdriver.common.by import By
+
+from peftlib.files import read_json
+from peftlib.packaged import packaged_folder
+
+_HALF_WAY = r"step (?:1[0-9])/"
+
+
+class _Server(LabServer):
+    def _environment(self):
+        cache = {"PEFTLIB_CACHE": str(packaged_folder().parent), "OMP_NUM_THREADS": str(os.cpu_count())}
+        return {**super()._environment(), **cache}
+
+
+def take(lab, study, folder):
+    """Write panel.png, form.png, explorer.png and charts.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(study, lab.server.runs / "demo", ignore=shutil.ignore_patterns("notebooks", "checkpoints"))
+    shutil.copytree(study / "data", lab.server.runs / "again" / "data")
+    again = {"profile": "demo", "study": "again", **_given(study)}
+    with lab.opened(lab.server.put("01_data", fields={"profile": "demo", "study": "new"})) as opened:
+        _run_to(opened, "study_form(", folder / "form.png", "method")
+    with lab.opened(lab.server.put("02_qlora", fields=again)) as opened:
+        _run_to(opened, "train_live(", folder / "panel.png", _HALF_WAY)
+    with lab.opened(lab.server.put("04_eval", fields={"profile": "demo", "study": "demo"})) as opened:
+        _run_to(opened, "charts(", folder / "charts.png", "")
+        _run_to(opened, "explore(", folder / "explorer.png", "reference")
+
+
+def _given(study):
+    """The settings in which the demo's study differs from its profile and that data depend on."""
+    config = read_json(study / "config.json")["config"]
+    return {name: config[name] for name in ("train_rows", "valid_rows", "test_rows")}
+
+
+def _run_to(opened, words, path, pattern):
+    """Run all above the cell that holds `words`, then that cell until its output says `pattern`; keep what it shows."""
+    cell = opened.cell(words)
+    opened.run_above(cell, seconds=400)
+    cell.start()
+    cell.wait_for(pattern or ".", seconds=200)
+    area = cell.element.find_element(By.CSS_SELECTOR, ".jp-Cell-outputArea")
+    opened.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", area)
+    opened.lab.wait(lambda: all(i.get_property("complete") for i in area.find_elements(By.TAG_NAME, "img")), "images")
+    area.screenshot(str(path))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        _Server(Path(place) / "server") as server,
+        headless_chromium() as driver,
+    ):
+        take(Lab(server, driver, args.folder), args.study, args.folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
