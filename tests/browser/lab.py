@@ -281,12 +281,20 @@ class Cell:
         ActionChains(self.driver).key_down(Keys.CONTROL).send_keys(Keys.END).key_up(Keys.CONTROL).perform()
         ActionChains(self.driver).send_keys(Keys.ENTER, text).perform()
 
+    def alt_texts(self):
+        """The words of each picture in its outputs, '' where there are none."""
+        images = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} img")
+        return [image.get_attribute("alt") or "" for image in images]
+
+    def has_widgets(self):
+        """Whether a widget stands in its outputs."""
+        return bool(self.element.find_elements(By.CSS_SELECTOR, ".jupyter-widgets"))
+
     def problems(self):
         """What a reader sees in its outputs that should not be: errors, text in a widget's place, figures without words."""
         found = [f"an error: {error[0]}" for error in map(_ERROR.match, self.texts()) if error]
         found += [f"instead of a widget or figure: {text[0].strip()}" for text in _FALLBACK.finditer(self.text)]
-        images = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} img")
-        return found + ["a figure without alt text" for image in images if not image.get_attribute("alt")]
+        return found + ["a figure without alt text" for alt in self.alt_texts() if not alt]
 
     def choose(self, label, option):
         """Take an option of a dropdown by its text."""
