@@ -68,15 +68,13 @@ class Lab:
 
     @contextlib.contextmanager
     def opened(self, file_name):
-        """A Notebook whose kernel is ready, until the end of the block; where that fails, pictures and texts are kept."""
+        """A Notebook whose kernel is ready, until the end of the block, which is watched."""
         self.driver.get(f"{self.server.url}lab/tree/{file_name}?reset&token={self.server.token}")
         notebook = Notebook(self, file_name)
         try:
-            self.wait(notebook.is_ready, f"{file_name} and its kernel", seconds=120)
-            yield notebook
-        except BaseException:
-            notebook.keep_for_a_look(f"failed-{Path(file_name).stem}")
-            raise
+            with notebook.watched():
+                self.wait(notebook.is_ready, f"{file_name} and its kernel", seconds=120)
+                yield notebook
         finally:
             self.server.end_kernels()
 
@@ -134,6 +132,15 @@ class Notebook:
         self.lab, self.driver, self.file_name = lab, lab.driver, file_name
         self.path = lab.server.notebooks / file_name
         self._content = load(self.path)["cells"]
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Where the block fails, pictures and texts are kept."""
+        try:
+            yield
+        except BaseException:
+            self.keep_for_a_look(f"failed-{self.path.stem}")
+            raise
 
     @property
     def cells(self):
@@ -200,6 +207,13 @@ class Notebook:
         path = self.lab.picture(name)
         self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         return path
+
+    def picture_in_both_themes(self, name):
+        """Keep pictures NAME-dark and NAME-light, where somebody asked for them by PEFTLIB_SCREENSHOTS."""
+        if "PEFTLIB_SCREENSHOTS" in os.environ:
+            for theme in ("Dark", "Light"):
+                self.lab.theme(f"JupyterLab {theme}")
+                self.picture(f"{name}-{theme.lower()}")
 
     def keep_for_a_look(self, name):
         """Pictures of the window and of the whole notebook, and the texts of its outputs; says where they are."""
@@ -268,6 +282,12 @@ class Cell:
         """The match of a regular expression in what its outputs say, once there is one."""
         return self.lab.wait(lambda: re.search(pattern, self.text), f"{pattern!r} in cell {self.number}", seconds)
 
+    def wait_for_alt(self, pattern):
+        """As wait_for, in the words of its picture."""
+        return self.lab.wait(
+            lambda: re.search(pattern, self.alt_texts()[0]), f"{pattern!r} in cell {self.number}'s alt text"
+        )
+
     def wait_for_change(self, before):
         """What its outputs say, once that differs from `before`."""
         self.lab.wait(lambda: self.text != before, f"another text in cell {self.number}")
@@ -286,9 +306,18 @@ class Cell:
         images = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} img")
         return [image.get_attribute("alt") or "" for image in images]
 
+    def links(self):
+        """[the name under which a link in its outputs saves a file, ...]."""
+        found = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} a[download]")
+        return [link.get_attribute("download") for link in found]
+
+    def count(self, css):
+        """How many elements of its outputs a CSS selector finds."""
+        return len(self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} :is({css})"))
+
     def has_widgets(self):
         """Whether a widget stands in its outputs."""
-        return bool(self.element.find_elements(By.CSS_SELECTOR, ".jupyter-widgets"))
+        return self.count(".jupyter-widgets") > 0
 
     def problems(self):
         """What a reader sees in its outputs that should not be: errors, text in a widget's place, figures without words."""

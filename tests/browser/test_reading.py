@@ -1,7 +1,5 @@
 """Each notebook as a reader opens and runs it in JupyterLab, in order, in one tiny study."""
 
-import os
-
 import pytest
 from conftest import TINY
 
@@ -14,15 +12,6 @@ pytestmark = pytest.mark.browser
 def fields(tiny_model):
     """Parameters of the one study."""
     return {"profile": "demo", "study": "read", "model": str(tiny_model), **TINY}
-
-
-def keep_pictures(lab, opened, name):
-    """Of the notebook in both themes, where somebody asked for them."""
-    if "PEFTLIB_SCREENSHOTS" not in os.environ:
-        return
-    for theme in ("Dark", "Light"):
-        lab.theme(f"JupyterLab {theme}")
-        opened.picture(f"{name}-{theme.lower()}")
 
 
 def require_good_end(lab, opened, name):
@@ -50,7 +39,7 @@ def test_01_refuses_a_typed_mistake_in_words_and_runs_cell_by_cell(lab, fields):
         for cell in opened.code_cells:
             cell.run()
         require_good_end(lab, opened, "01_data")
-        keep_pictures(lab, opened, "01_data")
+        opened.picture_in_both_themes("01_data")
 
 
 def test_01s_row_browser_shows_the_row_that_is_picked(lab, fields):
@@ -76,4 +65,4 @@ def test_the_others_run_from_top_to_bottom(name, lab, fields):
     with lab.opened(lab.server.put(name, fields=fields)) as opened:
         opened.run_all(seconds=240)
         require_good_end(lab, opened, name)
-        keep_pictures(lab, opened, name)
+        opened.picture_in_both_themes(name)

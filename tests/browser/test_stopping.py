@@ -25,7 +25,7 @@ def training(request, lab, tiny_model, built_data):
     """(the open 02_qlora, its training cell, the run's CheckpointDir), all cells above having run."""
     if request.param == KERNEL_6 and not KERNEL_6_FOLDER.is_dir():
         pytest.skip(f"no {KERNEL_6_FOLDER}: make {KERNEL_6_FOLDER.relative_to(KERNEL_6_FOLDER.parent.parent)} makes it")
-    name = re.sub(r"\W+", "-", request.node.name)[-40:].strip("-")
+    name = f"{request.function.__name__.split('_')[2]}-{request.param}"  # a study of its own for each test and kernel
     fields = {"profile": "demo", "study": name, "model": str(tiny_model), **TINY, **LONG}
     study = Study(lab.server.runs / fields["study"], config.resolve(**fields))
     shutil.copytree(built_data, study.data_dir)
