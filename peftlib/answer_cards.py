@@ -61,15 +61,36 @@ def answer_card(name, color, facts, text):
     return _card(name, color, facts, _cut(text, None) or _EMPTY)
 
 
+class StaticRows:
+    """HTML for a notebook, and the same in short for who reads plain text."""
+
+    def __init__(self, parts, text):
+        self._parts, self._text = parts, text
+
+    def _repr_html_(self):
+        return page(self._parts)
+
+    def __repr__(self):
+        return self._text
+
+
+def side_by_side(questions, answers):
+    """The StaticRows of some questions with their answers, line breaks kept. answers: {name: [text of each question]}."""
+    parts, said = [], []
+    for at, question in enumerate(questions):
+        cards = [_card(name, "", "", _cut(texts[at], None) or _EMPTY) for name, texts in answers.items()]
+        parts.append(f'<b>{html.escape(question)}</b><div class="pl-cards">{"".join(cards)}</div>')
+        said.append("\n".join([f"> {question}", *(f"{name}: {texts[at]}" for name, texts in answers.items())]))
+    return StaticRows(parts, "\n\n".join(said))
+
+
 _EMPTY = '<span class="pl-note">(empty)</span>'
 
 
 def _card(name, color, facts, body):
     line = f' style="border-top-color:{color}"' if color else ""
-    return (
-        f'<div class="pl-card"{line}><h4>{html.escape(name)}</h4><div class="pl-note">{html.escape(facts)}</div>'
-        f'<div class="pl-text">{body}</div></div>'
-    )
+    note = f'<div class="pl-note">{html.escape(facts)}</div>' if facts else ""
+    return f'<div class="pl-card"{line}><h4>{html.escape(name)}</h4>{note}<div class="pl-text">{body}</div></div>'
 
 
 def _prompt(text, limit):

@@ -311,13 +311,14 @@ class Cell:
         found = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} a[download]")
         return [link.get_attribute("download") for link in found]
 
-    def count(self, css):
-        """How many elements of its outputs a CSS selector finds."""
-        return len(self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} :is({css})"))
+    def parts(self, css):
+        """What each element of its outputs says that a CSS selector finds."""
+        found = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} {css}")
+        return [part.get_property("textContent") for part in found]
 
     def has_widgets(self):
         """Whether a widget stands in its outputs."""
-        return self.count(".jupyter-widgets") > 0
+        return self.parts(".jupyter-widgets") != []
 
     def problems(self):
         """What a reader sees in its outputs that should not be: errors, text in a widget's place, figures without words."""

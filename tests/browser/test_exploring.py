@@ -65,7 +65,7 @@ def alt_text(cell):
 
 
 def shown_row(cell):
-    return re.search(r"row (\w+-[0-9a-f]+)", cell.text)[1]
+    return re.search(r"row (\w+-[0-9a-f]{16})", cell.text)[1]
 
 
 def test_the_form_of_01_says_what_a_choice_costs_or_why_it_cannot_be(lab, fields):
@@ -75,10 +75,10 @@ def test_the_form_of_01_says_what_a_choice_costs_or_why_it_cannot_be(lab, fields
         form.run()
         assert "on a t4: 14.6 GiB" in form.wait_for(r"on a .* GiB")[0]
         before = form.text
-        form.choose("GPU", "a100-40")
-        assert "on a a100-40: " in form.wait_for_change(before)
+        form.choose("GPU", "a100")
+        assert "on a a100: " in form.wait_for_change(before)
         form.choose("model", "google/gemma-3-4b-it")
-        form.wait_for(r"google/gemma-3-4b-it on a a100-40")
+        form.wait_for(r"google/gemma-3-4b-it on a a100")
         form.enter("lora_rank", 7)
         form.wait_for(r"lora_rank = 7\b")
         form.wait_for(r"-p lora_rank 7\b")
@@ -112,16 +112,16 @@ def test_the_explorer_goes_through_sorts_and_finds_rows(opened, finished_study):
         explorer = opened.cell("explore(shown)")
         first = shown_row(explorer)
         assert first.startswith("alpaca-") and f"of {ROWS}" in explorer.text
-        assert explorer.count(".pl-card mark") > 3 and explorer.count(".pl-card u") > 3
+        assert len(explorer.parts(".pl-card mark")) > 3 and "zebra" in explorer.parts(".pl-card u")[0]
         explorer.tick("mark words", False)
-        explorer.lab.wait(lambda: explorer.count(".pl-card mark") == 0, "unmarked words")
+        explorer.lab.wait(lambda: not explorer.parts(".pl-card mark"), "unmarked words")
         explorer.tick("mark words", True)
         explorer.press("Next")
         explorer.lab.wait(lambda: shown_row(explorer) != first, "the next row")
 
         explorer.choose("sort by", "largest gain")
         explorer.choose("of", "galore")
-        explorer.wait_for(rf"row {largest_gain(finished_study, 'galore')}\b")
+        explorer.wait_for(rf"row {largest_gain(finished_study, 'galore')}")
         explorer.choose("source", "ultrachat")
         explorer.wait_for("of 2")
         assert shown_row(explorer).startswith("ultrachat-")
@@ -156,6 +156,6 @@ def test_every_model_answers_what_is_asked(opened):
         box.press("Ask all models")
         box.wait_for(r"(loading|answering with) base \(1 of 4\)")
         box.wait_for("Greedy answers: the same question gives them again", seconds=120)
-        assert re.findall(r"(\w+)6 tokens in \d+\.\d s, cut at the limit", box.text) == ["base", *METHODS]
-        assert box.count(".pl-card") == 4 and box.problems() == []
+        assert box.parts(".pl-card h4") == ["base", *METHODS] and box.problems() == []
+        assert all(re.match(r"\d tokens in \d+\.\d s, ", told) for told in box.parts(".pl-card div.pl-note"))
         assert opened.lab.script_errors() == []
