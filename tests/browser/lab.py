@@ -343,7 +343,7 @@ class Cell:
     def enter(self, label, text):
         """Type over what stands in a field, and leave it."""
         self._field(label).send_keys(Keys.CONTROL, "a")
-        self._field(label).send_keys(str(text), Keys.TAB)
+        self._field(label).send_keys(str(text) or Keys.DELETE, Keys.TAB)
 
     def value(self, label):
         """What stands in a field."""
