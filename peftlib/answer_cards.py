@@ -16,7 +16,7 @@ STYLE = """<style>
 .pl-rows * { box-sizing: border-box; }
 .pl-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 10px; margin: 8px 0; }
 .pl-card { border: 1px solid rgba(127,127,127,.45); border-top-width: 4px; border-radius: 6px; padding: 8px 12px; min-width: 0; }
-.pl-card h4 { margin: 0; font-size: 14px; }
+.pl-rows .pl-card h4 { margin: 0; font-size: 14px; font-weight: 600; line-height: 1.5; }
 .pl-text { white-space: pre-wrap; margin: 6px 0 0; }
 .pl-note { opacity: .78; font-size: 12.5px; }
 .pl-rows summary { cursor: pointer; }
