@@ -16,7 +16,7 @@ STYLE = """<style>
 .pl-rows * { box-sizing: border-box; }
 .pl-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 10px; margin: 8px 0; }
 .pl-card { border: 1px solid rgba(127,127,127,.45); border-top-width: 4px; border-radius: 6px; padding: 8px 12px; min-width: 0; }
-.pl-card h4 { margin: 0; font-size: 14px; }
+.pl-rows .pl-card h4 { margin: 0; font-size: 14px; font-weight: 600; line-height: 1.5; }
 .pl-text { white-space: pre-wrap; margin: 6px 0 0; }
 .pl-note { opacity: .78; font-size: 12.5px; }
 .pl-rows summary { cursor: pointer; }
@@ -61,15 +61,36 @@ def answer_card(name, color, facts, text):
     return _card(name, color, facts, _cut(text, None) or _EMPTY)
 
 
+class StaticRows:
+    """HTML for a notebook, and the same in short for who reads plain text."""
+
+    def __init__(self, parts, text):
+        self._parts, self._text = parts, text
+
+    def _repr_html_(self):
+        return page(self._parts)
+
+    def __repr__(self):
+        return self._text
+
+
+def side_by_side(questions, answers):
+    """The StaticRows of some questions with their answers, line breaks kept. answers: {name: [text of each question]}."""
+    parts, said = [], []
+    for at, question in enumerate(questions):
+        cards = [_card(name, "", "", _cut(texts[at], None) or _EMPTY) for name, texts in answers.items()]
+        parts.append(f'<b>{html.escape(question)}</b><div class="pl-cards">{"".join(cards)}</div>')
+        said.append("\n".join([f"> {question}", *(f"{name}: {texts[at]}" for name, texts in answers.items())]))
+    return StaticRows(parts, "\n\n".join(said))
+
+
 _EMPTY = '<span class="pl-note">(empty)</span>'
 
 
 def _card(name, color, facts, body):
     line = f' style="border-top-color:{color}"' if color else ""
-    return (
-        f'<div class="pl-card"{line}><h4>{html.escape(name)}</h4><div class="pl-note">{html.escape(facts)}</div>'
-        f'<div class="pl-text">{body}</div></div>'
-    )
+    note = f'<div class="pl-note">{html.escape(facts)}</div>' if facts else ""
+    return f'<div class="pl-card"{line}><h4>{html.escape(name)}</h4>{note}<div class="pl-text">{body}</div></div>'
 
 
 def _prompt(text, limit):

@@ -3,7 +3,6 @@
 Nothing global (pyplot, rcParams) is touched.
 """
 
-import base64
 import html
 import io
 
@@ -11,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from peftlib.document import png_address
 from peftlib.files import atomic_path
 from peftlib.palette import LIGHT
 
@@ -36,9 +36,17 @@ class Chart(Figure):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         # As HTML, for JupyterLab shows an image/png without the alt text that it was given.
-        address = f"data:image/png;base64,{base64.b64encode(self.png()).decode()}"
-        image = f'<img alt="{html.escape(self.alt)}" src="{address}" style="max-width:100%">'
-        return {"text/html": image, "text/plain": f"<figure: {self.alt}>"}
+        return bundle(self.png(), self.alt)
+
+
+def bundle(png, alt):
+    """What a notebook shows of a PNG file's bytes: {MIME type: text}."""
+    return {"text/html": image(png, alt), "text/plain": f"<figure: {alt}>"}
+
+
+def image(png, alt, style="max-width:100%"):
+    """HTML of a PNG file's bytes with its content in words."""
+    return f'<img alt="{html.escape(alt)}" src="{png_address(png)}" style="{style}">'
 
 
 def save(chart, folder, name, formats=_FORMATS):

@@ -1,8 +1,6 @@
 """A study's charts in a notebook: to pick by what is measured and on which rows, where somebody can click."""
 
-import html
-
-from peftlib.document import png_address
+from peftlib.chart import bundle, image
 from peftlib.downloads import CSV, PNG, link
 from peftlib.notebook import can_click
 from peftlib.palette import THEMES
@@ -18,12 +16,12 @@ def charts(report, *, is_interactive=None):
     """
     if can_click() if is_interactive is None else is_interactive:
         return ChartPanel(report)
-    from IPython.display import Image, display
+    from IPython.display import display
 
     figures = report.dark_figures if report.theme == "dark" else report.figures
     for name in _STATIC:
         if name in figures:
-            display(Image(filename=str(figures[name]), alt=report.alt[name]))
+            display(bundle(figures[name].read_bytes(), report.alt[name]), raw=True)
     print("all figures:", ", ".join(report.figures))
     return None
 
@@ -71,8 +69,7 @@ class ChartPanel:
             return
         chart = chart_of(self._report.numbers, self.kind.value, self.rows.value, THEMES[self.theme.value])
         png = chart.png()
-        alt = html.escape(chart.alt)
-        self.shown.value = f'<img alt="{alt}" src="{png_address(png)}" style="max-width:100%;width:{chart.get_figwidth() * 110:.0f}px">'
+        self.shown.value = image(png, chart.alt, f"max-width:100%;width:{chart.get_figwidth() * 110:.0f}px")
         name = "".join(c if c.isalnum() else "_" for c in f"{self.kind.value} {self.rows.value}")
         results = (self._report.folder / "results.csv").read_bytes()
         self.download.value = f"{link(f'{name}.png', png, PNG)} &nbsp; {link('results.csv', results, CSV)}"

@@ -2,7 +2,7 @@
 
 import html
 
-from peftlib.answer_cards import LEGEND, page, row_html
+from peftlib.answer_cards import LEGEND, StaticRows, page, row_html
 from peftlib.answers import FILE, GAIN, LOSS, METRICS, ORDERS, Answers
 from peftlib.downloads import offer_csv
 from peftlib.notebook import can_click
@@ -26,19 +26,6 @@ def explore(report, *, is_interactive=None):
     if can_click() if is_interactive is None else is_interactive:
         return Explorer(answers, report.folder, theme)
     return notable_rows(answers, theme)
-
-
-class StaticRows:
-    """HTML for a notebook, and the same in short for who reads plain text."""
-
-    def __init__(self, parts, text):
-        self._parts, self._text = parts, text
-
-    def _repr_html_(self):
-        return page(self._parts)
-
-    def __repr__(self):
-        return self._text
 
 
 def notable_rows(answers, theme):

@@ -182,7 +182,8 @@ def _folded(title, text):
 
 
 def _pre(text):
-    return f'<pre style="white-space:pre-wrap">{html.escape(text)}</pre>'
+    # JupyterLab would break a line within a word.
+    return f'<pre style="white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere">{html.escape(text)}</pre>'
 
 
 def _static(study):

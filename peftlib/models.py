@@ -83,6 +83,7 @@ def load_base(model, *, precision, device, four_bit=()):
     location, _ = locate(model)
     settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
     without_advice()
+    _without_loading_bar()
     if four_bit:
         require_bitsandbytes("a 4-bit model")
         settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
@@ -118,6 +119,17 @@ def without_advice():
 
 def _is_worth_reading(log_record):
     return not str(log_record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+def _without_loading_bar():
+    """Have transformers load weights without a bar, which would stay in a notebook; bars of downloads stay on."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    is_quiet = are_progress_bars_disabled()
+    disable_progress_bar()  # the hub's too
+    if not is_quiet:
+        enable_progress_bars()
 
 
 @contextlib.contextmanager

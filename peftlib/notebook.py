@@ -165,10 +165,15 @@ def compact(cfg):
     lines = []
     for scope in ("data", "math", "run"):
         pairs = "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items())
-        lines += textwrap.wrap(f"{scope:<9}  {pairs}", 110, subsequent_indent=" " * 11, break_on_hyphens=False)
+        lines += _wrapped(f"{scope:<9}  {pairs}")
     plain = resolve(cfg.profile, study=cfg.study)
     changed = differences(plain.fields_of("data", "math", "run"), cfg.fields_of("data", "math", "run"))
-    return "\n".join([*lines, f"changed    {'; '.join(changed) or 'nothing, all as in the profile'}"])
+    lines += _wrapped(f"changed    {'; '.join(changed) or 'nothing, all as in the profile'}")
+    return "\n".join(lines)
+
+
+def _wrapped(line):
+    return textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def readable_path(path):

@@ -9,6 +9,7 @@ import threading
 import time
 
 from peftlib import figures, panel_html
+from peftlib.chart import image
 from peftlib.kernel_events import KernelEvents
 from peftlib.notebook import headless
 from peftlib.palette import THEMES
@@ -18,7 +19,7 @@ _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
 _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
 _DPI = 90
 _LAST_LINES = 6  # of the log, that the panel shows
-_BUTTON, _ASKED = "Save and stop", "Stops after this step"
+BUTTON, _ASKED = "Save and stop", "Stops after this step"
 _INSTEAD = "(a live panel; where you read this instead of one, set PEFTLIB_HEADLESS=1 for plain lines)"
 
 
@@ -102,13 +103,12 @@ class Panel(Watcher):
         import ipywidgets
         from IPython.display import display
 
-        self._facts, self._log = ipywidgets.HTML(), ipywidgets.HTML()
-        self._image = ipywidgets.Image(layout=ipywidgets.Layout(max_width="630px", display="none"))
+        self._facts, self._picture, self._log = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self._button = ipywidgets.Button(
-            description=_BUTTON, icon="stop", tooltip="Writes a checkpoint, then ends this cell"
+            description=BUTTON, icon="stop", tooltip="Writes a checkpoint, then ends this cell"
         )
         self._button.on_click(self._on_click)
-        self._box = ipywidgets.VBox([self._facts, self._image, self._button, self._log])
+        self._box = ipywidgets.VBox([self._facts, self._picture, self._button, self._log])
         self._events = KernelEvents(self._kernel, [self._button.comm.comm_id])
         shown = {
             **self._box._repr_mimebundle_(),
@@ -123,8 +123,7 @@ class Panel(Watcher):
 
     def _draw_losses(self, snapshot):
         chart = figures.loss_curves([vars(snapshot)], THEMES[self._run.cfg.theme])
-        self._image.value, self._image.tooltip = _png(chart), chart.alt
-        self._image.layout.display = "block"
+        self._picture.value = image(_png(chart), chart.alt, "max-width:min(100%,630px)")
 
 
 def _png(chart):

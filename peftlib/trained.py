@@ -1,6 +1,7 @@
 """Trained models on disk: saved so that stock libraries load them, and loaded for evaluation or further use."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -114,7 +115,7 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
     base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit)
     if merge:
         # float32 first: a bf16 matrix would round most of the adapter's product away
-        base = (base.dequantize(dtype=torch.float32) if four_bit else base).float()
+        base = (_dequantized(base) if four_bit else base).float()
     from peft import PeftModel  # after load_base, which quiets what this import would print
 
     with peft_calls():
@@ -128,6 +129,16 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
         fuse_adapters(model)  # as in training: other kernels round otherwise
         run_in_autocast(stop_at(core(model)), device, facts["precision"])
     return model.eval().requires_grad_(False)
+
+
+def _dequantized(base):
+    transformers_log = logging.getLogger("transformers.integrations.bitsandbytes")
+    transformers_log.addFilter(_is_worth_reading)
+    return base.dequantize(dtype=torch.float32)
+
+
+def _is_worth_reading(log_record):
+    return not str(log_record.msg).startswith("The modules are dequantized in")  # as was asked for
 
 
 def _in_dtype(model, dtype, device):

@@ -7,6 +7,7 @@ import fake_study
 import pytest
 
 from peftlib import report_charts
+from peftlib.chart import image
 from peftlib.chart_panel import charts
 from peftlib.palette import DARK, LIGHT
 from peftlib.report import build
@@ -98,15 +99,15 @@ def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_without_a_reader_the_reports_figures_are_shown_in_the_theme(tmp_path, monkeypatch, capsys, theme):
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle["text/html"]))
     study = fake_study.make(tmp_path, monkeypatch, n=12)
     report = build(type(study)(study.folder, study.cfg.replace(theme=theme)))
     assert charts(report, is_interactive=False) is None
     figures = report.dark_figures if theme == "dark" else report.figures
-    assert [image.data for image in shown] == [
-        figures[name].read_bytes() for name in ("scores", "rougeL_by_source", "rougeL_against_memory")
+    assert shown == [
+        image(figures[name].read_bytes(), report.alt[name])
+        for name in ("scores", "rougeL_by_source", "rougeL_against_memory")
     ]
-    assert shown[0].alt == report.alt["scores"]
     assert "all figures: loss, scores" in capsys.readouterr().out
 
 

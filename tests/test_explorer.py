@@ -13,6 +13,7 @@ import pytest
 
 from peftlib import answers as answers_module
 from peftlib import archive, downloads, report_charts, scored
+from peftlib.answer_cards import side_by_side
 from peftlib.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers
 from peftlib.explorer import explore
 from peftlib.metrics import sentence_bleu
@@ -300,3 +301,11 @@ def test_a_study_of_base_alone_can_be_explored(tmp_path, monkeypatch):
     explorer = explore(report, is_interactive=True)
     explorer.order.value = GAIN  # over itself: nothing
     assert explorer.place() == 0
+
+
+def test_answers_stand_side_by_side_escaped_with_their_line_breaks():
+    shown = side_by_side(["What is <b>?", "Code?"], {"before": ["", NASTY], "after": ["def f():\n    return 1", "x"]})
+    made = shown._repr_html_()
+    assert "def f():\n    return 1" in made and "(empty)" in made and "alert(&quot;1&quot;)" in made
+    assert Tags(made).seen.count("h4") == 4 and Tags(made).seen.count("b") == 2
+    assert "> What is <b>?\nbefore: \nafter: def f():" in repr(shown)

@@ -164,3 +164,11 @@ def test_a_refused_token_names_the_licence():
     wanted = "is gated.*accept its licence at https://huggingface.co/google/gemma-3-1b-it"
     with pytest.raises(ModelError, match=wanted), hub_errors("google/gemma-3-1b-it"):
         raise GatedRepoError("403 Client Error", response=response)
+
+
+def test_loading_and_dequantizing_say_nothing(make_study, capfd):
+    study = make_study(max_steps=1)
+    TrainingRun(study, "qlora", log=lambda line: None).train()
+    capfd.readouterr()
+    load_trained(study.weights_dir("qlora", 0), merge=True)
+    assert capfd.readouterr() == ("", "")

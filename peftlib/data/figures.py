@@ -27,6 +27,7 @@ def length_chart(folder, split="train"):
         )
         said.append(f"{name} {own.min()} to {own.max()}, median {np.median(own):.0f}")
     axes.set(xlabel="tokens of a row", ylabel="rows", title=f"Length of {split} rows")
+    axes.yaxis.get_major_locator().set_params(integer=True)  # rows are counted
     axes.spines[["top", "right"]].set_visible(False)
     if said:
         axes.legend(frameon=False)

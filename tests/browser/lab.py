@@ -68,15 +68,13 @@ class Lab:
 
     @contextlib.contextmanager
     def opened(self, file_name):
-        """A Notebook whose kernel is ready, until the end of the block; where that fails, pictures and texts are kept."""
+        """A Notebook whose kernel is ready, until the end of the block, which is watched."""
         self.driver.get(f"{self.server.url}lab/tree/{file_name}?reset&token={self.server.token}")
         notebook = Notebook(self, file_name)
         try:
-            self.wait(notebook.is_ready, f"{file_name} and its kernel", seconds=120)
-            yield notebook
-        except BaseException:
-            notebook.keep_for_a_look(f"failed-{Path(file_name).stem}")
-            raise
+            with notebook.watched():
+                self.wait(notebook.is_ready, f"{file_name} and its kernel", seconds=120)
+                yield notebook
         finally:
             self.server.end_kernels()
 
@@ -134,6 +132,15 @@ class Notebook:
         self.lab, self.driver, self.file_name = lab, lab.driver, file_name
         self.path = lab.server.notebooks / file_name
         self._content = load(self.path)["cells"]
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Where the block fails, pictures and texts are kept."""
+        try:
+            yield
+        except BaseException:
+            self.keep_for_a_look(f"failed-{self.path.stem}")
+            raise
 
     @property
     def cells(self):
@@ -200,6 +207,13 @@ class Notebook:
         path = self.lab.picture(name)
         self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         return path
+
+    def picture_in_both_themes(self, name):
+        """Keep pictures NAME-dark and NAME-light, where somebody asked for them by PEFTLIB_SCREENSHOTS."""
+        if "PEFTLIB_SCREENSHOTS" in os.environ:
+            for theme in ("Dark", "Light"):
+                self.lab.theme(f"JupyterLab {theme}")
+                self.picture(f"{name}-{theme.lower()}")
 
     def keep_for_a_look(self, name):
         """Pictures of the window and of the whole notebook, and the texts of its outputs; says where they are."""
@@ -268,6 +282,12 @@ class Cell:
         """The match of a regular expression in what its outputs say, once there is one."""
         return self.lab.wait(lambda: re.search(pattern, self.text), f"{pattern!r} in cell {self.number}", seconds)
 
+    def wait_for_alt(self, pattern):
+        """As wait_for, in the words of its picture."""
+        return self.lab.wait(
+            lambda: re.search(pattern, self.alt_texts()[0]), f"{pattern!r} in cell {self.number}'s alt text"
+        )
+
     def wait_for_change(self, before):
         """What its outputs say, once that differs from `before`."""
         self.lab.wait(lambda: self.text != before, f"another text in cell {self.number}")
@@ -281,13 +301,30 @@ class Cell:
         ActionChains(self.driver).key_down(Keys.CONTROL).send_keys(Keys.END).key_up(Keys.CONTROL).perform()
         ActionChains(self.driver).send_keys(Keys.ENTER, text).perform()
 
+    def alt_texts(self):
+        """The words of each picture in its outputs, '' where there are none."""
+        images = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} img")
+        return [image.get_attribute("alt") or "" for image in images]
+
+    def links(self):
+        """[the name under which a link in its outputs saves a file, ...]."""
+        found = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} a[download]")
+        return [link.get_attribute("download") for link in found]
+
+    def parts(self, css):
+        """What each element of its outputs says that a CSS selector finds."""
+        found = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} {css}")
+        return [part.get_property("textContent") for part in found]
+
+    def has_widgets(self):
+        """Whether a widget stands in its outputs."""
+        return self.parts(".jupyter-widgets") != []
+
     def problems(self):
         """What a reader sees in its outputs that should not be: errors, text in a widget's place, figures without words."""
         found = [f"an error: {error[0]}" for error in map(_ERROR.match, self.texts()) if error]
         found += [f"instead of a widget or figure: {text[0].strip()}" for text in _FALLBACK.finditer(self.text)]
-        images = self.element.find_elements(By.CSS_SELECTOR, f"{_OUTPUTS} img")
-        wordless = ("", "Image")  # the latter is what JupyterLab puts in its place
-        return found + ["a figure without alt text" for image in images if image.get_property("alt") in wordless]
+        return found + ["a figure without alt text" for alt in self.alt_texts() if not alt]
 
     def choose(self, label, option):
         """Take an option of a dropdown by its text."""
@@ -306,7 +343,7 @@ class Cell:
     def enter(self, label, text):
         """Type over what stands in a field, and leave it."""
         self._field(label).send_keys(Keys.CONTROL, "a")
-        self._field(label).send_keys(str(text), Keys.TAB)
+        self._field(label).send_keys(str(text) or Keys.DELETE, Keys.TAB)
 
     def value(self, label):
         """What stands in a field."""
