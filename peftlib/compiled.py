@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ class CompileCache:
 
     def save(self):
         """Write what has been compiled so far; returns the bytes written, 0 where there was nothing new to write."""
-        from peftlib.files import atomic_path
+        from peftlib.files import atomic_path, rename
 
         made = torch.compiler.save_cache_artifacts()
         if made is None:
@@ -103,8 +104,10 @@ class CompileCache:
         content = hashlib.sha256(made[0]).digest() + made[0]
         for path in self.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as beside:
+            own = path.with_name(f"{path.name}.{os.getpid()}")  # runs side by side write the same file
+            with atomic_path(own) as beside:
                 Path(beside).write_bytes(content)
+            rename(own, path)
         return len(content)
 
 
