@@ -12,7 +12,7 @@ import torch
 
 from peftlib.models import core
 
-_STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
+STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -32,7 +32,7 @@ def resolve(asked, device, steps):
         raise ModelError(f"compile='on', but {missing}: use compile='auto' or 'off', or pip install triton on a GPU")
     if missing or asked == "on":
         return (False, missing) if missing else (True, "as set by compile")
-    if steps < _STEPS_TO_PAY:
+    if steps < STEPS_TO_PAY:
         return False, f"{steps} steps are over before compiling pays"
     return True, "GPU with Triton"
 

@@ -7,19 +7,21 @@ processes, side by side on all visible GPUs; what stands is not made again.
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from peftlib import side_by_side, sweep
 from peftlib.config import from_text
-from peftlib.errors import ConfigError, StudyError
+from peftlib.errors import ConfigError
 from peftlib.execution import environment
 from peftlib.interrupts import interrupts
 from peftlib.lock import child_environment, held
 from peftlib.mirror import open_mirror
 from peftlib.reference_child import STOPPED_CODE, Work
-from peftlib.reference_jobs import BASE, DONE, FAILED, TRAINED, jobs_of, only, state_of
+from peftlib.reference_jobs import BASE, DONE, FAILED, jobs_of, only, state_of
 from peftlib.study import METHOD_ORDER, Study
 
 PRECISION_CHECKED = ("qlora", "galore", "hybrid")
@@ -70,9 +72,7 @@ def run(settings, *, log=print, why_stop=None):
             return f"minutes={settings.minutes:g} are nearly over" if over else None
 
         session.ends_at = started + 60 * settings.minutes - side_by_side.GRACE_S if settings.minutes else None
-        reason = side_by_side.run(
-            session.next_task, session.ended, places=session.places, why_stop=why, log=log
-        )
+        reason = side_by_side.run(session.next_task, session.ended, places=session.places, why_stop=why, log=log)
         return session.close(reason)
 
 
@@ -245,8 +245,6 @@ def _with_data(settings, log):
 
 def _sibling(study, settings):
     """The study in which the checked methods run in the other precision, made where it is not there; or None."""
-    import shutil
-
     if not settings.checked:
         return None
     cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)
@@ -268,9 +266,11 @@ def main(argv):
     if args.dry_run:
         from peftlib import reference_plan
 
-        study = Study.resolve(**settings.given)
-        for line in reference_plan.lines(study, settings, _assumptions(args)):
+        study, assumed = Study.resolve(**settings.given), _assumptions(args)
+        for line in reference_plan.lines(study, settings, assumed):
             print(line)
+        if args.keep_plan:
+            reference_plan.keep(study, settings, assumed, Path(args.keep_plan))
         return 0
     return run(settings, log=lambda line: print(line, flush=True))
 
@@ -299,6 +299,7 @@ def _parser():
     add("--no-report", action="store_true", help="leave the report to `report`, which needs no GPU")
     add("--dry-run", action="store_true", help="print what there is to do and how long it is thought to take")
     add("--tokens-per-second", type=float, help="for --dry-run: of training, one run alone on a GPU")
+    add("--keep-plan", metavar="DIR", help="for --dry-run: also write plan.json and plan.md there")
     add("--gpus", type=int, help="for --dry-run: GPUs that the plan is for; default: those here")
     return parser
 
@@ -324,6 +325,14 @@ def settings_of(args):
         has_report=not args.no_report,
     )
     return replace(settings, checked=_checked(args.precision_check, methods, given))
+
+
+def _assumptions(args):
+    """The reference_plan.Assumptions of --dry-run."""
+    from peftlib.reference_plan import Assumptions
+
+    given = {"tokens_per_second": args.tokens_per_second, "gpus": args.gpus, "at_once": args.at_once}
+    return Assumptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def _checked(asked, methods, given):

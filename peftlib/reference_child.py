@@ -87,7 +87,7 @@ def _trained(study, work, log):
         record = TrainingRun(study, work.method, log=log).train()
     except (LockedError, StudyError):
         raise
-    except Exception as error:  # whatever it is, it is this run's result, and the other runs go on
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's result, and the others go on
         log(f"failed: {type(error).__name__}: {error}")
         _record_failure(study, work, error)
         return "failed"
@@ -108,7 +108,7 @@ def _evaluated(study, work, log):
         record = evaluate(study, work.method, log=log)
     except (LockedError, StudyError, Stopped):
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # noqa: BLE001 - as above
         log(f"evaluation failed: {type(error).__name__}: {error}")
         _record_failure(study, work, error, is_of_evaluation=True)
         return FAILED_CODE
@@ -129,9 +129,7 @@ def _record_failure(study, work, error, *, is_of_evaluation=False):
         device = resolve_device(study.cfg.device)
         precision, reason = training_precision(device, study.cfg.precision)
         adopted = study.with_rates_of(work.method)
-        record = records.new_record(
-            adopted, work.method, device=device, precision=precision, precision_reason=reason
-        )
+        record = records.new_record(adopted, work.method, device=device, precision=precision, precision_reason=reason)
     records.save(study, {**record, "status": "failed", "error": said})
 
 

@@ -90,7 +90,5 @@ def state_of(job, *, factors, rows):
     return State(TRAINED, "not evaluated yet", **known)
 
 
-
-
 def _minutes(seconds):
     return None if seconds is None else seconds / 60
