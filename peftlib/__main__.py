@@ -181,9 +181,9 @@ def _judge(argv):
 
 def _reference(argv):
     """run a whole study, side by side on all GPUs, and go on with it after a cut"""
-    from peftlib import reference
+    from peftlib import reference_cli
 
-    return reference.main(argv)
+    return reference_cli.main(argv)
 
 
 _PASSED_ON = {"reference": _reference, "data": _data, "compare": _compare, "judge": _judge}

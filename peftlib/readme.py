@@ -1,7 +1,8 @@
 """Writes what README says in figures: the parts between its markers, made from results/ alone.
 
 `make readme` calls this. `python -m peftlib.readme --take STUDY` first puts a finished study's results.csv, picture and
-summary into results/demo.
+summary into results/demo; `--take-reference STUDY` those of the reference study, records and sweeps too, into
+results/reference.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
+from peftlib import reference_results
 from peftlib.errors import PeftlibError, StudyError
 from peftlib.files import read_json, write_json, write_text
 from peftlib.markdown import number, table
@@ -24,9 +26,13 @@ RESULTS = CHECKOUT / "results"
 
 def sections(results=RESULTS):
     """{name: Markdown} of everything between README's markers. StudyError: a file of results/ is not there."""
+    from peftlib.reference_section import section
+
+    bench = _json(results / "bench" / "methods.json")
     return {
         "demo": _demo(_json(results / "demo" / "summary.json")),
-        "methods": _methods(_json(results / "bench" / "methods.json")),
+        "reference": section(results / "reference", bench),
+        "methods": _methods(bench),
         "fp16": _precision(_json(results / "bench" / "fp16.json")),
         "generate": _generate(_json(results / "bench" / "generate.json")),
         "resume": _resume(_json(results / "bench" / "resume.json")),
@@ -245,10 +251,14 @@ def _json(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m peftlib.readme", description=__doc__)
     parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
+    parser.add_argument("--take-reference", metavar="STUDY", help="the same for results/reference")
     args = parser.parse_args(argv)
     try:
         if args.take:
             take(Study.existing(args.take))
+        if args.take_reference:
+            study = Study.existing(args.take_reference)
+            reference_results.take(study, RESULTS / "reference", sibling=reference_results.sibling_of(study))
         path = CHECKOUT / "README.md"
         write_text(path, with_sections(path.read_text(encoding="utf-8"), sections()))
     except PeftlibError as error:
