@@ -28,9 +28,9 @@ def sections(results=RESULTS):
     """{name: Markdown} of everything between README's markers. StudyError: a file of results/ is not there."""
     from peftlib.reference_section import section
 
-    bench = _json(results / "bench" / "methods.json")
+    demo, bench = _json(results / "demo" / "summary.json"), _json(results / "bench" / "methods.json")
     return {
-        "demo": _demo(_json(results / "demo" / "summary.json")),
+        "demo": _demo(demo),
         "reference": section(results / "reference", bench),
         "methods": _methods(bench),
         "fp16": _precision(_json(results / "bench" / "fp16.json")),
@@ -252,13 +252,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m peftlib.readme", description=__doc__)
     parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
     parser.add_argument("--take-reference", metavar="STUDY", help="the same for results/reference")
+    parser.add_argument(
+        "--lacking", metavar="WHY", default="", help="why runs that the reference study lacks were not run"
+    )
     args = parser.parse_args(argv)
     try:
         if args.take:
             take(Study.existing(args.take))
         if args.take_reference:
             study = Study.existing(args.take_reference)
-            reference_results.take(study, RESULTS / "reference", sibling=reference_results.sibling_of(study))
+            sibling = reference_results.sibling_of(study)
+            reference_results.take(study, RESULTS / "reference", sibling=sibling, lacking=args.lacking)
         path = CHECKOUT / "README.md"
         write_text(path, with_sections(path.read_text(encoding="utf-8"), sections()))
     except PeftlibError as error:

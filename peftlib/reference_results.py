@@ -13,16 +13,17 @@ from peftlib.results import gib
 from peftlib.scored import BASE, BASE_CUT
 from peftlib.study import METHOD_ORDER, Study
 
-FIGURES = ("scores", "loss", "rougeL_against_memory", "memory")
+FIGURES = ("scores", "rougeL_against_memory", "memory")
 _HISTORY = 60  # entries of a history that are kept
 _LEFT_OUT = ("layers", "weights_sha256", "losses")  # of records: long, or said twice
 _MOST_BYTES = 300_000  # of a picture
 
 
-def take(study, target, *, sibling=None, seeds=(0, 1, 2)):
+def take(study, target, *, sibling=None, seeds=(0, 1, 2), lacking=""):
     """Write config, results.csv, records, sweeps, pictures and summary.json of a study to `target`, old ones removed.
 
     sibling: the study of the checked methods in the other precision, or None. seeds: that each method should have.
+    lacking: why runs without a record were not run, in words.
     StudyError: as report.build.
     """
     from peftlib import report
@@ -39,7 +40,7 @@ def take(study, target, *, sibling=None, seeds=(0, 1, 2)):
         _records(sibling, target / "records-fp16")
     for path in sorted((study.folder / "sweeps").glob("*.json")):
         write_json(target / "sweeps" / path.name, read_json(path))
-    summary = summary_of(study, built, seeds=seeds)
+    summary = summary_of(study, built, seeds=seeds, lacking=lacking)
     summary["precision"] = _precision(study, built, sibling)
     summary["figures"] = _pictures(built, target / "figures")
     write_json(target / "summary.json", summary)
@@ -56,7 +57,7 @@ def sibling_of(study):
     return Study(folder, study.cfg.replace(study=name, precision=OTHER_PRECISION))
 
 
-def summary_of(study, built, *, seeds):
+def summary_of(study, built, *, seeds, lacking=""):
     """What README's section is made from, as a JSON object, but for the pictures and the other precision."""
     found, manifest = built.study, study.manifest()
     boot = _bootstrap(found.systems())
@@ -90,7 +91,7 @@ def summary_of(study, built, *, seeds):
         "methods": {method: _method(method, part, found, boot, study) for method, part in finished.items() if part},
         "pairs": [pair for pair in built.pairs.to_dict("records") if BASE_CUT not in (pair["method"], pair["other"])],
         "losses": _over_seeds(found),
-        "cells": _cells(study, runs, seeds),
+        "cells": _cells(study, runs, seeds, lacking=lacking),
         "notes": built.notes,
     }
 
@@ -151,14 +152,14 @@ def _over_seeds(found):
     return made
 
 
-def _cells(study, runs, seeds):
+def _cells(study, runs, seeds, *, lacking):
     """[{'method', 'seed', 'status', 'reason'}, ...] of every run that the study should have."""
     made = []
     for method in METHOD_ORDER:
         by_seed = {run.record["seed"]: run for run in runs.get(method, [])}
         for seed in (0,) if method == BASE else seeds:
             run = by_seed.get(seed)
-            status, reason = "not run", ""
+            status, reason = "not run", lacking
             if run is not None:
                 record = run.record
                 status, reason = record["status"], record["error"] or record.get("evaluation_error") or ""

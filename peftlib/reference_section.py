@@ -212,11 +212,15 @@ def _others(found):
 
 
 def _empty(found):
-    cells = [cell for cell in found["cells"] if cell["status"] != "ok"]
-    if cells:
-        rows = [[c["method"], str(c["seed"]), c["status"], c["reason"]] for c in cells]
-        yield f"Without a result ({len(found['cells']) - len(cells)} of {len(found['cells'])} runs have one):"
-        yield table([["method", "seed", "status", "reason"], *rows])
+    groups = {}
+    for cell in found["cells"]:
+        if cell["status"] != "ok":
+            groups.setdefault((cell["method"], cell["status"], cell["reason"]), []).append(str(cell["seed"]))
+    if groups:
+        n_empty = sum(map(len, groups.values()))
+        rows = [[method, ", ".join(seeds), status, reason] for (method, status, reason), seeds in groups.items()]
+        yield f"Without a result ({len(found['cells']) - n_empty} of {len(found['cells'])} runs have one):"
+        yield table([["method", "seeds", "status", "reason"], *rows])
 
 
 def _spent(found, plan):
@@ -255,7 +259,7 @@ def _on_a_t4(found, bench_rows):
             continue
         hours = [tokens / speed / 3600 for speed in (cost.speed.high, cost.speed.low)]
         batch = f"{cost.micro_batch}, recompute {cost.checkpointing}"
-        rows.append([cost.method, batch, f"{cost.memory_gib:.2f}", *cells, f"{hours[0]:.1f} to {hours[1]:.1f}"])
+        rows.append([cost.method, batch, f"{cost.memory_gib:.2f}", *cells, f"{hours[0]:.2g} to {hours[1]:.2g}"])
         bases.setdefault(cost.speed.basis, []).append(cost.method)
     yield (
         "The exact Gemma-3-1B shape (random weights) in fp16 under 14.5 GiB, measured on the card that "
