@@ -1,5 +1,6 @@
 """A reference study's results, taken into results/reference: small, without weights, rows, answers or private paths."""
 
+import re
 import shutil
 import statistics
 import time
@@ -89,11 +90,17 @@ def summary_of(study, built, *, seeds, lacking=""):
         if BASE_CUT in boot.value
         else None,
         "methods": {method: _method(method, part, found, boot, study) for method, part in finished.items() if part},
-        "pairs": [pair for pair in built.pairs.to_dict("records") if BASE_CUT not in (pair["method"], pair["other"])],
+        "pairs": _pairs(built.pairs),
         "losses": _over_seeds(found),
-        "cells": _cells(study, runs, seeds, lacking=lacking),
-        "notes": built.notes,
+        "cells": _cells(runs, seeds, lacking=lacking),
+        "notes": [_without_folders(note) for note in built.notes],
     }
+
+
+def _pairs(frame):
+    """Rows of the report's pairs as dicts, base cut left out; p is None where seeds do not pair."""
+    rows = [row for row in frame.to_dict("records") if BASE_CUT not in (row["method"], row["other"])]
+    return [{**row, "p": None if row["p"] != row["p"] else row["p"]} for row in rows]
 
 
 def _method(method, runs, found, boot, study):
@@ -152,7 +159,7 @@ def _over_seeds(found):
     return made
 
 
-def _cells(study, runs, seeds, *, lacking):
+def _cells(runs, seeds, *, lacking):
     """[{'method', 'seed', 'status', 'reason'}, ...] of every run that the study should have."""
     made = []
     for method in METHOD_ORDER:
@@ -167,7 +174,7 @@ def _cells(study, runs, seeds, *, lacking):
                     status, reason = "trained", reason or "not evaluated"
                 elif status == "stopped":
                     reason = f"at step {record['steps']} of {record['planned_steps']}"
-            reason = _without_folder(reason, study).split("\n")[0][:200]
+            reason = _without_folders(reason).split("\n")[0][:200]
             made.append({"method": method, "seed": seed, "status": status, "reason": reason})
     return made
 
@@ -208,9 +215,9 @@ def _facts(run):
 def _records(study, folder):
     for record in study.records():
         kept = {name: value for name, value in record.items() if name not in _LEFT_OUT}
-        kept["error"] = _without_folder(kept["error"], study)
+        kept["error"] = _without_folders(kept["error"])
         kept["config"] = _without_paths(kept["config"])
-        kept["model"] = kept["config"].get("model", kept["model"])
+        kept["model"] = _without_paths({"model": kept["model"]})["model"]
         kept["history"] = thinned([{name: e.get(name) for name in ("step", "loss")} for e in record["history"]])
         write_json(folder / f"{record['method']}-s{record['seed']}.json", kept)
 
@@ -234,8 +241,9 @@ def _without_paths(config):
     return kept
 
 
-def _without_folder(text, study):
-    return text and text.replace(str(study.folder.absolute()), study.folder.name)
+def _without_folders(text):
+    """A message whose files are named without their absolute folders; addresses stay."""
+    return text and re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
 
 
 def _pictures(built, folder):
