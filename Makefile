@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Nothing that a target runs may ask a hub; what needs one fails at once and says so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
-.PHONY: demo test test-slow chaos faults bench-data bench-generate readme badges clean
+.PHONY: demo test test-slow test-browser chaos faults bench-data bench-generate readme badges clean
 KILLS := 100
 
 # Made anew whenever what it installs has changed.
@@ -21,6 +21,11 @@ $(VENV)/ipykernel6: tests/ipykernel6.txt | $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
 
+# JupyterLab and what drives a browser: the other targets do without.
+$(VENV)/browser: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
+
 demo: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m peftlib run --profile demo --study demo
 
@@ -31,6 +36,10 @@ test: $(VENV)/installed $(VENV)/ipykernel6
 
 test-slow: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
+
+# Where there is no Chromium with its driver, the tests are skipped and say so. PEFTLIB_SCREENSHOTS=FOLDER keeps pictures.
+test-browser: $(VENV)/browser $(VENV)/ipykernel6
+	$(OFFLINE) $(BIN)/python -m pytest -q -rs -m browser tests/browser
 
 # Real training processes, killed; KILLS=n says how often.
 chaos: $(VENV)/installed

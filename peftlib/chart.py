@@ -3,6 +3,8 @@
 Nothing global (pyplot, rcParams) is touched.
 """
 
+import base64
+import html
 import io
 
 from matplotlib import rc_context
@@ -32,8 +34,11 @@ class Chart(Figure):
         self.savefig(made, format="png", dpi=_DPI)
         return made.getvalue()
 
-    def _repr_png_(self):
-        return self.png()
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        # As HTML, for JupyterLab shows an image/png without the alt text that it was given.
+        address = f"data:image/png;base64,{base64.b64encode(self.png()).decode()}"
+        image = f'<img alt="{html.escape(self.alt)}" src="{address}" style="max-width:100%">'
+        return {"text/html": image, "text/plain": f"<figure: {self.alt}>"}
 
 
 def save(chart, folder, name, formats=_FORMATS):

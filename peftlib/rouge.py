@@ -35,19 +35,21 @@ def words(text):
     text = text.lower()
     if text.isascii():
         return _ASCII_WORD.findall(text)
-    found, run = [], []
+    found, run, is_after_one = [], [], False
     for character in unicodedata.normalize("NFC", text):
         kind = kind_of(character)
         if kind == "letter" or (kind == "mark" and run):
             run.append(character)
+            is_after_one = False
             continue
         if run:
             found.append("".join(run))
             run = []
         if kind == "unspaced":
             found.append(character)
-        elif kind == "mark" and found:
+        elif kind == "mark" and is_after_one:
             found[-1] += character  # a vowel sign belongs to the character before it
+        is_after_one = kind == "unspaced" or (kind == "mark" and is_after_one)
     return [*found, "".join(run)] if run else found
 
 

@@ -1,4 +1,6 @@
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -76,3 +78,18 @@ def finished(make_study):
         return study
 
     return make
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """A lab.Lab, one for all browser tests; skips them where there is no Chromium, driver, JupyterLab or Selenium."""
+    from lab_server import LabServer, missing
+
+    if missing():
+        pytest.skip(missing())
+    from lab import Lab, headless_chromium
+
+    named = os.environ.get("PEFTLIB_SCREENSHOTS")
+    shots = Path(named).resolve() if named else tmp_path_factory.mktemp("screenshots")
+    with LabServer(tmp_path_factory.mktemp("lab") / "server") as server, headless_chromium() as driver:
+        yield Lab(server, driver, shots)

@@ -7,7 +7,7 @@ import fake_judge
 import fake_study
 import pytest
 
-from peftlib import judge, judge_cli, judge_verdicts, report, scored
+from peftlib import judge, judge_cli, judge_verdicts, report, report_charts, scored
 from peftlib.errors import ConfigError, JudgeError, StudyError
 from peftlib.judge_backends import KEY_VARIABLE, Endpoint
 
@@ -17,7 +17,7 @@ KEY = "sk-planted0key0that0must0not0appear"
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """Base and qlora on twelve rows, of which one has equal answers."""
-    monkeypatch.setattr(report, "_charts", lambda *_: {})
+    monkeypatch.setattr(report_charts, "charts_of", lambda *_: {})
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     made = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=12)
     rows = fake_study.made_rows(12)

@@ -24,6 +24,7 @@ NAMES = list(notebook.NOTEBOOKS)
 PATHS = {name: CHECKOUT / "notebooks" / f"{name}.ipynb" for name in NAMES}
 
 TOKEN = "hf_planted0token0that0must0not0appear"
+BAR = re.compile(r"\d%\||\d(?:it/s|s/it)\b")  # of progress, as tqdm writes it
 COLUMNS = (
     "method, seed, status, n_test, bleu4, rougeL, train_loss, eval_loss, trainable_params, steps, train_tokens, "
     "learning_rate, learning_rate_2, precision, device, peak_memory_gib, peak_reserved_gib, tokens_per_second, "
@@ -154,8 +155,17 @@ def test_all_five_run_headless_with_small_clean_copies(headless):
         copy = json.loads(text)
         assert executed.failure(copy) is None and executed.ending(copy)[0] == notebook.FINISHED
         assert path.stat().st_size <= executed.SIZE_LIMIT_BYTES
-        assert "application/vnd.jupyter.widget" not in text and "it/s]" not in text
+        assert "application/vnd.jupyter.widget" not in text and not BAR.search(text)
         assert str(headless["folder"]) not in text
+
+
+def test_every_headless_cell_shows_something(headless):
+    # What a copy may not hold is taken out of it: a cell that showed only a widget would now show nothing.
+    for path in (headless["folder"] / "notebooks").iterdir():
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = executed.source_of(cell)
+            if cell["cell_type"] == "code" and not is_install(source) and not source.startswith("# Parameters"):
+                assert cell["outputs"], f"{path.stem} shows nothing after {source}"
 
 
 def test_results_have_the_contracts_columns_and_a_row_for_each_method(headless):

@@ -498,7 +498,8 @@ def test_charts_without_data_say_so_and_are_not_saved(small):
         figures.memory_bars({"qlora": None}),
     ):
         assert chart.is_empty and "Empty chart" in chart.alt
-        assert chart._repr_png_().startswith(b"\x89PNG")
+        shown = chart._repr_mimebundle_()
+        assert f'<img alt="{html.escape(chart.alt)}" src="data:image/png;base64,iVBORw0KGgo' in shown["text/html"]
 
 
 def test_charts_leave_pyplot_alone():

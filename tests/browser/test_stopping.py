@@ -1,0 +1,57 @@
+"""Training is stopped from the page and goes on when its cell is run again, under both lines of ipykernel."""
+
+import re
+import shutil
+
+import pytest
+from conftest import TINY
+from lab_server import KERNEL_6, KERNEL_6_FOLDER
+
+from peftlib import config
+from peftlib.checkpoint import CheckpointDir
+from peftlib.study import Study
+
+pytestmark = pytest.mark.browser
+
+# Long enough to press a button in, short enough to wait for.
+LONG = {"epochs": 40, "log_every": 5, "save_every": 50, "valid_every": 1000}
+STEPS = 240
+TRAINING = "run.train("
+
+
+@pytest.fixture(params=["python3", KERNEL_6])
+def training(request, lab, tiny_model, built_data):
+    """(the open 02_qlora, its training cell, the run's CheckpointDir), all cells above having run."""
+    if request.param == KERNEL_6 and not KERNEL_6_FOLDER.is_dir():
+        pytest.skip(f"no {KERNEL_6_FOLDER}: make {KERNEL_6_FOLDER.relative_to(KERNEL_6_FOLDER.parent.parent)} makes it")
+    fields = {"profile": "demo", "study": f"stopped-{request.param}", "model": str(tiny_model), **TINY, **LONG}
+    study = Study(lab.server.runs / fields["study"], config.resolve(**fields))
+    shutil.copytree(built_data, study.data_dir)
+    study.freeze()
+    copy = lab.server.put("02_qlora", fields=fields, kernel=request.param, copy=f"02_qlora-{request.param}")
+    with lab.opened(copy) as opened:
+        cell = opened.cell(TRAINING)
+        opened.run_above(cell, seconds=120)
+        yield opened, cell, CheckpointDir(study.checkpoint_dir("qlora", 0), keep=1)
+
+
+def require_whole_checkpoint(checkpoints, cell):
+    """The step at which the cell says that it stopped, of which a checkpoint that verifies stands."""
+    step = int(cell.wait_for(rf"stopped: (\d+) of {STEPS} steps", seconds=10)[1])
+    kept, skipped = checkpoints.newest()
+    assert 0 < step < STEPS and skipped == [] and kept.state["progress"]["step"] == step
+    return step
+
+
+def test_the_interrupt_button_saves_and_the_cell_goes_on_when_run_again(training):
+    opened, cell, checkpoints = training
+    before = cell.start()
+    cell.wait_for(r"step \d+/")
+    opened.interrupt()
+    cell.wait_until_over(before)
+    step = require_whole_checkpoint(checkpoints, cell)
+    assert not re.search("KeyboardInterrupt|Traceback", cell.text)
+
+    cell.run(seconds=240)
+    assert f"goes on at step {step} of {STEPS}" in cell.text
+    assert f"ok: {STEPS} of {STEPS} steps" in cell.text and cell.problems() == []
