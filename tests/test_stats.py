@@ -211,7 +211,7 @@ def test_few_seeds_that_differ_are_covered_too():
     rng = np.random.default_rng(31)
     covered, equal = 0, 0
     for _ in range(ROUNDS):
-        sides = [[simulated(rng, 300, skill=0.5 + rng.normal(0, 0.05)) for _ in range(3)] for _ in range(2)]
+        sides = [[simulated(rng, 120, skill=0.5 + rng.normal(0, 0.08)) for _ in range(3)] for _ in range(2)]
         found = quietly({"a": sides[0], "b": sides[1]}, seed=int(rng.integers(2**31)))
         one = found.interval("a", "rougeL")
         covered += one.low <= 0.5 <= one.high
