@@ -1,4 +1,4 @@
-"""The command line: python -m peftlib run|data|report|compare|judge|plan|chat|sweep|export."""
+"""The command line: python -m peftlib run|data|report|compare|judge|plan|chat|sweep|export|reference."""
 
 import argparse
 import os
@@ -179,7 +179,14 @@ def _judge(argv):
     return judge_cli.main(argv, Study.existing)
 
 
-_PASSED_ON = {"data": _data, "compare": _compare, "judge": _judge}
+def _reference(argv):
+    """run a whole study, side by side on all GPUs, and go on with it after a cut"""
+    from peftlib import reference_cli
+
+    return reference_cli.main(argv)
+
+
+_PASSED_ON = {"reference": _reference, "data": _data, "compare": _compare, "judge": _judge}
 
 
 if __name__ == "__main__":

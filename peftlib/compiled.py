@@ -5,13 +5,14 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
 
 from peftlib.models import core
 
-_STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
+STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -31,7 +32,7 @@ def resolve(asked, device, steps):
         raise ModelError(f"compile='on', but {missing}: use compile='auto' or 'off', or pip install triton on a GPU")
     if missing or asked == "on":
         return (False, missing) if missing else (True, "as set by compile")
-    if steps < _STEPS_TO_PAY:
+    if steps < STEPS_TO_PAY:
         return False, f"{steps} steps are over before compiling pays"
     return True, "GPU with Triton"
 
@@ -95,7 +96,7 @@ class CompileCache:
 
     def save(self):
         """Write what has been compiled so far; returns the bytes written, 0 where there was nothing new to write."""
-        from peftlib.files import atomic_path
+        from peftlib.files import atomic_path, rename
 
         made = torch.compiler.save_cache_artifacts()
         if made is None:
@@ -103,8 +104,10 @@ class CompileCache:
         content = hashlib.sha256(made[0]).digest() + made[0]
         for path in self.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as beside:
+            own = path.with_name(f"{path.name}.{os.getpid()}")  # runs side by side write the same file
+            with atomic_path(own) as beside:
                 Path(beside).write_bytes(content)
+            rename(own, path)
         return len(content)
 
 

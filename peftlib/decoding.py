@@ -79,8 +79,11 @@ def planned_slots(model, prompts, limits):
     cache = slot_bytes(config, _longest(prompts, limits), size)
     if parameter.device.type != "cuda":
         return max(1, min(CPU_SLOTS, _CPU_CACHE_BYTES // cache))
-    free = torch.cuda.mem_get_info(parameter.device)[0]
-    free += torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
+    free, whole = torch.cuda.mem_get_info(parameter.device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # younger than Colab's torch
+    share = int(fraction(parameter.device) * whole)  # of runs side by side
+    reserved, held = torch.cuda.memory_reserved(parameter.device), torch.cuda.memory_allocated(parameter.device)
+    free = min(free + reserved - held, share - held)
     row = cache + 2 * config.vocab_size * size
     room = _FREE_SHARE * free - GPU_PACE.prompt_tokens * _token_bytes(config)
     return max(1, min(_MOST_SLOTS, _power_of_two_below(max(1, int(room / row)))))

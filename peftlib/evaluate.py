@@ -31,7 +31,8 @@ def evaluate(study, method, *, log=print):
     StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session works in the
     study. ModelError: engine='vllm' and there is no vLLM. Stopped: this session ends soon; what is answered is kept.
     """
-    with held(study.folder, f"answering the test rows with {method}", log=log):
+    run = f"{method}-s{0 if method == 'base' else study.cfg.seed}"
+    with held(study.folder, f"answering the test rows with {method}", run=run, log=log):
         record = _record_of(study, method)
         done = record["evaluation"]
         predictions_path = study.predictions_path(method, record["seed"])

@@ -1,6 +1,7 @@
 """One session at a time on a study folder: a lock file with owner and heartbeat.
 
 A lock whose process is gone, or that gave no sign of life for a while, is taken over; a live one is refused by name.
+The session that holds a study may let child processes in, each with a lock of its own run below it.
 """
 
 import contextlib
@@ -20,15 +21,26 @@ from peftlib.files import write_json
 HEARTBEAT_S = 15.0  # seconds between two signs of life
 STALE_S = 90.0  # seconds without one after which a lock counts as left behind
 _NAME = "lock.json"
+_PASS = "PEFTLIB_LOCK"  # environment variable: TOKEN@FOLDER of the lock that a child process works under
+_LOOK_S = 2.0  # seconds between two looks of a child whether its parent still holds the study
 
 
 @contextlib.contextmanager
-def held(folder, what, *, log=print):
+def held(folder, what, *, run="", log=print):
     """The locks on a study folder, here and on its remote; yields a function that raises once another took over.
 
+    In a child process of the session that holds the folder (see child_environment) the lock is that of `run`, a name
+    such as qlora-s0, and the function raises as well once that session is gone.
     LockedError: another live session holds one of them. A remote that cannot be reached is said, and not waited for.
     """
     from peftlib.mirror import running  # which needs no lock
+
+    parent = _Parent.of(folder)
+    if parent is not None:
+        parent.require()
+        with StudyLock(folder, what, name=f"{run or 'child'}-{_NAME}") as own:
+            yield lambda: (parent.require(), own.require())
+        return
 
     with contextlib.ExitStack() as stack:
         locks = [stack.enter_context(StudyLock(folder, what))]
@@ -47,6 +59,45 @@ def held(folder, what, *, log=print):
                 lock.require()
 
         yield require
+
+
+def child_environment(folder):
+    """{variable: value} with which child processes of this one, which holds the folder's lock, may work below it.
+
+    LockedError: this process does not hold it.
+    """
+    path = Path(folder).absolute() / _NAME
+    owner = _read(path) or {}
+    if owner.get("pid") != os.getpid() or owner.get("host") != socket.gethostname():
+        raise LockedError(f"{path} is not this process's: nobody can be let in")
+    return {_PASS: f"{owner['token']}@{path.parent}"}
+
+
+class _Parent:
+    """The session under whose lock this process works."""
+
+    def __init__(self, folder, token):
+        self.path, self.token = Path(folder).absolute() / _NAME, token
+        self._looked_at = None
+
+    @classmethod
+    def of(cls, folder):
+        """The parent that lets this process work in the folder, or None where the folder is nobody's to let."""
+        token, _, place = os.environ.get(_PASS, "").partition("@")
+        return cls(folder, token) if place and Path(place) == Path(folder).absolute() else None
+
+    def require(self):
+        """LockedError where the parent has ended or lost its lock."""
+        now = time.monotonic()
+        if self._looked_at is not None and now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        owner = _read(self.path)
+        if owner is None or owner.get("token") != self.token or _is_gone(owner):
+            raise LockedError(
+                f"the session that started this one holds {self.path.parent.name} no more: this process stops and "
+                "writes no more"
+            )
 
 
 class StudyLock:

@@ -1,7 +1,8 @@
 """Writes what README says in figures: the parts between its markers, made from results/ alone.
 
 `make readme` calls this. `python -m peftlib.readme --take STUDY` first puts a finished study's results.csv, picture and
-summary into results/demo.
+summary into results/demo; `--take-reference STUDY` those of the reference study, records and sweeps too, into
+results/reference.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import time
 import warnings
 from pathlib import Path
 
+from peftlib import reference_results
 from peftlib.errors import PeftlibError, StudyError
 from peftlib.files import read_json, write_json, write_text
+from peftlib.markdown import number, table
 from peftlib.study import Study
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -23,9 +26,13 @@ RESULTS = CHECKOUT / "results"
 
 def sections(results=RESULTS):
     """{name: Markdown} of everything between README's markers. StudyError: a file of results/ is not there."""
+    from peftlib.reference_section import section
+
+    demo, bench = _json(results / "demo" / "summary.json"), _json(results / "bench" / "methods.json")
     return {
-        "demo": _demo(_json(results / "demo" / "summary.json")),
-        "methods": _methods(_json(results / "bench" / "methods.json")),
+        "demo": _demo(demo),
+        "reference": section(results / "reference", bench),
+        "methods": _methods(bench),
         "fp16": _precision(_json(results / "bench" / "fp16.json")),
         "generate": _generate(_json(results / "bench" / "generate.json")),
         "resume": _resume(_json(results / "bench" / "resume.json")),
@@ -94,7 +101,7 @@ def _demo(found):
         ["ROUGE-L", *(f"{found['scores'][m]['rougeL']:.3f}" for m in methods)],
         ["its gain over base, 95 % interval", *(_interval(gains.get(m)) for m in methods)],
         ["BLEU-4", *(f"{found['scores'][m]['bleu4']:.3f}" for m in methods)],
-        ["loss on general text", *(_number(found["general_loss"][m], "{:.3f}") for m in methods)],
+        ["loss on general text", *(number(found["general_loss"][m], "{:.3f}") for m in methods)],
     ]
     against = (
         f"against the base cut at the median reference length only {' and '.join(clear)} gained more than the noise"
@@ -111,7 +118,7 @@ def _demo(found):
         f"It shows that the machinery works, not which method is better: with {found['rows']['test']} rows the intervals are "
         f"wide, and {against}."
     )
-    return "\n".join([about, "", f"![{found['alt']}](results/demo/scores.png)", "", _table(rows), "", verdict])
+    return "\n".join([about, "", f"![{found['alt']}](results/demo/scores.png)", "", table(rows), "", verdict])
 
 
 def _methods(rows):
@@ -131,17 +138,17 @@ def _methods(rows):
             ", ".join([_card(row), row["date"], *([row["run"]] if "run" in row else [])]),
             row["name"],
             row["precision"],
-            _number(row["cap_gib"] or None, "{:g}", "none"),
+            number(row["cap_gib"] or None, "{:g}", "none"),
             str(row["micro_batch"]),
-            _number(row["tok_s"], "{:,.0f}"),
+            number(row["tok_s"], "{:,.0f}"),
             f"{row['peak_gib']:.2f}",
-            _number(row.get("predicted_gib"), "{:.2f}"),
-            _number(row.get("first_step_cold_s", row["first_step_s"]), "{:.0f}"),
+            number(row.get("predicted_gib"), "{:.2f}"),
+            number(row.get("first_step_cold_s", row["first_step_s"]), "{:.0f}"),
         ]
         for row in rows
         if "error" not in row
     ]
-    return "\n".join([_table([head, *shown]), *_mixed(rows), *_saving(rows)])
+    return "\n".join([table([head, *shown]), *_mixed(rows), *_saving(rows)])
 
 
 def _card(row):
@@ -153,13 +160,13 @@ def _mixed(rows):
     for row in (row for row in rows if "mixed_found" in row):
         speed = {way: found["useful_tok_s"] for way, found in row["mixed_found"].items()}
         sizes = sorted(int(way.split("_")[1]) for way in speed if way.startswith("random_"))
-        table = [["rows of a pass", *map(str, sizes)]]
+        lines = [["rows of a pass", *map(str, sizes)]]
         for way, name in (("random", "random order, padded"), ("packed", "packed, as much room")):
-            table.append([name, *(_number(speed.get(f"{way}_{n}"), "{:,.0f}") for n in sizes)])
+            lines.append([name, *(number(speed.get(f"{way}_{n}"), "{:,.0f}") for n in sizes)])
         ratios = [speed.get(f"packed_{n}") and speed[f"packed_{n}"] / speed[f"random_{n}"] for n in sizes]
-        table.append(["ratio", *(_number(ratio, "{:.2f}") for ratio in ratios)])
+        lines.append(["ratio", *(number(ratio, "{:.2f}") for ratio in ratios)])
         yield from ["", f"Rows of real lengths, useful tokens/s ({row['method']}, {_card(row)}, {row['date']}):", ""]
-        yield _table(table)
+        yield table(lines)
 
 
 def _saving(rows):
@@ -185,7 +192,7 @@ def _precision(found):
         f"Mean of the last 20 of {found['runs'][0]['steps']} losses, {found['model']}, "
         f"{found['runs'][0]['device'].removeprefix('NVIDIA ')}, {found['date']}:"
     )
-    return "\n".join([head, "", _table(lines), "", _energy(found["energy"])])
+    return "\n".join([head, "", table(lines), "", _energy(found["energy"])])
 
 
 def _energy(found):
@@ -212,7 +219,7 @@ def _generate(rows):
         ]
         for row in rows
     ]
-    return _table([head, *shown])
+    return table([head, *shown])
 
 
 def _resume(rows):
@@ -228,17 +235,7 @@ def _resume(rows):
         ]
         for row in rows
     ]
-    return _table([head, *shown])
-
-
-def _table(rows):
-    """A Markdown table of rows of texts, the first its head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _number(value, form, unknown=""):
-    return unknown if value is None else form.format(value)
+    return table([head, *shown])
 
 
 def _interval(gain):
@@ -254,10 +251,18 @@ def _json(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m peftlib.readme", description=__doc__)
     parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
+    parser.add_argument("--take-reference", metavar="STUDY", help="the same for results/reference")
+    parser.add_argument(
+        "--lacking", metavar="WHY", default="", help="why runs that the reference study lacks were not run"
+    )
     args = parser.parse_args(argv)
     try:
         if args.take:
             take(Study.existing(args.take))
+        if args.take_reference:
+            study = Study.existing(args.take_reference)
+            sibling = reference_results.sibling_of(study)
+            reference_results.take(study, RESULTS / "reference", sibling=sibling, lacking=args.lacking)
         path = CHECKOUT / "README.md"
         write_text(path, with_sections(path.read_text(encoding="utf-8"), sections()))
     except PeftlibError as error:

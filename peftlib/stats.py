@@ -62,8 +62,8 @@ class Bootstrap:
 def bootstrap(runs, *, resamples=2000, seed=0):
     """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
 
-    A resample draws rows with replacement, the same for every method, and, where a method has several seeds, its
-    seeds too. Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal
+    A resample draws rows with replacement, the same for every method, and, where a method has several seeds, the mean
+    over its seeds from Student's t around it, for each method by itself. Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal
     quantiles) and by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
     Warns (FewRowsWarning) below 100 rows.
     DataError: fewer than 1,000 resamples, no runs, or runs of unequal row counts.
@@ -91,11 +91,26 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     return Bootstrap(n_rows, {method: len(seeds) for method, seeds in runs.items()}, value, replicates)
 
 
+def seeds_difference(values, others, *, resamples=20_000, seed=0):
+    """95 % Interval of mean(values) - mean(others), numbers of one seed each; seeds are all that varies.
+
+    Each mean is drawn from Student's t around it (Behrens-Fisher); a side with one value stands as it is.
+    DataError: no values on a side, or one on both, of which nothing says how far seeds are apart.
+    """
+    if not values or not others or max(len(values), len(others)) < 2:
+        raise DataError(f"{len(values)} and {len(others)} seeds: an interval over seeds needs two on a side")
+    rng = np.random.default_rng(seed)
+    drawn = [_seed_weights(len(side), resamples, rng) @ np.asarray(side, dtype=np.float64) for side in (values, others)]
+    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+    return Interval(statistics.fmean(values) - statistics.fmean(others), float(low), float(high))
+
+
 def swap_test(runs, others, metric, *, resamples=2000, seed=0):
     """Two-sided p of a difference by approximate randomization: each row's answers are swapped between methods or not.
 
     runs, others: [RowScores of one seed, ...] of two methods on the same rows, equally many seeds, or one on a side,
-    which then stands against each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1).
+    which then stands against each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1). It is of
+    these runs on other rows; that other seeds might have come out otherwise is in the interval alone.
     DataError: several but unequally many seeds, or unequal row counts.
     """
     n_rows = _checked_rows({"first": runs, "second": others})
@@ -195,12 +210,17 @@ def _row_counts(n_rows, draws, rng):
 
 
 def _seed_weights(n_seeds, draws, rng):
-    """(draws, n_seeds) weights that sum to 1: a resample of the seeds, spread as the variance of a mean asks."""
+    """(draws, n_seeds) weights that sum to 1, under which a mean over seeds has Student's t around it.
+
+    Drawing k seeds with replacement shows only (k - 1) / k of their mean's variance, and of three seeds nothing of how
+    badly three numbers tell a variance; with t of k - 1 degrees of freedom the interval holds what it promises.
+    """
     if n_seeds == 1:
         return np.ones((draws, 1))
-    share = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=draws) / n_seeds
-    # Resampling k values shows only (k - 1) / k of the variance of their mean.
-    return 1 / n_seeds + math.sqrt(n_seeds / (n_seeds - 1)) * (share - 1 / n_seeds)
+    normal = rng.standard_normal((draws, n_seeds))
+    chi = rng.chisquare(n_seeds - 1, size=(draws, 1)) / (n_seeds - 1)
+    apart = normal - normal.mean(axis=1, keepdims=True)
+    return 1 / n_seeds + apart / np.sqrt(n_seeds * (n_seeds - 1) * chi)
 
 
 def _gap(sums, other, metric, n_rows):

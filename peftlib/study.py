@@ -76,6 +76,40 @@ class Study:
                 {"profile": self.cfg.profile, "config": frozen, "config_hash": short_hash(frozen)},
             )
 
+    def adopted_rates(self):
+        """{method: {'rates': {field: value}, 'from': {...}}} that config.json has of `adopt`."""
+        return read_json(self.config_path).get("rates", {}) if self.config_path.exists() else {}
+
+    def adopt(self, method, rates, found):
+        """Train `method` with these learning rates from now on; config.json keeps them with `found`, what they rest on.
+
+        rates: {field: value}. Once for each method, before its first run.
+        StudyError: there are other rates already, or a run of it was begun with others.
+        """
+        kept = self.adopted_rates()
+        if method in kept:
+            changed = differences(kept[method]["rates"], rates)
+            if changed:
+                raise StudyError(
+                    f"study {self.folder.name!r} has learning rates of {method} already: {'; '.join(changed)}. A study "
+                    "keeps those it began with: choose another study name"
+                )
+            return
+        begun = [r["seed"] for r in self.records() if r["method"] == method and r["steps"]]
+        if begun and any(getattr(self.cfg, name) != value for name, value in rates.items()):
+            raise StudyError(
+                f"{method} (seed {begun[0]}) was trained in study {self.folder.name!r} with other rates than {rates}: "
+                "rates come before the first run; choose another study name"
+            )
+        self.cfg.replace(**rates)  # refuses a rate out of range
+        kept[method] = {"rates": rates, "from": found}
+        write_json(self.config_path, {**read_json(self.config_path), "rates": kept})
+
+    def with_rates_of(self, method):
+        """This study with the adopted learning rates of a method in its config; itself where there are none."""
+        adopted = self.adopted_rates().get(method)
+        return Study(self.folder, self.cfg.replace(**adopted["rates"])) if adopted else self
+
     @property
     def config_path(self):
         return self.folder / "config.json"

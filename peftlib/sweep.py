@@ -4,8 +4,8 @@ import shutil
 
 from peftlib import methods
 from peftlib import record as records
-from peftlib.errors import ConfigError
-from peftlib.files import write_json
+from peftlib.errors import ConfigError, NonFiniteLossError, Stopped
+from peftlib.files import read_json, write_json
 from peftlib.study import Study
 from peftlib.train import TrainingRun
 
@@ -17,8 +17,10 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
 
     A method with two rates (the hybrid) has both multiplied. {'method', 'rows', 'steps', 'tried': [{'factor', one
     entry a rate field, 'valid_loss', 'train_loss'}, ...], 'best': the entry of the least validation loss}, also written
-    to sweeps/<method>.json. Test rows are never seen. A cut sweep goes on where it stopped.
-    ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range.
+    to sweeps/<method>.json. valid_loss is None where the loss became inf or nan. Test rows are never seen. A cut sweep
+    goes on where it stopped.
+    ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. Stopped: cut, and
+    saved. NonFiniteLossError: no factor led to a finite loss.
     """
     cfg = study.cfg
     if cfg.valid_rows == 0:
@@ -31,31 +33,65 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
     for factor in factors:
         rates = {name: getattr(cfg, name) * factor for name in fields}
         record = _trained(study, method, cfg.replace(max_steps=steps, **rates), factor, log)
-        last = record["valid_history"][-1]["valid_loss"]
+        last = record["valid_history"][-1]["valid_loss"] if record["status"] == "ok" else None
         tried.append({"factor": factor, **rates, "valid_loss": last, "train_loss": record["train_loss"]})
-        log(f"{method}, {_shown(rates)}: validation loss {last:.4f}")
-    best = min(tried, key=lambda entry: entry["valid_loss"])
-    found = {"method": method, "rows": rows, "steps": record["steps"], "seed": cfg.seed, "tried": tried, "best": best}
-    write_json(study.folder / "sweeps" / f"{method}.json", found)
-    edge = " (at the edge of what was tried: try further)" if best["factor"] in (min(factors), max(factors)) else ""
+        log(f"{method}, {_shown(rates)}: " + ("not finite" if last is None else f"validation loss {last:.4f}"))
+    known = [entry for entry in tried if entry["valid_loss"] is not None]
+    if not known:
+        raise NonFiniteLossError(f"{method}: no rate of {len(tried)} led to a finite loss: sweep with smaller factors")
+    best = min(known, key=lambda entry: entry["valid_loss"])
+    found = {"method": method, "rows": rows, "steps": steps, "seed": cfg.seed, "tried": tried, "best": best}
+    write_json(path_of(study, method), found)
+    edge = " (at the edge of what was tried: try further)" if is_at_edge(found) else ""
     log(f"{method}: best {_shown({name: best[name] for name in fields})}{edge}")
     return found
 
 
+def path_of(study, method):
+    """Where the result of a method's sweep is kept."""
+    return study.folder / "sweeps" / f"{method}.json"
+
+
+def kept(study, method, *, factors=FACTORS, rows=1500):
+    """What an earlier sweep of the same factors and rows found, or None."""
+    path = path_of(study, method)
+    found = read_json(path) if path.exists() else None
+    is_same = found is not None and (found["rows"], [e["factor"] for e in found["tried"]]) == (rows, list(factors))
+    return found if is_same else None
+
+
+def is_at_edge(found):
+    """Whether the best factor is the least or the largest that was tried, so that a better one may lie beyond."""
+    factors = [entry["factor"] for entry in found["tried"]]
+    return found["best"]["factor"] in (min(factors), max(factors))
+
+
 def _trained(study, method, cfg, factor, log):
-    """The record of one run of the sweep, from its place below the study or made now."""
+    """The record of one run of the sweep, from its place below the study or made now; 'failed' where it diverged."""
     small = Study(study.folder / "sweeps" / f"{method}-{factor:g}", cfg)
-    kept = records.load(small, method, cfg.seed)
-    if kept is not None and kept["status"] == "ok" and kept["run_hash"] == cfg.run_hash(method):
-        return kept
-    if not small.data_dir.exists():
-        shutil.copytree(study.data_dir, small.data_dir)
-    small.freeze()
-    record = TrainingRun(small, method, log=log).train()
-    records.require_ok(record)
-    for folder in (small.weights_dir(method, cfg.seed), small.data_dir):
-        shutil.rmtree(folder, ignore_errors=True)  # the record is what counts
+    record = records.load(small, method, cfg.seed)
+    if record is None or record["run_hash"] != cfg.run_hash(method) or not _is_settled(record):
+        if not small.data_dir.exists():
+            # Beside it first: a cut copy must not pass for the data.
+            beside = small.folder / "data.copying"
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(study.data_dir, beside)
+            beside.rename(small.data_dir)
+        small.freeze()
+        try:
+            record = TrainingRun(small, method, log=log).train()
+        except NonFiniteLossError:
+            record = records.load(small, method, cfg.seed)
+        if record["status"] == "stopped":
+            raise Stopped(f"the sweep of {method} stopped at factor {factor:g}, step {record['steps']}: run it again")
+    for name in ("weights", "checkpoints", "compile", "data"):  # the record is what counts
+        shutil.rmtree(small.folder / name, ignore_errors=True)
     return record
+
+
+def _is_settled(record):
+    is_diverged = record["status"] == "failed" and (record["error"] or "").startswith(NonFiniteLossError.__name__)
+    return record["status"] == "ok" or is_diverged
 
 
 def _shown(rates):

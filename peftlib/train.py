@@ -53,7 +53,8 @@ class TrainingRun:
     def __init__(self, study, method, *, log=print):
         from accelerate import Accelerator
 
-        self.study, self.cfg, self.name, self.log = study, study.cfg, method, log
+        self.study = study.with_rates_of(method)
+        self.cfg, self.name, self.log = self.study.cfg, method, log
         self.method = methods.find(method)
         self.manifest = study.manifest()
         trackers.require(self.cfg.log_to)
@@ -90,7 +91,8 @@ class TrainingRun:
         checkpoint at hand was made with other settings.
         """
         what = f"training {self.name}, seed {self.cfg.seed}"
-        with self._open, held(self.study.folder, what, log=self.log) as require_lock:
+        run = f"{self.name}-s{self.cfg.seed}"
+        with self._open, held(self.study.folder, what, run=run, log=self.log) as require_lock:
             kept = self.finished_record()
             if kept is not None:
                 self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")

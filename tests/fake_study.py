@@ -162,7 +162,7 @@ def make(folder, monkeypatch, *, methods=tuple(SKILL), seeds=(0,), n=48):
     rows = made_rows(n)
     study = Study(folder / "made-up", resolve("demo", study="made-up"))
     study.freeze()
-    counts = {"train": {"alpaca": 4}, "test": {"alpaca": len(rows)}}
+    counts = {"train": {"alpaca": 4}, "valid": {"alpaca": 2}, "test": {"alpaca": len(rows)}}
     write_json(study.manifest_path, {"split_hash": SPLIT, "counts": counts})
     for method in methods:
         for seed in seeds if method != "base" else (0,):

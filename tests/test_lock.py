@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -9,11 +10,11 @@ import psutil
 import pytest
 
 from peftlib.errors import LockedError
-from peftlib.lock import StudyLock
+from peftlib.lock import StudyLock, child_environment, held
 
 HOLDER = """
 import sys, time
-from peftlib.lock import StudyLock
+from peftlib.lock import StudyLock, child_environment, held
 with StudyLock(sys.argv[1], "training qlora"):
     print("held", flush=True)
     time.sleep(60)
@@ -128,3 +129,55 @@ def _until(is_true, seconds=20):
     while not is_true():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+CHILD = """
+import sys, time
+from peftlib.lock import held
+with held(sys.argv[1], "training", run=sys.argv[2]) as require:
+    print("in", flush=True)
+    while True:
+        require()
+        time.sleep(0.2)
+"""
+
+
+def _start(code, *words, env=None):
+    root = Path(__file__).resolve().parent.parent
+    argv = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.Popen(
+        argv, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_children_work_under_their_parents_lock_and_a_second_session_does_not(tmp_path):
+    with held(tmp_path, "reference"):
+        env = {**os.environ, **child_environment(tmp_path)}
+        first, second = (_start(CHILD, tmp_path, run, env=env) for run in ("qlora-s0", "galore-s0"))
+        try:
+            assert [process.stdout.readline() for process in (first, second)] == ["in\n", "in\n"]
+            stranger = _start(CHILD, tmp_path, "full-s0")
+            assert "in use by" in stranger.communicate(timeout=60)[0] and stranger.returncode
+            twin = _start(CHILD, tmp_path, "qlora-s0", env=env)
+            assert "in use by" in twin.communicate(timeout=60)[0] and twin.returncode
+            assert first.poll() is None and second.poll() is None
+        finally:
+            for process in (first, second):
+                process.kill()
+                process.communicate()
+
+
+def test_children_stop_once_another_session_has_the_study(tmp_path):
+    with held(tmp_path, "reference"):
+        env = {**os.environ, **child_environment(tmp_path)}
+        process = _start(CHILD, tmp_path, "qlora-s0", env=env)
+        assert process.stdout.readline() == "in\n"
+    with StudyLock(tmp_path, "another session"):
+        assert "holds" in process.communicate(timeout=60)[0] and process.returncode
+    late = _start(CHILD, tmp_path, "qlora-s0", env=env)  # its parent's lock is gone: it takes none of its own
+    assert "holds" in late.communicate(timeout=60)[0] and late.returncode
+
+
+def test_only_the_holder_lets_children_in(holder, tmp_path):
+    with pytest.raises(LockedError, match="not this process's"):
+        child_environment(tmp_path)

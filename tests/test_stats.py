@@ -204,3 +204,31 @@ def test_a_handful_of_rows_gives_an_interval_and_no_crash(n_rows):
     replicates = np.random.default_rng(0).normal(size=500)
     found = stats._interval(0.0, replicates, n_rows)
     assert found.low <= np.quantile(replicates, 0.02) and found.high >= np.quantile(replicates, 0.98)
+
+
+def test_few_seeds_that_differ_are_covered_too():
+    """Seeds apart by far more than rows are: three of them must not promise more than they know."""
+    rng = np.random.default_rng(31)
+    covered, equal = 0, 0
+    for _ in range(ROUNDS):
+        sides = [[simulated(rng, 120, skill=0.5 + rng.normal(0, 0.08)) for _ in range(3)] for _ in range(2)]
+        found = quietly({"a": sides[0], "b": sides[1]}, seed=int(rng.integers(2**31)))
+        one = found.interval("a", "rougeL")
+        covered += one.low <= 0.5 <= one.high
+        equal += found.difference("a", "b", "rougeL").is_noise
+    assert 0.93 <= covered / ROUNDS and 0.93 <= equal / ROUNDS
+
+
+def test_a_difference_of_one_number_a_seed_has_students_t():
+    found = stats.seeds_difference([1.0, 2.0, 3.0], [0.0])
+    half = 4.3027 / 3**0.5  # t of 2 degrees of freedom, standard deviation 1
+    assert found.value == 2.0
+    assert found.low == pytest.approx(2.0 - half, abs=0.12) and found.high == pytest.approx(2.0 + half, abs=0.12)
+    rng = np.random.default_rng(9)
+    equal = sum(
+        stats.seeds_difference(list(rng.normal(size=3)), list(rng.normal(size=3)), resamples=2000).is_noise
+        for _ in range(400)
+    )
+    assert equal / 400 >= 0.94
+    with pytest.raises(DataError, match="1 and 1 seeds"):
+        stats.seeds_difference([1.0], [2.0])

@@ -1,0 +1,211 @@
+"""What a reference study found, in sentences made from its numbers, and what that says of others' claims."""
+
+from peftlib.reference_results import mean
+
+SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "not decided"
+NAMES = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
+MAIN = ("qlora", "galore", "hybrid")
+
+
+def findings(found):
+    """[sentence, ...]: scores, memory, speed, forgetting, fp16 and the hybrid, of a summary."""
+    return [
+        *_against_base(found),
+        *_best(found),
+        *_memory(found),
+        *_speed(found),
+        *_forgetting(found),
+        *_fp16(found),
+        *_hybrid(found),
+    ]
+
+
+def claims(found):
+    """[(claim, verdict, why), ...] of the original study's claims, decided by intervals alone."""
+    return [
+        ("If RAM is low, use QLoRA", *_low_memory(found)),
+        ("GaLore might learn better", *_learns_better(found)),
+        ("The hybrid keeps general knowledge", *_keeps_knowledge(found)),
+    ]
+
+
+def pair_of(found, metric, method, other):
+    """{'value', 'low', 'high', 'is_noise'} of score(method) - score(other), or None."""
+    for pair in found["pairs"]:
+        if pair["metric"] == metric and {pair["method"], pair["other"]} == {method, other}:
+            low, high, value = pair["low"], pair["high"], pair["difference"]
+            if pair["method"] != method:
+                low, high, value = -high, -low, -value
+            return {"value": value, "low": low, "high": high, "is_noise": low <= 0.0 <= high}
+    return None
+
+
+def loss_gap(found, what, method, other):
+    """The same of a loss, over seeds."""
+    for gap in found["losses"]:
+        if gap["what"] == what and {gap["method"], gap["other"]} == {method, other}:
+            if gap["method"] == method:
+                return gap
+            return {**gap, "value": -gap["value"], "low": -gap["high"], "high": -gap["low"]}
+    return None
+
+
+def signed(gap, digits=3):
+    """A difference with its interval, in words."""
+    return f"{gap['value']:+.{digits}f} ({gap['low']:+.{digits}f} to {gap['high']:+.{digits}f})"
+
+
+def _trained(found):
+    return [method for method in found["methods"] if method != "base"]
+
+
+def _scored(found):
+    return [method for method in _trained(found) if found["methods"][method]["scores"]]
+
+
+def _against_base(found):
+    known = {m: found["methods"][m]["over_base"] for m in _scored(found) if found["methods"][m]["over_base"]}
+    if not known:
+        return
+    for metric, name in NAMES.items():
+        clear = [m for m in known if not known[m][metric]["is_noise"] and known[m][metric]["value"] > 0]
+        rest = [m for m in known if m not in clear]
+        gains = ", ".join(f"{m} {signed(known[m][metric])}" for m in known)
+        how = "All methods gained" if not rest else f"{_listed(clear) or 'No method'} gained"
+        tail = f"; {_listed(rest)} did not measurably" if rest and clear else ""
+        yield f"{how} in {name} over the untrained model{tail}: {gains}."
+    cut = {m: found["methods"][m]["over_base_cut"]["rougeL"] for m in known if found["methods"][m]["over_base_cut"]}
+    clear = [m for m in cut if not cut[m]["is_noise"] and cut[m]["value"] > 0]
+    if cut:
+        yield (
+            f"Against the untrained answers cut at {found['cut_at_words']} words, the median reference length, "
+            f"{_listed(clear) or 'no method'} still gained in ROUGE-L, so that "
+            f"{'the gain is more than knowing when to stop' if clear else 'gains may be no more than knowing when to stop'}"
+            + (f" ({', '.join(f'{m} {signed(cut[m])}' for m in clear)})." if clear else ".")
+        )
+
+
+def _best(found):
+    methods = _scored(found)
+    for metric, name in NAMES.items():
+        order = sorted(methods, key=lambda m: -found["methods"][m]["scores"][metric]["value"])
+        if len(order) < 2:
+            return
+        first, value = order[0], found["methods"][order[0]]["scores"][metric]["value"]
+        gaps = {other: pair_of(found, metric, first, other) for other in order[1:]}
+        beaten = [other for other, gap in gaps.items() if gap and not gap["is_noise"]]
+        level = [other for other, gap in gaps.items() if gap and gap["is_noise"]]
+        said = f"Highest {name}: {first} with {value:.3f}"
+        if beaten:
+            said += f", surely above {', '.join(f'{other} ({signed(gaps[other])})' for other in beaten)}"
+        if level:
+            said += f"; its lead over {', '.join(f'{other} ({signed(gaps[other])})' for other in level)} is inside the noise"
+        yield said + "."
+
+
+def _memory(found):
+    yield from _ranked(found, "peak_memory_gib", "Least memory in training", "GiB", least=True, form="{:.2f}")
+
+
+def _speed(found):
+    many = found["side_by_side"]
+    note = f", with {many} runs sharing each GPU" if many > 1 else ""
+    yield from _ranked(found, "tokens_per_second", f"Fastest training{note}", "tokens/s", least=False, form="{:,.0f}")
+
+
+def _ranked(found, field, what, unit, *, least, form):
+    known = {m: mean(found["methods"][m][field]) for m in _trained(found)}
+    known = {m: value for m, value in known.items() if value is not None}
+    if len(known) > 1:
+        order = sorted(known, key=lambda m: known[m] if least else -known[m])
+        rest = ", ".join(f"{m} {form.format(known[m])}" for m in order[1:])
+        yield f"{what}: {order[0]} with {form.format(known[order[0]])} {unit}; {rest}."
+
+
+def _forgetting(found):
+    gaps = {m: loss_gap(found, "general_loss", m, "base") for m in _trained(found)}
+    gaps = {m: gap for m, gap in gaps.items() if gap}
+    if gaps:
+        more = [m for m in gaps if not gaps[m]["is_noise"] and gaps[m]["value"] > 0]
+        less = [m for m in gaps if not gaps[m]["is_noise"] and gaps[m]["value"] < 0]
+        told = ", ".join(f"{m} {signed(gaps[m])}" for m in gaps)
+        yield (
+            f"Forgetting, as the rise of the loss on general text over the untrained model's, intervals over seeds: {told}. "
+            f"{_listed(more) or 'No method'} forgot measurably"
+            + (f"; {_listed(less)} got better at it." if less else ".")
+        )
+
+
+def _fp16(found):
+    for method, both in found["precision"].items():
+        if "bf16" not in both:
+            continue
+        gap, losses = both["difference"]["rougeL"], (both["bf16"]["eval_loss"], both["fp16"]["eval_loss"])
+        cost = "costs nothing that shows" if gap["is_noise"] else "costs" if gap["value"] < 0 else "gains"
+        yield (
+            f"{method} in fp16 instead of bf16 (seed {both['seed']}) {cost}: ROUGE-L {signed(gap)}, test loss "
+            f"{losses[1] - losses[0]:+.4f}, {both['fp16']['skipped_steps']} steps skipped for an overflow, peak memory "
+            f"{both['fp16']['peak_memory_gib']:.2f} against {both['bf16']['peak_memory_gib']:.2f} GiB."
+        )
+
+
+def _hybrid(found):
+    known = found["methods"]
+    if any(method not in known or not known[method]["scores"] for method in MAIN):
+        return
+    parts = []
+    for other in ("qlora", "galore"):
+        gap = pair_of(found, "rougeL", "hybrid", other)
+        memory = [mean(known[m]["peak_memory_gib"]) for m in ("hybrid", other)]
+        said = f"against {other} ROUGE-L {signed(gap)}{', inside the noise' if gap['is_noise'] else ''}"
+        parts.append(said if None in memory else f"{said}, memory {memory[0] - memory[1]:+.2f} GiB")
+    yield f"What the hybrid buys: {'; '.join(parts)}."
+
+
+def _low_memory(found):
+    known = {m: found["methods"][m]["peak_memory_gib"] for m in MAIN if m in found["methods"]}
+    if "qlora" not in known or len(known) < 2 or any(None in values for values in known.values()):
+        return UNDECIDED, "memory of too few methods is known"
+    others = {m: min(values) for m, values in known.items() if m != "qlora"}
+    is_least = max(known["qlora"]) < min(others.values())
+    why = f"peak of qlora {mean(known['qlora']):.2f} GiB, " + ", ".join(f"{m} {mean(known[m]):.2f}" for m in others)
+    gain = (found["methods"]["qlora"]["over_base"] or {}).get("rougeL")
+    if not is_least:
+        return NOT_SUPPORTED, f"{why}: it is not the least"
+    if gain is None or gain["is_noise"]:
+        return UNDECIDED, f"{why}; whether it learns anything is inside the noise"
+    if gain["value"] < 0:
+        return NOT_SUPPORTED, f"{why}, but it scores below the untrained model ({signed(gain)})"
+    return SUPPORTED, f"{why}, and it gains over the untrained model (ROUGE-L {signed(gain)})"
+
+
+def _learns_better(found):
+    gaps = {metric: pair_of(found, metric, "galore", "qlora") for metric in NAMES}
+    if None in gaps.values():
+        return UNDECIDED, "galore and qlora are not both scored"
+    why = "galore less qlora: " + ", ".join(f"{NAMES[metric]} {signed(gap)}" for metric, gap in gaps.items())
+    loss = loss_gap(found, "eval_loss", "galore", "qlora")
+    why += f", test loss {signed(loss)}" if loss else ""
+    return _decided([gap["value"] for gap in gaps.values() if not gap["is_noise"]], len(gaps)), why
+
+
+def _decided(clear, count):
+    """Supported where all differences are surely above 0, not supported where one is surely below."""
+    if any(value < 0 for value in clear):
+        return NOT_SUPPORTED
+    return SUPPORTED if len(clear) == count else UNDECIDED
+
+
+def _keeps_knowledge(found):
+    gaps = {other: loss_gap(found, "general_loss", "hybrid", other) for other in ("qlora", "galore")}
+    gaps = {other: gap for other, gap in gaps.items() if gap}
+    if len(gaps) < 2:
+        return UNDECIDED, "the loss on general text of too few methods or seeds is known"
+    why = "loss on general text, hybrid less " + ", less ".join(f"{other} {signed(gap)}" for other, gap in gaps.items())
+    base = loss_gap(found, "general_loss", "hybrid", "base")
+    why += f"; less the untrained model's {signed(base)}" if base else ""
+    return _decided([-gap["value"] for gap in gaps.values() if not gap["is_noise"]], len(gaps)), why
+
+
+def _listed(names):
+    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else "".join(names)

@@ -1,0 +1,277 @@
+"""A reference study's results, taken into results/reference: small, without weights, rows, answers or private paths."""
+
+import re
+import shutil
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+from peftlib import comparison, stats
+from peftlib.errors import StudyError
+from peftlib.files import read_json, write_json
+from peftlib.results import gib
+from peftlib.scored import BASE, BASE_CUT
+from peftlib.study import METHOD_ORDER, Study
+
+FIGURES = ("scores", "rougeL_against_memory", "memory")
+_HISTORY = 60  # entries of a history that are kept
+_LEFT_OUT = ("layers", "weights_sha256", "losses")  # of records: long, or said twice
+_MOST_BYTES = 300_000  # of a picture
+
+
+def take(study, target, *, sibling=None, seeds=(0, 1, 2), lacking=""):
+    """Write config, results.csv, records, sweeps, pictures and summary.json of a study to `target`, old ones removed.
+
+    sibling: the study of the checked methods in the other precision, or None. seeds: that each method should have.
+    lacking: why runs without a record were not run, in words.
+    StudyError: as report.build.
+    """
+    from peftlib import report
+
+    built = report.build(study)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("records", "records-fp16", "sweeps", "figures"):
+        shutil.rmtree(target / name, ignore_errors=True)
+    shutil.copyfile(study.results_path, target / "results.csv")
+    config = read_json(study.config_path)
+    write_json(target / "config.json", {**config, "config": _without_paths(config["config"])})
+    _records(study, target / "records")
+    if sibling is not None:
+        _records(sibling, target / "records-fp16")
+    for path in sorted((study.folder / "sweeps").glob("*.json")):
+        write_json(target / "sweeps" / path.name, read_json(path))
+    summary = summary_of(study, built, seeds=seeds, lacking=lacking)
+    summary["precision"] = _precision(study, built, sibling)
+    summary["figures"] = _pictures(built, target / "figures")
+    write_json(target / "summary.json", summary)
+
+
+def sibling_of(study):
+    """The study of the other precision beside a study, or None."""
+    from peftlib.reference import OTHER_PRECISION
+
+    name = f"{study.folder.name}-{OTHER_PRECISION}"
+    folder = study.folder.parent / name
+    if not (folder / "records").is_dir():
+        return None
+    return Study(folder, study.cfg.replace(study=name, precision=OTHER_PRECISION))
+
+
+def summary_of(study, built, *, seeds, lacking=""):
+    """What README's section is made from, as a JSON object, but for the pictures and the other precision."""
+    found, manifest = built.study, study.manifest()
+    boot = _bootstrap(found.systems())
+    runs = {}
+    for run in found.runs:
+        runs.setdefault(run.record["method"], []).append(run)
+    finished = {m: [run for run in part if run.record["status"] == "ok"] for m, part in runs.items()}
+    trained = [run for method, part in finished.items() for run in part if method != BASE]
+    if not trained:
+        raise StudyError(
+            f"no finished run in {study.folder}: run python -m peftlib reference --study {study.folder.name}"
+        )
+    counts = manifest["counts"]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "study": study.folder.name,
+        "model_provenance": trained[0].record["model_provenance"],
+        "devices": sorted({run.record["device"] for run in trained}),
+        "side_by_side": max(run.record.get("side_by_side", 1) for run in trained),
+        "versions": trained[0].record["versions"],
+        "commits": sorted({str(run.record["git"]["commit"])[:12] for run in trained if run.record.get("git")}),
+        "split_hash": found.split_hash,
+        "rows": {split: sum(counts[split].values()) for split in counts},
+        "n_test": len(found.test_rows),
+        "steps": sorted({run.record["steps"] for run in trained}),
+        "train_tokens": sorted({run.record["train_tokens"] for run in trained}),
+        "cut_at_words": found.cut_at_words,
+        "base_cut": {metric: boot.value[BASE_CUT][metric] for metric in stats.METRICS}
+        if BASE_CUT in boot.value
+        else None,
+        "methods": {method: _method(method, part, found, boot, study) for method, part in finished.items() if part},
+        "pairs": _pairs(built.pairs),
+        "losses": _over_seeds(found),
+        "cells": _cells(runs, seeds, lacking=lacking),
+        "notes": [_without_folders(note) for note in built.notes],
+    }
+
+
+def _pairs(frame):
+    """Rows of the report's pairs as dicts, base cut left out; p is None where seeds do not pair."""
+    rows = [row for row in frame.to_dict("records") if BASE_CUT not in (row["method"], row["other"])]
+    return [{**row, "p": None if row["p"] != row["p"] else row["p"]} for row in rows]
+
+
+def _method(method, runs, found, boot, study):
+    """Figures of one method's finished runs."""
+    records = [run.record for run in runs]
+    known = {
+        "seeds": [record["seed"] for record in records],
+        "eval_loss": [record["eval_loss"] for record in records],
+        "general_loss": [run.general.loss if run.general else None for run in runs],
+        "truncated_share": comparison.mean_of(runs, lambda run: run.truncated_share),
+        "peak_memory_gib": [gib(record["peak_memory_bytes"]) for record in records],
+        "tokens_per_second": [record["tokens_per_second"] for record in records],
+        "train_seconds": [record["train_seconds"] for record in records],
+        "generate_seconds": [(record["evaluation"] or {}).get("generate_seconds") for record in records],
+        "trainable_params": records[0]["trainable_params"],
+        "precision": sorted({record["precision"] for record in records}),
+        "learning_rate": records[0]["learning_rate"],
+        "learning_rate_2": records[0]["learning_rate_2"],
+        "sweep": study.adopted_rates().get(method),
+        "scores": None,
+        "over_base": None,
+        "over_base_cut": None,
+    }
+    if method in found.scored:
+        known["scores"] = {
+            metric: {
+                **_interval(boot.interval(method, metric)),
+                "seeds": [run.rows.scores()[metric] for run in found.scored[method]],
+            }
+            for metric in stats.METRICS
+        }
+        if method != BASE and BASE in found.scored:
+            for name, other in (("over_base", BASE), ("over_base_cut", BASE_CUT)):
+                known[name] = {metric: _interval(boot.difference(method, other, metric)) for metric in stats.METRICS}
+    return known
+
+
+def _over_seeds(found):
+    """[{'what', 'method', 'other', interval}, ...] of losses, methods against base and each other, where seeds tell."""
+    made = []
+    values = {
+        "eval_loss": {m: [run.eval_loss for run in runs] for m, runs in found.scored.items()},
+        "general_loss": {m: [run.general and run.general.loss for run in runs] for m, runs in found.scored.items()},
+    }
+    texts = {run.general.text_sha256 for runs in found.scored.values() for run in runs if run.general}
+    if len(texts) > 1:
+        del values["general_loss"]  # of other texts
+    for what, losses in values.items():
+        known = {method: part for method, part in losses.items() if None not in part}
+        names = list(known)
+        for at, method in enumerate(names):
+            for other in names[:at]:
+                if max(len(known[method]), len(known[other])) > 1:
+                    gap = stats.seeds_difference(known[method], known[other])
+                    made.append({"what": what, "method": method, "other": other, **_interval(gap)})
+    return made
+
+
+def _cells(runs, seeds, *, lacking):
+    """[{'method', 'seed', 'status', 'reason'}, ...] of every run that the study should have."""
+    made = []
+    for method in METHOD_ORDER:
+        by_seed = {run.record["seed"]: run for run in runs.get(method, [])}
+        for seed in (0,) if method == BASE else seeds:
+            run = by_seed.get(seed)
+            status, reason = "not run", lacking
+            if run is not None:
+                record = run.record
+                status, reason = record["status"], record["error"] or record.get("evaluation_error") or ""
+                if status == "ok" and not run.is_scored:
+                    status, reason = "trained", reason or "not evaluated"
+                elif status == "stopped":
+                    reason = f"at step {record['steps']} of {record['planned_steps']}"
+            reason = _without_folders(reason).split("\n")[0][:200]
+            made.append({"method": method, "seed": seed, "status": status, "reason": reason})
+    return made
+
+
+def _precision(study, built, sibling):
+    """{method: figures of one seed in both precisions}; {} without a study of the other."""
+    if sibling is None:
+        return {}
+    from peftlib import scored
+
+    others = {(run.record["method"], run.record["seed"]): run for run in scored.load(sibling).runs}
+    made = {}
+    for run in built.study.runs:
+        other = others.get((run.record["method"], run.record["seed"]))
+        if other is None or not (other.is_scored and run.is_scored):
+            continue
+        boot = _bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
+        made[run.record["method"]] = {
+            "seed": run.record["seed"],
+            "difference": {metric: _interval(boot.difference("fp16", "bf16", metric)) for metric in stats.METRICS},
+            **{name: _facts(one) for name, one in ((other.record["precision"], other), (run.record["precision"], run))},
+        }
+    return made
+
+
+def _facts(run):
+    record = run.record
+    return {
+        **{metric: run.rows.scores()[metric] for metric in stats.METRICS},
+        "eval_loss": run.eval_loss,
+        "general_loss": run.general.loss if run.general else None,
+        "peak_memory_gib": gib(record["peak_memory_bytes"]),
+        "tokens_per_second": record["tokens_per_second"],
+        "skipped_steps": record["skipped_steps"],
+    }
+
+
+def _records(study, folder):
+    for record in study.records():
+        kept = {name: value for name, value in record.items() if name not in _LEFT_OUT}
+        kept["error"] = _without_folders(kept["error"])
+        kept["config"] = _without_paths(kept["config"])
+        kept["model"] = _without_paths({"model": kept["model"]})["model"]
+        kept["history"] = thinned([{name: e.get(name) for name in ("step", "loss")} for e in record["history"]])
+        write_json(folder / f"{record['method']}-s{record['seed']}.json", kept)
+
+
+def thinned(entries, most=_HISTORY):
+    """At most so many entries at even distances, the first and the last among them."""
+    if len(entries) <= most:
+        return entries
+    return [entries[round(i * (len(entries) - 1) / (most - 1))] for i in range(most)]
+
+
+def _without_paths(config):
+    """A config whose files are named without the folders of the machine they lay on."""
+    kept = dict(config)
+    if "sources" in kept:
+        parts = [part.strip().partition("=") for part in kept["sources"].split(";") if part.strip()]
+        files = [(name, ",".join(Path(path).name for path in where.split(","))) for name, _, where in parts]
+        kept["sources"] = "; ".join(f"{name}={where}" for name, where in files)
+    if "model" in kept and Path(kept["model"]).is_absolute():
+        kept["model"] = Path(kept["model"]).name
+    return kept
+
+
+def _without_folders(text):
+    """A message whose files are named without their absolute folders; addresses stay."""
+    return text and re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
+
+
+def _pictures(built, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name in FIGURES:
+        if name not in built.figures:
+            continue
+        path = Path(built.figures[name])
+        if path.stat().st_size > _MOST_BYTES:
+            raise StudyError(
+                f"{path} has {path.stat().st_size:,} bytes, more than {_MOST_BYTES:,}: too large to commit"
+            )
+        shutil.copyfile(path, folder / path.name)
+        made.append({"file": path.name, "alt": built.alt[name]})
+    return made
+
+
+def _bootstrap(systems):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.FewRowsWarning)  # the section says it
+        return stats.bootstrap(systems)
+
+
+def _interval(found):
+    return {"value": found.value, "low": found.low, "high": found.high, "is_noise": found.is_noise}
+
+
+def mean(values):
+    """The mean, None where any is unknown or there are none."""
+    return None if not values or None in values else statistics.fmean(values)

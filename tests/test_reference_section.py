@@ -1,0 +1,182 @@
+"""README's section on a reference study: from made-up records and predictions of three seeds."""
+
+import json
+import re
+
+import fake_study
+import pytest
+
+from peftlib import readme, reference_findings, reference_results
+from peftlib.errors import StudyError
+from peftlib.files import read_json, write_json
+from peftlib.reference_section import section
+from peftlib.study import Study
+
+METHODS = ("base", "qlora", "galore", "hybrid")
+BENCH = json.loads((readme.RESULTS / "bench" / "methods.json").read_text())
+
+
+@pytest.fixture
+def taken(tmp_path, monkeypatch):
+    """taken(**changes of records by run name) -> (folder of the results, study)."""
+
+    def take(lacking="", **changes):
+        study = fake_study.make(tmp_path, monkeypatch, methods=METHODS, seeds=(0, 1, 2), n=60)
+        records = study.records()
+        for record in records:  # rates are adopted before the first run
+            study.record_path(record["method"], record["seed"]).unlink()
+        study.adopt("galore", {"galore_learning_rate": 3e-3}, _sweep_of(3e-3))
+        for record in records:
+            name = f"{record['method']}_s{record['seed']}"
+            record["skipped_steps"], record["git"] = 0, {"commit": "abc", "is_dirty": False}
+            if record["method"] != "base":
+                record["evaluation"]["general_loss"] += 0.001 * record["seed"]
+                record["evaluation"]["generate_seconds"] = 30.0
+            fake_study.write_record(study, {**record, **changes.get(name, {})})
+        other = Study(tmp_path / "made-up-fp16", study.cfg)
+        write_json(other.manifest_path, read_json(study.manifest_path))
+        other.freeze()
+        fake_study.write_record(other, {**read_json(study.record_path("galore", 0)), "precision": "fp16"})
+        rows = fake_study.made_rows(60)
+        fake_study.write_predictions(other, "galore", 0, rows, fake_study.answers_of(rows, "galore", 0))
+        folder = tmp_path / "reference"
+        reference_results.take(study, folder, sibling=reference_results.sibling_of(study), lacking=lacking)
+        return folder, study
+
+    return take
+
+
+def _sweep_of(best):
+    tried = [
+        {"factor": f, "galore_learning_rate": best * f / 3, "valid_loss": loss, "train_loss": 2.0}
+        for f, loss in ((0.3, 2.5), (1.0, 2.4), (3.0, 2.3))
+    ]
+    return {"rows": 1500, "steps": 93, "seed": 0, "tried": tried, "is_at_edge": True}
+
+
+def test_without_results_the_section_is_one_line(tmp_path):
+    assert section(tmp_path, BENCH) == "The reference study on larger data is not run yet."
+    planned = (
+        section(readme.RESULTS / "reference", BENCH) if not (readme.RESULTS / "reference/summary.json").exists() else ""
+    )
+    assert "\n" not in planned
+
+
+def test_the_section_says_what_the_results_hold(taken):
+    folder, _ = taken(lacking="no GPU time was left")
+    text, found = section(folder, BENCH), read_json(folder / "summary.json")
+    for method in METHODS[1:]:
+        scores = found["methods"][method]["scores"]["rougeL"]
+        mean = sum(scores["seeds"]) / 3
+        assert scores["value"] == pytest.approx(mean) and f"| {method} | 3 | {mean:.3f} ± " in text
+        low, high = (found["methods"][method]["over_base"]["rougeL"][end] for end in ("low", "high"))
+        assert f"{low:+.3f} to {high:+.3f}" in text
+    assert "| hybrid − galore |" in text and "factor 3, at the edge (0.3: 2.500, 1: 2.400, 3: 2.300)" in text
+    assert (
+        "One seed of each, trained in fp16 / in bf16" in text
+        and "galore in fp16 instead of bf16 (seed 0) costs nothing" in text
+    )
+    assert "| lora | 0, 1, 2 | not run | no GPU time was left |" in text
+    assert "predicted hours a seed on a T4" in text and "does not fit" not in text.split("| hybrid |")[-1][:80]
+    for picture in found["figures"]:
+        assert f"![{picture['alt']}](results/reference/figures/{picture['file']})" in text
+        assert (folder / "figures" / picture["file"]).stat().st_size > 1000
+    assert section(folder, BENCH) == text
+
+
+def test_a_failed_run_is_an_empty_cell_with_its_reason(taken):
+    folder, _ = taken(
+        galore_s2={
+            "status": "failed",
+            "error": "OutOfMemoryError: no room for /home/me/x/y.bin, see https://a.b/c/d",
+            "evaluation": None,
+        }
+    )
+    assert "| galore | 2 | failed | OutOfMemoryError: no room for y.bin, see https://a.b/c/d |" in section(
+        folder, BENCH
+    )
+    assert read_json(folder / "summary.json")["methods"]["galore"]["seeds"] == [0, 1]
+
+
+def test_what_is_taken_is_small_and_names_no_private_place(taken):
+    folder, study = taken()
+    config = read_json(study.config_path)
+    config["config"] |= {
+        "sources": "alpaca=/home/me/rows.jsonl,/home/me/test.jsonl; tulu=hub",
+        "model": "/home/me/gemma",
+    }
+    write_json(study.config_path, config)
+    long = [{"step": n, "loss": 3.0, "grad_norm": 1.0} for n in range(1, 939)]
+    record = {**read_json(study.record_path("qlora", 0)), "history": long, "layers": [{"layer": 0}]}
+    record["config"] |= {"sources": "alpaca=/home/me/rows.jsonl", "model": "/home/me/gemma"}
+    fake_study.write_record(study, record)
+    reference_results.take(study, folder)
+    kept = read_json(folder / "records" / "qlora-s0.json")
+    assert len(kept["history"]) == 60 and (kept["history"][0]["step"], kept["history"][-1]["step"]) == (1, 938)
+    assert (
+        "layers" not in kept and kept["config"]["sources"] == "alpaca=rows.jsonl" and kept["config"]["model"] == "gemma"
+    )
+    assert read_json(folder / "config.json")["config"]["sources"] == "alpaca=rows.jsonl,test.jsonl; tulu=hub"
+    texts = [path.read_text() for path in folder.rglob("*.json")] + [(folder / "results.csv").read_text()]
+    assert not [text for text in texts if "/home/me" in text]
+    assert not [text for text in texts if str(study.folder) in text]
+    answer = json.loads(study.predictions_path("qlora", 0).read_text().splitlines()[0])["answer"]
+    assert not any(answer in text for text in texts)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_000_000
+    assert not (folder / "records-fp16").exists()  # of an earlier taking
+
+
+def test_readme_with_a_finished_study_comes_back_byte_for_byte(taken):
+    folder, _ = taken()
+    made = {"reference": section(folder, BENCH)}
+    whole = readme.with_sections("before\n<!-- reference -->\nold\n<!-- /reference -->\nafter\n", made)
+    emptied = re.sub(r"(<!-- reference -->\n).*?(<!-- /reference -->)", r"\1\2", whole, flags=re.DOTALL)
+    assert len(emptied) < len(whole) - 1000 and readme.with_sections(emptied, made) == whole
+    assert whole.startswith("before\n") and whole.endswith("\nafter\n")
+
+
+def _gap(value, half):
+    return {"value": value, "low": value - half, "high": value + half, "is_noise": abs(value) <= half}
+
+
+def _claims(found):
+    return {claim: verdict for claim, verdict, _ in reference_findings.claims(found)}
+
+
+def test_claims_are_decided_by_the_intervals_alone(taken):
+    folder, _ = taken()
+    found = read_json(folder / "summary.json")
+    names = ("If RAM is low, use QLoRA", "GaLore might learn better", "The hybrid keeps general knowledge")
+    assert _claims(found)[names[0]] == "supported"  # least memory, and a gain over base
+    found["methods"]["qlora"]["peak_memory_gib"] = [9.0, 9.0, 9.0]
+    assert _claims(found)[names[0]] == "not supported"
+    found["methods"]["qlora"]["over_base"]["rougeL"] = _gap(0.001, 0.01)
+    found["methods"]["qlora"]["peak_memory_gib"] = [0.1, 0.1, 0.1]
+    assert _claims(found)[names[0]] == "not decided"
+    for values, verdict in (
+        ((0.02, 0.02), "supported"),
+        ((0.02, 0.0), "not decided"),
+        ((-0.02, 0.02), "not supported"),
+    ):
+        found["pairs"] = [
+            {"metric": metric, "method": "galore", "other": "qlora", "difference": v, "low": v - 0.01, "high": v + 0.01}
+            for metric, v in zip(("bleu4", "rougeL"), values)
+        ]
+        assert _claims(found)[names[1]] == verdict
+    for values, verdict in (((-0.1, -0.1), "supported"), ((-0.1, 0.0), "not decided"), ((0.1, -0.1), "not supported")):
+        found["losses"] = [
+            {"what": "general_loss", "method": "hybrid", "other": other, **_gap(v, 0.01)}
+            for other, v in zip(("qlora", "galore"), values)
+        ]
+        assert _claims(found)[names[2]] == verdict
+    found["losses"] = [
+        {"what": "general_loss", "method": "qlora", "other": "hybrid", **_gap(0.1, 0.01)},
+        {"what": "general_loss", "method": "galore", "other": "hybrid", **_gap(0.1, 0.01)},
+    ]
+    assert _claims(found)[names[2]] == "supported"  # the same, told the other way round
+
+
+def test_a_study_without_a_finished_run_is_not_taken(tmp_path, monkeypatch):
+    study = fake_study.make(tmp_path, monkeypatch, methods=("base",))
+    with pytest.raises(StudyError, match="no finished run"):
+        reference_results.take(study, tmp_path / "reference")
