@@ -14,7 +14,7 @@ import fake_study
 import pytest
 import tiny
 
-from peftlib import judge_cli, report
+from peftlib import judge_cli, report, report_charts
 from peftlib.chat import set_template
 from peftlib.errors import JudgeError
 from peftlib.judge_backends import KEY_VARIABLE, Endpoint
@@ -67,7 +67,7 @@ def _wait_until_up(url, process, log):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_charts", lambda *_: {})
+    monkeypatch.setattr(report_charts, "charts_of", lambda *_: {})
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     return fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=12)
 
