@@ -107,7 +107,7 @@ def _facts(answers, at, name, against):
         value = answers.scores(name, metric)[at]
         change = ""
         if against not in (None, name):
-            change = f" ({value - answers.scores(against, metric)[at]:+.3f})"
+            change = f" ({value - answers.scores(against, metric)[at]:+z.3f})"
         parts.append(f"{label.removesuffix(' of the row')} {value:.3f}{change}")
     end = "ended by itself" if run.finish_reasons[at] == "stop" else "cut at the limit"
     return f"{', '.join(parts)}; {run.n_tokens[at]} tokens, {end}"

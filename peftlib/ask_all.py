@@ -13,7 +13,6 @@ from peftlib.env import resolve_device
 from peftlib.evaluate import evaluation_dtype, load_model, trained_methods
 from peftlib.generate import answer_batch
 from peftlib.notebook import can_click
-from peftlib.palette import THEMES
 from peftlib.scored import BASE
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
@@ -118,7 +117,7 @@ class AskBox:
 
     def __init__(self, study):
         self._models = Models(study, self._say)
-        self._theme = THEMES[study.cfg.theme]
+        self._theme = study.theme
         self._make_widgets(study.cfg.max_new_tokens)
 
     def _repr_mimebundle_(self, **given):

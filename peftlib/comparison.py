@@ -230,7 +230,7 @@ def _signed(interval, flip=False):
     value, low, high = interval.value, interval.low, interval.high
     if flip:
         value, low, high = -value, -high, -low
-    return f"{value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    return f"{value:+z.3f}, 95 % interval {low:+z.3f} to {high:+z.3f}"
 
 
 def _figure(value):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from peftlib import plan
+from peftlib.chart import Chart, add_axes, title
 from peftlib.errors import ModelError
-from peftlib.figures import Chart
+from peftlib.palette import LIGHT
 
 BLOCK = 64  # weights that share a scale in NF4
 _SCALES = 256  # scales that share a scale of their own under double quantization
@@ -90,15 +91,15 @@ def _places(scaled, levels):
     return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
 
 
-def level_chart(found, name="a weight matrix"):
+def level_chart(found, name="a weight matrix", theme=LIGHT):
     """The histogram of a FourBit's scaled weights, with a line at each of its levels."""
-    chart = Chart(7.0, 3.0)
-    axes = _axes(chart, "weight / largest of its block", "share of the weights")
+    chart = Chart(7.0, 3.0, theme)
+    axes = add_axes(chart, "weight / largest of its block", "share of the weights")
     values = found.scaled.flatten().numpy()
     axes.hist(values, bins=120, weights=np.full(len(values), 1 / len(values)), color="#56b4e9")
     for level in found.levels.tolist():
         axes.axvline(level, color="#d55e00", linewidth=1.0)
-    axes.set_title(f"{name}: its numbers, and NF4's 16 levels (lines)", fontsize=11, loc="left")
+    title(axes, f"{name}: its numbers, and NF4's 16 levels (lines)")
     near_zero = float((found.scaled.abs() < 0.5).float().mean())
     chart.alt = (
         f"Histogram of {name}, each weight over the largest of its block of {BLOCK}: {near_zero:.0%} lie between -0.5 "
@@ -156,16 +157,16 @@ def moved_directions(*, shape=(48, 96), rank=4, gap=5, steps=25):
     return seen
 
 
-def direction_chart(seen, *, rank, gap):
+def direction_chart(seen, *, rank, gap, theme=LIGHT):
     """Stairs of moved_directions: how many directions of a weight have moved after each step."""
-    chart = Chart(6.4, 2.8)
-    axes = _axes(chart, "optimizer step", "rank of the change")
+    chart = Chart(6.4, 2.8, theme)
+    axes = add_axes(chart, "optimizer step", "rank of the change")
     steps, ranks = zip(*seen)
     axes.step(steps, ranks, where="mid", color="#d55e00", linewidth=1.8)
     for step in range(gap, steps[-1], gap):
         axes.axvline(step + 0.5, color="#888888", linestyle=":", linewidth=1.0)
     axes.set_ylim(0, max(ranks) + rank)
-    axes.set_title(f"Rank {rank} at a time, new directions every {gap} steps (dotted)", fontsize=11, loc="left")
+    title(axes, f"Rank {rank} at a time, new directions every {gap} steps (dotted)")
     at_ends = ", ".join(f"{ranks[step - 1]} after step {step}" for step in range(gap, steps[-1] + 1, gap))
     chart.alt = f"Rank of a weight's change under GaLore of rank {rank}: {at_ends}."
     return chart
@@ -178,18 +179,18 @@ def memory_parts(shape, cfg, names, *, precision="bf16"):
     return {name: plan.estimate(shape, name, cfg, **how) for name in names}
 
 
-def memory_chart(parts):
+def memory_chart(parts, theme=LIGHT):
     """memory_parts as bars: what of a GPU's memory each method fills with what, in GiB. Parts do not peak together."""
-    chart = Chart(7.0, 1.4 + 0.45 * len(parts))
-    axes = _axes(chart, "GiB on a GPU, as planned", "", grid="x")
+    chart = Chart(7.0, 1.4 + 0.45 * len(parts), theme)
+    axes = add_axes(chart, "GiB on a GPU, as planned", "", grid="x")
     left = np.zeros(len(parts))
     for part, color in _PART_COLORS.items():
         sizes = np.array([getattr(found, part) / plan.GIB for found in parts.values()])
-        look = {"color": color, "hatch": _HATCHES[part], "edgecolor": "white"}
+        look = {"color": color, "hatch": _HATCHES[part], "edgecolor": theme.paper}
         axes.barh(list(parts), sizes, left=left, height=0.6, label=part, **look)
         left += sizes
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     said = (
         f"{name}: " + ", ".join(f"{part} {getattr(found, part) / plan.GIB:.2f}" for part in _PART_COLORS)
         for name, found in parts.items()
@@ -205,27 +206,17 @@ def resampled_means(values, *, resamples=2000, seed=0):
     return values[rng.integers(0, len(values), size=(resamples, len(values)))].mean(axis=1)
 
 
-def resampling_chart(means, interval, name="ROUGE-L"):
+def resampling_chart(means, interval, name="ROUGE-L", theme=LIGHT):
     """The histogram of resampled_means with an interval (low, high) marked."""
-    chart = Chart(6.4, 2.8)
-    axes = _axes(chart, f"mean {name} of a resample (0-1)", "resamples")
+    chart = Chart(6.4, 2.8, theme)
+    axes = add_axes(chart, f"mean {name} of a resample (0-1)", "resamples")
     axes.hist(means, bins=50, color="#999999")
     axes.axvspan(*interval, color="#0072b2", alpha=0.15)
     for edge in interval:
         axes.axvline(edge, color="#0072b2", linewidth=1.5)
-    axes.set_title("What other test rows could have given (band: 95 %)", fontsize=11, loc="left")
+    title(axes, "What other test rows could have given (band: 95 %)")
     chart.alt = (
         f"Histogram of {len(means):,} resampled means of {name}, from {means.min():.3f} to {means.max():.3f}; 95 % lie "
         f"between {interval[0]:.3f} and {interval[1]:.3f}."
     )
     return chart
-
-
-def _axes(chart, x_label, y_label, grid="y"):
-    axes = chart.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#d9d9d9", linewidth=0.7)
-    axes.set_axisbelow(True)
-    return axes

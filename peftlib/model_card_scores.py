@@ -54,7 +54,7 @@ def _table(scores):
     for metric, name in stats.METRICS.items():
         gain = UNKNOWN
         if scores.has_gain:
-            gain = _interval(scores.boot.difference(method, scored.BASE, metric), "+.3f")
+            gain = _interval(scores.boot.difference(method, scored.BASE, metric), "+z.3f")
         rows.append((f"{name}, 0-1", _score(scores, scored.BASE, metric), _score(scores, method, metric), gain))
     losses = [None if run is None else run.eval_loss for run in (scores.base, scores.run)]
     rows.append(("test loss, nats per token", *map(_number, losses), _change(*losses)))
@@ -84,7 +84,7 @@ def _number(value):
 
 
 def _change(before, after):
-    return UNKNOWN if None in (before, after) else f"{after - before:+.3f}, no interval"
+    return UNKNOWN if None in (before, after) else f"{after - before:+z.3f}, no interval"
 
 
 def _notes(scores):

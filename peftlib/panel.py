@@ -95,9 +95,10 @@ class Panel(Watcher):
 
     def _say(self, line):
         # Until the panel stands, and if it breaks, lines are printed as ever.
-        self._lines.append(line)
         if self._handle is None or self.is_dropped:
             self._print(line)
+        else:
+            self._lines.append(line)
 
     def _display(self):
         import ipywidgets

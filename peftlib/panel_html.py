@@ -11,7 +11,8 @@ _NEARLY_FULL = 0.9  # of the memory's limit
 _TRACK = "background:rgba(127,127,127,.22);border-radius:4px;overflow:hidden"
 _GREY, _WARNING = "#7f7f7f", LIGHT.color_of("galore")
 _PRE = (
-    "margin:4px 0 0 0;padding:6px 8px;background:rgba(127,127,127,.10);font-size:12px;line-height:1.45;overflow-x:auto"
+    "margin:4px 0 0 0;padding:6px 8px;background:rgba(127,127,127,.10);font-size:12px;line-height:1.45;overflow-x:auto;"
+    "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere"  # JupyterLab would break in the middle of words
 )
 
 

@@ -239,7 +239,7 @@ def _resume(rows):
 
 
 def _interval(gain):
-    return f"{gain['low']:+.3f} to {gain['high']:+.3f}" if gain else ""
+    return f"{gain['low']:+z.3f} to {gain['high']:+z.3f}" if gain else ""
 
 
 def _json(path):

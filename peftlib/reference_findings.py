@@ -158,7 +158,7 @@ def _hybrid(found):
         gap = pair_of(found, "rougeL", "hybrid", other)
         memory = [mean(known[m]["peak_memory_gib"]) for m in ("hybrid", other)]
         said = f"against {other} ROUGE-L {signed(gap)}{', inside the noise' if gap['is_noise'] else ''}"
-        parts.append(said if None in memory else f"{said}, memory {memory[0] - memory[1]:+.2f} GiB")
+        parts.append(said if None in memory else f"{said}, memory {memory[0] - memory[1]:+z.2f} GiB")
     yield f"What the hybrid buys: {'; '.join(parts)}."
 
 

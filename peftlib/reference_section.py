@@ -94,7 +94,7 @@ def _scores(found):
             scores, gain = known["scores"], known["over_base"]
             cells += [
                 _spread(scores[metric]["seeds"], "{:.3f}") if scores else "",
-                f"{gain[metric]['low']:+.3f} to {gain[metric]['high']:+.3f}" if gain else "",
+                f"{gain[metric]['low']:+z.3f} to {gain[metric]['high']:+z.3f}" if gain else "",
             ]
         losses = [_spread(known[name], "{:.3f}") for name in ("eval_loss", "general_loss")]
         rows.append([method, str(len(known["seeds"])), *cells, *losses])
@@ -156,7 +156,7 @@ def _pairs(found):
             for metric in NAMES:
                 gap = pair_of(found, metric, method, other)
                 verdict = "inside the noise" if gap["is_noise"] else "higher" if gap["value"] > 0 else "lower"
-                cells += [f"{gap['low']:+.3f} to {gap['high']:+.3f}", verdict]
+                cells += [f"{gap['low']:+z.3f} to {gap['high']:+z.3f}", verdict]
             rows.append([f"{method} − {other}", *cells])
     return table(rows)
 
@@ -179,7 +179,7 @@ def _precision(found):
         ]
         gap = both["difference"]["rougeL"]
         skipped = number(both["fp16"]["skipped_steps"], "{}")
-        rows.append([method, pairs[0], f"{gap['low']:+.3f} to {gap['high']:+.3f}", *pairs[1:], skipped])
+        rows.append([method, pairs[0], f"{gap['low']:+z.3f} to {gap['high']:+z.3f}", *pairs[1:], skipped])
     yield "One seed of each, trained in fp16 / in bf16, both evaluated alike:"
     yield table(rows)
 

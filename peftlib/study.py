@@ -8,6 +8,7 @@ from peftlib.env import output_root
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
 from peftlib.mirror import open_mirror
+from peftlib.palette import THEMES
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class Study:
         """This study with the adopted learning rates of a method in its config; itself where there are none."""
         adopted = self.adopted_rates().get(method)
         return Study(self.folder, self.cfg.replace(**adopted["rates"])) if adopted else self
+
+    @property
+    def theme(self):
+        """The palette.Theme in which its charts are drawn."""
+        return THEMES[self.cfg.theme]
 
     @property
     def config_path(self):

@@ -184,8 +184,9 @@ class Notebook:
         """['cell n: what a reader sees there that should not be', ...]."""
         return [f"cell {cell.number}: {problem}" for cell in self.code_cells for problem in cell.problems()]
 
-    def picture(self, name):
-        """Keep the notebook from top to bottom; returns the picture's path."""
+    @contextlib.contextmanager
+    def tall_window(self):
+        """A window in which the whole notebook is in view, for the length of the block."""
         for _ in range(3):  # what was out of view takes its real height once it is in view
             tall = self.driver.execute_script(
                 "const cells = [...document.querySelectorAll(arguments[0])].map(cell => cell.getBoundingClientRect());"
@@ -194,9 +195,15 @@ class Notebook:
             )
             size = {"width": WIDTH, "height": max(HEIGHT, min(tall, _TALLEST)), "deviceScaleFactor": 1, "mobile": False}
             self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        path = self.lab.picture(name)
-        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        return path
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def picture(self, name):
+        """Keep the notebook from top to bottom; returns the picture's path."""
+        with self.tall_window():
+            return self.lab.picture(name)
 
     def picture_in_both_themes(self, name):
         """Keep pictures NAME-dark and NAME-light, where somebody asked for them by PEFTLIB_SCREENSHOTS."""

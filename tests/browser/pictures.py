@@ -17,7 +17,6 @@ from lab import Lab, headless_chromium
 from lab_server import LabServer
 from selenium.webdriver.common.by import By
 
-from peftlib.files import read_json
 from peftlib.packaged import packaged_folder
 
 _HALF_WAY = r"step (?:1[0-9])/"
@@ -34,32 +33,29 @@ def take(lab, study, folder):
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(study, lab.server.runs / "demo", ignore=shutil.ignore_patterns("notebooks", "checkpoints"))
     shutil.copytree(study / "data", lab.server.runs / "again" / "data")
-    again = {"profile": "demo", "study": "again", **_given(study)}
+    shutil.copy(study / "config.json", lab.server.runs / "again")
     with lab.opened(lab.server.put("01_data", fields={"profile": "demo", "study": "new"})) as opened:
         _run_to(opened, "study_form(", folder / "form.png", "method")
-    with lab.opened(lab.server.put("02_qlora", fields=again)) as opened:
+    with lab.opened(lab.server.put("02_qlora", fields={"profile": "demo", "study": "again"})) as opened:
         _run_to(opened, "train_live(", folder / "panel.png", _HALF_WAY)
     with lab.opened(lab.server.put("04_eval", fields={"profile": "demo", "study": "demo"})) as opened:
         _run_to(opened, "charts(", folder / "charts.png", "")
         _run_to(opened, "explore(", folder / "explorer.png", "reference")
 
 
-def _given(study):
-    """The settings in which the demo's study differs from its profile and that data depend on."""
-    config = read_json(study / "config.json")["config"]
-    return {name: config[name] for name in ("train_rows", "valid_rows", "test_rows")}
-
-
 def _run_to(opened, words, path, pattern):
     """Run all above the cell that holds `words`, then that cell until its output says `pattern`; keep what it shows."""
     cell = opened.cell(words)
     opened.run_above(cell, seconds=400)
+    assert not opened.problems(), opened.problems()
     cell.start()
     cell.wait_for(pattern or ".", seconds=200)
     area = cell.element.find_element(By.CSS_SELECTOR, ".jp-Cell-outputArea")
-    opened.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", area)
-    opened.lab.wait(lambda: all(i.get_property("complete") for i in area.find_elements(By.TAG_NAME, "img")), "images")
-    area.screenshot(str(path))
+    with opened.tall_window():
+        opened.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", area)
+        images = area.find_elements(By.TAG_NAME, "img")
+        opened.lab.wait(lambda: all(image.get_property("complete") for image in images), "images")
+        area.screenshot(str(path))
 
 
 def main(argv):
