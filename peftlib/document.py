@@ -161,3 +161,14 @@ img {{ max-width: 100%; height: auto; }}
 </body>
 </html>
 """
+
+
+def folded(title, text):
+    """HTML of a plain text that opens by a click on its title."""
+    return f"<details><summary>{html.escape(title)}</summary>{plain(text)}</details>"
+
+
+def plain(text):
+    """HTML of a plain text with its line breaks."""
+    # JupyterLab would break a line within a word.
+    return f'<pre style="white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere">{html.escape(text)}</pre>'

@@ -1,14 +1,16 @@
 """A trained model handed on: adapter, merged model or GGUF file with a filled model card, in a folder or on the hub."""
 
+import html
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib import export_gguf, methods, model_card
 from peftlib import record as records
+from peftlib.document import folded
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.export_targets import MARKER, target_of
-from peftlib.files import fault_of, read_json, write_json, write_text
+from peftlib.files import fault_of, read_json, size_text, write_json, write_text
 from peftlib.model_card_scores import scores_of
 from peftlib.public_names import public_config, public_model
 from peftlib.trained import FACTS, export_merged
@@ -119,9 +121,39 @@ def _attach(study, record, folder):
 def lines_of(exported, *, dry_run=False):
     """What was made, as lines to print."""
     for name, n_bytes in exported.files.items():
-        yield f"  {name}  {n_bytes / 2**20:,.2f} MiB"
+        yield f"  {name}  {size_text(n_bytes)}"
     if dry_run:
         yield f"dry run: nothing was written to {exported.address}; its card:"
         yield exported.card
     else:
         yield exported.address if "://" in exported.address else str(Path(exported.address))
+
+
+class Preview:
+    """In a notebook: what `export` with the same arguments would hand on, its files and its card. Nothing is kept.
+
+    Of a run that is not finished it says so; errors as in export, all the same.
+    """
+
+    def __init__(self, study, method, *, seed=0, **how):
+        record = records.load(study, method, seed)
+        self._is_finished = record is not None and record.get("status") == "ok"
+        self._exported = export(study, method, seed=seed, dry_run=True, **how) if self._is_finished else None
+        self._name = f"{method} (seed {seed})"
+
+    def __repr__(self):
+        if not self._is_finished:
+            return f"{self._name} can be handed on once it is trained to its end"
+        return "\n".join(lines_of(self._exported, dry_run=True))
+
+    def _repr_html_(self):
+        if not self._is_finished:
+            return f"<p>{html.escape(repr(self))}</p>"
+        cells = (
+            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{size_text(n_bytes)}</td></tr>"
+            for name, n_bytes in self._exported.files.items()
+        )
+        place = html.escape(self._exported.address)
+        return (
+            f"<p>Would go to {place}:</p><table>{''.join(cells)}</table>{folded('the model card', self._exported.card)}"
+        )

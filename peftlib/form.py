@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from peftlib import costs, plan_cli
 from peftlib.cards import CARDS, SHAPES, card_at_hand, find_card, shape_of
 from peftlib.config import PACKAGED_MODEL, Config, describe, resolve
+from peftlib.document import folded, plain
 from peftlib.errors import ModelError, PeftlibError, StudyError
 from peftlib.study import Study
 
@@ -105,12 +106,12 @@ def as_html(found):
         parts += [f"<p>{html.escape(found.forecast.headline)}</p>", _html_table(found.forecast)]
     parts += [f"<p>{html.escape(line)}</p>" for line in found.remarks]
     if found.forecast is not None:
-        parts.append(_folded("what these numbers rest on", "\n".join(found.forecast.notes())))
+        parts.append(folded("what these numbers rest on", "\n".join(found.forecast.notes())))
     if found.cfg is not None:
         lines = "\n".join(parameter_lines(found.cfg))
-        parts.append(f"<p>To have it so, put these lines into the settings cell and run it again:</p>{_pre(lines)}")
-        parts.append(f"<p>or, without a browser:</p>{_pre(command(found.cfg))}")
-        parts.append(_folded("resolved config", describe(found.cfg)))
+        parts.append(f"<p>To have it so, put these lines into the settings cell and run it again:</p>{plain(lines)}")
+        parts.append(f"<p>or, without a browser:</p>{plain(command(found.cfg))}")
+        parts.append(folded("resolved config", describe(found.cfg)))
     return "".join(parts)
 
 
@@ -175,15 +176,6 @@ def _bar(share, text):
     """A bar in the page's own colour under a text, in a grey one that is the whole card."""
     bar = f'<div style="height:4px;width:{min(share, 1):.0%};background:currentColor"></div>'
     return f'<div style="min-width:9em">{text}<div style="background:rgba(128,128,128,.35)">{bar}</div></div>'
-
-
-def _folded(title, text):
-    return f"<details><summary>{title}</summary>{_pre(text)}</details>"
-
-
-def _pre(text):
-    # JupyterLab would break a line within a word.
-    return f'<pre style="white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere">{html.escape(text)}</pre>'
 
 
 def _static(study):

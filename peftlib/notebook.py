@@ -10,6 +10,7 @@ from pathlib import Path
 from peftlib.config import differences, resolve, short_hash
 from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
+from peftlib.files import size_text
 from peftlib.lock import StudyLock
 from peftlib.mirror import open_mirror, running
 from peftlib.record import device_name
@@ -79,7 +80,7 @@ def finish(study, name, wrote, status="ok"):
     relative = {shown: path for shown, path in relative.items() if shown not in missing}
     width = max(map(len, relative), default=0)
     for shown, path in relative.items():
-        print(f"  {shown:<{width}}  {_size_text(_size_bytes(path))}")
+        print(f"  {shown:<{width}}  {size_text(_size_bytes(path))}")
     mirror = running(study.folder)
     if mirror is not None:
         mirror.flush()
@@ -213,11 +214,3 @@ def _what_comes_next(name, status):
 
 def _size_bytes(path):
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-
-
-def _size_text(size_bytes):
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"

@@ -11,7 +11,7 @@ from peftlib import __main__ as command_line
 from peftlib import model_card, scored
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.evaluate import evaluate
-from peftlib.export import export
+from peftlib.export import Preview, export
 from peftlib.files import read_json, write_json
 from peftlib.model_card_scores import scores_of
 from peftlib.packaged import PROVENANCE
@@ -282,6 +282,25 @@ def test_a_dry_run_shows_all_and_leaves_nothing(finished, tmp_path, monkeypatch)
         made = export(study, "qlora", to=to, dry_run=True)
         assert made.address == str(to) and "adapter_model.safetensors" in made.files and "## Training" in made.card
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_preview_shows_files_and_card_and_keeps_nothing(finished, tmp_path):
+    study = finished("qlora")
+    shown = Preview(study, "qlora", to=tmp_path / "<out>")
+    page = shown._repr_html_()
+    assert "adapter_model.safetensors</td><td>" in page and "KiB" in page and "## Training" in page
+    assert "<out>" not in page and "## Training" in repr(shown) and f"nothing was written to {tmp_path}" in repr(shown)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_preview_of_a_run_that_has_not_ended_says_so(finished, tmp_path):
+    study = finished("qlora")
+    path = study.record_path("qlora", 0)
+    for status in ("stopped", "failed"):
+        write_json(path, {**read_json(path), "status": status})
+        found = Preview(study, "qlora", to=tmp_path / "out")
+        assert repr(found) == "qlora (seed 0) can be handed on once it is trained to its end" in found._repr_html_()
+    assert repr(Preview(study, "galore", to=tmp_path / "out")).startswith("galore (seed 0) can be handed on once")
 
 
 @pytest.mark.parametrize("method", ["galore", "full", "apollo"])
