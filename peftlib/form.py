@@ -187,7 +187,7 @@ def _static(study):
     notes = [found.forecast.headline, *found.forecast.notes()] if found.forecast else []
     print("\n".join([*notes[:1], *found.remarks, *notes[1:]]))
     print(f"the same without a browser: {command(found.cfg)}")
-    return pd.DataFrame(table(found.forecast) if found.forecast else [], columns=list(COLUMNS))
+    return pd.DataFrame(table(found.forecast) if found.forecast else [], columns=list(COLUMNS)).set_index("method")
 
 
 def _widgets(study):

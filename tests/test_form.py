@@ -141,7 +141,7 @@ def test_the_card_at_hand_is_this_machines(fresh, monkeypatch):
 
 def test_without_somebody_to_click_it_is_a_table(fresh, capsys):
     frame = form.study_form(fresh)
-    assert list(frame["method"]) == list(methods.METHODS) and list(frame.columns) == list(form.COLUMNS)
+    assert list(frame.index) == list(methods.METHODS) and [frame.index.name, *frame.columns] == list(form.COLUMNS)
     said = capsys.readouterr().out
     assert "google/gemma-3-1b-it on a t4: 14.6 GiB" in said and form.command(fresh.cfg) in said
 
