@@ -10,8 +10,14 @@ import torch
 
 from peftlib import plan
 from peftlib.chart import Chart, add_axes, title
+from peftlib.data.store import load_split
 from peftlib.errors import ModelError
+from peftlib.losses import chunked_loss_sum
+from peftlib.models import PROJECTIONS, head_weight, hidden_states, named_weights
+from peftlib.optim.basis import kept_energy
 from peftlib.palette import LIGHT
+from peftlib.precision import autocast
+from peftlib.rows import Rows
 
 BLOCK = 64  # weights that share a scale in NF4
 _SCALES = 256  # scales that share a scale of their own under double quantization
@@ -133,6 +139,34 @@ def first_adapted(model):
         if getattr(module, "lora_A", None):
             return name, module
     raise ModelError("no layer has a LoRA adapter: train by qlora, lora or hybrid first")
+
+
+def captured_energy(run, layers, *, rows=4):
+    """How much of a gradient its best basis keeps, before training. run: a train.TrainingRun.
+
+    layers: layer numbers. Returns [{layer, projection, shape, kept, by_chance}, ...] for the gradients of the first
+    `rows` training rows: the share of the squared Frobenius norm inside the leading galore_rank directions, and
+    the share r / m that random directions would keep.
+    """
+    batch = Rows(load_split(run.study.data_dir, "train")[:rows]).batch([[n] for n in range(rows)], run.device)
+    weights = {
+        name: weight
+        for name, weight in named_weights(run.model, PROJECTIONS).items()
+        if any(f"layers.{layer}." in name for layer in layers)
+    }
+    with autocast(run.device, run.precision):
+        loss = chunked_loss_sum(hidden_states(run.model, batch), head_weight(run.model), batch.labels)
+    grads = torch.autograd.grad(loss, list(weights.values()))
+    return [
+        {
+            "layer": int(name.split("layers.")[1].split(".")[0]),
+            "projection": name.split(".")[-2],
+            "shape": tuple(grad.shape),
+            "kept": kept_energy(grad, run.cfg.galore_rank),
+            "by_chance": run.cfg.galore_rank / min(grad.shape),
+        }
+        for name, grad in zip(weights, grads, strict=True)
+    ]
 
 
 def moved_directions(*, shape=(48, 96), rank=4, gap=5, steps=25):

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from peftlib import compact, compiled, data, flops, methods, plan, progress, resume, trackers
+from peftlib import compact, compiled, data, methods, outcome, plan, progress, resume, trackers
 from peftlib import record as records
 from peftlib.checkpoint import CheckpointDir
 from peftlib.env import resolve_device, training_precision
@@ -13,31 +13,24 @@ from peftlib.errors import ConfigError
 from peftlib.files import sha256
 from peftlib.interrupts import interrupts
 from peftlib.lock import held
-from peftlib.losses import chunked_loss_sum
 from peftlib.memory import PeakMemory
 from peftlib.mirror import running
 from peftlib.models import (
-    PROJECTIONS,
     core,
-    count_parameters,
     guard_four_bit,
-    head_weight,
-    hidden_states,
     layer_table,
     load_base,
-    named_weights,
     trainable,
 )
-from peftlib.optim.basis import kept_energy
 from peftlib.placement import Placement
-from peftlib.precision import autocast, loss_scaler, run_in_autocast
+from peftlib.precision import loss_scaler, run_in_autocast
 from peftlib.rows import Rows, mean_loss
 from peftlib.saving import Saver
 from peftlib.seeds import seed_of
 from peftlib.session import Deadline
 from peftlib.stepper import Stepper
 from peftlib.steps import StepPlan, learning_rate_factor
-from peftlib.trained import load_trained, save_trained
+from peftlib.trained import load_trained
 
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
 
@@ -112,7 +105,7 @@ class TrainingRun:
                 self._run(interrupted, require_lock)
             compiled.release(self.model)
             if self.progress.step == self.plan.steps:
-                self._keep_weights()
+                outcome.keep_weights(self)
                 self.record["status"] = "ok"
         except Exception as error:
             self.record.update(status="failed", error=f"{type(error).__name__}: {error}")
@@ -120,36 +113,9 @@ class TrainingRun:
         finally:
             self.saver.wait()
             require_lock()  # another session's record is not overwritten
-            self._close()
+            self._read_memory()
+            outcome.close(self)
             self._watching.show(self.record["status"])
-
-    def captured_energy(self, layers, *, rows=4):
-        """How much of a gradient its best basis keeps, before training.
-
-        layers: layer numbers. Returns [{layer, projection, shape, kept, by_chance}, ...] for the gradients of the first
-        `rows` training rows: the share of the squared Frobenius norm inside the leading galore_rank directions, and
-        the share r / m that random directions would keep.
-        """
-        first = Rows(data.load_split(self.study.data_dir, "train")[:rows])
-        batch = first.batch([[n] for n in range(rows)], self.device)
-        weights = {
-            name: p
-            for name, p in named_weights(self.model, PROJECTIONS).items()
-            if any(f"layers.{layer}." in name for layer in layers)
-        }
-        with autocast(self.device, self.precision):
-            loss = chunked_loss_sum(hidden_states(self.model, batch), head_weight(self.model), batch.labels)
-        grads = torch.autograd.grad(loss, list(weights.values()))
-        return [
-            {
-                "layer": int(name.split("layers.")[1].split(".")[0]),
-                "projection": name.split(".")[-2],
-                "shape": tuple(grad.shape),
-                "kept": kept_energy(grad, self.cfg.galore_rank),
-                "by_chance": self.cfg.galore_rank / min(grad.shape),
-            }
-            for name, grad in zip(weights, grads, strict=True)
-        ]
 
     def finished_record(self):
         """The record of an earlier end of this very run, or None."""
@@ -221,28 +187,11 @@ class TrainingRun:
         self.saver.start(self.progress.step)
         if self.method.FOUR_BIT:
             guard_four_bit(self.model, self.method.FOUR_BIT)
-        self._describe()
+        outcome.describe(self, self._peak_rates)
         self.checkpoints.require_space(self._checkpoint_bytes())
         mirror = running(self.study.folder)
         if mirror is not None:
             mirror.require_space(f"{self.name}-s{self.cfg.seed}", self._checkpoint_bytes())
-
-    def _describe(self):
-        trained, total = count_parameters(self.model)
-        rates = sorted(set(self._peak_rates), reverse=True)
-        self.record.update(
-            trainable_params=trained,
-            total_params=total,
-            planned_steps=self.plan.steps,
-            learning_rate=self._peak_rates[0],
-            learning_rate_2=self._peak_rates[1] if len(self._peak_rates) > 1 else None,
-        )
-        start = f"goes on at step {self.progress.step}" if self.progress.step else "starts"
-        self.log(
-            f"{self.name}, seed {self.cfg.seed}, {start} of {self.plan.steps}: {trained:,} of {total:,} parameters "
-            f"train, peak rate {' and '.join(f'{rate:g}' for rate in rates)}, {self.precision} "
-            f"({self.precision_reason}), {self.record['device']}"
-        )
 
     def _checkpoint_bytes(self):
         """What trains, and the optimizer's state as the planner counts it."""
@@ -328,47 +277,8 @@ class TrainingRun:
         self._read_memory()
         self.saver.save(self.progress.step, resume.checkpoint_of(self), must=must)
 
-    def _compare_with_ceiling(self, record):
-        """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
-        shape = plan.Shape.of(core(self.model).config)
-        needed = flops.flops_per_token(shape, self.method, length=float(self.rows.lengths.mean()))
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
-        ceiling = flops.matmul_ceiling(self.device, dtype)
-        record.update(mfu=record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
-
     def _read_memory(self):
         allocated, reserved = self.memory.read()
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, allocated)
         if reserved is not None:
             self.progress.peak_reserved_bytes = max(self.progress.peak_reserved_bytes or 0, reserved)
-
-    def _keep_weights(self):
-        facts = {
-            "method": self.name,
-            "model": self.cfg.model,
-            "four_bit": list(self.method.FOUR_BIT),
-            "precision": self.precision,
-            "run_hash": self.cfg.run_hash(self.name),
-            "split_hash": self.manifest["split_hash"],
-            "seed": self.cfg.seed,
-        }
-        folder = self.study.weights_dir(self.name, self.cfg.seed)
-        self.study.predictions_path(self.name, self.cfg.seed).unlink(missing_ok=True)  # of earlier weights
-        save_trained(self.model, self.tokenizer, folder, facts)
-        self.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-
-    def _close(self):
-        """Write the record; with the weights safe, the checkpoints have served."""
-        self._read_memory()
-        done, record = self.progress, self.record
-        record.update(vars(done), steps=done.step)
-        del record["step"]
-        record["saves"], record["save_stall_seconds"] = self.saver.saves, self.saver.stall_seconds  # of this session
-        last = record["history"][-max(1, self.plan.steps // 10) :]
-        if last:
-            record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)
-            record["tokens_per_second"] = done.train_tokens / done.train_seconds
-            self._compare_with_ceiling(record)
-        records.save(self.study, record)
-        if record["status"] == "ok":
-            self.checkpoints.remove()

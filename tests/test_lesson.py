@@ -7,8 +7,10 @@ import torch
 
 from peftlib import config, lesson, models, plan, stats
 from peftlib.cards import SHAPES
+from peftlib.data.store import load_split
 from peftlib.errors import ModelError
 from peftlib.methods import find
+from peftlib.train import TrainingRun
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,24 @@ def test_bits_are_those_of_what_bitsandbytes_holds():
         held = packed.numel() + state.absmax.numel() * state.absmax.element_size()
         held += state.state2.absmax.numel() * 4 if is_doubled else 0
         assert lesson.bits_per_weight(is_doubled=is_doubled) == pytest.approx(8 * held / weight.numel())
+
+
+def test_kept_energy_is_the_share_of_the_largest_singular_values(make_study):
+    study = make_study(galore_rank=4)
+    run = TrainingRun(study, "galore", log=str)
+    rows = lesson.captured_energy(run, [0], rows=2)
+    assert [row["projection"] for row in rows] == list(models.PROJECTIONS) and {row["layer"] for row in rows} == {0}
+    for row in load_split(study.data_dir, "train")[:2]:
+        ids = torch.tensor([row["input_ids"]])
+        logits = run.model(input_ids=ids).logits[0, :-1]
+        targets = ids[0, 1:].where(torch.tensor(row["is_scored"][1:], dtype=torch.bool), -100)
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    weights = models.named_weights(run.model, models.PROJECTIONS)
+    for row in rows:
+        [grad] = [w.grad for name, w in weights.items() if "layers.0." in name and f"{row['projection']}." in name]
+        energy = torch.linalg.svdvals(grad.double()) ** 2
+        assert row["kept"] == pytest.approx(float(energy[:4].sum() / energy.sum()), abs=1e-3)
+        assert row["shape"] == tuple(grad.shape) and row["by_chance"] == 4 / min(grad.shape) < row["kept"]
 
 
 def test_a_zero_block_stays_zero():

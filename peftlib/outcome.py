@@ -1,0 +1,71 @@
+"""What a training run leaves: its weights, and its record's numbers."""
+
+import torch
+
+from peftlib import flops, plan
+from peftlib import record as records
+from peftlib.files import sha256
+from peftlib.models import core, count_parameters
+from peftlib.trained import save_trained
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def describe(run, peak_rates):
+    """Put into the run's record what trains and how fast at most, and say it in the log. peak_rates: one a group."""
+    trained, total = count_parameters(run.model)
+    run.record.update(
+        trainable_params=trained,
+        total_params=total,
+        planned_steps=run.plan.steps,
+        learning_rate=peak_rates[0],
+        learning_rate_2=peak_rates[1] if len(peak_rates) > 1 else None,
+    )
+    start = f"goes on at step {run.progress.step}" if run.progress.step else "starts"
+    rates = " and ".join(f"{rate:g}" for rate in sorted(set(peak_rates), reverse=True))
+    run.log(
+        f"{run.name}, seed {run.cfg.seed}, {start} of {run.plan.steps}: {trained:,} of {total:,} parameters train, "
+        f"peak rate {rates}, {run.precision} ({run.precision_reason}), {run.record['device']}"
+    )
+
+
+def keep_weights(run):
+    """Save what was trained, with its digests in the record. Answers of earlier weights go."""
+    facts = {
+        "method": run.name,
+        "model": run.cfg.model,
+        "four_bit": list(run.method.FOUR_BIT),
+        "precision": run.precision,
+        "run_hash": run.cfg.run_hash(run.name),
+        "split_hash": run.manifest["split_hash"],
+        "seed": run.cfg.seed,
+    }
+    folder = run.study.weights_dir(run.name, run.cfg.seed)
+    run.study.predictions_path(run.name, run.cfg.seed).unlink(missing_ok=True)
+    save_trained(run.model, run.tokenizer, folder, facts)
+    run.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def close(run):
+    """Write the run's record; with the weights safe, its checkpoints have served."""
+    done, record = run.progress, run.record
+    record.update(vars(done), steps=done.step)
+    del record["step"]
+    record["saves"], record["save_stall_seconds"] = run.saver.saves, run.saver.stall_seconds  # of this session
+    last = record["history"][-max(1, run.plan.steps // 10) :]
+    if last:
+        record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)
+        record["tokens_per_second"] = done.train_tokens / done.train_seconds
+        _compare_with_ceiling(run)
+    records.save(run.study, record)
+    if record["status"] == "ok":
+        run.checkpoints.remove()
+
+
+def _compare_with_ceiling(run):
+    """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
+    needed = flops.flops_per_token(
+        plan.Shape.of(core(run.model).config), run.method, length=float(run.rows.lengths.mean())
+    )
+    ceiling = flops.matmul_ceiling(run.device, _DTYPES[run.precision])
+    run.record.update(mfu=run.record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
