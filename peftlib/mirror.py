@@ -8,19 +8,17 @@ import contextlib
 import tempfile
 import threading
 import time
-import uuid
 from pathlib import Path
 
 from peftlib import __version__, archive
-from peftlib.errors import CheckpointError, ConfigError, StudyError
-from peftlib.files import read_json, write_json
+from peftlib.errors import CheckpointError, ConfigError
+from peftlib.mirror_state import MirrorState, alone, made
 from peftlib.storage import remote_of
 
 EVERY_S = 10.0  # seconds between two looks for something new
 SMALL_FILES_S = 60.0  # seconds between two copies of the small files, which change all the time
 FLUSH_S = 900.0  # seconds that the end of a notebook waits for the last copies
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0  # after an error, doubled each time
-_STATE = ".mirror.json"
 _RUNNING = {}  # study folder -> its Mirror: a process has one for each
 
 
@@ -76,10 +74,7 @@ class Mirror:
         self.folder, self.remote, self.log, self.keep = Path(folder), remote, log, keep
         self.every_s, self.small_files_s = every_s, small_files_s
         self.busy_with = None  # the unit being copied
-        self._copied = {}  # unit -> fingerprint of what the remote has of it
-        self._serials = {}  # unit -> serial of the copy that this folder last was
-        self._origin = uuid.uuid4().hex  # this folder's mark in what it writes
-        self._read_state()
+        self._state = MirrorState(self.folder, remote)
         self._failures = {}  # unit -> (what went wrong, time of the next try, pause)
         self._small_files_at = 0.0
         self._is_taken_over = False
@@ -110,19 +105,16 @@ class Mirror:
         for unit in _in_order(listing):
             self._restore_unit(unit, listing)
         newest = {unit: _newest_first(unit, listing)[0][1]["serial"] for unit in _in_order(listing)}
-        lost = [unit for unit in self._copied if newest.get(unit) != self._serials[unit]]
-        if lost:
-            self._copied = {unit: rows for unit, rows in self._copied.items() if unit not in lost}
-            self._write_state()
+        self._state.forget([unit for unit in self._state.copied if newest.get(unit) != self._state.serials[unit]])
 
     def _restore_unit(self, unit, listing):
         for name, facts in _newest_first(unit, listing):
-            if facts["origin"] == self._origin or facts["serial"] <= self._serials.get(unit, 0):
+            if facts["origin"] == self._state.origin or facts["serial"] <= self._state.serials.get(unit, 0):
                 return  # what is here is at least as new
             if unit.startswith("checkpoint-") and archive.is_finished(self.folder, unit.removeprefix("checkpoint-")):
                 return
             try:
-                with tempfile.TemporaryDirectory(dir=_made(self.folder), prefix=".fetching-") as beside:
+                with tempfile.TemporaryDirectory(dir=made(self.folder), prefix=".fetching-") as beside:
                     fetched = Path(beside) / "archive.tar"
                     self.remote.fetch(name, facts, fetched)
                     names = archive.unpack(fetched, self.folder)
@@ -134,7 +126,7 @@ class Mirror:
         else:
             return
         files = archive.units_of(self.folder).get(unit, [])
-        self._keep(unit, _newest_first(unit, listing)[0][1]["serial"], archive.fingerprint(self.folder, files))
+        self._state.keep(unit, _newest_first(unit, listing)[0][1]["serial"], archive.fingerprint(self.folder, files))
 
     def require_space(self, run, checkpoint_bytes):
         """See before step 1 that keep + 1 checkpoints of a run fit on the remote; one is kept where more do not.
@@ -202,7 +194,7 @@ class Mirror:
     def _waiting(self):
         """Units whose present files the remote does not have."""
         units = archive.units_of(self.folder)
-        return [unit for unit in units if archive.fingerprint(self.folder, units[unit]) != self._copied.get(unit)]
+        return [unit for unit in units if archive.fingerprint(self.folder, units[unit]) != self._state.copied.get(unit)]
 
     def _loop(self):
         while not self._is_over.wait(self.every_s) and not self._is_taken_over:
@@ -210,10 +202,10 @@ class Mirror:
 
     def copy_once(self, *, is_last=False):
         """Copy each unit that has changed; is_last: the small files even if they were copied a moment ago."""
-        with self._one_at_a_time, _alone(self.folder) as is_alone:
+        with self._one_at_a_time, alone(self.folder) as is_alone:
             if not is_alone:
                 return
-            self._read_state()
+            self._state.read()
             for unit in self._waiting():
                 if self._is_over.is_set() and not is_last:
                     return
@@ -253,17 +245,17 @@ class Mirror:
         print_of_files = archive.fingerprint(self.folder, files)
         listing = self.remote.listing()
         known = _newest_first(unit, listing)
-        newest = known[0][1] if known else {"serial": 0, "origin": self._origin}
-        if newest["origin"] != self._origin and newest["serial"] > self._serials.get(unit, 0):
+        newest = known[0][1] if known else {"serial": 0, "origin": self._state.origin}
+        if newest["origin"] != self._state.origin and newest["serial"] > self._state.serials.get(unit, 0):
             self._is_taken_over = True
             self.log(self.state())
             return
         serial = newest["serial"] + 1
-        facts = {"unit": unit, "serial": serial, "origin": self._origin, "written_by": f"peftlib {__version__}"}
+        facts = {"unit": unit, "serial": serial, "origin": self._state.origin, "written_by": f"peftlib {__version__}"}
         with archive.pinned(self.folder, files) as pairs:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
             self.remote.put(self._place(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
-        self._keep(unit, serial, print_of_files)
+        self._state.keep(unit, serial, print_of_files)
         if unit == "study":
             self._small_files_at = time.monotonic()
 
@@ -288,21 +280,6 @@ class Mirror:
                 if facts["unit"].startswith("checkpoint-") and is_kept and archive.is_finished(self.folder, run):
                     self.remote.drop(name)
 
-    def _read_state(self):
-        """Take up what earlier sessions in this folder, or other processes, have copied."""
-        with contextlib.suppress(OSError, StudyError, KeyError):
-            state = read_json(self.folder / _STATE)
-            if state["remote"] == str(self.remote):
-                self._origin, self._serials, self._copied = state["origin"], state["serials"], state["copied"]
-
-    def _keep(self, unit, serial, print_of_files):
-        self._serials[unit], self._copied[unit] = serial, print_of_files
-        self._write_state()
-
-    def _write_state(self):
-        state = {"remote": str(self.remote), "origin": self._origin, "serials": self._serials, "copied": self._copied}
-        write_json(_made(self.folder) / _STATE, state)
-
 
 def _newest_first(unit, listing):
     """[(name, facts), ...] of a unit's archives."""
@@ -315,28 +292,6 @@ def _newest_first(unit, listing):
 def _in_order(listing):
     """The units of a listing, the small files last: a record must not say more than what is here."""
     return sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))
-
-
-@contextlib.contextmanager
-def _alone(folder):
-    """Whether no other process of this machine copies the folder at the moment."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield True
-        return
-    with open(_made(folder) / ".mirror.lock", "w", encoding="utf-8") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def _made(folder):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
 
 
 def _said(error):

@@ -12,17 +12,8 @@ from peftlib.files import read_json, write_json
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "sacrebleu", "rouge-score")
 
 
-_NEEDED = (
-    "method",
-    "seed",
-    "status",
-    "error",
-    "config",
-    "split_hash",
-    "model",
-    "model_provenance",
-    "precision",
-    "device",
+# Known when a run ends; a record lists them from the start, as None.
+_OUTCOME = (
     "trainable_params",
     "steps",
     "planned_steps",
@@ -35,9 +26,32 @@ _NEEDED = (
     "peak_reserved_bytes",
     "train_seconds",
     "tokens_per_second",
+    "evaluation",
+)
+_ALSO = (
+    "total_params",
+    "first_step_s",
+    "mfu",
+    "matmul_tflops",
+    "skipped_steps",
+    "saves",
+    "save_stall_seconds",
+    "forked_from",
+)
+_NEEDED = (
+    "method",
+    "seed",
+    "status",
+    "error",
+    "config",
+    "split_hash",
+    "model",
+    "model_provenance",
+    "precision",
+    "device",
+    *_OUTCOME,
     "history",
     "valid_history",
-    "evaluation",
 )
 
 
@@ -59,31 +73,7 @@ def new_record(study, method, *, device, precision, precision_reason):
         "precision": precision,
         "precision_reason": precision_reason,
         "device": device_name(device),
-        **dict.fromkeys(
-            [
-                "trainable_params",
-                "total_params",
-                "steps",
-                "planned_steps",
-                "train_tokens",
-                "learning_rate",
-                "learning_rate_2",
-                "train_loss",
-                "eval_loss",
-                "peak_memory_bytes",
-                "peak_reserved_bytes",
-                "train_seconds",
-                "tokens_per_second",
-                "first_step_s",
-                "mfu",
-                "matmul_tflops",
-                "skipped_steps",
-                "saves",
-                "save_stall_seconds",
-                "forked_from",
-                "evaluation",
-            ]
-        ),
+        **dict.fromkeys(_OUTCOME + _ALSO),
         "layers": [],
         "history": [],
         "valid_history": [],
