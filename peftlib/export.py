@@ -120,13 +120,16 @@ def _attach(study, record, folder):
 
 def lines_of(exported, *, dry_run=False):
     """What was made, as lines to print."""
-    for name, n_bytes in exported.files.items():
-        yield f"  {name}  {size_text(n_bytes)}"
+    yield from _sizes(exported)
     if dry_run:
         yield f"dry run: nothing was written to {exported.address}; its card:"
         yield exported.card
     else:
         yield exported.address if "://" in exported.address else str(Path(exported.address))
+
+
+def _sizes(exported):
+    return [f"  {name}  {size_text(n_bytes)}" for name, n_bytes in exported.files.items()]
 
 
 class Preview:
@@ -144,7 +147,9 @@ class Preview:
     def __repr__(self):
         if not self._is_finished:
             return f"{self._name} can be handed on once it is trained to its end"
-        return "\n".join(lines_of(self._exported, dry_run=True))
+        n_lines = len(self._exported.card.splitlines())
+        shown = [f"would go to {self._exported.address}, README.md a model card of {n_lines} lines:"]
+        return "\n".join([*shown, *_sizes(self._exported)])
 
     def _repr_html_(self):
         if not self._is_finished:

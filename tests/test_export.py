@@ -289,7 +289,9 @@ def test_a_preview_shows_files_and_card_and_keeps_nothing(finished, tmp_path):
     shown = Preview(study, "qlora", to=tmp_path / "<out>")
     page = shown._repr_html_()
     assert "adapter_model.safetensors</td><td>" in page and "KiB" in page and "## Training" in page
-    assert "<out>" not in page and "## Training" in repr(shown) and f"nothing was written to {tmp_path}" in repr(shown)
+    assert "<out>" not in page and "## Training" not in repr(shown)
+    assert repr(shown).startswith(f"would go to {tmp_path / '<out>'}, README.md a model card of ")
+    assert "\n  adapter_model.safetensors  " in repr(shown)
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
