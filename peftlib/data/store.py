@@ -48,7 +48,8 @@ def load_split(folder, split):
 
     path = Path(folder) / f"{split}.parquet"
     if not path.exists():
-        raise StudyError(f"no {path.name} in {folder}: run 01_data first (python -m peftlib run 01 --study NAME)")
+        name = path.absolute().parent.parent.name if path.parent.name == "data" else "NAME"
+        raise StudyError(f"no {path.name} in {folder}: run 01_data first (python -m peftlib run 01 --study {name})")
     try:
         return Rows(parquet.read_table(path))
     except (pyarrow.ArrowException, OSError) as error:
