@@ -33,6 +33,7 @@ def evaluate(study, method, *, log=print):
     """
     run = f"{method}-s{0 if method == 'base' else study.cfg.seed}"
     with held(study.folder, f"answering the test rows with {method}", run=run, log=log):
+        study.freeze()
         record = _record_of(study, method)
         done = record["evaluation"]
         predictions_path = study.predictions_path(method, record["seed"])

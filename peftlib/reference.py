@@ -232,7 +232,7 @@ def _with_data(settings, log):
     if not (study.manifest_path.exists() and study.config_path.exists()):
         log(f"builds the data of {name}")
         build_data(study.cfg, study.data_dir)
-        study.freeze()
+    study.freeze()
     if settings.factors and not sum(study.manifest()["counts"]["valid"].values()):
         raise ConfigError("no validation rows, on which a sweep is scored: set valid_rows, or --factors none")
     if study.cfg.model == "packaged":

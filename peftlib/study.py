@@ -20,23 +20,15 @@ class Study:
 
     @classmethod
     def open(cls, cfg):
-        """The study named in cfg. StudyError: its folder was made with other data or mathematics (fields named), or there
-        is no study of the name in cfg.fork.
+        """The study named in cfg. StudyError: its folder holds other data, or runs of other mathematics (fields named), or
+        there is no study of the name in cfg.fork.
 
         Nothing is written; `freeze` does that once the data stand.
         """
         study = cls(output_root() / cfg.study, cfg)
         if cfg.fork and not (output_root() / cfg.fork / "config.json").exists():
             raise StudyError(f"fork={cfg.fork!r}: there is no such study in {output_root()}: check its name")
-        if study.config_path.exists():
-            # A field that is younger than the study had its default then.
-            frozen = {**resolve(cfg.profile).study_fields(), **read_json(study.config_path)["config"]}
-            changed = differences(frozen, cfg.study_fields())
-            if changed:
-                raise StudyError(
-                    f"study {cfg.study!r} was made with another config: {'; '.join(changed)}. "
-                    f"Set these fields back, or choose another study name ({study.folder} stays as it is)."
-                )
+        study._require_same()
         return study
 
     @classmethod
@@ -68,10 +60,34 @@ class Study:
         frozen = read_json(folder / "config.json")
         return cls.open(resolve(frozen["profile"], study=name, **frozen["config"]))
 
-    def freeze(self):
-        """Write config.json, unless it stands."""
+    def _require_same(self):
+        """StudyError: config.json fixes other values. The data's fields once it stands, all once something has run."""
         if not self.config_path.exists():
-            frozen = self.cfg.study_fields()
+            return
+        # A field that is younger than the study had its default then.
+        frozen = {**resolve(self.cfg.profile).study_fields(), **read_json(self.config_path)["config"]}
+        ours = self.cfg.study_fields()
+        if not self.has_begun():
+            ours = self.cfg.fields_of("data")
+            frozen = {name: frozen[name] for name in ours}
+        changed = differences(frozen, ours)
+        if changed:
+            raise StudyError(
+                f"study {self.cfg.study!r} was made with another config: {'; '.join(changed)}. "
+                f"Set these fields back, or choose another study name ({self.folder} stays as it is)."
+            )
+
+    def has_begun(self):
+        """Whether something was trained, swept or scored here, which other settings of training would not match."""
+        places = (self.folder / name for name in ("records", "checkpoints", "sweeps"))
+        return any(path.is_file() for place in places for path in place.rglob("*")) or bool(self.adopted_rates())
+
+    def freeze(self):
+        """Write config.json, or write it anew while nothing has run. StudyError: as in open."""
+        self._require_same()
+        frozen = self.cfg.study_fields()
+        kept = read_json(self.config_path) if self.config_path.exists() else None
+        if kept is None or (kept["config"] != frozen and not self.has_begun()):
             write_json(
                 self.config_path,
                 {"profile": self.cfg.profile, "config": frozen, "config_hash": short_hash(frozen)},

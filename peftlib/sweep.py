@@ -19,8 +19,8 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
     entry a rate field, 'valid_loss', 'train_loss'}, ...], 'best': the entry of the least validation loss}, also written
     to sweeps/<method>.json. valid_loss is None where the loss became inf or nan. Test rows are never seen. A cut sweep
     goes on where it stopped.
-    ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. Stopped: cut, and
-    saved. NonFiniteLossError: no factor led to a finite loss.
+    ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. StudyError: the
+    study has begun with other settings. Stopped: cut, and saved. NonFiniteLossError: no factor led to a finite loss.
     """
     cfg = study.cfg
     if cfg.valid_rows == 0:
@@ -28,6 +28,7 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
     if not factors or min(factors) <= 0:
         raise ConfigError(f"factors={factors!r}: use positive numbers")
     fields = methods.find(method).RATES
+    study.freeze()
     steps = max(1, rows // cfg.sequences_per_step)
     tried = []
     for factor in factors:

@@ -46,7 +46,7 @@ class TrainingRun:
     def __init__(self, study, method, *, log=print):
         from accelerate import Accelerator
 
-        self.study = study.with_rates_of(method)
+        self._given, self.study = study, study.with_rates_of(method)
         self.cfg, self.name, self.log = self.study.cfg, method, log
         self.method = methods.find(method)
         self.manifest = study.manifest()
@@ -86,6 +86,7 @@ class TrainingRun:
         what = f"training {self.name}, seed {self.cfg.seed}"
         run = f"{self.name}-s{self.cfg.seed}"
         with self._open, held(self.study.folder, what, run=run, log=self.log) as require_lock:
+            self._given.freeze()
             kept = self.finished_record()
             if kept is not None:
                 self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({kept['steps']} steps), nothing to do")

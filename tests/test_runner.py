@@ -259,9 +259,9 @@ def test_the_notebooks_own_parameters_count_unless_overridden(notebooks):
 def test_a_study_made_with_other_settings_is_refused_with_the_fields(notebooks, capsys):
     fake_notebooks.write_good(notebooks, "01_first")
     runner.plan([], {"profile": "demo", "study": "s"}, notebooks)[0].study.freeze()
-    line = ["run", "--profile", "demo", "--study", "s", "--notebooks", str(notebooks), "-p", "lora_rank", "8"]
+    line = ["run", "--profile", "demo", "--study", "s", "--notebooks", str(notebooks), "-p", "max_length", "99"]
     assert command_line.main(line) == 2
-    assert "study 's' was made with another config: lora_rank: 16 -> 8" in capsys.readouterr().err
+    assert "study 's' was made with another config: max_length: 256 -> 99" in capsys.readouterr().err
 
 
 def test_a_report_of_a_study_that_is_not_there_is_refused(capsys):

@@ -165,14 +165,6 @@ def test_a_study_of_another_config_is_refused_with_its_fields(make_study):
     Study.open(study.cfg.replace(seed=3, micro_batch=1))  # seeds and run-time fields are free
 
 
-def test_settings_left_open_come_from_the_study_and_given_ones_are_held_against_it(make_study):
-    made = make_study(lora_alpha=8)
-    again = Study.resolve(profile="demo", study="tiny", train_rows=None, device="cpu", seed=5)
-    assert again.cfg.study_fields() == made.cfg.study_fields() and again.cfg.seed == 5
-    with pytest.raises(StudyError, match="lora_alpha: 8 -> 9"):
-        Study.resolve(profile="demo", study="tiny", lora_alpha=9)
-
-
 def test_training_before_data_is_refused(make_study):
     study = make_study()
     shutil.rmtree(study.data_dir)
