@@ -46,7 +46,8 @@ def _parser():
         "--precision-check",
         nargs="*",
         metavar="METHOD",
-        help=f"also run once in fp16, in study NAME-fp16; default: {' '.join(PRECISION_CHECKED)} with the gpu profile on a GPU",
+        help=f"also run once in fp16, in study NAME-fp16; {' '.join(PRECISION_CHECKED)} where none are named, and by default "
+        "with the gpu profile on a GPU; none: no run",
     )
     add("--minutes", type=float, default=0.0, help="save and stop before so many are over; default: no limit")
     add("--at-once", type=int, default=1, help="runs side by side on each GPU; default: 1")
@@ -94,7 +95,7 @@ def _assumptions(args):
 def _checked(asked, methods, given):
     """Methods to run in OTHER_PRECISION as well."""
     if asked is not None:
-        names = tuple(name for name in asked if name != "none")
+        names = tuple(name for name in asked or PRECISION_CHECKED if name != "none" and (asked or name in methods))
         strange = [name for name in names if name not in methods]
         if strange:
             raise ConfigError(f"--precision-check {' '.join(strange)}: not among --methods {' '.join(methods)}")

@@ -235,6 +235,21 @@ def test_arguments_become_settings():
             settings_of(_parser().parse_args(words.split()))
 
 
+@pytest.mark.parametrize(
+    "words, checked",
+    [
+        ("", ()),  # no GPU here
+        ("--precision-check", ("qlora", "galore", "hybrid")),
+        ("--methods base galore --precision-check", ("galore",)),
+        ("--precision-check lora", ("lora",)),
+        ("--precision-check none", ()),
+    ],
+)
+def test_which_methods_run_in_the_other_precision_too(monkeypatch, words, checked):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert settings_of(_parser().parse_args(words.split())).checked == checked
+
+
 def test_the_plan_follows_from_its_assumptions(make_study, tmp_path, capsys):
     study = make_study()
     asked = Settings({}, ("base", "qlora", "galore"), (0, 1), factors=(1.0, 3.0), rows=6)
