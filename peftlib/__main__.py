@@ -55,7 +55,7 @@ def _parser():
     report = _command(commands, "report", _report, "write results.csv, report.md and figures of a study again")
     report.add_argument("--study", required=True, help="name of the study folder")
     plan = _command(commands, "plan", _plan, "which method fits a GPU, in which micro-batch, for how many hours")
-    plan.add_argument("--gpu", required=True, help="t4, l4, a100, h100 and others")
+    plan.add_argument("--gpu", help="t4, l4, a100, h100 and others; default: the one here, else a t4")
     plan.add_argument("--model", help="'packaged', gemma-3-1b, a folder or a hub id; default: the study's or profile's")
     plan.add_argument("--study", help="name of a study folder whose settings and data to plan for")
     plan.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="set one setting")

@@ -67,7 +67,8 @@ class Answers:
         return any(wanted in text.casefold() for text in texts)
 
     def notable(self, metric="rougeL"):
-        """{position: {why: [run, ...]}}: each trained run's largest gain over base, its median and its largest loss.
+        """{position: {why: [run, ...]}}: each trained run's largest gain over base, its median and its largest loss,
+        or the smallest where no row lost or none gained.
 
         Without the untrained model: its highest, its median and its lowest score.
         """
@@ -77,6 +78,9 @@ class Answers:
             up, down = (GAIN, LOSS) if base not in (None, name) else (HIGHEST, LOWEST)
             places = self.chosen(order=up, metric=metric, name=name, other=base)
             typical = "typical gain" if up == GAIN else "typical score"
+            if up == GAIN:
+                gains = self.scores(name, metric)[places] - self.scores(base, metric)[places]
+                up, down = GAIN if gains[0] > 0 else "smallest loss", LOSS if gains[-1] < 0 else "smallest gain"
             for at, why in ((0, up), (len(places) // 2, typical), (-1, down)):
                 found.setdefault(int(places[at]), {}).setdefault(why, []).append(name)
         return found

@@ -29,7 +29,7 @@ def main(argv):
     folders = [_folder(name) for name in parser.parse_args(argv).studies]
     if len(set(folders)) < max(len(folders), 2):
         raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
-    print(to_markdown(blocks_of(folders), None), end="")
+    print(to_markdown(blocks_of(folders), None).replace("-&gt;", "->"), end="")
     return 0
 
 

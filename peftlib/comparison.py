@@ -108,7 +108,7 @@ def _caution(boot):
 
 
 def _against_base(study, boot, pairs):
-    for method in study.scored:
+    for method, runs in study.scored.items():
         if method == BASE or BASE not in study.scored:
             continue
         parts = []
@@ -121,11 +121,17 @@ def _against_base(study, boot, pairs):
         cut = _pair(pairs, "rougeL", method, BASE_CUT)
         yield (
             f"{method} against base cut at {study.cut_at_words} words, the median reference length: ROUGE-L "
-            f"{_signed(cut.difference)}, {_worth(cut.difference)}."
+            f"{_signed(cut.difference)}, {_worth(cut.difference, mean_of(runs, lambda run: run.truncated_share))}."
         )
 
 
-def _worth(difference):
+def _worth(difference, cut_share):
+    if cut_share >= 0.5:  # then it has not learnt to stop, and the cut base is spared what lengthens its own answers
+        verdict = "inside the noise" if difference.is_noise else "higher" if difference.value > 0 else "lower"
+        return (
+            f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "
+            "compares lengths as much as answers"
+        )
     if difference.is_noise:
         return "inside the noise, so the gain may be no more than knowing when to stop"
     if difference.value > 0:
@@ -142,8 +148,11 @@ def _best(study, boot, pairs):
         pair = _pair(pairs, metric, first, second)
         lead = _signed(pair.difference, flip=pair.method != first)
         worth = "inside the noise" if pair.difference.is_noise else "outside the noise"
+        base = boot.value.get(BASE, {}).get(metric)
+        beaten = f" The untrained model has more: {base:.3f}." if (base or 0) > boot.value[first][metric] else ""
         yield (
-            f"Highest {name}: {first} with {boot.value[first][metric]:.3f}; its lead over {second} ({lead}) is {worth}."
+            f"Highest {name} of the trained methods: {first} with {boot.value[first][metric]:.3f}; its lead over {second} "
+            f"({lead}) is {worth}.{beaten}"
         )
 
 

@@ -12,6 +12,7 @@ from peftlib.cards import CARDS, SHAPES, card_at_hand, find_card, shape_of
 from peftlib.config import PACKAGED_MODEL, Config, describe, resolve
 from peftlib.document import folded, plain
 from peftlib.errors import ModelError, PeftlibError, StudyError
+from peftlib.hours import duration
 from peftlib.study import Study
 
 CHOICES = (
@@ -89,14 +90,6 @@ def table(forecast):
     return [dict(zip(COLUMNS, _texts(cost, forecast.gib), strict=True)) for cost in forecast.costs]
 
 
-def duration(low_s, high_s):
-    """'20 s to 3 min', two digits that count, nothing below 1 s; 'about 2 h' where both ends read the same."""
-    low, high = _time_text(low_s), _time_text(high_s)
-    if low == high:
-        return f"about {low}"
-    return f"{low.split()[0]} to {high}" if low.split()[1] == high.split()[1] else f"{low} to {high}"
-
-
 def as_html(found):
     """An Answer as HTML: its words, the table with bars of memory, the resolved config, the lines and the command."""
     parts = []
@@ -153,12 +146,6 @@ def _texts(cost, gib):
     method, fits, memory, micro_batch, recompute, rate, _, mark = plan_cli.cells(cost)
     time = duration(*(3600 * hours for hours in cost.hours)) if cost.hours else ""
     return method, fits, memory, f"{gib:.1f}", micro_batch, recompute, rate, time, mark
-
-
-def _time_text(seconds):
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size or unit == "s":
-            return f"{max(1.0, float(f'{seconds / size:.2g}')):g} {unit}"
 
 
 def _html_table(forecast):

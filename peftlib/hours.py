@@ -111,3 +111,17 @@ def study_tokens(cfg, manifest=None):
     if cfg.max_steps:
         seen = min(seen, cfg.max_steps * cfg.sequences_per_step)
     return seen * low, seen * high, basis
+
+
+def duration(low_s, high_s):
+    """'20 s to 3 min', two digits that count, nothing below 1 s; 'about 2 h' where both ends read the same."""
+    low, high = _time_text(low_s), _time_text(high_s)
+    if low == high:
+        return f"about {low}"
+    return f"{low.split()[0]} to {high}" if low.split()[1] == high.split()[1] else f"{low} to {high}"
+
+
+def _time_text(seconds):
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size or unit == "s":
+            return f"{max(1.0, float(f'{seconds / size:.2g}')):g} {unit}"

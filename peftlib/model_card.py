@@ -2,6 +2,7 @@
 
 import json
 
+from peftlib.config import PACKAGED_MODEL
 from peftlib.data.hub import HUB
 from peftlib.files import read_json, write_text
 from peftlib.methods import find
@@ -47,7 +48,7 @@ def model_card(study, record, form, scores, *, quant=None, to=None):
         "What it is": _what_lines(record, form),
         "Data": _data_lines(study.manifest()),
         "Training": _training_lines(record),
-        "Scores": [*score_lines(scores), "", *_scored_form(form)],
+        "Scores": [*score_lines(scores), "", *_scored_form(form), *_scored_on(study, form)],
         "How to load it": _loading(study, record, form, quant, to),
         "Limits": _limit_lines(record),
         "Licence": _licence_lines(study.manifest()),
@@ -141,13 +142,14 @@ def _data_lines(manifest):
 
 def _training_lines(record):
     config, peak = record["config"], gib(record["peak_memory_bytes"])
+    rates, second = find(record["method"]).RATES, record["learning_rate_2"]
+    norms = f", other weights {second:g}" if second and len(rates) == 1 else ""
     facts = {
         "steps": f"{record['steps']:,} of {record['planned_steps']:,}",
         "tokens read": _count(record["train_tokens"]),
         "weights that trained": f"{_count(record['trainable_params'])} of {_count(record.get('total_params'))}",
-        "learning rates (peak)": ", ".join(
-            f"{name.removesuffix('_learning_rate')} {config[name]:g}" for name in find(record["method"]).RATES
-        ),
+        "learning rates (peak)": ", ".join(f"{name.removesuffix('_learning_rate')} {config[name]:g}" for name in rates)
+        + norms,
         "last training loss": _shown(record["train_loss"], ".3f", "nats per token"),
         "precision": f"{record['precision']} ({record.get('precision_reason') or 'reason not recorded'})",
         "hardware": record["device"],
@@ -179,6 +181,15 @@ def _count(value):
 
 def _shown(value, form, unit):
     return UNKNOWN if value is None else f"{value:{form}} {unit}"
+
+
+def _scored_on(study, form):
+    """Which base the scores are of, where the code below cannot name it."""
+    if form != "adapter" or study.cfg.model != PACKAGED_MODEL:
+        return []
+    return [
+        "The base was `peftlib.packaged.packaged_model()`; on the original release, which the code names, scores differ."
+    ]
 
 
 def _scored_form(form):

@@ -104,7 +104,8 @@ def _notes(scores):
         yield ""
         yield (
             f"Base: the untrained model; {scores.base.truncated_share:.0%} of its answers met the token limit, and "
-            f"overlong answers score low for that alone ({scores.cut_at_words} words are the references' median)."
+            f"overlong answers score low for that alone ({scores.cut_at_words} words are the references' median). Of this "
+            f"model's answers {scores.run.truncated_share:.0%} met it."
         )
 
 

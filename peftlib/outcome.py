@@ -21,10 +21,11 @@ def describe(run, peak_rates):
         learning_rate=peak_rates[0],
         learning_rate_2=peak_rates[1] if len(peak_rates) > 1 else None,
     )
-    start = f"goes on at step {run.progress.step}" if run.progress.step else "starts"
+    steps, total_steps = run.progress.step, run.plan.steps
+    start = f"goes on at step {steps} of {total_steps}" if steps else f"starts, {total_steps} steps"
     rates = " and ".join(f"{rate:g}" for rate in sorted(set(peak_rates), reverse=True))
     run.log(
-        f"{run.name}, seed {run.cfg.seed}, {start} of {run.plan.steps}: {trained:,} of {total:,} parameters train, "
+        f"{run.name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
         f"peak rate {rates}, {run.precision} ({run.precision_reason}), {run.record['device']}"
     )
 

@@ -1,20 +1,23 @@
-"""`python -m peftlib plan`: which method fits a GPU, in which micro-batch, and for how many hours."""
+"""`python -m peftlib plan`: which method fits a GPU, in which micro-batch, and for how long."""
 
 from peftlib import costs
-from peftlib.cards import find_card, shape_of
+from peftlib.cards import card_at_hand, find_card, shape_of
 from peftlib.config import resolve
 from peftlib.errors import ConfigError
+from peftlib.hours import duration
 
-HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "hours", "")
+HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
 _FULL_PROFILE_GIB = 17  # as env.profile_for_hardware draws the line
 
 
 def lines(gpu, model, overrides, study=None):
-    """The plan as lines of text. overrides: {field: value} of the config. study: a Study whose config and data hold.
+    """The plan as lines of text. gpu: a name; None: the one here, or a t4, which is said. overrides: {field: value} of the config. study: a Study whose config and data hold.
 
     ConfigError: an unknown GPU or setting, or a card on which no method fits. ModelError: see cards.shape_of.
     """
-    name, card = find_card(gpu)
+    name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
+    if gpu is None:
+        yield f"no --gpu given: planned for a {name}"
     cfg = _config(card, model, overrides, study)
     manifest = study.manifest() if study is not None and study.manifest_path.exists() else None
     found = costs.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
@@ -42,7 +45,7 @@ def cells(cost):
         return (cost.method, "no", memory, "", "", "", "", cost.mark)
     rate = _span(cost.speed.low, cost.speed.high, _figure)
     setting = (str(cost.micro_batch), cost.checkpointing)
-    return (cost.method, "yes", memory, *setting, rate, _span(*cost.hours, "{:.2g}".format), cost.mark)
+    return (cost.method, "yes", memory, *setting, rate, duration(*(3600 * hours for hours in cost.hours)), cost.mark)
 
 
 def _figure(value):

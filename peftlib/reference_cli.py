@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftlib.config import from_text
-from peftlib.errors import ConfigError
+from peftlib.errors import ConfigError, StudyError
 from peftlib.reference import PRECISION_CHECKED, Settings, run
 from peftlib.study import METHOD_ORDER, Study
 
@@ -23,6 +23,11 @@ def main(argv):
         from peftlib import reference_plan
 
         study, assumed = Study.resolve(**settings.given), _assumptions(args)
+        if not study.manifest_path.exists():
+            raise StudyError(
+                f"--dry-run counts the rows of study {study.cfg.study!r}, which has no data yet: the command without "
+                "--dry-run builds them first, and so does `python -m peftlib data` with the same --study, --source and -p"
+            )
         for line in reference_plan.lines(study, settings, assumed):
             print(line)
         if args.keep_plan:

@@ -104,7 +104,7 @@ def lines(study, settings, assumed):
         yield f"{row['run']:<18} {row['minutes']:>13.1f}  {state.status if state else ''}".rstrip()
     yield (
         f"left: {sum(row['minutes'] for row in left):.0f} minutes of runs, {wall_minutes(left, assumed):.0f} by the clock "
-        f"on {assumed.gpus} GPUs with {assumed.at_once} runs on each"
+        f"on {assumed.gpus} GPU{'s' * (assumed.gpus != 1)} with {assumed.at_once} run{'s' * (assumed.at_once != 1)} on each"
     )
 
 

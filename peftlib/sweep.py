@@ -45,6 +45,9 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
     write_json(path_of(study, method), found)
     edge = " (at the edge of what was tried: try further)" if is_at_edge(found) else ""
     log(f"{method}: best {_shown({name: best[name] for name in fields})}{edge}")
+    if best["factor"] != 1:
+        given = " ".join(f"-p {name} {best[name]:g}" for name in fields)
+        log(f"to train with it: {given}, in a study in which nothing was trained yet")
     return found
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from peftlib import data
+from peftlib.config import resolve
 from peftlib.data import browse, cli, figures
 from peftlib.errors import ConfigError, StudyError
 from peftlib.files import read_json
@@ -98,7 +99,9 @@ def test_the_command_refuses_a_study_made_otherwise_and_unknown_settings(root, t
 
 
 def test_row_counts_on_the_command_line_bring_the_full_studys_other_settings():
-    cfg = cli._config(cli._parser().parse_args(["--study", "x", "--train", "5000", "--test", "2000"]))
+    cfg = resolve(
+        **cli._given(cli._parser().parse_args(["--study", "x", "--train", "5000", "--test", "2000"]), is_new=True)
+    )
     assert (cfg.valid_rows, cfg.max_length) == (200, 1024)
-    plain = cli._config(cli._parser().parse_args(["--study", "x", "--profile", "demo"]))
+    plain = resolve("demo", **cli._given(cli._parser().parse_args(["--study", "x", "--profile", "demo"]), is_new=True))
     assert (plain.train_rows, plain.valid_rows, plain.max_length) == (64, 8, 256)

@@ -8,7 +8,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 from peftlib import __main__ as command_line
-from peftlib import cards, costs, form, methods, notebook, plan, runner
+from peftlib import cards, costs, form, hours, methods, notebook, plan, runner
 from peftlib.cards import CARDS, SHAPES
 from peftlib.config import from_text, resolve
 from peftlib.study import Study
@@ -173,7 +173,7 @@ def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):
     ],
 )
 def test_times_have_a_unit_that_fits(seconds, words):
-    assert form.duration(*seconds) == words
+    assert hours.duration(*seconds) == words
 
 
 def test_a_live_kernel_gets_widgets_and_papermill_does_not(fresh, monkeypatch):

@@ -9,7 +9,7 @@ import fake_study
 import pandas as pd
 import pytest
 
-from peftlib import figures, metrics, palette, report, stats
+from peftlib import comparison, figures, metrics, palette, report, scored, stats
 from peftlib.document import Bullets, Heading, Paragraph, Table, markdown_text, to_html, to_markdown
 from peftlib.errors import StudyError
 from peftlib.files import read_json
@@ -156,6 +156,32 @@ def test_findings_are_made_from_the_numbers(built):
     assert "the gain is more than knowing when to stop" in said
     assert "Least memory in training: qlora with 1.12 GiB; hybrid 1.77, galore 2.24." in said
     assert "base 100%, qlora 0%" in said
+
+
+@pytest.mark.parametrize(
+    "low, high, cut_share, said",
+    [
+        (0.01, 0.03, 0.1, "so the gain is more than knowing when to stop"),
+        (-0.01, 0.03, 0.1, "inside the noise, so the gain may be no more than knowing when to stop"),
+        (-0.03, -0.01, 0.49, "so the cut base is the better one"),
+        (0.01, 0.03, 0.96, "higher; 96% of its own answers met the token limit uncut"),
+        (-0.01, 0.03, 0.5, "inside the noise; 50% of its own answers met the token limit uncut"),
+        (-0.03, -0.01, 1.0, "lower; 100% of its own answers met the token limit uncut"),
+    ],
+)
+def test_a_method_that_never_stops_is_not_said_to_know_when(low, high, cut_share, said):
+    assert comparison._worth(stats.Interval((low + high) / 2, low, high), cut_share).startswith(said)
+
+
+def test_a_winner_that_the_untrained_model_beats_is_not_left_so(built):
+    study, shown = built
+    assert all("The untrained model has more" not in line for line in shown.findings)
+    found = scored.load(study)
+    boot = stats.bootstrap(found.systems())
+    pairs = comparison.pairs_of(found.systems(), boot)
+    boot.value["base"]["rougeL"] = 0.99
+    lines = [line for line in comparison.findings(found, boot, pairs) if line.startswith("Highest")]
+    assert lines[1].startswith("Highest ROUGE-L of the trained methods: ") and lines[1].endswith("has more: 0.990.")
 
 
 def test_what_was_forgotten_stands_in_table_and_findings(built):
@@ -534,7 +560,7 @@ def test_studies_are_compared_row_by_row(two, capsys):
     assert "| a/made-up | qlora | 1 | 0." in printed
     assert re.search(r"\| qlora: b/made-up - a/made-up \| ROUGE-L \| \+0\.\d+ \| \+.* \| higher \|", printed)
     assert re.search(r"\| base: b/made-up - a/made-up \| ROUGE-L \| \+0\.0000 \| .* \| inside the noise \|", printed)
-    assert "a/made-up -&gt; b/made-up: none" in printed
+    assert "a/made-up -> b/made-up: none" in printed
 
 
 def test_studies_that_cannot_be_compared_are_refused(two, tmp_path):

@@ -11,10 +11,12 @@ _STUDY_SIZED = PROFILES["t4"]  # where row counts are given, what else the data 
 
 
 def main(argv):
-    """Build a study's data and freeze its config; returns 0. PeftlibError: as build_data, Study.open and resolve."""
-    cfg = _config(_parser().parse_args(argv))
-    open_mirror(output_root() / cfg.study)
-    study = Study.open(cfg)
+    """Build a study's data and freeze its config; returns 0. PeftlibError: as build_data, Study.resolve and resolve."""
+    args = _parser().parse_args(argv)
+    folder = output_root() / resolve(args.profile, study=args.study).study
+    open_mirror(folder)
+    study = Study.resolve(profile=args.profile, **_given(args, is_new=not (folder / "config.json").exists()))
+    cfg = study.cfg
     print(f"study {cfg.study}, profile {cfg.profile}, in {study.folder}")
     print("  ".join(f"{name}={value!r}" for name, value in {"model": cfg.model, **cfg.fields_of("data")}.items()))
 
@@ -49,7 +51,7 @@ def _parser():
     return parser
 
 
-def _config(args):
+def _given(args, *, is_new):
     given = {
         "study": args.study,
         "sources": "; ".join(args.source) if args.source else None,
@@ -60,12 +62,12 @@ def _config(args):
     }
     given = {name: value for name, value in given.items() if value is not None}
     given |= {name: from_text(name, text) for name, text in args.p}
-    if args.profile is None and (args.train or args.test):
+    if is_new and args.profile is None and (args.train or args.test):
         for name in ("train_rows", "test_rows", "max_length", "max_new_tokens"):
             given.setdefault(name, _STUDY_SIZED[name])
         share = _STUDY_SIZED["valid_rows"] / _STUDY_SIZED["train_rows"]
         given.setdefault("valid_rows", round(share * given["train_rows"]))
-    return resolve(args.profile, **given)
+    return given
 
 
 def summary(manifest):
