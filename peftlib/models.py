@@ -69,13 +69,14 @@ def token_for(location):
         return None
 
 
-def load_base(model, *, precision, device, four_bit=()):
+def load_base(model, *, precision, device, four_bit=(), runs=True):
     """The base model, all weights frozen, in training layout on `device`.
 
     precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projection names to hold in NF4 with double
     quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
     Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
-    Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too.
+    Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too. runs: False for its weights
+    alone, to be brought to another precision: without those hooks, which would give it a float32 residual there.
     ModelError: not to be had (gated, no network, unknown), bitsandbytes is missing, or a 4-bit name matches no layer.
     """
     from transformers import AutoModelForCausalLM
@@ -92,7 +93,7 @@ def load_base(model, *, precision, device, four_bit=()):
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
     _norms_to_float32(loaded)
-    if precision == "fp16":
+    if precision == "fp16" and runs:
         keep_residual_in_float32(loaded)
     if four_bit:
         named_weights(loaded, four_bit)  # at least one layer bears such a name

@@ -112,7 +112,7 @@ def export_merged(folder, out, *, dtype=torch.bfloat16):
 
 def _load_adapter(folder, facts, *, device, merge, dtype):
     four_bit = tuple(facts["four_bit"])
-    base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit)
+    base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit, runs=not merge)
     if merge:
         # float32 first: a bf16 matrix would round most of the adapter's product away
         base = (_dequantized(base) if four_bit else base).float()

@@ -87,6 +87,14 @@ def test_a_model_in_fp16_keeps_its_vectors_and_answers_as_in_float32(trained, me
     torch.testing.assert_close(logits(half), logits(exact), atol=0.02, rtol=0, check_dtype=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["qlora", "lora", "hybrid", "galore"])
+def test_a_model_trained_in_fp16_runs_in_every_precision(trained, method, dtype):
+    ours, folder, _ = trained(method, precision="fp16")
+    merged = load_trained(folder, dtype=dtype)
+    torch.testing.assert_close(logits(merged), logits(ours), atol=0.05, rtol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
 def test_an_exported_model_is_standalone_and_scores_like_the_unmerged_one(trained, method, tmp_path):
     ours, folder, study = trained(method)
