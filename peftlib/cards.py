@@ -57,6 +57,11 @@ def card_of_device(device):
     return next((card for card in CARDS.values() if set(card.device.split()) <= set(words)), None)
 
 
+def short_name(device):
+    """'H100' of torch's 'NVIDIA H100 80GB HBM3'."""
+    return device.removeprefix("NVIDIA ").split(" ")[0]
+
+
 def card_at_hand():
     """(name in CARDS, Card with this machine's memory) of the GPU here; None: there is none, or it is not listed."""
     import torch

@@ -197,6 +197,17 @@ def _forgotten(study):
             f"Loss on general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens), nats per token, where a rise is "
             f"what was forgotten: base {base.loss:.3f}, {', '.join(parts)}."
         )
+    parts = []
+    for method, runs in study.scored.items():
+        rounded = forgetting.mean_over([run.rounded for run in runs])
+        moved = forgetting.change(base, rounded)
+        if moved is not None:
+            parts.append(f"{method} {rounded.loss:.3f} ({moved:+.1%})")
+    if parts:
+        yield (
+            f"The same of the untrained model, its matrices in 4 bits as the method holds them: {', '.join(parts)}. So much "
+            "of the rise comes with the rounding and is no forgetting."
+        )
 
 
 def _cheapest(study):

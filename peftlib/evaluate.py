@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from peftlib import data, forgetting
+from peftlib import methods as registry
 from peftlib import record as records
 from peftlib.engines import require_vllm, resolve_engine
 from peftlib.env import resolve_device
@@ -20,7 +21,7 @@ from peftlib.lock import held
 from peftlib.models import locate
 from peftlib.rows import Rows, mean_loss
 from peftlib.session import Deadline
-from peftlib.trained import export_merged, load_plain, load_trained
+from peftlib.trained import export_merged, load_plain, load_rounded, load_trained
 
 
 def evaluate(study, method, *, log=print):
@@ -38,7 +39,11 @@ def evaluate(study, method, *, log=print):
         done = record["evaluation"]
         predictions_path = study.predictions_path(method, record["seed"])
         if done and done["split_hash"] == record["split_hash"] and predictions_path.exists():
-            log(f"{method}: evaluated before, nothing to do")
+            if "general_loss" in done and _rounded_layers(record) and forgetting.ROUNDED_FIELD not in done:
+                done |= _rounded_loss(study, record, log=log)  # evaluations made before it was known lack it
+                records.save(study, record)
+            else:
+                log(f"{method}: evaluated before, nothing to do")
             return record
         if study.cfg.engine == "vllm":
             require_vllm()
@@ -90,14 +95,50 @@ def _losses(study, record, model, rows, *, precision, log):
         return kept
     device, name = resolve_device(study.cfg.device), record["method"]
     log(f"{name}: loss on {len(rows)} test rows")
-    # A bf16 model needs no autocast; fp16 matrices beside a float32 residual do.
-    how = {"device": device, "precision": "fp16" if precision == "fp16" else "fp32"}
+    how = {"device": device, "precision": _autocast(precision)}
     loss = mean_loss(model, Rows(rows), **how)
-    train = data.load_split(study.data_dir, "train")
-    general = forgetting.general_loss(model, data.open_tokenizer(study.cfg.model), study.cfg, train, **how)
+    general = _general_loss(study, model, **how)
     record["losses"] = {"eval_loss": loss, **forgetting.record_fields(general)}
+    if general is not None and _rounded_layers(record):
+        record["losses"] |= _rounded_loss(study, record, log=log)
     records.save(study, record)
     return record["losses"]
+
+
+def _general_loss(study, model, **how):
+    train = data.load_split(study.data_dir, "train")
+    return forgetting.general_loss(model, data.open_tokenizer(study.cfg.model), study.cfg, train, **how)
+
+
+def _rounded_layers(record):
+    """Names of the projections that a run's method holds in NF4; of the untrained model none."""
+    return () if record["method"] == "base" else registry.find(record["method"]).FOUR_BIT
+
+
+def _rounded_loss(study, record, *, log):
+    """{field: loss on general text of the untrained model, the method's 4-bit matrices rounded as it holds them}.
+
+    A part of what such a method seems to forget is this rounding, which is there before the first step. It is the same
+    for every seed, so that one of them measures it.
+    """
+    text = (record.get("losses") or record["evaluation"])["general_text_sha256"]
+    for other in study.records():
+        done = other["evaluation"] or {}
+        known = done.get(forgetting.ROUNDED_FIELD)
+        if other["method"] == record["method"] and known is not None and done["general_text_sha256"] == text:
+            return {forgetting.ROUNDED_FIELD: known}
+    log(f"{record['method']}: general text loss of its 4 bits alone, untrained")
+    device = resolve_device(study.cfg.device)
+    dtype, precision, _ = evaluation_dtype(device)
+    settings = {"precision": record["precision"], "device": device, "dtype": dtype}
+    model = load_rounded(study.cfg.model, _rounded_layers(record), **settings)
+    general = _general_loss(study, model, device=device, precision=_autocast(precision))
+    return {forgetting.ROUNDED_FIELD: None if general is None else general.loss}
+
+
+def _autocast(precision):
+    """A bf16 model needs no autocast; fp16 matrices beside a float32 residual do."""
+    return "fp16" if precision == "fp16" else "fp32"
 
 
 def _answers(study, record, model, rows, *, log):

@@ -115,15 +115,11 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     """A point a method: peak training memory across, score with 95 % interval up; base as a dashed line.
 
     intervals as in `score_bars`; peak_gib: {method: GiB or None}; methods of unknown memory are left out.
-    rows: as in `score_bars`.
+    rows: as in `score_bars`. The axes hold the methods; a base far below them is named at the edge.
     """
     name = _METRIC_NAMES[metric]
     chart = Chart(5.6, 3.5, theme=theme)
     axes = add_axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
-    if "base" in intervals:
-        axes.axhline(intervals["base"][metric].value, color=theme.color_of("base"), linestyle="--", linewidth=1.2)
-        axes.text(0.99, intervals["base"][metric].value, " base ", color=theme.color_of("base"), fontsize=9, ha="right",
-                  va="bottom", transform=axes.get_yaxis_transform())  # fmt: skip
     placed = [m for m in sorted(intervals, key=_method_order) if m != "base" and _is_number(peak_gib.get(m))]
     for method in placed:
         found = intervals[method][metric]
@@ -140,9 +136,18 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
         )
     if not placed:
         return empty(chart, axes, "no method with both a score and a memory figure")
-    axes.set_xlim(0, max(peak_gib[m] for m in placed) * 1.18)
-    lows = [intervals[m][metric].low for m in placed] + [i[metric].value for m, i in intervals.items() if m == "base"]
-    _room_above(axes, [intervals[m][metric].high for m in placed], bottom=max(0.0, min(lows) * 0.85))
+    _hold(axes.set_xlim, [peak_gib[m] for m in placed])
+    ends = [end for m in placed for end in (intervals[m][metric].low, intervals[m][metric].high)]
+    base = intervals["base"][metric].value if "base" in intervals else None
+    is_near = base is not None and min(ends) - base < 2 * (max(ends) - min(ends))
+    _hold(axes.set_ylim, [*ends, base] if is_near else ends)
+    if base is not None:
+        color, where = theme.color_of("base"), (0.99, base if is_near else 0.02)
+        if is_near:
+            axes.axhline(base, color=color, linestyle="--", linewidth=1.2)
+        said = " base " if is_near else f"base: {base:.3f}, far below"
+        place = axes.get_yaxis_transform() if is_near else axes.transAxes
+        axes.text(*where, said, color=color, fontsize=9, ha="right", va="bottom", transform=place)
     title(axes, f"{name}{_on(rows)} against memory: up and left is better")
     legend(axes, outside=True)
     said = (f"{m} {intervals[m][metric].value:.3f} at {peak_gib[m]:.2f} GiB" for m in placed)
@@ -211,6 +216,12 @@ def _bar(axes, place, width, interval, method, label=None):
 def _spans(interval):
     # A replicate's quantile can lie on the other side of the score itself; a bar needs lengths of 0 or more.
     return np.array([[max(interval.value - interval.low, 0.0)], [max(interval.high - interval.value, 0.0)]])
+
+
+def _hold(set_limits, values):
+    """Limits of an axis that hold the values, with room for marks, and never below 0."""
+    room = 0.15 * ((max(values) - min(values)) or max(values) or 1.0)
+    set_limits(max(0.0, min(values) - room), max(values) + room)
 
 
 def _room_above(axes, highs, bottom=0.0):

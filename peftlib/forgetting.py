@@ -12,6 +12,7 @@ from pathlib import Path
 from peftlib.data import near
 
 TEXT_NAME = "CIA World Factbook, country backgrounds"
+ROUNDED_FIELD = "general_loss_nf4"  # of the untrained model with a method's 4-bit matrices, in its evaluation
 _RECORD_FIELDS = ("general_loss", "general_tokens", "general_text_sha256")
 _SHORTEST = 64  # tokens of a passage that are read at least, where it has so many
 _PATH = Path(__file__).parent / "general" / "factbook.jsonl"
@@ -86,6 +87,24 @@ def of_record(record):
     """The GeneralLoss that a record holds, None where it was not measured (evaluations before it was known, too)."""
     values = [(record["evaluation"] or {}).get(name) for name in _RECORD_FIELDS]
     return None if None in values else GeneralLoss(*values)
+
+
+def rounded_of(record):
+    """The GeneralLoss of the untrained model in the 4 bits of a record's method; None where unknown or without any."""
+    found, loss = of_record(record), (record["evaluation"] or {}).get(ROUNDED_FIELD)
+    return None if found is None or loss is None else GeneralLoss(loss, found.n_tokens, found.text_sha256)
+
+
+def in_words(base, record):
+    """A line on what a run did to the loss on general text, beside what its 4 bits alone do; '' where it is unknown."""
+    before, after, rounded = of_record(base), of_record(record), rounded_of(record)
+    moved, by_rounding = change(before, after), change(before, rounded)
+    if moved is None:
+        return ""
+    line = f"{record['method']}: general text loss {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
+    if by_rounding is None:
+        return line
+    return f"{line}; untrained, in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})"
 
 
 def mean_over(losses):

@@ -36,5 +36,10 @@ def public_config(fields):
     return {**fields, "model": public_model(fields["model"]), "sources": public_sources(fields["sources"])}
 
 
+def without_folders(text):
+    """A message whose files are named without their absolute folders; addresses stay."""
+    return text and re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
+
+
 def _is_folder(model):
     return model != PACKAGED_MODEL and (Path(model).expanduser().is_dir() or not _HUB_ID.fullmatch(model))

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from peftlib import reference_results
+from peftlib.cards import short_name
 from peftlib.errors import PeftlibError, StudyError
 from peftlib.files import read_json, write_json, write_text
 from peftlib.markdown import number, table
@@ -135,7 +136,7 @@ def _methods(rows):
     ]
     shown = [
         [
-            ", ".join([_card(row), row["date"], *([row["run"]] if "run" in row else [])]),
+            ", ".join([short_name(row["device"]), row["date"], *([row["run"]] if "run" in row else [])]),
             row["name"],
             row["precision"],
             number(row["cap_gib"] or None, "{:g}", "none"),
@@ -151,10 +152,6 @@ def _methods(rows):
     return "\n".join([table([head, *shown]), *_mixed(rows), *_saving(rows)])
 
 
-def _card(row):
-    return row["device"].removeprefix("NVIDIA ").split(" ")[0]
-
-
 def _mixed(rows):
     """Lines on packing against padding; none where it was not measured."""
     for row in (row for row in rows if "mixed_found" in row):
@@ -165,7 +162,11 @@ def _mixed(rows):
             lines.append([name, *(number(speed.get(f"{way}_{n}"), "{:,.0f}") for n in sizes)])
         ratios = [speed.get(f"packed_{n}") and speed[f"packed_{n}"] / speed[f"random_{n}"] for n in sizes]
         lines.append(["ratio", *(number(ratio, "{:.2f}") for ratio in ratios)])
-        yield from ["", f"Rows of real lengths, useful tokens/s ({row['method']}, {_card(row)}, {row['date']}):", ""]
+        yield from [
+            "",
+            f"Rows of real lengths, useful tokens/s ({row['method']}, {short_name(row['device'])}, {row['date']}):",
+            "",
+        ]
         yield table(lines)
 
 
@@ -173,7 +174,7 @@ def _saving(rows):
     for row in (row for row in rows if "checkpoint_gib" in row):
         yield ""
         yield (
-            f"A checkpoint of {row['name']} ({row['checkpoint_gib']:.2f} GiB, {_card(row)}, {row['date']}) holds training up "
+            f"A checkpoint of {row['name']} ({row['checkpoint_gib']:.2f} GiB, {short_name(row['device'])}, {row['date']}) holds training up "
             f"for {row['save_stall_s']:.1f} s; a thread then writes it for {row['save_written_s']:.0f} s, while a step takes "
             f"{row['save_step_s']:.2f} s instead of {16 * row['seq'] / row['tok_s']:.2f} s."
         )
@@ -253,7 +254,10 @@ def main(argv=None):
     parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
     parser.add_argument("--take-reference", metavar="STUDY", help="the same for results/reference")
     parser.add_argument(
-        "--lacking", metavar="WHY", default="", help="why runs that the reference study lacks were not run"
+        "--lacking",
+        metavar="WHY",
+        default="",
+        help="why runs that the reference study lacks were not run, or not scored",
     )
     args = parser.parse_args(argv)
     try:

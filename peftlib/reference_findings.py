@@ -1,9 +1,9 @@
 """What a reference study found, in sentences made from its numbers, and what that says of others' claims."""
 
-from peftlib.reference_results import mean
+from peftlib import reference_precision
+from peftlib.reference_numbers import NAMES, mean, signed
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "not decided"
-NAMES = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 MAIN = ("qlora", "galore", "hybrid")
 
 
@@ -12,10 +12,11 @@ def findings(found):
     return [
         *_against_base(found),
         *_best(found),
+        *_rates(found),
         *_memory(found),
         *_speed(found),
         *_forgetting(found),
-        *_fp16(found),
+        *reference_precision.sentences(found),
         *_hybrid(found),
     ]
 
@@ -50,11 +51,6 @@ def loss_gap(found, what, method, other):
     return None
 
 
-def signed(gap, digits=3):
-    """A difference with its interval, in words."""
-    return f"{gap['value']:+.{digits}f} ({gap['low']:+.{digits}f} to {gap['high']:+.{digits}f})"
-
-
 def _trained(found):
     return [method for method in found["methods"] if method != "base"]
 
@@ -70,18 +66,22 @@ def _against_base(found):
     for metric, name in NAMES.items():
         clear = [m for m in known if not known[m][metric]["is_noise"] and known[m][metric]["value"] > 0]
         rest = [m for m in known if m not in clear]
-        gains = ", ".join(f"{m} {signed(known[m][metric])}" for m in known)
         how = "All methods gained" if not rest else f"{_listed(clear) or 'No method'} gained"
         tail = f"; {_listed(rest)} did not measurably" if rest and clear else ""
-        yield f"{how} in {name} over the untrained model{tail}: {gains}."
+        base, *scores = (found["methods"][m]["scores"][metric]["value"] for m in ("base", *known))
+        (low, worst), (high, best) = min(zip(scores, known)), max(zip(scores, known))
+        spread = f"between {low:.3f} ({worst}) and {high:.3f} ({best})" if len(known) > 1 else f"{low:.3f}"
+        yield f"{how} in {name} over the untrained model{tail}: from {base:.3f} to {spread}."
     cut = {m: found["methods"][m]["over_base_cut"]["rougeL"] for m in known if found["methods"][m]["over_base_cut"]}
-    clear = [m for m in cut if not cut[m]["is_noise"] and cut[m]["value"] > 0]
+    clear = {cut[m]["value"]: m for m in cut if not cut[m]["is_noise"] and cut[m]["value"] > 0}
     if cut:
+        least = f"; the least gain is {clear[min(clear)]}'s with {signed(cut[clear[min(clear)]])}" if clear else ""
+        who = "all methods" if len(clear) == len(cut) else _listed(list(clear.values())) or "no method"
         yield (
-            f"Against the untrained answers cut at {found['cut_at_words']} words, the median reference length, "
-            f"{_listed(clear) or 'no method'} still gained in ROUGE-L, so that "
+            f"Against the untrained answers cut at {found['cut_at_words']} words, the median reference length, {who} still "
+            "gained in ROUGE-L, so that "
             f"{'the gain is more than knowing when to stop' if clear else 'gains may be no more than knowing when to stop'}"
-            + (f" ({', '.join(f'{m} {signed(cut[m])}' for m in clear)})." if clear else ".")
+            f"{least}."
         )
 
 
@@ -97,10 +97,28 @@ def _best(found):
         level = [other for other, gap in gaps.items() if gap and gap["is_noise"]]
         said = f"Highest {name}: {first} with {value:.3f}"
         if beaten:
-            said += f", surely above {', '.join(f'{other} ({signed(gaps[other])})' for other in beaten)}"
+            said += f", above {', '.join(f'{other} by {signed(gaps[other])}' for other in beaten)}"
         if level:
-            said += f"; its lead over {', '.join(f'{other} ({signed(gaps[other])})' for other in level)} is inside the noise"
+            said += (
+                f"; its lead over {', '.join(f'{other} {signed(gaps[other])}' for other in level)} is inside the noise"
+            )
         yield said + "."
+
+
+def _rates(found):
+    at_edge = {"largest": [], "smallest": []}
+    for method in _trained(found):
+        basis = (found["methods"][method]["sweep"] or {}).get("from")
+        if basis and basis.get("is_at_edge"):
+            known = [trial for trial in basis["tried"] if trial["valid_loss"] is not None]
+            best = min(known, key=lambda trial: trial["valid_loss"])["factor"]
+            at_edge["largest" if best == max(trial["factor"] for trial in known) else "smallest"].append(method)
+    told = [f"the {which} tried for {_listed(methods)}" for which, methods in at_edge.items() if methods]
+    if told:
+        yield (
+            f"The best learning rate of the sweep was {' and '.join(told)}, so that rates beyond might do better still, and "
+            "the order of methods that lie close together is one at these rates."
+        )
 
 
 def _memory(found):
@@ -110,7 +128,8 @@ def _memory(found):
 def _speed(found):
     many = found["side_by_side"]
     note = f", with {many} runs sharing each GPU" if many > 1 else ""
-    yield from _ranked(found, "tokens_per_second", f"Fastest training{note}", "tokens/s", least=False, form="{:,.0f}")
+    what = f"Fastest training{note}, median over steps, compiling apart"
+    yield from _ranked(found, "median_tokens_per_second", what, "tokens/s", least=False, form="{:,.0f}")
 
 
 def _ranked(found, field, what, unit, *, least, form):
@@ -131,22 +150,29 @@ def _forgetting(found):
         told = ", ".join(f"{m} {signed(gaps[m])}" for m in gaps)
         yield (
             f"Forgetting, as the rise of the loss on general text over the untrained model's, intervals over seeds: {told}. "
-            f"{_listed(more) or 'No method'} forgot measurably"
-            + (f"; {_listed(less)} got better at it." if less else ".")
+            f"It rose measurably with {'all of them' if len(more) == len(gaps) else _listed(more) or 'none'}"
+            + (f" and fell with {_listed(less)}." if less else ".")
         )
-
-
-def _fp16(found):
-    for method, both in found["precision"].items():
-        if "bf16" not in both:
-            continue
-        gap, losses = both["difference"]["rougeL"], (both["bf16"]["eval_loss"], both["fp16"]["eval_loss"])
-        cost = "costs nothing that shows" if gap["is_noise"] else "costs" if gap["value"] < 0 else "gains"
+    rounded = _rounding(found)
+    if rounded and gaps:
+        rises = {m: mean(found["methods"][m]["general_loss"]) - _base_general(found) for m in rounded}
+        told = ", ".join(f"{m} {gap:+z.3f} of {rises[m]:+z.3f}" for m, gap in rounded.items())
+        left = " and ".join(f"{rises[m] - gap:+z.3f} for {m}" for m, gap in rounded.items())
         yield (
-            f"{method} in fp16 instead of bf16 (seed {both['seed']}) {cost}: ROUGE-L {signed(gap)}, test loss "
-            f"{losses[1] - losses[0]:+.4f}, {both['fp16']['skipped_steps']} steps skipped for an overflow, peak memory "
-            f"{both['fp16']['peak_memory_gib']:.2f} against {both['bf16']['peak_memory_gib']:.2f} GiB."
+            "Holding the untrained model in a method's 4 bits, without any training, raises that loss as well: "
+            f"{told}. So much of a rise comes with the rounding and is no forgetting; training adds {left}."
         )
+
+
+def _base_general(found):
+    return mean(found["methods"]["base"]["general_loss"]) if "base" in found["methods"] else None
+
+
+def _rounding(found):
+    """{method: rise of the untrained model's loss on general text by the method's 4 bits alone}."""
+    base = _base_general(found)
+    known = {m: found["methods"][m].get("general_loss_nf4") for m in _trained(found)}
+    return {} if base is None else {m: loss - base for m, loss in known.items() if loss is not None}
 
 
 def _hybrid(found):
@@ -158,6 +184,8 @@ def _hybrid(found):
         gap = pair_of(found, "rougeL", "hybrid", other)
         memory = [mean(known[m]["peak_memory_gib"]) for m in ("hybrid", other)]
         said = f"against {other} ROUGE-L {signed(gap)}{', inside the noise' if gap['is_noise'] else ''}"
+        loss = loss_gap(found, "eval_loss", "hybrid", other)
+        said += f", test loss {signed(loss)}" if loss else ""
         parts.append(said if None in memory else f"{said}, memory {memory[0] - memory[1]:+z.2f} GiB")
     yield f"What the hybrid buys: {'; '.join(parts)}."
 
@@ -186,6 +214,11 @@ def _learns_better(found):
     why = "galore less qlora: " + ", ".join(f"{NAMES[metric]} {signed(gap)}" for metric, gap in gaps.items())
     loss = loss_gap(found, "eval_loss", "galore", "qlora")
     why += f", test loss {signed(loss)}" if loss else ""
+    plain = pair_of(found, "rougeL", "galore", "lora")
+    if plain:
+        loss = loss_gap(found, "eval_loss", "galore", "lora")
+        why += f"; less lora, which holds nothing in 4 bits: ROUGE-L {signed(plain)}"
+        why += f", test loss {signed(loss)}" if loss else ""
     return _decided([gap["value"] for gap in gaps.values() if not gap["is_noise"]], len(gaps)), why
 
 
@@ -204,6 +237,9 @@ def _keeps_knowledge(found):
     why = "loss on general text, hybrid less " + ", less ".join(f"{other} {signed(gap)}" for other, gap in gaps.items())
     base = loss_gap(found, "general_loss", "hybrid", "base")
     why += f"; less the untrained model's {signed(base)}" if base else ""
+    rounded = _rounding(found)
+    if rounded:
+        why += "; by 4 bits alone, untrained: " + ", ".join(f"{m} {gap:+z.3f}" for m, gap in rounded.items())
     return _decided([-gap["value"] for gap in gaps.values() if not gap["is_noise"]], len(gaps)), why
 
 

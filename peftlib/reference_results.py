@@ -1,20 +1,21 @@
 """A reference study's results, taken into results/reference: small, without weights, rows, answers or private paths."""
 
-import re
 import shutil
 import statistics
 import time
-import warnings
 from pathlib import Path
 
-from peftlib import comparison, stats
+from peftlib import comparison, data, metrics, reference_precision, stats
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
+from peftlib.public_names import public_config, public_model, without_folders
+from peftlib.reference_numbers import bootstrap, interval
 from peftlib.results import gib
 from peftlib.scored import BASE, BASE_CUT
 from peftlib.study import METHOD_ORDER, Study
 
 FIGURES = ("scores", "rougeL_against_memory", "memory")
+FIRST_LOOK_TOKENS = 96  # the limit of answers in the first look of this project's plan, whose scores are quoted
 _HISTORY = 60  # entries of a history that are kept
 _LEFT_OUT = ("layers", "weights_sha256", "losses")  # of records: long, or said twice
 _MOST_BYTES = 300_000  # of a picture
@@ -24,7 +25,7 @@ def take(study, target, *, sibling=None, seeds=(0, 1, 2), lacking=""):
     """Write config, results.csv, records, sweeps, pictures and summary.json of a study to `target`, old ones removed.
 
     sibling: the study of the checked methods in the other precision, or None. seeds: that each method should have.
-    lacking: why runs without a record were not run, in words.
+    lacking: why runs without a record were not run, and runs in the other precision not scored, in words.
     StudyError: as report.build.
     """
     from peftlib import report
@@ -35,14 +36,14 @@ def take(study, target, *, sibling=None, seeds=(0, 1, 2), lacking=""):
         shutil.rmtree(target / name, ignore_errors=True)
     shutil.copyfile(study.results_path, target / "results.csv")
     config = read_json(study.config_path)
-    write_json(target / "config.json", {**config, "config": _without_paths(config["config"])})
+    write_json(target / "config.json", {**config, "config": public_config(config["config"])})
     _records(study, target / "records")
     if sibling is not None:
         _records(sibling, target / "records-fp16")
     for path in sorted((study.folder / "sweeps").glob("*.json")):
         write_json(target / "sweeps" / path.name, read_json(path))
     summary = summary_of(study, built, seeds=seeds, lacking=lacking)
-    summary["precision"] = _precision(study, built, sibling)
+    summary["precision"] = reference_precision.compared(built, sibling, lacking=lacking)
     summary["figures"] = _pictures(built, target / "figures")
     write_json(target / "summary.json", summary)
 
@@ -61,7 +62,7 @@ def sibling_of(study):
 def summary_of(study, built, *, seeds, lacking=""):
     """What README's section is made from, as a JSON object, but for the pictures and the other precision."""
     found, manifest = built.study, study.manifest()
-    boot = _bootstrap(found.systems())
+    boot = bootstrap(found.systems())
     runs = {}
     for run in found.runs:
         runs.setdefault(run.record["method"], []).append(run)
@@ -93,7 +94,8 @@ def summary_of(study, built, *, seeds, lacking=""):
         "pairs": _pairs(built.pairs),
         "losses": _over_seeds(found),
         "cells": _cells(runs, seeds, lacking=lacking),
-        "notes": [_without_folders(note) for note in built.notes],
+        "first_look": _at_limit(found, study.cfg, FIRST_LOOK_TOKENS),
+        "notes": [without_folders(note) for note in built.notes],
     }
 
 
@@ -103,6 +105,31 @@ def _pairs(frame):
     return [{**row, "p": None if row["p"] != row["p"] else row["p"]} for row in rows]
 
 
+def _at_limit(found, cfg, limit):
+    """{'max_new_tokens', 'scores': {method: {metric: mean over seeds}}} of answers cut at fewer tokens than they had.
+
+    A model that never stops loses precision with each token more, so that scores under two limits cannot be compared.
+    """
+    if cfg.max_new_tokens <= limit:
+        return None
+    tokenizer = data.open_tokenizer(cfg.model)
+
+    def scores(answers):
+        ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+        cut = tokenizer.batch_decode([row[:limit] for row in ids])
+        return metrics.row_scores(cut, found.references, tokenizer=found.tokenizer).scores()
+
+    made = {method: [scores(run.answers) for run in runs] for method, runs in found.scored.items()}
+    means = {m: {name: statistics.fmean(s[name] for s in part) for name in stats.METRICS} for m, part in made.items()}
+    return {"max_new_tokens": limit, "scores": means}
+
+
+def _median_speed(record):
+    """Median over steps of tokens a second, which compiling and saving do not touch; None without a history."""
+    speeds = [step["tokens"] / step["seconds"] for step in record["history"] if step.get("seconds")]
+    return statistics.median(speeds) if speeds else None
+
+
 def _method(method, runs, found, boot, study):
     """Figures of one method's finished runs."""
     records = [run.record for run in runs]
@@ -110,9 +137,12 @@ def _method(method, runs, found, boot, study):
         "seeds": [record["seed"] for record in records],
         "eval_loss": [record["eval_loss"] for record in records],
         "general_loss": [run.general.loss if run.general else None for run in runs],
+        "general_loss_nf4": next((run.rounded.loss for run in runs if run.rounded), None),
         "truncated_share": comparison.mean_of(runs, lambda run: run.truncated_share),
         "peak_memory_gib": [gib(record["peak_memory_bytes"]) for record in records],
         "tokens_per_second": [record["tokens_per_second"] for record in records],
+        "median_tokens_per_second": [_median_speed(record) for record in records],
+        "first_step_seconds": [record.get("first_step_s") for record in records],
         "train_seconds": [record["train_seconds"] for record in records],
         "generate_seconds": [(record["evaluation"] or {}).get("generate_seconds") for record in records],
         "trainable_params": records[0]["trainable_params"],
@@ -127,14 +157,14 @@ def _method(method, runs, found, boot, study):
     if method in found.scored:
         known["scores"] = {
             metric: {
-                **_interval(boot.interval(method, metric)),
+                **interval(boot.interval(method, metric)),
                 "seeds": [run.rows.scores()[metric] for run in found.scored[method]],
             }
             for metric in stats.METRICS
         }
         if method != BASE and BASE in found.scored:
             for name, other in (("over_base", BASE), ("over_base_cut", BASE_CUT)):
-                known[name] = {metric: _interval(boot.difference(method, other, metric)) for metric in stats.METRICS}
+                known[name] = {metric: interval(boot.difference(method, other, metric)) for metric in stats.METRICS}
     return known
 
 
@@ -155,7 +185,7 @@ def _over_seeds(found):
             for other in names[:at]:
                 if max(len(known[method]), len(known[other])) > 1:
                     gap = stats.seeds_difference(known[method], known[other])
-                    made.append({"what": what, "method": method, "other": other, **_interval(gap)})
+                    made.append({"what": what, "method": method, "other": other, **interval(gap)})
     return made
 
 
@@ -174,50 +204,17 @@ def _cells(runs, seeds, *, lacking):
                     status, reason = "trained", reason or "not evaluated"
                 elif status == "stopped":
                     reason = f"at step {record['steps']} of {record['planned_steps']}"
-            reason = _without_folders(reason).split("\n")[0][:200]
+            reason = without_folders(reason).split("\n")[0][:200]
             made.append({"method": method, "seed": seed, "status": status, "reason": reason})
     return made
-
-
-def _precision(study, built, sibling):
-    """{method: figures of one seed in both precisions}; {} without a study of the other."""
-    if sibling is None:
-        return {}
-    from peftlib import scored
-
-    others = {(run.record["method"], run.record["seed"]): run for run in scored.load(sibling).runs}
-    made = {}
-    for run in built.study.runs:
-        other = others.get((run.record["method"], run.record["seed"]))
-        if other is None or not (other.is_scored and run.is_scored):
-            continue
-        boot = _bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
-        made[run.record["method"]] = {
-            "seed": run.record["seed"],
-            "difference": {metric: _interval(boot.difference("fp16", "bf16", metric)) for metric in stats.METRICS},
-            **{name: _facts(one) for name, one in ((other.record["precision"], other), (run.record["precision"], run))},
-        }
-    return made
-
-
-def _facts(run):
-    record = run.record
-    return {
-        **{metric: run.rows.scores()[metric] for metric in stats.METRICS},
-        "eval_loss": run.eval_loss,
-        "general_loss": run.general.loss if run.general else None,
-        "peak_memory_gib": gib(record["peak_memory_bytes"]),
-        "tokens_per_second": record["tokens_per_second"],
-        "skipped_steps": record["skipped_steps"],
-    }
 
 
 def _records(study, folder):
     for record in study.records():
         kept = {name: value for name, value in record.items() if name not in _LEFT_OUT}
-        kept["error"] = _without_folders(kept["error"])
-        kept["config"] = _without_paths(kept["config"])
-        kept["model"] = _without_paths({"model": kept["model"]})["model"]
+        kept["error"] = without_folders(kept["error"])
+        kept["config"] = public_config(kept["config"])
+        kept["model"] = public_model(kept["model"])
         kept["history"] = thinned([{name: e.get(name) for name in ("step", "loss")} for e in record["history"]])
         write_json(folder / f"{record['method']}-s{record['seed']}.json", kept)
 
@@ -227,23 +224,6 @@ def thinned(entries, most=_HISTORY):
     if len(entries) <= most:
         return entries
     return [entries[round(i * (len(entries) - 1) / (most - 1))] for i in range(most)]
-
-
-def _without_paths(config):
-    """A config whose files are named without the folders of the machine they lay on."""
-    kept = dict(config)
-    if "sources" in kept:
-        parts = [part.strip().partition("=") for part in kept["sources"].split(";") if part.strip()]
-        files = [(name, ",".join(Path(path).name for path in where.split(","))) for name, _, where in parts]
-        kept["sources"] = "; ".join(f"{name}={where}" for name, where in files)
-    if "model" in kept and Path(kept["model"]).is_absolute():
-        kept["model"] = Path(kept["model"]).name
-    return kept
-
-
-def _without_folders(text):
-    """A message whose files are named without their absolute folders; addresses stay."""
-    return text and re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
 
 
 def _pictures(built, folder):
@@ -260,18 +240,3 @@ def _pictures(built, folder):
         shutil.copyfile(path, folder / path.name)
         made.append({"file": path.name, "alt": built.alt[name]})
     return made
-
-
-def _bootstrap(systems):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.FewRowsWarning)  # the section says it
-        return stats.bootstrap(systems)
-
-
-def _interval(found):
-    return {"value": found.value, "low": found.low, "high": found.high, "is_noise": found.is_noise}
-
-
-def mean(values):
-    """The mean, None where any is unknown or there are none."""
-    return None if not values or None in values else statistics.fmean(values)

@@ -2,16 +2,13 @@
 
 import statistics
 
-from peftlib import costs
-from peftlib.cards import SHAPES, find_card
-from peftlib.config import resolve
+from peftlib import reference_precision, reference_t4
 from peftlib.files import read_json
-from peftlib.hours import scaling_note
 from peftlib.markdown import number, table
-from peftlib.reference_findings import NAMES, claims, findings, pair_of
-from peftlib.reference_results import mean
+from peftlib.reference_findings import claims, findings, pair_of
+from peftlib.reference_numbers import NAMES, ends, mean
+from peftlib.scored import BASE
 
-_T4_MODEL = "google/gemma-3-1b-it"
 # (BLEU-4, ROUGE-L) of others, by method.
 _FIRST_LOOK = {"base": (0.046, 0.097), "qlora": (0.122, 0.400), "galore": (0.150, 0.439)}
 _PUBLIC = {"base": (0.058, 0.163), "qlora": (0.111, 0.233), "galore": (0.106, 0.227)}
@@ -34,23 +31,23 @@ def section(folder, bench_rows):
     found = read_json(folder / "summary.json")
     parts = [
         _about(found),
-        *_pictures(found),
-        _scores(found),
-        _costs(found),
-        "Differences between the trained methods, 95 % intervals over rows and seeds:",
-        _pairs(found),
-        *_precision(found),
-        "What was found:",
         "\n".join(f"- {sentence}" for sentence in findings(found)),
         "Claims of the original study:",
         table([["claim", "verdict", "why"], *(list(row) for row in claims(found))]),
-        *_others(found),
-        *_empty(found),
-        *_spent(found, plan),
-        *_on_a_t4(found, bench_rows),
-        _not_possible(),
+        *_pictures(found),
+        *_part("Scores", _scores(found), _pairs(found)),
+        *_part("Memory, speed and learning rates", _costs(found), *_spent(found, plan)),
+        *_part("fp16 against bf16", *reference_precision.tables(found)),
+        *_part("Beside other studies", *_others(found)),
+        *_part("Without a result", *_empty(found)),
+        *_part("On a free T4", *reference_t4.section(found, bench_rows)),
+        *_part("What was not possible here", _not_possible()),
     ]
     return "\n\n".join(parts)
+
+
+def _part(title, *paragraphs):
+    return [f"### {title}", *paragraphs] if paragraphs else []
 
 
 def _about(found):
@@ -86,6 +83,7 @@ def _scores(found):
         "gain over base",
         "test loss",
         "general text loss",
+        "untrained, in its 4 bits",
     ]
     rows = [head]
     for method, known in found["methods"].items():
@@ -94,14 +92,16 @@ def _scores(found):
             scores, gain = known["scores"], known["over_base"]
             cells += [
                 _spread(scores[metric]["seeds"], "{:.3f}") if scores else "",
-                f"{gain[metric]['low']:+z.3f} to {gain[metric]['high']:+z.3f}" if gain else "",
+                ends(gain[metric]) if gain else "",
             ]
         losses = [_spread(known[name], "{:.3f}") for name in ("eval_loss", "general_loss")]
-        rows.append([method, str(len(known["seeds"])), *cells, *losses])
+        rounded = number(known["general_loss_nf4"], "{:.3f}")
+        rows.append([method, str(len(known["seeds"])), *cells, *losses, rounded])
     return (
         table(rows)
         + "\n\nMeans over seeds, ± their standard deviation. Gains are 95 % intervals over rows and seeds: rows drawn again, "
-        "the mean over seeds from Student's t (base, which answers greedily, has one). Losses in nats per token."
+        "the mean over seeds from Student's t (base, which answers greedily, has one). Losses in nats per token; the last column "
+        "is the untrained model's, its matrices rounded to 4 bits as the method holds them."
     )
 
 
@@ -114,9 +114,9 @@ def _spread(values, form):
 
 
 def _costs(found):
-    rows = [["method", "trains", "peak GiB", "tokens/s", "training min", "learning rate", "swept"]]
+    rows = [["method", "trains", "peak GiB", "tokens/s", "training min", "first step s", "learning rate", "swept"]]
     for method, known in found["methods"].items():
-        if method == "base":
+        if method == BASE:
             continue
         seconds = mean(known["train_seconds"])
         rates = " and ".join(f"{known[name]:g}" for name in ("learning_rate", "learning_rate_2") if known[name])
@@ -125,13 +125,18 @@ def _costs(found):
                 method,
                 number(known["trainable_params"], "{:,}"),
                 _spread(known["peak_memory_gib"], "{:.2f}"),
-                _spread(known["tokens_per_second"], "{:,.0f}"),
+                _spread(known["median_tokens_per_second"], "{:,.0f}"),
                 number(seconds and seconds / 60, "{:.1f}"),
+                number(mean(known["first_step_seconds"]), "{:.0f}"),
                 rates,
                 _swept(known["sweep"]),
             ]
         )
-    return table(rows)
+    return (
+        table(rows)
+        + "\n\nUseful tokens/s, the median over steps; the first step compiles, and the minutes hold it. Swept: validation loss "
+        "after a short run at each factor of the default rate."
+    )
 
 
 def _swept(sweep):
@@ -149,66 +154,61 @@ def _swept(sweep):
 
 def _pairs(found):
     rows = [["difference", *(part for name in NAMES.values() for part in (name, "verdict"))]]
-    methods = [method for method, known in found["methods"].items() if method != "base" and known["scores"]]
+    methods = [method for method, known in found["methods"].items() if method != BASE and known["scores"]]
     for at, method in enumerate(methods):
         for other in methods[:at]:
             cells = []
             for metric in NAMES:
                 gap = pair_of(found, metric, method, other)
                 verdict = "inside the noise" if gap["is_noise"] else "higher" if gap["value"] > 0 else "lower"
-                cells += [f"{gap['low']:+z.3f} to {gap['high']:+z.3f}", verdict]
+                cells += [ends(gap), verdict]
             rows.append([f"{method} − {other}", *cells])
-    return table(rows)
-
-
-def _precision(found):
-    if not found["precision"]:
-        return
-    rows = [
-        ["fp16 against bf16", "ROUGE-L", "difference", "test loss", "general text loss", "peak GiB", "skipped steps"]
-    ]
-    for method, both in found["precision"].items():
-        pairs = [
-            f"{number(both['fp16'][name], form, 'n/a')} / {number(both['bf16'][name], form, 'n/a')}"
-            for name, form in (
-                ("rougeL", "{:.3f}"),
-                ("eval_loss", "{:.4f}"),
-                ("general_loss", "{:.4f}"),
-                ("peak_memory_gib", "{:.2f}"),
-            )
-        ]
-        gap = both["difference"]["rougeL"]
-        skipped = number(both["fp16"]["skipped_steps"], "{}")
-        rows.append([method, pairs[0], f"{gap['low']:+z.3f} to {gap['high']:+z.3f}", *pairs[1:], skipped])
-    yield "One seed of each, trained in fp16 / in bf16, both evaluated alike:"
-    yield table(rows)
+    count = (len(rows) - 1) * len(NAMES)
+    return (
+        f"Differences between the trained methods, 95 % intervals over rows and seeds, {count} in all, of which about "
+        f"{0.05 * count:.0f} would show by chance between methods that do not differ:\n\n" + table(rows)
+    )
 
 
 def _others(found):
-    rows = [["BLEU-4 / ROUGE-L", "here", "first look", "a public study of the 1B"]]
+    look = found["first_look"]
+    limit = look and look["max_new_tokens"]
+    head = ["BLEU-4 / ROUGE-L", "here", *([f"cut at {limit} tokens"] if look else []), "first look"]
+    rows = [[*head, "a public study of the 1B"]]
     for method in _FIRST_LOOK:
         scores = found["methods"].get(method, {}).get("scores")
-        here = f"{scores['bleu4']['value']:.3f} / {scores['rougeL']['value']:.3f}" if scores else ""
-        rows.append(
-            [method, here, *(f"{other[method][0]:.3f} / {other[method][1]:.3f}" for other in (_FIRST_LOOK, _PUBLIC))]
-        )
+        here = {metric: scores[metric]["value"] for metric in NAMES} if scores else None
+        cut = [look["scores"].get(method)] if look else []
+        quoted = [dict(zip(NAMES, numbers[method])) for numbers in (_FIRST_LOOK, _PUBLIC)]
+        rows.append([method, *map(_both_scores, [here, *cut, *quoted])])
     yield (
         "Others' figures are of other rows, so they show the order of size alone: the first look (270M, rough scripts, 6,000 "
-        "rows, 300 test rows, one seed) and a public study (Gemma 3 1B, three epochs)."
+        "rows, 300 test rows, one seed, at most 96 tokens an answer) and a public study (Gemma 3 1B, three epochs)."
     )
     yield table(rows)
+    if look:
+        share = found["methods"].get(BASE, {}).get("truncated_share")
+        never = f" ({share:.0%} of its answers here met it)" if share is not None else ""
+        yield (
+            f"The untrained model does not stop before the limit{never}, so that its scores fall with every token "
+            f"that it may add; the column of answers cut at {limit} tokens is the one to put beside the first look's."
+        )
     low = [
         f"{method} in {name}"
         for method, numbers in _FIRST_LOOK.items()
-        if method != "base" and (scores := found["methods"].get(method, {}).get("scores"))
-        for name, value, first in zip(NAMES.values(), (scores["bleu4"]["value"], scores["rougeL"]["value"]), numbers)
-        if value < first
+        if method != BASE and (scores := found["methods"].get(method, {}).get("scores"))
+        for (metric, name), first in zip(NAMES.items(), numbers)
+        if scores[metric]["value"] < first
     ]
     if low:
         yield (
             f"Below the first look: {', '.join(low)}. Its 300 test rows are others, so that the untrained model's scores "
             "differ too; what can be compared is the gain over base in the table above."
         )
+
+
+def _both_scores(scores):
+    return f"{scores['bleu4']:.3f} / {scores['rougeL']:.3f}" if scores else ""
 
 
 def _empty(found):
@@ -241,51 +241,10 @@ def _spent(found, plan):
     )
 
 
-def _on_a_t4(found, bench_rows):
-    """Hours of the full study on a T4: the 1B under its memory, speeds scaled from other cards."""
-    name, card = find_card("t4")
-    cfg = resolve("t4", model=_T4_MODEL, memory_gib=14.5)
-    tokens = statistics.fmean(found["train_tokens"])
-    forecast = costs.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"])
-    rows = [
-        ["method", "micro-batch", "planned GiB", "measured GiB", "measured tokens/s", "predicted hours a seed on a T4"]
-    ]
-    bases = {}
-    for cost in forecast.costs:
-        row = _measured(bench_rows, cost.method)
-        cells = [number(row and row["peak_gib"], "{:.2f}"), number(row and row["tok_s"], "{:,.0f}")]
-        if not cost.fits:
-            rows.append([cost.method, "", f"{cost.memory_gib:.2f}", *cells, "does not fit"])
-            continue
-        hours = [tokens / speed / 3600 for speed in (cost.speed.high, cost.speed.low)]
-        batch = f"{cost.micro_batch}, recompute {cost.checkpointing}"
-        rows.append([cost.method, batch, f"{cost.memory_gib:.2f}", *cells, f"{hours[0]:.2g} to {hours[1]:.2g}"])
-        bases.setdefault(cost.speed.basis, []).append(cost.method)
-    yield (
-        "The exact Gemma-3-1B shape (random weights) in fp16 under 14.5 GiB, measured on the card that "
-        f"[`results/bench/methods.json`](results/bench/methods.json) names, and from it the hours of the same "
-        f"{tokens:,.0f} training tokens on a T4:"
-    )
-    yield table(rows)
-    yield (
-        "How predicted: "
-        + "; ".join([*(f"{', '.join(m)}: {basis}" for basis, m in bases.items()), scaling_note(card)])
-        + "."
-    )
-
-
-def _measured(bench_rows, method):
-    """The row of the shape under a T4's memory in fp16, or None."""
-    fitting = [
-        r for r in bench_rows if r.get("method") == method and r.get("precision") == "fp16" and r.get("cap_gib") == 14.5
-    ]
-    return max(fitting, key=lambda row: row.get("tok_s") or 0.0) if fitting else None
-
-
 def _not_possible():
-    return f"""What was not possible here, and the command that does it:
+    return f"""With the command that does it:
 
-- The gated 1B weights (with `HF_TOKEN` and the licence accepted): `python -m peftlib reference --study gemma-1b -p model {_T4_MODEL}`
+- The gated 1B weights (with `HF_TOKEN` and the licence accepted): `python -m peftlib reference --study gemma-1b -p model {reference_t4.MODEL}`
 - A real T4 (fp16, the 1B): `python -m peftlib reference --study gemma-1b-t4 --profile t4`
 - The unquantized 270M: `python -m peftlib reference --study gemma-270m -p model google/gemma-3-270m`. The packaged weights come
   from a Q4_K_M file, so what 4 bits cost on them is not what they cost on the original."""

@@ -46,13 +46,17 @@ def table_note(found):
     return " ".join(parts)
 
 
-def pairs_note(pairs):
-    """How to read the paired differences."""
+def pairs_note(pairs, n_seeds):
+    """How to read the paired differences. n_seeds: the most that a method has."""
     noise = sum(pair.difference.is_noise for pair in pairs)
+    many = (
+        " The interval also counts that other seeds might come out otherwise, and p does not: a small p beside 'inside the "
+        "noise' says that these very runs differ, and that too few seeds were run to tell whether the methods do."
+    )
     return (
         f"Each line is score(method) - score(other) on the same rows. {noise} of {len(pairs)} differences are inside the "
         "noise: their 95 % interval contains 0. Of methods that do not differ, about one pair in twenty looks different "
-        "by chance. p: two-sided, by swapping the methods' answers row by row."
+        "by chance. p: two-sided, by swapping the methods' answers row by row." + (many if n_seeds > 1 else "")
     )
 
 

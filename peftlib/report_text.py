@@ -55,7 +55,7 @@ def blocks_of(study, report, pairs, boot):
     if pairs:
         blocks += [
             Heading("Differences between methods"),
-            Paragraph(report_notes.pairs_note(pairs)),
+            Paragraph(report_notes.pairs_note(pairs, max(boot.n_seeds.values()))),
             _pair_table(pairs),
         ]
     if report.judged or report.n_other_verdicts:

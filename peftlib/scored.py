@@ -48,6 +48,11 @@ class Run:
         """The forgetting.GeneralLoss, or None."""
         return forgetting.of_record(self.record)
 
+    @property
+    def rounded(self):
+        """The same of the untrained model in the 4 bits that the method holds, or None."""
+        return forgetting.rounded_of(self.record)
+
 
 @dataclass(frozen=True)
 class ScoredStudy:

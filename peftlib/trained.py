@@ -167,3 +167,12 @@ def load_plain(model, *, device, dtype=torch.float32):
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     loaded = stop_at(load_base(model, precision=precision, device=device)).eval()
     return run_in_autocast(loaded, device, precision) if precision == "fp16" else loaded
+
+
+def load_rounded(model, four_bit, *, precision, device, dtype=torch.float32):
+    """The untrained base model in eval mode, its `four_bit` matrices rounded to NF4 and back.
+
+    It is what a method that holds them so starts from. precision: of training, from which they are rounded.
+    """
+    base = load_base(model, precision=precision, device=device, four_bit=four_bit, runs=False)
+    return _in_dtype(stop_at(_dequantized(base).float()), dtype, device).eval().requires_grad_(False)

@@ -83,6 +83,37 @@ def test_base_and_a_method_are_measured_on_the_same_text(make_study):
     assert record.load(study, "galore", 0)["evaluation"]["general_tokens"] == 150
 
 
+def test_four_bits_alone_are_measured_on_the_untrained_model(make_study):
+    fields = {"max_steps": 2, "general_tokens": 150, "lora_learning_rate": 1e-30}
+    study, other_seed = make_study(**fields), make_study(**fields, seed=1)
+    for each in (study, other_seed):
+        TrainingRun(each, "qlora", log=lambda line: None).train()
+    base, first = (evaluate(study, method, log=lambda line: None)["evaluation"] for method in ("base", "qlora"))
+    # adapters that did not move leave the rounded model, so that all that was "forgotten" is the rounding
+    assert first["general_loss_nf4"] == pytest.approx(first["general_loss"], rel=1e-6)
+    assert first["general_loss_nf4"] != pytest.approx(base["general_loss"], rel=1e-6) and "general_loss_nf4" not in base
+    lines = []
+    second = evaluate(other_seed, "qlora", log=lines.append)["evaluation"]
+    assert second["general_loss_nf4"] == first["general_loss_nf4"] and not any("4 bits alone" in line for line in lines)
+    kept = record.load(study, "qlora", 0)
+    assert forgetting.rounded_of(kept) == forgetting.GeneralLoss(
+        first["general_loss_nf4"], 150, kept["evaluation"]["general_text_sha256"]
+    )
+
+
+def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done_again(make_study):
+    study = make_study(max_steps=2, general_tokens=150)
+    TrainingRun(study, "qlora", log=lambda line: None).train()
+    whole = evaluate(study, "qlora", log=lambda line: None)
+    old = {**whole, "evaluation": {k: v for k, v in whole["evaluation"].items() if k != "general_loss_nf4"}}
+    record.save(study, old)
+    assert forgetting.rounded_of(old) is None
+    lines = []
+    again = evaluate(study, "qlora", log=lines.append)
+    assert again == whole and len(lines) == 1 and "4 bits alone" in lines[0]
+    assert evaluate(study, "qlora", log=lines.append) == whole and "nothing to do" in lines[-1]
+
+
 def test_a_record_that_lacks_a_field_is_not_evaluated_and_stays_as_it_is(make_study):
     study = make_study()
     made = record.new_record(study, "qlora", device="cpu", precision="fp32", precision_reason="test")
@@ -92,6 +123,17 @@ def test_a_record_that_lacks_a_field_is_not_evaluated_and_stays_as_it_is(make_st
     with pytest.raises(StudyError, match=r"qlora-s0\.json lacks train_tokens, evaluation"):
         evaluate(study, "qlora", log=lambda line: None)
     assert path.read_bytes() == before and not study.predictions_path("qlora", 0).exists()
+
+
+def test_the_line_of_a_run_tells_rounding_apart():
+    def made(method, loss, nf4=None):
+        done = {"general_loss": loss, "general_tokens": 10, "general_text_sha256": "a"}
+        return {"method": method, "evaluation": done | ({} if nf4 is None else {"general_loss_nf4": nf4})}
+
+    base = made("base", 2.0)
+    assert forgetting.in_words(base, made("lora", 2.2)) == "lora: general text loss 2.2000, base 2.0000 (+10.0%)"
+    assert forgetting.in_words(base, made("qlora", 2.2, 2.1)).endswith("untrained, in the same 4 bits 2.1000 (+5.0%)")
+    assert forgetting.in_words({"evaluation": None}, made("lora", 2.2)) == ""
 
 
 def test_unknown_stays_unknown():

@@ -5,10 +5,12 @@ import re
 
 import fake_study
 import pytest
+import tiny
 
 from peftlib import readme, reference_findings, reference_results
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
+from peftlib.reference_numbers import ends
 from peftlib.reference_section import section
 from peftlib.study import Study
 
@@ -180,3 +182,73 @@ def test_a_study_without_a_finished_run_is_not_taken(tmp_path, monkeypatch):
     study = fake_study.make(tmp_path, monkeypatch, methods=("base",))
     with pytest.raises(StudyError, match="no finished run"):
         reference_results.take(study, tmp_path / "reference")
+
+
+def test_a_run_in_fp16_that_was_not_scored_is_an_empty_cell_with_its_reason(taken, tmp_path):
+    folder, study = taken()
+    sibling = reference_results.sibling_of(study)
+    record = {**read_json(sibling.record_path("galore", 0)), "evaluation": None, "eval_loss": None}
+    record["evaluation_error"] = "RuntimeError: cannot read /home/me/weights.bin"
+    fake_study.write_record(sibling, record)
+    reference_results.take(study, folder, sibling=sibling, lacking="no GPU was left")
+    text, both = section(folder, BENCH), read_json(folder / "summary.json")["precision"]["galore"]
+    assert both["difference"] is None and both["fp16"]["rougeL"] is None and both["fp16"]["valid_loss"] == 2.6
+    assert "(galore: RuntimeError: cannot read weights.bin; no GPU was left)" in text
+    assert "galore in fp16 instead of bf16 (seed 0) was trained, not scored: validation loss +0.0000" in text
+
+
+def test_answers_are_cut_at_the_first_looks_limit(taken, monkeypatch, tmp_path):
+    folder, study = taken()
+    assert read_json(folder / "summary.json")["first_look"] is None  # a limit of 48 is below it
+    monkeypatch.setattr(reference_results, "FIRST_LOOK_TOKENS", 2)
+    monkeypatch.setattr(reference_results.data, "open_tokenizer", lambda model: tiny.tokenizer())
+    reference_results.take(study, folder)
+    found = read_json(folder / "summary.json")
+    look = found["first_look"]
+    assert look["max_new_tokens"] == 2 and set(look["scores"]) == set(METHODS)
+    for method in METHODS[1:]:
+        assert 0 < look["scores"][method]["rougeL"] < found["methods"][method]["scores"]["rougeL"]["value"]
+    text = section(folder, BENCH)
+    assert "| BLEU-4 / ROUGE-L | here | cut at 2 tokens | first look |" in text
+    bleu, rouge = (look["scores"]["qlora"][metric] for metric in ("bleu4", "rougeL"))
+    assert f" | {bleu:.3f} / {rouge:.3f} | 0.122 / 0.400 |" in text
+
+
+def test_what_rounding_to_4_bits_costs_is_told_apart_from_forgetting(taken):
+    folder, study = taken()
+    for record in study.records():
+        if record["method"] == "qlora":
+            record["evaluation"]["general_loss_nf4"] = record["evaluation"]["general_loss"] - 0.05
+            fake_study.write_record(study, record)
+    reference_results.take(study, folder)
+    found = read_json(folder / "summary.json")
+    rise = found["methods"]["qlora"]["general_loss"][0] - found["methods"]["base"]["general_loss"][0] - 0.05
+    told = next(line for line in reference_findings.findings(found) if "without any training" in line)
+    assert f"qlora {rise:+.3f} of " in told and "training adds +0.051 for qlora." in told
+    why = {claim: why for claim, _, why in reference_findings.claims(found)}["The hybrid keeps general knowledge"]
+    assert f"by 4 bits alone, untrained: qlora {rise:+.3f}" in why
+
+
+def test_a_best_rate_at_the_edge_of_the_sweep_is_a_finding(taken):
+    folder, _ = taken()
+    found = read_json(folder / "summary.json")
+    told = [line for line in reference_findings.findings(found) if "learning rate of the sweep" in line]
+    assert len(told) == 1 and "the largest tried for galore," in told[0]
+    found["methods"]["galore"]["sweep"]["from"]["is_at_edge"] = False
+    assert not [line for line in reference_findings.findings(found) if "learning rate of the sweep" in line]
+
+
+@pytest.mark.parametrize(
+    "low, high, said",
+    [(-0.0196, -0.0001, "-0.0196 to -0.0001"), (-0.0123, 0.0, "-0.012 to +0.000"), (0.01, 0.02, "+0.010 to +0.020")],
+)
+def test_an_interval_shows_on_which_side_of_0_its_ends_lie(low, high, said):
+    assert ends({"value": (low + high) / 2, "low": low, "high": high}) == said
+
+
+def test_speed_is_the_median_over_steps_and_compiling_stands_apart(taken):
+    history = [{"step": 1, "loss": 3.0, "tokens": 100, "seconds": 50.0}]
+    history += [{"step": n, "loss": 3.0, "tokens": 100, "seconds": s} for n, s in ((2, 0.1), (3, 0.2), (4, 0.1))]
+    folder, _ = taken(galore_s0={"history": history, "first_step_s": 50.0})
+    known = read_json(folder / "summary.json")["methods"]["galore"]
+    assert known["median_tokens_per_second"][0] == pytest.approx(750.0) and known["first_step_seconds"][0] == 50.0

@@ -9,7 +9,7 @@ import fake_study
 import pandas as pd
 import pytest
 
-from peftlib import comparison, figures, metrics, palette, report, scored, stats
+from peftlib import comparison, figures, metrics, palette, report, report_notes, scored, stats
 from peftlib.document import Bullets, Heading, Paragraph, Table, markdown_text, to_html, to_markdown
 from peftlib.errors import StudyError
 from peftlib.files import read_json
@@ -526,6 +526,28 @@ def test_charts_without_data_say_so_and_are_not_saved(small):
         assert chart.is_empty and "Empty chart" in chart.alt
         shown = chart._repr_mimebundle_()
         assert f'<img alt="{html.escape(chart.alt)}" src="data:image/png;base64,iVBORw0KGgo' in shown["text/html"]
+
+
+def _at(value, half=0.01):
+    return {"rougeL": stats.Interval(value, value - half, value + half)}
+
+
+@pytest.mark.parametrize("base, shown", [(0.05, "base: 0.050, far below"), (0.44, " base "), (0.6, " base ")])
+def test_quality_against_memory_shows_the_methods_apart_and_names_base(base, shown):
+    intervals = {"base": _at(base), "qlora": _at(0.46), "galore": _at(0.47)}
+    chart = figures.quality_against_memory(intervals, {"qlora": 3.7, "galore": 4.2})
+    axes = chart.axes[0]
+    assert shown in [text.get_text() for text in axes.texts] and f"Base {base:.3f}" in chart.alt
+    low, high = axes.get_ylim()
+    assert low < 0.45 and high > 0.48 and (low < base < high) == (shown == " base ")
+    left, right = axes.get_xlim()
+    assert 3 < left < 3.7 and right > 4.2
+
+
+def test_what_p_leaves_out_is_said_where_seeds_count(small):
+    pairs = report.build(small).pairs
+    assert "too few seeds" not in report_notes.pairs_note([], 1) and "too few seeds" in report_notes.pairs_note([], 3)
+    assert "too few seeds" not in small.report_path.read_text(encoding="utf-8") and len(pairs)
 
 
 def test_charts_leave_pyplot_alone():
