@@ -119,12 +119,17 @@ def versions():
     return found
 
 
-def git_state():
-    """{'commit', 'is_dirty'} of the checkout that peftlib runs from; None each where there is no git."""
-    folder = Path(__file__).resolve().parent
+def git_state(folder=Path(__file__).resolve().parent):
+    """{'commit', 'is_dirty'} of the checkout that a package runs from; None each where there is no git.
+
+    is_dirty: the package differs from the commit; data and results that lie around it do not count.
+    """
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit or None, "is_dirty": bool(_git(folder, "status", "--porcelain")) if commit else None}
+        return {
+            "commit": commit or None,
+            "is_dirty": bool(_git(folder, "status", "--porcelain", "--", ".")) if commit else None,
+        }
     except OSError:
         return {"commit": None, "is_dirty": None}
 

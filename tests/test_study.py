@@ -1,8 +1,10 @@
 """A study's settings: fixed with its data and, once something has run, as a whole."""
 
+import subprocess
+
 import pytest
 
-from peftlib import config
+from peftlib import config, record
 from peftlib.errors import StudyError
 from peftlib.evaluate import evaluate
 from peftlib.files import read_json, write_json
@@ -83,3 +85,18 @@ def test_a_study_older_than_a_setting_had_its_default(make_study):
     del settings["config"]["galore_on_refresh"]
     write_json(study.config_path, settings)
     assert reopened(study).cfg.galore_on_refresh == config.resolve("demo").galore_on_refresh
+
+
+def test_a_record_says_whether_the_package_differs_from_its_commit(tmp_path):
+    package = tmp_path / "peftlib"
+    package.mkdir()
+    (package / "a.py").write_text("a = 1\n")
+    assert record.git_state(package) == {"commit": None, "is_dirty": None}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    found = record.git_state(package)
+    assert len(found["commit"]) == 40 and found["is_dirty"] is False
+    (package / "b.py").write_text("b = 1\n")
+    assert record.git_state(package)["is_dirty"] is True
