@@ -84,12 +84,15 @@ class Forecast:
             yield hours.scaling_note(self.card)
 
 
-def forecast(cfg, card_name, card, *, shape, manifest=None):
-    """The Forecast of a config on a card. card: cards.Card. shape: plan.Shape of cfg.model. manifest: of standing data."""
+def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
+    """The Forecast of a config on a card. card: cards.Card. shape: plan.Shape of cfg.model. manifest: of standing data.
+
+    rows: speeds to go by, as hours.measured_rows() gives them, which is what is taken without.
+    """
     precision = card.precision if cfg.precision == "auto" else cfg.precision
     gib = min(card.gib, cfg.memory_gib) if cfg.memory_gib else card.gib
     tokens = hours.study_tokens(cfg, manifest)
-    rows = hours.measured_rows()
+    rows = hours.measured_rows() if rows is None else rows
     found = plan.table(shape, cfg, precision=precision, device_bytes=int(gib * plan.GIB))
     costs = [_cost(row, card, shape, cfg, precision=precision, tokens=tokens, rows=rows) for row in found]
     return Forecast(cfg, card, card_name, gib, precision, costs, tokens)

@@ -119,7 +119,7 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     """
     name = _METRIC_NAMES[metric]
     chart = Chart(5.6, 3.5, theme=theme)
-    axes = add_axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
+    axes = add_axes(chart, "peak memory of training (GiB); axes do not start at 0", f"{name} (0-1)")
     placed = [m for m in sorted(intervals, key=_method_order) if m != "base" and _is_number(peak_gib.get(m))]
     for method in placed:
         found = intervals[method][metric]
@@ -159,7 +159,7 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
 def memory_bars(peak_gib, reserved_gib=None, theme=LIGHT):
     """Peak training memory of each method in GiB; where known, what the allocator held beyond it as an outline."""
     reserved_gib = reserved_gib or {}
-    outlined = " (outline: reserved)" if any(map(_is_number, reserved_gib.values())) else ""
+    outlined = " (outline and brackets: reserved)" if any(map(_is_number, reserved_gib.values())) else ""
     name = "Peak memory of training"
     return _value_bars(peak_gib, name, "GiB", outlines=reserved_gib, note=outlined, theme=theme)
 
@@ -188,11 +188,14 @@ def _value_bars(values, name, unit, *, theme, form=".2f", outlines=None, note=""
             axes.barh(at, held, height=0.66, fill=False, edgecolor=theme.color_of(method), linewidth=1.2)
         axes.barh(at, values[method], height=0.66, color=theme.color_of(method))
         end = max(values[method], held or 0)
-        axes.annotate(f"{values[method]:{form}}", (end, at), xytext=(5, 0), textcoords="offset points", va="center",
+        more = f" ({held:{form}})" if _is_number(held) else ""
+        axes.annotate(f"{values[method]:{form}}{more}", (end, at), xytext=(5, 0), textcoords="offset points", va="center",
                       fontsize=9, color=theme.ink)  # fmt: skip
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
-    axes.set_xlim(0, max([values[m] for m in methods] + [outlines.get(m) or 0 for m in methods]) * 1.15)
+    axes.set_xlim(
+        0, max([values[m] for m in methods] + [outlines.get(m) or 0 for m in methods]) * (1.3 if outlines else 1.15)
+    )
     title(axes, name + note)
     chart.alt = f"{name}. " + "; ".join(f"{m} {values[m]:{form}} {unit}" for m in methods) + "."
     return chart

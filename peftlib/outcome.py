@@ -53,6 +53,7 @@ def close(run):
     record.update(vars(done), steps=done.step)
     del record["step"]
     record["saves"], record["save_stall_seconds"] = run.saver.saves, run.saver.stall_seconds  # of this session
+    record["placement"] = run.placement.facts
     last = record["history"][-max(1, run.plan.steps // 10) :]
     if last:
         record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)

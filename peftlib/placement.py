@@ -53,6 +53,15 @@ class Placement:
             self.cfg = cfg.replace(checkpointing=chosen.checkpointing)
 
     @property
+    def facts(self):
+        """What a record holds of it: rows of max_length tokens at once, recomputation, compiled layers or not."""
+        return {
+            "micro_batch": self.micro_batch,
+            "checkpointing": self.cfg.checkpointing,
+            "is_compiled": self.is_compiled,
+        }
+
+    @property
     def description(self):
         """What two sessions must share for equal bits, in words."""
         return f"micro_batch={self.micro_batch}, compiled={self.is_compiled}, {torch.get_num_threads()} threads"

@@ -37,7 +37,9 @@ _ALSO = (
     "saves",
     "save_stall_seconds",
     "forked_from",
+    "placement",
 )
+_PACKAGE = Path(__file__).resolve().parent
 _NEEDED = (
     "method",
     "seed",
@@ -119,7 +121,7 @@ def versions():
     return found
 
 
-def git_state(folder=Path(__file__).resolve().parent):
+def git_state(folder=_PACKAGE):
     """{'commit', 'is_dirty'} of the checkout that a package runs from; None each where there is no git.
 
     is_dirty: the package differs from the commit; data and results that lie around it do not count.

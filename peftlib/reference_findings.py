@@ -12,6 +12,7 @@ def findings(found):
     return [
         *_against_base(found),
         *_best(found),
+        *_losses(found),
         *_rates(found),
         *_memory(found),
         *_speed(found),
@@ -91,44 +92,64 @@ def _best(found):
         order = sorted(methods, key=lambda m: -found["methods"][m]["scores"][metric]["value"])
         if len(order) < 2:
             return
-        first, value = order[0], found["methods"][order[0]]["scores"][metric]["value"]
+        first = order[0]
         gaps = {other: pair_of(found, metric, first, other) for other in order[1:]}
         beaten = [other for other, gap in gaps.items() if gap and not gap["is_noise"]]
         level = [other for other, gap in gaps.items() if gap and gap["is_noise"]]
-        said = f"Highest {name}: {first} with {value:.3f}"
-        if beaten:
-            said += f", above {', '.join(f'{other} by {signed(gaps[other])}' for other in beaten)}"
-        if level:
-            said += (
-                f"; its lead over {', '.join(f'{other} {signed(gaps[other])}' for other in level)} is inside the noise"
-            )
-        yield said + "."
+        said = [f"beyond the noise above {_listed(beaten)}"] if beaten else []
+        said += [f"not measurably above {_listed(level)}"] if level else []
+        yield f"Highest {name}: {first} with {found['methods'][first]['scores'][metric]['value']:.3f}, {', '.join(said)}."
+
+
+def _losses(found):
+    known = {m: mean(found["methods"][m]["eval_loss"]) for m in _trained(found)}
+    order = sorted((m for m in known if known[m] is not None), key=known.get)
+    if len(order) > 1:
+        told = ", ".join(f"{m} {known[m]:.3f}" for m in order)
+        yield f"Least loss on the test rows, nats per token, where each of the reference's tokens counts: {told}."
 
 
 def _rates(found):
-    at_edge = {"largest": [], "smallest": []}
+    at_edge, steps = {"largest": [], "smallest": []}, set()
     for method in _trained(found):
         basis = (found["methods"][method]["sweep"] or {}).get("from")
         if basis and basis.get("is_at_edge"):
             known = [trial for trial in basis["tried"] if trial["valid_loss"] is not None]
             best = min(known, key=lambda trial: trial["valid_loss"])["factor"]
             at_edge["largest" if best == max(trial["factor"] for trial in known) else "smallest"].append(method)
+            steps.add(basis["steps"])
     told = [f"the {which} tried for {_listed(methods)}" for which, methods in at_edge.items() if methods]
     if told:
         yield (
-            f"The best learning rate of the sweep was {' and '.join(told)}, so that rates beyond might do better still, and "
-            "the order of methods that lie close together is one at these rates."
+            f"Learning rates: the best of the sweep ({_listed([str(n) for n in sorted(steps)])} of "
+            f"{max(found['steps']):,} steps, one seed) was {' and '.join(told)}, so rates beyond might do better still, and "
+            "methods that lie close together are ordered at these rates alone."
+        )
+    both = [
+        m for m in _trained(found) if found["methods"][m]["sweep"] and len(found["methods"][m]["sweep"]["rates"]) > 1
+    ]
+    if both:
+        yield (
+            f"The two rates of {_listed(both)} were scaled together: the pair that each part prefers alone was not tried, so "
+            "it may do better than here."
         )
 
 
 def _memory(found):
-    yield from _ranked(found, "peak_memory_gib", "Least memory in training", "GiB", least=True, form="{:.2f}")
+    yield from _ranked(
+        found,
+        "peak_memory_gib",
+        "Least peak GPU memory in training, as allocated under the plan that ran",
+        "GiB",
+        least=True,
+        form="{:.2f}",
+    )
 
 
 def _speed(found):
     many = found["side_by_side"]
-    note = f", with {many} runs sharing each GPU" if many > 1 else ""
-    what = f"Fastest training{note}, median over steps, compiling apart"
+    note = f", roughly, as {many} runs shared each GPU" if many > 1 else ""
+    what = f"Fastest training, median over steps with compiling apart{note}"
     yield from _ranked(found, "median_tokens_per_second", what, "tokens/s", least=False, form="{:,.0f}")
 
 
@@ -149,7 +170,8 @@ def _forgetting(found):
         less = [m for m in gaps if not gaps[m]["is_noise"] and gaps[m]["value"] < 0]
         told = ", ".join(f"{m} {signed(gaps[m])}" for m in gaps)
         yield (
-            f"Forgetting, as the rise of the loss on general text over the untrained model's, intervals over seeds: {told}. "
+            "Forgetting, as the rise of the loss on one general text over the untrained model's, intervals over seeds, not over "
+            f"texts: {told}. "
             f"It rose measurably with {'all of them' if len(more) == len(gaps) else _listed(more) or 'none'}"
             + (f" and fell with {_listed(less)}." if less else ".")
         )
@@ -160,7 +182,8 @@ def _forgetting(found):
         left = " and ".join(f"{rises[m] - gap:+z.3f} for {m}" for m, gap in rounded.items())
         yield (
             "Holding the untrained model in a method's 4 bits, without any training, raises that loss as well: "
-            f"{told}. So much of a rise comes with the rounding and is no forgetting; training adds {left}."
+            f"{told}. That much is there before training, which changes it by {left} more; a model that is served in 4 bits "
+            "pays all of it. The parts need not add up, for training can repair what rounding did."
         )
 
 
@@ -196,7 +219,9 @@ def _low_memory(found):
         return UNDECIDED, "memory of too few methods is known"
     others = {m: min(values) for m, values in known.items() if m != "qlora"}
     is_least = max(known["qlora"]) < min(others.values())
-    why = f"peak of qlora {mean(known['qlora']):.2f} GiB, " + ", ".join(f"{m} {mean(known[m]):.2f}" for m in others)
+    plain = mean(found["methods"].get("lora", {}).get("peak_memory_gib"))
+    others_too = {**{m: mean(known[m]) for m in others}, **({} if plain is None else {"lora": plain})}
+    why = f"peak of qlora {mean(known['qlora']):.2f} GiB, " + ", ".join(f"{m} {v:.2f}" for m, v in others_too.items())
     gain = (found["methods"]["qlora"]["over_base"] or {}).get("rougeL")
     if not is_least:
         return NOT_SUPPORTED, f"{why}: it is not the least"

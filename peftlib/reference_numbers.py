@@ -21,7 +21,7 @@ def bootstrap(systems):
 
 
 def mean(values):
-    """The mean, None where any is unknown or there are none."""
+    """The mean, None where any is unknown or there are none (or no list of them)."""
     return None if not values or None in values else statistics.fmean(values)
 
 

@@ -82,7 +82,9 @@ def sentences(found):
         told, cost = [], "was trained, not scored"
         if both["difference"]:
             gap = both["difference"]["rougeL"]
-            cost = "costs nothing that shows" if gap["is_noise"] else "costs" if gap["value"] < 0 else "gains"
+            cost = (
+                "costs no quality that shows" if gap["is_noise"] else "costs quality" if gap["value"] < 0 else "gains"
+            )
             told.append(f"ROUGE-L {signed(gap)}")
         told += [
             f"{name} {both['fp16'][field] - both['bf16'][field]:+z.4f}"

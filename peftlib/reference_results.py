@@ -5,6 +5,8 @@ import statistics
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from peftlib import comparison, data, metrics, reference_precision, stats
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
@@ -14,7 +16,7 @@ from peftlib.results import gib
 from peftlib.scored import BASE, BASE_CUT
 from peftlib.study import METHOD_ORDER, Study
 
-FIGURES = ("scores", "rougeL_against_memory", "memory")
+FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
 FIRST_LOOK_TOKENS = 96  # the limit of answers in the first look of this project's plan, whose scores are quoted
 _HISTORY = 60  # entries of a history that are kept
 _LEFT_OUT = ("layers", "weights_sha256", "losses")  # of records: long, or said twice
@@ -90,6 +92,7 @@ def summary_of(study, built, *, seeds, lacking=""):
         "base_cut": {metric: boot.value[BASE_CUT][metric] for metric in stats.METRICS}
         if BASE_CUT in boot.value
         else None,
+        "sources": _by_source(built.per_source),
         "methods": {method: _method(method, part, found, boot, study) for method, part in finished.items() if part},
         "pairs": _pairs(built.pairs),
         "losses": _over_seeds(found),
@@ -102,7 +105,11 @@ def summary_of(study, built, *, seeds, lacking=""):
 def _pairs(frame):
     """Rows of the report's pairs as dicts, base cut left out; p is None where seeds do not pair."""
     rows = [row for row in frame.to_dict("records") if BASE_CUT not in (row["method"], row["other"])]
-    return [{**row, "p": None if row["p"] != row["p"] else row["p"]} for row in rows]
+    # As report.md says, p is of these runs on other rows: it does not count that seeds differ, as the interval does.
+    for row in rows:
+        p = row.pop("p")
+        row["p_of_rows"] = None if pd.isna(p) else p
+    return rows
 
 
 def _at_limit(found, cfg, limit):
@@ -124,10 +131,26 @@ def _at_limit(found, cfg, limit):
     return {"max_new_tokens": limit, "scores": means}
 
 
+def _answer_seconds(run):
+    """Seconds of all answers; a session that made the last ones alone knows only these, so they are scaled by tokens."""
+    done = run.record["evaluation"] or {}
+    seconds, tokens = done.get("generate_seconds"), done.get("generated_tokens")
+    return seconds * sum(run.n_tokens) / tokens if seconds and tokens and run.n_tokens else seconds
+
+
 def _median_speed(record):
     """Median over steps of tokens a second, which compiling and saving do not touch; None without a history."""
     speeds = [step["tokens"] / step["seconds"] for step in record["history"] if step.get("seconds")]
     return statistics.median(speeds) if speeds else None
+
+
+def _by_source(frame):
+    """{source: {'rows': int, 'scores': {method: {metric: float}}}} of the report's scores by source."""
+    made = {}
+    for row in frame.to_dict("records"):
+        known = made.setdefault(row["source"], {"rows": int(row["n"]), "scores": {}})
+        known["scores"][row["method"]] = {metric: row[metric] for metric in stats.METRICS}
+    return made
 
 
 def _method(method, runs, found, boot, study):
@@ -144,7 +167,7 @@ def _method(method, runs, found, boot, study):
         "median_tokens_per_second": [_median_speed(record) for record in records],
         "first_step_seconds": [record.get("first_step_s") for record in records],
         "train_seconds": [record["train_seconds"] for record in records],
-        "generate_seconds": [(record["evaluation"] or {}).get("generate_seconds") for record in records],
+        "generate_seconds": [_answer_seconds(run) for run in runs],
         "trainable_params": records[0]["trainable_params"],
         "precision": sorted({record["precision"] for record in records}),
         "learning_rate": records[0]["learning_rate"],
@@ -215,6 +238,7 @@ def _records(study, folder):
         kept["error"] = without_folders(kept["error"])
         kept["config"] = public_config(kept["config"])
         kept["model"] = public_model(kept["model"])
+        kept["median_tokens_per_second"] = _median_speed(record)
         kept["history"] = thinned([{name: e.get(name) for name in ("step", "loss")} for e in record["history"]])
         write_json(folder / f"{record['method']}-s{record['seed']}.json", kept)
 

@@ -35,7 +35,7 @@ def section(folder, bench_rows):
         "Claims of the original study:",
         table([["claim", "verdict", "why"], *(list(row) for row in claims(found))]),
         *_pictures(found),
-        *_part("Scores", _scores(found), _pairs(found)),
+        *_part("Scores", _scores(found), *_sources(found), _pairs(found)),
         *_part("Memory, speed and learning rates", _costs(found), *_spent(found, plan)),
         *_part("fp16 against bf16", *reference_precision.tables(found)),
         *_part("Beside other studies", *_others(found)),
@@ -105,6 +105,19 @@ def _scores(found):
     )
 
 
+def _sources(found):
+    """ROUGE-L of each source, which may tell methods apart more or less."""
+    known = found["sources"]
+    if len(known) < 2:
+        return
+    methods = [method for method in found["methods"] if all(method in part["scores"] for part in known.values())]
+    rows = [["ROUGE-L by source", *methods]]
+    for source, part in known.items():
+        scores = [f"{part['scores'][method]['rougeL']:.3f}" for method in methods]
+        rows.append([f"{source} ({part['rows']:,} rows)", *scores])
+    yield table(rows)
+
+
 def _spread(values, form):
     known = [value for value in values if value is not None]
     if not known:
@@ -134,8 +147,9 @@ def _costs(found):
         )
     return (
         table(rows)
-        + "\n\nUseful tokens/s, the median over steps; the first step compiles, and the minutes hold it. Swept: validation loss "
-        "after a short run at each factor of the default rate."
+        + "\n\nUseful tokens/s, the median over steps (`results.csv` has tokens over all of the time); the first step compiles, "
+        "and the minutes hold it. Swept: validation loss after a short run at each factor of the default rates. Of two rates the first is the projections', "
+        "the second that of LoRA's adapters in the hybrid and of the norms elsewhere."
     )
 
 
@@ -163,10 +177,10 @@ def _pairs(found):
                 verdict = "inside the noise" if gap["is_noise"] else "higher" if gap["value"] > 0 else "lower"
                 cells += [ends(gap), verdict]
             rows.append([f"{method} − {other}", *cells])
-    count = (len(rows) - 1) * len(NAMES)
+    pairs = len(rows) - 1
     return (
-        f"Differences between the trained methods, 95 % intervals over rows and seeds, {count} in all, of which about "
-        f"{0.05 * count:.0f} would show by chance between methods that do not differ:\n\n" + table(rows)
+        f"Differences between the trained methods, 95 % intervals over rows and seeds, {pairs} pairs of methods, not corrected "
+        "for their number:\n\n" + table(rows)
     )
 
 
@@ -188,7 +202,7 @@ def _others(found):
     yield table(rows)
     if look:
         share = found["methods"].get(BASE, {}).get("truncated_share")
-        never = f" ({share:.0%} of its answers here met it)" if share is not None else ""
+        never = f" ({share:.1%} of its answers here met it)" if share is not None else ""
         yield (
             f"The untrained model does not stop before the limit{never}, so that its scores fall with every token "
             f"that it may add; the column of answers cut at {limit} tokens is the one to put beside the first look's."
@@ -227,17 +241,18 @@ def _spent(found, plan):
     """Minutes of training and answering against those that were planned."""
     if plan is None:
         return
-    planned, spent = 0.0, 0.0
+    planned, spent, loss_s = 0.0, 0.0, plan["assumptions"]["test_loss_s"]
     by_run = {row["run"]: row for row in plan["runs"]}
     for method, known in found["methods"].items():
         for seed, train, answer in zip(known["seeds"], known["train_seconds"], known["generate_seconds"]):
             row = by_run.get(f"{method}-s{seed}")
             if row is not None and answer is not None:
-                planned += (row["train_s"] + row["evaluate_s"]) / 60
+                planned += (row["train_s"] + row["evaluate_s"] - loss_s) / 60
                 spent += ((train or 0.0) + answer) / 60
+    shared = f", {found['side_by_side']} sharing each GPU" if found["side_by_side"] > 1 else ""
     yield (
-        f"Planned for the runs above were {planned:.0f} minutes of training and answering "
-        f"([the plan](results/reference/plan.md)); they took {spent:.0f}, the loss on test rows not counted."
+        f"Planned for training and answering of the runs above were {planned:.0f} minutes of runs alone on a GPU "
+        f"([the plan](results/reference/plan.md)); they took {spent:.0f}{shared}."
     )
 
 

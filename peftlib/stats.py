@@ -17,6 +17,9 @@ from peftlib.metrics import corpus_bleu
 METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 FEW_ROWS = 100
 _CHUNK = 250  # resamples whose row counts are held at once
+_SEED_DRAWS = (
+    50  # of means over seeds with each resample of rows: t of few degrees has far tails, and a draw costs little
+)
 
 
 class FewRowsWarning(UserWarning):
@@ -41,30 +44,34 @@ class Interval:
 class Bootstrap:
     """Scores of several methods on the same rows, and the same resamples of all of them.
 
-    value: {method: {metric: float}}, mean over seeds. replicates: {method: {metric: (resamples,)}}.
+    value: {method: {metric: float}}, mean over seeds. replicates: {method: {metric: (draws,)}}, in which each of the
+    resamples of rows stands equally often.
     """
 
     n_rows: int
+    resamples: int
     n_seeds: dict
     value: dict = field(repr=False)
     replicates: dict = field(repr=False)
 
     def interval(self, method, metric):
         """95 % interval of one method's score."""
-        return _interval(self.value[method][metric], self.replicates[method][metric], self.n_rows)
+        return _interval(self.value[method][metric], self.replicates[method][metric], self.n_rows, self.resamples)
 
     def difference(self, method, other, metric):
         """95 % interval of score(method) - score(other), paired by rows."""
         value = self.value[method][metric] - self.value[other][metric]
-        return _interval(value, self.replicates[method][metric] - self.replicates[other][metric], self.n_rows)
+        drawn = self.replicates[method][metric] - self.replicates[other][metric]
+        return _interval(value, drawn, self.n_rows, self.resamples)
 
 
 def bootstrap(runs, *, resamples=2000, seed=0):
     """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
 
-    A resample draws rows with replacement, the same for every method, and, where a method has several seeds, the mean
-    over its seeds from Student's t around it, for each method by itself. Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal
-    quantiles) and by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
+    A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample is
+    taken 50 times, with the mean over a method's seeds from Student's t around it, for each method by itself. Intervals
+    are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and by one
+    standard error of the tail that the resamples estimate. Deterministic in `seed`.
     Warns (FewRowsWarning) below 100 rows.
     DataError: fewer than 1,000 resamples, no runs, or runs of unequal row counts.
     """
@@ -83,12 +90,16 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     ]
     drawn = {metric: np.concatenate([part[metric] for part in drawn]) for metric in METRICS}
     value, replicates = {}, {}
+    draws = 1 if max(map(len, runs.values())) == 1 else _SEED_DRAWS
     for method in runs:
         mine = [column for column, owner in enumerate(owners) if owner == method]
-        weights = _seed_weights(len(mine), resamples, rng)
+        weights = _seed_weights(len(mine), resamples * draws, rng).reshape(resamples, draws, -1)
         value[method] = {metric: float(scores[metric][0, mine].mean()) for metric in METRICS}
-        replicates[method] = {metric: (drawn[metric][:, mine] * weights).sum(axis=1) for metric in METRICS}
-    return Bootstrap(n_rows, {method: len(seeds) for method, seeds in runs.items()}, value, replicates)
+        replicates[method] = {
+            metric: (drawn[metric][:, None, mine] * weights).sum(axis=-1).ravel() for metric in METRICS
+        }
+    n_seeds = {method: len(seeds) for method, seeds in runs.items()}
+    return Bootstrap(n_rows, resamples, n_seeds, value, replicates)
 
 
 def seeds_difference(values, others, *, resamples=20_000, seed=0):
@@ -140,7 +151,7 @@ def mean_interval(values, *, resamples=2000, seed=0):
         _row_counts(len(values), min(_CHUNK, resamples - start), rng) @ values / len(values)
         for start in range(0, resamples, _CHUNK)
     ]
-    return _interval(float(values.mean()), np.concatenate(drawn), len(values))
+    return _interval(float(values.mean()), np.concatenate(drawn), len(values), resamples)
 
 
 def over_seeds(values):
@@ -181,12 +192,12 @@ def t_quantile(p, degrees):
     return sum(term / degrees**power for power, term in enumerate(terms))
 
 
-def _interval(value, replicates, n_rows):
+def _interval(value, replicates, n_rows, resamples):
     # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t quantiles.
     widened = math.sqrt(n_rows / max(n_rows - 1, 1)) * t_quantile(0.975, max(n_rows - 1, 1))
     tail = 1 - statistics.NormalDist().cdf(widened)
     # A tail estimated from a finite number of resamples errs by this much: err towards the wider interval.
-    tail = max(0.0, tail - math.sqrt(tail * (1 - tail) / len(replicates)))
+    tail = max(0.0, tail - math.sqrt(tail * (1 - tail) / resamples))
     low, high = np.quantile(replicates, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))
 

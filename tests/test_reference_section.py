@@ -7,9 +7,10 @@ import fake_study
 import pytest
 import tiny
 
-from peftlib import readme, reference_findings, reference_results
+from peftlib import readme, reference_findings, reference_results, reference_t4
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
+from peftlib.methods import METHODS as ALL
 from peftlib.reference_numbers import ends
 from peftlib.reference_section import section
 from peftlib.study import Study
@@ -76,7 +77,7 @@ def test_the_section_says_what_the_results_hold(taken):
     assert "| hybrid − galore |" in text and "factor 3, at the edge (0.3: 2.500, 1: 2.400, 3: 2.300)" in text
     assert (
         "One seed of each, trained in fp16 / in bf16" in text
-        and "galore in fp16 instead of bf16 (seed 0) costs nothing" in text
+        and "galore in fp16 instead of bf16 (seed 0) costs no quality that shows" in text
     )
     assert "| lora | 0, 1, 2 | not run | no GPU time was left |" in text
     assert "predicted hours a seed on a T4" in text and "does not fit" not in text.split("| hybrid |")[-1][:80]
@@ -224,7 +225,7 @@ def test_what_rounding_to_4_bits_costs_is_told_apart_from_forgetting(taken):
     found = read_json(folder / "summary.json")
     rise = found["methods"]["qlora"]["general_loss"][0] - found["methods"]["base"]["general_loss"][0] - 0.05
     told = next(line for line in reference_findings.findings(found) if "without any training" in line)
-    assert f"qlora {rise:+.3f} of " in told and "training adds +0.051 for qlora." in told
+    assert f"qlora {rise:+.3f} of " in told and "changes it by +0.051 for qlora more" in told
     why = {claim: why for claim, _, why in reference_findings.claims(found)}["The hybrid keeps general knowledge"]
     assert f"by 4 bits alone, untrained: qlora {rise:+.3f}" in why
 
@@ -232,10 +233,13 @@ def test_what_rounding_to_4_bits_costs_is_told_apart_from_forgetting(taken):
 def test_a_best_rate_at_the_edge_of_the_sweep_is_a_finding(taken):
     folder, _ = taken()
     found = read_json(folder / "summary.json")
-    told = [line for line in reference_findings.findings(found) if "learning rate of the sweep" in line]
+    told = [line for line in reference_findings.findings(found) if "best of the sweep" in line]
     assert len(told) == 1 and "the largest tried for galore," in told[0]
     found["methods"]["galore"]["sweep"]["from"]["is_at_edge"] = False
-    assert not [line for line in reference_findings.findings(found) if "learning rate of the sweep" in line]
+    assert not [line for line in reference_findings.findings(found) if "best of the sweep" in line]
+    assert not [line for line in reference_findings.findings(found) if "scaled together" in line]
+    found["methods"]["galore"]["sweep"]["rates"]["another"] = 1.0
+    assert any("two rates of galore were scaled together" in line for line in reference_findings.findings(found))
 
 
 @pytest.mark.parametrize(
@@ -252,3 +256,30 @@ def test_speed_is_the_median_over_steps_and_compiling_stands_apart(taken):
     folder, _ = taken(galore_s0={"history": history, "first_step_s": 50.0})
     known = read_json(folder / "summary.json")["methods"]["galore"]
     assert known["median_tokens_per_second"][0] == pytest.approx(750.0) and known["first_step_seconds"][0] == 50.0
+
+
+def test_answers_of_a_resumed_session_are_timed_by_all_of_their_tokens(taken):
+    folder, study = taken()
+    record = read_json(study.record_path("galore", 0))
+    tokens = sum(json.loads(line)["n_tokens"] for line in study.predictions_path("galore", 0).read_text().splitlines())
+    record["evaluation"] |= {"generate_seconds": 3.0, "generated_tokens": tokens / 4}
+    fake_study.write_record(study, record)
+    reference_results.take(study, folder)
+    assert read_json(folder / "summary.json")["methods"]["galore"]["generate_seconds"][0] == pytest.approx(12.0)
+
+
+def test_scores_by_source_are_shown_where_there_are_several(taken):
+    folder, _ = taken()
+    found = read_json(folder / "summary.json")
+    assert sum(part["rows"] for part in found["sources"].values()) == found["n_test"]
+    text = section(folder, BENCH)
+    for source, part in found["sources"].items():
+        cells = " | ".join(f"{part['scores'][method]['rougeL']:.3f}" for method in METHODS)
+        assert f"| {source} ({part['rows']} rows) | {cells} |" in text
+
+
+def test_speeds_of_a_t4_are_predicted_from_one_card():
+    fast = {**BENCH[0], "method": "qlora", "precision": "fp16", "cap_gib": 14.5, "device": "NVIDIA H200", "tok_s": 1e6}
+    usable = reference_t4._of_one_card([*BENCH, fast])
+    assert len({row["device"] for row in usable}) == 1 and {row["method"] for row in usable} == set(ALL)
+    assert reference_t4._of_one_card([]) == []

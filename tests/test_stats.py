@@ -115,6 +115,16 @@ def test_swap_test_takes_one_run_against_several_seeds():
     assert stats.swap_test([base], [base] * 3, "bleu4", resamples=1000) == 1
 
 
+def test_the_ends_of_an_interval_over_seeds_do_not_hang_on_the_draw():
+    rng = np.random.default_rng(5)
+    runs = {name: [simulated(rng, 300) for _ in range(3)] for name in ("a", "b")}
+    found = [stats.bootstrap(runs, resamples=1000, seed=seed).difference("a", "b", "rougeL") for seed in range(6)]
+    width = found[0].high - found[0].low
+    for end in ("low", "high"):
+        ends = [getattr(interval, end) for interval in found]
+        assert max(ends) - min(ends) < 0.08 * width  # one draw of t a resample: a quarter of it
+
+
 def test_several_seeds_widen_the_interval():
     rng = np.random.default_rng(8)
     low, high = simulated(rng, 400, skill=0.4), simulated(rng, 400, skill=0.6)
@@ -202,7 +212,7 @@ def _quick_difference(left, right, metric, rng):
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 9])
 def test_a_handful_of_rows_gives_an_interval_and_no_crash(n_rows):
     replicates = np.random.default_rng(0).normal(size=500)
-    found = stats._interval(0.0, replicates, n_rows)
+    found = stats._interval(0.0, replicates, n_rows, 500)
     assert found.low <= np.quantile(replicates, 0.02) and found.high >= np.quantile(replicates, 0.98)
 
 
