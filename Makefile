@@ -35,7 +35,7 @@ test: $(VENV)/installed $(VENV)/ipykernel6
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python -m pytest -q -m slow
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow or packaged"
 
 # Where there is no Chromium with its driver, the tests are skipped and say so. PEFTLIB_SCREENSHOTS=FOLDER keeps pictures.
 test-browser: $(VENV)/browser $(VENV)/ipykernel6

@@ -13,6 +13,7 @@ from peftlib.files import write_text
 
 _SYNC_SECONDS = 5.0  # between two fsyncs; a crash of the machine, not of the process, loses so much
 _LOG_SECONDS = 2.0
+_TELLING = 0.1  # share of the rows to answer from which on the time left is told
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,10 @@ class _Progress:
         if now - self.logged < _LOG_SECONDS and self.answered < self.rows:
             return
         self.logged = now
-        spent = max(self.spent(), 1e-9)
-        left = int(spent / (self.answered - self.before) * (self.rows - self.answered))
-        self.log(
-            f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"
-        )
+        spent, made = max(self.spent(), 1e-9), self.answered - self.before
+        line = f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s"
+        # Rows are answered side by side, so that the first to end say nothing of the time that all take.
+        if made >= _TELLING * (self.rows - self.before):
+            left = int(spent / made * (self.rows - self.answered))
+            line += f"  ETA {left // 60}:{left % 60:02d}"
+        self.log(line)

@@ -49,7 +49,7 @@ def gemma_tokenizer():
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=["tiny", "gemma"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("gemma", marks=pytest.mark.packaged)])
 def tokenizer(request):
     made = tiny.tokenizer() if request.param == "tiny" else gemma_tokenizer()
     before = made.chat_template

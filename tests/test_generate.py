@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 
+from peftlib import generate
 from peftlib.chat import encode_prompt
 from peftlib.data import load_split
 from peftlib.errors import Stopped, StudyError
@@ -180,3 +181,14 @@ def test_evaluation_in_fp16_scores_as_in_float32(make_study, monkeypatch):
 def test_evaluating_what_was_not_trained_is_refused(make_study):
     with pytest.raises(StudyError, match="no record of galore.*train it first"):
         evaluate(make_study(), "galore", log=lambda line: None)
+
+
+def test_the_time_left_is_told_once_enough_rows_are_answered(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(generate.time, "monotonic", lambda: now[0])
+    progress = generate._Progress(48, 8, lines.append)
+    for seconds in (30.0, 33.0, 36.0, 39.0, 60.0):
+        now[0] = seconds
+        progress.count(types.SimpleNamespace(n_tokens=10))
+    assert lines[0] == "answered 9/48  0 tok/s" and "ETA" not in lines[2]
+    assert lines[3] == "answered 12/48  1 tok/s  ETA 5:51" and lines[4].endswith("ETA 7:00")

@@ -251,6 +251,11 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
     monkeypatch.setattr(Stepper, "gradients", overflow)
     record = run.train()
     assert record["skipped_steps"] == 1 and record["status"] == "ok"
+    assert record["placement"] == {
+        "micro_batch": run.placement.micro_batch,
+        "checkpointing": "off",
+        "is_compiled": False,
+    }
     assert [entry["grad_norm"] is None for entry in record["history"]].count(True) == 1
 
 
