@@ -74,10 +74,11 @@ def _against_base(found):
         spread = f"between {low:.3f} ({worst}) and {high:.3f} ({best})" if len(known) > 1 else f"{low:.3f}"
         yield f"{how} in {name} over the untrained model{tail}: from {base:.3f} to {spread}."
     cut = {m: found["methods"][m]["over_base_cut"]["rougeL"] for m in known if found["methods"][m]["over_base_cut"]}
-    clear = {cut[m]["value"]: m for m in cut if not cut[m]["is_noise"] and cut[m]["value"] > 0}
+    clear = [m for m in cut if not cut[m]["is_noise"] and cut[m]["value"] > 0]
     if cut:
-        least = f"; the least gain is {clear[min(clear)]}'s with {signed(cut[clear[min(clear)]])}" if clear else ""
-        who = "all methods" if len(clear) == len(cut) else _listed(list(clear.values())) or "no method"
+        last = min(clear, key=lambda m: cut[m]["value"], default=None)
+        least = f"; the least gain is {last}'s with {signed(cut[last])}" if last else ""
+        who = "all methods" if len(clear) == len(cut) else _listed(clear) or "no method"
         yield (
             f"Against the untrained answers cut at {found['cut_at_words']} words, the median reference length, {who} still "
             "gained in ROUGE-L, so that "
