@@ -72,6 +72,9 @@ def settings_of(args):
     given |= {"sources": "; ".join(args.source)} if args.source else {}
     given |= {name: from_text(name, text) for name, text in args.p}
     methods = tuple(name for part in args.methods for name in part.replace(",", " ").split())
+    strange = [name for name in methods if name not in METHOD_ORDER]
+    if strange or not methods:
+        raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(METHOD_ORDER)}")
     if args.at_once < 1 or args.minutes < 0:
         raise ConfigError(f"--at-once {args.at_once}, --minutes {args.minutes:g}: use positive numbers")
     settings = Settings(

@@ -229,6 +229,8 @@ def test_arguments_become_settings():
         ("--seeds 0,x", "--seeds '0,x': use numbers"),
         ("--seeds 1,1", "each number once"),
         ("--at-once 0", "use positive numbers"),
+        ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
+        ("--methods ,", "use base, qlora"),
         ("--methods base --precision-check qlora", "not among --methods base"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
