@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-from peftlib import reference_results
+from peftlib import forgetting, reference_results
 from peftlib.cards import short_name
 from peftlib.errors import PeftlibError, StudyError
 from peftlib.files import read_json, write_json, write_text
@@ -86,6 +86,7 @@ def take(study, results=RESULTS):
             "scores": {method: boot.value[method] for method in (BASE, *trained)},
             "eval_loss": {method: records[method]["eval_loss"] for method in (BASE, *trained)},
             "general_loss": {method: records[method]["evaluation"].get("general_loss") for method in (BASE, *trained)},
+            "general_loss_nf4": {m: records[m]["evaluation"].get(forgetting.ROUNDED_FIELD) for m in (BASE, *trained)},
             "rougeL_over_base": {method: gain(method, BASE, "rougeL") for method in trained},
             "rougeL_over_base_cut": {method: gain(method, BASE_CUT, "rougeL") for method in trained},
         },
@@ -103,6 +104,7 @@ def _demo(found):
         ["its gain over base, 95 % interval", *(_interval(gains.get(m)) for m in methods)],
         ["BLEU-4", *(f"{found['scores'][m]['bleu4']:.3f}" for m in methods)],
         ["loss on general text", *(number(found["general_loss"][m], "{:.3f}") for m in methods)],
+        ["of it untrained, in the same 4 bits", *(number(found["general_loss_nf4"][m], "{:.3f}") for m in methods)],
     ]
     against = (
         f"against the base cut at the median reference length only {' and '.join(clear)} gained more than the noise"
