@@ -58,8 +58,9 @@ def card_of_device(device):
 
 
 def short_name(device):
-    """'H100' of torch's 'NVIDIA H100 80GB HBM3'."""
-    return device.removeprefix("NVIDIA ").split(" ")[0]
+    """'H100' of torch's 'NVIDIA H100 80GB HBM3', 'T4' of 'Tesla T4'."""
+    words = [word for word in device.split() if word not in ("NVIDIA", "Tesla", "GeForce")]
+    return " ".join(words[:2] if words[:1] == ["RTX"] else words[:1])
 
 
 def card_at_hand():

@@ -205,8 +205,8 @@ def _forgotten(study):
             parts.append(f"{method} {rounded.loss:.3f} ({moved:+.1%})")
     if parts:
         yield (
-            f"The same of the untrained model, its matrices in 4 bits as the method holds them: {', '.join(parts)}. So much "
-            "of the rise comes with the rounding and is no forgetting."
+            f"The same of the untrained model, its matrices in 4 bits as the method holds them: {', '.join(parts)}. That much "
+            "is there before training, which may repair a part of it."
         )
 
 

@@ -15,7 +15,7 @@ from peftlib import methods as registry
 from peftlib import record as records
 from peftlib.engines import require_vllm, resolve_engine
 from peftlib.env import resolve_device
-from peftlib.errors import StudyError
+from peftlib.errors import PeftlibError, StudyError
 from peftlib.generate import Predictions, answer_rows
 from peftlib.lock import held
 from peftlib.models import locate
@@ -39,10 +39,7 @@ def evaluate(study, method, *, log=print):
         done = record["evaluation"]
         predictions_path = study.predictions_path(method, record["seed"])
         if done and done["split_hash"] == record["split_hash"] and predictions_path.exists():
-            if "general_loss" in done and _rounded_layers(record) and forgetting.ROUNDED_FIELD not in done:
-                done |= _rounded_loss(study, record, log=log)  # evaluations made before it was known lack it
-                records.save(study, record)
-            else:
+            if not _add_rounding(study, record, log=log):
                 log(f"{method}: evaluated before, nothing to do")
             return record
         if study.cfg.engine == "vllm":
@@ -63,6 +60,9 @@ def evaluate(study, method, *, log=print):
             "device": records.device_name(device),
         }
         records.save(study, record)
+        del model
+        gc.collect()
+        _add_rounding(study, record, log=log)
         return record
 
 
@@ -99,8 +99,6 @@ def _losses(study, record, model, rows, *, precision, log):
     loss = mean_loss(model, Rows(rows), **how)
     general = _general_loss(study, model, **how)
     record["losses"] = {"eval_loss": loss, **forgetting.record_fields(general)}
-    if general is not None and _rounded_layers(record):
-        record["losses"] |= _rounded_loss(study, record, log=log)
     records.save(study, record)
     return record["losses"]
 
@@ -110,30 +108,43 @@ def _general_loss(study, model, **how):
     return forgetting.general_loss(model, data.open_tokenizer(study.cfg.model), study.cfg, train, **how)
 
 
-def _rounded_layers(record):
-    """Names of the projections that a run's method holds in NF4; of the untrained model none."""
-    return () if record["method"] == "base" else registry.find(record["method"]).FOUR_BIT
+def _add_rounding(study, record, *, log):
+    """Put the general text loss of the untrained model, in the 4 bits that the method holds, into the evaluation.
 
-
-def _rounded_loss(study, record, *, log):
-    """{field: loss on general text of the untrained model, the method's 4-bit matrices rounded as it holds them}.
-
-    A part of what such a method seems to forget is this rounding, which is there before the first step. It is the same
-    for every seed, so that one of them measures it.
+       Returns whether it did.
+    A part of what such a method seems to forget is this rounding, which is there before the first step. It is beside
+       the point of an evaluation: where it cannot be measured as the rest was, the evaluation stays as it is.
     """
-    text = (record.get("losses") or record["evaluation"])["general_text_sha256"]
-    for other in study.records():
-        done = other["evaluation"] or {}
-        known = done.get(forgetting.ROUNDED_FIELD)
-        if other["method"] == record["method"] and known is not None and done["general_text_sha256"] == text:
-            return {forgetting.ROUNDED_FIELD: known}
-    log(f"{record['method']}: general text loss of its 4 bits alone, untrained")
+    done, method = record["evaluation"], record["method"]
+    layers = registry.find(method).FOUR_BIT if method in registry.METHODS else ()
     device = resolve_device(study.cfg.device)
     dtype, precision, _ = evaluation_dtype(device)
-    settings = {"precision": record["precision"], "device": device, "dtype": dtype}
-    model = load_rounded(study.cfg.model, _rounded_layers(record), **settings)
-    general = _general_loss(study, model, device=device, precision=_autocast(precision))
-    return {forgetting.ROUNDED_FIELD: None if general is None else general.loss}
+    is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
+    if not (layers and is_open and done.get("precision") == precision):
+        return False
+    loss = _rounding_of_another_seed(study, record)
+    if loss is None:
+        log(f"{method}: general text loss of its 4 bits alone, untrained")
+        try:
+            model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
+            loss = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
+        except (PeftlibError, RuntimeError, OSError) as error:
+            log(f"{method}: not measured, and nothing rests on it: {error}")
+            return False
+    done[forgetting.ROUNDED_FIELD] = loss
+    records.save(study, record)
+    return True
+
+
+def _rounding_of_another_seed(study, record):
+    """The loss that another seed's evaluation holds for the same matrices, precisions and text, or None."""
+    for other in study.records():
+        if all(other[name] == record[name] for name in ("method", "precision", "model")) and other["evaluation"]:
+            mine, done = record["evaluation"], other["evaluation"]
+            is_alike = all(done.get(name) == mine[name] for name in ("precision", "general_text_sha256"))
+            if is_alike and done.get(forgetting.ROUNDED_FIELD) is not None:
+                return done[forgetting.ROUNDED_FIELD]
+    return None
 
 
 def _autocast(precision):

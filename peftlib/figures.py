@@ -112,14 +112,14 @@ def source_bars(per_source, metric="rougeL", theme=LIGHT):
 
 
 def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows=""):
-    """A point a method: peak training memory across, score with 95 % interval up; base as a dashed line.
+    """A point a method: peak training memory across, score with 95 % interval up; base as a dashed line where it is near.
 
     intervals as in `score_bars`; peak_gib: {method: GiB or None}; methods of unknown memory are left out.
     rows: as in `score_bars`. The axes hold the methods; a base far below them is named at the edge.
     """
     name = _METRIC_NAMES[metric]
     chart = Chart(5.6, 3.5, theme=theme)
-    axes = add_axes(chart, "peak memory of training (GiB); axes do not start at 0", f"{name} (0-1)")
+    axes = add_axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
     placed = [m for m in sorted(intervals, key=_method_order) if m != "base" and _is_number(peak_gib.get(m))]
     for method in placed:
         found = intervals[method][metric]
@@ -139,13 +139,15 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     _hold(axes.set_xlim, [peak_gib[m] for m in placed])
     ends = [end for m in placed for end in (intervals[m][metric].low, intervals[m][metric].high)]
     base = intervals["base"][metric].value if "base" in intervals else None
-    is_near = base is not None and min(ends) - base < 2 * (max(ends) - min(ends))
+    is_near = base is not None and min(ends) - base < 2 * max(max(ends) - min(ends), 0.05 * max(ends))
     _hold(axes.set_ylim, [*ends, base] if is_near else ends)
+    if axes.get_xlim()[0] > 0 or axes.get_ylim()[0] > 0:
+        axes.set_xlabel(f"{axes.get_xlabel()}; axes do not start at 0")
     if base is not None:
         color, where = theme.color_of("base"), (0.99, base if is_near else 0.02)
         if is_near:
             axes.axhline(base, color=color, linestyle="--", linewidth=1.2)
-        said = " base " if is_near else f"base: {base:.3f}, far below"
+        said = " base " if is_near else f"base: {base:.3f}, below"
         place = axes.get_yaxis_transform() if is_near else axes.transAxes
         axes.text(*where, said, color=color, fontsize=9, ha="right", va="bottom", transform=place)
     title(axes, f"{name}{_on(rows)} against memory: up and left is better")

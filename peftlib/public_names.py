@@ -38,7 +38,8 @@ def public_config(fields):
 
 def without_folders(text):
     """A message whose files are named without their absolute folders; addresses stay."""
-    return text and re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
+    plain = text and re.sub(r"file://(?=/)", "", text)
+    return plain and re.sub(r"(?<![\w:/.])/(?:(?:My Drive|[^/\s'\"]+)/)+", "", plain)
 
 
 def _is_folder(model):

@@ -104,7 +104,10 @@ def _demo(found):
         ["its gain over base, 95 % interval", *(_interval(gains.get(m)) for m in methods)],
         ["BLEU-4", *(f"{found['scores'][m]['bleu4']:.3f}" for m in methods)],
         ["loss on general text", *(number(found["general_loss"][m], "{:.3f}") for m in methods)],
-        ["of it untrained, in the same 4 bits", *(number(found["general_loss_nf4"][m], "{:.3f}") for m in methods)],
+        [
+            "of it untrained, in the same 4 bits",
+            *(number(found.get("general_loss_nf4", {}).get(m), "{:.3f}") for m in methods),
+        ],
     ]
     against = (
         f"against the base cut at the median reference length only {' and '.join(clear)} gained more than the noise"

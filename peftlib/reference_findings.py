@@ -117,7 +117,9 @@ def _rates(found):
         if basis and basis.get("is_at_edge"):
             known = [trial for trial in basis["tried"] if trial["valid_loss"] is not None]
             best = min(known, key=lambda trial: trial["valid_loss"])["factor"]
-            at_edge["largest" if best == max(trial["factor"] for trial in known) else "smallest"].append(method)
+            at_edge["largest" if best == max(trial["factor"] for trial in basis["tried"]) else "smallest"].append(
+                method
+            )
             steps.add(basis["steps"])
     told = [f"the {which} tried for {_listed(methods)}" for which, methods in at_edge.items() if methods]
     if told:
@@ -178,25 +180,31 @@ def _forgetting(found):
         )
     rounded = _rounding(found)
     if rounded and gaps:
-        rises = {m: mean(found["methods"][m]["general_loss"]) - _base_general(found) for m in rounded}
+        rises = {m: mean(_general(found, m)) - _base_general(found) for m in rounded}
         told = ", ".join(f"{m} {gap:+z.3f} of {rises[m]:+z.3f}" for m, gap in rounded.items())
         left = " and ".join(f"{rises[m] - gap:+z.3f} for {m}" for m, gap in rounded.items())
         yield (
-            "Holding the untrained model in a method's 4 bits, without any training, raises that loss as well: "
+            "Holding the untrained model in a method's 4 bits, without any training, changes that loss as well: "
             f"{told}. That much is there before training, which changes it by {left} more; a model that is served in 4 bits "
             "pays all of it. The parts need not add up, for training can repair what rounding did."
         )
 
 
 def _base_general(found):
-    return mean(found["methods"]["base"]["general_loss"]) if "base" in found["methods"] else None
+    return mean(_general(found, "base")) if "base" in found["methods"] else None
+
+
+def _general(found, method):
+    return found["methods"][method]["general_loss"]
 
 
 def _rounding(found):
     """{method: rise of the untrained model's loss on general text by the method's 4 bits alone}."""
     base = _base_general(found)
     known = {m: found["methods"][m].get("general_loss_nf4") for m in _trained(found)}
-    return {} if base is None else {m: loss - base for m, loss in known.items() if loss is not None}
+    if base is None:
+        return {}
+    return {m: loss - base for m, loss in known.items() if loss is not None and mean(_general(found, m)) is not None}
 
 
 def _hybrid(found):

@@ -29,14 +29,15 @@ def compared(built, sibling, *, lacking=""):
         other = others.get((run.record["method"], run.record["seed"]))
         if other is None or not other.record["status"] == run.record["status"] == "ok":
             continue
-        difference, reason = None, other.record.get("evaluation_error") or run.record.get("evaluation_error") or ""
+        difference, reasons = None, [without_folders(one.record.get("evaluation_error")) for one in (other, run)]
+        reasons += [] if other.is_scored else [lacking]
         if other.is_scored and run.is_scored:
             boot = bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
             difference = {metric: interval(boot.difference("fp16", "bf16", metric)) for metric in stats.METRICS}
         made[run.record["method"]] = {
             "seed": run.record["seed"],
             "difference": difference,
-            "unscored_because": "" if difference else "; ".join(filter(None, [without_folders(reason), lacking])),
+            "unscored_because": "" if difference else "; ".join(dict.fromkeys(filter(None, reasons))),
             **{one.record["precision"]: _facts(one) for one in (other, run)},
         }
     return made
@@ -71,7 +72,7 @@ def tables(found):
     yield table(rows)
     if lacking:
         told = "; ".join(f"{', '.join(methods)}: {reason}" for reason, methods in lacking.items())
-        yield f"Empty cells are runs that were trained in fp16 and not evaluated ({told})."
+        yield f"Empty cells are runs that were trained and not evaluated ({told})."
 
 
 def sentences(found):
@@ -93,6 +94,6 @@ def sentences(found):
         ]
         yield (
             f"{method} in fp16 instead of bf16 (seed {both['seed']}) {cost}: {', '.join(told)}, "
-            f"{both['fp16']['skipped_steps']} steps skipped for an overflow, peak memory "
-            f"{both['fp16']['peak_memory_gib']:.2f} against {both['bf16']['peak_memory_gib']:.2f} GiB."
+            f"{number(both['fp16']['skipped_steps'], '{}', 'unknown')} steps skipped for an overflow, peak memory "
+            f"{' against '.join(number(both[name]['peak_memory_gib'], '{:.2f}', 'unknown') for name in ('fp16', 'bf16'))} GiB."
         )

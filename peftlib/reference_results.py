@@ -86,6 +86,7 @@ def summary_of(study, built, *, seeds, lacking=""):
         "split_hash": found.split_hash,
         "rows": {split: sum(counts[split].values()) for split in counts},
         "n_test": len(found.test_rows),
+        "tokens_per_row": _tokens_per_row(manifest),
         "steps": sorted({run.record["steps"] for run in trained}),
         "train_tokens": sorted({run.record["train_tokens"] for run in trained}),
         "cut_at_words": found.cut_at_words,
@@ -100,6 +101,12 @@ def summary_of(study, built, *, seeds, lacking=""):
         "first_look": _at_limit(found, study.cfg, FIRST_LOOK_TOKENS),
         "notes": [without_folders(note) for note in built.notes],
     }
+
+
+def _tokens_per_row(manifest):
+    """Mean tokens of a training row, or None where the data do not say."""
+    known = [found["total"] for found in manifest.get("tokens", {}).get("train", {}).values() if found]
+    return sum(known) / sum(manifest["counts"]["train"].values()) if known else None
 
 
 def _pairs(frame):
@@ -135,7 +142,9 @@ def _answer_seconds(run):
     """Seconds of all answers; a session that made the last ones alone knows only these, so they are scaled by tokens."""
     done = run.record["evaluation"] or {}
     seconds, tokens = done.get("generate_seconds"), done.get("generated_tokens")
-    return seconds * sum(run.n_tokens) / tokens if seconds and tokens and run.n_tokens else seconds
+    if tokens is None or not run.n_tokens:
+        return seconds
+    return seconds * sum(run.n_tokens) / tokens if seconds and tokens else None
 
 
 def _median_speed(record):

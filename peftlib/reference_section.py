@@ -95,7 +95,7 @@ def _scores(found):
                 ends(gain[metric]) if gain else "",
             ]
         losses = [_spread(known[name], "{:.3f}") for name in ("eval_loss", "general_loss")]
-        rounded = number(known["general_loss_nf4"], "{:.3f}")
+        rounded = number(known.get("general_loss_nf4"), "{:.3f}")
         rows.append([method, str(len(known["seeds"])), *cells, *losses, rounded])
     return (
         table(rows)
@@ -107,7 +107,7 @@ def _scores(found):
 
 def _sources(found):
     """ROUGE-L of each source, which may tell methods apart more or less."""
-    known = found["sources"]
+    known = found.get("sources", {})  # a summary may be from before it was known
     if len(known) < 2:
         return
     methods = [method for method in found["methods"] if all(method in part["scores"] for part in known.values())]
@@ -202,11 +202,12 @@ def _others(found):
     yield table(rows)
     if look:
         share = found["methods"].get(BASE, {}).get("truncated_share")
-        never = f" ({share:.1%} of its answers here met it)" if share is not None else ""
-        yield (
-            f"The untrained model does not stop before the limit{never}, so that its scores fall with every token "
-            f"that it may add; the column of answers cut at {limit} tokens is the one to put beside the first look's."
-        )
+        if share is not None and share > 0.5:
+            yield (
+                f"The untrained model seldom stops by itself ({share:.1%} of its answers here met the limit), so that its "
+                f"scores fall with every token that it may add; the column of answers cut at {limit} tokens is the one to put "
+                "beside the first look's."
+            )
     low = [
         f"{method} in {name}"
         for method, numbers in _FIRST_LOOK.items()

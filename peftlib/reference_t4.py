@@ -47,14 +47,17 @@ def section(found, bench_rows):
         f"{tokens:,.0f} training tokens on a T4, which nobody has measured here:"
     )
     yield table(rows)
+    if not used:
+        return
     lengths = sorted({row["seq"] for row in used})
     cards = {short_name(row["device"]): card_of_device(row["device"]) for row in used}
     told = ", ".join(f"{name} {card.tflops:g} TFLOPS and {card.gb_per_s:g} GB/s" for name, card in cards.items())
+    here = found.get("tokens_per_row")
+    short = f"rows here hold {here:,.0f} tokens" if here else "rows here are shorter"
     yield (
         f"How predicted: {scaling_note(card)}. Measured on rows of {' or '.join(f'{n:,}' for n in lengths)} tokens; published "
-        f"figures: {told}. It is a kind prediction: rows here hold {tokens / found['rows']['train']:,.0f} tokens, and a fast "
-        "card waits for launches on short rows (see rows of real lengths below), which a slower one does less; the sweep, compiling "
-        "and answering come on top."
+        f"figures: {told}. It is a kind prediction: {short}, and a fast card waits for launches on short rows (see rows of real "
+        "lengths below), which a slower one does less; the sweep, compiling and answering come on top."
     )
 
 

@@ -11,8 +11,8 @@ from peftlib import data, forgetting, record
 from peftlib.data.convert import convert, detect
 from peftlib.data.reading import read_rows
 from peftlib.data.sources import SAMPLE
-from peftlib.errors import StudyError
-from peftlib.evaluate import evaluate
+from peftlib.errors import ModelError, StudyError
+from peftlib.evaluate import _rounding_of_another_seed, evaluate
 from peftlib.models import load_base
 from peftlib.train import TrainingRun
 
@@ -99,6 +99,53 @@ def test_four_bits_alone_are_measured_on_the_untrained_model(make_study):
     assert forgetting.rounded_of(kept) == forgetting.GeneralLoss(
         first["general_loss_nf4"], 150, kept["evaluation"]["general_text_sha256"]
     )
+
+
+def test_the_rounding_of_a_seed_is_taken_for_its_method_precision_and_text_alone(make_study):
+    study = make_study(max_steps=2, general_tokens=150, lora_learning_rate=1e-30, galore_learning_rate=1e-30)
+    for method in ("qlora", "hybrid"):
+        TrainingRun(study, method, log=lambda line: None).train()
+        evaluate(study, method, log=lambda line: None)
+    qlora, hybrid = (record.load(study, method, 0) for method in ("qlora", "hybrid"))
+    for made in (qlora, hybrid):
+        done = made["evaluation"]
+        assert done["general_loss_nf4"] == pytest.approx(done["general_loss"], rel=1e-6)
+    assert qlora["evaluation"]["general_loss_nf4"] != hybrid["evaluation"]["general_loss_nf4"]
+    bare = {**qlora, "seed": 1, "evaluation": {**qlora["evaluation"]}}
+    del bare["evaluation"]["general_loss_nf4"]
+    assert _rounding_of_another_seed(study, bare) == qlora["evaluation"]["general_loss_nf4"]
+    for changes in (
+        {"method": "lora"},
+        {"precision": "fp16"},
+        {"evaluation": {**bare["evaluation"], "general_text_sha256": "other"}},
+        {"evaluation": {**bare["evaluation"], "precision": "bf16"}},
+    ):
+        assert _rounding_of_another_seed(study, {**bare, **changes}) is None
+
+
+@pytest.mark.parametrize("error", [ModelError("no bitsandbytes"), RuntimeError("CUDA out of memory")])
+def test_an_evaluation_stands_where_the_rounding_cannot_be_measured(make_study, monkeypatch, error):
+    study, lines = make_study(max_steps=2, general_tokens=150), []
+
+    def fail(*args, **settings):
+        raise error
+
+    TrainingRun(study, "qlora", log=lambda line: None).train()
+    monkeypatch.setattr("peftlib.evaluate.load_rounded", fail)
+    done = evaluate(study, "qlora", log=lines.append)["evaluation"]
+    assert done["general_loss"] and "general_loss_nf4" not in done and str(error) in lines[-1]
+    assert record.load(study, "qlora", 0)["evaluation"] == done
+    lines.clear()
+    evaluate(study, "qlora", log=lines.append)
+    assert lines[-1] == "qlora: evaluated before, nothing to do"
+
+
+def test_no_general_text_no_rounding(make_study):
+    study, lines = make_study(max_steps=2, general_tokens=0), []
+    TrainingRun(study, "qlora", log=lambda line: None).train()
+    for _ in range(2):
+        evaluate(study, "qlora", log=lines.append)
+    assert lines[-1] == "qlora: evaluated before, nothing to do" and not any("4 bits" in line for line in lines)
 
 
 def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done_again(make_study):

@@ -8,9 +8,11 @@ import pytest
 import tiny
 
 from peftlib import readme, reference_findings, reference_results, reference_t4
+from peftlib.cards import short_name
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
 from peftlib.methods import METHODS as ALL
+from peftlib.public_names import without_folders
 from peftlib.reference_numbers import ends
 from peftlib.reference_section import section
 from peftlib.study import Study
@@ -283,3 +285,67 @@ def test_speeds_of_a_t4_are_predicted_from_one_card():
     usable = reference_t4._of_one_card([*BENCH, fast])
     assert len({row["device"] for row in usable}) == 1 and {row["method"] for row in usable} == set(ALL)
     assert reference_t4._of_one_card([]) == []
+
+
+def test_a_seed_that_was_not_scored_leaves_the_findings_standing(taken):
+    folder, study = taken(qlora_s2={"evaluation": None, "eval_loss": None})
+    for seed in (0, 1):
+        record = read_json(study.record_path("qlora", seed))
+        record["evaluation"]["general_loss_nf4"] = record["evaluation"]["general_loss"]
+        fake_study.write_record(study, record)
+    reference_results.take(study, folder)
+    found = read_json(folder / "summary.json")
+    assert found["methods"]["qlora"]["general_loss"][2] is None and found["methods"]["qlora"]["general_loss_nf4"]
+    assert not any("without any training" in line for line in reference_findings.findings(found))
+    assert "| qlora | 2 | trained |" in section(folder, BENCH)
+
+
+def test_a_run_in_bf16_that_was_not_scored_is_told_too(taken):
+    folder, study = taken(galore_s0={"evaluation": None, "eval_loss": None, "evaluation_error": "OSError: full"})
+    sibling, scored = reference_results.sibling_of(study), read_json(study.record_path("galore", 1))
+    fake_study.write_record(sibling, {**scored, "seed": 0, "precision": "fp16"})
+    reference_results.take(study, folder, sibling=sibling, lacking="no GPU was left")
+    text = section(folder, BENCH)
+    assert "Empty cells are runs that were trained and not evaluated (galore: OSError: full)." in text
+
+
+def test_a_model_that_stops_by_itself_is_not_said_to_run_on(taken):
+    folder, _ = taken()
+    found = read_json(folder / "summary.json")
+    found["first_look"] = {"max_new_tokens": 96, "scores": {}}
+    for share, is_said in ((0.01, False), (0.995, True)):
+        found["methods"]["base"]["truncated_share"] = share
+        write_json(folder / "summary.json", found)
+        assert ("seldom stops by itself (99.5%" in section(folder, BENCH)) == is_said
+
+
+def test_without_speeds_nothing_is_said_of_where_they_come_from(taken):
+    folder, _ = taken()
+    assert "How predicted" in section(folder, BENCH) and "How predicted" not in section(folder, [])
+
+
+@pytest.mark.parametrize(
+    "device, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("CPU (Xeon, 2 cores)", "CPU"),
+    ],
+)
+def test_cards_have_short_names(device, name):
+    assert short_name(device) == name
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("no room for /home/me/x/y.bin", "no room for y.bin"),
+        ("file:///home/me/y.bin", "y.bin"),
+        ("/content/drive/My Drive/me/y.bin is full", "y.bin is full"),
+        ("see https://a.b/c/d", "see https://a.b/c/d"),
+        (None, None),
+    ],
+)
+def test_messages_lose_their_folders(text, kept):
+    assert without_folders(text) == kept

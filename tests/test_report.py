@@ -9,7 +9,7 @@ import fake_study
 import pandas as pd
 import pytest
 
-from peftlib import comparison, figures, metrics, palette, report, report_notes, scored, stats
+from peftlib import comparison, figures, metrics, palette, report, scored, stats
 from peftlib.document import Bullets, Heading, Paragraph, Table, markdown_text, to_html, to_markdown
 from peftlib.errors import StudyError
 from peftlib.files import read_json
@@ -532,7 +532,7 @@ def _at(value, half=0.01):
     return {"rougeL": stats.Interval(value, value - half, value + half)}
 
 
-@pytest.mark.parametrize("base, shown", [(0.05, "base: 0.050, far below"), (0.44, " base "), (0.6, " base ")])
+@pytest.mark.parametrize("base, shown", [(0.05, "base: 0.050, below"), (0.44, " base "), (0.6, " base ")])
 def test_quality_against_memory_shows_the_methods_apart_and_names_base(base, shown):
     intervals = {"base": _at(base), "qlora": _at(0.46), "galore": _at(0.47)}
     chart = figures.quality_against_memory(intervals, {"qlora": 3.7, "galore": 4.2})
@@ -544,10 +544,20 @@ def test_quality_against_memory_shows_the_methods_apart_and_names_base(base, sho
     assert 3 < left < 3.7 and right > 4.2
 
 
-def test_what_p_leaves_out_is_said_where_seeds_count(small):
-    pairs = report.build(small).pairs
-    assert "too few seeds" not in report_notes.pairs_note([], 1) and "too few seeds" in report_notes.pairs_note([], 3)
-    assert "too few seeds" not in small.report_path.read_text(encoding="utf-8") and len(pairs)
+def test_what_p_leaves_out_is_said_where_seeds_count(small, tmp_path, monkeypatch):
+    report.build(small)
+    assert "too few seeds" not in small.report_path.read_text(encoding="utf-8")
+    study = fake_study.make(tmp_path / "b", monkeypatch, methods=("base", "qlora"), seeds=(0, 1))
+    report.build(study)
+    assert "too few seeds" in study.report_path.read_text(encoding="utf-8")
+
+
+def test_a_mark_at_0_and_a_base_close_by_are_shown_as_they_are():
+    chart = figures.quality_against_memory({"base": _at(0.449), "qlora": _at(0.45, 0.0)}, {"qlora": 0.0})
+    assert " base " in [text.get_text() for text in chart.axes[0].texts] and chart.axes[0].get_xlim()[0] == 0
+    both = {"qlora": _at(0.1, 0.1), "galore": _at(0.9, 0.1)}
+    chart = figures.quality_against_memory(both, {"qlora": 0.5, "galore": 5.0})
+    assert chart.axes[0].get_xlabel() == "peak memory of training (GiB)"
 
 
 def test_charts_leave_pyplot_alone():

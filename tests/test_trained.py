@@ -7,10 +7,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from peftlib.chat import STOP_IDS
 from peftlib.data import load_split
 from peftlib.errors import ModelError
+from peftlib.methods import qlora
 from peftlib.models import locate
 from peftlib.rows import Rows, mean_loss
 from peftlib.train import TrainingRun
-from peftlib.trained import export_merged, load_plain, load_trained
+from peftlib.trained import export_merged, load_plain, load_rounded, load_trained
 
 IDS = torch.tensor([[2, 105, 449, 363, 366, 367, 106, 363, 105, 453, 363]])
 
@@ -18,7 +19,7 @@ IDS = torch.tensor([[2, 105, 449, 363, 366, 367, 106, 363, 105, 453, 363]])
 @pytest.fixture
 def trained(make_study):
     def train(method, **fields):
-        study = make_study(lora_learning_rate=1e-2, galore_learning_rate=1e-2, **fields)
+        study = make_study(**{"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, **fields})
         run = TrainingRun(study, method, log=lambda line: None)
         run.train()
         return run.model.eval(), study.weights_dir(method, 0), study
@@ -93,6 +94,14 @@ def test_a_model_trained_in_fp16_runs_in_every_precision(trained, method, dtype)
     ours, folder, _ = trained(method, precision="fp16")
     merged = load_trained(folder, dtype=dtype)
     torch.testing.assert_close(logits(merged), logits(ours), atol=0.05, rtol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_untrained_model_is_rounded_as_a_method_holds_it(trained, precision, dtype):
+    _, folder, study = trained("qlora", precision=precision, lora_learning_rate=1e-30)
+    rounded = load_rounded(study.cfg.model, qlora.FOUR_BIT, precision=precision, device="cpu", dtype=dtype)
+    assert torch.equal(logits(rounded), logits(load_trained(folder, dtype=dtype)))  # adapters that did not move
 
 
 @pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
