@@ -111,9 +111,8 @@ def _general_loss(study, model, **how):
 def _add_rounding(study, record, *, log):
     """Put the general text loss of the untrained model, in the 4 bits that the method holds, into the evaluation.
 
-       Returns whether it did.
-    A part of what such a method seems to forget is this rounding, which is there before the first step. It is beside
-       the point of an evaluation: where it cannot be measured as the rest was, the evaluation stays as it is.
+    Returns whether it did. A part of what such a method seems to forget is this rounding, which is there before the
+    first step. It is beside the point of an evaluation: where it cannot be measured as the rest was, that stays as it is.
     """
     done, method = record["evaluation"], record["method"]
     layers = registry.find(method).FOUR_BIT if method in registry.METHODS else ()
