@@ -1,7 +1,7 @@
 """What a reference study found, in sentences made from its numbers, and what that says of others' claims."""
 
 from peftlib import reference_precision
-from peftlib.reference_numbers import NAMES, mean, signed
+from peftlib.reference_numbers import NAMES, best_trial, mean, signed
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "not decided"
 MAIN = ("qlora", "galore", "hybrid")
@@ -115,11 +115,8 @@ def _rates(found):
     for method in _trained(found):
         basis = (found["methods"][method]["sweep"] or {}).get("from")
         if basis and basis.get("is_at_edge"):
-            known = [trial for trial in basis["tried"] if trial["valid_loss"] is not None]
-            best = min(known, key=lambda trial: trial["valid_loss"])["factor"]
-            at_edge["largest" if best == max(trial["factor"] for trial in basis["tried"]) else "smallest"].append(
-                method
-            )
+            is_largest = best_trial(basis)["factor"] == max(trial["factor"] for trial in basis["tried"])
+            at_edge["largest" if is_largest else "smallest"].append(method)
             steps.add(basis["steps"])
     told = [f"the {which} tried for {_listed(methods)}" for which, methods in at_edge.items() if methods]
     if told:

@@ -25,6 +25,12 @@ def mean(values):
     return None if not values or None in values else statistics.fmean(values)
 
 
+def best_trial(basis):
+    """The trial of least validation loss, of the 'from' of an adopted sweep."""
+    known = [trial for trial in basis["tried"] if trial["valid_loss"] is not None]
+    return min(known, key=lambda trial: trial["valid_loss"])
+
+
 def signed(gap):
     """A difference with its interval, in words."""
     return f"{gap['value']:+z.{_digits(gap)}f} ({ends(gap)})"

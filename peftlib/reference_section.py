@@ -6,7 +6,8 @@ from peftlib import reference_precision, reference_t4
 from peftlib.files import read_json
 from peftlib.markdown import number, table
 from peftlib.reference_findings import claims, findings, pair_of
-from peftlib.reference_numbers import NAMES, ends, mean
+from peftlib.reference_numbers import NAMES, best_trial, ends, mean
+from peftlib.reference_results import FIRST_LOOK_TOKENS
 from peftlib.scored import BASE
 
 # (BLEU-4, ROUGE-L) of others, by method.
@@ -148,8 +149,8 @@ def _costs(found):
     return (
         table(rows)
         + "\n\nUseful tokens/s, the median over steps (`results.csv` has tokens over all of the time); the first step compiles, "
-        "and the minutes hold it. Swept: validation loss after a short run at each factor of the default rates. Of two rates the first is the projections', "
-        "the second that of LoRA's adapters in the hybrid and of the norms elsewhere."
+        "and the minutes hold it. Swept: validation loss after a short run at each factor of the default rates. Of two rates the "
+        "first is the projections', the second that of LoRA's adapters in the hybrid and of the norms elsewhere."
     )
 
 
@@ -157,8 +158,7 @@ def _swept(sweep):
     if not sweep:
         return "no"
     basis = sweep["from"]
-    known = [trial for trial in basis["tried"] if trial["valid_loss"] is not None]
-    best = min(known, key=lambda trial: trial["valid_loss"])
+    best = best_trial(basis)
     edge = ", at the edge" if basis.get("is_at_edge") else ""
     tried = ", ".join(
         f"{trial['factor']:g}: {number(trial['valid_loss'], '{:.3f}', 'inf')}" for trial in basis["tried"]
@@ -197,7 +197,7 @@ def _others(found):
         rows.append([method, *map(_both_scores, [here, *cut, *quoted])])
     yield (
         "Others' figures are of other rows, so they show the order of size alone: the first look (270M, rough scripts, 6,000 "
-        "rows, 300 test rows, one seed, at most 96 tokens an answer) and a public study (Gemma 3 1B, three epochs)."
+        f"rows, 300 test rows, one seed, at most {FIRST_LOOK_TOKENS} tokens an answer) and a public study (Gemma 3 1B, three epochs)."
     )
     yield table(rows)
     if look:
