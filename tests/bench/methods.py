@@ -34,6 +34,12 @@ SHAPE_1B = {
 }
 FOLDER = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir())) / "gemma3_1b_shape"
 PEERS = Path(__file__).with_name("peers.py")
+# Peers that count with the best of their settings under the cap: one micro-batch suits none of them all.
+PEER_GRID = {
+    "unsloth": ("qlora", [(4, "on"), (8, "on"), (16, "on"), (32, "on"), (4, "off"), (8, "off"), (16, "off")]),
+    "qlora_liger": ("qlora", [(4, "off"), (8, "off"), (16, "on"), (32, "on")]),
+    "galore8_liger": ("galore", [(4, "off"), (4, "on"), (8, "on"), (16, "on"), (32, "on")]),
+}
 MIXED = [["packed", 4], ["random", 4], ["packed", 8], ["random", 8], ["packed", 16], ["random", 16]]
 DEFAULTS = {
     "precision": "bf16",
@@ -78,18 +84,37 @@ def settings():
     yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light, **unseen}
     for method in ("lora", "full", "apollo"):
         yield {"name": method, "method": method, **speed}
+    yield from peers_at_their_best()
+
+
+def peers_at_their_best(cap_gib=14.5):
+    """The rows of PEER_GRID, all under the same cap, in steps of 16 sequences (32 where the micro-batch is 32)."""
+    for peer, (method, grid) in PEER_GRID.items():
+        for micro_batch, recompute in grid:
+            yield {
+                "name": f"{peer}_{micro_batch}_{recompute}",
+                "grid": peer,
+                "peer": peer if recompute == "on" else f"{peer}_nogc",
+                "method": method,
+                "micro_batch": micro_batch,
+                "accumulation": max(1, SEQUENCES // micro_batch),
+                "checkpointing": recompute,
+                "cap_gib": cap_gib,
+            }
 
 
 def make_model():
     """A folder with the 1B shape's config and random bf16 weights, made once."""
     import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
     if not (FOLDER / "config.json").exists():
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE_1B)).to(torch.bfloat16)
         model.save_pretrained(FOLDER)
+        if os.environ.get("PEERS_TOKENIZER"):  # Unsloth loads one with every model
+            AutoTokenizer.from_pretrained(os.environ["PEERS_TOKENIZER"]).save_pretrained(FOLDER)
 
 
 def build(setting):
@@ -408,7 +433,8 @@ def _in_own_process(setting):
     started, where = time.time(), dict(os.environ)
     if "peer" in setting:
         sizes = [setting[name] for name in ("micro_batch", "accumulation")]
-        command = [sys.executable, str(PEERS), setting["peer"], str(TOKENS), *map(str, sizes), str(DEFAULTS["steps"])]
+        sizes += [DEFAULTS["steps"], setting.get("cap_gib", 0.0)]
+        command = [sys.executable, str(PEERS), setting["peer"], str(TOKENS), *map(str, sizes)]
         where["PEERS_DIR"] = str(FOLDER)
         where["PYTHONPATH"] = where.get("BENCH_PEER_PATH") or where.get("PYTHONPATH", "")
     else:
@@ -416,7 +442,8 @@ def _in_own_process(setting):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=where)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     found = json.loads(lines[0][7:]) if lines else {"error": done.stderr[-600:]}
-    row = {**DEFAULTS, **setting, **found}
+    row = {**DEFAULTS, **setting, **found, "workload": "uniform", "gpus": 1, "date": time.strftime("%Y-%m-%d")}
+    row["recompute"] = row["checkpointing"]
     if "peer" in setting and lines and "error" not in found:
         row.update(first_step_s=row["first"], peak_gib=row["peak_alloc"], reserved_gib=row["peak_res"])
     for line in done.stdout.splitlines():
