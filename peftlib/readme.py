@@ -152,9 +152,51 @@ def _methods(rows):
             number(row.get("first_step_cold_s", row["first_step_s"]), "{:.0f}"),
         ]
         for row in rows
-        if "error" not in row
+        if "error" not in row and "grid" not in row
     ]
-    return "\n".join([table([head, *shown]), *_mixed(rows), *_saving(rows)])
+    return "\n".join([table([head, *shown]), *_peers(rows), *_mixed(rows), *_saving(rows)])
+
+
+def _peers(rows):
+    """Lines on each peer at the best of its grid, beside ours of the same run and cap; none where no grid was run."""
+    grids = {}
+    for row in (row for row in rows if "grid" in row and row.get("tok_s")):
+        grids.setdefault((row["device"], row["date"], row["run"], row["cap_gib"], row["method"]), []).append(row)
+    lines, ratios, key = [["", "micro-batch", "recomputes", "tokens/s", "peak GiB", "first step s"]], [], None
+    for key, tried in grids.items():
+        of_run = {"device": key[0], "date": key[1], "run": key[2], "cap_gib": key[3], "method": key[4]}
+        ours = [r for r in rows if "peer" not in r and r.get("tok_s") and of_run.items() <= r.items()]
+        best = {
+            peer: max((row for row in tried if row["grid"] == peer), key=lambda row: row["tok_s"])
+            for peer in dict.fromkeys(row["grid"] for row in tried)
+        }
+        for name, row in [*((row["name"], row) for row in ours), *best.items()]:
+            lines.append(
+                [
+                    name,
+                    str(row["micro_batch"]),
+                    "no" if row["checkpointing"] == "off" else "yes",
+                    f"{row['tok_s']:,.0f}",
+                    f"{row['peak_gib']:.2f}",
+                    f"{row['first_step_s']:.0f}",
+                ]
+            )
+        for row in ours:
+            ratios += [
+                f"{row['name']} ran at {row['tok_s'] / b['tok_s']:.2f} times {name}'s speed" for name, b in best.items()
+            ]
+    if key is None:
+        return
+    count = sum("grid" in row for row in rows)
+    yield from [
+        "",
+        f"Peers at the best of a grid under the same cap of {key[3]:g} GiB (micro-batch 4 to 32, recomputation on and off; "
+        f"{count} settings; {short_name(key[0])}, {key[1]}, {key[2]}):",
+        "",
+        table(lines),
+        "",
+        f"So {', '.join(ratios)}.",
+    ]
 
 
 def _mixed(rows):

@@ -71,7 +71,9 @@ def _of_one_card(bench_rows):
 
 
 def _is_usable(row):
-    """Whether a row is of a method on a known card under a T4's memory, in fp16."""
+    """Whether a row is one of our methods on a known card under a T4's memory, in fp16."""
+    if "peer" in row:
+        return False
     is_t4_like = row.get("precision") == "fp16" and row.get("cap_gib") == 14.5
     return is_t4_like and bool(row.get("method") and row.get("tok_s")) and card_of_device(row["device"]) is not None
 
