@@ -190,8 +190,10 @@ def _peers(rows):
     count = sum("grid" in row for row in rows)
     yield from [
         "",
-        f"Peers at the best of a grid under the same cap of {key[3]:g} GiB (micro-batch 4 to 32, recomputation on and off; "
-        f"{count} settings; {short_name(key[0])}, {key[1]}, {key[2]}):",
+        (
+            f"Peers at the best of a grid under the same cap of {key[3]:g} GiB (micro-batch 4 to 32, recomputation on and off; "
+            f"{count} settings; {short_name(key[0])}, {key[1]}, {key[2]}):"
+        ),
         "",
         table(lines),
         "",
