@@ -1,5 +1,6 @@
 """Text of others on a terminal: shown, not obeyed."""
 
+import io
 import re
 
 # Control characters but newline and tab, those of C1, marks that turn the direction of writing, and half characters.
@@ -14,3 +15,9 @@ def visible(text):
 def _escape(found):
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def allow_odd(stream, errors):
+    """From now on stdin or stdout handles what its encoding has not as `errors` says, instead of raising."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:  # a notebook's own is none
+        stream.reconfigure(errors=errors)
