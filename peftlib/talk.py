@@ -94,6 +94,8 @@ def _shown(tokenizer):
 
 def _typed():
     """Lines of the input, each trimmed. What comes from a pipe is shown, for nobody sees it being typed."""
+    if sys.stdin is None:  # closed, as by `<&-`
+        return
     if sys.stdin.isatty():
         while True:
             try:

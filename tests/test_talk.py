@@ -133,6 +133,12 @@ def test_half_characters_that_were_typed_do_not_end_it(trained, monkeypatch, cap
     assert "> half ? of ? one" in capsys.readouterr().out
 
 
+def test_a_closed_input_is_an_empty_one(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert command_line.main(["chat", "--study", "tiny", "--method", "base"]) == 0
+    assert capsys.readouterr().out.startswith("base of study tiny")
+
+
 @pytest.mark.slow
 def test_the_command_talks_headless(trained):
     done = subprocess.run(
