@@ -28,24 +28,28 @@ class Exported:
     card: str
 
 
-def export(study, method, *, to, seed=0, form="adapter", quant="q8_0", private=True, dry_run=False, api=None):
+def export(
+    study, method, *, to, seed=0, form="adapter", quant="q8_0", private=True, dry_run=False, api=None, log=print
+):
     """Export one finished run with its model card, the study's config and the run's record; returns the Exported.
 
     to: a folder, or hf://USER/REPO, which gets one commit and is made private unless private=False. A folder or
     repository that holds something is refused, unless it is an earlier export of the same run in the same form, which is
     replaced whole. form: 'adapter' as stock PEFT loads it (methods with adapters), 'merged' (one model in bf16), 'gguf'
     (for llama.cpp and Ollama). quant: of the GGUF file, see export_gguf.QUANTS. dry_run: everything is made, nothing is
-    kept or sent. api: a huggingface_hub.HfApi, for tests.
+    kept or sent. api: a huggingface_hub.HfApi, for tests. log: told what an export that was killed had left.
     ConfigError: unknown method, form or quant, no adapter, no repository name. StudyError: the run is not finished.
+    LockedError: another process exports to the same folder.
     ModelError: no weights, or not those of the record; the target is taken; no token; the hub or the converter fails.
     """
     record, weights = _finished_run(study, method, seed)
     _check_form(weights, method, form, quant)
     target = target_of(to, private=private, api=api)
     identity = {"run_hash": record["run_hash"], "method": method, "seed": seed, "form": form}
-    if not dry_run:
-        target.require_free(identity)
-    with target.workspace() as folder:
+    what = f"{method} (seed {seed}) of study {study.cfg.study}"
+    with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder:
+        if not dry_run:
+            target.require_free(identity)
         _FILL[form](study, record, weights, folder, quant)
         scores = scores_of(study, method, seed)
         card = str(model_card.model_card(study, record, form, scores, quant=quant, to=target.repository))
@@ -54,7 +58,7 @@ def export(study, method, *, to, seed=0, form="adapter", quant="q8_0", private=T
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / MARKER, {**identity, "files": [*files, MARKER]})
         files[MARKER] = (folder / MARKER).stat().st_size
-        address = str(target) if dry_run else target.put(folder, f"{method} (seed {seed}) of study {study.cfg.study}")
+        address = str(target) if dry_run else target.put(folder, what)
     return Exported(address, files, card)
 
 

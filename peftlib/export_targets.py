@@ -6,8 +6,9 @@ from pathlib import Path
 
 from peftlib.env import hf_token
 from peftlib.errors import ConfigError, ModelError, StudyError
-from peftlib.files import read_json, rename
+from peftlib.files import read_json
 from peftlib.hub_remote import as_os_errors
+from peftlib.workspace import Workspace
 
 MARKER = "study/export.json"  # names the run, the form and the files of an export
 _SCHEME = "hf://"
@@ -43,27 +44,21 @@ class FolderTarget:
             if foreign:
                 raise ModelError(f"{self} also holds {foreign[0]}, which no export wrote: move it away first")
 
-    @contextlib.contextmanager
-    def workspace(self):
-        """A folder beside the path, which is gone after the block."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".exporting-") as folder:
-            (Path(folder) / "new").mkdir()
-            yield Path(folder) / "new"
+    def workspace(self, what, *, is_dry=False, log=print):
+        """Context manager: a folder beside the path, which is gone after the block.
+
+        LockedError: another process exports to the same path.
+        """
+        target = None if is_dry else self.path.name
+        place = f"the export to {self}"
+        self._workspace = Workspace(self.path.parent, target=target, what=what, place=place, tidies=not is_dry, log=log)
+        return self._workspace
 
     def put(self, folder, message):
         """Put a workspace's folder in the path's place; returns the path as text."""
-        del message
-        old = folder.with_name("old")
-        if self.path.is_dir():
-            rename(self.path, old)
-        try:
-            rename(folder, self.path)
-        except OSError:
-            if old.exists():
-                rename(old, self.path)
-            raise
-        return str(self.path)  # the earlier one goes with the workspace
+        del folder, message
+        self._workspace.replace()
+        return str(self.path)
 
 
 class HubTarget:
@@ -108,11 +103,11 @@ class HubTarget:
                     found = _read_marker(path)
         _require_same(self, found, identity)
 
-    @contextlib.contextmanager
-    def workspace(self):
-        """A temporary folder."""
-        with tempfile.TemporaryDirectory(prefix="peftlib-export-") as folder:
-            yield Path(folder)
+    def workspace(self, what, *, is_dry=False, log=print):
+        """Context manager: a temporary folder."""
+        place, prefix = f"the export to {self}", "peftlib-export-"
+        where = tempfile.gettempdir()
+        return Workspace(where, target=None, what=what, place=place, tidies=not is_dry, prefix=prefix, log=log)
 
     def put(self, folder, message):
         """Upload a folder in one commit, in place of what an earlier export left; returns the repository's URL."""

@@ -11,7 +11,8 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from peftlib.errors import JudgeError, StudyError
+from peftlib.errors import JudgeError, Stopped, StudyError
+from peftlib.interrupts import interrupts
 from peftlib.study import method_rank
 
 RUBRIC = """\
@@ -36,6 +37,7 @@ REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
 _REFUSED = -1
 _TRIES_TO_PARSE = 3  # a reply and two reminders
 _LOG_EVERY_S = 10.0
+_LOOK_S = 0.5  # between two looks whether Ctrl-C was pressed
 _CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
 _VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
 _VERDICT_LIKE = re.compile(r"(?i)verdict\W*:")
@@ -150,56 +152,70 @@ def _fresh(cases, verdicts, judge, reply_tokens):
     return [case for case in cases if not verdicts.is_settled(case.key(judge), reply_tokens)]
 
 
-def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print):
+def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print, require=lambda: None):
     """Judge every case that `verdicts` lacks, and keep each verdict as it comes; returns {what: count} of this call.
 
-    backend: has name, counts and ask(messages, max_tokens=) -> judge_backends.Reply. reply_tokens: of one reply at most;
-    malformed verdicts of a lower limit are asked for again. parallel: calls at a time.
+    backend: has name, counts, stop() and ask(messages, max_tokens=) -> judge_replies.Reply. reply_tokens: of one reply
+    at most; malformed verdicts of a lower limit are asked for again. parallel: calls at a time. require: raises once
+    another session has the verdicts.
     JudgeError: the judge cannot be asked; what it said before is kept, and the next run goes on from there.
+    Stopped: Ctrl-C or SIGTERM, after the calls that were under way.
     """
-    counts = dict.fromkeys(("asked", "malformed", "refused", "input_tokens", "output_tokens"), 0)
+    counts = dict.fromkeys(("asked", "malformed", "refused", "uncounted", "input_tokens", "output_tokens"), 0)
     fresh = _fresh(cases, verdicts, backend.name, reply_tokens)
     for case in fresh:
         if case.is_identical:
             verdicts.add(case, backend.name, verdict="tie", reply="", reply_tokens=0, tries=0, usage=(0, 0))
     to_ask, errors, said = [case for case in fresh if not case.is_identical], [], time.monotonic()
-    for case, found, error in _outcomes(backend, to_ask, parallel, reply_tokens):
-        if error is not None:
-            errors.append(error)
-            continue
-        _keep(case, backend, found, verdicts, counts)
-        if time.monotonic() - said > _LOG_EVERY_S or counts["asked"] == len(to_ask):
-            log(f"judged {counts['asked']}/{len(to_ask)}")
-            said = time.monotonic()
+    with interrupts() as interrupted:
+        for case, found, error in _outcomes(backend, to_ask, parallel, reply_tokens, interrupted):
+            if error is not None:
+                errors.append(error)
+                continue
+            require()
+            _keep(case, backend, found, verdicts, counts)
+            if time.monotonic() - said > _LOG_EVERY_S or counts["asked"] == len(to_ask):
+                log(f"judged {counts['asked']}/{len(to_ask)}")
+                said = time.monotonic()
+    kept = f"{len(verdicts)} verdicts are kept in {verdicts.path.name}: run it again to go on"
+    if interrupted.is_set():
+        raise Stopped(f"judging stopped after {counts['asked']} of {len(to_ask)} calls. {kept}")
     if errors:
         retried = ", ".join(f"{n} {what}" for what, n in backend.counts.items()) or "none retried"
-        kept = f"{len(verdicts)} verdicts are kept in {verdicts.path.name}: run it again to go on"
         raise JudgeError(f"{errors[0]}. Calls so far: {counts['asked']} done, {retried}. {kept}") from None
     return {**counts, **backend.counts}
 
 
-def _outcomes(backend, cases, parallel, reply_tokens):
-    """(case, what _judged found, JudgeError or None) as they come; after an error only of what runs already."""
+def _outcomes(backend, cases, parallel, reply_tokens, interrupted):
+    """(case, what _judged found, JudgeError or None) as they come; after an error or interrupt only of what runs."""
     waiting, is_stopped = iter(cases), False
     with ThreadPoolExecutor(parallel) as pool:
         running = {pool.submit(_judged, backend, case, reply_tokens): case for _, case in zip(range(parallel), waiting)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                case = running.pop(future)
-                try:
-                    yield case, future.result(), None
-                except JudgeError as error:
-                    is_stopped = True
-                    yield case, None, error
-                following = None if is_stopped else next(waiting, None)
-                if following is not None:
-                    running[pool.submit(_judged, backend, following, reply_tokens)] = following
+        try:
+            while running:
+                for future in wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED).done:
+                    case = running.pop(future)
+                    try:
+                        yield case, future.result(), None
+                    except JudgeError as error:
+                        is_stopped = True
+                        yield case, None, error
+                    following = None if is_stopped or interrupted.is_set() else next(waiting, None)
+                    if following is not None:
+                        running[pool.submit(_judged, backend, following, reply_tokens)] = following
+                if interrupted.is_set():
+                    backend.stop()
+        finally:
+            if running:  # the caller has given up
+                backend.stop()
 
 
 def _keep(case, backend, found, verdicts, counts):
     counts["asked"] += 1
-    counts["input_tokens"] += found["usage"][0]
-    counts["output_tokens"] += found["usage"][1]
+    if None in found["usage"]:
+        counts["uncounted"] += 1
+    counts["input_tokens"] += found["usage"][0] or 0
+    counts["output_tokens"] += found["usage"][1] or 0
     if found["verdict"] is None:
         counts["refused"] += 1  # not kept: the next run asks again
         return
@@ -209,10 +225,11 @@ def _keep(case, backend, found, verdicts, counts):
 
 def _judged(backend, case, reply_tokens):
     """What Verdicts.add keeps of one case, as a dict; its verdict is None where the server refuses the request."""
-    messages, sent, received = [{"role": "user", "content": case.message}], 0, 0
+    messages, sent, received = [{"role": "user", "content": case.message}], [], []
     for tries in range(1, _TRIES_TO_PARSE + 1):
         reply = backend.ask(messages, max_tokens=reply_tokens)
-        sent, received = sent + reply.input_tokens, received + reply.output_tokens
+        sent.append(reply.input_tokens)
+        received.append(reply.output_tokens)
         if reply.is_refused:
             chosen = _REFUSED
             break
@@ -228,5 +245,5 @@ def _judged(backend, case, reply_tokens):
         "reply": reply.text,
         "reply_tokens": reply_tokens,
         "tries": tries,
-        "usage": (sent, received),
+        "usage": tuple(None if None in counted else sum(counted) for counted in (sent, received)),
     }

@@ -1,37 +1,59 @@
 """`python -m peftlib judge`: two methods of a study compared by a judge, with calls and cost said first."""
 
 import argparse
+import math
 
 from peftlib import judge, judge_verdicts, scored
 from peftlib.errors import ConfigError, StudyError
+from peftlib.lock import StudyLock
 
 
 def main(argv, study_of):
     """Judge, or with --dry-run say what it would take; returns 0. study_of: name -> Study.
 
-    StudyError: no predictions of a method, or of other rows. JudgeError: see judge.run. ConfigError: no judge named.
+    StudyError: no predictions of a method, or of other rows. LockedError: another session judges these methods.
+    JudgeError: see judge.run. ConfigError: no judge named.
     """
     args = _parser().parse_args(argv)
     _check(args)
     study = study_of(args.study)
     methods = judge.in_order(args.methods)
     names, cases = cases_of_study(study, methods, args.seed, args.rows)
+    if args.dry_run:
+        _plan(study, methods, names, cases, args)
+        return 0
+    # Two that judge at once would ask, and pay, twice.
+    what = "-vs-".join(methods)
+    with StudyLock(
+        study.folder,
+        f"judging {methods[0]} against {methods[1]}",
+        name=f"judge-{what}-lock.json",
+        place=f"the judging of {what} in study {study.folder.name!r}",
+    ) as lock:
+        _judge(study, methods, names, cases, args, lock.require)
+    return 0
+
+
+def _plan(study, methods, names, cases, args):
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, methods), names)
     plan = judge.plan(cases, verdicts, _judge_name(args), reply_tokens=args.reply_tokens)
     print(f"{methods[0]} against {methods[1]}, judged by {_judge_name(args)}")
     print("\n".join(plan.lines(price_in=args.price_in, price_out=args.price_out)))
-    if args.dry_run:
-        return 0
+    return verdicts, plan
+
+
+def _judge(study, methods, names, cases, args, require):
+    verdicts, plan = _plan(study, methods, names, cases, args)
     if plan.to_ask or plan.n_identical:
         backend = _backend(args)
         parallel = 1 if args.local else args.parallel
-        counts = judge.run(cases, verdicts, backend, reply_tokens=args.reply_tokens, parallel=parallel, log=_say)
+        how = {"reply_tokens": args.reply_tokens, "parallel": parallel, "log": _say, "require": require}
+        counts = judge.run(cases, verdicts, backend, **how)
         print("\n".join(_what_it_took(counts, args)))
     found = judge_verdicts.summary(cases, verdicts, _judge_name(args), names)
     print("\n".join(judge_verdicts.sentences(found)))
     print(f"verdicts: {verdicts.path.parent.name}/{verdicts.path.name}; in the report: python -m peftlib report --study "
           f"{args.study}")  # fmt: skip
-    return 0
 
 
 def cases_of_study(study, methods, seed, n_rows):
@@ -66,7 +88,7 @@ def _parser():
     parser.add_argument("--local", metavar="MODEL", help="instead: a folder, 'packaged' or a hub id, by transformers")
     parser.add_argument("--dry-run", action="store_true", help="say calls and cost, and ask nothing")
     for name, what in (("--price-in", "sent"), ("--price-out", "received")):
-        parser.add_argument(name, type=float, metavar="PRICE", help=f"of a million tokens {what}")
+        parser.add_argument(name, type=_price, metavar="PRICE", help=f"of a million tokens {what}")
     parser.add_argument("--parallel", type=_count, default=4, metavar="N", help="calls at a time; default: 4")
     parser.add_argument(
         "--reply-tokens",
@@ -75,8 +97,12 @@ def _parser():
         metavar="N",
         help=f"of a reply at most; more for a judge that thinks at length; default: {judge.REPLY_TOKENS}",
     )
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of one call; default: 60")
-    parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a call that failed; default: 5")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="of one call in all; default: 60"
+    )
+    parser.add_argument(
+        "--retries", type=_count_from_0, default=5, metavar="N", help="of a call that failed; default: 5"
+    )
     return parser
 
 
@@ -84,6 +110,24 @@ def _count(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _count_from_0(text):
+    return int(text) if int(text) == 0 else _count(text)
+
+
+def _price(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no price")
+    return value
+
+
+def _seconds(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
     return value
 
 
@@ -113,10 +157,12 @@ def _what_it_took(counts, args):
     retried = [f"{n} {what.removeprefix('retried ')}" for what, n in counts.items() if what.startswith("retried ")]
     yield f"retried calls: {', '.join(retried) or 'none'}"
     tokens = counts["input_tokens"], counts["output_tokens"]
-    cost = ""
+    cost, least = "", ""
+    if counts["uncounted"]:
+        least = f"; of {counts['uncounted']} calls the judge told no number, so it is more"
     if args.price_in is not None or args.price_out is not None:
         cost = f", cost {judge.cost_of(*tokens, args.price_in, args.price_out):.4f}"
-    yield f"{tokens[0]:,} tokens sent, {tokens[1]:,} received as the judge counts them{cost}"
+    yield f"{tokens[0]:,} tokens sent, {tokens[1]:,} received as the judge counts them{cost}{least}"
 
 
 def _say(line):

@@ -1,12 +1,12 @@
 """Verdicts on disk, and what they say: win rates with intervals, position bias, what could not be read."""
 
+import errno
 import json
 import os
 from dataclasses import dataclass, field
 
 from peftlib import SCHEMA_VERSION, scored, stats
 from peftlib.errors import StudyError
-from peftlib.files import write_text
 from peftlib.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
 
 _FIELDS = ("schema_version", "key", "id", "order", "verdict", "judge", "rubric_sha256", "reply_tokens", "a", "b")
@@ -22,10 +22,9 @@ class Verdicts:
 
     def __init__(self, path, names):
         self.path, self.names = path, names
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole, _, cut = text.rpartition("\n")
-        self.lines = [_parsed(path, number, line) for number, line in enumerate(whole.split("\n"), 1) if line]
-        self._whole = whole + "\n" if cut and whole else "" if cut else None  # put right by the first verdict added
+        whole, _, cut = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+        self.lines = [_parsed(path, number, line) for number, line in enumerate(whole.split(b"\n"), 1) if line]
+        self._n_whole = len(whole) + bool(whole) if cut else None  # bytes; cut off there by the first verdict added
         self._by_key = {line["key"]: line for line in self.lines}
 
     def __contains__(self, key):
@@ -44,7 +43,10 @@ class Verdicts:
         return self._by_key.get(key)
 
     def add(self, case, judge, *, verdict, reply, reply_tokens, tries, usage):
-        """Append one verdict and have the disk keep it. usage: (tokens sent, tokens received), retries included."""
+        """Append one verdict and have the disk keep it, whole or not at all.
+
+        usage: (tokens sent, tokens received), reminders included; None for a number that the judge did not tell.
+        """
         line = {
             "schema_version": SCHEMA_VERSION,
             "key": case.key(judge),
@@ -63,26 +65,37 @@ class Verdicts:
             "rubric_sha256": RUBRIC_SHA256,
             "reply": reply,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._whole is not None:
-            write_text(self.path, self._whole)
-            self._whole = None
-        with open(self.path, "a", encoding="utf-8") as out:
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        self._append((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
         self.lines.append(line)
         self._by_key[line["key"]] = line
+
+    def _append(self, data):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab", buffering=0) as out:
+            if self._n_whole is not None:
+                out.truncate(self._n_whole)
+                self._n_whole = None
+            before = os.fstat(out.fileno()).st_size
+            try:
+                if out.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(out.fileno())
+            except OSError:
+                out.truncate(before)  # half a line would spoil the next one
+                raise
 
 
 def _parsed(path, number, text):
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{path}: line {number} is damaged ({error}): delete that line; the rest is kept") from None
     missing = [name for name in _FIELDS if not isinstance(line, dict) or line.get(name) is None]
     if missing:
         raise StudyError(f"{path}: line {number} lacks {', '.join(missing)}: delete that line; the rest is kept")
+    odd = [name for name in _FIELDS[1:] if type(line[name]) is not (int if name == "reply_tokens" else str)]
+    if odd:
+        raise StudyError(f"{path}: line {number} has {odd[0]} {line[odd[0]]!r:.60}: delete that line; the rest is kept")
     if line["schema_version"] != SCHEMA_VERSION or line["verdict"] not in _VALUES or line["order"] not in ORDERS:
         raise StudyError(
             f"{path}: line {number} has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict "

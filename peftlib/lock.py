@@ -7,16 +7,14 @@ The session that holds a study may let child processes in, each with a lock of i
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 import uuid
 from pathlib import Path
 
-import psutil
-
 from peftlib.errors import LockedError
 from peftlib.files import write_json
+from peftlib.lock_owner import is_gone, is_here, named, read, read_settled, this_process
 
 HEARTBEAT_S = 15.0  # seconds between two signs of life
 STALE_S = 90.0  # seconds without one after which a lock counts as left behind
@@ -67,8 +65,8 @@ def child_environment(folder):
     LockedError: this process does not hold it.
     """
     path = Path(folder).absolute() / _NAME
-    owner = _read(path) or {}
-    if owner.get("pid") != os.getpid() or owner.get("host") != socket.gethostname():
+    owner = read(path)
+    if owner is None or not is_here(owner):
         raise LockedError(f"{path} is not this process's: nobody can be let in")
     return {_PASS: f"{owner['token']}@{path.parent}"}
 
@@ -92,8 +90,8 @@ class _Parent:
         if self._looked_at is not None and now - self._looked_at < _LOOK_S:
             return
         self._looked_at = now
-        owner = _read(self.path)
-        if owner is None or owner.get("token") != self.token or _is_gone(owner):
+        owner = read(self.path)
+        if owner is None or owner["token"] != self.token or is_gone(owner):
             raise LockedError(
                 f"the session that started this one holds {self.path.parent.name} no more: this process stops and "
                 "writes no more"
@@ -104,27 +102,33 @@ class StudyLock:
     """Context manager that holds `folder`/lock.json, or another `name` that ends so.
 
     what: the work in words, shown to whoever is refused. settle_s: seconds after which the file is read again, for
-    folders that several machines reach (two could have written it at once).
+    folders that several machines reach (two could have written it at once). place: what is locked, in words; None: the
+    study of that folder. log: told of a lock that cannot be believed at once.
     LockedError: another live session holds it. While held, `require` raises LockedError once another has taken over.
     """
 
-    def __init__(self, folder, what, *, heartbeat_s=HEARTBEAT_S, stale_s=STALE_S, settle_s=0.0, name=_NAME):
+    def __init__(
+        self, folder, what, *, heartbeat_s=HEARTBEAT_S, stale_s=STALE_S, settle_s=0.0, name=_NAME, place=None, log=print
+    ):
         self.path = Path(folder) / name
         self.heartbeat_s, self.stale_s, self.settle_s = heartbeat_s, stale_s, settle_s
-        self._owner = _this_process() | {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
+        self._place, self._log = place or f"study {self.path.parent.name!r}", log
+        self._owner = this_process() | {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
         self._is_over = threading.Event()
         self._taker = None  # who has taken over
 
     def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(20):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._create()
                 break
             except FileExistsError:
                 self._clear_if_left_behind()
+            except FileNotFoundError:
+                continue  # the session before removed the folder with its lock
         else:
-            raise LockedError(f"{self.path} changes hands all the time: several sessions want this study at once")
+            raise LockedError(f"{self.path} changes hands all the time: several sessions want {self._place} at once")
         if self.settle_s:
             time.sleep(self.settle_s)
             self._look()
@@ -137,14 +141,14 @@ class StudyLock:
         self._is_over.set()
         self._beating.join()
         with contextlib.suppress(OSError):
-            if (_read(self.path) or {}).get("token") == self._owner["token"]:
+            if self._token_at(self.path) == self._owner["token"]:
                 os.unlink(self.path)
 
     def require(self):
         """LockedError where another session has taken over."""
         if self._taker is not None:
             raise LockedError(
-                f"{_named(self._taker)} has taken over {self.path.parent.name}: this session stops and writes no more"
+                f"{named(self._taker)} has taken over {self._place}: this session stops and writes no more"
             )
 
     def require_free(self):
@@ -159,27 +163,55 @@ class StudyLock:
 
     def _clear_if_left_behind(self):
         """Move a stale lock out of the way. LockedError: it is a live one."""
-        owner = _read(self.path)
+        owner = read_settled(self.path)
         if owner is None:
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - self.path.stat().st_mtime < 2.0:
-                    time.sleep(0.1)  # being written right now
-                    return
-            owner = {}
-        silent = time.time() - owner.get("heartbeat", 0.0)
-        if silent < self.stale_s and not _is_gone(owner):
-            clears = time.strftime("%H:%M:%S", time.localtime(owner["heartbeat"] + self.stale_s))
-            raise LockedError(
-                f"study {self.path.parent.name!r} is in use by {_named(owner)}, last sign of life {max(0, silent):.0f} s "
-                f"ago: wait for it, or stop it. If it is gone, run this again after {clears}"
-            )
+            if self.path.exists():
+                self._log(f"{self.path} is damaged and names no session: it counts as left behind")
+        elif not is_gone(owner):
+            self._require_silent(owner)
         with contextlib.suppress(FileNotFoundError):  # another session was faster
             beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
             os.replace(self.path, beside)
-            if (_read(beside) or {}).get("token") != owner.get("token"):
+            if self._token_at(beside) != (owner and owner["token"]):
                 with contextlib.suppress(OSError):  # a faster session's new lock was moved: it goes back
                     os.link(beside, self.path)
             os.unlink(beside)
+
+    def _require_silent(self, owner):
+        """LockedError where the owner still gives signs of life."""
+        silent = time.time() - owner["heartbeat"]
+        if silent < -self.stale_s:
+            owner, silent = self._after_watching(owner), 0.0
+            if owner is None:
+                return
+        if silent < self.stale_s:
+            clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
+            raise LockedError(
+                f"{self._place} is in use by {named(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
+                f"or stop it. If it is gone, run this again after {clears}"
+            )
+
+    def _after_watching(self, owner):
+        """Who has given a sign of life while a lock from the future was watched, or None.
+
+        Of two clocks that differ neither is known to be right, so a time alone cannot tell how old the lock is.
+        """
+        ahead = (owner["heartbeat"] - time.time()) / 60
+        self._log(
+            f"the lock of {self._place} is {ahead:,.0f} minutes ahead of this machine's clock: waiting up to "
+            f"{self.stale_s:.0f} s to see whether {named(owner)} still works"
+        )
+        end = time.monotonic() + self.stale_s
+        while time.monotonic() < end:
+            time.sleep(min(1.0, self.stale_s / 10))
+            now = read(self.path)
+            if now is None or (now["token"], now["heartbeat"]) != (owner["token"], owner["heartbeat"]):
+                return now
+        return None
+
+    @staticmethod
+    def _token_at(path):
+        return (read(path) or {}).get("token")
 
     def _beat(self):
         while not self._is_over.wait(self.heartbeat_s):
@@ -190,43 +222,6 @@ class StudyLock:
                 write_json(self.path, self._owner | {"heartbeat": time.time()})
 
     def _look(self):
-        owner = _read(self.path)
-        if owner is not None and owner.get("token") != self._owner["token"]:
+        owner = read(self.path)
+        if owner is not None and owner["token"] != self._owner["token"]:
             self._taker = owner
-
-
-def _read(path):
-    """The lock's content, or None where it is absent or no JSON object."""
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return owner if isinstance(owner, dict) else None
-
-
-def _this_process():
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "boot": psutil.boot_time(),
-        "pid": process.pid,
-        "started": process.create_time(),
-    }
-
-
-def _is_gone(owner):
-    """Whether the owner was a process of this machine that runs no more."""
-    here = _this_process()
-    if owner.get("host") != here["host"] or abs(owner.get("boot", 0.0) - here["boot"]) > 5:
-        return not owner.get("host")
-    try:
-        process = psutil.Process(owner["pid"])
-        # A killed process whose parent is gone too may stay in the table for long.
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - owner["started"]) > 1
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _named(owner):
-    since = time.strftime("%H:%M", time.localtime(owner.get("since", 0.0)))
-    return f"{owner.get('host', 'another machine')}, process {owner.get('pid')} ({owner.get('what')}, since {since})"

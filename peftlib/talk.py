@@ -9,6 +9,7 @@ from peftlib.chat import STOP_IDS, encode_prompt
 from peftlib.env import resolve_device
 from peftlib.evaluate import evaluation_dtype, load_model
 from peftlib.scored import BASE
+from peftlib.terminal import allow_odd, visible
 
 QUIT, NEW = "/quit", "/new"
 
@@ -30,11 +31,8 @@ class Conversation:
 
     def say(self, text):
         """The model's answer to one more user turn."""
-        from transformers import TextStreamer
-
         self.messages.append({"role": "user", "content": text})
         prompt = torch.tensor([self._prompt()], device=self._model.device)
-        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
             made = self._model.generate(
                 input_ids=prompt,
@@ -45,7 +43,7 @@ class Conversation:
                 top_p=None,
                 eos_token_id=list(STOP_IDS),
                 pad_token_id=0,
-                streamer=streamer,
+                streamer=_shown(self._tokenizer),
             )
         answer = self._tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": answer})
@@ -70,6 +68,8 @@ def main(study, method, *, seed, max_new_tokens):
         f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
     )
     talk = Conversation(model, data.open_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
+    allow_odd(sys.stdin, "replace")
+    allow_odd(sys.stdout, "backslashreplace")
     for text in _typed():
         if text == QUIT:
             break
@@ -81,15 +81,34 @@ def main(study, method, *, seed, max_new_tokens):
     return 0
 
 
+def _shown(tokenizer):
+    """A streamer that prints an answer as it comes, with nothing in it that a terminal would act on."""
+    from transformers import TextStreamer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            print(visible(text), flush=True, end="\n" if stream_end else "")
+
+    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
 def _typed():
     """Lines of the input, each trimmed. What comes from a pipe is shown, for nobody sees it being typed."""
+    if sys.stdin is None:  # closed, as by `<&-`
+        return
     if sys.stdin.isatty():
         while True:
             try:
-                yield input("> ").strip()
+                yield _whole(input("> "))
             except EOFError:
                 print()
                 return
     for line in sys.stdin:
-        print(f"> {line.strip()}", flush=True)
-        yield line.strip()
+        text = _whole(line)
+        print(f"> {visible(text)}", flush=True)
+        yield text
+
+
+def _whole(line):
+    """A line trimmed, without the half characters that some terminals let through and no tokenizer takes."""
+    return line.encode("utf-8", "replace").decode("utf-8").strip()

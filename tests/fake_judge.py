@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import socketserver
 import struct
 import threading
 import time
@@ -107,6 +108,42 @@ def serving(server, port=0):
     finally:
         http.shutdown()
         http.server_close()
+
+
+class _Raw(socketserver.BaseRequestHandler):
+    def handle(self):
+        with contextlib.suppress(OSError):  # the client may have given up
+            self.server.answer(self.request)
+
+
+@contextlib.contextmanager
+def serving_raw(answer):
+    """The base URL of a server on loopback where answer(socket) says what it likes, once a connection."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Raw) as raw:
+        raw.daemon_threads, raw.block_on_close, raw.answer = True, False, answer
+        threading.Thread(target=raw.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{raw.server_address[1]}/v1"
+        raw.shutdown()
+
+
+def http_answer(body, *, status="200 OK", kind="application/json", more=""):
+    """The bytes of an HTTP answer. body: bytes. more: further header lines, each with its line end."""
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}Connection: close\r\n\r\n"
+    )
+    return head.encode("latin-1") + body
+
+
+def received(connection):
+    """A request as it came, head and body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
 
 
 def free_port():

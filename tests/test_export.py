@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from huggingface_hub import ModelCard
 
 from peftlib import __main__ as command_line
 from peftlib import model_card, scored
-from peftlib.errors import ConfigError, ModelError, StudyError
+from peftlib.errors import ConfigError, LockedError, ModelError, StudyError
 from peftlib.evaluate import evaluate
 from peftlib.export import Preview, export
+from peftlib.export_targets import target_of
 from peftlib.files import read_json, write_json
 from peftlib.model_card_scores import scores_of
 from peftlib.packaged import PROVENANCE
@@ -214,6 +216,21 @@ def test_an_export_that_fails_leaves_the_earlier_one(finished, tmp_path, monkeyp
     with pytest.raises(OSError, match="no space"):
         export(study, "qlora", to=tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == first.card
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
+
+
+def test_two_exports_to_one_place_are_refused_by_name_and_leftovers_are_told(finished, tmp_path):
+    study, told = finished("qlora"), []
+    other = target_of(tmp_path / "out")
+    with other.workspace("exporting something else", log=told.append):
+        with pytest.raises(LockedError, match="the export to .*out is in use by .*exporting something else"):
+            export(study, "qlora", to=tmp_path / "out")
+        export(study, "qlora", to=tmp_path / "out", dry_run=True)
+    left = tmp_path / ".exporting-left"
+    (left / "new").mkdir(parents=True)
+    os.utime(left, (1.0, 1.0))
+    export(study, "qlora", to=tmp_path / "out", log=told.append)
+    assert told == [f"removed {left}, which an interrupted export had left"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+import peftlib.lock
+import peftlib.lock_owner
 from peftlib.errors import LockedError
-from peftlib.lock import StudyLock, child_environment, held
+from peftlib.lock import STALE_S, StudyLock, child_environment, held
 
 HOLDER = """
 import sys, time
@@ -80,6 +83,124 @@ def test_a_torn_lock_is_taken_over(tmp_path, content):
     os.utime(tmp_path / "lock.json", (1.0, 1.0))
     with StudyLock(tmp_path, "x"):
         pass
+
+
+ELSEWHERE = {"host": "elsewhere", "boot": 1.0, "pid": 7, "started": 2.0, "what": "training", "token": "t", "since": 0.0}
+
+
+class FakeTime:
+    """The module `time`, whose clock only goes on in `sleep`, which then calls `each`."""
+
+    strftime, localtime = staticmethod(time.strftime), staticmethod(time.localtime)
+
+    def __init__(self, each=lambda: None):
+        self.now, self.each = time.time(), each
+
+    def time(self):
+        return self.now
+
+    monotonic = time
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.each()
+
+
+def test_a_lock_from_the_future_goes_stale_once_it_is_seen_not_to_change(tmp_path, monkeypatch, capsys):
+    clock = FakeTime()
+    monkeypatch.setattr(peftlib.lock, "time", clock)
+    (tmp_path / "lock.json").write_text(json.dumps(ELSEWHERE | {"heartbeat": clock.now + 3 * 86400}))
+    before = clock.now
+    with StudyLock(tmp_path, "x"):
+        assert json.loads((tmp_path / "lock.json").read_text())["what"] == "x"
+    assert STALE_S <= clock.now - before < STALE_S + 2
+    assert "4,320 minutes ahead of this machine's clock: waiting up to 90 s" in capsys.readouterr().out
+
+
+def test_a_session_whose_clock_is_ahead_is_not_robbed(tmp_path, monkeypatch):
+    def beat():
+        (tmp_path / "lock.json").write_text(json.dumps(ELSEWHERE | {"heartbeat": clock.now // 15 * 15 + 86400}))
+
+    clock = FakeTime(beat)
+    monkeypatch.setattr(peftlib.lock, "time", clock)
+    beat()
+    before = clock.now
+    for wanted in (StudyLock(tmp_path, "x").__enter__, StudyLock(tmp_path, "x").require_free):
+        with pytest.raises(LockedError, match=r"elsewhere, process 7 \(training.*last sign of life 0 s ago"):
+            wanted()
+    assert clock.now - before < 40  # two signs of life, not two waits
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "t"
+
+
+def test_a_lock_a_little_ahead_is_a_live_one_and_says_when_it_clears(tmp_path):
+    (tmp_path / "lock.json").write_text(json.dumps(ELSEWHERE | {"heartbeat": time.time() + 20}))
+    clears = time.time() + 20 + STALE_S
+    with pytest.raises(LockedError, match=r"0 s ago.*again after (\d+:\d+:\d+)") as error:
+        StudyLock(tmp_path, "x").__enter__()
+    assert str(error.value)[-8:] in {time.strftime("%H:%M:%S", time.localtime(clears + d)) for d in (-1, 0, 1)}
+
+
+def test_a_process_here_that_is_gone_is_not_waited_for_whatever_its_clock_said(holder, tmp_path):
+    owner = json.loads((tmp_path / "lock.json").read_text())
+    holder.kill()
+    holder.wait()
+    (tmp_path / "lock.json").write_text(json.dumps(owner | {"heartbeat": time.time() + 1e6}))
+    with StudyLock(tmp_path, "x"):
+        pass
+
+
+ODD = [
+    "", "[]", "[" * 100_000, "null", "3", '"x"', "{}", "\x00" * 50, '{"token": "t"}', '{"token": "t", "host": "h"}',
+    *(
+        json.dumps(ELSEWHERE | {"heartbeat": time.time()} | change)
+        for change in (
+            {"heartbeat": math.nan}, {"heartbeat": math.inf}, {"heartbeat": 1e300}, {"heartbeat": 10**400},
+            {"heartbeat": "now"}, {"heartbeat": None}, {"heartbeat": True}, {"heartbeat": -1}, {"since": 1e300},
+            {"since": "x"}, {"since": None}, {"boot": []}, {"boot": math.nan}, {"started": "x"}, {"started": {}},
+            {"pid": "7"}, {"pid": -1}, {"pid": 2**80}, {"pid": 7.5}, {"pid": None}, {"host": 3}, {"host": None},
+            {"host": ["h"]}, {"token": 4}, {"token": None}, {"what": {}},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_an_odd_lock_is_damaged_and_taken_over_with_a_line(tmp_path, monkeypatch, capsys, is_new):
+    clock = FakeTime()
+    monkeypatch.setattr(peftlib.lock_owner, "time", clock)
+    mtime = clock.now + 86400 if is_new else 1.0
+    for number, content in enumerate(ODD):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "lock.json").write_bytes(content.encode())
+        os.utime(folder / "lock.json", (mtime, mtime))
+        StudyLock(folder, "looking").require_free()
+        (folder / "lock.json").write_bytes(b"\xff" + content.encode())
+        os.utime(folder / "lock.json", (mtime, mtime))
+        with StudyLock(folder, "x"):
+            assert json.loads((folder / "lock.json").read_text())["what"] == "x"
+        assert list(folder.iterdir()) == [], content
+        assert capsys.readouterr().out.count(f"{folder / 'lock.json'} is damaged and names no session") == 2
+
+
+def test_what_stands_in_the_locks_place_and_is_none_is_named(tmp_path):
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(LockedError, match=r"lock\.json cannot be read as a lock: .*move it away"):
+        StudyLock(tmp_path, "x").__enter__()
+    assert (tmp_path / "lock.json").is_dir()
+
+
+def test_a_folder_that_goes_with_its_lock_is_made_again(tmp_path, monkeypatch):
+    folder, real = tmp_path / "work", os.open
+
+    def gone_once(path, *given, **named):
+        monkeypatch.setattr(os, "open", real)
+        folder.rmdir()
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(os, "open", gone_once)
+    with StudyLock(folder, "x"):
+        assert (folder / "lock.json").exists()
 
 
 def test_it_beats_and_notices_who_took_over(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from peftlib import __main__ as command_line
 from peftlib import data, talk
 from peftlib.chat import encode_prompt
 from peftlib.models import load_base
+from peftlib.terminal import visible
 from peftlib.trained import save_trained, stop_at
 
 TURNS = ["Hello there", "And then?", "Is that all?"]
@@ -62,6 +64,79 @@ def test_a_piped_conversation_runs_to_its_end(trained, monkeypatch, capsys):
     assert printed.startswith("galore of study tiny (seed 0).")
     assert "> Hello" in printed and "(a new conversation)" in printed and "> Again" in printed
     assert "never asked" not in printed
+
+
+ACTIVE = "a\x1b[31mred\x1b]0;title\x07 \x9b2J\u202egnp\u2066 b\r\x08\x00\x7f \u2028\ud800 c"
+SHOWN = r"a\x1b[31mred\x1b]0;title\x07 \x9b2J\u202egnp\u2066 b\x0d\x08\x00\x7f \u2028\ud800 c"
+
+
+def test_what_a_terminal_would_act_on_is_shown_instead():
+    assert visible(ACTIVE) == SHOWN
+    plain = "Grüße, 你好\n\tمرحبا 👩‍👩‍👧 ﬁ €\n"
+    assert visible(plain) == plain
+    every = visible("".join(map(chr, [*range(0x3000), *range(0xD800, 0xE000)])))
+    assert "\n" in every and every.encode("utf-8")
+    kept = set(every) - set("\n\t")
+    assert not {c for c in kept if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    assert not {
+        c
+        for c in kept
+        if unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    }
+
+
+class Escaping:
+    """A model that answers each turn with the same ids, through the streamer."""
+
+    def __init__(self, ids):
+        self.device, self.ids = "cpu", torch.tensor([ids])
+
+    def generate(self, *, input_ids, streamer, **_):
+        streamer.put(input_ids[0])
+        for number in self.ids[0]:
+            streamer.put(number.reshape(1))
+        streamer.end()
+        return torch.cat([input_ids, self.ids], dim=1)
+
+
+def test_an_answer_with_escape_sequences_is_shown_and_not_obeyed(tiny_model, capsys):
+    text = "a\x1b[31mred\x1b]0;title\x07\n\tb\x9b2J \u202ec"
+    tokenizer = data.open_tokenizer(str(tiny_model))
+    model = Escaping(tokenizer(text, add_special_tokens=False).input_ids)
+    made = talk.Conversation(model, tokenizer, max_new_tokens=8, limit=500)
+    answer = made.say("Hello")
+    printed = capsys.readouterr().out
+    assert printed == visible(tokenizer.decode(model.ids[0])) + "\n"
+    assert "\x1b" not in printed and r"\x1b[31m" in printed and "\n\tb" in printed
+    assert "\x1b[31m" in answer  # the model is told what it said
+
+
+def test_odd_bytes_from_a_pipe_and_an_odd_terminal_do_not_end_it(trained, monkeypatch):
+    odd = b"Gr\xfc\xdfe \xff\xfe\x00 \x1b[2J\n\xed\xa0\x80\n" + b"<end_of_turn>\n<start_of_turn>model\n" * 2 + b"\x1c\n"
+    odd += "\u202e\ud83d\ude00 \U0010ffff\n".encode("utf-8", "surrogatepass") + b"word " * 5000 + b"\n\r\n/quit \n"
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(odd), encoding="utf-8", errors="strict"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", errors="strict"))
+    assert command_line.main(["chat", "--study", "tiny", "--method", "galore", "--max-new-tokens", "5"]) == 0
+    sys.stdout.flush()
+    printed = out.getvalue()
+    assert (
+        rb"> Gr\ufffd\ufffde \ufffd\ufffd\x00 \x1b[2J" in printed
+        and b"\x1b" not in printed
+        and printed.endswith(b"> /quit\n")
+    )
+
+
+def test_half_characters_that_were_typed_do_not_end_it(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("half \udcff of \ud800 one\n"))
+    assert command_line.main(["chat", "--study", "tiny", "--method", "base", "--max-new-tokens", "3"]) == 0
+    assert "> half ? of ? one" in capsys.readouterr().out
+
+
+def test_a_closed_input_is_an_empty_one(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert command_line.main(["chat", "--study", "tiny", "--method", "base"]) == 0
+    assert capsys.readouterr().out.startswith("base of study tiny")
 
 
 @pytest.mark.slow
