@@ -99,8 +99,9 @@ class Saver:
         self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
 
     def _start_thread(self, step, call, *args):
-        self._writing = threading.Thread(target=self._write, args=(step, call, *args))
-        self._writing.start()
+        thread = threading.Thread(target=self._write, args=(step, call, *args))
+        thread.start()
+        self._writing = thread
 
     def _write(self, step, call, *args):
         try:
