@@ -30,8 +30,8 @@ _BESIDE = ".writing-"
 
 @dataclass
 class Checkpoint:
-    """weights: {name: tensor} of what trains; where read back, compact.shrunk parts may stand for one. optimizer: its state dict. state: JSON values of the loop. generators:
-    what seeds.generator_states gives."""
+    """weights: {name: tensor} of what trains; where read back, compact.shrunk parts may stand for one. optimizer: its
+    state dict. state: JSON values of the loop. generators: what seeds.generator_states gives."""
 
     weights: dict
     optimizer: dict
@@ -121,7 +121,8 @@ class CheckpointDir:
     def newest(self):
         """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...]).
 
-        CheckpointError: the newest was written by a peftlib of another schema version.
+        CheckpointError: the newest was written by a peftlib of another schema version, or is as it was written but holds
+        something else than a checkpoint. That is no damage, so no older one is taken in its place.
         """
         for left in self.folder.glob(f"{_BESIDE}*"):
             self._remove(left)
@@ -131,8 +132,7 @@ class CheckpointDir:
             fault = _fault(path)
             if fault is None:
                 self._verified.add(path)
-                tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
-                return Checkpoint(**tensors, state=read_json(path / STATE)), skipped
+                return _content(path), skipped
             skipped.append(f"{path.name}: {fault}")
         return None, skipped
 
@@ -173,6 +173,42 @@ def _fault(path):
         return str(error)
     except (OSError, StudyError, KeyError, TypeError) as error:
         return f"no readable manifest ({type(error).__name__})"
+
+
+def _content(path):
+    """The Checkpoint of a folder that verifies. CheckpointError: its files hold something else."""
+    try:
+        tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
+        state = read_json(path / STATE)
+        odd = _odd_part(tensors)
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory is free"
+        ) from error
+    except Exception as error:  # noqa: BLE001 - what reading foreign bytes raises has no common class
+        odd = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        )
+    if odd is not None:
+        raise CheckpointError(
+            f"{path} is as it was written, but cannot be read as a checkpoint ({odd:.200}): delete that folder to go on "
+            "from an older one or to start over, or bring back a copy of it"
+        )
+    return Checkpoint(**tensors, state=state)
+
+
+def _odd_part(tensors):
+    """What of tensors.pt is not as `begin` writes it, in words, or None."""
+    if not (isinstance(tensors, dict) and set(tensors) == set(_PARTS)):
+        return f"it has {list(tensors) if isinstance(tensors, dict) else type(tensors).__name__}, not {list(_PARTS)}"
+    for name, kept in tensors["weights"].items():
+        if not all(isinstance(t, torch.Tensor) for t in (kept.values() if isinstance(kept, dict) else [kept])):
+            return f"the weight {name} is no tensor"
+    optimizer = tensors["optimizer"]
+    if not (isinstance(optimizer["state"], dict) and isinstance(optimizer["param_groups"], list)):
+        return "the optimizer's state has another form"
+    odd = [name for name, kept in tensors["generators"].items() if not isinstance(kept, torch.Tensor)]
+    return f"the generator's state {odd[0]} is no tensor" if odd else None
 
 
 def _refuse_other_schema(path):

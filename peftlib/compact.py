@@ -48,12 +48,18 @@ class BaseWeights:
     def grown(self, name, parts):
         """The weight that was shrunk, on the host. CheckpointError: this model is not the one it was shrunk against."""
         start = self.get(name, torch.float32 if "low" in parts else torch.bfloat16)
-        if start is None or list(start.shape) != parts["shape"].tolist() or _crc(start) != int(parts["start_crc"]):
+        try:
+            is_same = start is not None and list(start.shape) == parts["shape"].tolist()
+            if is_same and _crc(start) == int(parts["start_crc"]):
+                return grown(parts, start)
+        except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
             raise CheckpointError(
-                f"{name} of the model is not the one that the checkpoint was made with: take the same model and "
-                "revision, or start anew under another study name"
-            )
-        return grown(parts, start)
+                f"the checkpoint's difference of {name} is none ({type(error).__name__}: {error}): delete that checkpoint"
+            ) from error
+        raise CheckpointError(
+            f"{name} of the model is not the one that the checkpoint was made with: take the same model and "
+            "revision, or start anew under another study name"
+        )
 
 
 def shrunk(weight, start):

@@ -120,6 +120,14 @@ class Config:
         high=1.0,
     )
     valid_every: int = _field(50, "run", "optimizer steps between validation losses", low=1)
+    resume_rate_factor: float = _field(
+        1.0,
+        "run",
+        "times the study's peak learning rates, from the checkpoint on that a run goes on from; "
+        "1 leaves them as the checkpoint has them",
+        above=0.0,
+        high=100.0,
+    )
     keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
     log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)
     log_to: str = _field(

@@ -5,6 +5,7 @@ Beside them the loss on general text, which shows what a method made the model f
 
 import contextlib
 import gc
+import math
 import tempfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def evaluate(study, method, *, log=print):
         model = load_model(study, method, record["seed"], device=device, dtype=dtype)
         losses = _losses(study, record, model, rows, precision=precision, log=log)
         answers = _answers(study, record, model, rows, log=log)
-        record["eval_loss"] = losses["eval_loss"]
+        record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
         record["evaluation"] = {
             "n_test": len(rows),
             **losses,
@@ -89,16 +90,24 @@ def _record_of(study, method):
 
 
 def _losses(study, record, model, rows, *, precision, log):
-    """Losses on test rows and general text, kept in the record as soon as they are known."""
+    """Losses on test rows and general text, kept in the record as soon as they are known.
+
+    Those of a session that evaluated in another precision are measured anew: the evaluation names one for all.
+    """
     kept = record.get("losses")
-    if kept is not None:
+    if kept is not None and kept.get("precision") == precision:
         return kept
     device, name = resolve_device(study.cfg.device), record["method"]
     log(f"{name}: loss on {len(rows)} test rows")
     how = {"device": device, "precision": _autocast(precision)}
     loss = mean_loss(model, Rows(rows), **how)
     general = _general_loss(study, model, **how)
-    record["losses"] = {"eval_loss": loss, **forgetting.record_fields(general)}
+    measured = {"eval_loss": loss, **forgetting.record_fields(general)}
+    for field, value in measured.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            log(f"{name}: {field} is {value}: recorded as unknown")
+            measured[field] = None
+    record["losses"] = {**measured, "precision": precision}
     records.save(study, record)
     return record["losses"]
 

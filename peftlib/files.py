@@ -109,6 +109,16 @@ def sync_folder(folder):
         os.close(opened)
 
 
+def sync_tree(folder):
+    """Wait until the disk has every file in a folder and below, and their names."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+    sync_folder(folder)
+
+
 def remove_tree(folder):
     """Delete a folder, its manifest first, so that a half-deleted one does not count; one that is not there is fine.
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from peftlib import flops, plan
+from peftlib import flops, nonfinite, plan
 from peftlib import record as records
 from peftlib.files import sha256
-from peftlib.models import core, count_parameters
+from peftlib.models import core, count_parameters, trainable
 from peftlib.trained import save_trained
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -23,7 +23,7 @@ def describe(run, peak_rates):
     )
     steps, total_steps = run.progress.step, run.plan.steps
     start = f"goes on at step {steps} of {total_steps}" if steps else f"starts, {total_steps} steps"
-    rates = " and ".join(f"{rate:g}" for rate in sorted(set(peak_rates), reverse=True))
+    rates = " and ".join(f"{rate * run.rate_factor:g}" for rate in sorted(set(peak_rates), reverse=True))
     run.log(
         f"{run.name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
         f"peak rate {rates}, {run.precision} ({run.precision_reason}), {run.record['device']}"
@@ -31,7 +31,11 @@ def describe(run, peak_rates):
 
 
 def keep_weights(run):
-    """Save what was trained, with its digests in the record. Answers of earlier weights go."""
+    """Save what was trained, with its digests in the record. Answers of earlier weights go.
+
+    NonFiniteLossError: a trained weight holds inf or nan; nothing is written then.
+    """
+    nonfinite.require_finite(trainable(run.model), "the trained model")
     facts = {
         "method": run.name,
         "model": run.cfg.model,
@@ -48,20 +52,26 @@ def keep_weights(run):
 
 
 def close(run):
-    """Write the run's record; with the weights safe, its checkpoints have served."""
+    """Write the run's record; with the weights safe, its checkpoints have served. What is optional comes after both."""
     done, record = run.progress, run.record
     record.update(vars(done), steps=done.step)
     del record["step"]
     record["saves"], record["save_stall_seconds"] = run.saver.saves, run.saver.stall_seconds  # of this session
-    record["placement"] = run.placement.facts
-    last = record["history"][-max(1, run.plan.steps // 10) :]
-    if last:
-        record["train_loss"] = sum(entry["loss"] for entry in last) / len(last)
-        record["tokens_per_second"] = done.train_tokens / done.train_seconds
-        _compare_with_ceiling(run)
+    record["placement"], record["rate_factor"] = run.placement.facts, run.rate_factor
+    losses = [entry["loss"] for entry in record["history"][-max(1, run.plan.steps // 10) :]]
+    losses = [loss for loss in losses if loss is not None]  # a skipped step may have none
+    record["train_loss"] = sum(losses) / len(losses) if losses else None
+    record["tokens_per_second"] = done.train_tokens / done.train_seconds if done.train_seconds else None
     records.save(run.study, record)
     if record["status"] == "ok":
         run.checkpoints.remove()
+    if record["tokens_per_second"]:
+        try:
+            _compare_with_ceiling(run)
+        except RuntimeError as error:  # a card that is full, or broken by what ended the run
+            run.log(f"the share of the device's speed was not measured ({type(error).__name__}: {error})")
+        else:
+            records.save(run.study, record)
 
 
 def _compare_with_ceiling(run):

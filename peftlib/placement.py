@@ -1,5 +1,7 @@
 """How a run is laid out on its device: micro-batch, recomputation, compiled layers. None of it changes the result."""
 
+import contextlib
+
 import torch
 
 from peftlib import compiled, plan
@@ -10,6 +12,21 @@ from peftlib.packaged import cache_root
 from peftlib.recompute import checkpoint_layers
 
 _CPU_MICRO_BATCH = 4
+
+
+@contextlib.contextmanager
+def memory_cap(cfg, device):
+    """Within it this process takes at most cfg.memory_gib of the card, where that is set; then what it could before."""
+    if device != "cuda" or not cfg.memory_gib:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * plan.GIB / whole))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)
 
 
 class Placement:
@@ -35,9 +52,6 @@ class Placement:
 
     def _choose(self, precision):
         cfg = self.cfg
-        if cfg.memory_gib:
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * plan.GIB / whole))
         if cfg.micro_batch == 0:
             available = plan.device_bytes(cfg)
             chosen = plan.choose(
@@ -89,7 +103,10 @@ class Placement:
         )
 
     def after_step(self):
-        """Keep what the session's first step has compiled."""
+        """Keep what the session's first step has compiled. Where that fails it is logged: later sessions compile again."""
         if self._is_first_step and self.is_compiled:
-            self._cache.save()
+            try:
+                self._cache.save()
+            except Exception as error:  # noqa: BLE001 - a cache is never worth a run
+                self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
         self._is_first_step = False

@@ -4,8 +4,9 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
+
 from peftlib import plan
-from peftlib.errors import NonFiniteLossError
 from peftlib.memory import machine_bytes
 from peftlib.mirror import running
 
@@ -50,7 +51,7 @@ class Watcher:
     is_dropped = False  # it has raised, and is asked and shown no more
 
     def wants_numbers(self):
-        """Whether to be shown the run after this step; asked after each. On a GPU it waits for the step: not too often."""
+        """Whether to be shown the run after this step; asked after each."""
         return False
 
     def show(self, snapshot):
@@ -77,7 +78,7 @@ class Watching:
         return any(self._each(lambda watcher: watcher.stop_asked()))
 
     def show(self, status="running"):
-        """Show the run to all. Its pending numbers are left where they are: flush them first."""
+        """Show the run to all."""
         if self._watchers:
             taken = self._snapshot(status)
             self._each(lambda watcher: watcher.show(taken))
@@ -131,29 +132,24 @@ class Watching:
         return self._copy
 
 
-class Pending:
-    """Entries of a history whose loss and norm are still on the device, so that no step waits for them."""
+class Stopwatch:
+    """Seconds of steps: all time from `start` on, whatever the host or the device waits for, until the next start."""
 
-    def __init__(self):
-        self._waiting = []
+    def __init__(self, device):
+        self._device = device
+        self.start()
 
-    def add(self, entry, loss, grad_norm):
-        """entry: the rest of the history's entry. loss, grad_norm: 0-dim tensors, or numbers."""
-        self._waiting.append((entry, loss, grad_norm))
+    def start(self):
+        """Count from now; what came before since the last lap is not a step's."""
+        self._since = time.monotonic()
 
-    def bring(self, history, precision):
-        """Append all to `history`. NonFiniteLossError: one of the losses is inf or nan; what came before it is there."""
-        for entry, loss, grad_norm in self._waiting:
-            entry["loss"], norm = float(loss), float(grad_norm)
-            entry["grad_norm"] = norm if math.isfinite(norm) else None  # a skipped fp16 step
-            if not math.isfinite(entry["loss"]):
-                raise NonFiniteLossError(
-                    f"the loss of step {entry['step']} is {entry['loss']} ({precision}, learning rate "
-                    f"{entry['learning_rate']:g}): lower the learning rate, or set precision='fp32'. "
-                    "The last checkpoint is kept."
-                )
-            history.append(entry)
-        self._waiting.clear()
+    def lap(self, *, waits=False):
+        """Seconds since the start or the last lap. waits: for the device to be done first."""
+        if waits and self._device == "cuda":
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        return seconds
 
 
 def pace(history, steps_left):
@@ -170,8 +166,9 @@ def line(record, progress, planned_steps):
     """Where a run stands, in one line. progress: a resume.Progress; the record's history is not empty."""
     entry, now = record["history"][-1], pace(record["history"], planned_steps - progress.step)
     skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
+    loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"  # of a skipped step
     return (
-        f"step {progress.step}/{planned_steps}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+        f"step {progress.step}/{planned_steps}  loss {loss}  lr {entry['learning_rate']:.2e}  "
         f"{now['tokens_per_second'] or 0:,.0f} tok/s  ETA {clock(now['seconds_left'] or 0)}{skipped}"
     )
 

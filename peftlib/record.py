@@ -38,6 +38,7 @@ _ALSO = (
     "save_stall_seconds",
     "forked_from",
     "placement",
+    "rate_factor",
 )
 _PACKAGE = Path(__file__).resolve().parent
 _NEEDED = (
@@ -79,6 +80,7 @@ def new_record(study, method, *, device, precision, precision_reason):
         "layers": [],
         "history": [],
         "valid_history": [],
+        "changes": [],
         "versions": versions(),
         "git": git_state(),
     }

@@ -1,6 +1,6 @@
 """What a report says in sentences: what was compared, how it was measured, what it does not show."""
 
-from peftlib import forgetting, rouge, stats
+from peftlib import changes, forgetting, rouge, stats
 from peftlib.comparison import mean_of
 from peftlib.metrics import bleu_signature
 from peftlib.scored import BASE
@@ -78,6 +78,8 @@ def score_note():
 
 def limits(found):
     """What the numbers do not show."""
+    for run in found.runs:
+        yield from changes.sentences(run.record)
     n_rows = len(found.test_rows)
     yield (
         stats.few_rows_note(n_rows) + "."

@@ -47,8 +47,6 @@ class Rows:
     def batch(self, bins, device):
         """A Batch of bins (lists of row numbers), each a sequence, right-padded to the fullest."""
         is_gpu = device != "cpu"
-        if is_gpu and len(bins) == 1:
-            bins = [*bins, []]  # torch.compile would compile once more for a batch of one
         filled = max(sum(self.lengths[n] for n in rows) for rows in bins)
         shape = (len(bins), -(-int(filled) // multiple_on(device)) * multiple_on(device))
         ids, places = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -71,9 +69,19 @@ class Rows:
 
     def batches(self, numbers, tokens, device):
         """Batches of at most `tokens` padded tokens that hold the given rows, see steps.pack."""
-        least = 1 if device == "cpu" else 2
-        for bins in pack(numbers, self.lengths, tokens, multiple=multiple_on(device), least=least):
+        for bins in self.cut(numbers, tokens, device):
             yield self.batch(bins, device)
+
+    def cut(self, numbers, tokens, device):
+        """[[bin, ...], ...]: the bins of each of `batches`.
+
+        On a GPU they are two where `tokens` allows it, if need be an empty one, for torch.compile compiles once more for a
+        batch of one. A row that takes more than half of `tokens` stays alone: a second one would take memory unplanned.
+        """
+        least, multiple = (1 if device == "cpu" else 2), multiple_on(device)
+        for bins in pack(numbers, self.lengths, tokens, multiple=multiple, least=least):
+            width = -(-max(sum(int(self.lengths[n]) for n in rows) for rows in bins) // multiple) * multiple
+            yield [*bins, []] if len(bins) < least and least * width <= tokens else bins
 
 
 def multiple_on(device):

@@ -2,6 +2,8 @@
 
 import torch
 
+from peftlib import nonfinite
+from peftlib.errors import NonFiniteLossError
 from peftlib.losses import CHUNK, chunked_loss_sum
 from peftlib.models import head_weight, hidden_states
 from peftlib.precision import apply_step, autocast
@@ -10,8 +12,8 @@ from peftlib.precision import apply_step, autocast
 class Stepper:
     """Backward passes and update of one step; the model is in training mode.
 
-    backward: called with each scaled loss. is_compiled: also fuse the loss. Inside a step nothing waits for the device;
-    with fp16 the end of it reads one flag, whether the step has to be skipped.
+    backward: called with each scaled loss. is_compiled: also fuse the loss. The host waits for the device once a step,
+    between the backward passes and the update.
     """
 
     def __init__(self, model, optimizer, scaler, *, device, precision, backward=torch.Tensor.backward, **loss_settings):
@@ -43,6 +45,13 @@ class Stepper:
             total += loss.detach()
         return total
 
-    def update(self):
-        """(grad_norm before clipping, 0-dim tensor; is_skipped), see precision.apply_step."""
-        return apply_step(self.optimizer, self.scaler)
+    def update(self, loss, *, step=None):
+        """The precision.Applied of the step. loss: what `gradients` returned. step: its number, for the message.
+
+        NonFiniteLossError: loss, a gradient (named) or their norm is inf or nan, and no loss scale could cure it;
+        weights and optimizer are as they were. With fp16 such a step is skipped instead.
+        """
+        done = apply_step(self.optimizer, self.scaler, loss)
+        if not done.is_applied and not self.scaler.is_enabled():
+            raise NonFiniteLossError(nonfinite.cause(self.model, self.optimizer, done, step))
+        return done

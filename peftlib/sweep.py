@@ -33,7 +33,8 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
     tried = []
     for factor in factors:
         rates = {name: getattr(cfg, name) * factor for name in fields}
-        record = _trained(study, method, cfg.replace(max_steps=steps, **rates), factor, log)
+        own = {"max_steps": steps, "resume_rate_factor": 1.0}  # a trial that diverges is a finding, not to be saved
+        record = _trained(study, method, cfg.replace(**own, **rates), factor, log)
         last = record["valid_history"][-1]["valid_loss"] if record["status"] == "ok" else None
         tried.append({"factor": factor, **rates, "valid_loss": last, "train_loss": record["train_loss"]})
         log(f"{method}, {_shown(rates)}: " + ("not finite" if last is None else f"validation loss {last:.4f}"))

@@ -39,14 +39,19 @@ class _Tracker(Watcher):
             if entry["step"] >= self._next_step:
                 is_newest = at == len(snapshot.history) - 1
                 memory = {"memory_gib": snapshot.memory_bytes / 2**30} if is_newest else {}
-                self._write(entry["step"], _numbers(snapshot.history[: at + 1]) | memory)
+                self._write_known(entry["step"], _numbers(snapshot.history[: at + 1]) | memory)
                 self._next_step = entry["step"] + 1
         for entry in snapshot.valid_history:
             if entry["step"] >= self._next_valid:
-                self._write(entry["step"], {"validation_loss": entry["valid_loss"]})
+                self._write_known(entry["step"], {"validation_loss": entry["valid_loss"]})
                 self._next_valid = entry["step"] + 1
         if snapshot.is_over:
             self._end()
+
+    def _write_known(self, step, numbers):
+        known = {name: number for name, number in numbers.items() if number is not None}
+        if known:
+            self._write(step, known)
 
 
 class TensorBoard(_Tracker):
@@ -111,11 +116,12 @@ _KINDS = {"tensorboard": TensorBoard, "trackio": Trackio}
 
 
 def _numbers(history):
-    """{name: number} of the last step of a history."""
+    """{name: number} of the last step of a history; None where a skipped step left none."""
     entry, recent = history[-1], history[-_SMOOTHED_OVER:]
+    losses = [e["loss"] for e in recent if e["loss"] is not None]
     return {
         "loss": entry["loss"],
-        "loss_smoothed": sum(e["loss"] for e in recent) / len(recent),
+        "loss_smoothed": sum(losses) / len(losses) if losses else None,
         "learning_rate": entry["learning_rate"],
-        "tokens_per_second": entry["tokens"] / entry["seconds"],
+        "tokens_per_second": entry["tokens"] / entry["seconds"] if entry["seconds"] else None,
     }

@@ -1,31 +1,24 @@
 """The one training loop: every method, every session, from the last checkpoint to the end."""
 
 import contextlib
+import math
 import time
 
 import torch
 
-from peftlib import compact, compiled, data, methods, outcome, plan, progress, resume, trackers
+from peftlib import compact, compiled, data, methods, nonfinite, outcome, progress, resume, saving, trackers
 from peftlib import record as records
 from peftlib.checkpoint import CheckpointDir
 from peftlib.env import resolve_device, training_precision
-from peftlib.errors import ConfigError
+from peftlib.errors import ConfigError, NonFiniteLossError
 from peftlib.files import sha256
 from peftlib.interrupts import interrupts
 from peftlib.lock import held
 from peftlib.memory import PeakMemory
-from peftlib.mirror import running
-from peftlib.models import (
-    core,
-    guard_four_bit,
-    layer_table,
-    load_base,
-    trainable,
-)
-from peftlib.placement import Placement
+from peftlib.models import core, guard_four_bit, layer_table, load_base
+from peftlib.placement import Placement, memory_cap
 from peftlib.precision import loss_scaler, run_in_autocast
 from peftlib.rows import Rows, mean_loss
-from peftlib.saving import Saver
 from peftlib.seeds import seed_of
 from peftlib.session import Deadline
 from peftlib.stepper import Stepper
@@ -80,8 +73,9 @@ class TrainingRun:
         watchers: progress.Watcher objects that see the run while it trains, and may ask it to save and stop.
 
         A finished run is not repeated: its weights are loaded and its record is returned.
-        NonFiniteLossError: the loss is inf or nan; the last checkpoint is kept. CheckpointError: no space, or the
-        checkpoint at hand was made with other settings.
+        NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale could cure it; that step changed
+        nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint at hand was made with other
+        settings.
         """
         what = f"training {self.name}, seed {self.cfg.seed}"
         run = f"{self.name}-s{self.cfg.seed}"
@@ -112,7 +106,7 @@ class TrainingRun:
             self.record.update(status="failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            self.saver.wait()
+            self.saver.close()
             require_lock()  # another session's record is not overwritten
             self._read_memory()
             outcome.close(self)
@@ -143,6 +137,38 @@ class TrainingRun:
         self.optimizer = self.method.build_optimizer(self.model, cfg)
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = loss_scaler(self.device, self.precision)
+        self.rate_factor = 1.0  # on the peak rates; resume.begin may put in another
+        self._place()
+        self.progress = resume.Progress()
+        self.saver = saving.Saver(
+            self.checkpoints,
+            every=cfg.save_every,
+            stall_share=cfg.save_stall,
+            is_background=self.device != "cpu",
+            expected_bytes=saving.expected_bytes(self),
+            log=self.log,
+        )
+        self.record = records.new_record(
+            self.study,
+            self.name,
+            device=self.device,
+            precision=self.precision,
+            precision_reason=self.precision_reason,
+        )
+        self.record["layers"] = layer_table(self.model)
+        if self.saver.is_background:  # a thread has the time for it
+            with contextlib.suppress(OSError):  # a model without safetensors files
+                self.checkpoints.base = compact.BaseWeights(cfg.model)
+        resume.begin(self)
+        self.saver.start(self.progress.step)
+        if self.method.FOUR_BIT:
+            guard_four_bit(self.model, self.method.FOUR_BIT)
+        outcome.describe(self, self._peak_rates)
+        saving.require_space(self)
+
+    def _place(self):
+        cfg = self.cfg
+        self._open.enter_context(memory_cap(cfg, self.device))
         self.placement = Placement(
             self.model,
             self.name,
@@ -162,57 +188,21 @@ class TrainingRun:
             backward=self.accelerator.backward,
             is_compiled=self.placement.is_compiled,
         )
-        self.progress = resume.Progress()
-        self.saver = Saver(
-            self.checkpoints,
-            every=cfg.save_every,
-            stall_share=cfg.save_stall,
-            is_background=self.device != "cpu",
-            expected_bytes=self._checkpoint_bytes(),
-            log=self.log,
-        )
-        self._pending = progress.Pending()
-        self.record = records.new_record(
-            self.study,
-            self.name,
-            device=self.device,
-            precision=self.precision,
-            precision_reason=self.precision_reason,
-        )
-        self.record["layers"] = layer_table(self.model)
-        if self.saver.is_background:  # a thread has the time for it
-            with contextlib.suppress(OSError):  # a model without safetensors files
-                self.checkpoints.base = compact.BaseWeights(cfg.model)
-        if not resume.go_on(self) and self.cfg.fork:
-            resume.fork(self)
-        self.saver.start(self.progress.step)
-        if self.method.FOUR_BIT:
-            guard_four_bit(self.model, self.method.FOUR_BIT)
-        outcome.describe(self, self._peak_rates)
-        self.checkpoints.require_space(self._checkpoint_bytes())
-        mirror = running(self.study.folder)
-        if mirror is not None:
-            mirror.require_space(f"{self.name}-s{self.cfg.seed}", self._checkpoint_bytes())
-
-    def _checkpoint_bytes(self):
-        """What trains, and the optimizer's state as the planner counts it."""
-        weights = sum(p.numel() * p.element_size() for p in trainable(self.model).values())
-        return weights + plan.optimizer_bytes(plan.Shape.of(core(self.model).config), self.name, self.cfg)
 
     def _run(self, interrupted, require_lock):
         cfg, last_line = self.cfg, time.monotonic()
         deadline = Deadline(cfg)
         self.model.train()
+        self._watch = progress.Stopwatch(self.device)
         while self.progress.step < self.plan.steps:
             require_lock()
             self._step()
             step, is_last = self.progress.step, self.progress.step == self.plan.steps
             has_line = step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES
+            if has_line:
+                self.log(progress.line(self.record, self.progress, self.plan.steps))
+                last_line = time.monotonic()
             if has_line or self._watching.want_numbers():
-                self._flush()
-                if has_line:
-                    self.log(progress.line(self.record, self.progress, self.plan.steps))
-                    last_line = time.monotonic()
                 self._watching.show()
             if len(self.valid) and (step % cfg.valid_every == 0 or is_last):
                 self._validate()
@@ -223,6 +213,7 @@ class TrainingRun:
             if why:
                 self.log(f"stopped after step {step} of {self.plan.steps} ({why}); saved: run again to go on")
                 return
+        self._settle()
 
     def _why_stop(self, interrupted, deadline):
         """Why to save and stop now, in words, or None."""
@@ -234,10 +225,10 @@ class TrainingRun:
         """One optimizer step, replayed with half the micro-batch after an out-of-memory error."""
         step, cfg = self.progress.step, self.cfg
         numbers = self.plan.rows_of(step)
-        factor = learning_rate_factor(step, self.plan.steps, cfg)
+        factor = learning_rate_factor(step, self.plan.steps, cfg) * self.rate_factor
+        rate = self._peak_rates[0] * factor
         for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = peak * factor
-        started = time.monotonic()
         while True:
             try:
                 batches = list(self.rows.batches(numbers, self.placement.tokens, self.device))
@@ -248,35 +239,55 @@ class TrainingRun:
                 self.optimizer.zero_grad()
                 self.placement.make_room(step, error)
             torch.cuda.empty_cache()
-        grad_norm, is_skipped = self.stepper.update()
-        tokens = int(self.rows.lengths[numbers].sum())
-        if step == 0 or self.device == "cpu":
-            grad_norm = float(grad_norm)  # waits for the device, so that the first step's time is true
-        seconds = time.monotonic() - started
-        self.progress.count(tokens, seconds, is_skipped)
+        done = self._update(loss, rate)
+        tokens, seconds = int(self.rows.lengths[numbers].sum()), self._watch.lap(waits=step == 0)
+        self.progress.count(tokens, seconds, not done.is_applied)
+        entry = {"step": step + 1, "learning_rate": rate, "tokens": tokens, "seconds": seconds}
+        known = {"loss": done.loss, "grad_norm": done.grad_norm}  # unknown in a skipped fp16 step
+        entry |= {name: number if math.isfinite(number) else None for name, number in known.items()}
+        self.record["history"].append(entry)
         self.placement.after_step()
-        entry = {"step": step + 1, "learning_rate": self._peak_rates[0] * factor, "tokens": tokens, "seconds": seconds}
-        self._pending.add(entry, loss, grad_norm)
+        self._watch.start()
+
+    def _update(self, loss, rate):
+        """The step's precision.Applied. NonFiniteLossError: it was not applied, and not for want of a lower loss scale."""
+        try:
+            return self.stepper.update(loss, step=self.progress.step + 1)
+        except NonFiniteLossError as error:
+            self.saver.wait()
+            raise NonFiniteLossError(
+                f"{error} ({self.precision}, learning rate {rate:g}). "
+                f"{nonfinite.advice(self.study.folder.name, self.rate_factor, self.saver.saved.step)}"
+            ) from None
 
     def _scored(self, numbers):
         return int(self.rows.scored[numbers].sum())
 
-    def _flush(self):
-        """Bring pending numbers to the host. NonFiniteLossError: one of the losses is inf or nan."""
-        self._pending.bring(self.record["history"], self.precision)
+    def _settle(self):
+        """Count what the device still has to do of the last step; what follows is no step's time until the watch starts."""
+        rest = self._watch.lap(waits=True)
+        self.progress.train_seconds += rest
+        self.record["history"][-1]["seconds"] += rest
 
     def _validate(self):
-        self._flush()
+        self._settle()
         with compiled.uncompiled(self.model):
             loss = mean_loss(self.model, self.valid, device=self.device, precision=self.precision)
-        self.record["valid_history"].append({"step": self.progress.step, "valid_loss": loss})
-        self.log(f"step {self.progress.step}/{self.plan.steps}  validation loss {loss:.4f}")
+        is_known = math.isfinite(loss)
+        self.record["valid_history"].append({"step": self.progress.step, "valid_loss": loss if is_known else None})
+        told = f"{loss:.4f}" if is_known else f"is {loss}: recorded as unknown"
+        self.log(f"step {self.progress.step}/{self.plan.steps}  validation loss {told}")
+        self._watch.start()
 
     def save(self, *, must=True):
-        """Write a checkpoint of the last complete step. CheckpointError: `must`, and it could not be written."""
-        self._flush()
+        """Write a checkpoint of the last complete step.
+
+        CheckpointError: `must`, and it could not be written. NonFiniteLossError: a tensor (named) holds inf or nan.
+        """
+        self._settle()
         self._read_memory()
         self.saver.save(self.progress.step, resume.checkpoint_of(self), must=must)
+        self._watch.start()
 
     def _read_memory(self):
         allocated, reserved = self.memory.read()

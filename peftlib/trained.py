@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
-from peftlib.files import read_json, write_json, write_text
+from peftlib.files import read_json, rename, sync_tree, write_json, write_text
 from peftlib.layers import fuse_adapters
 from peftlib.models import core, guard_four_bit, keep_residual_in_float32, load_base, peft_calls, trainable
 from peftlib.precision import run_in_autocast
@@ -40,8 +40,9 @@ def save_trained(model, tokenizer, folder, facts):
     tokenizer.save_pretrained(beside)
     stop_at(core(model)).generation_config.save_pretrained(beside)
     write_json(beside / FACTS, {**facts, "is_adapter": is_adapter})
+    sync_tree(beside)  # checkpoints are deleted once these are there
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    rename(beside, folder)
     return folder
 
 

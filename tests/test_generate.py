@@ -142,6 +142,33 @@ def test_a_session_that_ends_keeps_the_answers_and_the_next_one_goes_on(make_stu
         assert evaluate(study, "base", log=lines.append)["evaluation"]["n_test"] == 6
 
 
+def test_losses_of_another_precision_are_measured_anew_for_an_evaluation_that_names_one(make_study, monkeypatch):
+    study, measured = make_study(), []
+    as_on = {"fp16": (torch.float16, "fp16", "as on a T4"), "fp32": (torch.float32, "fp32", "as on a CPU")}
+
+    def mean_loss(*args, precision, **settings):
+        measured.append(precision)
+        return 2.0
+
+    def evaluate_in(precision, answers=None):
+        with monkeypatch.context() as patched:
+            patched.setattr("peftlib.evaluate.mean_loss", mean_loss)
+            patched.setattr("peftlib.evaluate.evaluation_dtype", lambda device: as_on[precision])
+            if answers is not None:
+                patched.setattr("peftlib.evaluate._answers", answers)
+            return evaluate(study, "base", log=lambda line: None)
+
+    def cut(*args, **settings):
+        raise Stopped("cut after the losses")
+
+    for _ in range(2):  # the second time they are known
+        with pytest.raises(Stopped):
+            evaluate_in("fp16", cut)
+    assert measured == ["fp16"]
+    record = evaluate_in("fp32")
+    assert measured == ["fp16", "fp32"] and record["evaluation"]["precision"] == "fp32"
+
+
 def test_evaluation_writes_loss_and_answers_once(make_study):
     study = make_study()
     TrainingRun(study, "qlora", log=lambda line: None).train()

@@ -151,3 +151,16 @@ def test_pissa_needs_16_bit_weights_and_starts_at_the_models_loss(prepared):
         prepared("qlora", lora_init="pissa")
     model, _ = prepared("lora", lora_use_rslora=True)
     assert next(m for m in model.modules() if hasattr(m, "lora_A")).scaling["default"] == 64 / 4**0.5
+
+
+def test_a_row_that_fills_a_gpus_micro_batch_is_not_doubled_by_an_empty_one():
+    data = rows([1000, 400, 100])
+    assert list(data.cut([0], 1024, "cuda")) == [[[0]]]
+    assert list(data.cut([1], 1024, "cuda")) == [[[1], []]]  # for two the plan has room: no other form to compile
+    for numbers in ([0, 1, 2], [1, 2], [2]):
+        for bins in data.cut(numbers, 1024, "cuda"):
+            width = -(-max(sum(data.lengths[n] for n in held) for held in bins) // 64) * 64
+            assert len(bins) * width <= 1024
+    assert list(data.cut([2], 1024, "cpu")) == [[[2]]]
+    batch = data.batch([[2], []], "cpu")
+    assert batch.ids.shape == (2, 100) and int(batch.labels[1].max()) == -100

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from peftlib.errors import NonFiniteLossError
 from peftlib.optim.galore import GaLoreAdamW
-from peftlib.precision import LossScaler
+from peftlib.precision import LossScaler, apply_step
 
 
 def one_projected_weight():
@@ -35,3 +36,16 @@ def test_overflow_in_fp16_skips_one_step_and_halves_the_scale(steps_before):
     assert torch.equal(before, weight) and scaler.get_scale() == 1.0
     run(1.0)
     assert not torch.equal(before, weight)
+
+
+def test_a_loss_that_no_scale_makes_finite_ends_the_run_and_changes_nothing():
+    weight, optimizer = one_projected_weight()
+    scaler, before = LossScaler("cpu", init_scale=3e-4), weight.detach().clone()
+    for _ in range(2):
+        scaler.scale(weight.sum()).backward()
+        if scaler.get_scale() < 2e-4:
+            with pytest.raises(NonFiniteLossError, match="fp16 overflows at every loss scale"):
+                apply_step(optimizer, scaler, torch.tensor(float("nan")))
+        else:
+            assert not apply_step(optimizer, scaler, torch.tensor(float("nan"))).is_applied
+    assert torch.equal(before, weight) and not optimizer.state[weight]

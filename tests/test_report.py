@@ -549,3 +549,17 @@ def test_studies_that_cannot_be_compared_are_refused(two, tmp_path):
         fake_study.write_record(second, fake_study.record_of(method, split_hash="0ther"))
     with pytest.raises(StudyError, match="a/made-up has 5f1e0c0ffee0; b/made-up has 0ther"):
         report.compare_cli([str(first.folder), str(second.folder)])
+
+
+def test_the_report_says_that_a_runs_rates_or_precision_were_changed_midway(small):
+    record = read_json(small.record_path("qlora", 0))
+    changed = [
+        {"step": 9, "what": "rate_factor", "from": 1.0, "to": 0.3, "at": "2026-11-26T10:00:00+00:00"},
+        {"step": 12, "what": "precision", "from": "bf16", "to": "fp16", "at": "2026-11-26T11:00:00+00:00"},
+        {"step": 12, "what": "plan", "from": "a", "to": "b", "at": "2026-11-26T11:00:00+00:00"},
+    ]
+    fake_study.write_record(small, {**record, "changes": changed})
+    report.build(small)
+    text = small.report_path.read_text(encoding="utf-8")
+    assert "qlora (seed 0) was not treated as the others: from step 9 on its learning rates were 0.3 times" in text
+    assert "qlora (seed 0) went on in fp16 from step 12 on (before: bf16)" in text

@@ -64,6 +64,70 @@ def test_a_disk_that_refuses_is_said_and_only_a_last_save_fails(tmp_path, monkey
         assert "training goes on and tries again" in lines[0]
 
 
+FAULTS = [RuntimeError("planted"), MemoryError("planted"), SystemExit("planted"), OSError(errno.EIO, "planted")]
+
+
+def fail_with(monkeypatch, is_background, error):
+    """Let the part of a save that runs in the thread fail, once the returned event is set."""
+    may_fail = threading.Event()
+
+    def fail(*args):
+        may_fail.wait(20)
+        raise error
+
+    monkeypatch.setattr(CheckpointDir, "save" if is_background else "finish", fail)
+    return may_fail
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_a_save_that_has_to_be_never_returns_as_if_it_was_whatever_the_thread_raised(
+    tmp_path, monkeypatch, is_background, error
+):
+    ours, _ = saver(tmp_path, is_background=is_background)
+    ours.save(1, checkpoint(torch.ones(1)), must=True)
+    fail_with(monkeypatch, is_background, error).set()
+    with pytest.raises(CheckpointError, match=rf"step 2 could not be written \({type(error).__name__}.*planted"):
+        ours.save(2, checkpoint(torch.ones(1)), must=True)
+    assert ours.saved.step == 1 and newest(tmp_path).state["history"] == [1]
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+@pytest.mark.parametrize("error", FAULTS[:2], ids=lambda error: type(error).__name__)
+def test_an_older_error_is_told_at_the_next_save_or_at_the_end_and_spoils_no_good_one(
+    tmp_path, monkeypatch, is_background, error
+):
+    ours, lines = saver(tmp_path, is_background=is_background)
+    for step in (1, 3):
+        with monkeypatch.context() as patched:
+            may_fail = fail_with(patched, is_background, error)
+            ours.save(step, checkpoint(torch.ones(1)))
+            may_fail.set()
+            ours.wait()
+        if step == 1:
+            ours.save(2, checkpoint(torch.ones(1)), must=True)
+            assert ours.saved.step == 2
+    assert len(lines) == 1 and "step 1 could not be written" in lines[0] and "planted" in lines[0]
+    ours.close()
+    assert len(lines) == 2 and "step 3 could not be written" in lines[1]
+    ours.close()
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+def test_a_thread_that_cannot_be_started_is_told_and_training_goes_on(tmp_path, monkeypatch, is_background):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    ours, lines = saver(tmp_path, is_background=is_background)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    ours.save(1, checkpoint(torch.ones(1)))
+    ours.close()
+    assert len(lines) == 1 and "can't start new thread" in lines[0]
+    with pytest.raises(CheckpointError, match="can't start new thread"):
+        ours.save(2, checkpoint(torch.ones(1)), must=True)
+
+
 def test_the_next_save_waits_until_the_last_ones_stall_is_paid_back(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("peftlib.saving.time.monotonic", lambda: now[0])

@@ -38,14 +38,14 @@ def test_the_command_sweeps_the_named_method(make_study, capsys):
 
 def test_a_rate_that_diverges_is_recorded_and_the_sweep_goes_on(make_study, monkeypatch):
     study, lines = make_study(), []
-    real = TrainingRun._flush
+    real = TrainingRun._step
 
-    def flush(self):
+    def step(self):
         if self.cfg.galore_learning_rate > study.cfg.galore_learning_rate:
             raise NonFiniteLossError("planted")
         real(self)
 
-    monkeypatch.setattr(TrainingRun, "_flush", flush)
+    monkeypatch.setattr(TrainingRun, "_step", step)
     found = sweep(study, "galore", factors=(1.0, 3.0), rows=4, log=lines.append)
     assert [entry["valid_loss"] is None for entry in found["tried"]] == [False, True] and found["best"]["factor"] == 1.0
     assert not [path for path in study.folder.glob("sweeps/*/*") if path.name in ("data", "weights", "compile")]

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import types
 
 import pytest
 import torch
@@ -374,6 +375,99 @@ def test_another_plan_or_device_goes_on_and_says_so(make_study):
     record = TrainingRun(study, "qlora", log=lines.append).train()
     assert record["status"] == "ok"
     assert any("was made with plan micro_batch=2" in line and "here it is micro_batch=1" in line for line in lines)
+
+
+class Late(torch.Tensor):
+    """A tensor of a device that is behind: reading it waits until the device has done all that was asked of it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__):
+            clock.now = max(clock.now, clock.device_until)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+clock = types.SimpleNamespace(now=0.0, device_until=0.0)
+
+
+@pytest.mark.parametrize("valid_every", [100, 2])
+def test_the_speed_counts_every_wait_and_does_not_depend_on_log_lines_or_validation(
+    make_study, monkeypatch, valid_every
+):
+    clock.now = clock.device_until = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    real = Stepper.gradients
+
+    def gradients(*args, **settings):
+        loss = real(*args, **settings)
+        clock.now += 0.25  # the host has asked for the step
+        clock.device_until = max(clock.device_until, clock.now) + 1.0
+        return loss.as_subclass(Late)
+
+    def mean_loss(*args, **settings):
+        clock.now = max(clock.now, clock.device_until) + 7.0
+        return 1.0
+
+    monkeypatch.setattr(Stepper, "gradients", gradients)
+    monkeypatch.setattr("peftlib.train.mean_loss", mean_loss)
+    records_ = []
+    for log_every in (1, 50):
+        study = make_study(study=f"every{log_every}", log_every=log_every, valid_every=valid_every)
+        run = TrainingRun(study, "lora", log=lambda line: None)
+        records_.append(run.train())
+    often, seldom = records_
+    assert often["train_seconds"] == seldom["train_seconds"] >= 6.0  # a second a step, by the device
+    assert often["tokens_per_second"] == seldom["tokens_per_second"]
+    assert sum(entry["seconds"] for entry in seldom["history"]) == pytest.approx(seldom["train_seconds"])
+
+
+def test_time_between_steps_counts_and_saving_and_validation_do_not(make_study, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def taking(seconds, real):
+        def call(*args, **settings):
+            now[0] += seconds
+            return real(*args, **settings)
+
+        return call
+
+    monkeypatch.setattr("peftlib.train.mean_loss", taking(100.0, lambda *args, **settings: 1.0))
+    monkeypatch.setattr("peftlib.saving.Saver.save", taking(1000.0, lambda *args, **settings: None))
+    monkeypatch.setattr(Stepper, "gradients", taking(2.0, Stepper.gradients))
+    run = TrainingRun(make_study(valid_every=2, save_every=1), "lora", log=taking(0.5, lambda line: None))
+    record = run.train()
+    assert record["train_seconds"] == pytest.approx(6 * (2.0 + 0.5))
+
+
+def test_the_record_is_written_before_what_is_optional_and_does_not_depend_on_it(make_study, monkeypatch):
+    study, lines = make_study(max_steps=2), []
+
+    def broken(*args):
+        kept = records.load(study, "qlora", 0)
+        assert kept["status"] == "ok" and kept["weights_sha256"] and not study.checkpoint_dir("qlora", 0).exists()
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr("peftlib.outcome.flops.matmul_ceiling", broken)
+    record = TrainingRun(study, "qlora", log=lines.append).train()
+    assert record["status"] == "ok" and record["mfu"] is None
+    assert any("was not measured (OutOfMemoryError: planted)" in line for line in lines)
+
+
+def test_final_weights_are_on_the_disk_with_their_folder_before_a_checkpoint_goes(make_study, monkeypatch):
+    study, events = make_study(max_steps=3, save_every=2), []
+    real_sync, real_replace, real_remove = os.fsync, os.replace, CheckpointDir.remove
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), real_sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (real_replace(a, b), events.append(f"rename {b}")))
+    monkeypatch.setattr(CheckpointDir, "remove", lambda self: (events.append("checkpoints"), real_remove(self)))
+    trained(study, "hybrid")
+    weights, gone = study.weights_dir("hybrid", 0), events.index("checkpoints")
+    put = events.index(f"rename {weights}")
+    beside = weights.with_name(f".writing-{weights.name}")
+    for path in weights.rglob("*"):
+        assert str(beside / path.relative_to(weights)) in events[:put], path
+    assert str(beside) in events[:put] and str(weights.parent) in events[put:gone]
+    assert f"rename {study.record_path('hybrid', 0)}" in events[put:gone]
 
 
 def test_weights_that_are_no_longer_what_was_trained_are_trained_again(make_study):

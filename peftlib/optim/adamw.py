@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peftlib.env import require_bitsandbytes
+from peftlib.errors import CheckpointError
 
 
 class Accumulating:
@@ -21,6 +22,7 @@ class Accumulating:
     """
 
     max_grad_norm = 0.0
+    _norms = ((), None)  # the weights of the last accumulation, and the norms of what was summed for each
 
     def basis_passes(self):
         """Yields once for each backward pass over the whole step that has to come before the real one."""
@@ -31,22 +33,58 @@ class Accumulating:
         """Multiply the summed gradients by `scale` (a number or 0-dim tensor), then clip them.
 
         Returns (grad_norm, found_inf), 0-dim float32 tensors: the L2 norm before clipping of all that step() will
-        apply, and 1.0 if any of it is inf or nan, else 0.0. Call it once per step. No host synchronisation.
+        apply, and 1.0 if any of it, or of what a basis was fitted to, is inf or nan, else 0.0. Call it once per step. No host synchronisation.
         """
-        grads = self._accumulated()
-        if not grads:
+        summed = self._accumulated()
+        if not summed:
             raise RuntimeError("no gradient was accumulated: call backward() on a loss that reaches a trained weight")
+        grads = [grad for _, grad in summed]
         torch._foreach_mul_(grads, scale)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
-        found_inf = (~torch.isfinite(norm)).float()
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        norm = torch.linalg.vector_norm(norms)
+        # Kept from before the clipping, which turns every gradient into nan where one is.
+        self._norms = self._with_norms_of_fits([p for p, _ in summed], norms)
+        found_inf = (~(torch.isfinite(norm) & torch.isfinite(self._norms[1]).all())).float()
         if self.max_grad_norm > 0:
             # The small constant is torch.nn.utils.clip_grad_norm_'s.
             torch._foreach_mul_(grads, torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
         return norm, found_inf
 
+    def nonfinite_weights(self):
+        """Weights whose gradient was inf or nan at the last finish_accumulation, a list. Waits for the device."""
+        params, norms = self._norms
+        is_finite = torch.isfinite(norms).tolist() if params else []
+        return list(dict.fromkeys(p for p, fine in zip(params, is_finite, strict=True) if not fine))
+
+    def require_state(self, state_dict):
+        """CheckpointError unless a saved state has the groups, names and shapes that load_state_dict relies on."""
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group.get("params", ())) if isinstance(group, dict) else None for group in groups] != sizes:
+            raise CheckpointError(f"the optimizer's groups are not of {sizes} weights")
+        for group, kept in zip(self.param_groups, groups, strict=True):
+            for p, number in zip(group["params"], kept["params"], strict=True):
+                state = saved.get(number) or None
+                tensors = _flat(state)
+                for name, shape in ({} if state is None else self._state_shapes(p, group)).items():
+                    found = tensors.get(name)
+                    if not isinstance(found, Tensor) or found.shape != torch.Size(shape):
+                        raise CheckpointError(
+                            f"the optimizer's {name} of weight {number} should have the shape {tuple(shape)}, it is "
+                            f"{tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+                        )
+
     def _accumulated(self):
-        """The tensors that step() applies, to be scaled in place."""
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        """[(weight, tensor), ...]: what step() applies to each weight, to be scaled in place."""
+        return [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _with_norms_of_fits(self, params, norms):
+        """(params, norms), with those of gradients that step() does not apply but rests on; most have none."""
+        return params, norms
+
+    def _state_shapes(self, p, group):
+        """{name: shape} of the tensors that a weight's state always has."""
+        return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
 
 
 class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
@@ -97,11 +135,19 @@ def adamw_8bit(params, *, lr, weight_decay=0.0, max_grad_norm=0.0):
     from bitsandbytes.optim import AdamW8bit
 
     class AccumulatingAdamW8bit(Accumulating, AdamW8bit):
-        pass
+        def _state_shapes(self, p, group):
+            return {"state1": p.shape, "state2": p.shape}
 
     optimizer = AccumulatingAdamW8bit(params, lr=lr, weight_decay=weight_decay)
     optimizer.max_grad_norm = max_grad_norm
     return optimizer
+
+
+def _flat(state):
+    """A weight's saved state without the dict in which bitsandbytes puts most of its own; {} where it is none."""
+    parts = state if isinstance(state, dict) else {}
+    nested = [value for value in parts.values() if isinstance(value, dict)]
+    return {**parts, **{name: value for part in nested for name, value in part.items()}}
 
 
 def fresh_state(state, like):

@@ -70,6 +70,12 @@ class ApolloAdamW(AccumulatingAdamW):
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.sub_(update, alpha=group["lr"] * debias / (1 - beta1**t))
 
+    def _state_shapes(self, p, group):
+        if "rank" not in group:
+            return super()._state_shapes(p, group)
+        moments_shape = (group["rank"], max(p.shape))
+        return {"step": (), "exp_avg": moments_shape, "exp_avg_sq": moments_shape, "update_norm": ()}
+
     def projection(self, p, group, step):
         """(r, m) projection of a weight at a step counted from 0."""
         m, r = min(p.shape), group["rank"]

@@ -20,6 +20,7 @@ from peftlib.optim.basis import (
     is_turned,
     leading_space,
     random_start,
+    require_projectable,
     turned,
 )
 from peftlib.seeds import seed_of
@@ -78,7 +79,7 @@ class GaLoreAdamW(AccumulatingAdamW):
         self.on_refresh, self.moment_bits, self.reference = on_refresh, moment_bits, reference
         self.whole_gradient_bytes, self.seed = whole_gradient_bytes, seed
         self._index_groups()
-        _check_projected(self._projected)
+        require_projectable(self._projected)
         self._place = {p: i for i, (p, _) in enumerate(self._projected)}
         self._phase = {}
         for i, (p, group) in enumerate(self._projected):
@@ -87,6 +88,7 @@ class GaLoreAdamW(AccumulatingAdamW):
         self._full = {}  # weight -> summed (m, n) gradient, where a basis is due
         self._low = {}  # weight -> summed (r, n) gradient
         self._pending = {}  # weight -> basis that step() will adopt
+        self._fit_norms = {}  # weight -> norm of the whole gradient that its pending basis comes from
         self._held = None  # in a basis pass: the weights whose gradients it is for
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected]
 
@@ -154,15 +156,30 @@ class GaLoreAdamW(AccumulatingAdamW):
         for p, grad in whole.items():
             self._low[p] = self._pending[p].T @ grad
         self._full.clear()
-        plain = [p.grad for group in self.param_groups if "rank" not in group for p in group["params"]]
-        return [*self._low.values(), *(grad for grad in plain if grad is not None)]
+        plain = [(p, p.grad) for group in self.param_groups if "rank" not in group for p in group["params"]]
+        return [*self._low.items(), *((p, grad) for p, grad in plain if grad is not None)]
+
+    def _with_norms_of_fits(self, params, norms):
+        if not self._fit_norms:
+            return params, norms
+        return [*params, *self._fit_norms], torch.cat([norms, torch.stack(list(self._fit_norms.values()))])
+
+    def _state_shapes(self, p, group):
+        if "rank" not in group:
+            return super()._state_shapes(p, group)
+        m, n = sorted(p.shape)
+        moments_shape = (group["rank"], n)
+        return {"step": (), "exp_avg": moments_shape, "exp_avg_sq": moments_shape, "basis": (m, group["rank"])}
 
     @torch.no_grad()
     def _fit_due(self):
         """Pending bases from the whole gradients at hand, those of one shape and age together."""
         alike = {}
+        if self._full:
+            norms = torch._foreach_norm(list(self._full.values()), 2, dtype=torch.float32)
+            self._fit_norms.update(zip(self._full, norms, strict=True))
         for p, grad in self._full.items():
-            # The fit needs finite numbers; a step with an inf is thrown away whole by the caller.
+            # The fit needs finite numbers; its norm tells the caller to throw a step with an inf away whole.
             finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
             rank = self._group_of[p]["rank"]
             if self.reference:
@@ -265,6 +282,7 @@ class GaLoreAdamW(AccumulatingAdamW):
         """Drop what was accumulated, plain and projected, and bases not yet adopted."""
         self._drop_gradients()
         self._pending.clear()
+        self._fit_norms.clear()
         self._held = None
 
 
@@ -278,17 +296,3 @@ def _parts(items, limit, *, size=lambda p: 4 * p.numel()):
         parts[-1].append(item)
         room -= size(item)
     return parts
-
-
-def _check_projected(projected):
-    for p, _ in projected:
-        if p.ndim != 2:
-            raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis")
-        if p.dtype == torch.float16:
-            raise ConfigError("a float16 weight loses small updates and overflows: hold it in float32 or bfloat16")
-    smallest = min((p for p, _ in projected), key=lambda p: min(p.shape), default=None)
-    for _, group in projected:
-        if not 1 <= group["rank"] <= min(smallest.shape):
-            raise ConfigError(
-                f"galore_rank={group['rank']}, weight {tuple(smallest.shape)}: use 1..{min(smallest.shape)}"
-            )

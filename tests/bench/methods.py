@@ -179,7 +179,7 @@ def measure(setting):
         loss = stepper.gradients(batches, scored, seed=step)
         if step == 0:
             found["gradients_gib"] = _peak()
-        stepper.update()
+        stepper.update(loss)
         _wait(stepper.device)
         seconds.append(time.perf_counter() - started)
         if step == 0:
@@ -235,8 +235,7 @@ def _mixed(setting, stepper, vocabulary):
             else:
                 cut = [numbers[i : i + micro_batch] for i in range(0, len(numbers), micro_batch)]
                 batches = [rows.batch([[n] for n in part], stepper.device) for part in cut]
-            stepper.gradients(batches, int(rows.scored[numbers].sum()), seed=step)
-            stepper.update()
+            stepper.update(stepper.gradients(batches, int(rows.scored[numbers].sum()), seed=step))
             _wait(stepper.device)
             if turn:
                 seconds += time.perf_counter() - started
@@ -274,8 +273,7 @@ def _saving(stepper, model, batches, scored):
         waited, steps = time.perf_counter() - started, []
         while saver.is_writing():
             begun = time.perf_counter()
-            stepper.gradients(batches, scored, seed=0)
-            stepper.update()
+            stepper.update(stepper.gradients(batches, scored, seed=0))
             _wait(stepper.device)
             steps.append(time.perf_counter() - begun)
         saver.wait()
@@ -342,8 +340,7 @@ def _profile(stepper, batches, scored):
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        stepper.gradients(batches, scored, seed=0)
-        stepper.update()
+        stepper.update(stepper.gradients(batches, scored, seed=0))
         _wait(stepper.device)
     events = profiled.key_averages()
     on_device = [event for event in events if event.device_type.name == "CUDA"]
