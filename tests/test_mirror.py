@@ -415,9 +415,7 @@ def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study
     monkeypatch.setattr(mirror, "remote_of", lambda name: HubRemote("me/runs", "study", api=FakeHub(tmp_path / "hub")))
     mirror.open_mirror(study, log=lines.append).stop()
     mirror.open_mirror(study, log=lines.append)
-    assert [
-        line for line in lines if "keeps every version" in line and "super_squash_history('me/runs')" in line
-    ] == lines
+    assert len(lines) == 1 and "keeps every version" in lines[0] and "super_squash_history('me/runs')" in lines[0]
 
 
 def test_a_compile_cache_on_a_remote_stays_there(study, remote, open_again):
