@@ -9,12 +9,10 @@ from pathlib import Path
 
 from peftlib.files import MANIFEST, remove_tree, rename
 
-_OWN = (
-    "data",
-    "compile",
-    "weights",
-    "checkpoints",
-)  # folders that are archives of their own; a sweep's are its own affair
+# Folders that are archives of their own (a sweep's are its own affair), and the compiler's cache of earlier versions,
+# which is neither copied nor brought: loading one runs it.
+_OWN = ("data", "compile", "weights", "checkpoints")
+NOT_BROUGHT = ("compile",)
 # Endings: what only the moment means something for, and the explorer's large CSV, which a click makes again.
 _NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
 _BUFFER = 4 << 20  # bytes written to a remote at once
@@ -24,13 +22,12 @@ BUILDING = ".mirroring"  # folder of hard links to what is being copied
 def units_of(folder):
     """{unit: [path, ...]} of what a study folder holds, in the order to copy it.
 
-    'data'; 'compile', the compiler's cache; 'weights-RUN'; 'checkpoint-RUN', its newest; and 'study', all small files,
+    'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; and 'study', all small files,
     last, for its records say that the others are there.
     """
     folder, units = Path(folder), {}
     if (folder / "data" / "manifest.json").exists():
         units["data"] = _files_below(folder / "data")
-    units["compile"] = _files_below(folder / "compile")
     for run in _folders(folder / "weights"):
         units[f"weights-{run.name}"] = _files_below(run)
     for run in _folders(folder / "checkpoints"):

@@ -76,7 +76,8 @@ class Models:
             self.log(f"loading {at}")
             self._tokenizer = self._tokenizer or data.open_tokenizer(self._study.cfg.model)
             dtype = evaluation_dtype(self._device)[0]
-            self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, device=self._device, dtype=dtype)
+            how = {"device": self._device, "dtype": dtype, "log": self.log}
+            self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
         return self._loaded[key]
 
     def _written(self, method):

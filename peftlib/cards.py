@@ -92,7 +92,7 @@ def shape_of(model):
     try:
         with hub_errors(model):
             location, _ = locate(model)
-            config = AutoConfig.from_pretrained(location, token=token_for(location))
+            config = AutoConfig.from_pretrained(location, token=token_for(location), trust_remote_code=False)
         return Shape.of(config.get_text_config())
     except (AttributeError, ValueError) as error:
         said = str(error).strip().split("\n")[0]

@@ -4,15 +4,13 @@ Fine-tuning moves a weight little, so sign, exponent and the first bits of the m
 The upper halves of both are XORed, which leaves zeros for zlib; the lower half is as good as random and stays as it is.
 """
 
-import json
 import zlib
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from peftlib.errors import CheckpointError
-from peftlib.models import locate, token_for
+from peftlib.identity import tensor_files
 
 _WHOLE = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -25,7 +23,7 @@ class BaseWeights:
     """
 
     def __init__(self, model):
-        self._files = _tensor_files(locate(model)[0])
+        self._files = tensor_files(model)
 
     @property
     def names(self):
@@ -85,23 +83,3 @@ def grown(parts, start):
 
 def _crc(tensor):
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
-
-
-def _tensor_files(location):
-    """{tensor's name: path} of a model's safetensors. OSError: there are none."""
-    from transformers.utils import cached_file
-
-    settings = {"token": token_for(location)}
-    index = cached_file(
-        location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **settings
-    )
-    if index is None:
-        paths = [cached_file(location, "model.safetensors", **settings)]
-    else:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        paths = [cached_file(location, name, **settings) for name in sorted(names)]
-    files = {}
-    for path in paths:
-        with safe_open(path, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path)
-    return files

@@ -1,4 +1,4 @@
-"""torch.compile by layer, and its cache in one file that outlives the session."""
+"""torch.compile by layer, and its cache in one file of this machine that outlives the session."""
 
 import contextlib
 import functools
@@ -6,10 +6,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 
+from peftlib.errors import ModelError
+from peftlib.files import atomic_path, rename
 from peftlib.models import core
 
 STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
@@ -19,8 +21,6 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 def resolve(asked, device, steps):
     """(is_on, reason) of a config's `compile` on a device for a run of so many steps. ModelError: 'on' but cannot be."""
-    from peftlib.errors import ModelError
-
     if asked == "off":
         return False, "as set by compile"
     missing = None
@@ -78,46 +78,85 @@ def _with_gradient(module, args, output):
 
 
 class CompileCache:
-    """What torch.compile made, in one file per GPU, torch and code, in the first of `folders` and copied to the others.
+    """What torch.compile made, in one file per GPU, torch and code in a folder of this user's on this machine.
 
-    A file that is damaged or of another card is as good as none: compiling again is all that is lost.
+    Loading it unpickles and may run what the file holds, so a file counts only where this user wrote it and nobody else
+    could: it is not kept in a study, whose copies come from elsewhere. Whatever is wrong with it costs a line, and
+    compiling again. log: told that line.
     """
 
-    def __init__(self, folders):
-        self.paths = [Path(folder) / f"compile-{_key()}.bin" for folder in folders]
+    def __init__(self, folder, *, log=print):
+        self.path = Path(folder) / f"compile-{_key()}.bin"
+        self._log = log
 
     def load(self):
-        """The path that was loaded, or None."""
-        for path in self.paths:
-            artifacts = _verified(path)
-            if artifacts is not None and torch.compiler.load_cache_artifacts(artifacts) is not None:
-                return path
-        return None
+        """Whether compiled code was loaded."""
+        try:
+            if not self.path.exists():
+                return False
+            artifacts = _own_content(self.path)
+            _require_own_places(artifacts)
+            return torch.compiler.load_cache_artifacts(artifacts) is not None
+        except Exception as error:  # noqa: BLE001  torch promises no kinds of errors, and a cache may never stop a run
+            self._log(f"the compile cache {self.path} is not used ({_said(error)}): compiling again")
+            return False
 
     def save(self):
-        """Write what has been compiled so far; returns the bytes written, 0 where there was nothing new to write."""
-        from peftlib.files import atomic_path, rename
-
-        made = torch.compiler.save_cache_artifacts()
-        if made is None:
+        """Write what has been compiled so far; returns the bytes written, 0 where there was nothing or it failed."""
+        try:
+            made = torch.compiler.save_cache_artifacts()
+            if made is None:
+                return 0
+            content = hashlib.sha256(made[0]).digest() + made[0]
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            own = self.path.with_name(f"{self.path.name}.{os.getpid()}")  # runs side by side write the same file
+            with atomic_path(own) as beside, open(beside, "wb", opener=_for_this_user) as raw:
+                raw.write(content)
+            rename(own, self.path)
+            return len(content)
+        except Exception as error:  # noqa: BLE001  as in load
+            self._log(
+                f"the compile cache {self.path} could not be written ({_said(error)}): the next session compiles again"
+            )
             return 0
-        content = hashlib.sha256(made[0]).digest() + made[0]
-        for path in self.paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            own = path.with_name(f"{path.name}.{os.getpid()}")  # runs side by side write the same file
-            with atomic_path(own) as beside:
-                Path(beside).write_bytes(content)
-            rename(own, path)
-        return len(content)
 
 
-def _verified(path):
-    """The file's content behind its SHA-256, or None."""
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    is_whole = hashlib.sha256(content[32:]).digest() == content[:32]
-    return content[32:] if is_whole else None
+def _for_this_user(path, flags):
+    return os.open(path, flags, 0o600)
+
+
+def _own_content(path):
+    """The content of a cache file behind its SHA-256. ModelError: another user could have written it, or it is damaged."""
+    with open(path, "rb", opener=_without_links) as opened:
+        status = os.fstat(opened.fileno())
+        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+            raise ModelError("another user owns it or may write to it")
+        content = opened.read()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise ModelError("it is damaged")
+    return content[32:]
+
+
+def _without_links(path, flags):
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _require_own_places(artifacts):
+    """ModelError: a part of the cache would be written outside the compiler's folder, into which torch joins its name."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    found = CacheArtifactManager.deserialize(artifacts)
+    if found is None:
+        raise ModelError("torch cannot read it")
+    for kind, parts in found.items():
+        for part in parts:
+            name = PurePath(part.key)
+            if name.is_absolute() or ".." in name.parts:
+                raise ModelError(f"{kind} artifact {part.key!r} leaves its place")
+
+
+def _said(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def generate_by_vllm(folder, prompts, limits):
     """generate_rows by vLLM from the folder of a merged model; answers come together, at the end."""
     vllm = require_vllm()
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    runner = vllm.LLM(model=str(folder), max_model_len=longest)
+    runner = vllm.LLM(model=str(folder), max_model_len=longest, trust_remote_code=False)
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     settings = [
         vllm.SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=list(STOP_IDS), detokenize=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from peftlib import data, forgetting
+from peftlib import data, forgetting, identity
 from peftlib import methods as registry
 from peftlib import record as records
 from peftlib.engines import require_vllm, resolve_engine
@@ -48,7 +48,7 @@ def evaluate(study, method, *, log=print):
         rows = data.load_split(study.data_dir, "test")
         device = resolve_device(study.cfg.device)
         dtype, precision, _ = evaluation_dtype(device)
-        model = load_model(study, method, record["seed"], device=device, dtype=dtype)
+        model = load_model(study, method, record["seed"], device=device, dtype=dtype, log=log)
         losses = _losses(study, record, model, rows, precision=precision, log=log)
         answers = _answers(study, record, model, rows, log=log)
         record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
@@ -134,6 +134,7 @@ def _add_rounding(study, record, *, log):
     if loss is None:
         log(f"{method}: general text loss of its 4 bits alone, untrained")
         try:
+            _require_base(study, record, log)
             model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
             loss = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
         except (PeftlibError, RuntimeError, OSError) as error:
@@ -198,11 +199,31 @@ def evaluation_dtype(device):
     return torch.float32, "fp32", f"compute capability {major}.{minor} has fast matrix products in float32 alone"
 
 
-def load_model(study, method, seed, *, device, dtype):
-    """The saved weights of a run as one plain merged model, or the untrained model of 'base', in eval mode."""
+def load_model(study, method, seed, *, device, dtype, log=print):
+    """The saved weights of a run as one plain merged model, or the untrained model of 'base', in eval mode.
+
+    ModelError: the weights are not those of the run's record, or the base model is not the one it was then.
+    """
     if method == "base":
+        _require_base_of_study(study, log)
         return load_plain(study.cfg.model, device=device, dtype=dtype)
-    return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype)
+    record = records.load(study, method, seed)
+    if record is not None and record.get("model_sha256"):
+        _require_base(study, record, log, is_local=True)  # weights of a whole model are read without their base
+    return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype, log=log)
+
+
+def _require_base_of_study(study, log):
+    """ModelError where the untrained model is not the one that the study's runs were made with."""
+    found = study.records()
+    known = [record for record in found if record.get("model_sha256")]
+    for record in known or found[:1]:
+        _require_base(study, record, log)
+
+
+def _require_base(study, record, log, **where):
+    what = f"{record['method']} (seed {record['seed']}) in study {study.folder.name}"
+    identity.require_base(record, study.cfg.model, what=what, log=log, **where)
 
 
 @contextlib.contextmanager

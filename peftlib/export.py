@@ -5,12 +5,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlib import export_gguf, methods, model_card
+from peftlib import export_gguf, identity, methods, model_card
 from peftlib import record as records
 from peftlib.document import folded
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.export_targets import MARKER, target_of
-from peftlib.files import fault_of, read_json, size_text, write_json, write_text
+from peftlib.files import read_json, size_text, write_json, write_text
 from peftlib.model_card_scores import scores_of
 from peftlib.public_names import public_config, public_model
 from peftlib.trained import FACTS, export_merged
@@ -71,11 +71,9 @@ def _finished_run(study, method, seed):
     records.require_ok(record)
     if not (weights / FACTS).exists():
         raise ModelError(f"no trained model in {weights}: run the method's notebook again")
-    for name, digest in record.get("weights_sha256", {}).items():
-        path = weights / name
-        fault = fault_of(path, {"bytes": path.stat().st_size if path.exists() else 0, "sha256": digest})
-        if fault:
-            raise ModelError(f"{weights} is not what the record speaks of: {fault}. Run the method's notebook again")
+    identity.require_weights(weights, record)
+    what = f"{method} (seed {seed}) in study {study.folder.name}"
+    identity.require_base(record, record["model"], what=what, is_local=True)
     return record, weights
 
 
@@ -91,8 +89,8 @@ def _check_form(weights, method, form, quant):
 def _fill_adapter(study, record, weights, folder, quant):
     """PEFT's folder; the base model is named as others can find it, not by its place on this machine."""
     del quant
-    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
     facts = read_json(weights / FACTS)
+    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
     write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
     model_card.name_base_model(folder / "adapter_config.json", study.cfg.model)
 

@@ -155,11 +155,12 @@ def _sentencepiece(tokenizer):
 def _require_same_ids(merged):
     """ModelError unless SentencePiece cuts the bundled sample's rows into the ids that the tokenizer does."""
     from sentencepiece import SentencePieceProcessor
-    from transformers import AutoTokenizer
+
+    from peftlib import safe_loading
 
     theirs, ours = (
         SentencePieceProcessor(model_file=str(merged / "tokenizer.model")),
-        AutoTokenizer.from_pretrained(merged),
+        safe_loading.tokenizer(merged),
     )
     lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     for text in lines[:: max(len(lines) // _CHECKED_TEXTS, 1)]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from peftlib.env import hf_token
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.files import read_json
-from peftlib.hub_remote import as_os_errors
+from peftlib.hub_remote import as_os_errors, is_public
 from peftlib.workspace import Workspace
 
 MARKER = "study/export.json"  # names the run, the form and the files of an export
@@ -89,10 +89,11 @@ class HubTarget:
         return self._api
 
     def require_free(self, identity):
-        """ModelError: it holds anything but an export of this run in this form, no token, or the hub refuses."""
+        """ModelError: it holds anything but an export of this run in this form, is public, no token, or the hub refuses."""
         with self._explained():
             if not self.api.repo_exists(self.repository, repo_type="model"):
                 return
+            self._require_private()
             files = set(self.api.list_repo_files(self.repository, repo_type="model"))
             if files <= _OF_A_NEW_REPOSITORY:
                 return
@@ -113,6 +114,7 @@ class HubTarget:
         """Upload a folder in one commit, in place of what an earlier export left; returns the repository's URL."""
         with self._explained():
             url = self.api.create_repo(self.repository, repo_type="model", private=self._private, exist_ok=True)
+            self._require_private()
             self.api.upload_folder(
                 repo_id=self.repository,
                 repo_type="model",
@@ -121,6 +123,14 @@ class HubTarget:
                 delete_patterns="*",
             )
         return str(url)
+
+    def _require_private(self):
+        """ModelError: everybody can read the repository, and that was not asked for. create_repo leaves an existing one."""
+        if self._private and is_public(self.api, self.repository):
+            raise ModelError(
+                f"{self} is public, so everybody could read the export: make it private in its settings on the hub, choose "
+                "another place, or say --public (private=False) if that is meant"
+            )
 
     @contextlib.contextmanager
     def _explained(self):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,12 +11,25 @@ from peftlib.env import hf_token
 from peftlib.errors import StudyError
 from peftlib.files import fault_of, sealed, unsealed, write_stream
 
+PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a repository that everybody can read
+
+
+def is_public(api, repository, repo_type="model"):
+    """Whether everybody can read a repository of the hub; one that does not exist is not public. Errors: as the hub's."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return not api.repo_info(repository, repo_type=repo_type).private
+    except RepositoryNotFoundError:
+        return False
+
 
 class HubRemote:
     """Archives NAME.tar with their listings NAME.json below a study's folder of a repository.
 
-    repository: 'USER/REPO', made private where it does not exist. Both files come in one commit. Network and hub errors
-    are raised as OSError. api: a huggingface_hub.HfApi, for tests. ModelError: no token.
+    repository: 'USER/REPO', made private where it does not exist; a public one is refused unless PEFTLIB_MIRROR_PUBLIC=1.
+    Both files come in one commit. Network and hub errors are raised as OSError. api: a huggingface_hub.HfApi, for tests.
+    ModelError: no token.
     """
 
     has_locks = False  # a commit for each sign of life would be a commit a minute
@@ -24,6 +38,7 @@ class HubRemote:
     def __init__(self, repository, study_name, *, api=None):
         self.repository, self.study_name = repository, study_name
         self._api = api
+        self._listed = None, {}  # the commit that was listed last, and what it held
 
     def __str__(self):
         return f"hf://{self.repository}"
@@ -37,15 +52,47 @@ class HubRemote:
         return self._api
 
     def listing(self):
-        """{name: facts} of the archives whose listing is whole."""
-        found = {}
-        with as_os_errors(), tempfile.TemporaryDirectory() as folder:
-            for path in self._files():
-                if path.endswith(".json"):
-                    local = self.api.hf_hub_download(self.repository, path, repo_type="model", local_dir=folder)
+        """{name: facts} of the archives whose listing is whole; one call while the repository stays as it is."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with as_os_errors():
+            try:
+                commit = self.api.repo_info(self.repository, repo_type="model").sha
+            except RepositoryNotFoundError:
+                return {}
+            if commit != self._listed[0]:
+                self._listed = commit, self._read_listing(commit)
+        return dict(self._listed[1])
+
+    def _read_listing(self, commit):
+        found, at = {}, {"repo_type": "model", "revision": commit}
+        with tempfile.TemporaryDirectory() as folder:
+            for path in self.api.list_repo_files(self.repository, **at):
+                if path.startswith(f"{self.study_name}/") and path.endswith(".json"):
+                    local = self.api.hf_hub_download(self.repository, path, local_dir=folder, **at)
                     with contextlib.suppress(StudyError):
                         found[Path(path).stem] = unsealed(local)
         return found
+
+    def refusal(self):
+        """Why a study should not be copied there, in words, or None. OSError: it cannot be asked."""
+        if os.environ.get(PUBLIC, "").strip() == "1":
+            return None
+        with as_os_errors():
+            if not is_public(self.api, self.repository):
+                return None
+        return (
+            f"{self} is public, so everybody could read the study's rows, answers and weights: make it private in its "
+            f"settings on the hub, name another place in PEFTLIB_MIRROR, or set {PUBLIC}=1 if that is meant"
+        )
+
+    @property
+    def notice(self):
+        """What a person should know about this place when copying starts."""
+        return (
+            f"{self} keeps every version of what is copied, checkpoints too, so it grows with each copy: delete the "
+            f"repository when the study is done, or run HfApi().super_squash_history({self.repository!r}) now and then"
+        )
 
     def put(self, name, write, needed_bytes, facts):
         """Upload an archive written by write(writer), with its listing. OSError: disk, network or hub."""
@@ -58,6 +105,9 @@ class HubRemote:
             made = write_stream(archive, write)
             write_stream(listing, lambda out: out.write(sealed({**facts, **made})))
             self.api.create_repo(self.repository, repo_type="model", private=True, exist_ok=True)
+            refusal = self.refusal()
+            if refusal:
+                raise OSError(errno.EPERM, refusal)
             pairs = ((archive, f"{name}.tar"), (listing, f"{name}.json"))
             self.api.create_commit(
                 self.repository,
@@ -100,19 +150,12 @@ class HubRemote:
 
     def remedy(self, error):
         """What a person can do about an error, in words."""
+        if error.errno == errno.EPERM:
+            return "nothing is copied there until then"
         return f"see whether HF_TOKEN may write to {self.repository}, or set PEFTLIB_MIRROR to a folder or to off"
 
     def _path(self, name):
         return f"{self.study_name}/{name}"
-
-    def _files(self):
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        try:
-            files = self.api.list_repo_files(self.repository, repo_type="model")
-        except RepositoryNotFoundError:
-            return []
-        return [path for path in files if path.startswith(f"{self.study_name}/")]
 
 
 @contextlib.contextmanager

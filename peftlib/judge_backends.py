@@ -179,8 +179,7 @@ class Local:
     """A local model by transformers, greedy. model: a folder, 'packaged' or a hub id. counts is always empty."""
 
     def __init__(self, model):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        from peftlib import safe_loading
         from peftlib.env import resolve_device
         from peftlib.evaluate import evaluation_dtype
         from peftlib.models import hub_errors, locate, token_for
@@ -191,9 +190,9 @@ class Local:
         with hub_errors(model):
             location, _ = locate(model)
             token = token_for(location)
-            self._tokenizer = AutoTokenizer.from_pretrained(location, token=token)
+            self._tokenizer = safe_loading.tokenizer(location, token=token)
             dtype = evaluation_dtype(device)[0]
-            loaded = AutoModelForCausalLM.from_pretrained(location, token=token, dtype=dtype, device_map={"": device})
+            loaded = safe_loading.causal_model(location, token=token, dtype=dtype, device_map={"": device})
         if not self._tokenizer.chat_template:
             raise JudgeError(f"{model} has no chat template: a judge must be a model that holds conversations")
         self._model = loaded.eval()

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from peftlib import __version__, archive
 from peftlib.errors import CheckpointError, ConfigError
-from peftlib.mirror_state import MirrorState, alone, made
+from peftlib.mirror_state import MirrorState, alone, in_order, made, newest_first
 from peftlib.storage import remote_of
 
 EVERY_S = 10.0  # seconds between two looks for something new
 SMALL_FILES_S = 60.0  # seconds between two copies of the small files, which change all the time
+LOOK_S = 300.0  # seconds between two looks at a remote to which nothing was copied
 FLUSH_S = 900.0  # seconds that the end of a notebook waits for the last copies
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0  # after an error, doubled each time
 _RUNNING = {}  # study folder -> its Mirror: a process has one for each
@@ -25,7 +26,8 @@ _RUNNING = {}  # study folder -> its Mirror: a process has one for each
 def bring(folder, *, log=print):
     """A Mirror of a study folder after what another session left on the remote was brought; it copies when told.
 
-    None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own folder.
+    None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own folder, or a
+    public repository.
     """
     remote = remote_of(Path(folder).name)
     if remote is None:
@@ -34,6 +36,10 @@ def bring(folder, *, log=print):
         raise ConfigError(
             f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
         )
+    with contextlib.suppress(OSError):  # one that cannot be asked now is asked again before anything goes there
+        refusal = remote.refusal()
+        if refusal:
+            raise ConfigError(refusal)
     mirror = Mirror(Path(folder).absolute(), remote, log=log)
     mirror.restore()
     return mirror
@@ -46,6 +52,8 @@ def open_mirror(folder, *, log=print):
         mirror = bring(folder, log=log)
         if mirror is None:
             return None
+        if mirror.remote.notice:
+            log(mirror.remote.notice)
         mirror.start()
         _RUNNING[folder] = mirror
     return _RUNNING[folder]
@@ -77,6 +85,7 @@ class Mirror:
         self._state = MirrorState(self.folder, remote)
         self._failures = {}  # unit -> (what went wrong, time of the next try, pause)
         self._small_files_at = 0.0
+        self._look_at = 0.0  # when to look next for checkpoints that have served
         self._is_taken_over = False
         self._one_at_a_time = threading.Lock()
         self._is_over = threading.Event()
@@ -102,13 +111,14 @@ class Mirror:
         except OSError as error:
             self.log(f"{self.remote} cannot be read ({_said(error)}): going on with what is here")
             return
-        for unit in _in_order(listing):
-            self._restore_unit(unit, listing)
-        newest = {unit: _newest_first(unit, listing)[0][1]["serial"] for unit in _in_order(listing)}
+        for unit in in_order(listing):
+            if unit not in archive.NOT_BROUGHT:
+                self._restore_unit(unit, listing)
+        newest = {unit: newest_first(unit, listing)[0][1]["serial"] for unit in in_order(listing)}
         self._state.forget([unit for unit in self._state.copied if newest.get(unit) != self._state.serials[unit]])
 
     def _restore_unit(self, unit, listing):
-        for name, facts in _newest_first(unit, listing):
+        for name, facts in newest_first(unit, listing):
             if facts["origin"] == self._state.origin or facts["serial"] <= self._state.serials.get(unit, 0):
                 return  # what is here is at least as new
             if unit.startswith("checkpoint-") and archive.is_finished(self.folder, unit.removeprefix("checkpoint-")):
@@ -126,7 +136,7 @@ class Mirror:
         else:
             return
         files = archive.units_of(self.folder).get(unit, [])
-        self._state.keep(unit, _newest_first(unit, listing)[0][1]["serial"], archive.fingerprint(self.folder, files))
+        self._state.keep(unit, newest_first(unit, listing)[0][1]["serial"], archive.fingerprint(self.folder, files))
 
     def require_space(self, run, checkpoint_bytes):
         """See before step 1 that keep + 1 checkpoints of a run fit on the remote; one is kept where more do not.
@@ -139,7 +149,7 @@ class Mirror:
         except OSError as error:
             self.log(f"{self.remote} cannot be read ({_said(error)}): its free space is not known")
             return
-        free += sum(facts["bytes"] for _, facts in _newest_first(f"checkpoint-{run}", listing))
+        free += sum(facts["bytes"] for _, facts in newest_first(f"checkpoint-{run}", listing))
         for keep in sorted({self.keep, 1}, reverse=True):
             if (keep + 1) * checkpoint_bytes <= free:
                 if keep < self.keep:
@@ -244,7 +254,7 @@ class Mirror:
         files = archive.units_of(self.folder).get(unit, [])
         print_of_files = archive.fingerprint(self.folder, files)
         listing = self.remote.listing()
-        known = _newest_first(unit, listing)
+        known = newest_first(unit, listing)
         newest = known[0][1] if known else {"serial": 0, "origin": self._state.origin}
         if newest["origin"] != self._state.origin and newest["serial"] > self._state.serials.get(unit, 0):
             self._is_taken_over = True
@@ -256,6 +266,7 @@ class Mirror:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
             self.remote.put(self._place(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
         self._state.keep(unit, serial, print_of_files)
+        self._look_at = 0.0
         if unit == "study":
             self._small_files_at = time.monotonic()
 
@@ -270,8 +281,9 @@ class Mirror:
 
     def _drop_finished(self):
         """Empty the places of checkpoints whose run is finished, once its record and weights stand on the remote."""
-        if self._waiting() or self._is_taken_over:
+        if self._is_taken_over or time.monotonic() < self._look_at or self._waiting():
             return
+        self._look_at = time.monotonic() + LOOK_S
         with contextlib.suppress(OSError):
             listing = self.remote.listing()
             for name, facts in listing.items():
@@ -279,19 +291,6 @@ class Mirror:
                 is_kept = any(other["unit"] == f"weights-{run}" for other in listing.values())
                 if facts["unit"].startswith("checkpoint-") and is_kept and archive.is_finished(self.folder, run):
                     self.remote.drop(name)
-
-
-def _newest_first(unit, listing):
-    """[(name, facts), ...] of a unit's archives."""
-    return sorted(
-        ((name, facts) for name, facts in listing.items() if facts["unit"] == unit),
-        key=lambda pair: -pair[1]["serial"],
-    )
-
-
-def _in_order(listing):
-    """The units of a listing, the small files last: a record must not say more than what is here."""
-    return sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))
 
 
 def _said(error):

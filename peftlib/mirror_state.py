@@ -1,4 +1,4 @@
-"""What a study folder has on its remote, remembered in the folder, and one copier at a time."""
+"""What a study folder has on its remote, remembered in the folder; the remote's listing in order; one copier at a time."""
 
 import contextlib
 import uuid
@@ -66,3 +66,16 @@ def made(folder):
     """The folder, made where it was not there."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
+
+
+def newest_first(unit, listing):
+    """[(name, facts), ...] of a unit's archives."""
+    return sorted(
+        ((name, facts) for name, facts in listing.items() if facts["unit"] == unit),
+        key=lambda pair: -pair[1]["serial"],
+    )
+
+
+def in_order(listing):
+    """The units of a listing, the small files last: a record must not say more than what is here."""
+    return sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))

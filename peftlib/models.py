@@ -13,6 +13,7 @@ from peftlib.env import hf_token, require_bitsandbytes
 from peftlib.errors import ModelError
 from peftlib.layers import guard_products
 from peftlib.packaged import PROVENANCE, packaged_model
+from peftlib.safe_loading import causal_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -77,10 +78,9 @@ def load_base(model, *, precision, device, four_bit=(), runs=True):
     Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
     Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too. runs: False for its weights
     alone, to be brought to another precision: without those hooks, which would give it a float32 residual there.
-    ModelError: not to be had (gated, no network, unknown), bitsandbytes is missing, or a 4-bit name matches no layer.
+    ModelError: not to be had (gated, no network, unknown), not readable without running its code, damaged, bitsandbytes is
+    missing, or a 4-bit name matches no layer.
     """
-    from transformers import AutoModelForCausalLM
-
     location, _ = locate(model)
     settings = {"dtype": _TORCH_DTYPE[precision], "device_map": {"": device}}
     without_advice()
@@ -89,7 +89,7 @@ def load_base(model, *, precision, device, four_bit=(), runs=True):
         require_bitsandbytes("a 4-bit model")
         settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
     with hub_errors(model):
-        loaded = AutoModelForCausalLM.from_pretrained(location, token=token_for(location), **settings)
+        loaded = causal_model(location, token=token_for(location), **settings)
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
     _norms_to_float32(loaded)

@@ -7,6 +7,7 @@ from peftlib import record as records
 from peftlib.files import sha256
 from peftlib.models import core, count_parameters, trainable
 from peftlib.trained import save_trained
+from peftlib.trained_files import settings_digests
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,6 +40,7 @@ def keep_weights(run):
     facts = {
         "method": run.name,
         "model": run.cfg.model,
+        **{name: run.record[name] for name in ("model_sha256", "model_revision")},
         "four_bit": list(run.method.FOUR_BIT),
         "precision": run.precision,
         "run_hash": run.cfg.run_hash(run.name),
@@ -49,6 +51,7 @@ def keep_weights(run):
     run.study.predictions_path(run.name, run.cfg.seed).unlink(missing_ok=True)
     save_trained(run.model, run.tokenizer, folder, facts)
     run.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    run.record["settings_sha256"] = settings_digests(folder)
 
 
 def close(run):

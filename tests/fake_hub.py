@@ -2,18 +2,21 @@
 
 import inspect
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 
 class FakeHub:
     """What peftlib calls of huggingface_hub.HfApi, on a folder; each call has to fit the real signature.
 
     is_down: calls fail as without a network. commits: messages. is_private: as create_repo was told, None before it.
+    calls: {name: how often}.
     """
 
     def __init__(self, folder):
         self.folder, self.is_down = Path(folder), False
-        self.commits, self.is_private = [], None
+        self.commits, self.is_private, self.calls = [], None, Counter()
 
     def __getattr__(self, name):
         from huggingface_hub import HfApi
@@ -22,13 +25,21 @@ class FakeHub:
 
         def call(*args, **named):
             signature.bind(None, *args, **named)
+            self.calls[name] += 1
             if self.is_down:
                 raise _http_error()("the network is unreachable")
             return ours(*args, **named)
 
         return call
 
-    def _list_repo_files(self, repository, *, repo_type):
+    def _repo_info(self, repository, *, repo_type):
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        if not self.folder.exists():
+            raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+        return SimpleNamespace(private=self.is_private is not False, sha=str(len(self.commits)))
+
+    def _list_repo_files(self, repository, *, repo_type, revision=None):
         return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
 
     def _repo_exists(self, repository, *, repo_type):
@@ -58,7 +69,7 @@ class FakeHub:
             else:
                 target.unlink()
 
-    def _hf_hub_download(self, repository, path, *, repo_type, local_dir):
+    def _hf_hub_download(self, repository, path, *, repo_type, local_dir, revision=None):
         target = Path(local_dir) / path
         target.parent.mkdir(parents=True, exist_ok=True)
         return shutil.copy(self.folder / path, target)

@@ -8,6 +8,7 @@ from peftlib import record as records
 from peftlib.ask_all import Models, ask_box
 from peftlib.env import resolve_device
 from peftlib.evaluate import load_model
+from peftlib.files import sha256
 from peftlib.generate import ask
 from peftlib.trained import save_trained
 
@@ -15,16 +16,22 @@ QUESTION = "What is <b>this</b>?"
 
 
 @pytest.fixture
-def study(make_study, tiny_model):
+def study(make_study):
     """A study with two trained methods, whose weights are those of two other tiny models."""
     study = make_study()
-    tokenizer = data.open_tokenizer(str(tiny_model))
-    facts = {"model": str(tiny_model), "four_bit": [], "precision": "fp32"}
     for seed, method in enumerate(("galore", "full"), start=3):
-        record = records.new_record(study, method, device="cpu", precision="fp32", precision_reason="")
-        records.save(study, {**record, "status": "ok"})
-        save_trained(tiny.model(seed=seed), tokenizer, study.weights_dir(method, 0), facts)
+        train(study, method, seed)
     return study
+
+
+def train(study, method, seed):
+    """Leave what a run leaves: its weights, those of a tiny model, and its record."""
+    facts = {"model": study.cfg.model, "four_bit": [], "precision": "fp32"}
+    tokenizer, folder = data.open_tokenizer(study.cfg.model), study.weights_dir(method, 0)
+    save_trained(tiny.model(seed=seed), tokenizer, folder, facts)
+    record = records.new_record(study, method, device="cpu", precision="fp32", precision_reason="")
+    digests = {"model.safetensors": sha256(folder / "model.safetensors")}
+    records.save(study, {**record, "status": "ok", "weights_sha256": digests})
 
 
 @pytest.fixture
@@ -68,10 +75,9 @@ def test_models_stay_loaded_where_memory_allows_and_one_at_a_time_where_not(mode
     assert said[-2:] == ["loading galore (1 of 1)", "answering with galore (1 of 1)"]
 
 
-def test_weights_trained_anew_are_loaded_anew(study, models, said, tiny_model):
+def test_weights_trained_anew_are_loaded_anew(study, models, said):
     [before] = models.ask(QUESTION, ["galore"], 5)
-    facts = {"model": str(tiny_model), "four_bit": [], "precision": "fp32"}
-    save_trained(tiny.model(seed=9), data.open_tokenizer(str(tiny_model)), study.weights_dir("galore", 0), facts)
+    train(study, "galore", 9)
     [after] = models.ask(QUESTION, ["galore"], 5)
     assert before.answer.text != after.answer.text and len(models._loaded) == 1
 

@@ -6,7 +6,7 @@ from test_train import FAST, assert_equal_weights, kept_weights, trained
 
 from peftlib import compact, models
 from peftlib.checkpoint import CheckpointDir
-from peftlib.errors import CheckpointError
+from peftlib.errors import CheckpointError, ModelError
 from peftlib.train import TrainingRun
 
 
@@ -58,8 +58,17 @@ def test_a_checkpoint_of_another_model_is_refused(make_study, as_on_a_gpu, tmp_p
     study = make_study(model=str(folder), max_seconds=1e-9)
     trained(study, "galore")
     tiny.model_folder(folder, seed=1)
-    with pytest.raises(CheckpointError, match="take the same model and revision"):
+    with pytest.raises(ModelError, match="another base model than the one of galore"):
         trained(study, "galore")
+
+
+def test_a_weight_does_not_grow_from_another_models(tmp_path):
+    first, second = (compact.BaseWeights(str(tiny.model_folder(tmp_path / str(seed), seed))) for seed in (0, 1))
+    name = "model.layers.1.mlp.up_proj.weight"
+    parts = first.shrunk(name, torch.ones(128, 64))
+    assert torch.equal(first.grown(name, parts), torch.ones(128, 64))
+    with pytest.raises(CheckpointError, match="take the same model and revision"):
+        second.grown(name, parts)
 
 
 def test_sharded_files_are_read_too(tmp_path):

@@ -1,6 +1,7 @@
 """The hub as a source, with its library's streaming replaced; and publishing, with its client replaced."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,12 +92,17 @@ def test_without_a_network_the_real_library_ends_in_a_data_error(monkeypatch):
 
 
 class Api:
+    is_public = False
+
     def __init__(self, token, made):
         self.token, self.made = token, made
 
     def create_repo(self, repo_id, **settings):
         self.made.append(("create", repo_id, self.token, settings))
         return f"https://huggingface.co/datasets/{repo_id}"
+
+    def repo_info(self, repo_id, *, repo_type):
+        return SimpleNamespace(private=not self.is_public)
 
     def upload_folder(self, **settings):
         self.made.append(("upload", settings))
@@ -119,6 +125,19 @@ def test_push_to_hub_is_one_call(built_data, monkeypatch):
     assert not any(
         "rejects" in pattern for pattern in uploaded["allow_patterns"]
     )  # raw rows may hold what was left out
+
+
+def test_push_to_hub_refuses_a_public_repository_unless_said(built_data, monkeypatch):
+    import huggingface_hub
+
+    made = []
+    monkeypatch.setattr(Api, "is_public", True)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: Api(token, made))
+    with pytest.raises(ModelError, match="me/rows is public.*private=False"):
+        data.push_to_hub(built_data, "me/rows", token="hf_x")
+    assert [what for what, *_ in made] == ["create"]
+    data.push_to_hub(built_data, "me/rows", token="hf_x", private=False)
+    assert made[-1][0] == "upload"
 
 
 def test_push_to_hub_refuses_an_unfinished_folder_and_a_missing_token(built_data, tmp_path, monkeypatch):

@@ -254,16 +254,27 @@ def test_a_repository_is_replaced_by_the_same_run_alone(finished, tmp_path):
     export(study, "qlora", to="hf://me/m", api=hub, private=False)
     assert hub.is_private is False
     (hub.folder / "old.bin").write_text("of an earlier export")
-    export(study, "qlora", to="hf://me/m", api=hub)
+    with pytest.raises(ModelError, match="hf://me/m is public.*make it private.*--public"):
+        export(study, "qlora", to="hf://me/m", api=hub)
+    assert len(hub.commits) == 1
+    export(study, "qlora", to="hf://me/m", api=hub, private=False)
     assert len(hub.commits) == 2 and not (hub.folder / "old.bin").exists()
     with pytest.raises(ModelError, match=r"hf://me/m holds another export \(qlora, seed 0, adapter"):
-        export(study, "qlora", to="hf://me/m", form="merged", api=hub)
+        export(study, "qlora", to="hf://me/m", form="merged", api=hub, private=False)
     foreign = FakeHub(tmp_path / "foreign")
     foreign.folder.mkdir()
     (foreign.folder / "model.bin").write_text("somebody's")
     with pytest.raises(ModelError, match="is there already and is no export of ours"):
         export(study, "qlora", to="hf://me/m", api=foreign)
     assert foreign.commits == [] and (foreign.folder / "model.bin").exists()
+
+
+def test_a_repository_that_turns_public_meanwhile_gets_nothing(finished, tmp_path):
+    study, hub = finished("qlora"), FakeHub(tmp_path / "hub")
+    hub.is_private = False  # as for a repository that another program makes between the first look and the upload
+    with pytest.raises(ModelError, match="hf://me/m is public"):
+        export(study, "qlora", to="hf://me/m", api=hub)
+    assert hub.commits == []
 
 
 def test_a_repository_that_was_just_made_is_free(finished, tmp_path):
@@ -346,7 +357,7 @@ def test_only_what_a_finished_run_left_is_exported(finished, tmp_path):
         export(study, "qlora", to=tmp_path / "out")
     write_json(path, record)
     (weights / "adapter_model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ModelError, match=r"not what the record speaks of: adapter_model.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"not what the run's record speaks of: adapter_model.safetensors is damaged"):
         export(study, "qlora", to=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

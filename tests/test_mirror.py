@@ -90,11 +90,15 @@ def test_a_new_machine_gets_everything_that_was_copied(study, remote, open_again
     ours = Mirror(study, remote, log=lines.append)
     assert ours.flush(20) and ours.state() == f"all of the study is on {remote}"
     again = open_again()
-    left_out = {"lock.json", "notebooks/02_qlora.running.ipynb"}
+    left_out = {
+        "lock.json",
+        "notebooks/02_qlora.running.ipynb",
+        "compile/card.bin",
+    }  # loading a compiler's cache runs it
     left_out |= {"sweeps/qlora-1/checkpoints/qlora-s0/step-000001/tensors.pt"}
     assert tree(again.folder) == {name: content for name, content in tree(study).items() if name not in left_out}
     assert newest(again.folder) == 3 and not again._waiting()
-    assert len(list(remote.folder.glob("*.tar"))) == 5  # few files
+    assert len(list(remote.folder.glob("*.tar"))) == 4  # few files
 
 
 def test_nothing_is_copied_twice_and_a_second_process_knows_what_the_first_has_copied(study, remote):
@@ -108,7 +112,7 @@ def test_nothing_is_copied_twice_and_a_second_process_knows_what_the_first_has_c
         path.unlink()
     third = Mirror(study, remote)
     third.restore()  # finds that the remote has lost it all
-    assert third.flush(20) and len(list(remote.folder.glob("*.tar"))) == 5
+    assert third.flush(20) and len(list(remote.folder.glob("*.tar"))) == 4
 
 
 def test_what_is_here_and_newer_is_never_overwritten(study, remote, open_again):
@@ -201,9 +205,9 @@ def test_a_failing_remote_is_said_once_with_the_remedy_and_caught_up_with(study,
     with mock.patch.object(FolderRemote, "put", side_effect=OSError(number, os.strerror(number))) as put:
         for _ in range(3):
             ours.copy_once(is_last=True)
-        assert put.call_count == 5  # once a unit: then it pauses
-        assert not ours.flush(20) and put.call_count > 5
-    assert len(lines) == 5 and all(os.strerror(number) in line and "Work goes on" in line for line in lines)
+        assert put.call_count == 4  # once a unit: then it pauses
+        assert not ours.flush(20) and put.call_count > 4
+    assert len(lines) == 4 and all(os.strerror(number) in line and "Work goes on" in line for line in lines)
     remedy = {errno.ENOSPC: "free some space", errno.ENOTCONN: "still mounted", errno.EIO: "still mounted"}
     assert remedy.get(number, "can be written to") in lines[0]
     assert ours.state().startswith(f"NOT on {remote} yet: ") and os.strerror(number) in ours.state()
@@ -344,8 +348,8 @@ def test_a_dead_mount_is_mounted_again_and_the_last_copy_flushed(colab, study, t
     gone = OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     with mock.patch.object(FolderRemote, "put", side_effect=gone):
         ours.copy_once(is_last=True)
-    assert colab.asked == ["remount"] * 5 and "force_remount=True" in lines[0]
-    assert ours.flush(20) and colab.asked[5:] == ["flush", "remount"]
+    assert colab.asked == ["remount"] * 4 and "force_remount=True" in lines[0]
+    assert ours.flush(20) and colab.asked[4:] == ["flush", "remount"]
     colab.fails = True
     assert ours.flush(20)  # a mount that does not come back after the flush harms nothing
 
@@ -370,6 +374,56 @@ def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
     assert newest(again.folder) == 3
     remote.drop("data.0")
     assert "data.0" not in remote.listing()
+
+
+def test_an_idle_mirror_asks_the_hub_nothing_and_an_unchanged_one_is_listed_by_one_call(study, tmp_path):
+    hub = FakeHub(tmp_path / "hub")
+    ours = Mirror(study, HubRemote("me/runs", "study", api=hub))
+    assert ours.flush(20)
+    ours.copy_once()
+    before = hub.calls.copy()
+    for _ in range(5):
+        ours.copy_once()
+    assert hub.calls == before
+    first, again = ours.remote.listing(), ours.remote.listing()
+    assert first == again and set(first) == {"data.0", "weights-galore-s0.0", "checkpoint-qlora-s0.0", "study.0"}
+    assert hub.calls - before == {"repo_info": 2}
+    ours._look_at = 0.0  # five minutes later
+    ours.copy_once()
+    assert hub.calls - before == {"repo_info": 3}
+
+
+def test_a_public_repository_is_refused_unless_said(study, tmp_path, monkeypatch, lines):
+    hub = FakeHub(tmp_path / "hub")
+    hub._create_repo("me/runs", repo_type="model", private=False, exist_ok=True)
+    remote = HubRemote("me/runs", "study", api=hub)
+    ours = Mirror(study, remote, log=lines.append, every_s=0.01)
+    assert not ours.flush(20) and not hub.commits
+    assert "hf://me/runs is public" in lines[0] and "PEFTLIB_MIRROR_PUBLIC=1" in lines[0]
+    monkeypatch.setattr(mirror, "remote_of", lambda name: remote)
+    with pytest.raises(ConfigError, match="is public.*make it private"):
+        mirror.bring(study)
+    hub.is_down = True
+    assert mirror.bring(study, log=lines.append)  # not to be asked: work goes on, and nothing is copied
+    hub.is_down = False
+    monkeypatch.setenv("PEFTLIB_MIRROR_PUBLIC", "1")
+    assert mirror.bring(study).flush(20) and hub.commits
+
+
+def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study, tmp_path, monkeypatch, lines):
+    monkeypatch.setattr(mirror, "_RUNNING", {})
+    monkeypatch.setattr(mirror, "remote_of", lambda name: HubRemote("me/runs", "study", api=FakeHub(tmp_path / "hub")))
+    mirror.open_mirror(study, log=lines.append).stop()
+    mirror.open_mirror(study, log=lines.append)
+    assert len(lines) == 1 and "keeps every version" in lines[0] and "super_squash_history('me/runs')" in lines[0]
+
+
+def test_a_compile_cache_on_a_remote_stays_there(study, remote, open_again):
+    facts = {"unit": "compile", "serial": 1, "origin": "a stranger", "written_by": "peftlib"}
+    with archive.pinned(study, [study / "compile" / "card.bin"]) as pairs:
+        remote.put("compile.0", lambda out: archive.pack(pairs, out), 100, facts)
+    assert "compile.0" in remote.listing()
+    assert not (open_again().folder / "compile").exists()
 
 
 def test_files_that_vanish_while_they_are_listed_are_left(study):

@@ -83,18 +83,25 @@ def push_to_hub(folder, repo_id, *, token=None, private=True):
     """Publish a data folder as the data set `repo_id` on the Hugging Face hub; returns its address.
 
     Mind the licences on the card first: Alpaca's, for one, allows no commercial use. token: None takes env.hf_token().
-    StudyError: the folder is not finished. ModelError: there is no token.
+    private: False publishes them to everybody; a repository that is public already is refused without it.
+    StudyError: the folder is not finished. ModelError: there is no token, or the repository is public.
     """
     from huggingface_hub import HfApi
 
     from peftlib.data.store import MANIFEST
     from peftlib.env import hf_token
-    from peftlib.errors import StudyError
+    from peftlib.errors import ModelError, StudyError
+    from peftlib.hub_remote import is_public
 
     if not (Path(folder) / MANIFEST).exists():
         raise StudyError(f"no {MANIFEST} in {folder}: run 01_data first")
     api = HfApi(token=token or hf_token())
     address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    if private and is_public(api, repo_id, "dataset"):
+        raise ModelError(
+            f"{repo_id} is public on the hub: make it private there, choose another name, or say private=False to publish "
+            "the rows to everybody"
+        )
     api.upload_folder(
         repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=["*.parquet", "*.json", CARD]
     )

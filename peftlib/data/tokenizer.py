@@ -9,15 +9,14 @@ from peftlib import chat
 def open_tokenizer(model):
     """Tokenizer of 'packaged', a hub id or a folder, with the bundled chat template.
 
-    ModelError: not to be had (gated, unknown, no network), or not a Gemma 3 tokenizer.
+    ModelError: not to be had (gated, unknown, no network), damaged, or not a Gemma 3 tokenizer.
     """
-    from transformers import AutoTokenizer
-
+    from peftlib import safe_loading
     from peftlib.models import hub_errors, locate, token_for
 
     location, _ = locate(model)
     with hub_errors(model):
-        tokenizer = AutoTokenizer.from_pretrained(location, token=token_for(location))
+        tokenizer = safe_loading.tokenizer(location, token=token_for(location))
     chat.check_tokenizer(tokenizer)
     return chat.set_template(tokenizer)
 
