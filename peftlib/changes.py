@@ -1,4 +1,4 @@
-"""What changed in a run between two of its sessions (precision, device, plan, learning rates), in its record and its log."""
+"""What changed in a run between two of its sessions (precision, device, plan, rates), in its record and its log."""
 
 from collections import Counter
 from datetime import UTC, datetime

@@ -121,8 +121,8 @@ class CheckpointDir:
     def newest(self):
         """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...]).
 
-        CheckpointError: the newest was written by a peftlib of another schema version, or is as it was written but holds
-        something else than a checkpoint. That is no damage, so no older one is taken in its place.
+        CheckpointError: the newest was written by a peftlib of another schema version, or is as it was written but
+        holds something else than a checkpoint. That is no damage, so no older one is taken in its place.
         """
         for left in self.folder.glob(f"{_BESIDE}*"):
             self._remove(left)
@@ -183,7 +183,8 @@ def _content(path):
         odd = _odd_part(tensors)
     except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory is free"
+            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory is "
+            "free"
         ) from error
     except Exception as error:  # noqa: BLE001 - what reading foreign bytes raises has no common class
         odd = (
@@ -191,8 +192,8 @@ def _content(path):
         )
     if odd is not None:
         raise CheckpointError(
-            f"{path} is as it was written, but cannot be read as a checkpoint ({odd:.200}): delete that folder to go on "
-            "from an older one or to start over, or bring back a copy of it"
+            f"{path} is as it was written, but cannot be read as a checkpoint ({odd:.200}): delete that folder to go "
+            "on from an older one or to start over, or bring back a copy of it"
         )
     return Checkpoint(**tensors, state=state)
 

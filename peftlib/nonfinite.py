@@ -35,14 +35,14 @@ def advice(study, rate_factor, saved_step):
     if saved_step is not None:
         kept = f"The last checkpoint is kept (step {saved_step}), and the run would go on from there"
     return (
-        f"The step was not applied. {kept}: run again with lower learning rates, by resume_rate_factor = {lower} in the "
-        f"notebook's parameters or `python -m peftlib run --study {study} -p resume_rate_factor {lower}`, or with "
+        f"The step was not applied. {kept}: run again with lower learning rates, by resume_rate_factor = {lower} in "
+        f"the notebook's parameters or `python -m peftlib run --study {study} -p resume_rate_factor {lower}`, or with "
         "precision='fp32'"
     )
 
 
 def require_finite(tensors, what):
-    """NonFiniteLossError, with its name, for the first of {name: tensor} that holds inf or nan; `what` it is part of."""
+    """NonFiniteLossError for the first of {name: tensor} that holds inf or nan. what: they are part of, for the message."""
     name = first_unfit(tensors)
     if name is not None:
         raise NonFiniteLossError(f"{name} holds inf or nan, so {what} was not saved; what was saved before is kept")

@@ -188,8 +188,10 @@ def _is_number(value):
 
 
 def _fitting(weights, run, what):
-    """`weights`, {name: tensor}, if they are those that train here. CheckpointError: other names or shapes, or inf or nan
-    in one of them."""
+    """`weights`, {name: tensor}, if they are those that train here.
+
+    CheckpointError: other names or shapes, or inf or nan in one of them.
+    """
     params = trainable(run.model)
     unlike = [name for name in params if name not in weights] + [name for name in weights if name not in params]
     if unlike:

@@ -73,9 +73,9 @@ class TrainingRun:
         watchers: progress.Watcher objects that see the run while it trains, and may ask it to save and stop.
 
         A finished run is not repeated: its weights are loaded and its record is returned.
-        NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale could cure it; that step changed
-        nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint at hand was made with other
-        settings.
+        NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale could cure it; that step
+        changed nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint at hand was made
+        with other settings.
         """
         what = f"training {self.name}, seed {self.cfg.seed}"
         run = f"{self.name}-s{self.cfg.seed}"
@@ -249,7 +249,7 @@ class TrainingRun:
         self._watch.start()
 
     def _update(self, loss, rate):
-        """The step's precision.Applied. NonFiniteLossError: it was not applied, and not for want of a lower loss scale."""
+        """The step's precision.Applied. NonFiniteLossError: it was not applied, and no lower loss scale could help."""
         try:
             return self.stepper.update(loss, step=self.progress.step + 1)
         except NonFiniteLossError as error:
@@ -263,7 +263,7 @@ class TrainingRun:
         return int(self.rows.scored[numbers].sum())
 
     def _settle(self):
-        """Count what the device still has to do of the last step; what follows is no step's time until the watch starts."""
+        """Count what the device still has to do of the last step; what follows, until the watch starts, is no step's."""
         rest = self._watch.lap(waits=True)
         self.progress.train_seconds += rest
         self.record["history"][-1]["seconds"] += rest
