@@ -11,6 +11,7 @@ from peftlib.config import differences, resolve, short_hash
 from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
 from peftlib.files import size_text
+from peftlib.kernel import is_watched
 from peftlib.lock import StudyLock
 from peftlib.mirror import open_mirror, running
 from peftlib.record import device_name
@@ -132,11 +133,12 @@ def literals(source):
 
 
 def headless():
-    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab."""
-    if os.environ.get("PEFTLIB_HEADLESS") == "1":
-        return True
-    # ipykernel keeps there what the client of the running cell said about itself.
-    return not getattr(getattr(_ipython(), "kernel", None), "_allow_stdin", True)
+    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab.
+
+    ConfigError: called outside a notebook.
+    """
+    _ipython()
+    return not is_watched()
 
 
 def can_click():

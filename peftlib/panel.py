@@ -10,8 +10,8 @@ import time
 
 from peftlib import figures, panel_html, widget_display
 from peftlib.chart import image
+from peftlib.kernel import is_watched, running_kernel
 from peftlib.kernel_events import KernelEvents
-from peftlib.notebook import headless
 from peftlib.palette import THEMES
 from peftlib.progress import Watcher
 
@@ -39,11 +39,9 @@ def _kernel_with_widgets():
     """The kernel of the notebook that somebody looks at, or None."""
     try:
         import ipywidgets  # noqa: F401
-        from IPython import get_ipython
     except ImportError:
         return None
-    kernel = getattr(get_ipython(), "kernel", None)
-    return None if kernel is None or headless() else kernel
+    return running_kernel() if is_watched() else None
 
 
 class Panel(Watcher):
