@@ -82,7 +82,8 @@ def _how(manifest):
 def push_to_hub(folder, repo_id, *, token=None, private=True):
     """Publish a data folder as the data set `repo_id` on the Hugging Face hub; returns its address.
 
-    Mind the licences on the card first: Alpaca's, for one, allows no commercial use. token: None takes hub_token.hf_token().
+    Mind the licences on the card first: Alpaca's, for one, allows no commercial use. token: None takes
+    hub_token.hf_token().
     private: False publishes them to everybody; a repository that is public already is refused without it.
     StudyError: the folder is not finished. ModelError: there is no token, or the repository is public.
     """
