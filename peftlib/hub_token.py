@@ -47,7 +47,8 @@ def hf_token():
         if token:
             _given.add(token)
             return token
-    raise ModelError(". ".join(["no Hugging Face token", *problems, f"Ways to give one: {_ADVICE}"]))
+    told = f". {'. '.join(problems)}. Other ways" if problems else ""
+    raise ModelError(f"no Hugging Face token{told}: {_ADVICE}")
 
 
 def without_tokens(text):

@@ -79,7 +79,7 @@ def test_nothing_of_an_env_file_gets_into_the_environment_or_onto_the_screen(no_
 
 def test_a_folder_of_that_name_is_no_token_and_unreadable_text_is_told(no_token):
     Path(".env").mkdir()  # many call their virtual environment so
-    with pytest.raises(ModelError, match="no Hugging Face token. Ways"):
+    with pytest.raises(ModelError, match="no Hugging Face token: set"):
         hub_token.hf_token()
     Path(".env").rmdir()
     Path(".env").write_text("HF_TOKEN=of-folder", encoding="utf-16")
