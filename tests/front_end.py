@@ -51,7 +51,7 @@ class FrontEnd:
         """Send a cell; returns its message id at once."""
         return self.client.execute(code, allow_stdin=True)
 
-    def hear(self, is_it, seconds=40):
+    def hear(self, is_it, seconds=120):
         """The first message, heard already or soon, of which `is_it` holds."""
         end, at = time.monotonic() + seconds, 0
         while True:
