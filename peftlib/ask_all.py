@@ -14,6 +14,7 @@ from peftlib.evaluate import evaluation_dtype, load_model, trained_methods
 from peftlib.generate import answer_batch
 from peftlib.notebook import can_click
 from peftlib.scored import BASE
+from peftlib.widget_display import Shown
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
 _FREE_TIMES = 3.0
@@ -113,16 +114,15 @@ def ask_box(study, *, is_interactive=None):
     return None
 
 
-class AskBox:
+class AskBox(Shown):
     """Widgets that ask; `box` holds them all. The kernel answers between cells, when it has nothing else to do."""
+
+    instead = "a box to ask all models (run the cell to see it)"
 
     def __init__(self, study):
         self._models = Models(study, self._say)
         self._theme = study.theme
         self._make_widgets(study.cfg.max_new_tokens)
-
-    def _repr_mimebundle_(self, **given):
-        return {**self.box._repr_mimebundle_(**given), "text/plain": "a box to ask all models (run the cell to see it)"}
 
     def _make_widgets(self, max_new_tokens):
         import ipywidgets as w

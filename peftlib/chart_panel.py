@@ -5,6 +5,7 @@ from peftlib.downloads import CSV, PNG, link
 from peftlib.notebook import can_click
 from peftlib.palette import THEMES
 from peftlib.report_charts import KINDS, chart_of, row_choices
+from peftlib.widget_display import Shown
 
 _STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory")  # of a report's figures
 
@@ -26,17 +27,16 @@ def charts(report, *, is_interactive=None):
     return None
 
 
-class ChartPanel:
+class ChartPanel(Shown):
     """Widgets over a Report's numbers; `box` holds them all."""
+
+    instead = "charts (run the cell to see them)"
 
     def __init__(self, report):
         self._report = report
         self._is_changing = False
         self._make_widgets()
         self._show()
-
-    def _repr_mimebundle_(self, **given):
-        return {**self.box._repr_mimebundle_(**given), "text/plain": "charts (run the cell to see them)"}
 
     def _make_widgets(self):
         import ipywidgets as w

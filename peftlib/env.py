@@ -1,10 +1,9 @@
-"""Where we run: device, precision with its reason, output root, Hugging Face token."""
+"""Where we run: device, precision with its reason, output root."""
 
 import os
 from pathlib import Path
 
 from peftlib.errors import ModelError
-from peftlib.session import host
 
 _T4_CLASS_BYTES = 17 * 2**30  # a card of up to 16 GB counts as the free T4
 
@@ -57,43 +56,6 @@ def output_root():
     checkout = Path(__file__).resolve().parent.parent
     # An installed copy lies in site-packages, where nothing should be written.
     return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
-
-
-def hf_token():
-    """The Hugging Face token from HF_TOKEN, else from Colab's or Kaggle's secrets. ModelError: none is set."""
-    token = os.environ.get("HF_TOKEN", "").strip() or (_kaggles_secret() if host() == "kaggle" else _colabs_secret())
-    if token:
-        return token
-    raise ModelError(
-        "no Hugging Face token: set the environment variable HF_TOKEN, or add the secret HF_TOKEN (on Colab the key icon, "
-        "on Kaggle Add-ons > Secrets). "
-        "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
-        "or set model to the id of a public mirror."
-    )
-
-
-def _colabs_secret():
-    try:
-        from google.colab import userdata
-    except ImportError:
-        return ""
-    try:
-        return (userdata.get("HF_TOKEN") or "").strip()
-    except (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException) as error:
-        print(f"Colab's secret HF_TOKEN could not be read ({type(error).__name__}).")
-        return ""
-
-
-def _kaggles_secret():
-    try:
-        import kaggle_secrets
-    except ImportError:
-        return ""
-    try:
-        return (kaggle_secrets.UserSecretsClient().get_secret("HF_TOKEN") or "").strip()
-    except (kaggle_secrets.BackendError, kaggle_secrets.CredentialError, ConnectionError) as error:
-        print(f"Kaggle's secret HF_TOKEN could not be read ({type(error).__name__}).")
-        return ""
 
 
 def require_bitsandbytes(what):

@@ -1,13 +1,13 @@
 """Executed copies of notebooks: what they say about how they ended, and what is taken out of them before they are kept."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 from peftlib.errors import StudyError
 from peftlib.files import write_text
+from peftlib.hub_token import MASK, token_pattern
 from peftlib.notebook import last_words
 
 SIZE_LIMIT_BYTES = 500_000
@@ -74,7 +74,7 @@ def first_line(cell):
 
 
 def tidy(notebook, studies_root):
-    """Take out what must not be kept: widgets, overwritten progress text, this machine's paths, the token. In place."""
+    """Take out what must not be kept: widgets, overwritten progress text, this machine's paths, tokens. In place."""
     notebook["metadata"].pop("widgets", None)
     if "papermill" in notebook["metadata"]:
         notebook["metadata"]["papermill"]["input_path"] = Path(notebook["metadata"]["papermill"]["input_path"]).name
@@ -86,17 +86,15 @@ def tidy(notebook, studies_root):
             cell["outputs"] = [_tidy_output(o, private) for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
 
 
-def without_secrets(text):
-    """`text` without the Hugging Face token of this session."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    return text.replace(token, "[token]") if token else text
-
-
 def _private_text(studies_root):
-    """[(text, replacement)], longer texts first, for paths that say something about this machine only."""
+    """[(pattern, replacement)] of tokens, then of paths that say something about this machine only, longer ones first."""
     checkout = Path(__file__).resolve().parent.parent
     paths = {str(studies_root): "runs", str(checkout): ".", sys.prefix: "[python]", str(Path.home()): "~"}
-    return sorted(((p, r) for p, r in paths.items() if len(p) > 1), key=lambda pair: -len(pair[0]))
+    longer_first = sorted(((p, r) for p, r in paths.items() if len(p) > 1), key=lambda pair: -len(pair[0]))
+    return [
+        (token_pattern(), MASK),
+        *((re.compile(re.escape(path) + r"(?![\w.-])"), shown) for path, shown in longer_first),
+    ]
 
 
 def _tidy_output(output, private):
@@ -114,7 +112,6 @@ def _tidy_output(output, private):
 
 
 def _plain(text, private):
-    text = without_secrets(text)
-    for path, shown in private:
-        text = re.sub(re.escape(path) + r"(?![\w.-])", shown, text)
+    for pattern, shown in private:
+        text = pattern.sub(shown, text)
     return text

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peftlib import executed
 from peftlib.errors import Stopped, StudyError
+from peftlib.hub_token import without_tokens
 from peftlib.notebook import FINISHED, STOPPED, readable_path, state_hash
 from peftlib.papermill_child import CELL_EVENT, DEAD_KERNEL, end_tree
 from peftlib.study import Study
@@ -144,7 +145,7 @@ class Execution:
             if self.cells[self.cell - 1]["cell_type"] == "code" and not executed.tags_of(self.cells[self.cell - 1]):
                 self._relay(f"> {self._code_line(self.cell)}")
             return
-        text = executed.without_secrets(line.rpartition("\r")[2]).rstrip()
+        text = without_tokens(line.rpartition("\r")[2]).rstrip()
         if text:
             self.last_text = text
             self._relay(text)

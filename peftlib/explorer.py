@@ -8,6 +8,7 @@ from peftlib.downloads import offer_csv
 from peftlib.notebook import can_click
 from peftlib.palette import THEMES
 from peftlib.scored import BASE
+from peftlib.widget_display import Shown
 
 ALL = "all sources"
 _STATIC_CHARACTERS = 400  # of a text in the static table, which stays in executed notebooks
@@ -44,19 +45,16 @@ def notable_rows(answers, theme):
     return StaticRows(parts, "\n".join(said))
 
 
-class Explorer:
+class Explorer(Shown):
     """Widgets over an Answers; `box` holds them all. folder: where a CSV goes that is too large for a link."""
 
     def __init__(self, answers, folder, theme):
         self.answers, self._folder, self._theme = answers, folder, theme
         self._places = answers.chosen()
         self._is_moving = False
+        self.instead = f"{len(answers)} test rows to explore (run the cell to see them)"
         self._make_widgets()
         self._find()
-
-    def _repr_mimebundle_(self, **given):
-        shown = self.box._repr_mimebundle_(**given)
-        return {**shown, "text/plain": f"{len(self.answers)} test rows to explore (run the cell to see them)"}
 
     def _make_widgets(self):
         import ipywidgets as w

@@ -4,10 +4,10 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-from peftlib.env import hf_token
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.files import read_json
 from peftlib.hub_remote import as_os_errors, is_public
+from peftlib.hub_token import hf_token
 from peftlib.workspace import Workspace
 
 MARKER = "study/export.json"  # names the run, the form and the files of an export

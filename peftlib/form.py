@@ -182,7 +182,7 @@ def _widgets(study):
 
     inputs = {name: _input(ipywidgets, name, getattr(study.cfg, name)) for name in CHOICES}
     here = card_at_hand()
-    names = {f"{name} (here)" if here and name == here[0] else name: name for name in CARDS}
+    names = [(f"{name} (here)" if here and name == here[0] else name, name) for name in CARDS]
     gpu = ipywidgets.Dropdown(options=names, value=here[0] if here else _WITHOUT_GPU, **_look("GPU"))
     shown = ipywidgets.HTML()
 

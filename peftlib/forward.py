@@ -1,6 +1,8 @@
 """Forward passes of a stock Gemma 3 over slots of a cache: prompts without logits, then one token a row."""
 
 import contextlib
+import functools
+import inspect
 import types
 
 import torch
@@ -93,20 +95,27 @@ def read_prompts(model, cache, ids, *, slots, lengths):
         input_ids=ids,
         position_ids=place.expand_as(ids),
         attention_mask={"full_attention": None, "sliding_attention": band},
-        past_key_values=cache.prompts(slots, lengths),
         use_cache=True,
+        **{_cache_argument(type(inner)): cache.prompts(slots, lengths)},
     )
 
 
 def next_tokens(model, cache, tokens, positions, *, seen):
     """(n,) likeliest next token of the first n slots. tokens, positions: (n,), of the token that is read now."""
-    hidden = core(model).model(
+    inner = core(model).model
+    hidden = inner(
         input_ids=tokens[:, None],
         position_ids=positions[:, None],
         attention_mask=cache.masks(positions, seen),
-        past_key_values=cache.steps(positions, seen),
         use_cache=True,
+        **{_cache_argument(type(inner)): cache.steps(positions, seen)},
     )
     # A soft cap on the logits, which some Gemmas have, leaves their order as it is.
     logits = core(model).get_output_embeddings()(hidden.last_hidden_state[:, 0])
     return logits.max(-1).indices if logits.device.type == "cpu" else logits.argmax(-1)
+
+
+@functools.cache
+def _cache_argument(kind):
+    """What the forward of a model class calls its cache; transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peftlib.env import hf_token
 from peftlib.errors import StudyError
 from peftlib.files import fault_of, sealed, unsealed, write_stream
+from peftlib.hub_token import hf_token
 
 PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a repository that everybody can read
 
@@ -145,8 +145,11 @@ class HubRemote:
     def reconnect(self):
         """Nothing: each call is a connection of its own."""
 
+    doubt = ""  # a commit is there when its call returns
+
     def flush(self):
-        """Nothing: a commit is there when its call returns."""
+        """Nothing is left to do, and nothing in doubt."""
+        return self.doubt
 
     def remedy(self, error):
         """What a person can do about an error, in words."""

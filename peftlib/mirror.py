@@ -83,6 +83,7 @@ class Mirror:
         self.every_s, self.small_files_s = every_s, small_files_s
         self.busy_with = None  # the unit being copied
         self._state = MirrorState(self.folder, remote)
+        self._doubt = remote.doubt  # what is not known about what is written there
         self._failures = {}  # unit -> (what went wrong, time of the next try, pause)
         self._small_files_at = 0.0
         self._look_at = 0.0  # when to look next for checkpoints that have served
@@ -176,7 +177,8 @@ class Mirror:
             return f"another session writes to {self.remote} now: what this one made since is only in {self.folder}"
         waiting = self._waiting()
         if not waiting:
-            return f"all of the study is on {self.remote}"
+            where = f"written to {self.remote}; {self._doubt}" if self._doubt else f"on {self.remote}"
+            return f"all of the study is {where}"
         told = [f"{unit} ({self._failures[unit][0]})" if unit in self._failures else unit for unit in waiting]
         return f"NOT on {self.remote} yet: {', '.join(told)}"
 
@@ -192,8 +194,7 @@ class Mirror:
                 break
             time.sleep(min(pause, self.every_s))
         if not self._waiting():
-            with contextlib.suppress(OSError):
-                self.remote.flush()
+            self._doubt = self.remote.flush()
 
     def _is_behind(self):
         """Whether something waits that has not just failed."""
@@ -267,6 +268,7 @@ class Mirror:
             self.remote.put(self._place(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
         self._state.keep(unit, serial, print_of_files)
         self._look_at = 0.0
+        self._doubt = self.remote.doubt
         if unit == "study":
             self._small_files_at = time.monotonic()
 

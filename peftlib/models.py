@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from peftlib.config import PACKAGED_MODEL
-from peftlib.env import hf_token, require_bitsandbytes
+from peftlib.env import require_bitsandbytes
 from peftlib.errors import ModelError
+from peftlib.hub_token import hf_token
 from peftlib.layers import guard_products
 from peftlib.packaged import PROVENANCE, packaged_model
 from peftlib.safe_loading import causal_model

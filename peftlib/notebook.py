@@ -11,6 +11,7 @@ from peftlib.config import differences, resolve, short_hash
 from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
 from peftlib.files import size_text
+from peftlib.kernel import is_watched
 from peftlib.lock import StudyLock
 from peftlib.mirror import open_mirror, running
 from peftlib.record import device_name
@@ -28,6 +29,7 @@ NOTEBOOKS = {
 }
 FINISHED, STOPPED = "finished", "stopped"
 _PARAMETERS = "# Parameters"  # how papermill's injected cell begins, and ours
+_FORM_MARK = re.compile(r"#\s*@(param|markdown)\b")
 _LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state ([0-9a-f]{12})$", re.MULTILINE)
 _WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
 
@@ -103,17 +105,27 @@ def last_words(text):
 
 
 def executed_parameters(cells):
-    """{name: value} from the sources of the cells run so far, the later one winning.
+    """{name: value} from the sources of the cells run so far, oldest first.
 
-    Only cells that begin with `# Parameters` count: the notebook's own, and the one that papermill injects below it.
+    Only cells that begin with `# Parameters` count: the notebook's own, and the one that papermill injects below it. Of
+    each the last run counts, so that a line that was deleted is gone; where both have a name, the one that ran later.
     """
-    ours = [source for source in cells if source.lstrip().startswith(_PARAMETERS)]
-    if not ours:
+    last = {}
+    for source in (source for source in cells if source.lstrip().startswith(_PARAMETERS)):
+        is_own = is_own_parameters(source)
+        last.pop(is_own, None)  # the order is that of the last runs
+        last[is_own] = source
+    if not last:
         raise ConfigError(f"no parameters: run the cell that begins with {_PARAMETERS!r} first")
     values = {}
-    for source in ours:
+    for source in last.values():
         values |= literals(source)
     return values
+
+
+def is_own_parameters(source):
+    """Whether a parameters cell is a notebook's own: it has a form's marks, papermill's holds nothing but values."""
+    return _FORM_MARK.search(source) is not None
 
 
 def literals(source):
@@ -132,11 +144,12 @@ def literals(source):
 
 
 def headless():
-    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab."""
-    if os.environ.get("PEFTLIB_HEADLESS") == "1":
-        return True
-    # ipykernel keeps there what the client of the running cell said about itself.
-    return not getattr(getattr(_ipython(), "kernel", None), "_allow_stdin", True)
+    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab.
+
+    ConfigError: called outside a notebook.
+    """
+    _ipython()
+    return not is_watched()
 
 
 def can_click():

@@ -8,10 +8,10 @@ import io
 import threading
 import time
 
-from peftlib import figures, panel_html
+from peftlib import figures, panel_html, widget_display
 from peftlib.chart import image
+from peftlib.kernel import is_watched, running_kernel
 from peftlib.kernel_events import KernelEvents
-from peftlib.notebook import headless
 from peftlib.palette import THEMES
 from peftlib.progress import Watcher
 
@@ -39,11 +39,9 @@ def _kernel_with_widgets():
     """The kernel of the notebook that somebody looks at, or None."""
     try:
         import ipywidgets  # noqa: F401
-        from IPython import get_ipython
     except ImportError:
         return None
-    kernel = getattr(get_ipython(), "kernel", None)
-    return None if kernel is None or headless() else kernel
+    return running_kernel() if is_watched() else None
 
 
 class Panel(Watcher):
@@ -111,10 +109,7 @@ class Panel(Watcher):
         self._button.on_click(self._on_click)
         self._box = ipywidgets.VBox([self._facts, self._picture, self._button, self._log])
         self._events = KernelEvents(self._kernel, [self._button.comm.comm_id])
-        shown = {
-            **self._box._repr_mimebundle_(),
-            "text/plain": f"{self._run.name}, seed {self._run.cfg.seed} {_INSTEAD}",
-        }
+        shown = widget_display.bundle(self._box, f"{self._run.name}, seed {self._run.cfg.seed} {_INSTEAD}")
         self._handle = display(shown, raw=True, display_id=True)
         _png(figures.loss_curves([]))  # the first one takes several times as long
 

@@ -19,13 +19,15 @@ def checkpoint_layers(model, cfg):
             f"checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use checkpointing='on', or no dropout"
         )
     # Keeping the random state would wait for the device at every layer; only dropout draws from it.
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            "preserve_rng_state": cfg.lora_dropout > 0,
-            "determinism_check": "none",
-        }
-    )
+    settings = {
+        "use_reentrant": False,
+        "preserve_rng_state": cfg.lora_dropout > 0,
+        "determinism_check": "none",
+    }
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer transformers' name
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)
     if cfg.checkpointing == "offload":
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):

@@ -14,10 +14,13 @@ from pathlib import Path
 
 from peftlib.errors import ConfigError, StudyError
 from peftlib.files import fault_of, sealed, unsealed, write_stream
+from peftlib.kernel import is_watched
 
 DRIVE = Path("/content/drive")
 _BLOCK = 4 << 20  # bytes copied at once
 DRIVE_LIMIT_BYTES = 12 << 30  # of a free Drive's 15 GB; mail and photos share it
+_UPLOADING = "Colab uploads it in the background, so keep this runtime for some minutes, or see at drive.google.com that it is there"
+_mounted_by_us = False  # whether this process has mounted Drive
 
 
 def remote_of(study_name):
@@ -44,10 +47,13 @@ def mount_drive():
 
     ConfigError: this is not Colab.
     """
-    if not _is_colabs_own_kernel():
+    global _mounted_by_us
+    if not _can_ask_colab():
         raise ConfigError("Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it")
+    was_mounted = (DRIVE / "MyDrive").is_dir()
     try:
         _mount()
+        _mounted_by_us = _mounted_by_us or not was_mounted
     except OSError as error:
         print(
             f"{error.strerror}: results stay on this machine and go with it. Run this cell again to give leave, or set "
@@ -97,6 +103,8 @@ class FolderRemote:
 
         OSError: also where it would not fit, before anything is touched, and where what is read back differs.
         """
+        if not self._is_there():  # else the copy would be made on this machine's disk, below an empty mount point
+            raise OSError(errno.ENOTCONN, "Google Drive is not mounted")
         self.folder.mkdir(parents=True, exist_ok=True)
         archive, listing = self._paths(name)
         there = archive.stat().st_size if archive.exists() else 0
@@ -139,16 +147,32 @@ class FolderRemote:
 
     def reconnect(self):
         """Mount a Drive again whose mount has died. OSError: it does not come back."""
-        if self.is_drive and _is_colabs_own_kernel():
+        # Of one that lives this would kill the uploads, and for every other process too.
+        if _can_ask_colab() and not self._is_there():
             _mount(force_remount=True)
 
-    def flush(self):
-        """Have Drive upload what its mount still holds back; other folders need nothing."""
-        if self.is_drive and _is_colabs_own_kernel():
-            from google.colab import drive
+    @property
+    def doubt(self):
+        """What is not known about a copy before it is flushed, in words; '' where a copy is there once it is written."""
+        return _UPLOADING if self.is_drive else ""
 
+    def flush(self):
+        """Have Drive upload what its mount still holds back; what is not known afterwards, as `doubt`.
+
+        Colab can do it only by unmounting Drive for the whole machine. So a Drive that somebody else has mounted is
+        left alone, and so is every Drive in a headless run.
+        """
+        if not self.is_drive or not _mounted_by_us or not _can_ask_colab():
+            return self.doubt
+        from google.colab import drive
+
+        try:
             drive.flush_and_unmount()
+        except Exception as error:  # noqa: BLE001  ValueError today
+            return f"Drive did not say that it arrived ({error}). {self.doubt}"
+        with contextlib.suppress(OSError):  # all is uploaded; the next copy says so if Drive is still away
             self.reconnect()
+        return ""
 
     def remedy(self, error):
         """What a person can do about an OSError of this remote, in words."""
@@ -161,13 +185,20 @@ class FolderRemote:
             return f"see whether {self.folder} is still mounted"
         return f"see whether {self.folder} can be written to, or set PEFTLIB_MIRROR to another place or to off"
 
+    def _is_there(self):
+        """Whether the Drive that the folder is on is mounted; other folders are made where they are not there."""
+        return not self.is_drive or self.folder.parent.parent.is_dir()
+
     def _paths(self, name):
         return self.folder / f"{name}.tar", self.folder / f"{name}.json"
 
 
-def _is_colabs_own_kernel():
-    """Whether this kernel can talk to Colab's page, as mounting needs; one that papermill started cannot."""
-    return "google.colab" in sys.modules
+def _can_ask_colab():
+    """Whether this kernel can talk to Colab's page, as mounting needs.
+
+    One that papermill started is Colab's too, and has its modules, but nobody looks at it.
+    """
+    return "google.colab" in sys.modules and is_watched()
 
 
 def _existing_parent(path):

@@ -1,15 +1,18 @@
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from peftlib import config
+from peftlib import config, hub_token, storage
 from peftlib.study import Study
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+# No test copies a study to a place of its user's own, nor do the kernels and commands that tests start.
+os.environ["PEFTLIB_MIRROR"] = "off"
 
 # What every tiny study shares: the bundled sample, few rows, ranks that fit a width of 64.
 TINY = {
@@ -30,6 +33,25 @@ TINY = {
     "log_every": 1,
     "save_stall": 0.0,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_drive(monkeypatch, tmp_path):
+    """A Drive that is mounted where the tests run, as on Colab, is not theirs."""
+    monkeypatch.setattr(storage, "DRIVE", tmp_path / "no-drive")
+
+
+@pytest.fixture
+def no_token(monkeypatch, tmp_path):
+    """Nothing of this machine's gives a token: no variable, .env file, login or secret."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "login"))
+    monkeypatch.setattr(hub_token, "_CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr(hub_token, "_given", set())
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
 
 
 @pytest.fixture(scope="session")

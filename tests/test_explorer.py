@@ -245,7 +245,7 @@ def csv_of(explorer):
     [found] = re.findall(
         r'download="answers.download.csv" href="data:text/csv;base64,([^"]+)"', explorer.download.value
     )
-    return list(csv.DictReader(io.StringIO(base64.b64decode(found).decode())))
+    return list(csv.DictReader(io.StringIO(base64.b64decode(found).decode(), newline="")))
 
 
 def test_the_csv_holds_the_rows_found_in_their_order(explorer):
@@ -263,6 +263,28 @@ def test_the_csv_holds_the_rows_found_in_their_order(explorer):
     assert rows[0]["base finish_reason"] == "length" and int(rows[0]["base n_tokens"]) > 0
     explorer.source.value = "tulu"
     assert explorer.download.value == ""  # it was of other rows
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_a_spreadsheet_calculates_nothing_of_a_models_text(explorer, start):
+    nasty = f"{start}cmd|' /C calc'!A0"
+    at = explorer.place()
+    explorer.answers.rows[at] = {**explorer.answers.rows[at], "id": nasty, "source": nasty}
+    explorer.answers.prompts[at] = explorer.answers.references[at] = nasty
+    explorer.answers.runs["qlora"].answers[at] = nasty
+    explorer.csv.click()
+    row = csv_of(explorer)[0]
+    for column in ("id", "source", "prompt", "reference", "qlora answer"):
+        assert row[column] == f"'{nasty}", column
+
+
+def test_other_cells_of_the_csv_are_as_they_are(explorer):
+    kept = ["a = b", "'quoted'", " =1", "1-2", "", "x\n=y", "x\r=y"]
+    at = explorer.place()
+    for answer in kept:
+        explorer.answers.runs["qlora"].answers[at] = answer
+        explorer.csv.click()
+        assert csv_of(explorer)[0]["qlora answer"] == answer
 
 
 def test_a_csv_too_large_for_a_link_is_written_into_the_study(report, explorer, monkeypatch):

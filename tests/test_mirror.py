@@ -314,44 +314,104 @@ def test_which_remote(monkeypatch, tmp_path):
 
 @pytest.fixture
 def colab(monkeypatch, tmp_path):
-    """Colab's module as far as it is used: what it was asked for, in order; `fails` makes mounting raise."""
-    asked = []
+    """Colab's module as far as it is used: what it was asked for, in order.
+
+    mount_fails, flush_fails: make it raise as Colab's does. is_watched: whether a page looks on. `root` is MyDrive.
+    """
     module = types.ModuleType("google.colab")
+    module.asked, module.mount_fails, module.flush_fails, module.is_watched = [], False, False, True
+    monkeypatch.setattr(storage, "DRIVE", tmp_path / "drive")
+    module.root = storage.DRIVE / "MyDrive"
 
     def mount(path, force_remount=False):
-        asked.append("remount" if force_remount else "mount")
-        if module.fails:
+        module.asked.append("remount" if force_remount else "mount")
+        if module.mount_fails:
             raise ValueError("mount failed")
+        module.root.mkdir(parents=True, exist_ok=True)
 
-    module.fails = False
-    module.drive = types.SimpleNamespace(mount=mount, flush_and_unmount=lambda: asked.append("flush"))
-    module.asked = asked
+    def flush_and_unmount():
+        module.asked.append("flush")
+        if module.flush_fails:
+            raise ValueError("flush_and_unmount failed")
+        module.root.rename(tmp_path / "in-the-cloud")
+
+    module.drive = types.SimpleNamespace(mount=mount, flush_and_unmount=flush_and_unmount)
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", module)
+    monkeypatch.setattr(storage, "is_watched", lambda: module.is_watched)
+    monkeypatch.setattr(storage, "_mounted_by_us", False)
     return module
+
+
+@pytest.fixture
+def to_drive(colab, study, lines, monkeypatch):
+    """A Mirror of the study on Drive, as a notebook's setup makes it."""
+    monkeypatch.delenv("PEFTLIB_MIRROR", raising=False)
+    storage.mount_drive()
+    colab.asked.clear()
+    return Mirror(study, storage.remote_of("study"), log=lines.append, every_s=0.01)
 
 
 def test_drive_is_mounted_or_its_absence_said(colab, capsys, monkeypatch):
     storage.mount_drive()
-    colab.fails = True
+    colab.mount_fails = True
     storage.mount_drive()
     assert colab.asked == ["mount", "mount"]
     assert "not mounted (mount failed): results stay on this machine" in capsys.readouterr().out
+    colab.is_watched = False
+    with pytest.raises(ConfigError, match="only Colab can mount it"):
+        storage.mount_drive()
     monkeypatch.delitem(sys.modules, "google.colab")
+    colab.is_watched = True
     with pytest.raises(ConfigError, match="only Colab can mount it"):
         storage.mount_drive()
 
 
-def test_a_dead_mount_is_mounted_again_and_the_last_copy_flushed(colab, study, tmp_path, lines):
-    drive = FolderRemote(tmp_path / "drive" / "peftlib" / "study", is_drive=True)
-    ours = Mirror(study, drive, log=lines.append, every_s=0.01)
-    gone = OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-    with mock.patch.object(FolderRemote, "put", side_effect=gone):
-        ours.copy_once(is_last=True)
-    assert colab.asked == ["remount"] * 4 and "force_remount=True" in lines[0]
-    assert ours.flush(20) and colab.asked[4:] == ["flush", "remount"]
-    colab.fails = True
-    assert ours.flush(20)  # a mount that does not come back after the flush harms nothing
+def test_the_last_copy_on_drive_is_flushed_and_drive_mounted_again(colab, to_drive):
+    assert "NOT on Google Drive" in to_drive.state()
+    to_drive.copy_once(is_last=True)
+    assert "all of the study is written to Google Drive; Colab uploads it in the background" in to_drive.state()
+    assert to_drive.flush(20) and colab.asked == ["flush", "remount"]
+    assert to_drive.state() == "all of the study is on Google Drive"
+    (to_drive.folder / "report.md").write_text("new")
+    to_drive.copy_once(is_last=True)
+    assert "Colab uploads it in the background" in to_drive.state(), "the flush was of other files"
+
+
+def test_a_flush_that_fails_is_said_and_nothing_more_is_claimed(colab, to_drive):
+    colab.flush_fails = True
+    assert to_drive.flush(20) and colab.asked == ["flush"], "a remount would kill what is still being uploaded"
+    said = to_drive.state()
+    assert "Drive did not say that it arrived (flush_and_unmount failed)" in said and "drive.google.com" in said
+    assert "all of the study is on" not in said
+
+
+def test_drive_is_not_unmounted_in_a_headless_run_nor_where_somebody_else_has_mounted_it(colab, to_drive, monkeypatch):
+    colab.is_watched = False
+    assert to_drive.flush(20) and "Colab uploads it in the background" in to_drive.state()
+    colab.is_watched = True
+    monkeypatch.setattr(storage, "_mounted_by_us", False)
+    storage.mount_drive()  # it is mounted already
+    assert to_drive.flush(20) and colab.asked == ["mount"]
+    assert "Colab uploads it in the background" in to_drive.state()
+
+
+def test_a_dead_mount_is_mounted_again_and_nothing_is_written_below_it(colab, to_drive, lines):
+    shutil.rmtree(colab.root)
+    colab.mount_fails = True
+    to_drive.copy_once(is_last=True)
+    assert not colab.root.exists() and set(colab.asked) == {"remount"}
+    assert "Google Drive is not mounted" in lines[0] and "force_remount=True" in lines[0]
+    colab.mount_fails = False
+    to_drive.remote.reconnect()
+    assert to_drive.flush(20) and to_drive.state() == "all of the study is on Google Drive"
+
+
+def test_a_full_drive_is_not_mounted_again(colab, to_drive):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(FolderRemote, "put", side_effect=full):
+        to_drive.copy_once(is_last=True)
+    assert colab.asked == []
 
 
 def test_a_study_is_not_copied_into_itself(monkeypatch, tmp_path):

@@ -53,6 +53,41 @@ def test_later_parameters_win_and_other_cells_do_not_count():
     }
 
 
+OWN = '# Parameters\n# @markdown auto looks at the hardware\nprofile = "auto"  # @param ["auto", "demo"]\n'
+INJECTED = "# Parameters\nprofile = 'demo'\n"
+
+
+@pytest.mark.parametrize(
+    "cells, expected",
+    [
+        # A notebook of ours: lines deleted or edited, run again.
+        ([OWN + "seed = 3\nlora_rank = 8", OWN + "seed = 4"], {"profile": "auto", "seed": 4}),
+        # An executed copy: its own cell, then papermill's, each may be edited and run again.
+        ([OWN + "seed = 3", INJECTED + "lora_rank = 8"], {"profile": "demo", "seed": 3, "lora_rank": 8}),
+        ([OWN + "seed = 3", INJECTED + "lora_rank = 8", INJECTED], {"profile": "demo", "seed": 3}),
+        ([OWN + "seed = 3", INJECTED + "lora_rank = 8", OWN], {"profile": "auto", "lora_rank": 8}),
+        ([OWN, INJECTED + "lora_rank = 8", OWN + "lora_rank = 4"], {"profile": "auto", "lora_rank": 4}),
+        ([OWN + "seed = 3", INJECTED + "lora_rank = 8", OWN, INJECTED], {"profile": "demo"}),
+        # Written by hand, without the marks of a form.
+        ([INJECTED + "lora_rank = 8", INJECTED + "seed = 1"], {"profile": "demo", "seed": 1}),
+    ],
+)
+def test_lines_that_were_deleted_do_not_live_on(cells, expected):
+    assert notebook.executed_parameters(cells) == expected
+
+
+def test_our_own_cells_and_papermills_are_told_apart():
+    from papermill.translators import PythonTranslator
+
+    written = PythonTranslator.codify({"profile": "demo", "study": "@param", "lora_rank": 8})
+    assert notebook.literals(written) == {"profile": "demo", "study": "@param", "lora_rank": 8}
+    assert not notebook.is_own_parameters(written)
+    for path in (CHECKOUT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        [own] = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+        assert notebook.is_own_parameters("".join(own["source"])), path
+
+
 @pytest.mark.parametrize("line", ["lora_rank = 4 * 2", "import os", "lora_rank =", "cfg.lora_rank = 8", "print(1)"])
 def test_anything_but_literals_is_refused(line):
     with pytest.raises(ConfigError, match="only lines NAME = VALUE with plain values"):
@@ -162,6 +197,9 @@ def test_in_a_live_kernel_an_edited_parameters_cell_wins_and_errors_are_short(st
         _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"\nlora_rank = 4')
         _, said = _said(client, 'study = setup("02_qlora")')
         assert "lora_rank: 16 -> 4" in said
+        _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"')
+        _, said = _said(client, 'study = setup("02_qlora")')
+        assert "changed    nothing, all as in the profile" in said
         status, said = _said(client, 'study = setup("02_qlora", drive=True)')
         assert status == "error" and said.endswith("but only Colab can mount it")
         _said(client, "# Parameters\nlora_rank = 0")

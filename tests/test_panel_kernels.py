@@ -1,21 +1,15 @@
 """The live panel in real kernels, by the messages that a front end sends."""
 
 import os
-import queue
 import re
-import time
-from pathlib import Path
 
 import pytest
 from conftest import TINY
-from jupyter_client.manager import start_new_kernel
+from front_end import INSTALLED, OTHERS, FrontEnd, started
 
 from peftlib import record as records
 from peftlib.checkpoint import CheckpointDir
-from peftlib.panel import __file__ as panel_file
 
-CHECKOUT = Path(panel_file).resolve().parent.parent
-OTHER_KERNEL = CHECKOUT / ".venv" / "ipykernel6"
 STEPS = {"epochs": 3, "valid_every": 4}  # 18 steps
 # A step of known length, so that there is time to press the button.
 OPEN = """
@@ -38,91 +32,11 @@ def trains(message):
     return message["msg_type"] == "comm_msg" and re.search(r"seed 0: step [1-9]\d* of 18", str(message["content"]))
 
 
-class FrontEnd:
-    """One client of a kernel that keeps what the kernel says."""
-
-    def __init__(self, client):
-        self.client, self.heard = client, []
-
-    def run(self, code):
-        """Send a cell; returns its message id at once."""
-        return self.client.execute(code, allow_stdin=True)
-
-    def hear(self, is_it, seconds=40):
-        """The first message, heard already or soon, of which `is_it` holds."""
-        end, at = time.monotonic() + seconds, 0
-        while True:
-            for message in self.heard[at:]:
-                if is_it(message):
-                    return message
-            at = len(self.heard)
-            try:
-                self.heard.append(self.client.get_iopub_msg(timeout=max(0.1, end - time.monotonic())))
-            except queue.Empty:
-                raise AssertionError(f"not heard in {seconds} s: {[m['msg_type'] for m in self.heard]}") from None
-
-    def end_of(self, cell):
-        """Once a cell is over: all that it printed."""
-        self.hear(
-            lambda m: (
-                m["parent_header"].get("msg_id") == cell
-                and m["msg_type"] == "status"
-                and m["content"]["execution_state"] == "idle"
-            )
-        )
-        return self.printed(cell)
-
-    def ended(self, code):
-        """Run a cell to its end: all that it printed."""
-        return self.end_of(self.run(code))
-
-    def printed(self, cell):
-        ours = [m for m in self.heard if m["parent_header"].get("msg_id") == cell]
-        return "".join(m["content"].get("text", "") for m in ours if m["msg_type"] == "stream") + "".join(
-            f"{m['content']['ename']}: {m['content']['evalue']}" for m in ours if m["msg_type"] == "error"
-        )
-
-    def reply_to(self, cell):
-        while True:
-            reply = self.client.get_shell_msg(timeout=60)
-            if reply["parent_header"]["msg_id"] == cell:
-                return reply["content"]
-
-    def widget(self, name):
-        """comm id of the first widget of a model name."""
-        opened = self.hear(
-            lambda m: m["msg_type"] == "comm_open" and m["content"]["data"]["state"].get("_model_name") == name
-        )
-        return opened["content"]["comm_id"]
-
-    def click(self, comm_id):
-        content = {"comm_id": comm_id, "data": {"method": "custom", "content": {"event": "click"}}}
-        self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
-
-    def states_of(self, comm_id):
-        """[state, ...] that the kernel sent for a widget since it was opened."""
-        sent = [
-            m["content"]["data"]
-            for m in self.heard
-            if m["msg_type"] == "comm_msg" and m["content"]["comm_id"] == comm_id
-        ]
-        return [data["state"] for data in sent if data.get("method") == "update"]
-
-
-@pytest.fixture(scope="module", params=["installed", "ipykernel6"])
+@pytest.fixture(scope="module", params=[INSTALLED, *OTHERS])
 def kernel(request):
     """(KernelManager, client) of a new kernel."""
-    if request.param == "ipykernel6" and not OTHER_KERNEL.is_dir():
-        pytest.skip(f"no {OTHER_KERNEL}: make .venv/ipykernel6 makes it")
-    first = [str(OTHER_KERNEL)] if request.param == "ipykernel6" else []
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*first, str(CHECKOUT)]), "HF_HUB_OFFLINE": "1"}
-    env.pop("PEFTLIB_HEADLESS", None)
-    manager, client = start_new_kernel(env=env)
-    told = FrontEnd(client).ended("import ipykernel; print(ipykernel.__version__)")
-    assert told.startswith("6." if first else "7."), told
-    yield manager, client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
+    with started(request.param) as made:
+        yield made
 
 
 @pytest.fixture

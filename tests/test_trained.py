@@ -168,8 +168,7 @@ def test_a_model_that_cannot_be_had_names_the_ways_out(monkeypatch):
         load_plain("nobody/nothing", device="cpu")
 
 
-def test_a_gated_model_without_a_token_names_licence_and_mirror(monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+def test_a_gated_model_without_a_token_names_licence_and_mirror(no_token):
     with pytest.raises(ModelError, match="HF_TOKEN.*accept its licence.*public mirror"):
         load_plain("google/gemma-3-1b-it", device="cpu")
 

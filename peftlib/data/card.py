@@ -82,16 +82,17 @@ def _how(manifest):
 def push_to_hub(folder, repo_id, *, token=None, private=True):
     """Publish a data folder as the data set `repo_id` on the Hugging Face hub; returns its address.
 
-    Mind the licences on the card first: Alpaca's, for one, allows no commercial use. token: None takes env.hf_token().
+    Mind the licences on the card first: Alpaca's, for one, allows no commercial use. token: None takes
+    hub_token.hf_token().
     private: False publishes them to everybody; a repository that is public already is refused without it.
     StudyError: the folder is not finished. ModelError: there is no token, or the repository is public.
     """
     from huggingface_hub import HfApi
 
     from peftlib.data.store import MANIFEST
-    from peftlib.env import hf_token
     from peftlib.errors import ModelError, StudyError
     from peftlib.hub_remote import is_public
+    from peftlib.hub_token import hf_token
 
     if not (Path(folder) / MANIFEST).exists():
         raise StudyError(f"no {MANIFEST} in {folder}: run 01_data first")
