@@ -12,7 +12,9 @@ from peftlib.config import resolve
 from peftlib.errors import ModelError
 from peftlib.session import host
 
-INSTALL = '%pip install -q "peftlib[{extras}] @ git+{address}"'  # of the install cell, and of every message that names it
+INSTALL = (
+    '%pip install -q "peftlib[{extras}] @ git+{address}"'  # of the install cell, and of every message that names it
+)
 TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
 _CHANGED_BY_INSTALL = ("huggingface_hub", "tokenizers", "transformers", "accelerate", "peft", "torchao")
 _CHOOSE_GPU = {
@@ -79,7 +81,10 @@ def without_gpu(device, cfg):
     lines = [f"no GPU     this session has none: {_CHOOSE_GPU[host()]}, then run the cells from the top"]
     if cfg.profile == "demo":
         what = "Gemma 3 270M" if cfg.model == "packaged" else cfg.model
-        return [*lines, f"           without one all works as a small demo: {what}, {cfg.train_rows} rows a source, minutes"]
+        return [
+            *lines,
+            f"           without one all works as a small demo: {what}, {cfg.train_rows} rows a source, minutes",
+        ]
     return [*lines, f'           without one profile = {cfg.profile!r} takes days: profile = "demo" is made for it']
 
 

@@ -110,7 +110,9 @@ def _piece_paths():
 
 def _way_to_it():
     line = hosted.install_line("demo")  # only what is missing is installed: 238 MB
-    return f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
+    return (
+        f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
+    )
 
 
 def _convert(gguf, folder):

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -48,7 +50,7 @@ PYTHON_313 = {
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """machine(host, *, has_peftlib, has_gpu): run the cell there; the magics that it ran, as IPython would get them."""
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
@@ -60,13 +62,15 @@ def machine(monkeypatch):
             monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")  # Kaggle's machine has it as well
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_peftlib else None)
         monkeypatch.setattr(os.path, "exists", lambda path: has_gpu and path.startswith("/dev/nvidia"))
-        namespace, ran = {}, []
+        ran = []
 
         def magic(name, line):
-            ran.append(f"{name} {line.format(**namespace)}")  # IPython fills in {extras} in the same way
+            ran.append(
+                f"{name} {line.format(**inspect.currentframe().f_back.f_globals)}"
+            )  # as IPython fills in {extras}
 
-        namespace["get_ipython"] = lambda: types.SimpleNamespace(run_line_magic=magic)
-        exec(TransformerManager().transform_cell(badges.install_cell()), namespace)
+        shell = types.SimpleNamespace(run_line_magic=magic)
+        runpy.run_path(str(cell), init_globals={"get_ipython": lambda: shell})
         return ran
 
     return enter
@@ -170,7 +174,9 @@ def test_the_installed_package_carries_all_that_is_no_module(wheel):
     assert missing == []
     assert places.checkout(wheel / "peftlib") is None and places.checkout() == CHECKOUT
     notebooks = places.shipped("notebooks", wheel / "peftlib")
-    assert sorted(p.name for p in notebooks.iterdir()) == sorted(p.name for p in (CHECKOUT / "notebooks").glob("*.ipynb"))
+    assert sorted(p.name for p in notebooks.iterdir()) == sorted(
+        p.name for p in (CHECKOUT / "notebooks").glob("*.ipynb")
+    )
     assert places.shipped("results/bench/methods.json", wheel / "peftlib").is_file()
 
 
