@@ -55,6 +55,9 @@ def machine(monkeypatch, tmp_path):
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
 
+    cell = tmp_path / "cell.py"
+    cell.write_text(TransformerManager().transform_cell(badges.install_cell()))
+
     def enter(host, *, has_peftlib=False, has_gpu=True):
         if host == "kaggle":
             monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
