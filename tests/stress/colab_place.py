@@ -29,9 +29,9 @@ _DEBIAN = "ca-certificates,git,make,build-essential,python3.13,python3.13-venv,f
 # What peftlib and its dependencies touch, and what a kernel of Colab's needs, of the 600 packages there.
 _PACKAGES = """
     setuptools wheel numpy pandas pyarrow matplotlib scipy pillow protobuf psutil fsspec tqdm pyyaml requests httpx absl-py nltk
-    tabulate anywidget ipykernel ipywidgets ipython jupyter_client jupyter_server ipyparallel ipython_genutils tornado google-auth portpicker
-    nbclient nbformat nbconvert debugpy python-dotenv torch torchao transformers peft accelerate datasets huggingface_hub tokenizers
-    safetensors sentencepiece tensorboard openai diffusers gradio fastapi uvicorn
+    tabulate ipykernel ipywidgets ipython jupyter_client jupyter_server ipyparallel ipython_genutils tornado google-auth portpicker
+    anywidget httplib2 seaborn nbclient nbformat nbconvert debugpy python-dotenv torch torchao transformers peft accelerate datasets
+    huggingface_hub tokenizers safetensors sentencepiece tensorboard openai diffusers gradio fastapi uvicorn
 """
 _ENVIRONMENT = {
     "PATH": "/venv/bin:/usr/local/bin:/usr/bin:/bin",
