@@ -28,7 +28,7 @@ COLABTOOLS = "git+https://github.com/googlecolab/colabtools"
 _DEBIAN = "ca-certificates,git,make,build-essential,python3.13,python3.13-venv,fonts-dejavu-core"
 # What peftlib and its dependencies touch, and what a kernel of Colab's needs, of the 600 packages there.
 _PACKAGES = """
-    setuptools wheel numpy pandas pyarrow matplotlib scipy pillow protobuf psutil fsspec tqdm pyyaml requests httpx absl-py nltk
+    pip setuptools wheel numpy pandas pyarrow matplotlib scipy pillow protobuf psutil fsspec tqdm pyyaml requests httpx absl-py nltk
     tabulate ipykernel ipywidgets ipython jupyter_client jupyter_server ipyparallel ipython_genutils tornado google-auth portpicker
     anywidget httplib2 seaborn nbclient nbformat nbconvert debugpy python-dotenv torch torchao transformers peft accelerate datasets
     huggingface_hub tokenizers safetensors sentencepiece tensorboard openai diffusers gradio fastapi uvicorn
@@ -56,7 +56,7 @@ def build(place, constraints, colabtools):
         colabtools = "/root/colabtools"
     with mounted(place):
         call(place, ["python3.13", "-m", "venv", "/venv"])
-        pip = ["/venv/bin/pip", "install", "-q", "--no-cache-dir"]
+        pip = ["/venv/bin/python", "-m", "pip", "install", "-q", "--no-cache-dir"]
         call(place, [*pip, "-c", "/root/constraints.txt", *_PACKAGES.split()])
         call(place, [*pip, "--no-deps", "--no-build-isolation", colabtools])
         call(place, ["/venv/bin/pip", "check"], check=False)
