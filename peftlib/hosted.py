@@ -12,9 +12,7 @@ from peftlib.config import resolve
 from peftlib.errors import ModelError
 from peftlib.session import host
 
-# Of the install cell, and of every message that names it. pip would compile all of transformers, which takes as long as the
-# rest of it; Python compiles what it imports.
-INSTALL = '%pip install -q --no-compile "peftlib[{extras}] @ git+{address}"'
+INSTALL = '%pip install -q "peftlib[{extras}] @ git+{address}"'  # in the install cell, and in messages
 TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
 _CHANGED_BY_INSTALL = ("huggingface_hub", "tokenizers", "transformers", "accelerate", "peft", "torchao")
 _CHOOSE_GPU = {

@@ -2,6 +2,7 @@
 
     python tests/stress/colab_place.py build PLACE [--colabtools FOLDER]    once, as root: ten minutes and 14 GB
     python tests/stress/colab_place.py run PLACE [--notebooks 01 02]        the cells in order, then a summary
+    python tests/stress/colab_place.py test PLACE [ARGUMENTS OF PYTEST]     the tests under Colab's Python and packages
     python tests/stress/colab_place.py shell PLACE COMMAND ...              anything else there, peftlib installed as on Colab
 
 Packages come in the versions that Colab publishes (tests/colab-packages.txt, see colab_list.py; --constraints names
@@ -13,8 +14,10 @@ What is missing: a GPU, Google Drive (a folder stands for it), and the page.
 import argparse
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -75,6 +78,23 @@ def run(place, notebooks, *, drive, environment):
         return call(top, command, check=False, environment=environment).returncode
 
 
+def test(place, words):
+    """Run the tests of this checkout's HEAD in the place, nothing of a hub asked; pytest's exit code."""
+    with overlaid(place) as top:
+        serve(top)
+        call(top, ["git", "clone", "-q", address(), "/root/checkout"])
+        call(top, ["pip", "install", "-q", "/root/checkout[colab,demo,gguf,test]"])
+        call(top, ["pip", "uninstall", "-q", "-y", "peftlib"])
+        call(top, ["pip", "install", "-q", "--no-deps", "-e", "/root/checkout"])
+        # Not Colab: tests say where they are themselves.
+        offline = {
+            name: "1"
+            for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+        }
+        command = ["env", "-C", "/root/checkout", "-u", "COLAB_RELEASE_TAG", "python", "-m", "pytest", "-q", *words]
+        return call(top, command, check=False, environment=offline).returncode
+
+
 def shell(place, command):
     """Run a command in the place after what the install cell does there; its exit code."""
     with overlaid(place) as top:
@@ -119,8 +139,7 @@ def mounted(place):
 @contextlib.contextmanager
 def overlaid(place):
     """A copy of the place that takes all changes and is thrown away."""
-    scratch = place.with_name(f"{place.name}-run")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{place.name}-run-"))
     upper, work, top = (scratch / name for name in ("upper", "work", "top"))
     for folder in (upper, work, top):
         folder.mkdir(parents=True)
@@ -145,7 +164,7 @@ def _mount(target, *words):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    asked = {name: commands.add_parser(name) for name in ("build", "run", "shell")}
+    asked = {name: commands.add_parser(name) for name in ("build", "run", "test", "shell")}
     for each in asked.values():
         each.add_argument("place", type=Path)
     asked["build"].add_argument("--constraints", type=Path, default=HERE.parent / "colab-packages.txt")
@@ -155,15 +174,17 @@ def main():
     asked["run"].add_argument("--notebooks", nargs="*", default=[], help="01 02_qlora ...; default: all")
     asked["run"].add_argument("--no-drive", dest="drive", action="store_false", help="refuse Google Drive when asked")
     asked["run"].add_argument("-e", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="environment")
-    asked["shell"].add_argument("words", nargs=argparse.REMAINDER)
+    for name in ("test", "shell"):
+        asked[name].add_argument("words", nargs=argparse.REMAINDER)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is mounted is unmounted
     place = args.place.resolve()
     if args.command == "build":
         build(place, args.constraints, args.colabtools)
     elif args.command == "run":
         sys.exit(run(place, args.notebooks, drive=args.drive, environment=dict(args.e)))
     else:
-        sys.exit(shell(place, args.words))
+        sys.exit({"test": test, "shell": shell}[args.command](place, args.words))
 
 
 if __name__ == "__main__":
