@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from stress import colab_list
 
 from peftlib import badges, hosted, places
 
@@ -193,3 +194,16 @@ def test_an_installed_copy_runs_its_own_notebooks_and_writes_below_the_working_f
     root, *sources = done.stdout.splitlines()
     assert root == str(tmp_path / "runs")
     assert sources == [str(path) for path in sorted((wheel / "peftlib" / "notebooks").glob("0*.ipynb"))]
+
+
+def test_the_published_list_is_read_with_its_wheels_and_without_cudas_libraries():
+    frozen = """\
+# by python3 -m pip freeze
+absl-py==1.4.0
+google-colab @ file:///colabtools/dist/google_colab-1.0.0.tar.gz
+nvidia-nccl-cu12==2.28.9
+torch @ https://download.pytorch.org/whl/cu128/torch-2.11.0%2Bcu128-cp313-cp313-manylinux_2_28_x86_64.whl
+torchaudio==2.11.0+cu128
+"""
+    assert colab_list.versions(frozen) == {"absl-py": "1.4.0", "torch": "2.11.0", "torchaudio": "2.11.0"}
+    assert {"torch", "ipykernel", "ipywidgets", "torchao"} <= COLAB.keys()
