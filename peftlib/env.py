@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from peftlib import places
 from peftlib.errors import ModelError
 
 _T4_CLASS_BYTES = 17 * 2**30  # a card of up to 16 GB counts as the free T4
@@ -49,13 +50,14 @@ def training_precision(device, asked="auto"):
 
 
 def output_root():
-    """Folder on the local disk that holds the studies: PEFTLIB_ROOT, else runs/ of the checkout. Copies: see storage."""
+    """Folder on the local disk that holds the studies: PEFTLIB_ROOT, else runs/ of the checkout or, for
+    a copy that pip installed, of the working folder (/content on Colab). Copies: see storage.
+    """
     named = os.environ.get("PEFTLIB_ROOT")
     if named:
         return Path(named).expanduser()
-    checkout = Path(__file__).resolve().parent.parent
     # An installed copy lies in site-packages, where nothing should be written.
-    return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
+    return (places.checkout() or Path.cwd()) / "runs"
 
 
 def require_bitsandbytes(what):

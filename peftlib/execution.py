@@ -13,14 +13,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlib import executed
+from peftlib import executed, places
 from peftlib.errors import Stopped, StudyError
 from peftlib.hub_token import without_tokens
 from peftlib.notebook import FINISHED, STOPPED, readable_path, state_hash
 from peftlib.papermill_child import CELL_EVENT, DEAD_KERNEL, end_tree
 from peftlib.study import Study
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 FAILED = "failed"
 EXIT_FAILED, EXIT_STOPPED = 1, 3
 LINE_LIMIT = 200  # characters relayed of a line: a table of answers is for the executed copy
@@ -229,7 +228,7 @@ def environment(kernel_folder=None):
     env = dict(os.environ, PEFTLIB_HEADLESS="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
     env |= dict.fromkeys(("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
     env.pop("MPLBACKEND", None)  # a file-only backend would leave the copies without figures
-    for name, folder in (("PYTHONPATH", CHECKOUT), ("JUPYTER_PATH", kernel_folder)):
+    for name, folder in (("PYTHONPATH", places.checkout()), ("JUPYTER_PATH", kernel_folder)):
         if folder:
             env[name] = os.pathsep.join([str(folder), *filter(None, [env.get(name)])])
     return env

@@ -7,8 +7,9 @@ from pathlib import Path
 from peftlib import methods
 from peftlib.cards import SHAPES, card_of_device
 from peftlib.flops import flops_per_token
+from peftlib.places import shipped
 
-MEASURED = Path(__file__).resolve().parent.parent / "results" / "bench" / "methods.json"
+MEASURED = shipped("results/bench/methods.json")
 _MEASURED_MODEL = "gemma-3-1b"  # tests/bench/methods.py makes this shape
 _SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling, a slower host
 _SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was measured at all

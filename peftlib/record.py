@@ -1,12 +1,13 @@
 """One JSON a run: what was asked, what ran it, what came out. An unknown is null."""
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-from peftlib import identity
+from peftlib import identity, places
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
 
@@ -135,8 +136,12 @@ def versions():
 def git_state(folder=_PACKAGE):
     """{'commit', 'is_dirty'} of the checkout that a package runs from; None each where there is no git.
 
-    is_dirty: the package differs from the commit; data and results that lie around it do not count.
+    is_dirty: the package differs from the commit; data and results that lie around it do not count. A copy that pip
+    installed from the repository's address has the commit that pip noted.
     """
+    if folder == _PACKAGE and places.checkout() is None:
+        noted = importlib.metadata.distribution("peftlib").read_text("direct_url.json")
+        return {"commit": json.loads(noted or "{}").get("vcs_info", {}).get("commit_id"), "is_dirty": None}
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return {

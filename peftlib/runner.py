@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from peftlib import executed
+from peftlib import executed, places
 from peftlib.config import resolve
 from peftlib.env import output_root
 from peftlib.errors import ConfigError
-from peftlib.execution import CHECKOUT, Execution, Stage, environment
+from peftlib.execution import Execution, Stage, environment
 from peftlib.lock import StudyLock
 from peftlib.mirror import bring
 from peftlib.notebook import FINISHED, NOTEBOOKS, literals, readable_path
@@ -29,7 +29,7 @@ def plan(wanted, overrides, notebooks_dir=None):
     wanted: numbers or names, none for all. overrides: {field: value}, 'profile' included.
     ConfigError: unknown notebook, field or value. StudyError: a study folder made with another config.
     """
-    folder = Path(notebooks_dir) if notebooks_dir else CHECKOUT / "notebooks"
+    folder = Path(notebooks_dir) if notebooks_dir else places.shipped("notebooks")
     found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
         raise ConfigError(f"no notebooks in {folder}: give their folder by --notebooks")

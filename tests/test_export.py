@@ -15,6 +15,7 @@ from peftlib.evaluate import evaluate
 from peftlib.export import Preview, export
 from peftlib.export_targets import target_of
 from peftlib.files import read_json, write_json
+from peftlib.hosted import TORCHAO_MIN
 from peftlib.model_card_scores import scores_of
 from peftlib.packaged import PROVENANCE
 from peftlib.study import Study
@@ -30,6 +31,7 @@ def test_the_adapters_card_loads_the_model_that_was_scored(finished, tiny_model,
     torch.testing.assert_close(logits(names["model"]), logits(ours), atol=1e-4, rtol=0)
     assert names["made"].shape[1] > names["inputs"]["input_ids"].shape[1] and printed.endswith("\n")
     assert names["stops"].eos_token_id == [1, 106]
+    assert f'pip install -U "torchao>={TORCHAO_MIN}"' in made.card, "else the code fails on Colab as it comes"
 
 
 def test_the_hybrids_adapter_without_its_attention_is_another_model(finished, tiny_model, tmp_path):

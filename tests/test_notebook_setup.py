@@ -192,18 +192,18 @@ def test_in_a_live_kernel_an_edited_parameters_cell_wins_and_errors_are_short(st
     try:
         assert _said(client, "from peftlib.notebook import setup, headless; print(headless())") == ("ok", "False\n")
         _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"\nlora_rank = 8')
-        status, said = _said(client, 'study = setup("02_qlora")')
+        status, said = _said(client, 'study = setup("01_data")')
         assert status == "ok" and "lora_rank: 16 -> 8" in said
         _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"\nlora_rank = 4')
-        _, said = _said(client, 'study = setup("02_qlora")')
+        _, said = _said(client, 'study = setup("01_data")')
         assert "lora_rank: 16 -> 4" in said
         _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"')
-        _, said = _said(client, 'study = setup("02_qlora")')
+        _, said = _said(client, 'study = setup("01_data")')
         assert "changed    nothing, all as in the profile" in said
-        status, said = _said(client, 'study = setup("02_qlora", drive=True)')
+        status, said = _said(client, 'study = setup("01_data", drive=True)')
         assert status == "error" and said.endswith("but only Colab can mount it")
         _said(client, "# Parameters\nlora_rank = 0")
-        status, said = _said(client, 'study = setup("02_qlora")')
+        status, said = _said(client, 'study = setup("01_data")')
         assert status == "error"
         assert said == "ConfigError: lora_rank=0 is out of range: use 1 or more (columns of each adapter)"
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import TINY
+from IPython.core.inputtransformer2 import TransformerManager
 
 from peftlib import __main__ as command_line
 from peftlib import badges, executed, notebook
@@ -54,7 +55,16 @@ def test_it_is_a_valid_notebook_of_the_plain_python_kernel(name):
     made = nbformat.read(PATHS[name], as_version=4)
     nbformat.validate(made)
     assert made.metadata.kernelspec.name == "python3"
-    assert set(made.metadata) <= {"kernelspec", "language_info", "accelerator", "colab"}
+    assert set(made.metadata) == {"kernelspec", "language_info", "accelerator", "colab", "kaggle"}
+
+
+def test_the_badges_open_a_machine_with_a_t4(name):
+    metadata = executed.load(PATHS[name])["metadata"]
+    assert metadata["accelerator"] == "GPU" and metadata["colab"] == {"gpuType": "T4", "provenance": []}
+    kaggle = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}
+    assert metadata["kaggle"] == kaggle
+    assert list(metadata) == sorted(metadata), "as Jupyter writes it"
+    assert badges.badge(name).endswith("&accelerator=nvidiaTeslaT4)")
 
 
 def test_it_holds_no_results(cells):
@@ -82,7 +92,9 @@ def test_every_code_cell_parses_is_short_and_is_announced(cells):
         source = executed.source_of(cell)
         assert before is not None and before["cell_type"] == "markdown", f"no text before: {source[:60]}"
         lengths.append(sum(bool(line.strip()) for line in source.splitlines()))
-        ast.parse(source)
+        ast.parse(
+            TransformerManager().transform_cell(source)
+        )  # of IPython's own lines there is only the install cell's
     assert max(lengths) <= 25
     assert statistics.median(lengths) <= 8
 
@@ -98,10 +110,10 @@ def test_badge_and_install_cell_hold_the_one_address(name, cells):
     assert [s for s in code_of(cells) if is_install(s)] == [badges.install_cell()], "run make badges"
     for opener in (
         "https://colab.research.google.com/github/",
-        "https://kaggle.com/kernels/welcome?src=https://github.com/",
+        "https://kaggle.com/notebooks/welcome?src=https://github.com/",
     ):
         assert re.search(
-            rf"\({re.escape(opener)}[\w.-]+/[\w.-]+/blob/main/notebooks/{name}\.ipynb\)", badges.badge(name)
+            rf"\({re.escape(opener)}[\w.-]+/[\w.-]+/blob/main/notebooks/{name}\.ipynb[)&]", badges.badge(name)
         )
 
 
