@@ -29,9 +29,9 @@ def as_on_a_gpu(monkeypatch):
     real = TrainingRun._start
 
     def start(self):
-        from peftlib import train
+        from peftlib import saving
 
-        monkeypatch.setattr(train, "Saver", lambda *a, **k: train_saver(*a, **{**k, "is_background": True}))
+        monkeypatch.setattr(saving, "Saver", lambda *a, **k: train_saver(*a, **{**k, "is_background": True}))
         real(self)
 
     from peftlib.saving import Saver as train_saver
