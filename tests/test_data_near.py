@@ -113,3 +113,21 @@ def test_a_forgotten_word_cache_changes_nothing(monkeypatch):
 def test_prompts_are_compared_without_case_space_and_width(other):
     assert near.prompt_sha256(["Hello world"]) == near.prompt_sha256([other])
     assert near.prompt_sha256(["Hello world"]) != near.prompt_sha256(["Hello, world"])
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Define the word 'serendipity.'", "Define the word 'serendipity'."),
+        ('Who said "Eureka?"', 'who said "Eureka"?'),
+        ("Who said “Eureka?”", 'who said "Eureka?"'),
+        ("Explain 'so,' and 'then.'", "Explain ‘so’, and ‘then’."),
+    ],
+)
+def test_prompts_are_compared_without_the_kind_of_quotes_and_their_order_with_stops(one, other):
+    assert near.prompt_sha256([one]) == near.prompt_sha256([other])
+
+
+def test_prompts_with_other_quotes_or_stops_are_others():
+    texts = ["say 'so'.", "say so.", "say 'so'", "say 'so'!", "say 's'o.", "say 'so' ."]
+    assert len({near.prompt_sha256([text]) for text in texts}) == len(texts)

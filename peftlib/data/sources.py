@@ -1,10 +1,12 @@
 """Where rows come from: the hub at pinned revisions, the bundled sample, or the user's own files."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftlib.data.convert import FIELDS_READ
 from peftlib.data.hub import HUB, hub_rows
 from peftlib.data.reading import kind_of, read_rows
 from peftlib.errors import ConfigError
@@ -39,16 +41,17 @@ class Source:
 
     def rows(self, stream):
         """Yields (row number, row or reading.Broken) of a stream. DataError: it cannot be read."""
-        return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream])
+        return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream], FIELDS_READ)
 
     def label(self, stream):
         """The stream in words."""
         if self.where == "hub":
             return HUB[self.name].label(stream)
-        return f"the bundled sample {self.paths[stream].name}" if self.where == "sample" else str(self.paths[stream])
+        name = self.paths[stream].name if self.where == "sample" else self.paths[stream]
+        return f"the bundled sample {name}" if self.where == "sample" else _encodable(name)
 
     def _public_label(self, stream):
-        return self.paths[stream].name if self.where == "file" else self.label(stream)
+        return _encodable(self.paths[stream].name) if self.where == "file" else self.label(stream)
 
     def identity(self):
         """What makes its rows what they are: the hub's revision, or each file's SHA-256."""
@@ -96,6 +99,11 @@ def _source(name, where):
     if len(files) > 2 or not all(piece.strip() for piece in where.split(",")):
         raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
     return Source(name, "file", dict(zip(("main", "test"), files, strict=False)))
+
+
+def _encodable(path):
+    """A path as text that any file can hold: bytes of its name that are not UTF-8 as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _file_sha256(path):
