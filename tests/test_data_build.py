@@ -560,6 +560,36 @@ def test_a_source_without_any_known_schema_names_fields_and_schemas(cfg_of, tmp_
         data.build_data(cfg_of(f"alpaca={path}"), tmp_path / "data", quiet)
 
 
+TABLE = [{"instruction": f"ask {i}", "output": f"say {i}"} for i in range(3)]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("pairs.jsonl", json.dumps(PAIR), r"fields 'prompt', 'chosen', 'rejected'.*preference pairs.*as for DPO.*chosen answer"),
+        ("comma.jsonl", ",\n".join(map(json.dumps, [PAIR, PAIR, {}])), r"2 not_json: not JSON.*without a comma behind it.*row 1: Extra data"),
+        ("array.jsonl", json.dumps(TABLE), r"A row is a list: give one array of objects, in a file named .json"),
+        ("pretty.jsonl", json.dumps(TABLE, indent=1), r"an array goes into a file named .json"),
+        ("wrapped.json", json.dumps({"data": TABLE}), r"fields 'data'.*give that list alone"),
+        ("nested.json", json.dumps([TABLE]), r"A row is a list"),
+        ("texts.json", json.dumps(["a", "b"]), r"A row is an object of named fields"),
+        ("semicolons.csv", "instruction;output\na;b\n", r"commas part the columns"),
+        ("capitals.csv", "Instruction, output\na,b\n", r"Names of fields are lower case, without spaces"),
+        ("latin.csv", "instruction,output\ncaf\udce9,b\n", r"1 not_utf8: bytes that are not UTF-8: save the file as UTF-8.*row 1: line 2"),
+    ],
+)  # fmt: skip
+def test_files_of_no_known_schema_come_with_advice(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    [source] = parse_sources(f"mine={path}")
+    stream = candidates.Stream(
+        source, "main", candidates.Tally(quiet), seed=0, limits=candidates.Limits(rows=10, chars=100)
+    )
+    with pytest.raises(DataError, match=rf"{name}: none of its first \d+ rows is of a known schema .*{message}"):
+        list(stream.batches())
+
+
 def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
     said = []
     data.build_data(cfg_of(sources_text(two_files)), tmp_path / "data", said.append)
@@ -580,6 +610,7 @@ def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
         ("mine=hub", "mine=hub, but hub has only alpaca, tulu, ultrachat"),
         ("alpaca=a.jsonl,b.jsonl,c.jsonl", "is not FILE or FILE,TESTFILE"),
         ("alpaca=a.jsonl,", "is not FILE or FILE,TESTFILE"),
+        ("alpaca=~nobody-here/a.jsonl", "give the whole path"),
     ],
 )
 def test_malformed_sources_are_refused(text, message):

@@ -228,6 +228,7 @@ def test_rejected_rows_name_their_field(row, reason, field):
         ({**ALPACA, "id": 3, "source": "web", "text": "a b", "score": 0.5, "meta": {"x": 1}, "__index_level_0__": 0}, ()),
         ({**ALPACA, "context": "c", "explanation": " ", "rationale": None}, ("context",)),
         ({**ALPACA, "label": False}, ("label",)),
+        ({**ALPACA, "column 1": "17", "rating": "0.5", "weight": "0.5"}, ("weight",)),
         ({"prompt": "a", "prompt_id": "1", **chat(("user", "a "), ("assistant", "b"))}, ()),
         ({"prompt": "other", **chat(("user", "a"), ("assistant", "b"))}, ("prompt",)),
         ({**ALPACA, **chat(("user", "a"), ("assistant", "b"))}, ("instruction", "output")),

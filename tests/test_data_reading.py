@@ -8,7 +8,7 @@ import json
 import pytest
 
 from peftlib.data import reading
-from peftlib.data.fields import UNREAD
+from peftlib.data.fields import Unread
 from peftlib.data.reading import Broken, read_rows
 from peftlib.errors import DataError
 
@@ -209,8 +209,8 @@ def test_parquet_columns_that_are_not_wanted_are_not_read(tmp_path):
     path = dated_parquet(tmp_path / "rows.parquet")
     rows = [row for _, row in read_rows(path, ("instruction", "output"))]
     assert rows == [
-        {"instruction": "a", "output": "c", "notes": UNREAD},
-        {"instruction": "b", "output": "d", "notes": UNREAD},
+        {"instruction": "a", "output": "c", "notes": Unread(), "n": Unread(True), "seen": Unread(True)},
+        {"instruction": "b", "output": "d", "notes": Unread(), "n": Unread(True), "seen": Unread(True)},
     ]
 
 
@@ -221,9 +221,33 @@ def test_a_parquet_value_that_cannot_be_read_costs_its_row(tmp_path):
 
 def test_a_parquet_file_without_a_wanted_column_still_names_its_fields(tmp_path):
     path = dated_parquet(tmp_path / "rows.parquet")
-    assert [row for _, row in read_rows(path, ("messages",))] == [
-        {"instruction": UNREAD, "output": UNREAD, "notes": UNREAD}
-    ] * 2
+    rows = [row for _, row in read_rows(path, ("messages",))]
+    assert len(rows) == 2 and list(rows[0]) == ["instruction", "output", "notes", "n", "seen"]
+
+
+def test_times_inside_of_a_turn_or_in_place_of_an_id_are_not_read(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    turn = pyarrow.struct([("role", pyarrow.string()), ("at", pyarrow.timestamp("us")), ("content", pyarrow.string())])
+    messages = pyarrow.array([[{"role": "user", "at": 2**60, "content": "a"}]], pyarrow.list_(turn))
+    table = pyarrow.table({"id": pyarrow.array([2**60], pyarrow.timestamp("us")), "messages": messages})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    [row] = [row for _, row in read_rows(tmp_path / "rows.parquet", ("id", "messages"))]
+    assert row == {"messages": [{"role": "user", "content": "a"}], "id": Unread(True)}
+
+
+def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.jsonl", as_bytes("jsonl"))
+    with pytest.raises(DataError, match="cannot be read .*too long.*check the path"):
+        rows_of(tmp_path / f"{'x' * 300}.jsonl")
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(DataError, match="rows.jsonl cannot be read .*Permission denied.*who may read it"):
+        rows_of(path)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])

@@ -9,7 +9,7 @@ from peftlib import chat
 from peftlib.data import card, near
 from peftlib.data.candidates import Limits, Stream, Tally
 from peftlib.data.outcomes import NOTES, REASONS
-from peftlib.data.shortage import in_proportion, refuse, refuse_empty, short_line, short_of
+from peftlib.data.shortage import in_proportion, refuse, refuse_empty, refuse_useless, short_line, short_of
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
@@ -66,6 +66,7 @@ def _chosen(cfg, sources, wanted, log):
         chosen = choose(queues, limits)
         counts = {split: {source.name: _count(chosen[split], source.name) for source in sources} for split in SPLITS}
         short = short_of(counts, wanted)
+        refuse_useless(counts, sources, tallies)
         if short and not cfg.allow_short:
             refuse(short, sources, tallies)
         ran_out = [places for places in _ran_out(queues, counts, wanted) if places not in shared_out]

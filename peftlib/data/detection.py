@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from peftlib.data.convert import SCHEMAS, detect, is_preference_pair
-from peftlib.data.outcomes import Broken
+from peftlib.data.outcomes import REASONS, Broken
 from peftlib.errors import DataError
 
 
@@ -29,7 +29,7 @@ def schema_of(numbered, label):
 def _seen(rows):
     fields = next((f"fields {', '.join(map(ascii, row))[:200]}" for row in rows if isinstance(row, dict)), "no fields")
     reasons = Counter(row.reason for row in rows if isinstance(row, Broken))
-    return fields + "".join(f", {n} {reason}" for reason, n in reasons.items())
+    return fields + "".join(f"; {n} {reason}: {REASONS[reason]}" for reason, n in reasons.items())
 
 
 def _broken(numbered):
@@ -46,6 +46,12 @@ def _is_one_column(row):
     return isinstance(row, dict) and len(row) == 1 and re.search(r"[;\t|]", str(*row)) is not None
 
 
+def _is_nearly_named(row):
+    return (
+        isinstance(row, dict) and detect({str(name).strip().lower(): value for name, value in row.items()}) is not None
+    )
+
+
 def _is_no_json(row):
     return isinstance(row, Broken) and row.reason == "not_json"
 
@@ -58,7 +64,9 @@ _ADVICE = (
 with the chosen answer""",
     ),
     (_is_wrapped, "A field holds a list of objects: if these are the rows, give that list alone"),
+    (_is_nearly_named, "Names of fields are lower case, without spaces around them"),
     (lambda row: isinstance(row, list), "A row is a list: give one array of objects, in a file named .json"),
+    (lambda row: row is None or isinstance(row, (str, int, float)), "A row is an object of named fields"),
     (_is_one_column, "The header holds no comma: commas part the columns of a CSV file"),
     (
         _is_no_json,

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import dataclass
 
 # Names that say where a row comes from or what it is about, and 'text', the usual name of a rendering of the turns.
 _ABOUT = re.compile(
@@ -10,17 +11,18 @@ _ABOUT = re.compile(
     r"|author|user|version)|text|__index_level_\d+__|unnamed: \d+",
     re.IGNORECASE,
 )
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
 NUMBERS_THAT_MATTER = ("label", "labels", "weight", "weights", "train", "mask", "kto_tag")
 
 
+@dataclass(frozen=True)
 class Unread:
-    """Stands for a value of a Parquet column that was not read."""
+    """Stands for a value of a Parquet column that was not read. is_number: a number, or a time."""
+
+    is_number: bool = False
 
     def __repr__(self):
         return "(not read)"
-
-
-UNREAD = Unread()
 
 
 def is_missing(value):
@@ -45,6 +47,12 @@ def ignored_fields(row, used):
 
 
 def _could_matter(name, value):
-    if isinstance(value, (bool, int, float)):
+    if _is_number(value):
         return name.lower() in NUMBERS_THAT_MATTER
     return not _ABOUT.fullmatch(name)
+
+
+def _is_number(value):
+    if isinstance(value, str):  # all values of a CSV file are texts
+        return _NUMBER.fullmatch(value.strip()) is not None
+    return isinstance(value, (bool, int, float)) or (isinstance(value, Unread) and value.is_number)

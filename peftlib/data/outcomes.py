@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 REASONS = {
-    "not_utf8": "bytes that are not UTF-8",
+    "not_utf8": "bytes that are not UTF-8: save the file as UTF-8",
     "not_json": "not JSON, or nested too deeply to be read",
     "too_large": "a single row of more bytes than one row may have",
     "ragged_row": "a CSV row with more or fewer fields than the header",

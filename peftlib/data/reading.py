@@ -40,8 +40,7 @@ _OTHER_CONTENT = {
 def read_rows(path, fields=None):
     """Yields (row number from 1, row or Broken) of a file.
 
-    fields: names of those whose values are wanted, None for all; others may come as UNREAD, or not at all where they are
-    numbers or times. DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
+    fields: names of those whose values are wanted, None for all; others may come as Unread. DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
     """
     path = Path(path)
     kind, is_gzip = kind_of(path)
@@ -66,6 +65,13 @@ def read_rows(path, fields=None):
 
 def kind_of(path):
     """(kind of file by its name, whether it is gzip by its content). DataError: missing, a folder, empty, unknown."""
+    try:
+        return _kind_of(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): check the path and who may read it") from None
+
+
+def _kind_of(path):
     if path.is_dir():
         raise DataError(f"{path} is a folder: name one file in it ({', '.join(_KINDS)}, each plain or .gz)")
     if not path.exists():
@@ -109,8 +115,8 @@ def _parsed_line(line):
         return Broken("not_utf8", _excerpt(line))
     except RepeatedField as error:
         return Broken("repeated_field", f"{error}: {_excerpt(line)}")
-    except (ValueError, RecursionError):
-        return Broken("not_json", _excerpt(line))
+    except (ValueError, RecursionError) as error:
+        return Broken("not_json", f"{error}: {_excerpt(line)}")
 
 
 def _excerpt(line):

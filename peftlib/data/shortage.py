@@ -53,12 +53,16 @@ def refuse(short, sources, tallies):
     raise DataError(f"too few rows. {'; '.join(lines)}. Ask for fewer rows, add data, or set allow_short = True")
 
 
-def refuse_empty(counts, sources, tallies):
-    """DataError: a source gives no row, or a split has none. counts: {split: {source: rows}} of splits asked for."""
+def refuse_useless(counts, sources, tallies):
+    """DataError: a source gives no row. counts: {split: {source: rows}}."""
     for source in sources:
         if not any(found[source.name] for found in counts.values()):
             found = _found(source, tallies[source.name])
             raise DataError(f"no row can be used. {found}. Give other data, or leave the source out")
+
+
+def refuse_empty(counts, sources, tallies):
+    """DataError: a split has no row. counts: {split: {source: rows}} of the splits that were asked for."""
     empty = sorted(split for split, found in counts.items() if not sum(found.values()))
     if empty:
         n_rows = sum(sum(found.values()) for found in counts.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 from peftlib.data.convert import FIELDS_READ
 from peftlib.data.hub import HUB, hub_rows
 from peftlib.data.reading import kind_of, read_rows
-from peftlib.errors import ConfigError
+from peftlib.errors import ConfigError, DataError
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 _SAMPLE_LICENSE = "Apache-2.0 (written for this project)"
@@ -54,10 +54,15 @@ class Source:
         return _encodable(self.paths[stream].name) if self.where == "file" else self.label(stream)
 
     def identity(self):
-        """What makes its rows what they are: the hub's revision, or each file's SHA-256."""
+        """What makes its rows what they are: the hub's revision, or each file's SHA-256. DataError: it cannot be read."""
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
-        return {"sha256": {stream: _file_sha256(path) for stream, path in self.paths.items()}}
+        try:
+            return {"sha256": {stream: _file_sha256(path) for stream, path in self.paths.items()}}
+        except OSError as error:
+            raise DataError(
+                f"a file of {self.name} cannot be read ({error}): check the path and who may read it"
+            ) from None
 
     def provenance(self):
         """What the manifest and the card say of it, JSON values."""
@@ -95,7 +100,10 @@ def _source(name, where):
         if name not in HUB:
             raise ConfigError(f"sources: {name}={where}, but {where} has only {', '.join(HUB)}: give a file")
         return Source(name, where, {"main": SAMPLE / f"{name}.jsonl"} if where == "sample" else {})
-    files = [Path(piece.strip()).expanduser() for piece in where.split(",")]
+    try:
+        files = [Path(piece.strip()).expanduser() for piece in where.split(",")]
+    except RuntimeError as error:  # ~name of nobody here
+        raise ConfigError(f"sources: {name}={where!r}: {error}: give the whole path") from None
     if len(files) > 2 or not all(piece.strip() for piece in where.split(",")):
         raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
     return Source(name, "file", dict(zip(("main", "test"), files, strict=False)))

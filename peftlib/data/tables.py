@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 
-from peftlib.data.fields import UNREAD
+from peftlib.data.fields import Unread
 from peftlib.data.outcomes import Broken
 from peftlib.errors import DataError
 
@@ -73,26 +73,33 @@ def parquet_rows(stream, path, fields):
             opened = parquet.ParquetFile(stream)
             schema = opened.schema_arrow
             _refuse_repeated(schema.names, path)
-            wanted = [name for name in schema.names if fields is None or name in fields]
-            others = {f.name: UNREAD for f in schema if f.name not in wanted and _may_hold_text(f.type)}
-            for batch in opened.iter_batches(batch_size=256, columns=None if fields is None else wanted):
+            wanted = None if fields is None else _leaves(opened.schema, fields)
+            read = schema.names if fields is None else {leaf.partition(".")[0] for leaf in wanted}
+            others = {field.name: Unread(_is_number(field.type)) for field in schema if field.name not in read}
+            for batch in opened.iter_batches(batch_size=256, columns=wanted):
                 for i in range(batch.num_rows):
                     yield _parquet_row(batch, i, others)
         except pyarrow.ArrowException as error:
             raise DataError(f"{path} is no whole Parquet file ({error}): {WAY_OUT}") from None
 
 
-def _may_hold_text(kind):
+def _leaves(schema, fields):
+    """Paths of what is wanted of a Parquet file; times are not, also inside of a turn, as Python cannot hold them all."""
+    columns = [schema.column(i) for i in range(len(schema))]
+    return [
+        column.path
+        for column in columns
+        if column.path.partition(".")[0] in fields
+        and column.logical_type.type not in ("TIMESTAMP", "DATE", "TIME")
+        and column.physical_type != "INT96"
+    ]
+
+
+def _is_number(kind):
     from pyarrow import types
 
-    return not (
-        types.is_null(kind)
-        or types.is_boolean(kind)
-        or types.is_integer(kind)
-        or types.is_floating(kind)
-        or types.is_decimal(kind)
-        or types.is_temporal(kind)
-    )
+    tests = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal, types.is_temporal)
+    return any(is_so(kind) for is_so in tests)
 
 
 def _parquet_row(batch, i, others):
