@@ -141,9 +141,10 @@ def _conversation(turns, notes, field):
         if turn.role == "system":
             raise RowRejected("late_system", turn.where)
     turns = _exchanges(turns, notes, field)
-    if any(text != text.strip() for text in [*filter(str.strip, system), *(turn.text for turn in turns)]):
+    trimmed = [turn if turn.text == (text := turn.text.strip()) else turn._replace(text=text) for turn in turns]
+    if trimmed != turns or any(text != text.strip() for text in filter(str.strip, system)):
         notes.add("trimmed")
-    turns = [turn._replace(text=turn.text.strip()) for turn in turns]
+    turns = trimmed
     for turn in turns:
         if not turn.text:
             raise RowRejected("empty_turn", turn.where)

@@ -14,7 +14,8 @@ _TOOL_ROLES += ("ipython",)
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 _OTHER_PARTS = ("image_url", "input_audio", *MEDIA_FIELDS)
-_READ = {"role", "from", "content", "value", "weight", "name", *_TOOL_FIELDS, *MEDIA_FIELDS}
+_PLAIN = {"role", "from", "content", "value"}  # all that most turns have
+_READ = {*_PLAIN, "weight", "name", *_TOOL_FIELDS, *MEDIA_FIELDS}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -42,7 +43,8 @@ def read_turns(items, field, notes, ignored):
     for i, item in enumerate(items):
         where = f"{field}[{i}]"
         turns.append(_turn(item, where, notes))
-        ignored.update(f"{field}[].{name}" for name in ignored_fields(item, _READ))
+        if not item.keys() <= _PLAIN:
+            ignored.update(f"{field}[].{name}" for name in ignored_fields(item, _READ))
     return turns
 
 
@@ -68,30 +70,35 @@ def plain_text(value, field):
 def refuse_fields(row, names, reason, field=""):
     """RowRejected, for `reason`: one of the named fields holds something."""
     for name in names:
-        if not is_empty(row.get(name)):
+        if name in row and not is_empty(row[name]):
             raise RowRejected(reason, f"{field}.{name}" if field else name)
 
 
 def _turn(item, where, notes):
     if not isinstance(item, dict):
         raise RowRejected("wrong_type", where)
-    refuse_fields(item, _TOOL_FIELDS, "tool_use", where)
-    refuse_fields(item, MEDIA_FIELDS, "not_text_part", where)
-    role = _role(*_one_of(item, ("role", "from"), where))
-    content, place = _one_of(item, ("content", "value"), where)
+    is_plain = item.keys() <= _PLAIN
+    if not is_plain:
+        refuse_fields(item, _TOOL_FIELDS, "tool_use", where)
+        refuse_fields(item, MEDIA_FIELDS, "not_text_part", where)
+    role = _role(*_one_of(item, "role", "from", where))
+    content, place = _one_of(item, "content", "value", where)
+    text = _text(content, place, notes)
+    if is_plain:
+        return Turn(role, text, place)
     if not is_empty(item.get("name")):
         notes.add("dropped_name")
-    return Turn(
-        role, _text(content, place, notes), place, _is_scored(item.get("weight"), role, f"{where}.weight", notes)
-    )
+    return Turn(role, text, place, _is_scored(item.get("weight"), role, f"{where}.weight", notes))
 
 
-def _one_of(item, names, where):
+def _one_of(item, name, other, where):
     """(value, its place) of the one of two fields that holds something."""
-    given = [name for name in names if item.get(name) is not None] or [names[0]]
-    if len(given) == 2 and item[given[0]] != item[given[1]]:
-        raise RowRejected("ambiguous_turn", f"{where}.{given[0]} and .{given[1]}")
-    return item.get(given[0]), f"{where}.{given[0]}"
+    value, other_value = item.get(name), item.get(other)
+    if other_value is None:
+        return value, f"{where}.{name}"
+    if value is None or value == other_value:
+        return other_value, f"{where}.{other}"
+    raise RowRejected("ambiguous_turn", f"{where}.{name} and .{other}")
 
 
 def _role(value, where):
