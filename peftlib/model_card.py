@@ -123,7 +123,8 @@ def _what_lines(record, form):
         )
     if record.get("forked_from"):
         yield ""
-        yield f"Training started from the weights that another study had reached ({markdown_text(str(record['forked_from']))})."
+        study = markdown_text(str(record["forked_from"]))
+        yield f"Training started from the weights that another study had reached ({study})."
 
 
 def _data_lines(manifest):

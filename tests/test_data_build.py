@@ -567,8 +567,16 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("pairs.jsonl", json.dumps(PAIR), r"fields 'prompt', 'chosen', 'rejected'.*preference pairs.*as for DPO.*chosen answer"),
-        ("comma.jsonl", ",\n".join(map(json.dumps, [PAIR, PAIR, {}])), r"2 not_json: not JSON.*without a comma behind it.*row 1: Extra data"),
+        (
+            "pairs.jsonl",
+            json.dumps(PAIR),
+            r"fields 'prompt', 'chosen', 'rejected'.*preference pairs.*as for DPO.*chosen answer",
+        ),
+        (
+            "comma.jsonl",
+            ",\n".join(map(json.dumps, [PAIR, PAIR, {}])),
+            r"2 not_json: not JSON.*without a comma behind it.*row 1: Extra data",
+        ),
         ("array.jsonl", json.dumps(TABLE), r"A row is a list: give one array of objects, in a file named .json"),
         ("pretty.jsonl", json.dumps(TABLE, indent=1), r"an array goes into a file named .json"),
         ("wrapped.json", json.dumps({"data": TABLE}), r"fields 'data'.*give that list alone"),
@@ -576,9 +584,13 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("texts.json", json.dumps(["a", "b"]), r"A row is an object of named fields"),
         ("semicolons.csv", "instruction;output\na;b\n", r"commas part the columns"),
         ("capitals.csv", "Instruction, output\na,b\n", r"Names of fields are lower case, without spaces"),
-        ("latin.csv", "instruction,output\ncaf\udce9,b\n", r"1 not_utf8: bytes that are not UTF-8: save the file as UTF-8.*row 1: line 2"),
+        (
+            "latin.csv",
+            "instruction,output\ncaf\udce9,b\n",
+            r"1 not_utf8: bytes that are not UTF-8: save the file as UTF-8.*row 1: line 2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_of_no_known_schema_come_with_advice(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content.encode(errors="surrogateescape"))

@@ -148,21 +148,49 @@ def test_a_field_that_is_needed_may_not_be_null(field, missing):
         ({**ALPACA, "system_prompt": "s "}, ["s\n\na", "b"], {"folded_system", "trimmed"}),
         ({**ALPACA, "input": " "}, ["a", "b"], {"trimmed"}),
         ({**ALPACA, "history": [["q", "r"]]}, ["q", "r", "a", "b"], {"used_history"}),
-        ({**ALPACA, "history": '[["q", "r"]]', "system": "s"}, ["s\n\nq", "r", "a", "b"], {"used_history", "folded_system"}),
+        (
+            {**ALPACA, "history": '[["q", "r"]]', "system": "s"},
+            ["s\n\nq", "r", "a", "b"],
+            {"used_history", "folded_system"},
+        ),
         ({**ALPACA, "history": []}, ["a", "b"], set()),
         ({**ALPACA, "history": "[]"}, ["a", "b"], set()),
-        ({"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["s\n\na", "b"], {"folded_system"}),
-        ({"system": "s", **chat(("system", "t"), ("user", "a"), ("assistant", "b"))}, ["s\n\nt\n\na", "b"], {"folded_system"}),
-        ({"system": "s", **chat(("system", "s"), ("user", "a"), ("assistant", "b"))}, ["s\n\na", "b"], {"folded_system", "dropped_repeated_system"}),
+        (
+            {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            ["s\n\na", "b"],
+            {"folded_system"},
+        ),
+        (
+            {"system": "s", **chat(("system", "t"), ("user", "a"), ("assistant", "b"))},
+            ["s\n\nt\n\na", "b"],
+            {"folded_system"},
+        ),
+        (
+            {"system": "s", **chat(("system", "s"), ("user", "a"), ("assistant", "b"))},
+            ["s\n\na", "b"],
+            {"folded_system", "dropped_repeated_system"},
+        ),
         (chat(("developer", "s "), ("user", "a"), ("ai", "b")), ["s\n\na", "b"], {"folded_system", "trimmed"}),
         (chat(("user", PARTS), ("assistant", PARTS[:1])), ["one\ntwo", "one"], {"joined_parts"}),
-        ({"messages": [turn("user", "a", name="Ann"), turn("assistant", "b", name=None)]}, ["a", "b"], {"dropped_name"}),
-        ({"messages": [turn("user", "a", weight=1), turn("assistant", "b", weight=1)]}, ["a", "b"], {"weight_without_effect"}),
+        (
+            {"messages": [turn("user", "a", name="Ann"), turn("assistant", "b", name=None)]},
+            ["a", "b"],
+            {"dropped_name"},
+        ),
+        (
+            {"messages": [turn("user", "a", weight=1), turn("assistant", "b", weight=1)]},
+            ["a", "b"],
+            {"weight_without_effect"},
+        ),
         ({"messages": [turn("user", "a", weight=0), turn("assistant", "b", weight=None)]}, ["a", "b"], set()),
-        ({"messages": [turn("user", "a", tool_calls=[], images=None), turn("assistant", "b", function_call=None)]}, ["a", "b"], set()),
+        (
+            {"messages": [turn("user", "a", tool_calls=[], images=None), turn("assistant", "b", function_call=None)]},
+            ["a", "b"],
+            set(),
+        ),
         ({**ALPACA, "messages": None}, ["a", "b"], set()),
     ],
-)  # fmt: skip
+)
 def test_fields_beside_the_usual_ones_are_used_and_counted(row, texts, notes):
     assert converted(row) == (texts, notes)
     assert notes <= NOTES.keys()
@@ -197,23 +225,55 @@ def test_answers_of_weight_0_are_context_and_what_follows_the_last_scored_one_is
         ({**ALPACA, "output": " "}, "empty_turn", "output"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference_pair", "chosen, rejected"),
         ({**ALPACA, "chosen": "b", "rejected": "c"}, "preference_pair", "chosen, rejected"),
-        (chat(("user", "a"), ("assistant", [{"type": "image_url", "image_url": {"url": "x"}}])), "not_text_part", "messages[1].content[0]"),
-        (chat(("user", [{"type": "text", "text": None}]), ("assistant", "b")), "not_text", "messages[0].content[0].text"),
+        (
+            chat(("user", "a"), ("assistant", [{"type": "image_url", "image_url": {"url": "x"}}])),
+            "not_text_part",
+            "messages[1].content[0]",
+        ),
+        (
+            chat(("user", [{"type": "text", "text": None}]), ("assistant", "b")),
+            "not_text",
+            "messages[0].content[0].text",
+        ),
         (chat(("user", []), ("assistant", "b")), "not_text", "messages[0].content"),
         (chat(("user", "a"), ("assistant", "")), "empty_turn", "messages[1].content"),
-        (chat(("user", "a"), ("assistant", "b"), ("system", "s"), ("assistant", "b")), "late_system", "messages[2].content"),
-        ({"messages": [turn("user", "a"), turn("assistant", None, tool_calls=[{"id": 1}])]}, "tool_use", "messages[1].tool_calls"),
-        ({"messages": [turn("user", "a"), turn("assistant", "b", function_call={"name": "f"})]}, "tool_use", "messages[1].function_call"),
-        ({"messages": [turn("user", "a"), turn("assistant", "b", audio={"id": 1})]}, "not_text_part", "messages[1].audio"),
-        ({"messages": [turn("user", "a", value="z"), turn("assistant", "b")]}, "ambiguous_turn", "messages[0].content and .value"),
+        (
+            chat(("user", "a"), ("assistant", "b"), ("system", "s"), ("assistant", "b")),
+            "late_system",
+            "messages[2].content",
+        ),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", None, tool_calls=[{"id": 1}])]},
+            "tool_use",
+            "messages[1].tool_calls",
+        ),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b", function_call={"name": "f"})]},
+            "tool_use",
+            "messages[1].function_call",
+        ),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b", audio={"id": 1})]},
+            "not_text_part",
+            "messages[1].audio",
+        ),
+        (
+            {"messages": [turn("user", "a", value="z"), turn("assistant", "b")]},
+            "ambiguous_turn",
+            "messages[0].content and .value",
+        ),
         ({"messages": [turn("user", "a"), turn("assistant", "b", weight=0.5)]}, "bad_weight", "messages[1].weight"),
         ({"messages": [turn("user", "a"), turn("assistant", "b", weight="0")]}, "bad_weight", "messages[1].weight"),
         ({"messages": [turn("user", "a", weight=2), turn("assistant", "b")]}, "bad_weight", "messages[0].weight"),
         ({"messages": [turn("user", "a"), turn("assistant", "b", weight=0)]}, "nothing_scored", "messages"),
-        ({"messages": [turn("user", "a"), turn("assistant", "b", weight=0), turn("assistant", "c")]}, "mixed_weights", "messages[2].content"),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b", weight=0), turn("assistant", "c")]},
+            "mixed_weights",
+            "messages[2].content",
+        ),
         ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "repeated_field", "messages: content"),
     ],
-)  # fmt: skip
+)
 def test_rejected_rows_name_their_field(row, reason, field):
     schema = "messages" if "messages" in row else "alpaca"
     with pytest.raises(RowRejected) as caught:
@@ -225,15 +285,21 @@ def test_rejected_rows_name_their_field(row, reason, field):
 @pytest.mark.parametrize(
     "row, ignored",
     [
-        ({**ALPACA, "id": 3, "source": "web", "text": "a b", "score": 0.5, "meta": {"x": 1}, "__index_level_0__": 0}, ()),
+        (
+            {**ALPACA, "id": 3, "source": "web", "text": "a b", "score": 0.5, "meta": {"x": 1}, "__index_level_0__": 0},
+            (),
+        ),
         ({**ALPACA, "context": "c", "explanation": " ", "rationale": None}, ("context",)),
         ({**ALPACA, "label": False}, ("label",)),
         ({**ALPACA, "column 1": "17", "rating": "0.5", "weight": "0.5"}, ("weight",)),
         ({"prompt": "a", "prompt_id": "1", **chat(("user", "a "), ("assistant", "b"))}, ()),
         ({"prompt": "other", **chat(("user", "a"), ("assistant", "b"))}, ("prompt",)),
         ({**ALPACA, **chat(("user", "a"), ("assistant", "b"))}, ("instruction", "output")),
-        ({"messages": [turn("user", "a"), turn("assistant", "b", reasoning_content="hm", id="x")]}, ("messages[].reasoning_content",)),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "b", reasoning_content="hm", id="x")]},
+            ("messages[].reasoning_content",),
+        ),
     ],
-)  # fmt: skip
+)
 def test_fields_that_are_not_used_and_could_matter_are_named(row, ignored):
     assert convert(row, detect(row)).ignored == ignored

@@ -38,8 +38,10 @@ class Candidate:
 
 @dataclass
 class Tally:
-    """What became of a source's rows. log: takes lines of text on how it goes. ignored: fields that were not read and may
-    mean something, with the number of rows that have them."""
+    """What became of a source's rows.
+
+    log: takes lines of text on how it goes. ignored: {field that was not used and may mean something: rows with it}.
+    """
 
     log: Callable = print
     read: int = 0

@@ -64,7 +64,8 @@ def _counts_line(name, manifest):
         ", ".join(f"{key} {n:,}" for key, n in manifest[column][name].items()) or "none"
         for column in ("rejected", "conversions")
     ]
-    return f"| {markdown_text(name)} | {manifest['read'][name]:,} | {cells[0]} | {cells[1]} | {manifest['unused'][name]:,} |"
+    read, unused = manifest["read"][name], manifest["unused"][name]
+    return f"| {markdown_text(name)} | {read:,} | {cells[0]} | {cells[1]} | {unused:,} |"
 
 
 def _ignored_line(name, found):
@@ -75,12 +76,12 @@ def _ignored_line(name, found):
 def _how(manifest):
     inputs, near = manifest["inputs"], manifest["near_duplicate"]
     chosen = (
-        f"Rows are taken in the order of a hash of their content and the split seed {inputs['split_seed']}. A test row's "
-        "scored reply is its last assistant turn, given the true history; training scores every assistant turn (but for "
-        "those given a weight of 0) and its end of turn. No test prompt (all that stands before the scored reply, white "
-        "space, case, kinds of quotes and their order with stops aside) is a "
-        f"prompt in train or valid, and no two rows share {near['jaccard_at_least']:.0%} or more (Jaccard) of their word "
-        f"{near['words_a_gram']}-grams. Conversations are cut after whole turns to {inputs['max_length']} tokens."
+        f"Rows are taken in the order of a hash of their content and the split seed {inputs['split_seed']}. A test "
+        "row's scored reply is its last assistant turn, given the true history; training scores every assistant turn "
+        "(but for those given a weight of 0) and its end of turn. No test prompt (all that stands before the scored "
+        "reply; white space, case, kinds of quotes and their order with stops aside) is a prompt in train or valid, and "
+        f"no two rows share {near['jaccard_at_least']:.0%} or more (Jaccard) of their word {near['words_a_gram']}-grams. "
+        f"Conversations are cut after whole turns to {inputs['max_length']} tokens."
     )
     encoded = (
         f"`input_ids` and `is_scored` are for the tokenizer.json with SHA-256 `{manifest['tokenizer_sha256']}` and Gemma "

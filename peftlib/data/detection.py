@@ -9,9 +9,9 @@ from peftlib.errors import DataError
 
 
 def schema_of(numbered, label):
-    """The key of SCHEMAS that most of these rows have. numbered: [(row number, row or Broken), ...] of what `label` names.
+    """The key of SCHEMAS that most of these rows have.
 
-    DataError: not one row is of a known schema.
+    numbered: [(row number, row or Broken), ...]. label: where they come from, in words. DataError: not one row is of a known schema.
     """
     found = Counter(filter(None, (detect(row) for _, row in numbered)))
     if found:

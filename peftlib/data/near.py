@@ -38,8 +38,10 @@ def normalised(texts):
 
 
 def prompt_sha256(texts):
-    """SHA-256 of the normalised text of a prompt's turns, in which also 'so.' and 'so'. are one, and so are all kinds of
-    quotes."""
+    """SHA-256 of the normalised text of a prompt's turns.
+
+    All kinds of quotes are one here, and so are 'this.' and 'this'. with the stop inside and outside of the quotes.
+    """
     text = normalised(texts).translate(_STRAIGHT_QUOTES)
     return hashlib.sha256(_QUOTES_AND_STOPS.sub(_quotes_first, text).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ REASONS = {
     "repeated_field": "a JSON object that names a field twice",
     "not_an_object": "a row that is not a set of named fields",
     "other_schema": "a row without the fields of its file's schema",
-    "preference_pair": "a preference pair (chosen, rejected), as for DPO: give messages that end with the chosen answer",
+    "preference_pair": "a preference pair (chosen, rejected), as for DPO: give messages that end on the chosen answer",
     "wrong_type": "turns that are not a list of role and text",
     "not_text": "a text that is a number, null, list or the like",
     "not_text_part": "an image, audio, file or other part that is not text",

@@ -40,7 +40,8 @@ _OTHER_CONTENT = {
 def read_rows(path, fields=None):
     """Yields (row number from 1, row or Broken) of a file.
 
-    fields: names of those whose values are wanted, None for all; others may come as Unread. DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
+    fields: names of those whose values are wanted, None for all; others may come as Unread.
+    DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
     """
     path = Path(path)
     kind, is_gzip = kind_of(path)

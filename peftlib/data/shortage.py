@@ -8,8 +8,10 @@ _SHOWN = 3  # reasons of which an error shows a row
 
 
 def in_proportion(n_rows, asked):
-    """{split: rows} of n_rows, shared out as `asked` ({split: rows}) is; each split that is asked for gets one at least,
-    test before train before valid where there are too few for that."""
+    """{split: rows}: n_rows shared out in the proportions of `asked`, {split: rows}.
+
+    Each split that is asked for gets one row at least; where there are too few for that, test comes first, then train.
+    """
     in_need = [split for split in _NEED if asked.get(split)]
     if n_rows <= len(in_need):
         return dict.fromkeys(asked, 0) | dict.fromkeys(in_need[:n_rows], 1)

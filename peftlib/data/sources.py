@@ -54,7 +54,10 @@ class Source:
         return _encodable(self.paths[stream].name) if self.where == "file" else self.label(stream)
 
     def identity(self):
-        """What makes its rows what they are: the hub's revision, or each file's SHA-256. DataError: it cannot be read."""
+        """What makes its rows what they are: the hub's revision, or each file's SHA-256.
+
+        DataError: a file cannot be read.
+        """
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
         try:

@@ -84,7 +84,10 @@ def parquet_rows(stream, path, fields):
 
 
 def _leaves(schema, fields):
-    """Paths of what is wanted of a Parquet file; times are not, also inside of a turn, as Python cannot hold them all."""
+    """Paths of the parts of a Parquet file's columns to read: of the named columns, all but times.
+
+    Python cannot hold every time, and no time decides what a row becomes, be it a column or a part of a turn.
+    """
     columns = [schema.column(i) for i in range(len(schema))]
     return [
         column.path

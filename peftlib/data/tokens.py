@@ -18,8 +18,8 @@ _COLUMNS = {"ids": "int32", "is_scored": "bool", "turn_ends": "int32"}
 
 @dataclass
 class Tokenized:
-    """ids: (T,) int32. is_scored: (T,) bool. turn_ends: ids up to and with each kept turn, the last of them scored; empty
-    where not even the first scored answer fits."""
+    """ids: (T,) int32. is_scored: (T,) bool. turn_ends: ids up to and with each kept turn, the last of
+    them scored; empty where not even the first scored answer fits."""
 
     ids: np.ndarray
     is_scored: np.ndarray
