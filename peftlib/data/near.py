@@ -38,12 +38,18 @@ def normalised(texts):
 
 
 def prompt_sha256(texts):
-    """SHA-256 of the normalised text of a prompt's turns.
+    """SHA-256 of the normalised text of a prompt's turns: it names a prompt in files, so it never changes."""
+    return hashlib.sha256(normalised(texts).encode()).hexdigest()
 
-    All kinds of quotes are one here, and so are 'this.' and 'this'. with the stop inside and outside of the quotes.
+
+def prompt_key(texts):
+    """Digest that is equal where the prompts of two rows are one, so that they may not stand in two splits.
+
+    Beside what `normalised` evens out, all kinds of quotes are one here, and so are 'this.' and 'this'. with the stop
+    inside and outside of the quotes.
     """
     text = normalised(texts).translate(_STRAIGHT_QUOTES)
-    return hashlib.sha256(_QUOTES_AND_STOPS.sub(_quotes_first, text).encode()).hexdigest()
+    return hashlib.sha256(_QUOTES_AND_STOPS.sub(_quotes_first, text).encode()).digest()
 
 
 def _quotes_first(found):

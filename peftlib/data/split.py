@@ -97,7 +97,7 @@ class Judge:
     def objection(self, row, split):
         """None, and the row has joined; or (reason, id of the row in the way)."""
         # Training scores every answer, so each turn's history is a prompt of the row; the last is its own.
-        prompts = [near.prompt_sha256(row.texts[:n]) for n in range(1, len(row.texts), 2)]
+        prompts = [near.prompt_key(row.texts[:n]) for n in range(1, len(row.texts), 2)]
         for where, other in (self._prompts[p] for p in prompts if p in self._prompts):
             if where != split:
                 return f"prompt_in_{where}", other
