@@ -40,7 +40,7 @@ class Config:
     valid_rows: int = _field(8, "data", "rows a source", low=0)
     test_rows: int = _field(16, "data", "rows a source", low=1)
     split_seed: int = _field(0, "data", "orders the candidates of each source", low=0)
-    allow_short: bool = _field(False, "data", "accept fewer rows than asked where a source runs out")
+    allow_short: bool = _field(False, "data", "share out a source that runs out in the proportions asked")
     max_length: int = _field(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
 
     epochs: int = _field(1, "math", "passes over the training rows", low=1)

@@ -4,6 +4,7 @@ import json
 
 from peftlib.config import PACKAGED_MODEL
 from peftlib.data.hub import HUB
+from peftlib.document import markdown_text
 from peftlib.files import read_json, write_text
 from peftlib.methods import find
 from peftlib.model_card_loading import loading_lines
@@ -53,7 +54,7 @@ def model_card(study, record, form, scores, *, quant=None, to=None):
         "Limits": _limit_lines(record),
         "Licence": _licence_lines(study.manifest()),
     }
-    lines = [f"# {data.model_name}", "", *_notice(study.manifest())]
+    lines = [f"# {markdown_text(data.model_name)}", "", *_notice(study.manifest())]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", *body]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
@@ -113,7 +114,7 @@ def _notice(manifest):
 def _what_lines(record, form):
     yield f"{_WHAT[form]} Method: {_METHODS[record['method']]}."
     yield ""
-    yield f"Base model: {public_model(record['model'])} ({record['model_provenance']})."
+    yield f"Base model: {markdown_text(public_model(record['model']))} ({record['model_provenance']})."
     if record["model_provenance"] == PROVENANCE:
         yield ""
         yield (
@@ -122,7 +123,8 @@ def _what_lines(record, form):
         )
     if record.get("forked_from"):
         yield ""
-        yield f"Training started from the weights that another study had reached ({record['forked_from']})."
+        study = markdown_text(str(record["forked_from"]))
+        yield f"Training started from the weights that another study had reached ({study})."
 
 
 def _data_lines(manifest):
@@ -130,13 +132,13 @@ def _data_lines(manifest):
     yield "|---|---|---|---|---|"
     counts = manifest["counts"]
     for name, facts in manifest["sources"].items():
-        where = "; ".join(facts["where"].values())
+        where = markdown_text("; ".join(facts["where"].values()))
         licence = _OWN_FILE if name in _own_files(manifest["sources"]) else facts["license"]
-        yield f"| {name} | {where} | {licence} | {counts['train'][name]:,} | {counts['test'][name]:,} |"
+        yield f"| {markdown_text(name)} | {where} | {licence} | {counts['train'][name]:,} | {counts['test'][name]:,} |"
     yield ""
     yield (
         f"Split `{manifest['split_hash']}`. No test prompt is a training prompt, and no two rows are near-duplicates; "
-        "every assistant turn of a training row was scored."
+        "every assistant turn of a training row was scored, but for those given a weight of 0."
     )
 
 
@@ -234,4 +236,4 @@ def _licence_lines(manifest):
     for name, facts in manifest["sources"].items():
         words = _OWN_FILE if name in _own_files(manifest["sources"]) else facts["license"]
         limit = ": no commercial use" if name in _non_commercial(manifest["sources"]) else ""
-        yield f"- {name}: {words}{limit}"
+        yield f"- {markdown_text(name)}: {words}{limit}"

@@ -1,5 +1,7 @@
 """How to load an export, in stock code for its model card; the tests run it as it stands there."""
 
+import json
+
 from peftlib.export_gguf import MODELFILE, gguf_name
 from peftlib.hosted import TORCHAO_MIN
 from peftlib.models import PROJECTIONS
@@ -20,7 +22,11 @@ def loading_lines(form, *, quant, base, four_bit, precision, is_split, repositor
     """
     where = ["", 'folder = "."  # where this card lies']
     if repository:
-        where = ["from huggingface_hub import snapshot_download", "", f'folder = snapshot_download("{repository}")']
+        where = [
+            "from huggingface_hub import snapshot_download",
+            "",
+            f"folder = snapshot_download({_literal(repository)})",
+        ]
     if form == "gguf":
         return _gguf_lines(where, gguf_name(quant))
     if form == "merged":
@@ -43,7 +49,7 @@ def _adapter_lines(where, base, four_bit, precision, is_split):
     lines += ["import torch", "from peft import PeftModel"]
     lines += ["from safetensors.torch import load_file"] if is_split else []
     lines += [f"from transformers import {', '.join(names)}", *where]
-    lines += [f'base = "{base}"  # id or folder of the base model']
+    lines += [f"base = {_literal(base)}  # id or folder of the base model"]
     if four_bit:
         skipped = [name for name in PROJECTIONS if name not in four_bit]
         skip = f", llm_int8_skip_modules={[*skipped, 'lm_head']}".replace("'", '"') if skipped else ""
@@ -96,6 +102,11 @@ def _gguf_lines(where, file):
             _ANSWER,
         ),
     ]
+
+
+def _literal(text):
+    """A text as a Python literal on one line, without what would end the block of code."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def _python(*lines):

@@ -10,6 +10,7 @@ from peftlib import changes, compact, data, identity, nonfinite, trained_files
 from peftlib import record as records
 from peftlib.checkpoint import Checkpoint, CheckpointDir
 from peftlib.config import differences
+from peftlib.data.near import prompt_key
 from peftlib.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.models import trainable
 from peftlib.seeds import generator_states, set_generator_states
@@ -223,11 +224,16 @@ def fork(run):
     run.log(f"starts from the weights of {where}")
 
 
+def _prompt_keys(folder, split):
+    conversations = data.load_split(folder, split).column("messages")
+    return [prompt_key([message["content"] for message in messages[:-1]]) for messages in conversations]
+
+
 def _refuse_learnt_rows(other, run):
-    learnt = {row["prompt_sha256"] for row in data.load_split(other / "data", "train")}
+    learnt = set(_prompt_keys(other / "data", "train"))
     for split in ("test", "valid"):
-        rows = data.load_split(run.study.data_dir, split)
-        known = sum(row["prompt_sha256"] in learnt for row in rows)
+        rows = _prompt_keys(run.study.data_dir, split)
+        known = sum(key in learnt for key in rows)
         if known:
             raise StudyError(
                 f"fork={run.cfg.fork!r}: {known} of the {len(rows)} {split} rows here were trained on there, so scores would "

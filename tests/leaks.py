@@ -13,8 +13,11 @@ def grams(messages, reading):
 
 
 def prompt(messages):
-    """All that stands before the last turn, case and white space aside."""
-    return " ".join(" ".join(m["content"] for m in messages[:-1]).lower().split())
+    """All that stands before the last turn, case, white space and the order of a quote and a stop aside."""
+    text = " ".join(" ".join(m["content"] for m in messages[:-1]).lower().split())
+    while (moved := re.sub(r"""([.,;:!?])(["'])""", r"\2\1", text)) != text:
+        text = moved
+    return text
 
 
 def near_pairs(held_out, others, threshold=0.8):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from peftlib import chat, data
 from peftlib.config import resolve
 from peftlib.data.candidates import Limits, Stream, Tally
-from peftlib.data.convert import NOTES, REASONS, RowRejected, convert, detect
+from peftlib.data.convert import convert, detect
+from peftlib.data.outcomes import NOTES, REASONS, RowRejected
 from peftlib.data.reading import Broken, read_rows
 from peftlib.data.sources import parse_sources
 from peftlib.errors import DataError

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 
 from peftlib import chat, data
 from peftlib.config import resolve
-from peftlib.data import build, candidates
+from peftlib.data import browse, build, candidates, shortage
 from peftlib.data.sources import parse_sources
 from peftlib.errors import ConfigError, DataError, StudyError
 
@@ -231,10 +232,178 @@ def test_too_few_rows_are_an_error_with_numbers_or_allowed(cfg_of, tmp_path):
     assert not (tmp_path / "data").exists()
     manifest = data.build_data(cfg_of(f"alpaca={path}", allow_short=True), tmp_path / "data", quiet)
     assert {split: counts["alpaca"] for split, counts in manifest["counts"].items()} == {
-        "test": 10,
-        "valid": 5,
-        "train": 15,
+        "test": 9,
+        "valid": 4,
+        "train": 17,
     }
+
+
+@pytest.mark.parametrize(
+    "n_rows, asked, given",
+    [
+        (1200, (5000, 200, 2000), (834, 33, 333)),
+        (7200, (5000, 200, 2000), (5000, 200, 2000)),
+        (10, (5000, 200, 2000), (6, 1, 3)),
+        (10, (100, 1, 1), (8, 1, 1)),
+        (3, (5000, 200, 2000), (1, 1, 1)),
+        (2, (5000, 200, 2000), (1, 0, 1)),
+        (1, (5000, 200, 2000), (0, 0, 1)),
+        (0, (5000, 200, 2000), (0, 0, 0)),
+        (7, (5000, 0, 2000), (5, 0, 2)),
+    ],
+)
+def test_rows_are_shared_out_as_asked(n_rows, asked, given):
+    splits = ("train", "valid", "test")
+    found = shortage.in_proportion(n_rows, dict(zip(splits, asked, strict=True)))
+    assert tuple(found[split] for split in splits) == given
+
+
+def counts_of(manifest, source):
+    return tuple(manifest["counts"][split][source] for split in ("train", "valid", "test"))
+
+
+def test_a_source_that_runs_out_gives_rows_to_all_splits_and_the_others_stay_exact(two_files, cfg_of, tmp_path):
+    sizes = {"train_rows": 50, "valid_rows": 2, "test_rows": 20, "allow_short": True}
+    short = alpaca_rows(random.Random(7), 12)
+    files = {**two_files, "alpaca": write_jsonl(tmp_path / "short.jsonl", [*short, *short[:3]])}
+    said = []
+    manifest = data.build_data(cfg_of(sources_text(files), **sizes), tmp_path / "data", said.append)
+    assert counts_of(manifest, "alpaca") == (8, 1, 3) and counts_of(manifest, "tulu") == (50, 2, 20)
+    assert manifest["short"] == {
+        "alpaca": {
+            "test": {"asked": 20, "given": 3},
+            "train": {"asked": 50, "given": 8},
+            "valid": {"asked": 2, "given": 1},
+        }
+    }
+    assert "alpaca runs out after 12 rows: they are shared out in the proportions asked" in said
+    assert "alpaca has fewer rows than asked: test 3 of 20, train 8 of 50, valid 1 of 2" in said
+    assert manifest["rejected"]["alpaca"] == {"duplicate": 3} and manifest["unused"]["alpaca"] == 0
+    assert_accounts(manifest)
+    assert leaks.leaks(messages_of(tmp_path / "data")) == {}
+    assert "alpaca has fewer rows than asked" in (tmp_path / "data" / "README.md").read_text()
+    random.Random(1).shuffle(short)
+    write_jsonl(tmp_path / "short.jsonl", [*short, *short[:3]])
+    again = data.build_data(cfg_of(sources_text(files), **sizes), tmp_path / "again", quiet)
+    assert again["split_hash"] == manifest["split_hash"]
+
+
+def test_allow_short_changes_nothing_where_rows_suffice(two_files, cfg_of, tmp_path):
+    made = [
+        data.build_data(cfg_of(sources_text(two_files), allow_short=allowed), tmp_path / str(allowed), quiet)
+        for allowed in (False, True)
+    ]
+    assert made[0]["split_hash"] == made[1]["split_hash"] and made[1]["short"] == {}
+
+
+def test_a_short_file_with_a_test_file_beside_it_is_shared_out_between_train_and_valid(two_files, cfg_of, tmp_path):
+    main = write_jsonl(tmp_path / "main.jsonl", chat_rows(random.Random(11), 14))
+    cfg = cfg_of(f"tulu={main},{two_files['tulu']}", train_rows=50, valid_rows=10, test_rows=10, allow_short=True)
+    assert counts_of(data.build_data(cfg, tmp_path / "data", quiet), "tulu") == (12, 2, 10)
+
+
+def test_too_few_rows_for_one_in_each_split_are_an_error(cfg_of, tmp_path):
+    rows = [*alpaca_rows(random.Random(7), 2), {"instruction": "a", "output": " "}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"for one in each split: 2 can be used, which leaves none for valid. .*valid_rows = 0"
+    ):
+        data.build_data(cfg_of(f"alpaca={path}", allow_short=True), tmp_path / "data", quiet)
+    manifest = data.build_data(cfg_of(f"alpaca={path}", allow_short=True, valid_rows=0), tmp_path / "data", quiet)
+    assert counts_of(manifest, "alpaca") == (1, 0, 1)
+
+
+def test_a_source_of_which_no_row_can_be_used_is_an_error_that_shows_one(two_files, cfg_of, tmp_path):
+    rows = [{"instruction": "a", "output": "b", "system": 3}, {"instruction": "a", "output": "b", "system": {}}]
+    path = write_jsonl(tmp_path / "b.jsonl", rows)
+    with pytest.raises(
+        DataError,
+        match=r"no row can be used. mine has 2 rows, rejected: not_text 2; not_text is a text that is a number.*, "
+        r"first in row 1 of .*b.jsonl, system: .*Give other data, or leave the source out",
+    ):
+        cfg = cfg_of(sources_text({**two_files, "mine": path}), allow_short=True)
+        data.build_data(cfg, tmp_path / "data", quiet)
+
+
+def test_answers_of_weight_0_are_context_and_never_scored(cfg_of, tmp_path, tiny_model):
+    rows = chat_rows(random.Random(20), 40)
+    for i, row in enumerate(rows):
+        for message in row["messages"]:
+            if message["role"] == "assistant":
+                message["weight"] = 1
+        row["messages"][1 if i % 2 else -1]["weight"] = 0
+    manifest = data.build_data(
+        cfg_of(f"tulu={write_jsonl(tmp_path / 'w.jsonl', rows)}", train_rows=15, valid_rows=2, test_rows=5),
+        tmp_path / "data",
+        quiet,
+    )
+    weights = {m["content"]: m.get("weight") for row in rows for m in row["messages"]}
+    tokenizer = data.open_tokenizer(str(tiny_model))
+    n_context = 0
+    for split, made in splits_of(tmp_path / "data").items():
+        for row in made:
+            answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+            assert weights[answers[-1]] == 1
+            learned = [answer for answer in answers if weights[answer]] if split != "test" else answers[-1:]
+            n_context += len(answers) - len(learned) if split != "test" else 0
+            marked = re.findall("⟦(.*?)⟧", browse.mask_text(row, tokenizer), flags=re.DOTALL)
+            assert marked == [answer + "<end_of_turn>" for answer in learned]
+    assert n_context > 0 and manifest["conversions"]["tulu"]["unscored_turn"] >= n_context > 0
+    assert manifest["rejected"]["tulu"]["nothing_scored"] > 0
+
+
+def test_a_cut_conversation_ends_with_a_scored_answer(cfg_of, tmp_path):
+    rng = random.Random(21)
+    rows = []
+    for _ in range(12):
+        turns = [{"role": ("user", "assistant")[k % 2], "content": text(rng, 5, 6)} for k in range(6)]
+        turns[3]["weight"] = 0
+        rows.append({"messages": turns})
+    path = write_jsonl(tmp_path / "w.jsonl", rows)
+    longest = max(data.load_split(_built(cfg_of, path, tmp_path / "whole", 2000), "train").column("n_tokens"))
+    made = data.load_split(_built(cfg_of, path, tmp_path / "cut", longest // 6 * 5), "train")
+    assert {len(row["messages"]) for row in made} <= {2, 6} and 2 in {len(row["messages"]) for row in made}
+
+
+def _built(cfg_of, path, folder, max_length):
+    data.build_data(
+        cfg_of(f"mine={path}", max_length=max_length, train_rows=8, valid_rows=1, test_rows=1), folder, quiet
+    )
+    return folder
+
+
+def test_one_prompt_with_the_stop_inside_and_outside_its_quotes_is_in_one_split(cfg_of, tmp_path):
+    rng = random.Random(22)
+    words = [text(rng, 1, 2) for _ in range(30)]
+    rows = [{"instruction": f"Define the word '{word}{i}.'", "output": text(rng)} for i, word in enumerate(words)]
+    rows += [{"instruction": f"Define the word '{word}{i}'.", "output": text(rng)} for i, word in enumerate(words)]
+    cfg = cfg_of(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}", train_rows=15, valid_rows=5, test_rows=10)
+    manifest = data.build_data(cfg, tmp_path / "data", quiet)
+    found = messages_of(tmp_path / "data")
+    assert leaks.leaks(found) == {}
+    assert manifest["rejected"]["alpaca"]["prompt_in_test"] > 0
+
+
+def test_fields_that_are_not_used_are_listed_and_said_once(cfg_of, tmp_path):
+    rows = [{**row, "context": "c", "id": i} for i, row in enumerate(alpaca_rows(random.Random(23), 40))]
+    said = []
+    cfg = cfg_of(f"mine={write_jsonl(tmp_path / 'a.jsonl', rows)}")
+    manifest = data.build_data(cfg, tmp_path / "data", said.append)
+    assert manifest["ignored_fields"] == {"mine": {"context": 40}}
+    assert said.count("mine: fields that are not used: 'context'") == 1
+
+
+def test_a_parquet_file_from_pandas_with_a_time_beyond_pythons_is_used(cfg_of, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = alpaca_rows(random.Random(24), 40)
+    columns = {name: [row[name] or None for row in rows] for name in ("instruction", "input", "output")}
+    columns |= {"created": pyarrow.array([2**62] * 40, pyarrow.timestamp("us")), "reviewer_notes": ["n"] * 40}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    manifest = data.build_data(cfg_of(f"mine={tmp_path / 'a.parquet'}"), tmp_path / "data", quiet)
+    assert counts_of(manifest, "mine") == (20, 5, 10) and manifest["rejected"]["mine"] == {}
+    assert manifest["ignored_fields"] == {"mine": {"reviewer_notes": 40}}
 
 
 def test_conversations_are_cut_after_whole_turns_and_what_cannot_be_is_rejected(cfg_of, tmp_path, tiny_model):
@@ -391,6 +560,48 @@ def test_a_source_without_any_known_schema_names_fields_and_schemas(cfg_of, tmp_
         data.build_data(cfg_of(f"alpaca={path}"), tmp_path / "data", quiet)
 
 
+TABLE = [{"instruction": f"ask {i}", "output": f"say {i}"} for i in range(3)]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "pairs.jsonl",
+            json.dumps(PAIR),
+            r"fields 'prompt', 'chosen', 'rejected'.*preference pairs.*as for DPO.*chosen answer",
+        ),
+        (
+            "comma.jsonl",
+            ",\n".join(map(json.dumps, [PAIR, PAIR, {}])),
+            r"2 not_json: not JSON.*without a comma behind it.*row 1: Extra data",
+        ),
+        ("array.jsonl", json.dumps(TABLE), r"A row is a list: give one array of objects, in a file named .json"),
+        ("pretty.jsonl", json.dumps(TABLE, indent=1), r"an array goes into a file named .json"),
+        ("wrapped.json", json.dumps({"data": TABLE}), r"fields 'data'.*give that list alone"),
+        ("nested.json", json.dumps([TABLE]), r"A row is a list"),
+        ("texts.json", json.dumps(["a", "b"]), r"A row is an object of named fields"),
+        ("semicolons.csv", "instruction;output\na;b\n", r"commas part the columns"),
+        ("capitals.csv", "Instruction, output\na,b\n", r"Names of fields are lower case, without spaces"),
+        (
+            "latin.csv",
+            "instruction,output\ncaf\udce9,b\n",
+            r"1 not_utf8: bytes that are not UTF-8: save the file as UTF-8.*row 1: line 2",
+        ),
+    ],
+)
+def test_files_of_no_known_schema_come_with_advice(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    [source] = parse_sources(f"mine={path}")
+    stream = candidates.Stream(
+        source, "main", candidates.Tally(quiet), seed=0, limits=candidates.Limits(rows=10, chars=100)
+    )
+    with pytest.raises(DataError, match=rf"{name}: none of its first \d+ rows is of a known schema .*{message}"):
+        list(stream.batches())
+
+
 def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
     said = []
     data.build_data(cfg_of(sources_text(two_files)), tmp_path / "data", said.append)
@@ -411,6 +622,7 @@ def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
         ("mine=hub", "mine=hub, but hub has only alpaca, tulu, ultrachat"),
         ("alpaca=a.jsonl,b.jsonl,c.jsonl", "is not FILE or FILE,TESTFILE"),
         ("alpaca=a.jsonl,", "is not FILE or FILE,TESTFILE"),
+        ("alpaca=~nobody-here/a.jsonl", "give the whole path"),
     ],
 )
 def test_malformed_sources_are_refused(text, message):

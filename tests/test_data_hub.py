@@ -1,6 +1,9 @@
 """The hub as a source, with its library's streaming replaced; and publishing, with its client replaced."""
 
 import json
+import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -168,3 +171,35 @@ def test_the_card_and_manifest_hold_no_private_path(tmp_path, tiny_model):
     data.build_data(cfg, tmp_path / "data", lambda line: None)
     for name in ("manifest.json", "README.md", "rejects.jsonl"):
         assert "private-folder" not in (tmp_path / "data" / name).read_text()
+
+
+NASTY = 'a|<img src=x onerror=alert(1)> `x` [b](c) **d** "e"\n# f.jsonl'
+
+
+def without_escapes(text):
+    """A Markdown text without what is escaped in it."""
+    return re.sub(r"\\.|&\w+;|&#\d+;", "", text)
+
+
+def test_the_card_shows_file_and_field_names_as_text(tmp_path, tiny_model):
+    path = tmp_path / NASTY
+    path.write_text("".join(json.dumps({**row, NASTY: "x"}) + "\n" for row in rows(60)))
+    sizes = {"train_rows": 20, "valid_rows": 5, "test_rows": 10, "workers": 1}
+    cfg = resolve("demo", model=str(tiny_model), sources=f"mine={path}", **sizes)
+    data.build_data(cfg, tmp_path / "data", lambda line: None)
+    text = (tmp_path / "data" / card.CARD).read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| mine |"))
+    assert line.count("|") == 8 and "&lt;img src=x" in line and "<br># f.jsonl" in line
+    listed = next(line for line in text.splitlines() if line.startswith("- mine: fields that were not used: a"))
+    for shown in (line.replace("`" + line.split("`")[-2] + "`", ""), listed):
+        assert not re.search(r"[*\[\]`]|<(?!br>)", without_escapes(shown)), shown
+
+
+def test_a_file_name_that_is_no_utf8_is_shown_by_its_bytes(tmp_path, tiny_model, capsys):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    sizes = {"train_rows": 20, "valid_rows": 5, "test_rows": 10, "workers": 1}
+    cfg = resolve("demo", model=str(tiny_model), sources=f"mine={path}", **sizes)
+    manifest = data.build_data(cfg, tmp_path / "data")
+    assert manifest["sources"]["mine"]["where"] == {"main": "caf\\xe9.jsonl"}
+    assert "caf\\xe9.jsonl is read as" in capsys.readouterr().out

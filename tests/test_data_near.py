@@ -111,5 +111,29 @@ def test_a_forgotten_word_cache_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("other", ["hello  WORLD", "Hello\n world ", "ＨＥＬＬＯ world"])
 def test_prompts_are_compared_without_case_space_and_width(other):
-    assert near.prompt_sha256(["Hello world"]) == near.prompt_sha256([other])
-    assert near.prompt_sha256(["Hello world"]) != near.prompt_sha256(["Hello, world"])
+    for digest in (near.prompt_sha256, near.prompt_key):
+        assert digest(["Hello world"]) == digest([other])
+        assert digest(["Hello world"]) != digest(["Hello, world"])
+
+
+def test_the_digest_in_files_stays_what_it_was():
+    known = "323db6db9893f0092855fe9dd73c58724f1c67dd1f5e4e9c1d70b93382664587"
+    assert near.prompt_sha256(["Say 'so.'", "“No”"]) == known
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Define the word 'serendipity.'", "Define the word 'serendipity'."),
+        ('Who said "Eureka?"', 'who said "Eureka"?'),
+        ("Who said “Eureka?”", 'who said "Eureka?"'),
+        ("Explain 'so,' and 'then.'", "Explain ‘so’, and ‘then’."),
+    ],
+)
+def test_prompts_are_compared_without_the_kind_of_quotes_and_their_order_with_stops(one, other):
+    assert near.prompt_key([one]) == near.prompt_key([other])
+
+
+def test_prompts_with_other_quotes_or_stops_are_others():
+    texts = ["say 'so'.", "say so.", "say 'so'", "say 'so'!", "say 's'o.", "say 'so' ."]
+    assert len({near.prompt_key([text]) for text in texts}) == len(texts)

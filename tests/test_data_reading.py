@@ -8,6 +8,7 @@ import json
 import pytest
 
 from peftlib.data import reading
+from peftlib.data.fields import Unread
 from peftlib.data.reading import Broken, read_rows
 from peftlib.errors import DataError
 
@@ -139,9 +140,114 @@ def test_a_csv_whose_header_is_broken_is_an_error(tmp_path):
         rows_of(path)
 
 
-def test_csv_bytes_that_are_no_utf8_stay_visible(tmp_path):
-    rows = rows_of(written(tmp_path / "rows.csv", b"instruction,output\na\xff,b\n"))
-    assert rows == [{"instruction": "a\udcff", "output": "b"}]  # conversion rejects it as a lone surrogate
+def test_csv_bytes_that_are_no_utf8_cost_their_row(tmp_path):
+    rows = rows_of(written(tmp_path / "rows.csv", b"instruction,output\na\xff,b\nc,d\n"))
+    assert [getattr(row, "reason", row) for row in rows] == ["not_utf8", {"instruction": "c", "output": "d"}]
+    assert "line 2: ['a\\udcff', 'b']" in rows[0].excerpt
+
+
+def test_two_columns_of_one_name_are_an_error_that_names_them(tmp_path):
+    path = written(tmp_path / "rows.csv", b"instruction,output,Output,output,instruction,id\na,b,c,d,e,1\n")
+    with pytest.raises(DataError, match=r"rows.csv has columns of the same name: 'instruction', 'output'. Rename"):
+        rows_of(path)
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["output", "output"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet has columns of the same name: 'output'"):
+        rows_of(tmp_path / "rows.parquet")
+
+
+def test_csv_columns_without_a_name_get_their_number(tmp_path):
+    rows = rows_of(written(tmp_path / "rows.csv", b",instruction,output,\n0,a,b,\n"))  # as pandas writes its index
+    assert rows == [{"column 1": "0", "instruction": "a", "output": "b", "column 4": ""}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_field_given_twice_costs_its_row(tmp_path, kind):
+    twice = '{"instruction": "a", "output": "b", "output": "c"}'
+    lines = [json.dumps(ROWS[0]), twice, json.dumps(ROWS[1])]
+    text = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
+    rows = rows_of(written(tmp_path / f"rows.{kind}", text.encode()))
+    assert [getattr(row, "reason", row) for row in rows] == [ROWS[0], "repeated_field", ROWS[1]]
+    assert "'output' is given twice" in rows[1].excerpt
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a,b\nc,d\n".encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+        ("a,b\nc,d\n".encode("utf-16-le"), "UTF-16 text: save it as UTF-8"),
+        ("a,b\nc,d\n".encode("utf-16-be"), "UTF-16 text: save it as UTF-8"),
+        (b"PK\x03\x04rest", "a spreadsheet as CSV"),
+        (b"\x28\xb5\x2f\xfdrest", "compressed by zstd: unpack it"),
+        (gzip.compress(gzip.compress(b"a,b\nc,d\n")), "compressed by gzip twice"),
+        (as_bytes("parquet"), "Parquet: name it .parquet"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_files_that_hold_something_else_are_named(tmp_path, kind, content, message):
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"rows\.{kind} is .*{message}"):
+        rows_of(path)
+
+
+def dated_parquet(path, field="seen"):
+    """A file whose column `field` holds a time that Python cannot."""
+    import pyarrow
+    from pyarrow import parquet
+
+    times = pyarrow.array([2**60, 0], pyarrow.timestamp("us"))
+    columns = {"instruction": ["a", "b"], "output": ["c", "d"], "notes": ["x", None], "n": [1, 2]}
+    parquet.write_table(pyarrow.table({**columns, field: times}), path)
+    return path
+
+
+def test_parquet_columns_that_are_not_wanted_are_not_read(tmp_path):
+    path = dated_parquet(tmp_path / "rows.parquet")
+    rows = [row for _, row in read_rows(path, ("instruction", "output"))]
+    assert rows == [
+        {"instruction": "a", "output": "c", "notes": Unread(), "n": Unread(True), "seen": Unread(True)},
+        {"instruction": "b", "output": "d", "notes": Unread(), "n": Unread(True), "seen": Unread(True)},
+    ]
+
+
+def test_a_parquet_value_that_cannot_be_read_costs_its_row(tmp_path):
+    rows = rows_of(dated_parquet(tmp_path / "rows.parquet"))
+    assert rows[0].reason == "bad_value" and rows[1]["instruction"] == "b"
+
+
+def test_a_parquet_file_without_a_wanted_column_still_names_its_fields(tmp_path):
+    path = dated_parquet(tmp_path / "rows.parquet")
+    rows = [row for _, row in read_rows(path, ("messages",))]
+    assert len(rows) == 2 and list(rows[0]) == ["instruction", "output", "notes", "n", "seen"]
+
+
+def test_times_inside_of_a_turn_or_in_place_of_an_id_are_not_read(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    turn = pyarrow.struct([("role", pyarrow.string()), ("at", pyarrow.timestamp("us")), ("content", pyarrow.string())])
+    messages = pyarrow.array([[{"role": "user", "at": 2**60, "content": "a"}]], pyarrow.list_(turn))
+    table = pyarrow.table({"id": pyarrow.array([2**60], pyarrow.timestamp("us")), "messages": messages})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    [row] = [row for _, row in read_rows(tmp_path / "rows.parquet", ("id", "messages"))]
+    assert row == {"messages": [{"role": "user", "content": "a"}], "id": Unread(True)}
+
+
+def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.jsonl", as_bytes("jsonl"))
+    with pytest.raises(DataError, match="cannot be read .*too long.*check the path"):
+        rows_of(tmp_path / f"{'x' * 300}.jsonl")
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(DataError, match="rows.jsonl cannot be read .*Permission denied.*who may read it"):
+        rows_of(path)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])

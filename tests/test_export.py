@@ -1,5 +1,7 @@
+import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -373,3 +375,28 @@ def test_the_command_line_exports(finished, tmp_path, capsys):
     assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert command_line.main([*call, "--form", "merged"]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out and (tmp_path / "out" / "model.safetensors").exists()
+
+
+NASTY = 'a|<img src=x onerror=alert(1)> `x` [b](c) **d** "e"\n# f'
+
+
+def test_names_of_files_and_folders_are_text_in_the_card(finished):
+    study = finished("qlora")
+    manifest = read_json(study.manifest_path)
+    manifest["sources"]["alpaca"]["where"] = {"main": f"{NASTY}.jsonl"}
+    write_json(study.manifest_path, manifest)
+    record = read_json(study.record_path("qlora", 0)) | {"model": f"/models/{NASTY}", "forked_from": NASTY}
+    there = Study(study.folder, study.cfg.replace(model=f"/models/{NASTY}"))
+    card = model_card.model_card(there, record, "adapter", scores_of(study, "qlora", 0))
+    assert card.data.model_name == f"{NASTY} fine-tuned with qlora"
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    [base] = [
+        node.value.value
+        for node in ast.parse(code).body
+        if getattr(getattr(node, "targets", [None])[0], "id", "") == "base"
+    ]
+    assert base == NASTY
+    text = card.text.replace(code, "")
+    assert text.count("&lt;img src=x onerror=alert(1)&gt;") == 4 and "<img" not in text and "\n# f" not in text
+    assert "\\*\\*d\\*\\*" in text and "**d**" not in text
+    assert next(line for line in text.splitlines() if line.startswith("| alpaca |")).count("|") == 6

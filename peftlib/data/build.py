@@ -8,17 +8,18 @@ import numpy as np
 from peftlib import chat
 from peftlib.data import card, near
 from peftlib.data.candidates import Limits, Stream, Tally
-from peftlib.data.convert import NOTES, REASONS
+from peftlib.data.outcomes import NOTES, REASONS
+from peftlib.data.shortage import in_proportion, refuse, refuse_empty, refuse_useless, short_line, short_of
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
 from peftlib.data.tokenizer import tokenizer_sha256
 from peftlib.data.tokens import max_chars
-from peftlib.errors import DataError, StudyError
+from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
 from peftlib.lock import held
 
-_CODE_VERSION = 1  # raised whenever the same inputs would give other rows
+_CODE_VERSION = 2  # raised whenever the same inputs would give other rows
 _SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
 
 
@@ -39,12 +40,9 @@ def build_data(cfg, folder, log=print):
         log(f"data stand already: split {manifest['split_hash']}, made from the same inputs")
         return manifest
     wanted = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
-    tallies = {source.name: Tally(log) for source in sources}
-    queues = _queues(cfg, sources, wanted, tallies)
-    chosen, missing = choose(queues, wanted)
-    if missing and not cfg.allow_short:
-        raise DataError(_shortage(missing, wanted, tallies))
-    manifest = _manifest(sources, queues, chosen, inputs)
+    queues, chosen, tallies = _chosen(cfg, sources, wanted, log)
+    manifest = _manifest(sources, queues, chosen, inputs, wanted)
+    _say(manifest, log)
     try:
         with held(folder.parent, "building the data", log=log):
             _write(folder, manifest, chosen, tallies)
@@ -53,6 +51,53 @@ def build_data(cfg, folder, log=print):
             f"{folder} cannot be written ({error}): free some space there, or set PEFTLIB_ROOT to another place"
         ) from error
     return read_json(folder / MANIFEST)
+
+
+def _chosen(cfg, sources, wanted, log):
+    """(queues, {split: [Row, ...]}, {source: Tally}). DataError: a source falls short, or a split stays empty.
+
+    Where a stream runs out and that is allowed, all is chosen again, with a limit on what each split takes of it.
+    """
+    limits = {(source.name, split): n for source in sources for split, n in wanted.items()}
+    shared_out = []
+    while True:
+        tallies = {source.name: Tally(log) for source in sources}
+        queues = _queues(cfg, sources, wanted, tallies)
+        chosen = choose(queues, limits)
+        counts = {split: {source.name: _count(chosen[split], source.name) for source in sources} for split in SPLITS}
+        short = short_of(counts, wanted)
+        refuse_useless(counts, sources, tallies)
+        if short and not cfg.allow_short:
+            refuse(short, sources, tallies)
+        ran_out = [places for places in _ran_out(queues, counts, wanted) if places not in shared_out]
+        if not ran_out:
+            refuse_empty({split: counts[split] for split in SPLITS if wanted[split]}, sources, tallies)
+            return queues, chosen, tallies
+        for places in ran_out:
+            n_rows = sum(counts[split][source] for source, split in places)
+            log(f"{places[0][0]} runs out after {n_rows:,} rows: they are shared out in the proportions asked")
+            shares = in_proportion(n_rows, {split: wanted[split] for _, split in places})
+            # Training rows are chosen last and take all that is left.
+            limits |= {(source, split): shares[split] for source, split in places if split != "train"}
+        shared_out += ran_out
+
+
+def _ran_out(queues, counts, wanted):
+    """[[(source, split), ...], ...] of the streams that gave fewer rows than their splits want together."""
+    streams = [[place for place, drawn in queues.items() if drawn is queue] for queue in dict.fromkeys(queues.values())]
+    return [
+        places
+        for places in streams
+        if sum(counts[split][source] for source, split in places) < sum(wanted[split] for _, split in places)
+    ]
+
+
+def _say(manifest, log):
+    for name, splits in manifest["short"].items():
+        log(short_line(name, splits))
+    for name, found in manifest["ignored_fields"].items():
+        if found:
+            log(f"{name}: fields that are not used: {', '.join(map(ascii, found))[:300]}")
 
 
 def _write(folder, manifest, chosen, tallies):
@@ -91,19 +136,7 @@ def _queues(cfg, sources, wanted, tallies):
     return queues
 
 
-def _shortage(missing, wanted, tallies):
-    lines = [
-        f"{source}: {wanted[split] - short} of {wanted[split]} {split} rows"
-        for (split, source), short in missing.items()
-    ]
-    for source in dict.fromkeys(source for _, source in missing):
-        tally = tallies[source]
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in tally.rejected.most_common())
-        lines.append(f"{source} has {tally.read:,} rows, rejected: {reasons or 'none'}")
-    return f"too few rows. {'; '.join(lines)}. Ask for fewer rows, add data, or set allow_short = True"
-
-
-def _manifest(sources, queues, chosen, inputs):
+def _manifest(sources, queues, chosen, inputs, wanted):
     names = [source.name for source in sources]
     per_source = {name: [row for rows in chosen.values() for row in rows if row.source == name] for name in names}
     tallies = {queue.source: queue.tally for queue in queues.values()}
@@ -114,13 +147,16 @@ def _manifest(sources, queues, chosen, inputs):
     schemas = defaultdict(dict)
     for queue in queues.values():
         schemas[queue.source][queue.stream.name] = queue.stream.schema
+    counts = {split: {name: _count(chosen[split], name) for name in names} for split in sorted(SPLITS)}
     return {
-        "counts": {split: {name: _count(chosen[split], name) for name in names} for split in sorted(SPLITS)},
+        "counts": counts,
+        "short": short_of(counts, wanted),
         "rejected": rejected,
         "split_hash": split_hash(chosen),
         "read": {name: tallies[name].read for name in names},
         "unused": {name: tallies[name].read - sum(rejected[name].values()) - len(per_source[name]) for name in names},
         "conversions": notes,
+        "ignored_fields": {name: dict(sorted(tallies[name].ignored.items())) for name in names},
         "tokens": {split: {name: _token_statistics(chosen[split], name) for name in names} for split in sorted(SPLITS)},
         "sources": {
             s.name: {**s.provenance(), **inputs["sources"][s.name], "schema": schemas[s.name]} for s in sources

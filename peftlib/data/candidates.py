@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peftlib.data.convert import SCHEMAS, RowRejected, convert, detect
-from peftlib.data.reading import Broken
-from peftlib.errors import DataError
+from peftlib.data.convert import SCHEMAS, convert
+from peftlib.data.detection import schema_of
+from peftlib.data.outcomes import Broken, RowRejected
 
 _EXAMPLES = 5  # rejected rows kept a reason, to look at
 _SILENT_SECONDS = 10.0  # of reading, at most about
@@ -25,22 +25,28 @@ _LOOK_AHEAD = 100  # rows that decide a stream's schema
 
 @dataclass
 class Candidate:
-    """One distinct conversation. key: its place in the order. copies: rows of the stream that hold it."""
+    """One distinct conversation. key: its place in the order. copies: rows of the stream that hold it. unscored: places
+    in `texts` of answers that are not learned."""
 
     key: int
     texts: list
     notes: tuple
     origin: str
+    unscored: tuple = ()
     copies: int = 1
 
 
 @dataclass
 class Tally:
-    """What became of a source's rows. log: takes lines of text on how it goes."""
+    """What became of a source's rows.
+
+    log: takes lines of text on how it goes. ignored: {field that was not used and may mean something: rows with it}.
+    """
 
     log: Callable = print
     read: int = 0
     rejected: Counter = field(default_factory=Counter)
+    ignored: Counter = field(default_factory=Counter)
     examples: list = field(default_factory=list)  # dicts for rejects.jsonl
 
     def reject(self, source, reason, *, copies=1, **shown):
@@ -84,19 +90,21 @@ class Stream:
             converted = self._converted(number, row, is_counted=after < 0)
             if converted is None:
                 continue
-            key = self._key(converted.texts)
+            key = self._key(converted)
             if key <= after:
                 continue
             if key in held:
                 held[key].copies += 1
                 held[key].origin = min(held[key].origin, converted.origin)
+                held[key].notes = min(held[key].notes, converted.notes)  # so that the order of rows decides nothing
             elif len(heap) < self.limits.rows or key < -heap[0]:
                 if len(heap) == self.limits.rows:
                     # What falls out never comes back: as many smaller keys as are held are known. So `copies` is exact.
                     del held[-heapq.heappop(heap)]
                     is_last = False
                 heapq.heappush(heap, -key)
-                held[key] = Candidate(key, self._affordable(converted.texts), converted.notes, converted.origin)
+                texts = self._affordable(converted.texts)
+                held[key] = Candidate(key, texts, converted.notes, converted.origin, converted.unscored)
             else:
                 is_last = False
         return [held[key] for key in sorted(held)], is_last
@@ -105,8 +113,8 @@ class Stream:
         rows = self.source.rows(self.name)
         if self.schema is None:
             head = list(itertools.islice(rows, _LOOK_AHEAD))
-            self.schema = self._detected([row for _, row in head])
             label = self.source.label(self.name)
+            self.schema = schema_of(head, label)
             self.tally.log(f"{self.source.name}: {label} is read as {SCHEMAS[self.schema]}")
             rows = itertools.chain(head, rows)
         return rows
@@ -120,37 +128,25 @@ class Stream:
                 self.tally.log(f"{self.source.name}: {number:,} rows read")
             yield number, row
 
-    def _detected(self, rows):
-        """The schema of most of these rows. DataError: not one is of a known schema."""
-        found = Counter(filter(None, map(detect, rows)))
-        if found:
-            return found.most_common(1)[0][0]
-        fields = next(
-            (f"fields {', '.join(map(ascii, row))[:200]}" for row in rows if isinstance(row, dict)), "no fields"
-        )
-        reasons = "".join(
-            f", {n} {reason}" for reason, n in Counter(r.reason for r in rows if isinstance(r, Broken)).items()
-        )
-        raise DataError(
-            f"{self.source.label(self.name)}: none of its first {len(rows)} rows is of a known schema ({fields}{reasons}). "
-            f"Rows must be one of {'; '.join(SCHEMAS.values())}"
-        )
-
     def _converted(self, number, row, *, is_counted):
         """The Conversation of a row, or None; counts it in the tally."""
         self.tally.read += is_counted
         try:
             if isinstance(row, Broken):
                 raise RowRejected(row.reason)
-            return convert(row, self.schema)
+            converted = convert(row, self.schema)
+            if is_counted:
+                self.tally.ignored.update(converted.ignored)
+            return converted
         except RowRejected as rejected:
             if is_counted:
                 excerpt = row.excerpt if isinstance(row, Broken) else _excerpt(row)
-                self.tally.reject(self.source.name, rejected.reason, stream=self.name, row=number, excerpt=excerpt)
+                shown = {"stream": self.name, "row": number, "field": rejected.field, "excerpt": excerpt}
+                self.tally.reject(self.source.name, rejected.reason, **shown)
             return None
 
-    def _key(self, texts):
-        content = json.dumps(texts, ensure_ascii=True).encode()
+    def _key(self, conversation):
+        content = content_of(conversation.texts, conversation.unscored)
         return int.from_bytes(hashlib.sha256(b"%d\0" % self.seed + content).digest(), "big")
 
     def _affordable(self, texts):
@@ -162,6 +158,11 @@ class Stream:
                 return [*texts[:i], text[: room + 1]]
             room -= len(text)
         return texts
+
+
+def content_of(texts, unscored):
+    """Bytes that are equal where conversations are: texts, and which answers are not learned."""
+    return json.dumps([texts, unscored] if unscored else texts, ensure_ascii=True).encode()
 
 
 def _excerpt(row):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from peftlib.data.shortage import short_line
+from peftlib.document import markdown_text
 from peftlib.files import write_text
 
 CARD = "README.md"
@@ -41,6 +43,8 @@ def card_text(manifest):
         "|---|---|---|---|---|",
         *(_counts_line(name, manifest) for name in sources),
         "",
+        *(f"- {markdown_text(short_line(name, splits))}." for name, splits in manifest["short"].items()),
+        *(_ignored_line(name, found) for name, found in manifest["ignored_fields"].items() if found),
         *(f"- `{name}`: {text}" for group in manifest["meaning"].values() for name, text in group.items()),
         "",
         *_how(manifest),
@@ -49,10 +53,10 @@ def card_text(manifest):
 
 
 def _source_line(name, facts, counts):
-    where = "; ".join(facts["where"].values())
+    where = markdown_text("; ".join(facts["where"].values()))
     identity = facts.get("revision") or ", ".join(str(digest)[:16] for digest in facts["sha256"].values())
     numbers = " | ".join(f"{counts[split][name]:,}" for split in ("train", "valid", "test"))
-    return f"| {name} | {where} | `{identity}` | {facts['license']} | {numbers} |"
+    return f"| {markdown_text(name)} | {where} | `{identity}` | {facts['license']} | {numbers} |"
 
 
 def _counts_line(name, manifest):
@@ -60,17 +64,24 @@ def _counts_line(name, manifest):
         ", ".join(f"{key} {n:,}" for key, n in manifest[column][name].items()) or "none"
         for column in ("rejected", "conversions")
     ]
-    return f"| {name} | {manifest['read'][name]:,} | {cells[0]} | {cells[1]} | {manifest['unused'][name]:,} |"
+    read, unused = manifest["read"][name], manifest["unused"][name]
+    return f"| {markdown_text(name)} | {read:,} | {cells[0]} | {cells[1]} | {unused:,} |"
+
+
+def _ignored_line(name, found):
+    fields = ", ".join(f"{markdown_text(field)} ({n:,} rows)" for field, n in found.items())
+    return f"- {markdown_text(name)}: fields that were not used: {fields}."
 
 
 def _how(manifest):
     inputs, near = manifest["inputs"], manifest["near_duplicate"]
     chosen = (
-        f"Rows are taken in the order of a hash of their content and the split seed {inputs['split_seed']}. A test row's "
-        "scored reply is its last assistant turn, given the true history; training scores every assistant turn and its "
-        "end of turn. No test prompt (all that stands before the scored reply, white space and case aside) is a "
-        f"prompt in train or valid, and no two rows share {near['jaccard_at_least']:.0%} or more (Jaccard) of their word "
-        f"{near['words_a_gram']}-grams. Conversations are cut after whole turns to {inputs['max_length']} tokens."
+        f"Rows are taken in the order of a hash of their content and the split seed {inputs['split_seed']}. A test "
+        "row's scored reply is its last assistant turn, given the true history; training scores every assistant turn "
+        "(but for those given a weight of 0) and its end of turn. No test prompt (all that stands before the scored "
+        "reply; white space, case, kinds of quotes and their order with stops aside) is a prompt in train or valid, and "
+        f"no two rows share {near['jaccard_at_least']:.0%} or more (Jaccard) of their word {near['words_a_gram']}-grams. "
+        f"Conversations are cut after whole turns to {inputs['max_length']} tokens."
     )
     encoded = (
         f"`input_ids` and `is_scored` are for the tokenizer.json with SHA-256 `{manifest['tokenizer_sha256']}` and Gemma "

@@ -4,9 +4,12 @@ What cannot be converted is rejected under a named reason; what conversion chang
 are counted in the manifest, and neither ever happens without its name.
 """
 
-import json
 import re
 from dataclasses import dataclass
+
+from peftlib.data.fields import NUMBERS_THAT_MATTER, ignored_fields, is_empty, is_missing
+from peftlib.data.outcomes import RowRejected
+from peftlib.data.turns import MEDIA_FIELDS, Turn, parsed, plain_text, read_turns, refuse_fields
 
 SCHEMAS = {
     "alpaca": "Alpaca (instruction, input, output)",
@@ -16,171 +19,176 @@ SCHEMAS = {
     "sharegpt": "ShareGPT (conversations of from and value)",
 }
 
-REASONS = {
-    "not_utf8": "bytes that are not UTF-8",
-    "not_json": "not JSON, or nested too deeply to be read",
-    "too_large": "a single row of more bytes than one row may have",
-    "ragged_row": "a CSV row with more or fewer fields than the header",
-    "bad_csv": "a CSV row with misplaced quotes",
-    "not_an_object": "a row that is not a set of named fields",
-    "other_schema": "a row without the fields of its file's schema",
-    "wrong_type": "turns that are not a list of role and text",
-    "not_text": "a text that is a number, null, list or the like",
-    "lone_surrogate": "text with half of a surrogate pair, which no UTF-8 file can hold",
-    "unknown_role": "a turn of a role that is none of user, assistant and system",
-    "late_system": "a system turn after the conversation has begun",
-    "no_exchange": "no user turn that an assistant turn follows",
-    "empty_turn": "a turn without text",
-    "too_long": "a first exchange of more tokens than max_length",
-    "duplicate": "equal to an earlier row of its source",
-    "prompt_in_test": "its prompt, or that of one of its turns, is a test row's",
-    "prompt_in_valid": "its prompt, or that of one of its turns, is a validation row's",
-    "prompt_repeated": "its prompt is that of another row of the same split",
-    "near_duplicate_of_test": "its words nearly equal a test row's",
-    "near_duplicate_of_valid": "its words nearly equal a validation row's",
-    "near_duplicate": "its words nearly equal those of another row of the same split",
-}
+_TURNS_FIELD = {"tulu": "messages", "ultrachat": "messages", "messages": "messages", "sharegpt": "conversations"}
+_SYSTEM_FIELDS = ("system", "system_prompt")
+_TOOL_LISTS = ("tools", "functions")
+_PAIR = ("chosen", "rejected")
+_ORIGINS = ("prompt_id", "id")
+_ALPACA_FIELDS = ("instruction", "input", "output", "history")
+_ANY_FIELDS = (*_SYSTEM_FIELDS, *_TOOL_LISTS, *MEDIA_FIELDS, *_ORIGINS, "dataset")
+# Every field whose value decides what a row becomes; a reader may leave out the values of all others.
+FIELDS_READ = (*_ALPACA_FIELDS, "messages", "conversations", "prompt", *_PAIR, *_ANY_FIELDS, *NUMBERS_THAT_MATTER)
 
-NOTES = {
-    "trimmed": "white space around a turn removed, as the chat template does",
-    "merged_turns": "neighbouring turns of one role joined by an empty line",
-    "folded_system": "system text put before the first user turn, as the chat template does",
-    "dropped_empty_system": "a system turn without text left out",
-    "cut_leading_assistant": "assistant turns before the first user turn left out",
-    "cut_trailing_user": "user turns after the last assistant turn left out",
-    "cut_to_length": "later turns left out to stay within max_length",
-    "typed_control_tokens": "text that spells a control token, kept and encoded as plain letters",
-}
-
-_ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"}
-_ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"), "assistant")
 _CONTROL = re.compile(r"<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class RowRejected(Exception):
-    """One row that cannot be used; `reason` is a key of REASONS."""
-
-    def __init__(self, reason):
-        super().__init__(REASONS[reason])
-        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Conversation:
     """texts: user, assistant, user, ... in turn, each trimmed and not empty, an even number of them.
 
-    notes: keys of NOTES. origin: the row's own id, where it has one.
+    notes: keys of NOTES. origin: the row's own id, where it has one. unscored: places in `texts` of answers that are
+    not learned; never the last. ignored: names of fields that were not read and may mean something.
     """
 
     texts: list
     notes: tuple
     origin: str
+    unscored: tuple = ()
+    ignored: tuple = ()
 
 
 def detect(row):
-    """A key of SCHEMAS by the names of a row's fields, or None."""
+    """A key of SCHEMAS by the names of a row's fields, those that are not null first, or None."""
     if not isinstance(row, dict):
         return None
-    if "messages" in row:
-        return "ultrachat" if "prompt_id" in row else "tulu" if "dataset" in row else "messages"
-    if "conversations" in row:
+    given = {name for name, value in row.items() if value is not None}
+    return _schema_of(given) or _schema_of(row.keys())
+
+
+def _schema_of(names):
+    if "messages" in names:
+        return "ultrachat" if "prompt_id" in names else "tulu" if "dataset" in names else "messages"
+    if "conversations" in names:
         return "sharegpt"
-    return "alpaca" if {"instruction", "output"} <= row.keys() else None
+    return "alpaca" if {"instruction", "output"} <= names else None
+
+
+def is_preference_pair(row):
+    """Whether a row is one for DPO and its like: two answers, one of them to be preferred."""
+    return isinstance(row, dict) and not any(is_empty(row.get(name)) for name in _PAIR)
 
 
 def convert(row, schema):
     """The Conversation of a row. RowRejected: it cannot be one; nothing is guessed."""
     if not isinstance(row, dict):
         raise RowRejected("not_an_object")
+    if is_preference_pair(row):
+        raise RowRejected("preference_pair", "chosen, rejected")
     found = detect(row)
-    if found is None or (found == "alpaca") != (schema == "alpaca") or (found == "sharegpt") != (schema == "sharegpt"):
-        raise RowRejected("other_schema")
-    if schema == "alpaca":
-        turns = _alpaca_turns(row)
-    else:
-        turns = _chat_turns(row["conversations" if schema == "sharegpt" else "messages"])
-    texts, notes = _conversation(turns)
+    if found is None or _TURNS_FIELD.get(found) != _TURNS_FIELD.get(schema):
+        raise RowRejected("other_schema", ", ".join(map(str, row))[:200])
+    refuse_fields(row, _TOOL_LISTS, "tool_use")
+    refuse_fields(row, MEDIA_FIELDS, "not_text_part")
+    notes, ignored = set(), set()
+    field = _TURNS_FIELD.get(schema)
+    turns = read_turns(row[field], field, notes, ignored) if field else _alpaca_turns(row, notes)
+    turns = [*_system_turns(row, turns, notes), *turns]
+    texts, unscored = _conversation(turns, notes, field or "output")
     if any(_CONTROL.search(text) for text in texts):
         notes.add("typed_control_tokens")
-    return Conversation(texts, tuple(sorted(notes)), _origin(row))
+    ignored.update(_ignored(row, field, texts[0]))
+    return Conversation(texts, tuple(sorted(notes)), _origin(row), unscored, tuple(sorted(ignored)))
 
 
-def _alpaca_turns(row):
-    question, context, answer = (_text(row.get(name, "")) for name in ("instruction", "input", "output"))
-    return [("user", f"{question}\n\n{context}" if context.strip() else question), ("assistant", answer)]
-
-
-def _chat_turns(items):
-    if isinstance(items, str):  # a CSV cell holds the list as JSON
-        try:
-            items = json.loads(items)
-        except (ValueError, RecursionError):
-            raise RowRejected("not_json") from None
-    if not isinstance(items, list):
-        raise RowRejected("wrong_type")
-    return [_turn(item) for item in items]
-
-
-def _turn(item):
-    if not isinstance(item, dict):
-        raise RowRejected("wrong_type")
-    role = item["role"] if item.get("role") is not None else item.get("from")
-    text = item["content"] if item.get("content") is not None else item.get("value")
-    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if known is None:
-        raise RowRejected("unknown_role")
-    return known, _text(text)
-
-
-def _text(value):
-    if not isinstance(value, str):
-        raise RowRejected("not_text")
-    if _SURROGATE.search(value):
-        raise RowRejected("lone_surrogate")
-    return value
-
-
-def _conversation(turns):
-    """(texts, notes) of (role, text) turns in any order."""
-    notes = set()
-    n_system = next((i for i, (role, _) in enumerate(turns) if role != "system"), len(turns))
-    system, turns = [text for _, text in turns[:n_system]], turns[n_system:]
-    if any(role == "system" for role, _ in turns):
-        raise RowRejected("late_system")
-    turns = _exchanges(turns, notes)
-    if any(text != text.strip() for _, text in turns):
+def _alpaca_turns(row, notes):
+    question, answer = (plain_text(row.get(name, ""), name) for name in ("instruction", "output"))
+    context = _optional_text(row, "input")
+    if context and not context.strip():
         notes.add("trimmed")
-    turns = [(role, text.strip()) for role, text in turns]
-    if not all(text for _, text in turns):
-        raise RowRejected("empty_turn")
-    texts = _merged(turns, notes)
-    return [_folded(system, notes) + texts[0], *texts[1:]], notes
+    question = Turn("user", f"{question}\n\n{context}" if context.strip() else question, "instruction")
+    return [*_history_turns(row.get("history"), notes), question, Turn("assistant", answer, "output")]
 
 
-def _exchanges(turns, notes):
-    """The turns from the first of the user to the last of the assistant."""
-    start = next((i for i, (role, _) in enumerate(turns) if role == "user"), len(turns))
-    end = next((i for i in range(len(turns), 0, -1) if turns[i - 1][0] == "assistant"), 0)
+def _optional_text(row, name):
+    """A text that may be missing."""
+    value = row.get(name)
+    return "" if is_missing(value) else plain_text(value, name)
+
+
+def _history_turns(history, notes):
+    """Earlier turns, a list of [user, assistant] as LLaMA-Factory defines it, or that list as JSON text."""
+    if is_empty(history):
+        return []
+    if isinstance(history, str):
+        history = parsed(history, "history")
+    turns = []
+    for i, pair in enumerate(history if isinstance(history, list) else [None]):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowRejected("bad_history", f"history[{i}]")
+        for k, text in enumerate(pair):
+            where = f"history[{i}][{k}]"
+            turns.append(Turn(("user", "assistant")[k], plain_text(text, where), where))
+    notes.add("used_history")
+    return turns
+
+
+def _system_turns(row, turns, notes):
+    """Turns of the row's own system text, unless it is also the first of its turns."""
+    own = [Turn("system", text, name) for name in _SYSTEM_FIELDS if (text := _optional_text(row, name))]
+    told = {turn.text.strip() for turn in turns[:1] if turn.role == "system"}
+    new = [turn for turn in own if turn.text.strip() not in told]
+    if len(new) < len(own):
+        notes.add("dropped_repeated_system")
+    return new
+
+
+def _conversation(turns, notes, field):
+    """(texts, places of unscored ones) of turns in any order; adds to notes. field: what the turns came from."""
+    n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    system, turns = [turn.text for turn in turns[:n_system]], turns[n_system:]
+    for turn in turns:
+        if turn.role == "system":
+            raise RowRejected("late_system", turn.where)
+    turns = _exchanges(turns, notes, field)
+    trimmed = [turn if turn.text == (text := turn.text.strip()) else turn._replace(text=text) for turn in turns]
+    if trimmed != turns or any(text != text.strip() for text in filter(str.strip, system)):
+        notes.add("trimmed")
+    turns = trimmed
+    for turn in turns:
+        if not turn.text:
+            raise RowRejected("empty_turn", turn.where)
+    turns = _merged(turns, notes)
+    texts = [turn.text for turn in turns]
+    unscored = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.is_scored)
+    if not unscored:
+        notes.discard("unscored_turn")  # they were all cut
+    return [_folded(system, notes) + texts[0], *texts[1:]], unscored
+
+
+def _exchanges(turns, notes, field):
+    """The turns from the first of the user to the last of the assistant that is scored."""
+    start = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    end = _end(turns, lambda turn: turn.role == "assistant")
     if start >= end:
-        raise RowRejected("no_exchange")
+        raise RowRejected("no_exchange", field)
     if start:
         notes.add("cut_leading_assistant")
     if end < len(turns):
         notes.add("cut_trailing_user")
-    return turns[start:end]
+    scored_end = _end(turns[:end], lambda turn: turn.role == "assistant" and turn.is_scored)
+    if start >= scored_end:
+        raise RowRejected("nothing_scored", field)
+    if scored_end < end:
+        notes.add("cut_trailing_unscored")
+    return turns[start:scored_end]
+
+
+def _end(turns, is_last):
+    return next((i for i in range(len(turns), 0, -1) if is_last(turns[i - 1])), 0)
 
 
 def _merged(turns, notes):
-    texts, last = [], None
-    for role, text in turns:
-        if role == last:
+    """The turns with neighbours of one role joined."""
+    merged = []
+    for turn in turns:
+        if merged and turn.role == merged[-1].role:
+            if turn.is_scored != merged[-1].is_scored:
+                raise RowRejected("mixed_weights", turn.where)
             notes.add("merged_turns")
-            texts[-1] += "\n\n" + text
-        else:
-            texts.append(text)
-        last = role
-    return texts
+            turn = turn._replace(text=f"{merged.pop().text}\n\n{turn.text}")
+        merged.append(turn)
+    return merged
 
 
 def _folded(system, notes):
@@ -194,8 +202,17 @@ def _folded(system, notes):
     return "\n\n".join(kept) + "\n\n"
 
 
+def _ignored(row, field, first_text):
+    """Names of the row's fields that were not read; a prompt that the first turn repeats is no news."""
+    used = {*_ANY_FIELDS, *((field,) if field else _ALPACA_FIELDS)}
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip() in first_text:
+        used.add("prompt")
+    return ignored_fields(row, used)
+
+
 def _origin(row):
-    for name in ("prompt_id", "id"):
+    for name in _ORIGINS:
         value = row.get(name)
         if isinstance(value, (str, int)) and not _SURROGATE.search(str(value)[:100]):
             return str(value)[:100]

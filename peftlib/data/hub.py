@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peftlib.data.reading import Broken
+from peftlib.data.outcomes import Broken
 from peftlib.errors import DataError
 
 

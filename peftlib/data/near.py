@@ -22,6 +22,9 @@ _SHARE = THRESHOLD / (1 + THRESHOLD)  # of the two sizes' sum must be shared to 
 _WORDS_REMEMBERED = 500_000
 _COMMON = 3  # conversations of a sample that make a gram common
 _ROUNDING = 1e-9  # a product like 0.8 * 35 must not be rounded up past the whole number it stands for
+_QUOTES = "\"'"
+_STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("“”„‟«»", '"') | dict.fromkeys("‘’‚‛‹›", "'"))
+_QUOTES_AND_STOPS = re.compile(r"[\"'.,;:!?]{2,}")
 # Odd multipliers that make a gram's hash depend on the order of its words.
 _MIX = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F],
@@ -35,8 +38,22 @@ def normalised(texts):
 
 
 def prompt_sha256(texts):
-    """SHA-256 of the normalised text of a prompt's turns."""
+    """SHA-256 of the normalised text of a prompt's turns: it names a prompt in files, so it never changes."""
     return hashlib.sha256(normalised(texts).encode()).hexdigest()
+
+
+def prompt_key(texts):
+    """Digest that is equal where the prompts of two rows are one, so that they may not stand in two splits.
+
+    Beside what `normalised` evens out, all kinds of quotes are one here, and so are 'this.' and 'this'. with the stop
+    inside and outside of the quotes.
+    """
+    text = normalised(texts).translate(_STRAIGHT_QUOTES)
+    return hashlib.sha256(_QUOTES_AND_STOPS.sub(_quotes_first, text).encode()).digest()
+
+
+def _quotes_first(found):
+    return "".join(sorted(found[0], key=lambda mark: mark not in _QUOTES))
 
 
 class Grams:

@@ -4,19 +4,17 @@ A row that cannot be read comes as `Broken`, and reading goes on; a file that ca
 end, is a DataError: taking what was read so far would be another data set under the same name.
 """
 
-import csv
 import gzip
 import io
 import json
-import shutil
-import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
+from peftlib.data.outcomes import Broken
+from peftlib.data.strict_json import DECODER, RepeatedField, loads
+from peftlib.data.tables import MAX_ROW_BYTES, WAY_OUT, csv_rows, parquet_rows
 from peftlib.errors import DataError
 
-MAX_ROW_BYTES = 64 * 2**20
 _BLOCK_CHARS = 2**20
 _KINDS = {
     ".jsonl": "jsonl",
@@ -26,20 +24,23 @@ _KINDS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-_WAY_OUT = "fetch or write the file again"
+# What a text file may turn out to be, by its first bytes.
+_OTHER_CONTENT = {
+    b"PK\x03\x04": "a zip archive (or a spreadsheet): give what is in it, a spreadsheet as CSV",
+    b"BZh": "compressed by bzip2: unpack it, or use gzip",
+    b"\xfd7zXZ": "compressed by xz: unpack it, or use gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or use gzip",
+    b"\x1f\x8b": "compressed by gzip twice: unpack it once",
+    b"PAR1": "Parquet: name it .parquet",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+}
 
 
-@dataclass(frozen=True)
-class Broken:
-    """What stands in place of a row. reason: a key of convert.REASONS. excerpt: text that shows it."""
-
-    reason: str
-    excerpt: str
-
-
-def read_rows(path):
+def read_rows(path, fields=None):
     """Yields (row number from 1, row or Broken) of a file.
 
+    fields: names of those whose values are wanted, None for all; others may come as Unread.
     DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
     """
     path = Path(path)
@@ -47,25 +48,37 @@ def read_rows(path):
     number = 0
     try:
         with gzip.open(path, "rb") if is_gzip else open(path, "rb") as stream:
-            for row in _READERS[kind](stream, path):
+            rows = (
+                parquet_rows(stream, path, fields)
+                if kind == "parquet"
+                else _TEXT_READERS[kind](_checked(stream, path), path)
+            )
+            for row in rows:
                 number += 1
                 yield number, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged or cut short after row {number} ({error}): {_WAY_OUT}") from None
+        raise DataError(f"{path} is damaged or cut short after row {number} ({error}): {WAY_OUT}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read after row {number} ({error})") from None
     if number == 0:
-        raise DataError(f"{path} holds no rows: {_WAY_OUT}, or leave the source out")
+        raise DataError(f"{path} holds no rows: {WAY_OUT}, or leave the source out")
 
 
 def kind_of(path):
     """(kind of file by its name, whether it is gzip by its content). DataError: missing, a folder, empty, unknown."""
+    try:
+        return _kind_of(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): check the path and who may read it") from None
+
+
+def _kind_of(path):
     if path.is_dir():
         raise DataError(f"{path} is a folder: name one file in it ({', '.join(_KINDS)}, each plain or .gz)")
     if not path.exists():
         raise DataError(f"{path} does not exist: check the path, or use 'hub' or 'sample' as the source")
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty: {_WAY_OUT}")
+        raise DataError(f"{path} is empty: {WAY_OUT}")
     with open(path, "rb") as stream:
         is_gzip = stream.read(2) == b"\x1f\x8b"
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
@@ -73,6 +86,17 @@ def kind_of(path):
     if kind is None:
         raise DataError(f"{path.name} is of no known kind: name it {', '.join(_KINDS)}, each plain or with .gz")
     return kind, is_gzip
+
+
+def _checked(stream, path):
+    """The stream of a text file. DataError: it holds something else."""
+    head = stream.peek(8)[:8]
+    if head[:3:2] == b"\0\0" or head[1:4:2] == b"\0\0":
+        head = b"\xff\xfe"  # UTF-16 of Latin letters without its mark
+    for start, found in _OTHER_CONTENT.items():
+        if head.startswith(start):
+            raise DataError(f"{path} is {found}")
+    return stream
 
 
 def _jsonl(stream, path):
@@ -87,11 +111,13 @@ def _jsonl(stream, path):
 
 def _parsed_line(line):
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Broken("not_utf8", _excerpt(line))
-    except (ValueError, RecursionError):
-        return Broken("not_json", _excerpt(line))
+    except RepeatedField as error:
+        return Broken("repeated_field", f"{error}: {_excerpt(line)}")
+    except (ValueError, RecursionError) as error:
+        return Broken("not_json", f"{error}: {_excerpt(line)}")
 
 
 def _excerpt(line):
@@ -131,7 +157,6 @@ class _JsonText:
     def __init__(self, stream, path):
         self.stream, self.path = stream, path
         self.window, self.at, self.rows = "", 0, 0
-        self.decoder = json.JSONDecoder()
 
     def peek(self):
         """The next character that is no white space, '' at the end."""
@@ -155,7 +180,7 @@ class _JsonText:
         self.peek()
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.window, self.at)
+                value, end = self._decoded()
             except RecursionError:
                 self.fail("nested too deeply")
             except ValueError as error:
@@ -168,61 +193,19 @@ class _JsonText:
                     self.rows += 1
                     return value
 
+    def _decoded(self):
+        """(value, end) at the place that is read next; Broken for a value with a field given twice."""
+        try:
+            return DECODER.raw_decode(self.window, self.at)
+        except RepeatedField as error:
+            _, end = json.JSONDecoder().raw_decode(self.window, self.at)
+            return Broken("repeated_field", f"{error}: {ascii(self.window[self.at : end])[:200]}"), end
+
     def fail(self, what):
         raise DataError(
-            f"{self.path}: after row {self.rows} it is not JSON ({what}): {_WAY_OUT}, or give JSON Lines, "
+            f"{self.path}: after row {self.rows} it is not JSON ({what}): {WAY_OUT}, or give JSON Lines, "
             "where a bad row costs only itself"
         ) from None
 
 
-def _csv(stream, path):
-    # Undecodable bytes become surrogates, which conversion rejects row by row.
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))  # the module's default is 128 KiB
-    reader = csv.reader(text, strict=True)
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise DataError(f"{path}: its first line, the header, is no CSV ({error}): {_WAY_OUT}") from None
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "end of data" in str(error):
-                raise DataError(f"{path}: the quote opened in line {line} is never closed: {_WAY_OUT}") from None
-            yield Broken("bad_csv", f"line {line}: {error}")
-            continue
-        if len(fields) == len(header):
-            yield dict(zip(header, fields, strict=True))
-        elif fields:
-            shown = ascii(fields)[:200]
-            yield Broken("ragged_row", f"line {line}: {len(fields)} fields, the header has {len(header)}: {shown}")
-
-
-def _parquet(stream, path):
-    import pyarrow
-    from pyarrow import parquet
-
-    with tempfile.TemporaryFile() as plain:
-        if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end
-            shutil.copyfileobj(stream, plain)
-            stream = plain
-        try:
-            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=256):
-                for i in range(batch.num_rows):
-                    yield _parquet_row(batch, i)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path} is no whole Parquet file ({error}): {_WAY_OUT}") from None
-
-
-def _parquet_row(batch, i):
-    try:
-        return batch.slice(i, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return Broken("not_utf8", str(error)[:200])
-
-
-_READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet}
+_TEXT_READERS = {"jsonl": _jsonl, "json": _json, "csv": csv_rows}

@@ -1,13 +1,15 @@
 """Where rows come from: the hub at pinned revisions, the bundled sample, or the user's own files."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftlib.data.convert import FIELDS_READ
 from peftlib.data.hub import HUB, hub_rows
 from peftlib.data.reading import kind_of, read_rows
-from peftlib.errors import ConfigError
+from peftlib.errors import ConfigError, DataError
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
 _SAMPLE_LICENSE = "Apache-2.0 (written for this project)"
@@ -39,22 +41,31 @@ class Source:
 
     def rows(self, stream):
         """Yields (row number, row or reading.Broken) of a stream. DataError: it cannot be read."""
-        return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream])
+        return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream], FIELDS_READ)
 
     def label(self, stream):
         """The stream in words."""
         if self.where == "hub":
             return HUB[self.name].label(stream)
-        return f"the bundled sample {self.paths[stream].name}" if self.where == "sample" else str(self.paths[stream])
+        name = self.paths[stream].name if self.where == "sample" else self.paths[stream]
+        return f"the bundled sample {name}" if self.where == "sample" else _encodable(name)
 
     def _public_label(self, stream):
-        return self.paths[stream].name if self.where == "file" else self.label(stream)
+        return _encodable(self.paths[stream].name) if self.where == "file" else self.label(stream)
 
     def identity(self):
-        """What makes its rows what they are: the hub's revision, or each file's SHA-256."""
+        """What makes its rows what they are: the hub's revision, or each file's SHA-256.
+
+        DataError: a file cannot be read.
+        """
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
-        return {"sha256": {stream: _file_sha256(path) for stream, path in self.paths.items()}}
+        try:
+            return {"sha256": {stream: _file_sha256(path) for stream, path in self.paths.items()}}
+        except OSError as error:
+            raise DataError(
+                f"a file of {self.name} cannot be read ({error}): check the path and who may read it"
+            ) from None
 
     def provenance(self):
         """What the manifest and the card say of it, JSON values."""
@@ -92,10 +103,18 @@ def _source(name, where):
         if name not in HUB:
             raise ConfigError(f"sources: {name}={where}, but {where} has only {', '.join(HUB)}: give a file")
         return Source(name, where, {"main": SAMPLE / f"{name}.jsonl"} if where == "sample" else {})
-    files = [Path(piece.strip()).expanduser() for piece in where.split(",")]
+    try:
+        files = [Path(piece.strip()).expanduser() for piece in where.split(",")]
+    except RuntimeError as error:  # ~name of nobody here
+        raise ConfigError(f"sources: {name}={where!r}: {error}: give the whole path") from None
     if len(files) > 2 or not all(piece.strip() for piece in where.split(",")):
         raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
     return Source(name, "file", dict(zip(("main", "test"), files, strict=False)))
+
+
+def _encodable(path):
+    """A path as text that any file can hold: bytes of its name that are not UTF-8 as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _file_sha256(path):

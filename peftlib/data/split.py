@@ -6,12 +6,12 @@ too near to a row chosen before is rejected, and the next candidate of its sourc
 
 import hashlib
 import itertools
-import json
 from dataclasses import dataclass
 
 import numpy as np
 
 from peftlib.data import near
+from peftlib.data.candidates import content_of
 from peftlib.data.tokens import tokenize
 
 SPLITS = ("test", "valid", "train")  # in order of precedence
@@ -20,7 +20,8 @@ _SAMPLE = 500  # candidates of a stream that say which grams are common
 
 @dataclass
 class Row:
-    """One usable conversation, cut to length. ids: (T,) int32. is_scored: (T,) bool, all answers."""
+    """One usable conversation, cut to length. ids: (T,) int32. is_scored: (T,) bool, all answers that are learned.
+    unscored: places in `texts` of the others."""
 
     source: str
     texts: list
@@ -28,10 +29,11 @@ class Row:
     origin: str
     ids: np.ndarray
     is_scored: np.ndarray
+    unscored: tuple = ()
 
     @property
     def content_sha256(self):
-        return hashlib.sha256(json.dumps(self.texts, ensure_ascii=True).encode()).hexdigest()
+        return hashlib.sha256(content_of(self.texts, self.unscored)).hexdigest()
 
     @property
     def id(self):
@@ -79,7 +81,8 @@ class Queue:
             return None
         notes = candidate.notes if kept == len(candidate.texts) else (*candidate.notes, "cut_to_length")
         texts = candidate.texts[:kept]
-        return Row(self.source, texts, notes, candidate.origin, tokenized.ids, tokenized.is_scored)
+        unscored = tuple(turn for turn in candidate.unscored if turn < kept)
+        return Row(self.source, texts, notes, candidate.origin, tokenized.ids, tokenized.is_scored, unscored)
 
 
 class Judge:
@@ -94,7 +97,7 @@ class Judge:
     def objection(self, row, split):
         """None, and the row has joined; or (reason, id of the row in the way)."""
         # Training scores every answer, so each turn's history is a prompt of the row; the last is its own.
-        prompts = [near.prompt_sha256(row.texts[:n]) for n in range(1, len(row.texts), 2)]
+        prompts = [near.prompt_key(row.texts[:n]) for n in range(1, len(row.texts), 2)]
         for where, other in (self._prompts[p] for p in prompts if p in self._prompts):
             if where != split:
                 return f"prompt_in_{where}", other
@@ -112,21 +115,18 @@ class Judge:
 
 
 def choose(queues, wanted):
-    """({split: [Row, ...]}, {(split, source): rows missing}).
+    """{split: [Row, ...]}: fewer of a source than wanted where it runs out.
 
     queues: {(source, split): Queue}, one Queue standing for several splits where they share a stream; sources in order
-    of precedence. wanted: {split: rows a source}.
+    of precedence. wanted: {(source, split): rows}.
     """
     judge = Judge([texts for queue in dict.fromkeys(queues.values()) for texts in queue.sample()])
-    chosen, missing = {}, {}
+    chosen = {}
     for split in SPLITS:
         chosen[split] = []
         for source in dict.fromkeys(source for source, _ in queues):
-            rows = list(itertools.islice(_accepted(queues[source, split], judge, split), wanted[split]))
-            chosen[split] += rows
-            if len(rows) < wanted[split]:
-                missing[split, source] = wanted[split] - len(rows)
-    return chosen, missing
+            chosen[split] += itertools.islice(_accepted(queues[source, split], judge, split), wanted[source, split])
+    return chosen
 
 
 def _accepted(queue, judge, split):

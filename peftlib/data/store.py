@@ -92,7 +92,7 @@ def _lists(arrays, dtype):
 
 
 def scored_in(split, row):
-    """(T,) bool: every answer in train and valid, the last one alone in test."""
+    """(T,) bool: every answer to be learned in train and valid, the last one alone in test."""
     if split != "test":
         return row.is_scored
     starts = np.flatnonzero(row.is_scored & ~np.concatenate([[False], row.is_scored[:-1]]))

@@ -18,8 +18,8 @@ _COLUMNS = {"ids": "int32", "is_scored": "bool", "turn_ends": "int32"}
 
 @dataclass
 class Tokenized:
-    """ids: (T,) int32. is_scored: (T,) bool. turn_ends: ids up to and with each kept turn; empty where not even the
-    first exchange fits."""
+    """ids: (T,) int32. is_scored: (T,) bool. turn_ends: ids up to and with each kept turn, the last of
+    them scored; empty where not even the first scored answer fits."""
 
     ids: np.ndarray
     is_scored: np.ndarray
@@ -34,21 +34,22 @@ def tokenize(model, candidates, *, max_length, workers):
     """
     workers = min(workers or os.cpu_count() or 1, 1 + len(candidates) // _ROWS_WORTH_A_WORKER)
     _tokenizer(model)  # opened before the workers start, so that a fork has it
-    made = _mapped([candidate.texts for candidate in candidates], workers, {"model": model, "max_length": max_length})
+    made = _mapped(candidates, workers, {"model": model, "max_length": max_length})
     return [row for batch in made.data.to_batches() for row in _unpacked(batch)]
 
 
-def _mapped(texts, workers, settings):
+def _mapped(candidates, workers, settings):
     import datasets
 
     columns = {name: datasets.List(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
+    given = {name: [getattr(candidate, name) for candidate in candidates] for name in ("texts", "unscored")}
     with _quiet_workers(datasets):
-        return datasets.Dataset.from_dict({"texts": texts}).map(
+        return datasets.Dataset.from_dict(given).map(
             _encode_batch,
             batched=True,
             batch_size=_BATCH,
             num_proc=workers if workers > 1 else None,
-            remove_columns=["texts"],
+            remove_columns=list(given),
             features=datasets.Features(columns),
             fn_kwargs=settings,
             new_fingerprint=f"peftlib-{os.urandom(8).hex()}",  # else the tokenizer would be hashed for a cache
@@ -87,13 +88,24 @@ def _unpacked(batch):
 def _encode_batch(batch, *, model, max_length):
     conversations = [as_messages(texts) for texts in batch["texts"]]
     columns = {name: [] for name in _COLUMNS}
-    for encoded in chat.encode_many(_tokenizer(model), conversations):
+    for encoded, unscored in zip(chat.encode_many(_tokenizer(model), conversations), batch["unscored"], strict=True):
         kept = sum(end <= max_length for end in encoded.turn_ends) // 2 * 2  # whole exchanges
+        while kept and kept - 1 in unscored:  # what follows the last scored answer teaches nothing
+            kept -= 2
         end = encoded.turn_ends[kept - 1] if kept else 0
         columns["ids"].append(encoded.input_ids[:end])
-        columns["is_scored"].append(encoded.is_scored[:end])
+        columns["is_scored"].append(_scored(encoded, unscored)[:end])
         columns["turn_ends"].append(encoded.turn_ends[:kept])
     return columns
+
+
+def _scored(encoded, unscored):
+    """The flags of is_scored, without the turns that are not learned."""
+    scored = list(encoded.is_scored)
+    for turn in unscored:
+        start, end = encoded.turn_ends[turn - 1], encoded.turn_ends[turn]
+        scored[start:end] = [False] * (end - start)
+    return scored
 
 
 def as_messages(texts):
