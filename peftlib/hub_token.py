@@ -23,7 +23,7 @@ _ADVICE = (
     f"set the environment variable {NAME}, or put a line {NAME}=... into a file .env in the working folder, or run "
     f"`hf auth login`, or add the secret {NAME} (on Colab the key icon, on Kaggle Add-ons > Secrets). "
     "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
-    "or set model to the id of a public mirror, or to 'packaged', which needs no token."
+    "or set model to a public mirror such as unsloth/gemma-3-1b-it, or to 'packaged', which needs no token."
 )
 # What Colab's userdata.get raises, by name: older releases lack some of the classes.
 _COLAB_REFUSALS = {
