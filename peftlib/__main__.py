@@ -7,6 +7,7 @@ import sys
 
 from peftlib import mirror
 from peftlib.config import from_text
+from peftlib.disk_errors import named
 from peftlib.errors import PeftlibError
 from peftlib.study import Study
 
@@ -20,15 +21,25 @@ def main(argv=None):
         code = _call(argv)
         for told in mirror.flush_all():
             print(told)
+        sys.stdout.flush()
         return code
     except PeftlibError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ERROR_CODE
+        return _refused(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        said = named(error)
+        if said is None:  # a bug, or the network: its traceback tells where
+            raise
+        return _refused(said)
+
+
+def _refused(error):
+    print(f"error: {error}", file=sys.stderr)
+    return ERROR_CODE
 
 
 def _call(argv):

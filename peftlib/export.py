@@ -10,7 +10,7 @@ from peftlib import record as records
 from peftlib.document import folded
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.export_targets import MARKER, target_of
-from peftlib.files import read_json, size_text, write_json, write_text
+from peftlib.files import copy_tree, read_json, size_text, write_json, write_text
 from peftlib.model_card_scores import scores_of
 from peftlib.public_names import public_config, public_model
 from peftlib.trained import FACTS, export_merged
@@ -90,7 +90,7 @@ def _fill_adapter(study, record, weights, folder, quant):
     """PEFT's folder; the base model is named as others can find it, not by its place on this machine."""
     del quant
     facts = read_json(weights / FACTS)
-    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
+    copy_tree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
     write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
     model_card.name_base_model(folder / "adapter_config.json", study.cfg.model)
 
