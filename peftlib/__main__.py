@@ -7,7 +7,7 @@ import sys
 
 from peftlib import mirror
 from peftlib.config import from_text
-from peftlib.disk_errors import named
+from peftlib.disk_errors import named, writing
 from peftlib.errors import PeftlibError
 from peftlib.study import Study
 
@@ -21,7 +21,8 @@ def main(argv=None):
         code = _call(argv)
         for told in mirror.flush_all():
             print(told)
-        sys.stdout.flush()
+        with writing("standard output"):
+            sys.stdout.flush()
         return code
     except PeftlibError as error:
         return _refused(error)

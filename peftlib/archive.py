@@ -112,8 +112,8 @@ def _extract(archive, folder):
     try:
         with writing(folder), tarfile.open(archive, "r:") as tar:
             for member in tar:
-                if not (member.isreg() or member.isdir()):
-                    raise tarfile.ExtractError(f"{member.name!r} is neither a file nor a folder")
+                if not (member.isreg() or member.isdir()) or member.name.startswith(("/", "\\")):
+                    raise tarfile.ExtractError(f"{member.name!r} is no file or folder of a study")
                 tar.extract(member, folder, filter="data")
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise OSError(errno.EBADMSG, f"no archive of a study: {error}") from error

@@ -43,7 +43,7 @@ def build(root, model, data, settings):
     sweep.sweep(study, "hybrid", factors=(1.0,), rows=2, **_QUIET)
     names, cases = judge_cli.cases_of_study(study, ("base", "hybrid"), 0, 0)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, ("base", "hybrid")), names)
-    judge.run(cases, verdicts, _Judge(), **_QUIET)
+    judge.run(cases, verdicts, Judge(), **_QUIET)
     _report(root)
     shutil.copytree(study.folder, root / "runs" / OTHER)
     gone = {
@@ -57,7 +57,7 @@ def build(root, model, data, settings):
     return study.folder
 
 
-class _Judge:
+class Judge:
     """A judge that always takes the second answer."""
 
     name, counts = "http://127.0.0.1:1|m", {}
@@ -68,7 +68,7 @@ class _Judge:
         return Reply("VERDICT: 2", 3, 2)
 
 
-def _call(*words):
+def call(*words):
     """What a command printed; its error as PeftlibError."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -84,18 +84,18 @@ def _files(folder):
 
 def _report(root):
     with mock.patch("peftlib.report_charts.charts_of", lambda *_: {}):  # drawing takes longer than all the rest
-        _call("report", "--study", NAME)
+        call("report", "--study", NAME)
     folder = root / "runs" / NAME
     return (folder / "results.csv").read_text() + (folder / "report.md").read_text()
 
 
 def _compare(root):
-    return _call("compare", NAME, OTHER)
+    return call("compare", NAME, OTHER)
 
 
 def _export(method, form):
     def export(root):
-        _call("export", "--study", NAME, "--method", method, "--form", form, "--to", root / "out")
+        call("export", "--study", NAME, "--method", method, "--form", form, "--to", root / "out")
         return _files(root / "out")
 
     return export
@@ -103,13 +103,13 @@ def _export(method, form):
 
 def _judged(root):
     words = ("--study", NAME, "--methods", "base", "hybrid", "--endpoint", "http://127.0.0.1:1", "--model", "m")
-    return _call("judge", *words, "--dry-run")
+    return call("judge", *words, "--dry-run")
 
 
 def _chat(method):
     def chat(root):
         with mock.patch.object(sys, "stdin", io.StringIO("hello\n")):
-            return _call("chat", "--study", NAME, "--method", method, "--max-new-tokens", 3)
+            return call("chat", "--study", NAME, "--method", method, "--max-new-tokens", 3)
 
     return chat
 
@@ -134,22 +134,22 @@ def _train(method):
 
 
 def _sweep(root):
-    said = _call("sweep", "--study", NAME, "--method", "hybrid", "--factor", "1", "--rows", "2")
+    said = call("sweep", "--study", NAME, "--method", "hybrid", "--factor", "1", "--rows", "2")
     found = read_json(root / "runs" / NAME / "sweeps" / "hybrid.json")
     return said.splitlines()[-1], found["best"]
 
 
 def _data(root):
-    _call("data", "--study", NAME, "--profile", "demo")
+    call("data", "--study", NAME, "--profile", "demo")
     return {name: content for name, content in _files(root / "runs" / NAME / "data").items() if name != "README.md"}
 
 
 def _plan(root):
-    return _call("plan", "--study", NAME, "--gpu", "t4")
+    return call("plan", "--study", NAME, "--gpu", "t4")
 
 
 def _reference(root):
-    return _call("reference", "--study", NAME, "--profile", "demo", "--dry-run", "--factors", "1", "--sweep-rows", 2)
+    return call("reference", "--study", NAME, "--profile", "demo", "--dry-run", "--factors", "1", "--sweep-rows", 2)
 
 
 COMMANDS = {

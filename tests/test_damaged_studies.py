@@ -5,7 +5,6 @@ import shutil
 import socket
 import time
 
-import conftest
 import damage
 import pytest
 
@@ -46,24 +45,6 @@ class Matrix:
 @pytest.fixture
 def matrix(built_study, monkeypatch, tmp_path):
     return Matrix(*built_study, monkeypatch, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def built_study(tiny_model, built_data, tmp_path_factory):
-    """(folder of finished studies, {command: what it makes of them}); nobody writes there."""
-    root = tmp_path_factory.mktemp("damage")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEFTLIB_MIRROR", "off")
-        patch.setenv("PEFTLIB_ROOT", str(root / "runs"))
-        damage.build(root, tiny_model, built_data, conftest.TINY)
-        expected = {}
-        for command in damage.COMMANDS:
-            place = tmp_path_factory.mktemp("undamaged")
-            shutil.copytree(root / "runs", place / "runs")
-            patch.setenv("PEFTLIB_ROOT", str(place / "runs"))
-            kind, expected[command] = damage.attempt(command, place)
-            assert kind == "ok", (command, expected[command])
-    return root / "runs", expected
 
 
 def test_a_sample_of_all_damages_ends_in_named_errors_or_the_same_results(matrix):
