@@ -255,7 +255,7 @@ def test_a_full_standard_output_is_said(built_study, monkeypatch, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: standard output cannot be written (No space left on device)" in done.stderr
+    assert "error: standard output cannot be used (No space left on device): free some space" in done.stderr
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):
