@@ -49,6 +49,9 @@ def evaluate(study, method, *, log=print):
             return record
         if study.cfg.engine == "vllm":
             require_vllm()
+        if done:  # of answers that are gone: it must not stand beside those that come now before they are all there
+            record["evaluation"] = None
+            records.save(study, record)
         rows = data.load_split(study.data_dir, "test")
         device = resolve_device(study.cfg.device)
         dtype, precision, _ = evaluation_dtype(device)
