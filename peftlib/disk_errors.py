@@ -62,7 +62,7 @@ def named(error):
 
 def _disk_error(number, error, path, action):
     named_file = getattr(error, "filename", None)
-    path = named_file if isinstance(named_file, str | bytes | os.PathLike) else path
+    path = named_file if isinstance(named_file, str | bytes | os.PathLike) else str(path)
     way_out = _WAYS_OUT.get(number, _FAILING)
     return DiskError(number, os.strerror(number), os.fsdecode(path), action=action, way_out=way_out)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peftlib import export_gguf, identity, methods, model_card
 from peftlib import record as records
+from peftlib.disk_errors import writing
 from peftlib.document import folded
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.export_targets import MARKER, target_of
@@ -47,7 +48,7 @@ def export(
     target = target_of(to, private=private, api=api)
     identity = {"run_hash": record["run_hash"], "method": method, "seed": seed, "form": form}
     what = f"{method} (seed {seed}) of study {study.cfg.study}"
-    with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder:
+    with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder, writing(target):
         if not dry_run:
             target.require_free(identity)
         _FILL[form](study, record, weights, folder, quant)

@@ -208,6 +208,21 @@ def findings(judged):
     return [f"Judged by {found.judge}: {next(sentences(found))}." for found in judged if found.win_rate is not None]
 
 
+def uncounted(study):
+    """One sentence for each verdict file that says less than was asked for: its end is cut, or all of it is gone."""
+    for path in _paths(study):
+        verdicts = Verdicts(path, ())
+        if verdicts.is_cut or not len(verdicts):
+            what = (
+                "the last line is cut and does not count" if verdicts.is_cut else "the file is empty and does not count"
+            )
+            yield f"judge/{path.name}: {what}; `judge` with the same methods asks again for what is missing."
+
+
+def _paths(study):
+    return sorted((study.folder / "judge").glob("*-vs-*.jsonl"))
+
+
 def load(study, found):
     """([Judged, ...], number of verdicts left out) of the study's verdict files, against the answers of today.
 
@@ -215,7 +230,7 @@ def load(study, found):
     StudyError: a damaged line.
     """
     made, n_used, n_lines = [], 0, 0
-    for path in sorted((study.folder / "judge").glob("*-vs-*.jsonl")):
+    for path in _paths(study):
         methods = tuple(path.stem.split("-vs-"))
         verdicts = Verdicts(path, methods)
         n_lines += len(verdicts)
