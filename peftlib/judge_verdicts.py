@@ -105,14 +105,14 @@ def _parsed(path, number, text):
     odd = [name for name in _FIELDS[1:] if type(line[name]) is not (int if name == "reply_tokens" else str)]
     if odd:
         raise StudyError(f"{path}: line {number} has {odd[0]} {line[odd[0]]!r:.60}: delete that line; the rest is kept")
-    seal = line.pop("seal", None)  # verdicts of before have none
-    if seal is not None and seal != _seal(line):
-        raise StudyError(f"{path}: line {number} is damaged (its SHA-256 differs): delete that line; the rest is kept")
     if line["schema_version"] != SCHEMA_VERSION or line["verdict"] not in _VALUES or line["order"] not in ORDERS:
         raise StudyError(
             f"{path}: line {number} has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict "
             f"{line['verdict']!r}, which this peftlib does not read: delete that line; the rest is kept"
         )
+    seal = line.pop("seal", None)  # verdicts of before have none
+    if seal is not None and seal != _seal(line):
+        raise StudyError(f"{path}: line {number} is damaged (its SHA-256 differs): delete that line; the rest is kept")
     return line
 
 
