@@ -104,7 +104,7 @@ _SHAPE = {
             "device?": str,
             "predictions_sha256?": str,
             "generate_seconds?": _NUMBER,
-            "generated_tokens?": _COUNT,
+            "generated_tokens?": _NUMBER,
         }
     ),
     "evaluation_error?": _TEXT,
