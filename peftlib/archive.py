@@ -88,7 +88,7 @@ def unpack(archive, folder):
     """Put the files of a tar into their places below `folder`, each at once; returns their names.
 
     A checkpoint's folder comes as a whole, and is only then listed as one.
-    OSError: it is no archive of a study (damaged, or with links, devices or places outside), and nothing of it was used.
+    OSError: it is no archive of a study (damaged, or with links, devices or places outside); nothing of it was used.
     """
     folder = Path(folder)
     beside = folder / ".restoring"

@@ -32,7 +32,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def reading(path, way_out=MADE_AGAIN):
-    """Within it, an error of the disk becomes a DiskError, what a damaged file raises a StudyError that names `path`."""
+    """Within it, an error of the disk becomes a DiskError, what damage raises a StudyError; both name `path`."""
     try:
         yield
     except PeftlibError:

@@ -215,7 +215,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON object of this project, its objects json_reading.Fields. StudyError: damaged, or of another schema version."""
+    """A JSON object of this project, made of json_reading.Fields. StudyError: damaged, or of another schema version."""
     path = Path(path)
     text = read_text(path)
     with reading(path):
@@ -223,8 +223,8 @@ def read_json(path):
     seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
     if seal is not None and seal != _seal(value):
         raise StudyError(
-            f"{path} is damaged (its SHA-256 differs): delete it and run the notebook that writes it again. If you have "
-            f"changed it on purpose, take its line {_SEAL!r} out"
+            f"{path} is damaged (its SHA-256 differs): delete it and run the notebook that writes it again. If you "
+            f"have changed it on purpose, take its line {_SEAL!r} out"
         )
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version != SCHEMA_VERSION:

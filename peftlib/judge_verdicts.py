@@ -20,7 +20,8 @@ _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 class Verdicts:
     """judge/<a>-vs-<b>.jsonl, one verdict a line. `names`: of the runs whose answers are compared, ('base-s0', ...).
 
-    A last line that a kill cut does not count; `is_cut` tells of it. StudyError: any other line that is damaged, or of another schema.
+    A last line that a kill cut does not count; `is_cut` tells of it.
+    StudyError: any other line that is damaged, or of another schema.
     """
 
     def __init__(self, path, names):

@@ -1,4 +1,4 @@
-"""The lines of predictions/<method>-s<seed>.jsonl, read as strictly by those who score them as by those who add some."""
+"""The lines of predictions/<method>-s<seed>.jsonl, read alike by those who score them and those who add some."""
 
 from peftlib.errors import StudyError
 from peftlib.files import read_text

@@ -119,6 +119,8 @@ _SHAPE = {
     "model_sha256?": _TEXT,
     "model_revision?": _TEXT,
     "forked_from?": _TEXT,
+    "rate_factor?": _NUMBER,
+    "changes?": [{"step": int, "what": str}],
     "placement?": Maybe({}),
     "side_by_side?": int,
 }

@@ -10,7 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import damage
+import finished_study
 import pytest
 import torch
 from fault_disk import FaultDisk
@@ -26,33 +26,35 @@ ROOM_KIB = (0, 4, 16, 64, 256, 1024)  # left on the disk
 
 
 def _judge_anew(root):
-    study = Study.existing(damage.NAME)
+    study = Study.existing(finished_study.NAME)
     methods = ("base", "hybrid")
     names, cases = judge_cli.cases_of_study(study, methods, 0, 0)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, methods), names)
-    judge.run(cases, verdicts, damage.Judge(), log=lambda line: None)
+    judge.run(cases, verdicts, finished_study.Judge(), log=lambda line: None)
     return sorted((line["id"], line["order"], line["verdict"]) for line in verdicts.lines)
 
 
 def _plan_kept(root):
-    damage.call("reference", "--study", damage.NAME, "--profile", "demo", "--dry-run", "--keep-plan", root / "plan")
+    finished_study.call(
+        "reference", "--study", finished_study.NAME, "--profile", "demo", "--dry-run", "--keep-plan", root / "plan"
+    )
     return (root / "plan" / "plan.md").read_text()
 
 
 # {name: (what to take away below the study so that the command has something to write, the command)}
 WRITERS = {
-    "report": ((), damage.COMMANDS["report"]),
-    "export adapter": ((), damage.COMMANDS["export adapter"]),
-    "export merged": ((), damage.COMMANDS["export merged"]),
-    "evaluate": (("predictions/hybrid-s0.jsonl",), damage.COMMANDS["evaluate"]),
-    "train, resumed": ((), damage.COMMANDS["train, resumed"]),
-    "train, anew": (("checkpoints/apollo-s0",), damage.COMMANDS["train, resumed"]),
-    "sweep": (("sweeps",), damage.COMMANDS["sweep"]),
-    "data": (("data",), damage.COMMANDS["data"]),
+    "report": ((), finished_study.COMMANDS["report"]),
+    "export adapter": ((), finished_study.COMMANDS["export adapter"]),
+    "export merged": ((), finished_study.COMMANDS["export merged"]),
+    "evaluate": (("predictions/hybrid-s0.jsonl",), finished_study.COMMANDS["evaluate"]),
+    "train, resumed": ((), finished_study.COMMANDS["train, resumed"]),
+    "train, anew": (("checkpoints/apollo-s0",), finished_study.COMMANDS["train, resumed"]),
+    "sweep": (("sweeps",), finished_study.COMMANDS["sweep"]),
+    "data": (("data",), finished_study.COMMANDS["data"]),
     "judge": (("judge",), _judge_anew),
     "reference": ((), _plan_kept),
-    "chat": ((), damage.COMMANDS["chat adapter"]),
-    "compare": ((), damage.COMMANDS["compare"]),
+    "chat": ((), finished_study.COMMANDS["chat adapter"]),
+    "compare": ((), finished_study.COMMANDS["compare"]),
 }
 
 
@@ -63,7 +65,7 @@ class Writer:
         self.name, self.root = name, root
         taken, self._command = WRITERS[name]
         shutil.copytree(pristine, root / "runs")
-        for path in (root / "runs" / damage.NAME / part for part in taken):
+        for path in (root / "runs" / finished_study.NAME / part for part in taken):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def attempt(self):
@@ -251,7 +253,7 @@ def test_a_full_standard_output_is_said(built_study, monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "runs"))
     if not Path("/dev/full").is_char_device():
         pytest.skip("this system has no /dev/full")
-    command = ["-m", "peftlib", "compare", damage.NAME, damage.OTHER]
+    command = ["-m", "peftlib", "compare", finished_study.NAME, finished_study.OTHER]
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -288,7 +290,7 @@ def test_two_reports_at_once_both_end_well(built_study, monkeypatch, tmp_path):
     shutil.copytree(built_study[0], tmp_path / "runs")
     monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "runs"))
     monkeypatch.setattr("peftlib.report_charts.charts_of", lambda *_: {})
-    study = Study.existing(damage.NAME)
+    study = Study.existing(finished_study.NAME)
     with ThreadPoolExecutor(3) as pool:
         reports = list(pool.map(report.build, [study] * 3))
     assert len({tuple(r.findings) for r in reports}) == 1
