@@ -3,10 +3,12 @@
 import argparse
 import os
 import signal
+import stat
 import sys
 
 from peftlib import mirror
 from peftlib.config import from_text
+from peftlib.disk_errors import named
 from peftlib.errors import PeftlibError
 from peftlib.study import Study
 
@@ -20,15 +22,44 @@ def main(argv=None):
         code = _call(argv)
         for told in mirror.flush_all():
             print(told)
+        sys.stdout.flush()
         return code
     except PeftlibError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ERROR_CODE
+        return _refused(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        _leave_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        said = named(error) or _fault_of_output(error)
+        if said is None:  # a bug, or the network: its traceback tells where
+            raise
+        return _refused(said)
+
+
+def _fault_of_output(error):
+    """The DiskError of a standard output that leads to a file on a full disk; None where the error is another.
+
+    Writes to standard output are the only ones whose errors carry no path.
+    """
+    try:
+        mode = os.fstat(sys.stdout.fileno()).st_mode
+    except (OSError, ValueError):  # no file at all, as under a test
+        return None
+    if error.errno is None or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or sys.stdout.isatty():
+        return None
+    _leave_output()
+    return named(OSError(error.errno, error.strerror, "standard output"))
+
+
+def _leave_output():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+
+
+def _refused(error):
+    print(f"error: {error}", file=sys.stderr)
+    return ERROR_CODE
 
 
 def _call(argv):

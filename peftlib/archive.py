@@ -1,12 +1,14 @@
 """A study folder as a few archives: what belongs together, whether it has changed, packed and unpacked."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tarfile
 from pathlib import Path
 
+from peftlib.disk_errors import writing
 from peftlib.files import MANIFEST, remove_tree, rename
 
 # Folders that are archives of their own (a sweep's are its own affair), and the compiler's cache of earlier versions,
@@ -76,8 +78,8 @@ def pinned(folder, files):
 
 
 def pack(pairs, out):
-    """Write (path, name) pairs as an uncompressed tar to a file-like `out`, in order."""
-    with tarfile.open(fileobj=out, mode="w|", bufsize=_BUFFER, copybufsize=1 << 20) as tar:
+    """Write (path, name) pairs as an uncompressed tar to a file-like `out`, in order; links as what they lead to."""
+    with tarfile.open(fileobj=out, mode="w|", bufsize=_BUFFER, copybufsize=1 << 20, dereference=True) as tar:
         for path, name in pairs:
             tar.add(path, arcname=name, recursive=False)
 
@@ -86,19 +88,35 @@ def unpack(archive, folder):
     """Put the files of a tar into their places below `folder`, each at once; returns their names.
 
     A checkpoint's folder comes as a whole, and is only then listed as one.
+    OSError: it is no archive of a study (damaged, or with links, devices or places outside); nothing of it was used.
     """
     folder = Path(folder)
     beside = folder / ".restoring"
     remove_tree(beside)
-    beside.mkdir(parents=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(beside, filter="data")
-    names = [path.relative_to(beside).as_posix() for path in _files_below(beside)]
-    for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        rename(beside / name, folder / name)
-    remove_tree(beside)
+    with writing(beside):
+        beside.mkdir(parents=True)
+    try:
+        _extract(archive, beside)
+        names = [path.relative_to(beside).as_posix() for path in _files_below(beside)]
+        for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
+            with writing(folder / name):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            rename(beside / name, folder / name)
+    finally:
+        remove_tree(beside)
     return names
+
+
+def _extract(archive, folder):
+    """Extract a tar of plain files and folders. OSError: it is none, or the disk does not take it."""
+    try:
+        with writing(folder), tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                if not (member.isreg() or member.isdir()) or member.name.startswith(("/", "\\")):
+                    raise tarfile.ExtractError(f"{member.name!r} is no file or folder of a study")
+                tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise OSError(errno.EBADMSG, f"no archive of a study: {error}") from error
 
 
 def is_finished(folder, run):

@@ -10,9 +10,8 @@ from peftlib.config import differences, resolve
 from peftlib.document import Bullets, Heading, Paragraph, Table, to_markdown
 from peftlib.env import output_root
 from peftlib.errors import StudyError
-from peftlib.files import read_json
 from peftlib.results import gib
-from peftlib.study import Study
+from peftlib.study import Study, frozen_of
 
 _UNKNOWN = "n/a"
 
@@ -125,7 +124,7 @@ def _difference_table(found, boot):
 
 
 def _settings(names, folders):
-    configs = [read_json(folder / "config.json")["config"] for folder in folders]
+    configs = [frozen_of(folder / "config.json")["config"] for folder in folders]
     for name, config in zip(names[1:], configs[1:]):
         changed = differences(configs[0], config)
         yield f"{names[0]} -> {name}: {'; '.join(changed) or 'none'}"

@@ -10,11 +10,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 
 from peftlib.env import profile_for_hardware
 from peftlib.errors import ConfigError
+from peftlib.names import require_folder_name
 
+_MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
 
 
@@ -39,14 +42,14 @@ class Config:
     train_rows: int = _field(64, "data", "rows a source", low=1)
     valid_rows: int = _field(8, "data", "rows a source", low=0)
     test_rows: int = _field(16, "data", "rows a source", low=1)
-    split_seed: int = _field(0, "data", "orders the candidates of each source", low=0)
+    split_seed: int = _field(0, "data", "orders the candidates of each source", low=0, high=_MOST)
     allow_short: bool = _field(False, "data", "share out a source that runs out in the proportions asked")
     max_length: int = _field(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
 
     epochs: int = _field(1, "math", "passes over the training rows", low=1)
     max_steps: int = _field(0, "math", "optimizer steps; 0 is all of the epochs", low=0)
     sequences_per_step: int = _field(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
-    seed: int = _field(0, "math", "row order, adapter initialisation, dropout", low=0)
+    seed: int = _field(0, "math", "row order, adapter initialisation, dropout", low=0, high=_MOST)
     fork: str = _field("", "math", "study whose run of the same method and seed gives the first weights; '' is none")
     schedule: str = _field("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = _field(0.05, "math", "share of the steps", low=0.0, high=0.5)
@@ -142,8 +145,9 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        if any(c in self.study for c in "/\\:\0") or self.study in ("", ".", ".."):
-            raise ConfigError(f"study={self.study!r} is no folder name: use letters, digits, '-' and '_'")
+        require_folder_name("study", self.study)
+        if self.fork:
+            require_folder_name("fork", self.fork)
 
     def fields_of(self, *scopes):
         """{name: value} of the fields in the given scopes, in declaration order."""
@@ -264,6 +268,8 @@ def _checked(f, value):
         raise ConfigError(
             f"{f.name}={value!r} is a {type(value).__name__}: use a {_kind_name(kind)} ({f.metadata['unit']})"
         )
+    if kind is str and "\0" in value:
+        raise ConfigError(f"{f.name}={value!r} holds a null character: take it out ({f.metadata['unit']})")
     limits = f.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(f"{f.name}={value!r} is not allowed: use {_choices_text(limits['choices'])}")
@@ -272,6 +278,8 @@ def _checked(f, value):
     )
     if too_low or (limits["high"] is not None and not value <= limits["high"]):
         raise ConfigError(f"{f.name}={value!r} is out of range: use {_range_text(limits)} ({limits['unit']})")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{f.name}={value!r} is no number: use a finite one ({limits['unit']})")
     return value
 
 

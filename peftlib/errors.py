@@ -25,6 +25,23 @@ class LockedError(StudyError):
     """A study folder that another live session works in."""
 
 
+class DiskError(PeftlibError, OSError):
+    """A disk that is full, read-only or failing, or a path that it does not take.
+
+    action: what could not be done with the file, such as 'written'. way_out: what to do about it, in words.
+    """
+
+    def __new__(cls, number, strerror, path, *, action, way_out):
+        return super().__new__(cls, number, strerror, path)
+
+    def __init__(self, number, strerror, path, *, action, way_out):
+        super().__init__(number, strerror, path)
+        self.action, self.way_out = action, way_out
+
+    def __str__(self):
+        return f"{self.filename} cannot be {self.action} ({self.strerror}): {self.way_out}"
+
+
 class SchemaError(StudyError):
     """A file that a peftlib of another schema version wrote; undamaged."""
 

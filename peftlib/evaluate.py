@@ -14,13 +14,16 @@ import torch
 from peftlib import data, forgetting, identity
 from peftlib import methods as registry
 from peftlib import record as records
+from peftlib.disk_errors import writing
 from peftlib.engines import require_vllm, resolve_engine
 from peftlib.env import resolve_device
 from peftlib.errors import PeftlibError, StudyError
+from peftlib.files import sha256
 from peftlib.generate import Predictions, answer_rows
 from peftlib.lock import held
 from peftlib.models import locate
 from peftlib.rows import Rows, mean_loss
+from peftlib.scored import require_unchanged
 from peftlib.session import Deadline
 from peftlib.trained import export_merged, load_plain, load_rounded, load_trained
 
@@ -40,11 +43,15 @@ def evaluate(study, method, *, log=print):
         done = record["evaluation"]
         predictions_path = study.predictions_path(method, record["seed"])
         if done and done["split_hash"] == record["split_hash"] and predictions_path.exists():
+            require_unchanged(predictions_path, record)
             if not _add_rounding(study, record, log=log):
                 log(f"{method}: evaluated before, nothing to do")
             return record
         if study.cfg.engine == "vllm":
             require_vllm()
+        if done:  # of answers that are gone: it must not stand beside those that come now before they are all there
+            record["evaluation"] = None
+            records.save(study, record)
         rows = data.load_split(study.data_dir, "test")
         device = resolve_device(study.cfg.device)
         dtype, precision, _ = evaluation_dtype(device)
@@ -56,6 +63,7 @@ def evaluate(study, method, *, log=print):
             "n_test": len(rows),
             **losses,
             **answers,
+            "predictions_sha256": sha256(predictions_path),
             "max_new_tokens": study.cfg.max_new_tokens,
             "precision": precision,
             "device": records.device_name(device),
@@ -232,8 +240,11 @@ def _merged_folder(study, method, seed):
     if method == "base":
         yield locate(study.cfg.model)[0]
         return
-    with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
-        yield export_merged(study.weights_dir(method, seed), Path(folder) / "model")
+    with contextlib.ExitStack() as stack:
+        with writing(tempfile.gettempdir()):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="peftlib-merged-"))
+            merged = export_merged(study.weights_dir(method, seed), Path(folder) / "model")
+        yield merged
 
 
 def trained_methods(study):

@@ -5,22 +5,28 @@ import re
 import sys
 from pathlib import Path
 
+from peftlib.disk_errors import reading
 from peftlib.errors import StudyError
 from peftlib.files import write_text
 from peftlib.hub_token import MASK, token_pattern
+from peftlib.json_reading import fault
 from peftlib.notebook import last_words
 
 SIZE_LIMIT_BYTES = 500_000
+_WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
+_OUTPUT = {"output_type": str, "data?": {}}
+_SHAPE = {"cells": [{"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}], "metadata": {}}
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def load(path):
-    """A notebook file as a dict. StudyError: it is none."""
-    try:
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
-        return notebook if isinstance(notebook["cells"], list) else {}["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{path} is no notebook ({error!r}): put the original file back") from None
+    """A notebook file as a dict. StudyError: it is none. DiskError: it is not there, or cannot be read."""
+    with reading(path, _WAY_OUT):
+        notebook = json.loads(Path(path).read_bytes().decode("utf-8"))
+    found = fault(notebook, _SHAPE)
+    if found:
+        raise StudyError(f"{path} is no notebook ({found}): {_WAY_OUT}")
+    return notebook
 
 
 def save(path, notebook):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib import executed, places
-from peftlib.errors import Stopped, StudyError
+from peftlib.disk_errors import writing
+from peftlib.errors import DiskError, Stopped, StudyError
 from peftlib.hub_token import without_tokens
 from peftlib.notebook import FINISHED, STOPPED, readable_path, state_hash
 from peftlib.papermill_child import CELL_EVENT, DEAD_KERNEL, end_tree
@@ -92,9 +93,10 @@ class Execution:
 
     def outcome(self):
         """Execute to the end, keep the executed copy, and say how it ended."""
-        self.stage.running.parent.mkdir(parents=True, exist_ok=True)
-        self.stage.running.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with writing(self.stage.running):
+            self.stage.running.parent.mkdir(parents=True, exist_ok=True)
+            self.stage.running.unlink(missing_ok=True)
+        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
             _write_kernel_spec(folder)
             self.child = self._start(folder)
             code = self._follow()
@@ -202,7 +204,7 @@ class Execution:
         """What papermill left, or None if it left nothing that can be read."""
         try:
             copy = executed.load(self.stage.running)
-        except (FileNotFoundError, StudyError):
+        except (DiskError, StudyError):
             return None
         executed.tidy(copy, self.stage.study.folder.parent)
         return copy

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from peftlib import export_gguf, identity, methods, model_card
 from peftlib import record as records
+from peftlib.disk_errors import writing
 from peftlib.document import folded
 from peftlib.errors import ConfigError, ModelError, StudyError
 from peftlib.export_targets import MARKER, target_of
-from peftlib.files import read_json, size_text, write_json, write_text
+from peftlib.files import copy_tree, read_json, size_text, write_json, write_text
 from peftlib.model_card_scores import scores_of
 from peftlib.public_names import public_config, public_model
 from peftlib.trained import FACTS, export_merged
@@ -47,7 +48,7 @@ def export(
     target = target_of(to, private=private, api=api)
     identity = {"run_hash": record["run_hash"], "method": method, "seed": seed, "form": form}
     what = f"{method} (seed {seed}) of study {study.cfg.study}"
-    with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder:
+    with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder, writing(target):
         if not dry_run:
             target.require_free(identity)
         _FILL[form](study, record, weights, folder, quant)
@@ -90,7 +91,7 @@ def _fill_adapter(study, record, weights, folder, quant):
     """PEFT's folder; the base model is named as others can find it, not by its place on this machine."""
     del quant
     facts = read_json(weights / FACTS)
-    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
+    copy_tree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
     write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
     model_card.name_base_model(folder / "adapter_config.json", study.cfg.model)
 

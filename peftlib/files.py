@@ -7,12 +7,19 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import time
+import uuid
 from pathlib import Path
 
 from peftlib import SCHEMA_VERSION, __version__
+from peftlib.disk_errors import reading, writing
 from peftlib.errors import SchemaError, StudyError
+from peftlib.json_reading import parse
 
 MANIFEST = "manifest.json"  # written last: what lacks it does not count
+_SEAL = "seal"  # key of a JSON object's own SHA-256
+_WRITING, _LEFT_BEHIND_S = ".writing", 3600.0  # ending of a file that is being written; after which nobody does
 
 
 class HashingWriter:
@@ -52,9 +59,9 @@ class HashingWriter:
 def write_stream(path, write, *, is_lasting=True):
     """Write a file by write(HashingWriter), onto the disk; returns {'bytes', 'sha256'} of what was given.
 
-    is_lasting=False: without waiting for the disk; `sync_file` does that.
+    is_lasting=False: without waiting for the disk; `sync_file` does that. DiskError: the disk does not take it.
     """
-    with open(path, "wb", buffering=0) as raw:
+    with writing(path), open(path, "wb", buffering=0) as raw:
         writer = HashingWriter(raw)
         try:
             write(writer)
@@ -74,8 +81,8 @@ def sync_file(path):
 
 
 def sha256(path):
-    """Hex digest of a file."""
-    with open(path, "rb") as opened:
+    """Hex digest of a file. DiskError: it cannot be read."""
+    with reading(path), open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -92,9 +99,10 @@ def fault_of(path, listed):
 
 
 def rename(old, new):
-    """Put `old` in the place of `new`, at once and lastingly."""
-    os.replace(old, new)
-    sync_folder(Path(new).parent)
+    """Put `old` in the place of `new`, at once and lastingly. DiskError: it cannot be put there."""
+    with writing(new):
+        os.replace(old, new)
+        sync_folder(Path(new).parent)
 
 
 def sync_folder(folder):
@@ -122,9 +130,9 @@ def sync_tree(folder):
 def remove_tree(folder):
     """Delete a folder, its manifest first, so that a half-deleted one does not count; one that is not there is fine.
 
-    OSError: something could not be deleted.
+    DiskError: something could not be deleted.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with writing(folder), contextlib.suppress(FileNotFoundError):
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name != MANIFEST):
             if entry.is_dir(follow_symlinks=False):
                 remove_tree(entry.path)
@@ -135,17 +143,33 @@ def remove_tree(folder):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """A path beside `path` to write to; renamed to `path` when the block ends well, removed when it does not."""
+    """A path beside `path` to write to; renamed to `path` when the block ends well, removed when it does not.
+
+    Two that write the same file at once do not meet: the last to end has its content there, whole.
+    DiskError: the disk does not take it, or the block ended in an error of the disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        yield beside
-        sync_file(beside)
-        rename(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_WRITING}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            sync_file(beside)
+            rename(beside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+    _remove_leftovers(path)
+
+
+def _remove_leftovers(path):
+    """Delete what writers of a file that were killed have left beside it."""
+    start, long_ago = f".{path.name}.", time.time() - _LEFT_BEHIND_S
+    with contextlib.suppress(OSError):  # another writer's, gone by itself, or not ours to delete
+        for entry in os.scandir(path.parent):
+            is_ours = entry.name.startswith(start) and entry.name.endswith(_WRITING)
+            if is_ours and entry.stat().st_mtime < long_ago:
+                os.unlink(entry.path)
 
 
 def write_text(path, text):
@@ -159,17 +183,49 @@ def json_text(value):
     return json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def append_text(path, text, *, is_lasting=True):
+    """Add UTF-8 text to the end of a file; is_lasting: wait until the disk has it. DiskError: it does not take it."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as out:
+            out.write(text.encode("utf-8"))
+            out.flush()
+            if is_lasting:
+                os.fsync(out.fileno())
+
+
+def copy_tree(source, target, **how):
+    """shutil.copytree. DiskError: the disk does not take it; what was copied until then stays."""
+    with writing(target):
+        shutil.copytree(source, target, **how)
+
+
+def read_text(path):
+    """A UTF-8 file's text. StudyError: it is not UTF-8. DiskError: it cannot be read, or is not there."""
+    with reading(path):
+        return Path(path).read_bytes().decode("utf-8")
+
+
 def write_json(path, value):
-    """Replace `path` with a JSON object that carries the schema version."""
-    write_text(path, json_text(value))
+    """Replace `path` with a JSON object that carries the schema version and its own SHA-256."""
+    value = json.loads(json_text(value))  # as it will be read
+    text = json.dumps({**value, _SEAL: _seal(value)}, indent=1, ensure_ascii=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path):
-    """A JSON object of this project. StudyError: not JSON, or of another schema version."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StudyError(f"{path} is damaged ({error}): delete it and run the notebook that writes it again") from None
+    """A JSON object of this project, made of json_reading.Fields. StudyError: damaged, or of another schema version."""
+    path = Path(path)
+    text = read_text(path)
+    with reading(path):
+        value = parse(text, path)
+    seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
+    if seal is not None and seal != _seal(value):
+        raise StudyError(
+            f"{path} is damaged (its SHA-256 differs): delete it and run the notebook that writes it again. If you "
+            f"have changed it on purpose, take its line {_SEAL!r} out"
+        )
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version != SCHEMA_VERSION:
         raise SchemaError(
@@ -181,15 +237,15 @@ def read_json(path):
 def sealed(value):
     """A JSON object with schema version and its own SHA-256, as bytes: a manifest that shows its own damage."""
     value = {"schema_version": SCHEMA_VERSION, **value}
-    return (json.dumps({**value, "seal": _seal(value)}, indent=1) + "\n").encode("utf-8")
+    return (json.dumps({**value, _SEAL: _seal(value)}, indent=1) + "\n").encode("utf-8")
 
 
 def unsealed(path):
     """The object of a file that `sealed` made. StudyError: damaged. SchemaError: whole, but of another version."""
     try:
         value = json.loads(Path(path).read_bytes())
-        seal = value.pop("seal")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        seal = value.pop(_SEAL)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise StudyError(f"{path} is damaged") from None
     if seal != _seal(value):
         raise StudyError(f"{path} is damaged (its SHA-256 differs)")

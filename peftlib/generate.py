@@ -1,7 +1,6 @@
 """Greedy answers to rows and questions, kept row by row so that a cut session loses little and repeats nothing."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 from peftlib.chat import STOP_IDS, encode_prompt
 from peftlib.engines import block_rows, generate_batch, generate_rows
 from peftlib.errors import Stopped, StudyError
-from peftlib.files import write_text
+from peftlib.files import append_text, write_text
+from peftlib.predictions import lines_of, parsed
 
 _SYNC_SECONDS = 5.0  # between two fsyncs; a crash of the machine, not of the process, loses so much
 _LOG_SECONDS = 2.0
@@ -60,40 +60,39 @@ class Predictions:
         self.split_hash = split_hash
         self.rows = {}
         self._synced = 0.0
-        # not splitlines(), which would also cut at separators inside an answer
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
-        for line in lines[:-1]:
-            row = _parsed(line)
-            if row and row["split_hash"] != split_hash:
+        lines = lines_of(self.path) if self.path.exists() else []
+        for line in lines:
+            row = parsed(line)
+            if isinstance(row, str):
+                continue  # cut by a kill, or damaged: answered again
+            if row["split_hash"] != split_hash:
                 raise StudyError(
                     f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to other "
                     "rows; move the file away and run again"
                 )
-            if row:
-                self.rows[row["id"]] = row
-        if len(self.rows) != len(lines) - 1 or lines[-1]:
+            self.rows[row["id"]] = row
+        if lines and (len(self.rows) != len(lines) or not self.path.read_bytes().endswith(b"\n")):
             self._write(self.rows.values())
 
     def add(self, test_rows, answers):
         """Append the answers to test rows. They outlive this process at once, the machine after seconds."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as out:
-            for row, answer in zip(test_rows, answers, strict=True):
-                made = {
-                    "id": row["id"],
-                    "source": row["source"],
-                    "prompt_sha256": row["prompt_sha256"],
-                    "answer": answer.text,
-                    "n_tokens": answer.n_tokens,
-                    "finish_reason": answer.finish_reason,
-                    "split_hash": self.split_hash,
-                }
-                self.rows[row["id"]] = made
-                out.write(_line(made))
-            out.flush()
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(out.fileno())
-                self._synced = time.monotonic()
+        made = [
+            {
+                "id": row["id"],
+                "source": row["source"],
+                "prompt_sha256": row["prompt_sha256"],
+                "answer": answer.text,
+                "n_tokens": answer.n_tokens,
+                "finish_reason": answer.finish_reason,
+                "split_hash": self.split_hash,
+            }
+            for row, answer in zip(test_rows, answers, strict=True)
+        ]
+        is_lasting = time.monotonic() - self._synced > _SYNC_SECONDS
+        append_text(self.path, "".join(map(_line, made)), is_lasting=is_lasting)
+        self.rows |= {row["id"]: row for row in made}
+        if is_lasting:
+            self._synced = time.monotonic()
 
     def complete(self, test_rows):
         """Put the file in the order of the test rows, which no interruption changes, and drop all other rows."""
@@ -106,14 +105,6 @@ class Predictions:
 
 def _line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _parsed(line):
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None  # the line that a kill cut
-    return row if isinstance(row, dict) and "id" in row and "split_hash" in row else None
 
 
 def answer_rows(

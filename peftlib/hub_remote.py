@@ -10,6 +10,8 @@ from pathlib import Path
 from peftlib.errors import StudyError
 from peftlib.files import fault_of, sealed, unsealed, write_stream
 from peftlib.hub_token import hf_token
+from peftlib.json_reading import require_shape
+from peftlib.storage import LISTED
 
 PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a repository that everybody can read
 
@@ -71,7 +73,7 @@ class HubRemote:
                 if path.startswith(f"{self.study_name}/") and path.endswith(".json"):
                     local = self.api.hf_hub_download(self.repository, path, local_dir=folder, **at)
                     with contextlib.suppress(StudyError):
-                        found[Path(path).stem] = unsealed(local)
+                        found[Path(path).stem] = require_shape(unsealed(local), LISTED, path)
         return found
 
     def refusal(self):

@@ -1,12 +1,15 @@
 """Verdicts on disk, and what they say: win rates with intervals, position bias, what could not be read."""
 
 import errno
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 
 from peftlib import SCHEMA_VERSION, scored, stats
+from peftlib.disk_errors import reading, writing
 from peftlib.errors import StudyError
+from peftlib.json_reading import parse
 from peftlib.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
 
 _FIELDS = ("schema_version", "key", "id", "order", "verdict", "judge", "rubric_sha256", "reply_tokens", "a", "b")
@@ -17,13 +20,16 @@ _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 class Verdicts:
     """judge/<a>-vs-<b>.jsonl, one verdict a line. `names`: of the runs whose answers are compared, ('base-s0', ...).
 
-    A last line that a kill cut does not count. StudyError: any other line that is damaged, or of another schema.
+    A last line that a kill cut does not count; `is_cut` tells of it.
+    StudyError: any other line that is damaged, or of another schema.
     """
 
     def __init__(self, path, names):
         self.path, self.names = path, names
-        whole, _, cut = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+        with reading(path):
+            whole, _, cut = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
         self.lines = [_parsed(path, number, line) for number, line in enumerate(whole.split(b"\n"), 1) if line]
+        self.is_cut = bool(cut)
         self._n_whole = len(whole) + bool(whole) if cut else None  # bytes; cut off there by the first verdict added
         self._by_key = {line["key"]: line for line in self.lines}
 
@@ -65,11 +71,15 @@ class Verdicts:
             "rubric_sha256": RUBRIC_SHA256,
             "reply": reply,
         }
-        self._append((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
+        self._append((json.dumps({**line, "seal": _seal(line)}, ensure_ascii=False) + "\n").encode("utf-8"))
         self.lines.append(line)
         self._by_key[line["key"]] = line
 
     def _append(self, data):
+        with writing(self.path):
+            self._append_whole(data)
+
+    def _append_whole(self, data):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as out:
             if self._n_whole is not None:
@@ -87,8 +97,8 @@ class Verdicts:
 
 def _parsed(path, number, text):
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        line = parse(text.decode("utf-8"))
+    except ValueError as error:
         raise StudyError(f"{path}: line {number} is damaged ({error}): delete that line; the rest is kept") from None
     missing = [name for name in _FIELDS if not isinstance(line, dict) or line.get(name) is None]
     if missing:
@@ -101,7 +111,15 @@ def _parsed(path, number, text):
             f"{path}: line {number} has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict "
             f"{line['verdict']!r}, which this peftlib does not read: delete that line; the rest is kept"
         )
+    seal = line.pop("seal", None)  # verdicts of before have none
+    if seal is not None and seal != _seal(line):
+        raise StudyError(f"{path}: line {number} is damaged (its SHA-256 differs): delete that line; the rest is kept")
     return line
+
+
+def _seal(line):
+    """What tells whether a line is as it was written: 16 hex digits over its values."""
+    return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def path_of(study, methods):
@@ -191,6 +209,21 @@ def findings(judged):
     return [f"Judged by {found.judge}: {next(sentences(found))}." for found in judged if found.win_rate is not None]
 
 
+def uncounted(study):
+    """One sentence for each verdict file that says less than was asked for: its end is cut, or all of it is gone."""
+    for path in _paths(study):
+        verdicts = Verdicts(path, ())
+        if verdicts.is_cut or not len(verdicts):
+            what = (
+                "the last line is cut and does not count" if verdicts.is_cut else "the file is empty and does not count"
+            )
+            yield f"judge/{path.name}: {what}; `judge` with the same methods asks again for what is missing."
+
+
+def _paths(study):
+    return sorted((study.folder / "judge").glob("*-vs-*.jsonl"))
+
+
 def load(study, found):
     """([Judged, ...], number of verdicts left out) of the study's verdict files, against the answers of today.
 
@@ -198,7 +231,7 @@ def load(study, found):
     StudyError: a damaged line.
     """
     made, n_used, n_lines = [], 0, 0
-    for path in sorted((study.folder / "judge").glob("*-vs-*.jsonl")):
+    for path in _paths(study):
         methods = tuple(path.stem.split("-vs-"))
         verdicts = Verdicts(path, methods)
         n_lines += len(verdicts)

@@ -12,7 +12,8 @@ import time
 import uuid
 from pathlib import Path
 
-from peftlib.errors import LockedError
+from peftlib.disk_errors import writing
+from peftlib.errors import DiskError, LockedError
 from peftlib.files import write_json
 from peftlib.lock_owner import is_gone, is_here, named, read, read_settled, this_process
 
@@ -119,7 +120,8 @@ class StudyLock:
 
     def __enter__(self):
         for _ in range(20):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._create()
                 break
@@ -157,9 +159,21 @@ class StudyLock:
             self._clear_if_left_behind()
 
     def _create(self):
-        opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        with os.fdopen(opened, "w", encoding="utf-8") as out:
-            json.dump(self._owner | {"heartbeat": time.time()}, out)
+        """Write the lock. FileExistsError: there is one. DiskError: it cannot be written, and none is left."""
+        try:
+            opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except OSError:
+            with writing(self.path):
+                raise
+        try:
+            with writing(self.path), os.fdopen(opened, "w", encoding="utf-8") as out:
+                json.dump(self._owner | {"heartbeat": time.time()}, out)
+        except DiskError:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            raise
 
     def _clear_if_left_behind(self):
         """Move a stale lock out of the way. LockedError: it is a live one."""
@@ -169,7 +183,7 @@ class StudyLock:
                 self._log(f"{self.path} is damaged and names no session: it counts as left behind")
         elif not is_gone(owner):
             self._require_silent(owner)
-        with contextlib.suppress(FileNotFoundError):  # another session was faster
+        with writing(self.path), contextlib.suppress(FileNotFoundError):  # another session was faster
             beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
             os.replace(self.path, beside)
             if self._token_at(beside) != (owner and owner["token"]):

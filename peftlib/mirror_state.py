@@ -4,10 +4,13 @@ import contextlib
 import uuid
 from pathlib import Path
 
+from peftlib.disk_errors import writing
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
+from peftlib.json_reading import Map, require_shape
 
 _STATE = ".mirror.json"
+_SHAPE = {"remote": str, "origin": str, "serials": Map(int), "copied": Map([list])}
 
 
 class MirrorState:
@@ -23,9 +26,13 @@ class MirrorState:
         self.read()
 
     def read(self):
-        """Take up what earlier sessions in this folder, or other processes, have copied to this remote."""
-        with contextlib.suppress(OSError, StudyError, KeyError):
-            state = read_json(self._folder / _STATE)
+        """Take up what earlier sessions in this folder, or other processes, have copied to this remote.
+
+        A state that is damaged counts as none: then all is copied once more.
+        """
+        with contextlib.suppress(OSError, StudyError):
+            path = self._folder / _STATE
+            state = require_shape(read_json(path), _SHAPE, path)
             if state["remote"] == self._remote:
                 self.origin, self.serials, self.copied = state["origin"], state["serials"], state["copied"]
 
@@ -64,7 +71,8 @@ def alone(folder):
 
 def made(folder):
     """The folder, made where it was not there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 

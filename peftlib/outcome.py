@@ -4,6 +4,7 @@ import torch
 
 from peftlib import flops, nonfinite, plan
 from peftlib import record as records
+from peftlib.disk_errors import writing
 from peftlib.files import sha256
 from peftlib.models import core, count_parameters, trainable
 from peftlib.trained import save_trained
@@ -49,7 +50,8 @@ def keep_weights(run):
     }
     folder = run.study.weights_dir(run.name, run.cfg.seed)
     run.study.predictions_path(run.name, run.cfg.seed).unlink(missing_ok=True)
-    save_trained(run.model, run.tokenizer, folder, facts)
+    with writing(folder):
+        save_trained(run.model, run.tokenizer, folder, facts)
     run.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     run.record["settings_sha256"] = settings_digests(folder)
 

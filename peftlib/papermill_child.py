@@ -12,6 +12,9 @@ import sys
 import threading
 import time
 
+from peftlib.disk_errors import writing
+from peftlib.errors import DiskError
+
 CELL_EVENT = "\x1ecell "  # begins the line that announces a cell; its number follows, from 1
 DEAD_KERNEL = 138
 # What papermill says about its own work. It guesses at our parameters; peftlib.config knows them.
@@ -40,13 +43,17 @@ def main(argv):
     # Without it newer kernels warn that what they say to papermill could be read on the way.
     encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
     try:
-        papermill.execute_notebook(
-            source, target, json.loads(parameters), progress_bar=False, log_output=True, config=encrypted
-        )
+        with writing(target):
+            papermill.execute_notebook(
+                source, target, json.loads(parameters), progress_bar=False, log_output=True, config=encrypted
+            )
     except papermill.PapermillExecutionError:
         return 1  # the executed copy holds the error; the parent reads it there
     except DeadKernelError:
         return DEAD_KERNEL
+    except DiskError as error:
+        print(error, flush=True)  # the parent quotes the last line
+        return 1
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from peftlib import identity, places
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
+from peftlib.json_reading import Map, Maybe, require_shape
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "sacrebleu", "rouge-score")
 
@@ -58,6 +59,71 @@ _NEEDED = (
     "history",
     "valid_history",
 )
+
+
+_NUMBER, _COUNT, _TEXT = Maybe(float), Maybe(int), Maybe(str)
+_STEP = {"step": int, "loss?": _NUMBER, "learning_rate?": _NUMBER, "grad_norm?": _NUMBER, "seconds?": _NUMBER}
+_SHAPE = {
+    "method": str,
+    "seed": int,
+    "status?": str,
+    "error?": _TEXT,
+    "config?": {},
+    "run_hash?": str,
+    "split_hash?": str,
+    "model?": str,
+    "model_provenance?": str,
+    "precision?": str,
+    "precision_reason?": _TEXT,
+    "device?": str,
+    "trainable_params?": _COUNT,
+    "total_params?": _COUNT,
+    "steps?": _COUNT,
+    "planned_steps?": _COUNT,
+    "train_tokens?": _COUNT,
+    "skipped_steps?": _COUNT,
+    "learning_rate?": _NUMBER,
+    "learning_rate_2?": _NUMBER,
+    "train_loss?": _NUMBER,
+    "eval_loss?": _NUMBER,
+    "peak_memory_bytes?": _NUMBER,
+    "peak_reserved_bytes?": _NUMBER,
+    "train_seconds?": _NUMBER,
+    "tokens_per_second?": _NUMBER,
+    "evaluation?": Maybe(
+        {
+            "split_hash": str,
+            "n_test?": _COUNT,
+            "eval_loss?": _NUMBER,
+            "general_loss?": _NUMBER,
+            "general_tokens?": _COUNT,
+            "general_text_sha256?": _TEXT,
+            "general_loss_nf4?": _NUMBER,
+            "max_new_tokens?": _COUNT,
+            "precision?": str,
+            "device?": str,
+            "predictions_sha256?": str,
+            "generate_seconds?": _NUMBER,
+            "generated_tokens?": _NUMBER,
+        }
+    ),
+    "evaluation_error?": _TEXT,
+    "losses?": Maybe({"eval_loss": _NUMBER, "general_loss?": _NUMBER, "general_tokens?": _COUNT}),
+    "history?": [_STEP],
+    "valid_history?": [{"step": int, "valid_loss": _NUMBER}],
+    "layers?": [{}],
+    "versions?": Map(_TEXT),
+    "git?": {"commit?": _TEXT, "is_dirty?": Maybe(bool)},
+    "weights_sha256?": Map(str),
+    "settings_sha256?": Map(str),
+    "model_sha256?": _TEXT,
+    "model_revision?": _TEXT,
+    "forked_from?": _TEXT,
+    "rate_factor?": _NUMBER,
+    "changes?": [{"step": int, "what": str}],
+    "placement?": Maybe({}),
+    "side_by_side?": int,
+}
 
 
 def new_record(study, method, *, device, precision, precision_reason):
@@ -165,9 +231,17 @@ def save(study, record):
 
 
 def load(study, method, seed):
-    """The record of a run, or None where there is none."""
+    """The record of a run, or None where there is none. StudyError: as read."""
     path = study.record_path(method, seed)
-    return read_json(path) if path.exists() else None
+    return read(path) if path.exists() else None
+
+
+def read(path):
+    """The record in a file. StudyError: it is damaged, of another schema version, or no record of a run."""
+    record = read_json(path)
+    if not {"method", "seed"} <= record.keys():
+        raise StudyError(f"{path} names no method or seed, so it is no record of a run: move it away")
+    return require_shape(record, _SHAPE, path)
 
 
 def require_fields(record, path):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from peftlib import side_by_side, sweep
 from peftlib.errors import ConfigError
 from peftlib.execution import environment
+from peftlib.files import copy_tree, rename
 from peftlib.interrupts import interrupts
 from peftlib.lock import child_environment, held
 from peftlib.mirror import open_mirror
@@ -250,7 +251,7 @@ def _sibling(study, settings):
     if not sibling.data_dir.exists():
         beside = sibling.folder / "data.copying"
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(study.data_dir, beside)
-        beside.rename(sibling.data_dir)
+        copy_tree(study.data_dir, beside)
+        rename(beside, sibling.data_dir)
     sibling.freeze()
     return Study.open(cfg)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from peftlib import comparison, data, metrics, reference_precision, stats
+from peftlib.disk_errors import writing
 from peftlib.errors import StudyError
 from peftlib.files import read_json, write_json
 from peftlib.public_names import public_config, public_model, without_folders
@@ -33,10 +34,12 @@ def take(study, target, *, sibling=None, seeds=(0, 1, 2), lacking=""):
     from peftlib import report
 
     built = report.build(study)
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
     for name in ("records", "records-fp16", "sweeps", "figures"):
         shutil.rmtree(target / name, ignore_errors=True)
-    shutil.copyfile(study.results_path, target / "results.csv")
+    with writing(target / "results.csv"):
+        shutil.copyfile(study.results_path, target / "results.csv")
     config = read_json(study.config_path)
     write_json(target / "config.json", {**config, "config": public_config(config["config"])})
     _records(study, target / "records")
@@ -260,7 +263,8 @@ def thinned(entries, most=_HISTORY):
 
 
 def _pictures(built, folder):
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name in FIGURES:
         if name not in built.figures:
@@ -270,6 +274,7 @@ def _pictures(built, folder):
             raise StudyError(
                 f"{path} has {path.stat().st_size:,} bytes, more than {_MOST_BYTES:,}: too large to commit"
             )
-        shutil.copyfile(path, folder / path.name)
+        with writing(folder / path.name):
+            shutil.copyfile(path, folder / path.name)
         made.append({"file": path.name, "alt": built.alt[name]})
     return made

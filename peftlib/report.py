@@ -57,7 +57,7 @@ def build(study):
     numbers = report_charts.numbers_of(found, boot, by_source)
     notes = comparison.unmatched(found.runs)
     sentences = list(comparison.findings(found, boot, pairs)) if boot else []
-    sentences += judge_verdicts.findings(judged)
+    sentences += [*judge_verdicts.findings(judged), *judge_verdicts.uncounted(study)]
     samples = _samples(found)
     paths, dark_paths, alt = report_charts.save_charts(numbers, study.figures_dir)
     report = Report(

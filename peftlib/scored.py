@@ -3,19 +3,19 @@
 Nothing is written here. What does not belong together is refused, naming files and values.
 """
 
-import json
 from dataclasses import dataclass, field
 
 from peftlib import forgetting, metrics
 from peftlib.errors import StudyError
-from peftlib.files import read_json
+from peftlib.files import sha256
+from peftlib.predictions import lines_of, parsed, wrong
+from peftlib.record import read as read_record
 from peftlib.record import require_fields
 from peftlib.study import method_rank
 
 BASE = "base"
 BASE_CUT = "base (cut)"  # base's answers cut at the median reference length
 STATUSES = ("ok", "stopped", "failed")
-_PREDICTION_FIELDS = ("id", "source", "prompt_sha256", "answer", "n_tokens", "finish_reason", "split_hash")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def read_records(study, split_hash):
 
 
 def _checked_record(path):
-    record = read_json(path)
+    record = read_record(path)
     require_fields(record, path)
     if record["status"] not in STATUSES:
         raise StudyError(f"{path} has status {record['status']!r}: use {', '.join(STATUSES)}")
@@ -166,6 +166,7 @@ def _run(study, record, test_rows, references, tokenizer):
     # A run that was cut, or answers that are not all there yet, have no score: an unknown, not an error.
     if record["status"] != "ok" or record["evaluation"] is None or not path.exists():
         return Run(record)
+    require_unchanged(path, record)
     found = read_predictions(path, test_rows, record["split_hash"])
     answers = [row["answer"] for row in found]
     return Run(
@@ -179,6 +180,13 @@ def _run(study, record, test_rows, references, tokenizer):
     )
 
 
+def require_unchanged(path, record):
+    """StudyError where a run's predictions are not those that its evaluation left; older evaluations do not say."""
+    known = (record["evaluation"] or {}).get("predictions_sha256")
+    if known is not None and sha256(path) != known:
+        raise wrong(path, "it is not what the evaluation wrote (its SHA-256 differs)")
+
+
 def read_predictions(path, test_rows, split_hash):
     """[prediction, ...] in the order of the test rows.
 
@@ -186,39 +194,22 @@ def read_predictions(path, test_rows, split_hash):
     another prompt.
     """
     found = {}
-    # Not splitlines: an answer may hold U+2028 and other characters that it takes for line ends.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, start=1):
-        row = _parsed(path, number, line)
+    for number, line in enumerate(lines_of(path), start=1):
+        row = parsed(line)
+        if isinstance(row, str):
+            raise wrong(path, f"line {number} {row}")
         if row["split_hash"] != split_hash:
-            raise _wrong(path, f"line {number} has split_hash {row['split_hash']}, the test rows have {split_hash}")
+            raise wrong(path, f"line {number} has split_hash {row['split_hash']}, the test rows have {split_hash}")
         if row["id"] in found:
-            raise _wrong(path, f"line {number} answers row {row['id']!r} a second time")
+            raise wrong(path, f"line {number} answers row {row['id']!r} a second time")
         found[row["id"]] = row
     known = {row["id"]: row["prompt_sha256"] for row in test_rows}
     unknown, missing = [i for i in found if i not in known], [i for i in known if i not in found]
     if unknown:
-        raise _wrong(path, f"{len(unknown)} of {len(found)} answers are to other rows, the first {unknown[0]!r}")
+        raise wrong(path, f"{len(unknown)} of {len(found)} answers are to other rows, the first {unknown[0]!r}")
     if missing:
-        raise _wrong(path, f"{len(missing)} of {len(known)} test rows are not answered, the first {missing[0]!r}")
+        raise wrong(path, f"{len(missing)} of {len(known)} test rows are not answered, the first {missing[0]!r}")
     other = [i for i in known if found[i]["prompt_sha256"] != known[i]]
     if other:
-        raise _wrong(path, f"{len(other)} answers are to another prompt, the first to row {other[0]!r}")
+        raise wrong(path, f"{len(other)} answers are to another prompt, the first to row {other[0]!r}")
     return [found[row["id"]] for row in test_rows]
-
-
-def _parsed(path, number, line):
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise _wrong(path, f"line {number} is damaged ({error})") from None
-    missing = [name for name in _PREDICTION_FIELDS if not isinstance(row, dict) or row.get(name) is None]
-    if missing:
-        raise _wrong(path, f"line {number} lacks {', '.join(missing)}")
-    if not isinstance(row["answer"], str):
-        raise _wrong(path, f"line {number} has the answer {row['answer']!r}, no text")
-    return row
-
-
-def _wrong(path, what):
-    return StudyError(f"{path}: {what}. Nothing was written: delete this file and run 04_eval again")

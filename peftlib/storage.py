@@ -14,9 +14,11 @@ from pathlib import Path
 
 from peftlib.errors import ConfigError, StudyError
 from peftlib.files import fault_of, sealed, unsealed, write_stream
+from peftlib.json_reading import require_shape
 from peftlib.kernel import is_watched
 
 DRIVE = Path("/content/drive")
+LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive
 _BLOCK = 4 << 20  # bytes copied at once
 DRIVE_LIMIT_BYTES = 12 << 30  # of a free Drive's 15 GB; mail and photos share it
 _UPLOADING = "Colab uploads it in the background, so keep this runtime for some minutes, or see at drive.google.com that it is there"
@@ -92,7 +94,7 @@ class FolderRemote:
         found = {}
         for path in sorted(self.folder.glob("*.json")):
             with contextlib.suppress(StudyError, OSError):
-                found[path.stem] = unsealed(path)
+                found[path.stem] = require_shape(unsealed(path), LISTED, path)
         return found
 
     def refusal(self):

@@ -3,12 +3,51 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftlib import record as records
 from peftlib.config import Config, differences, resolve, short_hash
 from peftlib.env import output_root
-from peftlib.errors import StudyError
+from peftlib.errors import ConfigError, StudyError
 from peftlib.files import read_json, write_json
+from peftlib.json_reading import Map, Maybe, require_shape
 from peftlib.mirror import open_mirror
 from peftlib.palette import THEMES
+
+_CONFIG = {"profile": str, "config": {}, "rates?": Map({"rates": Map(float), "from": {}})}
+_COUNTS, _SOURCE = Map(Map(int)), {"where": Map(str), "license": str}
+_TOKENS = {"total": int, "scored": int, "shortest": int, "median": float, "p95": float, "longest": int}
+_MANIFEST = {
+    "split_hash": str,
+    "counts?": _COUNTS,
+    "rejected?": _COUNTS,
+    "read?": Map(int),
+    "unused?": Map(int),
+    "conversions?": _COUNTS,
+    "tokens?": Map(Map(Maybe(_TOKENS))),
+    "sources?": Map(_SOURCE),
+    "inputs?": {"sources?": Map({})},
+    "files?": Map(str),
+    "near_duplicate?": {},
+    "meaning?": Map(Map(str)),
+}
+
+
+def frozen_of(path):
+    """What a study's config.json holds: 'profile', 'config' and the adopted 'rates'.
+
+    StudyError: it is damaged, or holds settings that this peftlib does not know or allow.
+    """
+    found = require_shape(read_json(path), _CONFIG, path)
+    try:
+        for name, value in found["config"].items():
+            if value is None:
+                raise ConfigError(f"{name} has no value")
+        resolve(found["profile"], **found["config"])
+    except ConfigError as error:
+        raise StudyError(
+            f"{path} cannot be used ({error}): it is damaged, or of another peftlib; put it right, or delete it and run "
+            "01_data with the settings that the study was made with"
+        ) from None
+    return found
 
 
 @dataclass(frozen=True)
@@ -41,7 +80,7 @@ class Study:
         path = cls(output_root() / cfg.study, cfg).config_path
         if path.exists():
             chosen = {name: value for name, value in given.items() if value is not None}
-            cfg = resolve(**{**read_json(path)["config"], **chosen, "profile": cfg.profile, "study": cfg.study})
+            cfg = resolve(**{**frozen_of(path)["config"], **chosen, "profile": cfg.profile, "study": cfg.study})
         return cls.open(cfg)
 
     @classmethod
@@ -57,7 +96,7 @@ class Study:
             raise StudyError(
                 f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"
             )
-        frozen = read_json(folder / "config.json")
+        frozen = frozen_of(folder / "config.json")
         return cls.open(resolve(frozen["profile"], study=name, **frozen["config"]))
 
     def _require_same(self):
@@ -65,7 +104,7 @@ class Study:
         if not self.config_path.exists():
             return
         # A field that is younger than the study had its default then.
-        frozen = {**resolve(self.cfg.profile).study_fields(), **read_json(self.config_path)["config"]}
+        frozen = {**resolve(self.cfg.profile).study_fields(), **frozen_of(self.config_path)["config"]}
         ours = self.cfg.study_fields()
         if not self.has_begun():
             ours = self.cfg.fields_of("data")
@@ -86,7 +125,7 @@ class Study:
         """Write config.json, or write it anew while nothing has run. StudyError: as in open."""
         self._require_same()
         frozen = self.cfg.study_fields()
-        kept = read_json(self.config_path) if self.config_path.exists() else None
+        kept = frozen_of(self.config_path) if self.config_path.exists() else None
         if kept is None or (kept["config"] != frozen and not self.has_begun()):
             write_json(
                 self.config_path,
@@ -95,7 +134,7 @@ class Study:
 
     def adopted_rates(self):
         """{method: {'rates': {field: value}, 'from': {...}}} that config.json has of `adopt`."""
-        return read_json(self.config_path).get("rates", {}) if self.config_path.exists() else {}
+        return frozen_of(self.config_path).get("rates", {}) if self.config_path.exists() else {}
 
     def adopt(self, method, rates, found):
         """Train `method` with these learning rates from now on; config.json keeps them with `found`, what they rest on.
@@ -120,7 +159,7 @@ class Study:
             )
         self.cfg.replace(**rates)  # refuses a rate out of range
         kept[method] = {"rates": rates, "from": found}
-        write_json(self.config_path, {**read_json(self.config_path), "rates": kept})
+        write_json(self.config_path, {**frozen_of(self.config_path), "rates": kept})
 
     def with_rates_of(self, method):
         """This study with the adopted learning rates of a method in its config; itself where there are none."""
@@ -179,17 +218,14 @@ class Study:
                 f"no data in {self.data_dir}: run 01_data first, with study = {self.cfg.study!r} "
                 f"(python -m peftlib run 01 --study {self.cfg.study})"
             )
-        return read_json(self.manifest_path)
+        return require_shape(read_json(self.manifest_path), _MANIFEST, self.manifest_path)
 
     def records(self):
         """[record, ...] of every run in the folder, base first, then in the order of METHOD_ORDER and seed."""
         found = []
         for path in sorted((self.folder / "records").glob("*.json")):
-            record = read_json(path)
-            if not {"method", "seed"} <= record.keys():
-                raise StudyError(f"{path} names no method or seed, so it is no record of a run: move it away")
-            found.append(record)
-        return sorted(found, key=lambda record: (method_rank(record["method"]), record["method"], record["seed"]))
+            found.append(records.read(path))
+        return sorted(found, key=lambda kept: (method_rank(kept["method"]), kept["method"], kept["seed"]))
 
 
 METHOD_ORDER = ("base", "qlora", "galore", "hybrid", "lora", "full", "apollo")

@@ -5,11 +5,14 @@ import shutil
 from peftlib import methods
 from peftlib import record as records
 from peftlib.errors import ConfigError, NonFiniteLossError, Stopped
-from peftlib.files import read_json, write_json
+from peftlib.files import copy_tree, read_json, rename, write_json
+from peftlib.json_reading import Maybe, require_shape
 from peftlib.study import Study
 from peftlib.train import TrainingRun
 
 FACTORS = (0.3, 1.0, 3.0)
+_TRIED = {"factor": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
+_SHAPE = {"method": str, "rows": int, "steps": int, "seed?": int, "tried": [_TRIED], "best": _TRIED}
 
 
 def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
@@ -60,7 +63,7 @@ def path_of(study, method):
 def kept(study, method, *, factors=FACTORS, rows=1500):
     """What an earlier sweep of the same factors and rows found, or None."""
     path = path_of(study, method)
-    found = read_json(path) if path.exists() else None
+    found = require_shape(read_json(path), _SHAPE, path) if path.exists() else None
     is_same = found is not None and (found["rows"], [e["factor"] for e in found["tried"]]) == (rows, list(factors))
     return found if is_same else None
 
@@ -80,8 +83,8 @@ def _trained(study, method, cfg, factor, log):
             # Beside it first: a cut copy must not pass for the data.
             beside = small.folder / "data.copying"
             shutil.rmtree(beside, ignore_errors=True)
-            shutil.copytree(study.data_dir, beside)
-            beside.rename(small.data_dir)
+            copy_tree(study.data_dir, beside)
+            rename(beside, small.data_dir)
         small.freeze()
         try:
             record = TrainingRun(small, method, log=log).train()

@@ -13,11 +13,12 @@ from peftlib.safe_loading import readable, refuse_pickles
 FACTS = "peftlib.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = {"is_adapter": bool, "model": str, "four_bit": list, "precision": str}
-_SETTINGS = (FACTS, ADAPTER_CONFIG, "config.json", "generation_config.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_SETTINGS = (FACTS, ADAPTER_CONFIG, "config.json", "generation_config.json", *_TOKENIZER)
 
 
 def settings_digests(folder):
-    """{name: SHA-256} of the JSON files that decide what a trained folder's weights compute."""
+    """{name: SHA-256} of the files that decide what a trained folder's weights compute, and of its tokenizer."""
     return {name: known_sha256(folder / name) for name in _SETTINGS if (folder / name).is_file()}
 
 

@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
+from peftlib.disk_errors import writing
 from peftlib.errors import LockedError
 from peftlib.files import remove_tree, rename
 from peftlib.lock import StudyLock
@@ -39,9 +40,10 @@ class Workspace:
                 self._log(f"removed {self.folder}, which an interrupted export had left")
             if self._tidies:
                 self._remove_others()
-            if self._target is not None:
-                (self.folder / _TARGET).write_bytes(os.fsencode(self._target))
-            (self.folder / _NEW).mkdir()
+            with writing(self.folder):
+                if self._target is not None:
+                    (self.folder / _TARGET).write_bytes(os.fsencode(self._target))
+                (self.folder / _NEW).mkdir()
         except BaseException:
             self.__exit__()
             raise

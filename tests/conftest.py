@@ -103,6 +103,26 @@ def finished(make_study):
 
 
 @pytest.fixture(scope="session")
+def built_study(tiny_model, built_data, tmp_path_factory):
+    """(folder of finished studies, {command: what it makes of them}); nobody writes there."""
+    import finished_study
+
+    root = tmp_path_factory.mktemp("damage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFTLIB_MIRROR", "off")
+        patch.setenv("PEFTLIB_ROOT", str(root / "runs"))
+        finished_study.build(root, tiny_model, built_data, TINY)
+        expected = {}
+        for command in finished_study.COMMANDS:
+            place = tmp_path_factory.mktemp("undamaged")
+            shutil.copytree(root / "runs", place / "runs")
+            patch.setenv("PEFTLIB_ROOT", str(place / "runs"))
+            kind, expected[command] = finished_study.attempt(command, place)
+            assert kind == "ok", (command, expected[command])
+    return root / "runs", expected
+
+
+@pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """A lab.Lab, one for all browser tests; skips them where there is no Chromium, driver, JupyterLab or Selenium."""
     from lab_server import LabServer, missing

@@ -40,11 +40,36 @@ def test_unknown_profile_is_refused_with_the_known_ones():
         ("galore_scale", float("nan"), "out of range"),
         ("schedule", "exponential", "use cosine, linear, constant"),
         ("study", "../other", "is no folder name"),
+        ("study", "n" * 300, "has 300 bytes: a study's name has at most 200"),
+        ("study", "\u6f22" * 100, "has 300 bytes"),
+        ("study", "two\nlines", "is no folder name"),
+        ("study", "bell\a", "is no folder name"),
+        ("study", "half\ud800", "is no folder name"),
+        ("study", "ends.", "is no folder name"),
+        ("study", "ends ", "is no folder name"),
+        ("study", " begins", "is no folder name"),
+        ("study", "what?", "is no folder name"),
+        ("study", "CON", "Windows keeps it for itself"),
+        ("study", "nul.txt", "Windows keeps it for itself"),
+        ("fork", "../other", "is no folder name"),
+        ("seed", 2**70, "use 0 or more, at most 4294967295"),
+        ("seed", -1, "use 0 or more, at most 4294967295"),
+        ("split_seed", 2**70, "use 0 or more, at most 4294967295"),
+        ("max_grad_norm", float("inf"), "use a finite one"),
+        ("model", "a\0b", "null character"),
     ],
 )
 def test_bad_value_is_refused_by_name_with_what_is_allowed(field, value, message):
     with pytest.raises(ConfigError, match=f"{field}=.*{message}"):
         config.resolve("demo", **{field: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["first", "my study", "v1.2", "-", "~", "\u6f22\u5b57", "console", "e\u0301", ".hidden", "n" * 200]
+)
+def test_names_that_folders_can_have_are_taken(name, tmp_path):
+    assert config.resolve("demo", study=name).study == name
+    (tmp_path / name).mkdir()
 
 
 def test_none_leaves_the_profiles_value_and_study_defaults_to_the_profile():

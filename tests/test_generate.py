@@ -115,10 +115,11 @@ def test_an_answer_with_a_line_separator_is_one_row(tmp_path):
 
 def test_answers_of_another_split_are_refused_and_stay(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"id": "a", "split_hash": "old"}) + "\n")
+    Predictions(path, "old").add([{"id": "a", "source": "s", "prompt_sha256": "x"}], [Answer("one", 3, "stop")])
+    before = path.read_text()
     with pytest.raises(StudyError, match="split_hash old, the data new.*move the file away"):
         Predictions(path, "new")
-    assert path.read_text() == '{"id": "a", "split_hash": "old"}\n'
+    assert path.read_text() == before
 
 
 def test_a_session_that_ends_keeps_the_answers_and_the_next_one_goes_on(make_study):

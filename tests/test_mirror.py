@@ -1,7 +1,9 @@
 import errno
+import io
 import os
 import shutil
 import sys
+import tarfile
 import threading
 import time
 import types
@@ -529,3 +531,83 @@ def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
     third = Mirror(tmp_path / "third" / "mine", storage.remote_of("mine"))
     third.restore()
     assert (third.folder / "records" / "new.json").exists() and newest(third.folder) == 3
+
+
+def _tar(path, *members):
+    """A tar of (TarInfo, content) pairs."""
+    with tarfile.open(path, "w") as tar:
+        for member, content in members:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def _member(name, kind=tarfile.REGTYPE, **more):
+    made = tarfile.TarInfo(name)
+    made.type = kind
+    for field, value in more.items():
+        setattr(made, field, value)
+    return made
+
+
+_ODD_MEMBERS = {
+    "a place above": _member("../outside"),
+    "a place far above": _member("data/../../../outside"),
+    "an absolute place": _member("/tmp/peftlib-outside/file"),
+    "a link": _member("data/link", tarfile.SYMTYPE, linkname="/etc"),
+    "a link inside": _member("data/link", tarfile.SYMTYPE, linkname="other"),
+    "a hard link": _member("data/link", tarfile.LNKTYPE, linkname="/etc/passwd"),
+    "a device": _member("data/device", tarfile.CHRTYPE, devmajor=1, devminor=3),
+    "a pipe": _member("data/pipe", tarfile.FIFOTYPE),
+    "a time out of range": _member("data/x", mtime=2**62),
+    "a name too long": _member("data/" + "n" * 300),
+}
+_ODD_BYTES = {
+    "nothing": b"",
+    "text": b"no archive at all\n" * 100,
+    "gzip": b"\x1f\x8b\x08\x00garbage" * 100,
+    "xz": b"\xfd7zXZ\x00" + b"garbage" * 200,
+    "zeros": b"\0" * 3000,
+    "odd bytes": bytes(range(256)) * 40,
+}
+
+
+@pytest.mark.parametrize("what", [*_ODD_MEMBERS, *_ODD_BYTES, "cut"])
+def test_an_archive_of_something_else_is_said_and_the_study_goes_on(what, study, remote, tmp_path, lines):
+    """Nothing gets outside, nothing of it is used, and what is sound still comes."""
+    Mirror(study, remote).copy_once(is_last=True)
+    name = next(name for name, facts in remote.listing().items() if facts["unit"] == "data")
+    crafted = tmp_path / "crafted.tar"
+    if what in _ODD_MEMBERS:
+        _tar(crafted, (_member("data/train.parquet"), b"other rows"), (_ODD_MEMBERS[what], b""))
+    elif what == "cut":
+        _tar(crafted, (_member("data/train.parquet"), b"other rows" * 1000))
+        crafted.write_bytes(crafted.read_bytes()[:3000])
+    else:
+        crafted.write_bytes(_ODD_BYTES[what])
+    facts = {**remote.listing()[name], "bytes": crafted.stat().st_size, "sha256": files.sha256(crafted)}
+    shutil.copyfile(crafted, remote.folder / f"{name}.tar")
+    (remote.folder / f"{name}.json").write_bytes(files.sealed(facts))
+    here = tmp_path / "other machine" / "study"
+    Mirror(here, remote, log=lines.append).restore()
+    is_harmless = what in ("a time out of range", "zeros", "nothing")  # tarfile takes them, as empty or at another time
+    assert is_harmless or any(f"{name} not used" in line for line in lines), lines
+    assert is_harmless or not (here / "data").exists()
+    assert (here / "records" / "base-s0.json").exists() and not (here / ".restoring").exists()
+    outside = [tmp_path / "outside", tmp_path / "other machine" / "outside", Path("/tmp/peftlib-outside")]
+    assert not any(path.exists() for path in outside) and not any(path.is_symlink() for path in here.rglob("*"))
+
+
+def test_a_listing_without_its_facts_does_not_count(study, remote):
+    Mirror(study, remote).copy_once(is_last=True)
+    known = len(remote.listing())
+    (remote.folder / "odd.0.json").write_bytes(files.sealed({"unit": "data", "serial": "many"}))
+    assert len(remote.listing()) == known
+
+
+def test_a_linked_file_of_a_study_is_copied_as_what_it_leads_to(study, remote, tmp_path):
+    (tmp_path / "rows").write_text("rows elsewhere")
+    (study / "data" / "train.parquet").unlink()
+    (study / "data" / "train.parquet").symlink_to(tmp_path / "rows")
+    Mirror(study, remote).copy_once(is_last=True)
+    Mirror(tmp_path / "other", remote).restore()
+    assert (tmp_path / "other" / "data" / "train.parquet").read_text() == "rows elsewhere"

@@ -48,7 +48,8 @@ def build_data(cfg, folder, log=print):
             _write(folder, manifest, chosen, tallies)
     except OSError as error:
         raise StudyError(
-            f"{folder} cannot be written ({error}): free some space there, or set PEFTLIB_ROOT to another place"
+            f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to another "
+            "place"
         ) from error
     return read_json(folder / MANIFEST)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from peftlib.data.tokens import as_messages
+from peftlib.disk_errors import reading
 from peftlib.errors import StudyError
 from peftlib.files import atomic_path, read_json, write_text
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
+_MADE_AGAIN = "delete it and run 01_data again, which makes the same rows"
 
 
 class Rows(Sequence):
@@ -42,18 +44,27 @@ class Rows(Sequence):
 
 
 def load_split(folder, split):
-    """The Rows of a split ('train', 'valid' or 'test'). StudyError: it is not there, or it is damaged."""
-    import pyarrow
+    """The Rows of a split ('train', 'valid' or 'test'). StudyError: it is not there, or not as the manifest has it."""
+    import io
+
     from pyarrow import parquet
 
     path = Path(folder) / f"{split}.parquet"
     if not path.exists():
         name = path.absolute().parent.parent.name if path.parent.name == "data" else "NAME"
         raise StudyError(f"no {path.name} in {folder}: run 01_data first (python -m peftlib run 01 --study {name})")
-    try:
-        return Rows(parquet.read_table(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise StudyError(f"{path} is damaged ({error}): delete it and run 01_data again") from None
+    with reading(path, _MADE_AGAIN):
+        content = path.read_bytes()
+        _require_listed(path, content)
+        return Rows(parquet.read_table(io.BytesIO(content)))
+
+
+def _require_listed(path, content):
+    """StudyError where the manifest beside a file has another SHA-256 of it."""
+    manifest = path.with_name(MANIFEST)
+    known = read_json(manifest).get("files", {}).get(path.name) if manifest.exists() else None
+    if known is not None and known != hashlib.sha256(content).hexdigest():
+        raise StudyError(f"{path} is damaged (it is not what {MANIFEST} lists): {_MADE_AGAIN}")
 
 
 def write_split(folder, split, rows):
