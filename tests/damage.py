@@ -26,6 +26,8 @@ _OF_DATA = ("report", "judge", "train, resumed", "data", "plan", "export adapter
 # Which commands read a file, by the beginning of its path; the first that fits.
 _READERS = {
     "config.json": tuple(COMMANDS),
+    "data/README.md": ("report", "data"),
+    "data/rejects.jsonl": ("report", "data"),
     "data/": _OF_DATA,
     "records/": ("report", "compare", "evaluate", "train, finished", "export adapter", "judge", "reference"),
     "checkpoints/": ("train, resumed", "report"),
@@ -76,6 +78,7 @@ def _json_ways(path):
 
 
 _DROP, _RETYPE = object(), object()
+_NESTED = 14  # keys of an object within an object
 
 
 def _first(path):
@@ -84,13 +87,14 @@ def _first(path):
     return found if isinstance(found, dict) else {}
 
 
-def _places(value, depth=2):
+def _places(value):
+    """The keys of an object, and some of each object in it."""
     for name, part in value.items():
         if name == "seal":
             continue
         yield (name,)
-        if isinstance(part, dict) and depth > 1:
-            yield from ((name, *rest) for rest in _places(part, depth - 1))
+        if isinstance(part, dict):
+            yield from ((name, inner) for inner in list(part)[:_NESTED])
 
 
 def _at(value, place):
