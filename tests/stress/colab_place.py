@@ -144,7 +144,8 @@ def overlaid(place):
     for folder in (upper, work, top):
         folder.mkdir(parents=True)
     try:
-        layers = f"lowerdir={place},upperdir={upper},workdir={work}"
+        # redirect_dir: else pip copies each old package to move it aside, as no plain disk would make it.
+        layers = f"lowerdir={place},upperdir={upper},workdir={work},redirect_dir=on"
         with _mount(top, "-t", "overlay", "-o", layers, "overlay"), mounted(top):
             yield top
     finally:
