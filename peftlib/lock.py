@@ -12,6 +12,11 @@ import time
 import uuid
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from peftlib.disk_errors import writing
 from peftlib.errors import DiskError, LockedError
 from peftlib.files import write_json
@@ -99,6 +104,25 @@ class _Parent:
             )
 
 
+@contextlib.contextmanager
+def _alone_in(folder):
+    """Within it no other process or thread of this machine is in the same block for the same folder.
+
+    Held by the system for the folder itself, so no file is left behind. Where a file system has no such locks (Drive),
+    or on Windows, everybody gets in.
+    """
+    if fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
 class StudyLock:
     """Context manager that holds `folder`/lock.json, or another `name` that ends so.
 
@@ -183,13 +207,11 @@ class StudyLock:
                 self._log(f"{self.path} is damaged and names no session: it counts as left behind")
         elif not is_gone(owner):
             self._require_silent(owner)
-        with writing(self.path), contextlib.suppress(FileNotFoundError):  # another session was faster
-            beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
-            os.replace(self.path, beside)
-            if self._token_at(beside) != (owner and owner["token"]):
-                with contextlib.suppress(OSError):  # a faster session's new lock was moved: it goes back
-                    os.link(beside, self.path)
-            os.unlink(beside)
+        with writing(self.path), _alone_in(self.path.parent), contextlib.suppress(FileNotFoundError):
+            # Another session may have been faster, and its new lock stays. One at a time looks and deletes.
+            now = read_settled(self.path)
+            if (now and now["token"]) == (owner and owner["token"]):
+                os.unlink(self.path)
 
     def _require_silent(self, owner):
         """LockedError where the owner still gives signs of life."""

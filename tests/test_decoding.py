@@ -217,7 +217,7 @@ def test_vllm_gets_token_ids_limits_and_stop_ids(monkeypatch):
     made = dict(engines.generate_rows("folder", [[2, 5], [2, 6, 7]], [4, 9], engine="vllm"))
     assert made == {0: [366, 106], 1: [366, 106]}
     model, prompts, settings = fake.asked
-    assert model == {"model": "folder", "max_model_len": 12}
+    assert model == {"model": "folder", "max_model_len": 12, "trust_remote_code": False}
     assert prompts == [{"prompt_token_ids": [2, 5]}, {"prompt_token_ids": [2, 6, 7]}]
     assert [s["max_tokens"] for s in settings] == [4, 9]
     assert all(s["stop_token_ids"] == [1, 106] and s["temperature"] == 0.0 for s in settings)

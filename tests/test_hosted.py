@@ -127,7 +127,7 @@ def open_notebook(monkeypatch, name, **parameters):
 @pytest.mark.parametrize("name", [name for name, needs in notebook.NOTEBOOKS.items() if needs])
 def test_a_notebook_without_data_says_so_before_it_opens_a_model_or_asks_for_a_token(at, monkeypatch, name):
     at("colab")
-    for asked in ("peftlib.packaged.packaged_model", "peftlib.env.hf_token", "peftlib.models.load_base"):
+    for asked in ("peftlib.packaged.packaged_model", "peftlib.hub_token.hf_token", "peftlib.models.load_base"):
         monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked for before the data"))
     with pytest.raises(StudyError, match="run 01_data first") as told:
         open_notebook(monkeypatch, name, profile="t4", study="mine", model="packaged", max_length=512)

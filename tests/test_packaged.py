@@ -75,7 +75,7 @@ def test_a_finished_conversion_is_used_as_it_is(converted, monkeypatch):
         ("model.safetensors", b"w", "model.safetensors has 1 bytes, not 7"),
         ("config.json", None, "config.json is missing"),
         ("sha256.json", b"{", r"sha256.json cannot be read \(StudyError\)"),
-        ("sha256.json", None, r"sha256.json cannot be read \(FileNotFoundError\)"),  # of an earlier version
+        ("sha256.json", None, r"sha256.json cannot be read \(DiskError\)"),  # of an earlier version
     ],
 )
 def test_a_damaged_conversion_is_said_and_made_again(converted, monkeypatch, capsys, name, content, said):
