@@ -82,7 +82,7 @@ def machine(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("host", ["colab", "kaggle"])
 def test_a_hosted_machine_installs_the_repositorys_address_by_one_pip_install(machine, host):
-    assert machine(host) == [f'pip install -q "peftlib[colab] @ git+{badges.address()}"']
+    assert machine(host) == [f'pip install -q --no-compile "peftlib[colab] @ git+{badges.address()}"']
 
 
 @pytest.mark.parametrize("host", ["colab", "kaggle"])
