@@ -1,9 +1,12 @@
 """Notebooks on Colab and Kaggle: the line that installs peftlib there, and what a session lacks, said before work begins."""
 
+import compileall
 import importlib.metadata
+import importlib.util
 import shlex
 import sys
 import tomllib
+import warnings
 
 from packaging.version import Version
 
@@ -12,7 +15,9 @@ from peftlib.config import resolve
 from peftlib.errors import ModelError
 from peftlib.session import host
 
-INSTALL = '%pip install -q "peftlib[{extras}] @ git+{address}"'  # in the install cell, and in messages
+# In the install cell, and in messages. pip would compile all of transformers, a third of the time; Python compiles what it
+# imports. Of torchao see below.
+INSTALL = '%pip install -q --no-compile "peftlib[{extras}] @ git+{address}"'
 TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
 _CHANGED_BY_INSTALL = ("huggingface_hub", "tokenizers", "transformers", "accelerate", "peft", "torchao")
 _CHOOSE_GPU = {
@@ -63,6 +68,20 @@ def require_sound_packages(modules=None, version=importlib.metadata.version):
             f"torchao {torchao} is installed, and PEFT works with none older than {TORCHAO_MIN}: run "
             f'%pip install -q "torchao>={TORCHAO_MIN}" in a cell, or %pip uninstall -y torchao, and go on (no restart needed)'
         )
+
+
+def compile_torchao():
+    """On Colab and Kaggle, compile torchao as pip would have: its own SyntaxWarning (a docstring's escape) goes unseen.
+
+    Else it stands in the output of the first cell that imports torchao. What is compiled already costs nothing.
+    """
+    found = importlib.util.find_spec("torchao") if host() in _CHOOSE_GPU else None
+    if found is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        for folder in found.submodule_search_locations:
+            compileall.compile_dir(folder, quiet=1)
 
 
 def _installed(name, version):

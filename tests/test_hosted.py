@@ -1,5 +1,6 @@
 """What a session of Colab or Kaggle lacks is said before work begins, with the line that mends it."""
 
+import os
 import subprocess
 import sys
 import types
@@ -80,9 +81,27 @@ def test_a_torchao_that_peft_refuses_is_named_with_both_ways_out():
     hosted.require_sound_packages({}, packages())
 
 
+def test_torchaos_own_warning_is_not_in_the_readers_way(at, monkeypatch, tmp_path):
+    package = tmp_path / "torchao"
+    package.mkdir()
+    (package / "__init__.py").write_text('"""A regex: re:language\\.layers"""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    ask = [sys.executable, "-W", "always", "-c", "import torchao"]
+    at("")
+    hosted.compile_torchao()
+    assert not list(package.rglob("*.pyc")), "elsewhere pip has compiled it"
+    at("colab")
+    hosted.compile_torchao()
+    done = subprocess.run(
+        ask, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and list(package.rglob("*.pyc"))
+
+
 def test_the_install_line_is_the_one_of_the_install_cell(at):
     line = hosted.install_line("colab", "demo")
-    assert line == f'%pip install -q "peftlib[colab,demo] @ git+{badges.address()}"'
+    assert line == f'%pip install -q --no-compile "peftlib[colab,demo] @ git+{badges.address()}"'
     assert line.replace("colab,demo", "{extras}") in badges.install_cell()
 
 

@@ -7,6 +7,7 @@ brings them back. Ends with a line a notebook: cells that passed, cells that fai
 
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 import time
@@ -87,7 +88,8 @@ def install(kernel, source, faults):
     if "application/vnd.colab-display-data+json" in kernel.kinds:
         faults.append("Colab asks for a restart after the install cell")
     told = ", ".join(f"{name} {versions}" for name, versions in sorted(changed.items())) or "nothing"
-    return error, f"install {seconds:.1f} s, {len(after) - len(before)} packages new, changed: {told}"
+    busy = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"  # a busy machine installs as slowly as it is busy
+    return error, f"install {seconds:.1f} s ({busy}), {len(after) - len(before)} packages new, changed: {told}"
 
 
 def notebook(path, *, drive, faults):
