@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 
 # Other kernels for tests, each in a folder of its own: a kernel that has it first in PYTHONPATH runs it.
 KERNELS := $(VENV)/ipykernel6 $(VENV)/colab_kernel
-$(KERNELS): $(VENV)/%: tests/%.txt | $(VENV)/installed
+$(KERNELS): $(VENV)/%: tests/kernels/%.txt | $(VENV)/installed
 	rm -rf $@
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ -r $<
 	@touch $@
@@ -44,11 +44,11 @@ test-browser: $(VENV)/browser $(VENV)/ipykernel6
 
 # Real training processes, killed; KILLS=n says how often.
 chaos: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python tests/chaos.py --kills $(KILLS)
+	$(OFFLINE) $(BIN)/python tests/stress/chaos.py --kills $(KILLS)
 
 # A fault at every write, rename, flush and deletion of checkpoints and their copies.
 faults: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python tests/faults.py
+	$(OFFLINE) $(BIN)/python tests/stress/faults.py
 
 bench-data: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/bench/data.py
@@ -58,10 +58,10 @@ bench-generate: $(VENV)/installed
 
 # What stands between README's markers, from results/.
 readme: $(VENV)/installed
-	$(BIN)/python -m peftlib.readme
+	$(BIN)/python docs/build/update_readme.py
 
 badges: $(VENV)/installed
-	$(BIN)/python -m peftlib.badges
+	$(BIN)/python docs/build/update_badges.py
 
 clean:
 	rm -rf $(VENV)

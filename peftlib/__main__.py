@@ -6,11 +6,11 @@ import signal
 import stat
 import sys
 
-from peftlib import mirror
-from peftlib.config import from_text
-from peftlib.disk_errors import named
-from peftlib.errors import PeftlibError
-from peftlib.study import Study
+from peftlib.core.config import from_text
+from peftlib.core.disk_errors import named
+from peftlib.core.errors import PeftlibError
+from peftlib.core.study import Study
+from peftlib.storage import mirror
 
 ERROR_CODE = 2  # of a command that was refused; argparse uses it too
 
@@ -126,7 +126,7 @@ def _command(commands, name, call, text):
 
 
 def _run(args):
-    from peftlib import runner
+    from peftlib.runner import notebooks as runner
 
     given = {"profile": args.profile, "study": args.study, "fork": args.fork}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -136,8 +136,8 @@ def _run(args):
 
 def _report(args):
     study = Study.existing(args.study)
-    from peftlib import report
-    from peftlib.notebook import readable_path
+    from peftlib.notebook.session import readable_path
+    from peftlib.report import build as report
 
     built = report.build(study)
     for path in (
@@ -150,7 +150,7 @@ def _report(args):
 
 
 def _plan(args):
-    from peftlib import plan_cli
+    from peftlib.runner import plan_cli
 
     study = Study.existing(args.study) if args.study else None
     overrides = {name: from_text(name, text) for name, text in args.p}
@@ -159,7 +159,7 @@ def _plan(args):
 
 
 def _chat(args):
-    from peftlib import talk
+    from peftlib.evaluation import chat as talk
 
     study = Study.existing(args.study)
     cfg = study.cfg.replace(max_new_tokens=args.max_new_tokens)
@@ -168,7 +168,7 @@ def _chat(args):
 
 def _sweep(args):
     from peftlib import methods
-    from peftlib.sweep import FACTORS, sweep
+    from peftlib.train.sweep import FACTORS, sweep
 
     study = Study.existing(args.study)
     for method in args.method or methods.METHODS:
@@ -176,7 +176,7 @@ def _sweep(args):
 
 
 def _export(args):
-    from peftlib.export import export, lines_of
+    from peftlib.export.export import export, lines_of
 
     exported = export(
         Study.existing(args.study),
@@ -194,28 +194,28 @@ def _export(args):
 
 def _data(argv):
     """build a study's data, or look at it"""
-    from peftlib.data import cli
+    from peftlib.runner import data_cli as cli
 
     return cli.main(argv)
 
 
 def _compare(argv):
     """compare the results of studies"""
-    from peftlib import report
+    from peftlib.report import build as report
 
     return report.compare_cli(argv)
 
 
 def _judge(argv):
     """have a language model compare two methods' answers"""
-    from peftlib import judge_cli
+    from peftlib.runner import judge_cli
 
     return judge_cli.main(argv, Study.existing)
 
 
 def _reference(argv):
     """run a whole study, side by side on all GPUs, and go on with it after a cut"""
-    from peftlib import reference_cli
+    from peftlib.runner import reference_cli
 
     return reference_cli.main(argv)
 

@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 
-from peftlib import config, hub_token, storage
-from peftlib.study import Study
+from peftlib.core import config, hub_token
+from peftlib.core.study import Study
+from peftlib.storage import remotes as storage
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 # No test copies a study to a place of its user's own, nor do the kernels and commands that tests start.
@@ -89,8 +90,8 @@ def make_study(tiny_model, built_data, tmp_path, monkeypatch):
 @pytest.fixture
 def finished(make_study):
     """finished(method, **fields) -> a Study in which that method is trained; is_scored=True scores it and base."""
-    from peftlib.evaluate import evaluate
-    from peftlib.train import TrainingRun
+    from peftlib.evaluation.evaluate import evaluate
+    from peftlib.train.loop import TrainingRun
 
     def make(method, is_scored=False, **fields):
         study = make_study(lora_learning_rate=1e-2, galore_learning_rate=1e-2, **fields)

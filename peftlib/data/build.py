@@ -5,19 +5,20 @@ from pathlib import Path
 
 import numpy as np
 
-from peftlib import chat
-from peftlib.data import card, near
-from peftlib.data.candidates import Limits, Stream, Tally
+from peftlib.core.errors import StudyError
+from peftlib.core.files import read_json, write_json
+from peftlib.data import card
+from peftlib.data import dedup as near
 from peftlib.data.outcomes import NOTES, REASONS
+from peftlib.data.sampling import Limits, Stream, Tally
 from peftlib.data.shortage import in_proportion, refuse, refuse_empty, refuse_useless, short_line, short_of
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
-from peftlib.data.tokenizer import tokenizer_sha256
-from peftlib.data.tokens import max_chars
-from peftlib.errors import StudyError
-from peftlib.files import read_json, write_json
-from peftlib.lock import held
+from peftlib.data.tokenize import max_chars
+from peftlib.models import chat_template as chat
+from peftlib.models.tokenizer import tokenizer_sha256
+from peftlib.storage.lock import held
 
 _CODE_VERSION = 2  # raised whenever the same inputs would give other rows
 _SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from peftlib.core.files import write_text
 from peftlib.data.shortage import short_line
-from peftlib.document import markdown_text
-from peftlib.files import write_text
+from peftlib.report.document import markdown_text
 
 CARD = "README.md"
 
@@ -100,10 +100,10 @@ def push_to_hub(folder, repo_id, *, token=None, private=True):
     """
     from huggingface_hub import HfApi
 
+    from peftlib.core.errors import ModelError, StudyError
+    from peftlib.core.hub_token import hf_token
     from peftlib.data.store import MANIFEST
-    from peftlib.errors import ModelError, StudyError
-    from peftlib.hub_remote import is_public
-    from peftlib.hub_token import hf_token
+    from peftlib.storage.hub import is_public
 
     if not (Path(folder) / MANIFEST).exists():
         raise StudyError(f"no {MANIFEST} in {folder}: run 01_data first")

@@ -3,9 +3,9 @@
 import re
 from collections import Counter
 
-from peftlib.data.convert import SCHEMAS, detect, is_preference_pair
+from peftlib.core.errors import DataError
 from peftlib.data.outcomes import REASONS, Broken
-from peftlib.errors import DataError
+from peftlib.data.schemas import SCHEMAS, detect, is_preference_pair
 
 
 def schema_of(numbered, label):

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from peftlib.core.errors import DataError
 from peftlib.data.outcomes import Broken
-from peftlib.errors import DataError
 
 
 @dataclass(frozen=True)

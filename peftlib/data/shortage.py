@@ -1,7 +1,7 @@
 """Sources that hold fewer rows than asked: what each split gets of them, and what is said."""
 
+from peftlib.core.errors import DataError
 from peftlib.data.outcomes import REASONS
-from peftlib.errors import DataError
 
 _NEED = ("test", "train", "valid")  # in which order splits get their first row
 _SHOWN = 3  # reasons of which an error shows a row

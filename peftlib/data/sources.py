@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlib.data.convert import FIELDS_READ
+from peftlib.core.errors import ConfigError, DataError
 from peftlib.data.hub import HUB, hub_rows
-from peftlib.data.reading import kind_of, read_rows
-from peftlib.errors import ConfigError, DataError
+from peftlib.data.readers import kind_of, read_rows
+from peftlib.data.schemas import FIELDS_READ
 
-SAMPLE = Path(__file__).resolve().parent.parent / "sample"
+SAMPLE = Path(__file__).resolve().parent / "sample"
 _SAMPLE_LICENSE = "Apache-2.0 (written for this project)"
 _FORM = "NAME=WHERE; ... where WHERE is hub, sample, or FILE[,TESTFILE]"
 _PRECEDENCE = ("alpaca", "tulu", "ultrachat")

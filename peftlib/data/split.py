@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftlib.data import near
-from peftlib.data.candidates import content_of
-from peftlib.data.tokens import tokenize
+from peftlib.data import dedup as near
+from peftlib.data.sampling import content_of
+from peftlib.data.tokenize import tokenize
 
 SPLITS = ("test", "valid", "train")  # in order of precedence
 _SAMPLE = 500  # candidates of a stream that say which grams are common

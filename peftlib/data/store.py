@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from peftlib.data.tokens import as_messages
-from peftlib.disk_errors import reading
-from peftlib.errors import StudyError
-from peftlib.files import atomic_path, read_json, write_text
+from peftlib.core.disk_errors import reading
+from peftlib.core.errors import StudyError
+from peftlib.core.files import atomic_path, read_json, write_text
+from peftlib.data.tokenize import as_messages
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
@@ -78,7 +78,7 @@ def write_split(folder, split, rows):
 def _table(split, rows):
     import pyarrow as pa
 
-    from peftlib.data.near import prompt_sha256
+    from peftlib.data.dedup import prompt_sha256
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     columns = {

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 from collections import Counter
 
+from peftlib.core.errors import DataError
 from peftlib.data.fields import Unread
 from peftlib.data.outcomes import Broken
-from peftlib.errors import DataError
 
 MAX_ROW_BYTES = 64 * 2**20
 WAY_OUT = "fetch or write the file again"

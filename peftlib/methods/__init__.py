@@ -11,7 +11,7 @@ Each module holds
 
 import importlib
 
-from peftlib.errors import ConfigError
+from peftlib.core.errors import ConfigError
 
 METHODS = {
     "qlora": "peftlib.methods.qlora",

@@ -1,7 +1,7 @@
 """APOLLO: SGD's memory, AdamW's steps (Zhu et al. 2024, arXiv:2412.05270)."""
 
 from peftlib.methods.galore import train_projections_and_norms
-from peftlib.models import PROJECTIONS, named_weights, trainable
+from peftlib.models.base import PROJECTIONS, named_weights, trainable
 from peftlib.optim.apollo import ApolloAdamW
 
 FOUR_BIT = ()

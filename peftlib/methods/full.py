@@ -1,7 +1,7 @@
 """Full fine-tuning, everything but the embedding, by AdamW with 8-bit moments."""
 
 from peftlib.methods.galore import train_projections_and_norms
-from peftlib.models import PROJECTIONS, trainable
+from peftlib.models.base import PROJECTIONS, trainable
 from peftlib.optim.adamw import adamw_8bit
 
 FOUR_BIT = ()

@@ -2,7 +2,7 @@
 
 import torch
 
-from peftlib.models import PROJECTIONS, named_weights, trainable
+from peftlib.models.base import PROJECTIONS, named_weights, trainable
 from peftlib.optim.galore import GaLoreAdamW
 
 FOUR_BIT = ()

@@ -2,7 +2,7 @@
 
 from peftlib.methods.galore import optimizer, train_in
 from peftlib.methods.qlora import with_adapters
-from peftlib.models import ATTENTION, MLP, named_weights, trainable
+from peftlib.models.base import ATTENTION, MLP, named_weights, trainable
 
 FOUR_BIT = MLP
 TRAINS = {"adapters": MLP, "galore": ATTENTION}

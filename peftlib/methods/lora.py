@@ -1,7 +1,7 @@
 """LoRA on the model in 16 bits: what QLoRA costs and saves shows against it (Hu et al. 2021, arXiv:2106.09685)."""
 
 from peftlib.methods.qlora import build_optimizer, with_adapters
-from peftlib.models import PROJECTIONS
+from peftlib.models.base import PROJECTIONS
 
 __all__ = ["FOUR_BIT", "RATES", "TRAINS", "build_optimizer", "prepare"]
 

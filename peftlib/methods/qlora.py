@@ -1,9 +1,9 @@
 """QLoRA: adapters on a frozen 4-bit model (Dettmers et al. 2023, arXiv:2305.14314)."""
 
-from peftlib.errors import ConfigError
-from peftlib.layers import fuse_adapters
+from peftlib.core.errors import ConfigError
 from peftlib.methods import require_rank
-from peftlib.models import PROJECTIONS, core, named_weights, peft_calls, trainable
+from peftlib.models.base import PROJECTIONS, core, named_weights, peft_calls, trainable
+from peftlib.models.layers import fuse_adapters
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 FOUR_BIT = PROJECTIONS

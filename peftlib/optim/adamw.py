@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peftlib.env import require_bitsandbytes
-from peftlib.errors import CheckpointError
+from peftlib.core.env import require_bitsandbytes
+from peftlib.core.errors import CheckpointError
 
 
 class Accumulating:

@@ -6,11 +6,11 @@ whose limiter reads a norm back to the host for every weight. Agrees with it whe
 
 import torch
 
-from peftlib.errors import ConfigError
+from peftlib.core.errors import ConfigError
+from peftlib.core.seeds import seed_of
 from peftlib.optim import moments
 from peftlib.optim.adamw import AccumulatingAdamW
-from peftlib.optim.basis import turned
-from peftlib.seeds import seed_of
+from peftlib.optim.subspace import turned
 
 _GROWTH = 1.01  # most that the norm of a weight's update may grow in one step (Fira, arXiv:2410.01623)
 

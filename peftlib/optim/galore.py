@@ -8,11 +8,12 @@ the backward pass that made it. A weight whose basis is due keeps its summed G u
 
 import torch
 
-from peftlib.env import require_bitsandbytes
-from peftlib.errors import ConfigError
+from peftlib.core.env import require_bitsandbytes
+from peftlib.core.errors import ConfigError
+from peftlib.core.seeds import seed_of
 from peftlib.optim import moments
 from peftlib.optim.adamw import AccumulatingAdamW
-from peftlib.optim.basis import (
+from peftlib.optim.subspace import (
     COLD_ITERATIONS,
     WARM_ITERATIONS,
     fit_basis_by_svd,
@@ -23,7 +24,6 @@ from peftlib.optim.basis import (
     require_projectable,
     turned,
 )
-from peftlib.seeds import seed_of
 
 _NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 

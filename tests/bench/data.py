@@ -161,7 +161,7 @@ def main():
     absent = [str(path) for path in files.values() if not path.exists()]
     if absent:
         sys.exit(f"{', '.join(absent)}: not there; give the folder that holds them as --data DIR")
-    from peftlib.packaged import packaged_model
+    from peftlib.models.packaged import packaged_model
 
     packaged_model()  # converted once on a machine, and no part of what is measured
     root = Path(tempfile.mkdtemp(prefix="peftlib-bench-"))

@@ -34,7 +34,7 @@ def runs(study_name, *, seed, steps, model):
 
 
 def _trained(study_name, method, model, **fields):
-    from peftlib.train import TrainingRun
+    from peftlib.train.loop import TrainingRun
 
     steps = fields.pop("steps")
     study = _study(study_name, model, max_steps=steps, valid_every=steps, save_every=10**6, compile="off", **fields)
@@ -57,10 +57,10 @@ def _study(name, model, **fields):
     """The study's data under a config of their own: nothing is written into its folder but this run's record."""
     import tempfile
 
-    from peftlib.config import resolve
-    from peftlib.env import output_root
-    from peftlib.files import read_json
-    from peftlib.study import Study
+    from peftlib.core.config import resolve
+    from peftlib.core.env import output_root
+    from peftlib.core.files import read_json
+    from peftlib.core.study import Study
 
     frozen = read_json(output_root() / name / "config.json")
     given = {**frozen["config"], **({"model": model} if model else {}), **fields}
@@ -76,12 +76,12 @@ def energies(study_name, model, *, apart=100):
     import torch
 
     from peftlib import data
-    from peftlib.losses import chunked_loss_sum
-    from peftlib.models import PROJECTIONS, head_weight, hidden_states, named_weights
-    from peftlib.optim import basis
-    from peftlib.precision import autocast
-    from peftlib.rows import Rows
-    from peftlib.train import TrainingRun
+    from peftlib.models.base import PROJECTIONS, head_weight, hidden_states, named_weights
+    from peftlib.models.losses import chunked_loss_sum
+    from peftlib.models.precision import autocast
+    from peftlib.optim import subspace as basis
+    from peftlib.train.batching import Rows
+    from peftlib.train.loop import TrainingRun
 
     study = _study(study_name, model, max_steps=apart, valid_every=10**6, save_every=10**6, compile="off", seed=0)
     run = TrainingRun(study, "galore", log=lambda line: None)

@@ -33,8 +33,9 @@ REST_SECONDS = 45.0  # that our own runs need
 
 def make_prompts(path, data_dir, *, a_source, max_length):
     """Write test rows of the shared data as {"rows": [{"ids", "reference_tokens", "source"}, ...]}, in file order."""
-    from peftlib import config, data
-    from peftlib.chat import encode, encode_prompt
+    from peftlib import data
+    from peftlib.core import config
+    from peftlib.models.chat_template import encode, encode_prompt
 
     sources = "; ".join(f"{name}={data_dir / file}" for name, file in FILES.items())
     sizes = {"train_rows": 1, "valid_rows": 0, "test_rows": a_source}
@@ -57,7 +58,7 @@ class Bench:
     def __init__(self, args, rows):
         import torch
 
-        from peftlib import record
+        from peftlib.core import record
 
         self.args = args
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +98,7 @@ class Bench:
         return found
 
     def _answers(self, model, engine, batch, rows):
-        from peftlib.engines import generate_plainly, generate_rows
+        from peftlib.evaluation.inference.engines import generate_plainly, generate_rows
 
         prompts, limits = [self.prompts[i] for i in rows], [self.limits[i] for i in rows]
         if engine == "generate":
@@ -140,7 +141,7 @@ class Bench:
     def load(self, dtype):
         import torch
 
-        from peftlib.trained import load_plain
+        from peftlib.models.saved import load_plain
 
         kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
         return load_plain(self.args.model, device=self.device, dtype=kinds[dtype])
@@ -152,7 +153,7 @@ def spread(rows, n):
 
 
 def _useful(ids):
-    from peftlib.chat import STOP_IDS
+    from peftlib.models.chat_template import STOP_IDS
 
     return ids[:-1] if ids and ids[-1] in STOP_IDS else ids
 
@@ -229,7 +230,7 @@ def merging(bench):
     """What merging an adapter gains: our engine on 4-bit matrices with LoRA beside, and on the merged model."""
     import torch
 
-    from peftlib.trained import load_trained
+    from peftlib.models.saved import load_trained
 
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rows = bench.spread(bench.args.merge_rows)
@@ -248,10 +249,10 @@ def _adapter(bench, folder):
     """A folder with random small LoRA of the study's rank on the 4-bit model, as training saves it."""
     import torch
 
-    from peftlib import config
+    from peftlib.core import config
     from peftlib.methods import qlora
-    from peftlib.models import load_base
-    from peftlib.trained import save_trained
+    from peftlib.models.base import load_base
+    from peftlib.models.saved import save_trained
 
     class NoTokenizer:
         def save_pretrained(self, folder):
@@ -375,7 +376,7 @@ def main(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.model is None:
-        from peftlib.packaged import packaged_model
+        from peftlib.models.packaged import packaged_model
 
         args.model = str(packaged_model())
     run(args)

@@ -121,10 +121,13 @@ def build(setting):
     """(stepper, model) of a setting, ready to step."""
     import torch
 
-    from peftlib import compiled, config, methods, models
-    from peftlib.precision import loss_scaler
-    from peftlib.recompute import checkpoint_layers
-    from peftlib.stepper import Stepper
+    from peftlib import methods
+    from peftlib.core import config
+    from peftlib.models import base as models
+    from peftlib.models import compile as compiled
+    from peftlib.models.activation_checkpointing import checkpoint_layers
+    from peftlib.models.precision import loss_scaler
+    from peftlib.train.step import Stepper
 
     if setting["cap_gib"]:
         whole = torch.cuda.get_device_properties(0).total_memory
@@ -155,7 +158,10 @@ def measure(setting):
     """The setting with what was found; 'error' where it does not fit."""
     import torch
 
-    from peftlib import config, flops, methods, plan
+    from peftlib import methods
+    from peftlib.core import config
+    from peftlib.train import flops
+    from peftlib.train import memory_model as plan
 
     stepper, model = build(setting)
     shape = plan.Shape.of(model.config)
@@ -217,8 +223,8 @@ def _mixed(setting, stepper, vocabulary):
     Both hold at most micro_batch x seq tokens in a pass. Steps are taken twice and timed the second time, for the first
     sight of a shape costs what a long run pays once.
     """
-    from peftlib.rows import Rows
-    from peftlib.steps import StepPlan
+    from peftlib.train.batching import Rows
+    from peftlib.train.schedule import StepPlan
 
     lengths = json.loads(Path(os.environ["BENCH_LENGTHS"]).read_text())["lengths"]
     rows = Rows(_random_rows(lengths, vocabulary, prompt_share=0.3))
@@ -260,9 +266,9 @@ def _cache_counts():
 
 def _saving(stepper, model, batches, scored):
     """What a checkpoint costs: its bytes, how long training waits for it, and how long a thread then writes."""
-    from peftlib.checkpoint import Checkpoint, CheckpointDir
-    from peftlib.models import trainable
-    from peftlib.saving import Saver
+    from peftlib.models.base import trainable
+    from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
+    from peftlib.storage.saver import Saver
 
     with tempfile.TemporaryDirectory(dir=FOLDER.parent) as folder:
         saver = Saver(CheckpointDir(folder, keep=1), every=1, stall_share=0.02, is_background=True, log=print)
@@ -289,7 +295,7 @@ def _saving(stepper, model, batches, scored):
 
 def _batches(setting, vocabulary, device):
     """(batches, scored tokens, useful tokens) of one step."""
-    from peftlib.rows import Rows
+    from peftlib.train.batching import Rows
 
     rows = Rows(_random_rows([setting["seq"]] * SEQUENCES, vocabulary))
     batches = list(rows.batches(range(SEQUENCES), setting["micro_batch"] * setting["seq"], device))

@@ -19,7 +19,7 @@ from selenium.common.exceptions import (
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from peftlib.executed import load, source_of
+from peftlib.runner.notebook_io import load, source_of
 
 WIDTH, HEIGHT = 1400, 900  # pixels of the window
 _TALLEST = 15_000  # pixels of a picture that Chromium still draws

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 
-from peftlib import notebook
-from peftlib.executed import load, save, source_of, tags_of
-from peftlib.papermill_child import end_tree
+from peftlib.notebook import session as notebook
+from peftlib.runner.notebook_io import load, save, source_of, tags_of
+from peftlib.runner.papermill_worker import end_tree
 
-CHECKOUT = Path(notebook.__file__).resolve().parent.parent
+CHECKOUT = Path(notebook.__file__).resolve().parents[2]
 KERNEL_6 = "ipykernel6"
 KERNEL_6_FOLDER = CHECKOUT / ".venv" / KERNEL_6  # made by a rule of the Makefile
 _START_S, _STOP_S = 60, 20

@@ -11,14 +11,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_TESTS / "fakes"), str(_TESTS), str(_TESTS.parent)]
 
 from lab import Lab, headless_chromium
 from lab_server import LabServer
 from PIL import Image
 from selenium.webdriver.common.by import By
 
-from peftlib.packaged import packaged_folder
+from peftlib.models.packaged import packaged_folder
 
 _HALF_WAY = r"step (?:1[0-9])/"
 

@@ -8,10 +8,11 @@ import fake_study
 import pytest
 from conftest import TINY
 
-from peftlib import config, data
-from peftlib.evaluate import evaluate
-from peftlib.study import Study
-from peftlib.train import TrainingRun
+from peftlib import data
+from peftlib.core import config
+from peftlib.core.study import Study
+from peftlib.evaluation.evaluate import evaluate
+from peftlib.train.loop import TrainingRun
 
 pytestmark = pytest.mark.browser
 
@@ -142,8 +143,8 @@ def test_the_explorer_goes_through_sorts_and_finds_rows(opened, finished_study):
 
 def largest_gain(study, method):
     """The id of the row where a method's ROUGE-L is furthest above base's."""
-    from peftlib.answers import GAIN, Answers
-    from peftlib.report import build
+    from peftlib.notebook.answers import GAIN, Answers
+    from peftlib.report.build import build
 
     answers = Answers(build(study).study)
     return answers.rows[answers.chosen(order=GAIN, name=method, other="base")[0]]["id"]

@@ -3,7 +3,8 @@
 import pytest
 from conftest import TINY
 
-from peftlib import executed, notebook
+from peftlib.notebook import session as notebook
+from peftlib.runner import notebook_io as executed
 
 pytestmark = pytest.mark.browser
 

@@ -7,10 +7,10 @@ import pytest
 from conftest import TINY
 from lab_server import KERNEL_6, KERNEL_6_FOLDER
 
-from peftlib import config
-from peftlib.checkpoint import CheckpointDir
-from peftlib.panel import BUTTON
-from peftlib.study import Study
+from peftlib.core import config
+from peftlib.core.study import Study
+from peftlib.notebook.training_panel import BUTTON
+from peftlib.storage.checkpoint import CheckpointDir
 
 pytestmark = pytest.mark.browser
 

@@ -1,6 +1,6 @@
-"""Colab's own list of packages, as published, to the versions that tests/test_install_cell.py holds our requirements against.
+"""Colab's own list of packages, as published, to the versions that tests/notebook/test_install_cell.py holds our requirements against.
 
-python tests/stress/colab_list.py [FILE_OR_URL]    writes tests/colab-packages.txt and says what has changed
+python tests/stress/colab_list.py [FILE_OR_URL]    writes tests/kernels/colab-packages.txt and says what has changed
 """
 
 import datetime
@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 PUBLISHED = "https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.gpu.txt"
-TARGET = Path(__file__).resolve().parent.parent / "colab-packages.txt"
+TARGET = Path(__file__).resolve().parents[1] / "kernels" / "colab-packages.txt"
 _OF_CUDA = ("cuda-", "nvidia-")  # these fit Colab's build of torch, and not the one on PyPI
 _WHEEL = re.compile(r"/[\w.]+-(\d[\w.]*?)(?:\+[\w.]+)?-[\w.]+-[\w.]+-[\w.]+\.whl")
 

@@ -5,7 +5,7 @@
     python tests/stress/colab_place.py test PLACE [ARGUMENTS OF PYTEST]     the tests under Colab's Python and packages
     python tests/stress/colab_place.py shell PLACE COMMAND ...              anything else there, peftlib installed as on Colab
 
-Packages come in the versions that Colab publishes (tests/colab-packages.txt, see colab_list.py; --constraints names
+Packages come in the versions that Colab publishes (tests/kernels/colab-packages.txt, see colab_list.py; --constraints names
 another list), the kernel is the one of google.colab. Every run works in an overlay on the place, which stays as it was
 built. The notebooks install from the repository's public address, which git is told to find in this checkout's HEAD.
 What is missing: a GPU, Google Drive (a folder stands for it), and the page.
@@ -23,8 +23,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 sys.path.insert(0, str(CHECKOUT))
-from peftlib.badges import address
-from peftlib.notebook import NOTEBOOKS
+from update_badges import address
+
+from peftlib.notebook.session import NOTEBOOKS
 
 SUITE = "trixie"  # the Debian with Colab's Python, 3.13
 COLABTOOLS = "git+https://github.com/googlecolab/colabtools"
@@ -168,7 +169,7 @@ def main():
     asked = {name: commands.add_parser(name) for name in ("build", "run", "test", "shell")}
     for each in asked.values():
         each.add_argument("place", type=Path)
-    asked["build"].add_argument("--constraints", type=Path, default=HERE.parent / "colab-packages.txt")
+    asked["build"].add_argument("--constraints", type=Path, default=HERE.parent / "kernels" / "colab-packages.txt")
     asked["build"].add_argument(
         "--colabtools", default=COLABTOOLS, help="a folder with google.colab's source, or an address"
     )

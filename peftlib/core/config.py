@@ -1,0 +1,296 @@
+"""One frozen config per run: fields, limits, profiles, and the hash that guards comparisons.
+
+A field's metadata says which part of a run it governs (`scope`):
+  data  - what the rows are; part of the study's frozen config
+  math  - what is learnt from them; part of the study's frozen config
+  run   - where and how fast it runs; free to differ on resume, recorded all the same
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+
+from peftlib.core.env import profile_for_hardware
+from peftlib.core.errors import ConfigError
+from peftlib.core.names import require_folder_name
+
+_MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
+PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
+
+
+def _field(default, scope, unit, *, low=None, high=None, choices=None, above=None):
+    limits = {"scope": scope, "unit": unit, "low": low, "high": high, "choices": choices, "above": above}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. ConfigError: a value of the wrong type or outside its limits."""
+
+    profile: str = _field("demo", "run", "profile that filled the defaults", choices=("demo", "t4", "gpu"))
+    study: str = _field("demo", "run", "name of the study folder under the output root")
+
+    model: str = _field(PACKAGED_MODEL, "math", "hub id, local folder, or 'packaged' (Gemma 3 270M from PyPI)")
+    sources: str = _field(
+        "alpaca=sample; tulu=sample; ultrachat=sample",
+        "data",
+        "NAME=WHERE; ...  WHERE is hub, sample, or FILE[,TESTFILE]",
+    )
+    train_rows: int = _field(64, "data", "rows a source", low=1)
+    valid_rows: int = _field(8, "data", "rows a source", low=0)
+    test_rows: int = _field(16, "data", "rows a source", low=1)
+    split_seed: int = _field(0, "data", "orders the candidates of each source", low=0, high=_MOST)
+    allow_short: bool = _field(False, "data", "share out a source that runs out in the proportions asked")
+    max_length: int = _field(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
+
+    epochs: int = _field(1, "math", "passes over the training rows", low=1)
+    max_steps: int = _field(0, "math", "optimizer steps; 0 is all of the epochs", low=0)
+    sequences_per_step: int = _field(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
+    seed: int = _field(0, "math", "row order, adapter initialisation, dropout", low=0, high=_MOST)
+    fork: str = _field("", "math", "study whose run of the same method and seed gives the first weights; '' is none")
+    schedule: str = _field("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = _field(0.05, "math", "share of the steps", low=0.0, high=0.5)
+    weight_decay: float = _field(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
+    max_grad_norm: float = _field(1.0, "math", "L2 norm of what is applied; 0 is no clipping", low=0.0)
+
+    lora_rank: int = _field(16, "math", "columns of each adapter", low=1)
+    lora_alpha: int = _field(32, "math", "adapter scale times rank", low=1)
+    lora_dropout: float = _field(0.0, "math", "share of adapter inputs dropped", low=0.0, high=0.9)
+    lora_init: str = _field(
+        "default", "math", "adapters' start; default: B zero", choices=("default", "gaussian", "pissa", "pissa_niter_4")
+    )
+    lora_use_rslora: bool = _field(False, "math", "adapter scale is alpha / sqrt(rank) (rsLoRA)")
+    lora_use_dora: bool = _field(False, "math", "train each row's length apart from its direction (DoRA; slower)")
+    lora_learning_rate: float = _field(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
+    galore_rank: int = _field(128, "math", "columns kept of each gradient's basis", low=1)
+    galore_update_gap: int = _field(200, "math", "steps between two bases of one layer", low=1)
+    galore_scale: float = _field(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
+    galore_learning_rate: float = _field(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
+
+    galore_weights: str = _field(
+        "fp32", "math", "dtype of projected weights; bf16 is rounded stochastically", choices=("fp32", "bf16")
+    )
+    galore_on_refresh: str = _field("keep", "math", "moments at a change of basis", choices=("keep", "project"))
+    optimizer_bits: int = _field(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
+    apollo_rank: int = _field(128, "math", "columns of the random projection", low=1)
+    apollo_scale: float = _field(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
+    apollo_learning_rate: float = _field(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
+    full_learning_rate: float = _field(2e-5, "math", "peak, for everything full trains", above=0.0, high=1.0)
+
+    max_new_tokens: int = _field(48, "data", "tokens of an answer", low=1, high=8192)
+
+    precision: str = _field("auto", "run", "autocast type of training", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = _field("auto", "run", "where tensors live", choices=("auto", "cpu", "cuda"))
+    micro_batch: int = _field(
+        0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
+    )
+    eval_batch: int = _field(0, "run", "rows that are answered at a time; 0: what the device's memory holds", low=0)
+    engine: str = _field(
+        "auto",
+        "run",
+        "what makes the answers; auto: slots, our continuous batching; plain: transformers' generate",
+        choices=("auto", "slots", "plain", "vllm"),
+    )
+    general_tokens: int = _field(
+        512, "run", "tokens of general text whose loss shows what was forgotten; 0 measures none", low=0
+    )
+    checkpointing: str = _field(
+        "off",
+        "run",
+        "recompute activations in the backward pass (offload: from layer inputs kept in the host's memory); "
+        "the planner decides where micro_batch is 0",
+        choices=("off", "on", "offload"),
+    )
+    compile: str = _field(
+        "auto", "run", "torch.compile by layer; auto: on a GPU with Triton", choices=("auto", "on", "off")
+    )
+    memory_gib: float = _field(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
+    max_seconds: float = _field(
+        0.0, "run", "wall clock of one training call, then save and stop; 0 is no limit", low=0.0
+    )
+    session_hours: float = _field(
+        0.0, "run", "after which this machine ends by itself; 0: 12 on Colab and Kaggle, else never", low=0.0
+    )
+    save_every: int = _field(50, "run", "optimizer steps between checkpoints, at least", low=1)
+    save_stall: float = _field(
+        0.02,
+        "run",
+        "share of the time that saving may hold up training; 0 saves at every save_every",
+        low=0.0,
+        high=1.0,
+    )
+    valid_every: int = _field(50, "run", "optimizer steps between validation losses", low=1)
+    resume_rate_factor: float = _field(
+        1.0,
+        "run",
+        "times the study's peak learning rates, from the checkpoint on that a run goes on from; "
+        "1 leaves them as the checkpoint has them",
+        above=0.0,
+        high=100.0,
+    )
+    keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
+    log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)
+    log_to: str = _field(
+        "",
+        "run",
+        "where loss, speed and memory are logged by step as well; '' is nowhere",
+        choices=("", "tensorboard", "trackio"),
+    )
+    workers: int = _field(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
+    theme: str = _field("light", "run", "colours of the charts in notebooks", choices=("light", "dark"))
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        require_folder_name("study", self.study)
+        if self.fork:
+            require_folder_name("fork", self.fork)
+
+    def fields_of(self, *scopes):
+        """{name: value} of the fields in the given scopes, in declaration order."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["scope"] in scopes}
+
+    def study_fields(self):
+        """What a study folder freezes: everything that changes data or mathematics, but the seed."""
+        frozen = self.fields_of("data", "math")
+        del frozen["seed"]  # a study holds runs of several seeds
+        return frozen
+
+    def run_hash(self, method):
+        """12 hex digits over what changes the mathematics of one run of `method`."""
+        return short_hash({"method": method, **self.fields_of("data", "math")})
+
+    def replace(self, **changes):
+        """A copy with some fields changed, checked like any config."""
+        _refuse_unknown(changes)
+        return dataclasses.replace(self, **changes)
+
+
+def short_hash(value):
+    """12 hex digits of the SHA-256 of a JSON value, the same on any machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_HUB_SOURCES = "alpaca=hub; tulu=hub; ultrachat=hub"
+_STUDY = {
+    "model": "google/gemma-3-1b-it",
+    "sources": _HUB_SOURCES,
+    "train_rows": 5000,
+    "valid_rows": 200,
+    "test_rows": 2000,
+    "max_length": 1024,
+    "max_new_tokens": 256,
+    "sequences_per_step": 16,
+    "galore_update_gap": 200,
+    "valid_every": 200,
+    "general_tokens": 16384,  # all of the text
+}
+# Only what differs from the field defaults above stands here.
+PROFILES = {
+    "demo": {
+        # For 24 steps: adapters start at zero and must get somewhere, GaLore's full weights must not overshoot.
+        "lora_learning_rate": 1e-3,
+        "galore_learning_rate": 5e-4,
+        "galore_update_gap": 50,
+        "micro_batch": 4,
+        "save_every": 12,
+        "valid_every": 8,
+        "log_every": 3,
+    },
+    "t4": _STUDY,
+    "gpu": _STUDY,
+}
+
+
+def resolve(profile="auto", **overrides):
+    """The config of a profile with some fields overridden; None leaves the profile's value.
+
+    ConfigError: unknown profile or field (with the nearest names), value out of range.
+    """
+    if profile in (None, "auto"):
+        profile = profile_for_hardware()
+    if profile not in PROFILES:
+        raise ConfigError(f"profile={profile!r} is unknown: use auto, {', '.join(PROFILES)}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    _refuse_unknown(given)
+    if given.get("study") in (None, "auto"):
+        given["study"] = profile
+    return Config(**{"profile": profile, **PROFILES[profile], **given})
+
+
+def from_text(name, text):
+    """A command-line string as the field's type; ConfigError if it does not read as one."""
+    _refuse_unknown({name: text})
+    kind = {f.name: f.type for f in dataclasses.fields(Config)}[name]
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name}={text!r} is not a {_kind_name(kind)}") from None
+
+
+def differences(old, new):
+    """['field: old -> new', ...] between two dicts of fields, for messages."""
+    names = [*old, *(n for n in new if n not in old)]
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+def describe(cfg):
+    """The resolved config as lines 'field = value  # unit', grouped by scope."""
+    lines = []
+    for scope in ("run", "data", "math"):
+        lines.append(f"[{scope}]")
+        for f in dataclasses.fields(cfg):
+            if f.metadata["scope"] == scope:
+                lines.append(f"  {f.name} = {getattr(cfg, f.name)!r}  # {f.metadata['unit']}")
+    return "\n".join(lines)
+
+
+def _refuse_unknown(names):
+    known = [f.name for f in dataclasses.fields(Config)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{name!r} is not a setting: {hint}")
+
+
+def _checked(f, value):
+    kind = f.type
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{f.name}={value!r} is a {type(value).__name__}: use a {_kind_name(kind)} ({f.metadata['unit']})"
+        )
+    if kind is str and "\0" in value:
+        raise ConfigError(f"{f.name}={value!r} holds a null character: take it out ({f.metadata['unit']})")
+    limits = f.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(f"{f.name}={value!r} is not allowed: use {_choices_text(limits['choices'])}")
+    too_low = (limits["low"] is not None and not value >= limits["low"]) or (
+        limits["above"] is not None and not value > limits["above"]
+    )
+    if too_low or (limits["high"] is not None and not value <= limits["high"]):
+        raise ConfigError(f"{f.name}={value!r} is out of range: use {_range_text(limits)} ({limits['unit']})")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{f.name}={value!r} is no number: use a finite one ({limits['unit']})")
+    return value
+
+
+def _choices_text(choices):
+    return ", ".join(str(choice) or "'' (none)" for choice in choices)
+
+
+def _range_text(limits):
+    low = f"more than {limits['above']}" if limits["above"] is not None else f"{limits['low']} or more"
+    return low if limits["high"] is None else f"{low}, at most {limits['high']}"
+
+
+def _kind_name(kind):
+    return {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]

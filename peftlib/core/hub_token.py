@@ -1,0 +1,149 @@
+"""The Hugging Face token: where it is looked for, and how it is kept out of everything that is written.
+
+It is handed to the hub's client and to nothing else: never printed, stored or put into the environment.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from peftlib.core.errors import ModelError
+from peftlib.core.kernel import is_watched
+from peftlib.core.paths import PACKAGE
+from peftlib.core.session import host
+
+NAME = "HF_TOKEN"
+_CHECKOUT = PACKAGE.parent
+MASK = "[token]"
+_LEAST_CHARACTERS = 8  # a shorter "token" is none, and masking it would hit ordinary text
+_FORM = r"\bhf_[A-Za-z0-9]{30,}\b|\bhf_oauth_[\w.~+/=-]{20,}"  # of the hub's own tokens, wherever they come from
+_given = set()  # what this process was given: a secret is known from nowhere else
+
+_ADVICE = (
+    f"set the environment variable {NAME}, or put a line {NAME}=... into a file .env in the working folder, or run "
+    f"`hf auth login`, or add the secret {NAME} (on Colab the key icon, on Kaggle Add-ons > Secrets). "
+    "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
+    "or set model to a public mirror such as unsloth/gemma-3-1b-it, or to 'packaged', which needs no token."
+)
+# What Colab's userdata.get raises, by name: older releases lack some of the classes.
+_COLAB_REFUSALS = {
+    "NotebookAccessError": f"Colab has the secret {NAME}, but this notebook may not read it: click the key icon on the "
+    "left, switch on 'Notebook access' beside it, and run this cell again",
+    "SecretNotFoundError": f"Colab has no secret {NAME}: click the key icon on the left, add one of this name, and "
+    "switch on its 'Notebook access'",
+    "TimeoutException": f"Colab's page did not answer when it was asked for the secret {NAME}: run this cell again with "
+    "the page open, or take one of the other ways",
+}
+
+
+def hf_token():
+    """The token from HF_TOKEN, a .env file, huggingface_hub's own login, or Colab's or Kaggle's secrets, in this order.
+
+    ModelError: none of them has one; it says why each that could not be read failed.
+    """
+    problems = []
+    for source in (_environments, _dotenvs, _logins, _secret):
+        token = source(problems)
+        if token:
+            _given.add(token)
+            return token
+    told = f". {'. '.join(problems)}. Other ways" if problems else ""
+    raise ModelError(f"no Hugging Face token{told}: {_ADVICE}")
+
+
+def without_tokens(text):
+    """`text` with every known token, and whatever has the form of one, masked."""
+    return token_pattern().sub(MASK, text)
+
+
+def token_pattern():
+    """A pattern of all tokens that can be known here without asking anybody."""
+    known = {*_given, _environments([]), os.environ.get("HUGGING_FACE_HUB_TOKEN", "").strip(), _dotenvs([]), _stored()}
+    known = sorted((token for token in known if len(token) >= _LEAST_CHARACTERS), key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, known), _FORM]))
+
+
+def _environments(problems):
+    return os.environ.get(NAME, "").strip()
+
+
+def _dotenvs(problems):
+    """From the first .env that has one: the working folder's, then the checkout's."""
+    # In site-packages, where an installed copy lies, a .env would be nobody's.
+    places = [Path(".env"), *([_CHECKOUT / ".env"] if (_CHECKOUT / "notebooks").is_dir() else [])]
+    for path in places:
+        if not path.is_file():  # it may be a virtual environment
+            continue
+        from dotenv import dotenv_values
+
+        try:
+            token = (dotenv_values(path, encoding="utf-8-sig").get(NAME) or "").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path.resolve()} cannot be read ({error}): save it as UTF-8 text")
+            continue
+        if token:
+            return token
+    return ""
+
+
+def _logins(problems):
+    """What `hf auth login` left on this machine."""
+    from huggingface_hub import get_token
+
+    if _is_colab() and not _stored():
+        return ""  # get_token would go on to Colab's secret, and tell of a refusal in a warning alone
+    try:
+        return (get_token() or "").strip()
+    except Exception as error:  # noqa: BLE001  unreadable files, and errors of a refresh or of a CI's exchange
+        problems.append(f"huggingface_hub's login cannot be used ({type(error).__name__}: {error})")
+        return ""
+
+
+def _stored():
+    """The token in huggingface_hub's file, as it is."""
+    from huggingface_hub import constants
+
+    try:
+        return Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""  # none; get_token says what is wrong with a file that is there
+
+
+def _secret(problems):
+    return _kaggles_secret(problems) if host() == "kaggle" else _colabs_secret(problems) if _is_colab() else ""
+
+
+def _is_colab():
+    return host() == "colab" or (host() != "kaggle" and "google.colab" in sys.modules)
+
+
+def _colabs_secret(problems):
+    if not is_watched():
+        # userdata.get needs a kernel and its page: elsewhere it fails with an AttributeError, or waits for nobody.
+        problems.append("Colab's secrets can be read in a notebook's cell alone, not from a terminal or a headless run")
+        return ""
+    from google.colab import userdata
+
+    try:
+        token = (userdata.get(NAME) or "").strip()
+    except Exception as error:  # noqa: BLE001  its page's errors have no common class
+        said = _COLAB_REFUSALS.get(type(error).__name__)
+        problems.append(said or f"Colab's secret {NAME} could not be read ({type(error).__name__}: {error})")
+        return ""
+    if not token:
+        problems.append(f"Colab's secret {NAME} is empty: click the key icon on the left and fill it in")
+    return token
+
+
+def _kaggles_secret(problems):
+    try:
+        import kaggle_secrets
+
+        return (kaggle_secrets.UserSecretsClient().get_secret(NAME) or "").strip()
+    except Exception as error:  # noqa: BLE001  no module, no such secret, not attached, no network
+        problems.append(
+            f"Kaggle's secret {NAME} could not be read ({type(error).__name__}): under Add-ons > Secrets add it and tick "
+            "it for this notebook, with Internet on"
+        )
+        return ""

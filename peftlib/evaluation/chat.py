@@ -1,0 +1,114 @@
+"""`python -m peftlib chat`: a conversation with a trained model, on a terminal or from a pipe."""
+
+import sys
+
+import torch
+
+from peftlib import data, methods
+from peftlib.core.env import resolve_device
+from peftlib.core.terminal import allow_odd, visible
+from peftlib.evaluation.evaluate import evaluation_dtype, load_model
+from peftlib.evaluation.results import BASE
+from peftlib.models.chat_template import STOP_IDS, encode_prompt
+
+QUIT, NEW = "/quit", "/new"
+
+
+class Conversation:
+    """Turns with one model. say(text) prints the answer while it is made, and returns it.
+
+    limit: tokens of history and answer together; the oldest exchanges are left out beyond it.
+    """
+
+    def __init__(self, model, tokenizer, *, max_new_tokens, limit=None):
+        self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, max_new_tokens
+        self._limit = limit or model.config.get_text_config().max_position_embeddings
+        self.messages = []
+
+    def start_over(self):
+        """Forget what was said."""
+        self.messages = []
+
+    def say(self, text):
+        """The model's answer to one more user turn."""
+        self.messages.append({"role": "user", "content": text})
+        prompt = torch.tensor([self._prompt()], device=self._model.device)
+        with torch.no_grad():
+            made = self._model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=self._max_new_tokens,
+                do_sample=False,
+                top_k=None,
+                top_p=None,
+                eos_token_id=list(STOP_IDS),
+                pad_token_id=0,
+                streamer=_shown(self._tokenizer),
+            )
+        answer = self._tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _prompt(self):
+        ids = encode_prompt(self._tokenizer, self.messages)
+        while len(ids) + self._max_new_tokens > self._limit and len(self.messages) > 1:
+            self.messages = self.messages[2:]
+            ids = encode_prompt(self._tokenizer, self.messages)
+        return ids[-max(1, self._limit - self._max_new_tokens) :]
+
+
+def main(study, method, *, seed, max_new_tokens):
+    """Talk until /quit or the end of the input; returns 0. ConfigError, ModelError: no such method, or not trained."""
+    if method != BASE:
+        methods.find(method)
+    device = resolve_device(study.cfg.device)
+    dtype = evaluation_dtype(device)[0]
+    model = load_model(study, method, seed, device=device, dtype=dtype)
+    print(
+        f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
+    )
+    talk = Conversation(model, data.open_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
+    allow_odd(sys.stdin, "replace")
+    allow_odd(sys.stdout, "backslashreplace")
+    for text in _typed():
+        if text == QUIT:
+            break
+        if text == NEW:
+            talk.start_over()
+            print("(a new conversation)", flush=True)
+        elif text:
+            talk.say(text)
+    return 0
+
+
+def _shown(tokenizer):
+    """A streamer that prints an answer as it comes, with nothing in it that a terminal would act on."""
+    from transformers import TextStreamer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            print(visible(text), flush=True, end="\n" if stream_end else "")
+
+    return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _typed():
+    """Lines of the input, each trimmed. What comes from a pipe is shown, for nobody sees it being typed."""
+    if sys.stdin is None:  # closed, as by `<&-`
+        return
+    if sys.stdin.isatty():
+        while True:
+            try:
+                yield _whole(input("> "))
+            except EOFError:
+                print()
+                return
+    for line in sys.stdin:
+        text = _whole(line)
+        print(f"> {visible(text)}", flush=True)
+        yield text
+
+
+def _whole(line):
+    """A line trimmed, without the half characters that some terminals let through and no tokenizer takes."""
+    return line.encode("utf-8", "replace").decode("utf-8").strip()

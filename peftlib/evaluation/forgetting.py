@@ -1,0 +1,121 @@
+"""What a model still knows of general text: its loss on bundled prose that nobody trains on.
+
+The text stands in peftlib/evaluation/general, with its source and licence. It is given as plain text after one <bos>, not as a
+conversation, for what was learnt about turns should not count here.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftlib.data import dedup as near
+
+TEXT_NAME = "CIA World Factbook, country backgrounds"
+ROUNDED_FIELD = "general_loss_nf4"  # of the untrained model with a method's 4-bit matrices, in its evaluation
+_RECORD_FIELDS = ("general_loss", "general_tokens", "general_text_sha256")
+_SHORTEST = 64  # tokens of a passage that are read at least, where it has so many
+_PATH = Path(__file__).parent / "general" / "factbook.jsonl"
+
+
+@dataclass(frozen=True)
+class GeneralLoss:
+    """loss: nats per token, the first of each passage not counted. n_tokens: those counted. text_sha256: 12 hex digits
+    over the token ids that were read, so that losses on other texts are not put side by side."""
+
+    loss: float
+    n_tokens: int
+    text_sha256: str
+
+
+def passages():
+    """[text, ...] of the bundled prose, in an order that nobody chose."""
+    lines = _PATH.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def apart_from(texts, rows):
+    """The texts that the data rules call near none of the rows (with 'messages')."""
+    grams, index = near.Grams(), near.NearIndex()
+    for text in texts:
+        index.add(grams([text]))
+    too_near = {n for row in rows for n in index.near(grams([turn["content"] for turn in row["messages"]]))}
+    return [text for n, text in enumerate(texts) if n not in too_near]
+
+
+def tokenized(tokenizer, texts, *, n_tokens, max_length):
+    """Rows for rows.Rows: a <bos> and a passage's beginning each, up to n_tokens scored tokens in all.
+
+    Few tokens are spread over several passages, for one subject alone says little.
+    """
+    made, left = [], n_tokens
+    longest = min(max_length - 1, max(_SHORTEST, -(-n_tokens // max(len(texts), 1))))
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        ids = ids[: min(longest, left) + 1]
+        if len(ids) < 2:
+            break
+        made.append({"input_ids": ids, "is_scored": [False, *[True] * (len(ids) - 1)]})
+        left -= len(ids) - 1
+    return made
+
+
+def general_loss(model, tokenizer, cfg, train_rows, *, device, precision="fp32"):
+    """The GeneralLoss of a model, or None where cfg.general_tokens is 0 or no passage is apart from the training rows.
+
+    precision: of autocast, as in rows.mean_loss.
+    """
+    from peftlib.train.batching import Rows, mean_loss
+
+    texts = apart_from(passages(), train_rows) if cfg.general_tokens else []
+    made = tokenized(tokenizer, texts, n_tokens=cfg.general_tokens, max_length=cfg.max_length)
+    if not made:
+        return None
+    rows = Rows(made)
+    loss = mean_loss(model, rows, device=device, precision=precision)
+    ids = json.dumps([row["input_ids"] for row in made])
+    return GeneralLoss(loss, int(rows.scored.sum()), hashlib.sha256(ids.encode()).hexdigest()[:12])
+
+
+def record_fields(found):
+    """What a record's evaluation holds of a GeneralLoss or None."""
+    values = (None, None, None) if found is None else (found.loss, found.n_tokens, found.text_sha256)
+    return dict(zip(_RECORD_FIELDS, values, strict=True))
+
+
+def of_record(record):
+    """The GeneralLoss that a record holds, None where it was not measured (evaluations before it was known, too)."""
+    values = [(record["evaluation"] or {}).get(name) for name in _RECORD_FIELDS]
+    return None if None in values else GeneralLoss(*values)
+
+
+def rounded_of(record):
+    """The GeneralLoss of the untrained model in the 4 bits of a record's method; None where unknown or without any."""
+    found, loss = of_record(record), (record["evaluation"] or {}).get(ROUNDED_FIELD)
+    return None if found is None or loss is None else GeneralLoss(loss, found.n_tokens, found.text_sha256)
+
+
+def in_words(base, record):
+    """A line on what a run did to the loss on general text, beside what its 4 bits alone do; '' where it is unknown."""
+    before, after, rounded = of_record(base), of_record(record), rounded_of(record)
+    moved, by_rounding = change(before, after), change(before, rounded)
+    if moved is None:
+        return ""
+    line = f"{record['method']}: general text loss {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
+    if by_rounding is None:
+        return line
+    return f"{line}; untrained, in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})"
+
+
+def mean_over(losses):
+    """The mean GeneralLoss of several seeds, None where any is unknown or they are not of the same text."""
+    if not losses or None in losses or len({found.text_sha256 for found in losses}) > 1:
+        return None
+    return GeneralLoss(sum(found.loss for found in losses) / len(losses), losses[0].n_tokens, losses[0].text_sha256)
+
+
+def change(before, after):
+    """Relative change of the loss, None where one is unknown or they are not of the same text."""
+    if before is None or after is None or before.text_sha256 != after.text_sha256 or not before.loss:
+        return None
+    return (after.loss - before.loss) / before.loss

@@ -1,0 +1,260 @@
+"""Greedy answers to many prompts by continuous batching: who leaves makes room, and no step computes what is done.
+
+A fixed number of slots in a fixed cache. Prompts are read longest first; a finished row leaves at once and the next
+prompt takes its slot, or, when none waits, the rows that go on close ranks. On a GPU the step is a CUDA graph, stop
+tokens are checked there, and the host asks only every few steps.
+"""
+
+import gc
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from peftlib.core.errors import ModelError
+from peftlib.evaluation.inference.cuda_graphs import StepGraphs
+from peftlib.evaluation.inference.forward import next_tokens, read_prompts, running, running_precision, slot_forwards
+from peftlib.evaluation.inference.kv_cache import SlotCache, slot_bytes
+from peftlib.models.base import core
+from peftlib.models.chat_template import STOP_IDS
+
+CPU_SLOTS = 128  # a step reads all weights, however many rows share it
+_CPU_CACHE_BYTES = 2 * 2**30  # a fixed number, so that answers do not hang on the memory that happens to be free
+_MOST_SLOTS = 512
+_FREE_SHARE = 0.8  # of the GPU memory that is free: the rest is for fragments and the driver
+_REFILL_SHARE = 8  # prompts are read when one slot in so many is free: a pass over few costs as much as one over many
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a device is driven. prompt_tokens: padded tokens of one pass over prompts; steps: between two looks at who
+    is done; places: attention reads a multiple of so many; shrink: a step spans all slots or so many times fewer,
+    again and again, 0 for exactly those that live."""
+
+    prompt_tokens: int
+    steps: int
+    places: int
+    shrink: int
+
+
+CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, shrink=0)  # temporaries of more tokens leave the caches
+# Each pair of places and span is a graph of its own, whose capture costs as much as dozens of replays.
+GPU_PACE = Pace(prompt_tokens=16384, steps=4, places=256, shrink=4)
+
+
+def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
+    """Yield (number of the prompt, its new token ids) as answers finish, each once.
+
+    prompts: lists of token ids, none empty; limits: most new tokens of each. A stop token ends an answer and is its
+    last id. slots: rows of a step, 0 for what the device holds. After an out-of-memory error the slots are halved and
+    rows in flight start again. ModelError: not even one row fits.
+    """
+    waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    slots = min(slots or planned_slots(model, prompts, limits), max(1, len(prompts)))
+    while waiting:
+        finished = set()
+        try:
+            with slot_forwards(model):
+                for number, ids in _Decoder(model, prompts, limits, waiting, slots=slots).run():
+                    finished.add(number)
+                    yield number, ids
+        except torch.OutOfMemoryError as error:
+            if slots == 1:
+                raise ModelError(
+                    f"one row of {max(map(len, prompts)) + max(limits)} tokens does not fit this GPU's memory: "
+                    "lower max_length or max_new_tokens, or free the card"
+                ) from error
+        waiting = [i for i in waiting if i not in finished]
+        if waiting:
+            slots = max(1, slots // 2)
+            gc.collect()
+            torch.cuda.empty_cache()
+            log(f"out of GPU memory: going on with {slots} rows at a time")
+
+
+def planned_slots(model, prompts, limits):
+    """Rows at a time that memory holds if all were as long as the longest; a power of two on a GPU."""
+    parameter = next(model.parameters())
+    config, size = core(model).model.config, _dtype(model).itemsize
+    cache = slot_bytes(config, _longest(prompts, limits), size)
+    if parameter.device.type != "cuda":
+        return max(1, min(CPU_SLOTS, _CPU_CACHE_BYTES // cache))
+    free, whole = torch.cuda.mem_get_info(parameter.device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # younger than Colab's torch
+    share = int(fraction(parameter.device) * whole)  # of runs side by side
+    reserved, held = torch.cuda.memory_reserved(parameter.device), torch.cuda.memory_allocated(parameter.device)
+    free = min(free + reserved - held, share - held)
+    row = cache + 2 * config.vocab_size * size
+    room = _FREE_SHARE * free - GPU_PACE.prompt_tokens * _token_bytes(config)
+    return max(1, min(_MOST_SLOTS, _power_of_two_below(max(1, int(room / row)))))
+
+
+def _token_bytes(config):
+    """Bytes that a pass over prompts takes per token at its widest."""
+    return 4 * (8 * config.hidden_size + 4 * config.intermediate_size)
+
+
+def _power_of_two_below(n):
+    return 1 << (n.bit_length() - 1)
+
+
+def _longest(prompts, limits):
+    """Places that the longest row takes: the last new token is never read."""
+    return max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) - 1
+
+
+def _dtype(model):
+    """Of keys and values: what autocast makes of a product where the model runs in it."""
+    device = next(model.parameters()).device.type
+    with running_precision(model):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return core(model).get_input_embeddings().weight.dtype
+
+
+class _Decoder:
+    """One run over waiting prompts with a fixed number of slots.
+
+    A live slot reads `tokens` at `positions`; its last prompt token is read by its first step, so that prompts need
+    no logits. The first `count` slots take part in a step; done ones among them stand still.
+    """
+
+    def __init__(self, model, prompts, limits, waiting, *, slots):
+        device = next(model.parameters()).device
+        self.model, self.device, self.slots = model, device, slots
+        self.pace = GPU_PACE if device.type == "cuda" else CPU_PACE
+        self.prompts, self.limits, self.waiting = prompts, limits, deque(waiting)
+        length = max(len(prompts[i]) + limits[i] for i in waiting) - 1
+        length = -(-length // self.pace.places) * self.pace.places
+        config = core(model).model.config
+        self.cache = SlotCache(config, slots, length, dtype=_dtype(model), device=device)
+        self.live, self.reach = {}, {}  # slot: number of its prompt; slot: its position
+        self.count = 0
+        self.state = torch.zeros((4, slots), dtype=torch.int64, device=device)
+        self.tokens, self.positions, self.made, self.most = self.state
+        self.done = torch.ones(slots, dtype=torch.bool, device=device)
+        # One column more, where a slot that is done writes what nobody reads.
+        self.answers = torch.zeros((slots, max(limits) + 1), dtype=torch.int64, device=device)
+        self.stops = torch.tensor(STOP_IDS, device=device)
+        self.step = StepGraphs(self._step) if device.type == "cuda" else self._step
+
+    def run(self):
+        """Yield (number of the prompt, its new token ids) until no row is left."""
+        left = []
+        while self.waiting or self.live:
+            with running(self.model):  # not around a yield, which would leave the caller in it
+                self._go_on()
+            yield from left  # what the caller does with them it does while the GPU works
+            left = self._leave()
+        yield from left
+
+    def _go_on(self):
+        """Admit prompts and take some steps; on a GPU without waiting for them."""
+        self._admit()
+        for _ in range(self.pace.steps):
+            self.reach = {slot: position + 1 for slot, position in self.reach.items()}
+            seen = -(-max(self.reach.values()) // self.pace.places) * self.pace.places
+            self.step(self.count, min(seen, self.cache.length))
+
+    def _admit(self):
+        """Give free slots to waiting prompts, if there are enough of either; then close ranks."""
+        free = [slot for slot in range(self.slots) if slot not in self.live]
+        few = len(free) < max(1, self.slots // _REFILL_SHARE) and len(free) < len(self.waiting)
+        if self.waiting and not (few and self.live):
+            entered = list(zip(free, self.waiting, strict=False))
+            for part in _parts(entered, self.prompts, self.pace.prompt_tokens):
+                self._read(part)
+            for slot, number in entered:
+                self.live[slot], self.reach[slot] = number, len(self.prompts[number]) - 1
+                self.waiting.popleft()
+        self._close_ranks()
+
+    def _read(self, part):
+        """Read prompts [(slot, number), ...] but for their last tokens, and set their slots to go on from there."""
+        prompts = [self.prompts[number] for _, number in part]
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        width = max(lengths)
+        if self.pace.places > 1:
+            width = min(-(-width // 8) * 8, self.cache.length)
+        ids = torch.zeros((len(part), width), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt) - 1] = torch.tensor(prompt[:-1])
+        limits = [self.limits[number] for _, number in part]
+        columns = [[slot for slot, _ in part], [prompt[-1] for prompt in prompts], lengths, [0] * len(part), limits]
+        columns = self._sent(torch.tensor(columns))
+        slots = columns[0]
+        if width:
+            read_prompts(self.model, self.cache, self._sent(ids), slots=slots, lengths=columns[2])
+        self.state[:, slots] = columns[1:]
+        self.done[slots] = False
+
+    def _sent(self, tensor):
+        """The tensor on the device, without waiting for what the device still has to do."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _step(self, count, seen):
+        """One token for each of the first `count` slots. Fixed shapes and no word to the host: a graph can hold it."""
+        tokens, positions, done = self.tokens[:count], self.positions[:count], self.done[:count]
+        chosen = next_tokens(self.model, self.cache, tokens, positions, seen=seen)
+        made = self.made[:count]
+        place = made.masked_fill(done, self.answers.shape[1] - 1)
+        self.answers[:count].scatter_(1, place[:, None], chosen[:, None])
+        goes_on = ~done
+        tokens.copy_(torch.where(done, tokens, chosen))
+        positions += goes_on
+        made += goes_on
+        done |= (chosen[:, None] == self.stops).any(1) | (made >= self.most[:count])
+
+    def _leave(self):
+        """Free the slots that are done: [(number, new token ids), ...]."""
+        done = self.done[: self.count].tolist()
+        slots = [slot for slot in self.live if done[slot]]
+        if not slots:
+            return []
+        at = self._sent(torch.tensor(slots))
+        rows = torch.cat([self.made[at][:, None], self.answers[at]], dim=1).tolist()
+        for slot in slots:
+            del self.reach[slot]
+        return [(self.live.pop(slot), ids[:made]) for slot, (made, *ids) in zip(slots, rows, strict=True)]
+
+    def _close_ranks(self):
+        """Let a step span as few slots as hold the live ones, moving those beyond into the gaps."""
+        span = self._span(len(self.live))
+        if span < self._span(max(self.live) + 1):
+            beyond = [slot for slot in self.live if slot >= span]
+            gaps = [slot for slot in range(span) if slot not in self.live]
+            self._move(beyond, gaps[: len(beyond)])
+        self.count = self._span(max(self.live) + 1)
+
+    def _span(self, slots):
+        """Slots that a step spans to reach the first `slots`."""
+        if not self.pace.shrink:
+            return slots
+        span = self.slots
+        while span // self.pace.shrink >= slots:
+            span //= self.pace.shrink
+        return span
+
+    def _move(self, sources, targets):
+        for source, target in zip(sources, targets, strict=True):
+            self.live[target], self.reach[target] = self.live.pop(source), self.reach.pop(source)
+        source, target = self._sent(torch.tensor([sources, targets]))
+        self.cache.move(source, target)
+        self.state[:, target] = self.state[:, source]
+        self.answers[target] = self.answers[source]
+        self.done[target] = self.done[source]
+        self.done[source] = True
+
+
+def _parts(entered, prompts, tokens):
+    """Cut [(slot, number), ...] into runs of at most `tokens` padded tokens, one row at least."""
+    part, width = [], 0
+    for slot, number in entered:
+        widest = max(width, len(prompts[number]))
+        if part and widest * (len(part) + 1) > tokens:
+            yield part
+            part, widest = [], len(prompts[number])
+        part.append((slot, number))
+        width = widest
+    if part:
+        yield part

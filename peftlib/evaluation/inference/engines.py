@@ -1,0 +1,127 @@
+"""What makes answers, behind one call: our continuous batching, transformers' generate, or vLLM."""
+
+import torch
+
+from peftlib.core.errors import ModelError
+from peftlib.evaluation.inference.decoder import CPU_SLOTS, generate_by_slots
+from peftlib.models.base import core
+from peftlib.models.chat_template import STOP_IDS
+
+_PAD = 0
+_PLAIN_BATCH = 32
+_BLOCK = 2  # batches of slots; what a kill costs at most, and small beside the pause in which the last rows end alone
+
+
+def generate_rows(model, prompts, limits, *, engine="auto", batch=0, log=print):
+    """Yield (number of the prompt, its new token ids) as answers finish, each once, in no promised order.
+
+    model: a Gemma 3 in eval mode, with adapters or without; for engine='vllm' the folder of a merged one.
+    prompts: lists of token ids; limits: most new tokens of each. batch: rows at a time, 0 for the engine's choice.
+    A stop token ends an answer and is its last id. ModelError: vLLM is not installed, or no row fits the memory.
+    """
+    engine = resolve_engine(model, engine)
+    if engine == "vllm":
+        return generate_by_vllm(model, prompts, limits)
+    if engine == "plain":
+        return generate_plainly(model, prompts, limits, batch=batch or _PLAIN_BATCH)
+    return generate_by_slots(model, prompts, limits, slots=batch, log=log)
+
+
+def resolve_engine(model, engine):
+    """'slots', 'plain' or 'vllm' for a config's engine: auto takes slots for the text models that they know.
+
+    ModelError: slots are asked for, and the model is another.
+    """
+    if engine not in ("auto", "slots"):
+        return engine
+    inner = type(core(model).model).__name__
+    if inner == "Gemma3TextModel":
+        return "slots"
+    if engine == "slots":
+        raise ModelError(f"engine='slots' knows Gemma 3's text model, not {inner}: use engine='plain'")
+    return "plain"
+
+
+def block_rows(model, *, engine="auto", batch=0):
+    """How many rows should be answered by one call, so that a row's answer hangs on those rows alone; None: all.
+
+    In floating point a row's neighbours change its last digits, and where two tokens are as likely, its answer. On a
+    CPU fixed blocks, redone whole after a kill, keep answers equal to the bit; a GPU does not promise that anyway, and
+    would stand idle at the end of each block.
+    """
+    engine = resolve_engine(model, engine)
+    if engine == "plain":
+        return batch or _PLAIN_BATCH
+    if engine == "vllm" or next(model.parameters()).device.type != "cpu":
+        return None
+    return _BLOCK * (batch or CPU_SLOTS)
+
+
+def generate_plainly(model, prompts, limits, *, batch, order=None):
+    """generate_rows by transformers' generate on left-padded batches, longest prompt first unless `order` is given.
+
+    A batch goes on until all its rows are done.
+    """
+    if order is None:
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    for at in range(0, len(order), batch):
+        part = order[at : at + batch]
+        made = generate_batch(model, [prompts[i] for i in part], [limits[i] for i in part])
+        yield from zip(part, made, strict=True)
+
+
+def generate_batch(model, prompts, limits):
+    """[new token ids, ...] of one left-padded batch by transformers' generate; each ends at its limit or stop token."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), _PAD)
+    mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    most = torch.tensor(limits, device=device)
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(limits),
+            stopping_criteria=[lambda so_far, scores, **kwargs: so_far.shape[1] - width >= most],
+            do_sample=False,
+            top_k=None,
+            top_p=None,
+            eos_token_id=list(STOP_IDS),
+            pad_token_id=_PAD,
+            use_cache=True,
+        )
+    return [_to_the_stop(row[:limit]) for row, limit in zip(made[:, width:].tolist(), limits, strict=True)]
+
+
+def _to_the_stop(ids):
+    ends = [i for i, token in enumerate(ids) if token in STOP_IDS]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+def require_vllm():
+    """The vllm module. ModelError: it cannot be imported."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise ModelError(
+            f"engine='vllm' needs vLLM, which cannot be imported ({error}): pip install vllm (a GPU and Linux), "
+            "or use engine='auto'"
+        ) from error
+    return vllm
+
+
+def generate_by_vllm(folder, prompts, limits):
+    """generate_rows by vLLM from the folder of a merged model; answers come together, at the end."""
+    vllm = require_vllm()
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    runner = vllm.LLM(model=str(folder), max_model_len=longest, trust_remote_code=False)
+    asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    settings = [
+        vllm.SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=list(STOP_IDS), detokenize=False)
+        for limit in limits
+    ]
+    for number, made in enumerate(runner.generate(asked, settings, use_tqdm=False)):
+        yield number, _to_the_stop(list(made.outputs[0].token_ids))

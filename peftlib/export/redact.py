@@ -1,0 +1,46 @@
+"""Settings as they may be published: models and files by name, without their places on this machine."""
+
+import re
+from pathlib import Path
+
+from peftlib.core.config import PACKAGED_MODEL
+from peftlib.data.sources import parse_sources
+
+PACKAGED_RELEASE = "google/gemma-3-270m"  # what the packaged weights were made from
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def hub_base(model):
+    """The hub id of a config's `model`, of the packaged one its original release; None for a folder."""
+    if model == PACKAGED_MODEL:
+        return PACKAGED_RELEASE
+    return None if _is_folder(model) else model
+
+
+def public_model(model):
+    """A config's `model`, a folder by its last name alone."""
+    return Path(model).name if _is_folder(model) else model
+
+
+def public_sources(sources):
+    """A config's `sources`, files by their last names alone."""
+    shown = []
+    for source in parse_sources(sources):
+        files = ",".join(path.name for path in source.paths.values())
+        shown.append(f"{source.name}={files if source.where == 'file' else source.where}")
+    return "; ".join(shown)
+
+
+def public_config(fields):
+    """{name: value} of a config, without places on this machine."""
+    return {**fields, "model": public_model(fields["model"]), "sources": public_sources(fields["sources"])}
+
+
+def without_folders(text):
+    """A message whose files are named without their absolute folders; addresses stay."""
+    plain = text and re.sub(r"file://(?=/)", "", text)
+    return plain and re.sub(r"(?<![\w:/.])/(?:(?:My Drive|[^/\s'\"]+)/)+", "", plain)
+
+
+def _is_folder(model):
+    return model != PACKAGED_MODEL and (Path(model).expanduser().is_dir() or not _HUB_ID.fullmatch(model))

@@ -1,0 +1,160 @@
+"""Where an export goes: a folder, or a repository of the Hugging Face hub. What stands there already is not lost."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+from peftlib.core.errors import ConfigError, ModelError, StudyError
+from peftlib.core.files import read_json
+from peftlib.core.hub_token import hf_token
+from peftlib.storage.hub import as_os_errors, is_public
+from peftlib.storage.workspace import Workspace
+
+MARKER = "study/export.json"  # names the run, the form and the files of an export
+_SCHEME = "hf://"
+_OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
+
+
+def target_of(to, *, private=True, api=None):
+    """The FolderTarget or HubTarget of a folder or hf://USER/REPO. ConfigError: not the name of a repository."""
+    text = str(to)
+    return HubTarget(text, private=private, api=api) if text.startswith(_SCHEME) else FolderTarget(to)
+
+
+class FolderTarget:
+    """A folder, written beside its place and then renamed."""
+
+    repository = None
+
+    def __init__(self, path):
+        self.path = Path(path).expanduser()
+
+    def __str__(self):
+        return str(self.path)
+
+    def require_free(self, identity):
+        """ModelError: the path holds anything but an export of this run in this form."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            return
+        if self.path.exists() or self.path.is_symlink():
+            _require_same(self, _read_marker(self.path / MARKER), identity)
+            listed = read_json(self.path / MARKER)["files"]
+            there = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
+            foreign = sorted(there - set(listed))
+            if foreign:
+                raise ModelError(f"{self} also holds {foreign[0]}, which no export wrote: move it away first")
+
+    def workspace(self, what, *, is_dry=False, log=print):
+        """Context manager: a folder beside the path, which is gone after the block.
+
+        LockedError: another process exports to the same path.
+        """
+        target = None if is_dry else self.path.name
+        place = f"the export to {self}"
+        self._workspace = Workspace(self.path.parent, target=target, what=what, place=place, tidies=not is_dry, log=log)
+        return self._workspace
+
+    def put(self, folder, message):
+        """Put a workspace's folder in the path's place; returns the path as text."""
+        del folder, message
+        self._workspace.replace()
+        return str(self.path)
+
+
+class HubTarget:
+    """A model repository, which is made where it does not exist. api: a huggingface_hub.HfApi; None makes one."""
+
+    def __init__(self, text, *, private, api=None):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        self.repository = text.removeprefix(_SCHEME)
+        self._private, self._api = private, api
+        try:
+            validate_repo_id(self.repository)
+        except HFValidationError as error:
+            raise ConfigError(f"to={text!r}: use hf://USER/REPO ({error})") from None
+        if self.repository.count("/") != 1:
+            raise ConfigError(f"to={text!r}: use hf://USER/REPO")
+
+    def __str__(self):
+        return _SCHEME + self.repository
+
+    @property
+    def api(self):
+        if self._api is None:
+            from huggingface_hub import HfApi
+
+            self._api = HfApi(token=hf_token())
+        return self._api
+
+    def require_free(self, identity):
+        """ModelError: it holds anything but an export of this run in this form, is public, no token, or the hub refuses."""
+        with self._explained():
+            if not self.api.repo_exists(self.repository, repo_type="model"):
+                return
+            self._require_private()
+            files = set(self.api.list_repo_files(self.repository, repo_type="model"))
+            if files <= _OF_A_NEW_REPOSITORY:
+                return
+            found = None
+            if MARKER in files:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = self.api.hf_hub_download(self.repository, MARKER, repo_type="model", local_dir=folder)
+                    found = _read_marker(path)
+        _require_same(self, found, identity)
+
+    def workspace(self, what, *, is_dry=False, log=print):
+        """Context manager: a temporary folder."""
+        place, prefix = f"the export to {self}", "peftlib-export-"
+        where = tempfile.gettempdir()
+        return Workspace(where, target=None, what=what, place=place, tidies=not is_dry, prefix=prefix, log=log)
+
+    def put(self, folder, message):
+        """Upload a folder in one commit, in place of what an earlier export left; returns the repository's URL."""
+        with self._explained():
+            url = self.api.create_repo(self.repository, repo_type="model", private=self._private, exist_ok=True)
+            self._require_private()
+            self.api.upload_folder(
+                repo_id=self.repository,
+                repo_type="model",
+                folder_path=folder,
+                commit_message=message,
+                delete_patterns="*",
+            )
+        return str(url)
+
+    def _require_private(self):
+        """ModelError: everybody can read the repository, and that was not asked for. create_repo leaves an existing one."""
+        if self._private and is_public(self.api, self.repository):
+            raise ModelError(
+                f"{self} is public, so everybody could read the export: make it private in its settings on the hub, choose "
+                "another place, or say --public (private=False) if that is meant"
+            )
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            with as_os_errors():
+                yield
+        except OSError as error:
+            said = str(error.strerror or error).strip().split("\n")[0][:200]
+            raise ModelError(f"{self}: {said}. See whether HF_TOKEN may write there, and the network") from error
+
+
+def _read_marker(path):
+    """The identity that an export left, or None."""
+    try:
+        return read_json(path)
+    except (OSError, StudyError):
+        return None
+
+
+def _require_same(target, found, identity):
+    if found is None:
+        raise ModelError(f"{target} is there already and is no export of ours: choose another place")
+    if {name: found.get(name) for name in identity} != identity:
+        raise ModelError(
+            f"{target} holds another export ({found.get('method')}, seed {found.get('seed')}, {found.get('form')}, run "
+            f"{found.get('run_hash')}): choose another place, or delete it"
+        )

@@ -1,0 +1,175 @@
+"""torch.compile by layer, and its cache in one file of this machine that outlives the session."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path, PurePath
+
+import torch
+
+from peftlib.core.errors import ModelError
+from peftlib.core.files import atomic_path, rename
+from peftlib.models.base import core
+
+STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
+_VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def resolve(asked, device, steps):
+    """(is_on, reason) of a config's `compile` on a device for a run of so many steps. ModelError: 'on' but cannot be."""
+    if asked == "off":
+        return False, "as set by compile"
+    missing = None
+    if device != "cuda":
+        missing = "no GPU"
+    elif importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    if missing and asked == "on":
+        raise ModelError(f"compile='on', but {missing}: use compile='auto' or 'off', or pip install triton on a GPU")
+    if missing or asked == "on":
+        return (False, missing) if missing else (True, "as set by compile")
+    if steps < STEPS_TO_PAY:
+        return False, f"{steps} steps are over before compiling pays"
+    return True, "GPU with Triton"
+
+
+def compile_layers(model, *, backend="inductor"):
+    """Compile each decoder layer, for any batch size and length; returns the model.
+
+    By layer, not whole: all layers share two compiled forms (sliding and full attention), gradient checkpointing
+    stays outside, and a layer's hooks run between the compiled pieces.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    # Else a layer with our FourBitProduct is traced anew in every session, which took 53 s on an H100 where 8 s do.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    # A first layer whose input needs no gradient would be compiled apart from the others.
+    core(model).get_input_embeddings().register_forward_hook(_with_gradient)
+    for layer in core(model).model.layers:
+        layer.compile(dynamic=True, backend=backend)
+    return model
+
+
+@contextlib.contextmanager
+def uncompiled(model):
+    """Within it the layers run as they were: for generation and evaluation, whose shapes would be compiled anew."""
+    layers = [layer for layer in core(model).model.layers if layer._compiled_call_impl is not None]
+    kept = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, kept, strict=True):
+            layer._compiled_call_impl = call
+
+
+def release(model):
+    """Take the compiled forms off for good: what comes after training is generation."""
+    for layer in core(model).model.layers:
+        layer._compiled_call_impl = None
+
+
+def _with_gradient(module, args, output):
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
+class CompileCache:
+    """What torch.compile made, in one file per GPU, torch and code in a folder of this user's on this machine.
+
+    Loading it unpickles and may run what the file holds, so a file counts only where this user wrote it and nobody else
+    could: it is not kept in a study, whose copies come from elsewhere. Whatever is wrong with it costs a line, and
+    compiling again. log: told that line.
+    """
+
+    def __init__(self, folder, *, log=print):
+        self.path = Path(folder) / f"compile-{_key()}.bin"
+        self._log = log
+
+    def load(self):
+        """Whether compiled code was loaded."""
+        try:
+            if not self.path.exists():
+                return False
+            artifacts = _own_content(self.path)
+            _require_own_places(artifacts)
+            return torch.compiler.load_cache_artifacts(artifacts) is not None
+        except Exception as error:  # noqa: BLE001  torch promises no kinds of errors, and a cache may never stop a run
+            self._log(f"the compile cache {self.path} is not used ({_said(error)}): compiling again")
+            return False
+
+    def save(self):
+        """Write what has been compiled so far; returns the bytes written, 0 where there was nothing or it failed."""
+        try:
+            made = torch.compiler.save_cache_artifacts()
+            if made is None:
+                return 0
+            content = hashlib.sha256(made[0]).digest() + made[0]
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            own = self.path.with_name(f"{self.path.name}.{os.getpid()}")  # runs side by side write the same file
+            with atomic_path(own) as beside, open(beside, "wb", opener=_for_this_user) as raw:
+                raw.write(content)
+            rename(own, self.path)
+            return len(content)
+        except Exception as error:  # noqa: BLE001  as in load
+            self._log(
+                f"the compile cache {self.path} could not be written ({_said(error)}): the next session compiles again"
+            )
+            return 0
+
+
+def _for_this_user(path, flags):
+    return os.open(path, flags, 0o600)
+
+
+def _own_content(path):
+    """The content of a cache file behind its SHA-256. ModelError: another user could have written it, or it is damaged."""
+    with open(path, "rb", opener=_without_links) as opened:
+        status = os.fstat(opened.fileno())
+        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+            raise ModelError("another user owns it or may write to it")
+        content = opened.read()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise ModelError("it is damaged")
+    return content[32:]
+
+
+def _without_links(path, flags):
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _require_own_places(artifacts):
+    """ModelError: a part of the cache would be written outside the compiler's folder, into which torch joins its name."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    found = CacheArtifactManager.deserialize(artifacts)
+    if found is None:
+        raise ModelError("torch cannot read it")
+    for kind, parts in found.items():
+        for part in parts:
+            name = PurePath(part.key)
+            if name.is_absolute() or ".." in name.parts:
+                raise ModelError(f"{kind} artifact {part.key!r} leaves its place")
+
+
+def _said(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@functools.cache
+def _key():
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    parts = [card, *(f"{name} {_version(name)}" for name in _PACKAGES)]
+    code = b"".join((Path(__file__).parent / name).read_bytes() for name in ("layers.py", "losses.py", "compile.py"))
+    digest = hashlib.sha256("\n".join(parts).encode() + code).hexdigest()[:16]
+    return f"{''.join(c if c.isalnum() else '-' for c in card)}-{digest}"
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

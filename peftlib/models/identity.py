@@ -1,0 +1,217 @@
+"""Which weights these are: SHA-256 digests of files and of base models, computed once while the files stay as they are.
+
+Names, shapes and versions do not tell one model from another; only the bytes of its tensors do.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from peftlib.core.errors import ModelError
+from peftlib.core.files import sha256, write_text
+from peftlib.models.packaged import cache_root
+
+# A file system's clock is coarse: a file that was just written may change again without a newer time.
+_SETTLED_NS = 2_000_000_000
+_WORTH_KEEPING_BYTES = 64 << 20  # smaller models are hashed faster than a note of them is found
+_BLOCK = 1 << 20
+_KNOWN = {}  # stamps of files -> digest, of this process
+_TOLD = set()  # what was said to be unchecked, of this process
+
+
+def known_sha256(path):
+    """SHA-256 of a file; computed once in a process while the file's size, times and inode stay the same."""
+    return _remembered("file", [Path(path)], lambda: sha256(path))
+
+
+def forget():
+    """Compute every digest anew from here on, as a new process would."""
+    _KNOWN.clear()
+    _TOLD.clear()
+
+
+def tensor_files(model, *, is_local=False):
+    """{tensor's name: path} of the safetensors files of a config's `model`. OSError: there are none.
+
+    is_local: look at this machine alone, and fetch nothing.
+    """
+    from safetensors import safe_open
+
+    files = {}
+    for path in _weight_paths(model, is_local=is_local):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    return files
+
+
+def _weight_paths(model, *, is_local=False):
+    from transformers.utils import cached_file
+
+    from peftlib.models.base import locate, token_for
+
+    location, _ = locate(model)
+    settings = {"local_files_only": True} if is_local else {"token": token_for(location)}
+    index = cached_file(
+        location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **settings
+    )
+    if index is None:
+        return [cached_file(location, "model.safetensors", **settings)]
+    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return [cached_file(location, name, **settings) for name in sorted(names)]
+
+
+def base_facts(model, *, is_local=False):
+    """{'model_sha256', 'model_revision'} of a config's `model`.
+
+    model_sha256: over the name, dtype, shape and bytes of every tensor, however they are spread over files.
+    model_revision: the commit of the hub's repository, None for folders. is_local: as in tensor_files.
+    ModelError: its weights are not to be had, or damaged.
+    """
+    from transformers.utils.hub import extract_commit_hash
+
+    from peftlib.models.base import hub_errors, locate
+
+    with hub_errors(model):
+        paths = [Path(path) for path in _weight_paths(model, is_local=is_local)]
+    is_folder = Path(locate(model)[0]).is_dir()
+    revision = None if is_folder else extract_commit_hash(str(paths[0]), None)
+    return {"model_sha256": _tensors_sha256(paths), "model_revision": revision}
+
+
+def require_base(kept, model, *, what, log=print, error=ModelError, is_local=False):
+    """Raise `error` where a config's `model` is not the one whose base_facts `kept` holds.
+
+    kept: a record, the facts of a trained folder or a checkpoint's state; one from before digests were kept is not
+    checked, which is said once. what: that it belongs to, in words. is_local: compare with what this machine has, if
+    anything, for work that does not read the model.
+    """
+    if not kept.get("model_sha256"):
+        _tell_once(f"{what} names no digest of its base model, so the model is not checked", log)
+        return
+    try:
+        here = base_facts(model, is_local=is_local)
+    except ModelError:
+        if is_local:
+            return
+        raise
+    if here["model_sha256"] != kept["model_sha256"]:
+        raise error(
+            f"model={model!r} is another base model than the one of {what}: {_shown(here)} here, {_shown(kept)} there. "
+            "Bring those weights back, or choose another study name to start anew with these"
+        )
+
+
+def require_weights(folder, record, *, log=print):
+    """ModelError where the weights in a trained folder, or its settings, are not those that the run's record lists.
+
+    record: of the run that made them, or None; then they are not checked, which is said once.
+    """
+    listed = (record or {}).get("weights_sha256")
+    if not listed:
+        _tell_once(f"{folder} has no record with digests, so its weights are not checked", log)
+        return
+    listed = {**listed, **(record.get("settings_sha256") or {})}
+    foreign = sorted({path.name for path in folder.glob("*.safetensors")} - set(listed))
+    faults = [f"{name} is not in it" for name in foreign]
+    for name, digest in listed.items():
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+        elif known_sha256(folder / name) != digest:
+            faults.append(f"{name} is damaged or was exchanged (its SHA-256 differs)")
+    if faults:
+        raise ModelError(
+            f"{folder} is not what the run's record speaks of: {'; '.join(faults)}. Run the method's notebook again, or "
+            "bring the folder back from a copy"
+        )
+
+
+def _shown(facts):
+    revision = facts.get("model_revision")
+    return f"SHA-256 {facts['model_sha256'][:16]}{f' (revision {revision[:12]})' if revision else ''}"
+
+
+def _tell_once(text, log):
+    if text not in _TOLD:
+        _TOLD.add(text)
+        log(text)
+
+
+def _tensors_sha256(paths):
+    return _remembered("tensors", paths, lambda: _hash_tensors(paths), keep=_KeptDigests())
+
+
+def _hash_tensors(paths):
+    rows = []
+    for path in paths:
+        try:
+            rows += _rows_of(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is no whole safetensors file ({error}): fetch or write it again") from error
+    return hashlib.sha256(json.dumps(sorted(rows)).encode("utf-8")).hexdigest()
+
+
+def _rows_of(path):
+    """[[name, dtype, shape, SHA-256 of the bytes], ...] of a safetensors file's tensors, read in the file's order."""
+    with open(path, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        start, rows = opened.tell(), []
+        tensors = [(name, facts) for name, facts in header.items() if name != "__metadata__"]
+        for name, facts in sorted(tensors, key=lambda pair: pair[1]["data_offsets"]):
+            begin, end = facts["data_offsets"]
+            opened.seek(start + begin)
+            rows.append([name, facts["dtype"], facts["shape"], _hash_bytes(opened, end - begin)])
+    return rows
+
+
+def _hash_bytes(opened, n_bytes):
+    digest = hashlib.sha256()
+    while n_bytes:
+        block = opened.read(min(n_bytes, _BLOCK))
+        if not block:
+            raise ValueError("it is cut short")
+        digest.update(block)
+        n_bytes -= len(block)
+    return digest.hexdigest()
+
+
+def _remembered(kind, paths, compute, keep=None):
+    """compute(), unless it was computed for these very files before; noted only for files that lie still."""
+    stamps = [_stamp(path) for path in paths]
+    key = (kind, *stamps)
+    if key in _KNOWN:
+        return _KNOWN[key]
+    is_settled = all(time.time_ns() - max(times) > _SETTLED_NS for _, _, *times, _ in stamps)
+    is_worth = keep is not None and is_settled and sum(size for _, size, *_ in stamps) >= _WORTH_KEEPING_BYTES
+    digest = (keep.read(key) if is_worth else None) or compute()
+    if is_settled and stamps == [_stamp(path) for path in paths]:
+        _KNOWN[key] = digest
+        if is_worth:
+            keep.write(key, digest)
+    return digest
+
+
+def _stamp(path):
+    """What changes with a file: its change time too, for that of its content can be set at will."""
+    status = Path(path).stat()
+    return (str(Path(path).resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+class _KeptDigests:
+    """Digests of large models in the user's cache, a file each: a session need not read gigabytes to learn one again."""
+
+    def _path(self, key):
+        return cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode("utf-8")).hexdigest()
+
+    def read(self, key):
+        try:
+            found = self._path(key).read_text(encoding="ascii")
+            return found if len(bytes.fromhex(found)) == 32 else None
+        except (OSError, ValueError):  # none, or not one
+            return None
+
+    def write(self, key, digest):
+        try:
+            write_text(self._path(key), digest)
+        except OSError:
+            return  # it is computed again in the next session, which is all that is lost

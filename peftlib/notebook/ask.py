@@ -1,0 +1,170 @@
+"""One question to every model of a study, answered from its saved weights, side by side."""
+
+import gc
+import time
+from dataclasses import dataclass
+
+import psutil
+
+from peftlib import data
+from peftlib.core.env import resolve_device
+from peftlib.evaluation.evaluate import evaluation_dtype, load_model, trained_methods
+from peftlib.evaluation.generate import answer_batch
+from peftlib.evaluation.results import BASE
+from peftlib.models.chat_template import encode_prompt
+from peftlib.notebook.answer_cards import answer_card, page
+from peftlib.notebook.session import can_click
+from peftlib.notebook.widget_display import Shown
+
+# A model stays loaded while so many times its size is free: the next one and what merging it takes.
+_FREE_TIMES = 3.0
+_MOST_TOKENS = 2048
+_QUESTION = "Give me one tip for learning a new language."
+
+
+@dataclass(frozen=True)
+class Reply:
+    """answer: a generate.Answer, or None where `error` says why there is none. seconds: of answering alone."""
+
+    method: str
+    answer: object
+    error: str
+    seconds: float
+
+
+class Models:
+    """The saved models of a study, loaded one by one; several stay loaded where memory allows.
+
+    log: told in a sentence what is done.
+    """
+
+    def __init__(self, study, log=print):
+        self._study, self.log = study, log
+        self._device = resolve_device(study.cfg.device)
+        self._loaded = {}  # {(method, when its weights were written): model}
+        self._tokenizer = None
+
+    @property
+    def names(self):
+        """base, and the methods with a finished run of this session's seed."""
+        return [BASE, *trained_methods(self._study)]
+
+    def ask(self, question, methods, max_new_tokens):
+        """Yield a Reply of each method. What goes wrong with one model is its reply, and the others go on."""
+        for number, method in enumerate(methods, start=1):
+            at = f"{method} ({number} of {len(methods)})"
+            try:
+                model = self._model(method, at)
+                self.log(f"answering with {at}")
+                started = time.monotonic()
+                prompt = encode_prompt(self._tokenizer, [{"role": "user", "content": question}])
+                [answer] = answer_batch(model, self._tokenizer, [prompt], max_new_tokens=max_new_tokens)
+                yield Reply(method, answer, None, time.monotonic() - started)
+            except Exception as error:  # noqa: BLE001  whatever it is, the other answers are worth having
+                yield Reply(method, None, f"{type(error).__name__}: {error}", None)
+            model = None
+            self._make_room()
+
+    def close(self):
+        """Give back the memory of all models."""
+        self._loaded.clear()
+        self._free()
+
+    def _model(self, method, at):
+        key = method, self._written(method)
+        if key not in self._loaded:
+            self._loaded = {k: model for k, model in self._loaded.items() if k[0] != method}  # older weights
+            self.log(f"loading {at}")
+            self._tokenizer = self._tokenizer or data.open_tokenizer(self._study.cfg.model)
+            dtype = evaluation_dtype(self._device)[0]
+            how = {"device": self._device, "dtype": dtype, "log": self.log}
+            self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
+        return self._loaded[key]
+
+    def _written(self, method):
+        facts = self._study.weights_dir(method, self._study.cfg.seed) / "peftlib.json"
+        return facts.stat().st_mtime_ns if facts.exists() else None
+
+    def _make_room(self):
+        """Drop all models unless the free memory holds another one easily."""
+        n_bytes = max((sum(p.nbytes for p in model.parameters()) for model in self._loaded.values()), default=0)
+        if self._free_bytes() < _FREE_TIMES * n_bytes:
+            self.close()
+
+    def _free_bytes(self):
+        if self._device != "cuda":
+            return psutil.virtual_memory().available
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+
+    def _free(self):
+        gc.collect()
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def ask_box(study, *, is_interactive=None):
+    """What a notebook cell shows to ask all models of a study: an AskBox; where nobody can click, a printed sentence."""
+    if can_click() if is_interactive is None else is_interactive:
+        return AskBox(study)
+    print(f"In Jupyter or Colab this cell asks {', '.join([BASE, *trained_methods(study)])} what you type.")
+    return None
+
+
+class AskBox(Shown):
+    """Widgets that ask; `box` holds them all. The kernel answers between cells, when it has nothing else to do."""
+
+    instead = "a box to ask all models (run the cell to see it)"
+
+    def __init__(self, study):
+        self._models = Models(study, self._say)
+        self._theme = study.theme
+        self._make_widgets(study.cfg.max_new_tokens)
+
+    def _make_widgets(self, max_new_tokens):
+        import ipywidgets as w
+
+        self.question = w.Textarea(value=_QUESTION, description="question", style={"description_width": "4.5rem"})
+        self.question.layout = w.Layout(width="40rem", max_width="calc(100% - 4px)")
+        self.tokens = w.BoundedIntText(value=max_new_tokens, min=1, max=_MOST_TOKENS, description="at most")
+        self.tokens.layout.width, self.tokens.style.description_width = "10rem", "4.5rem"
+        small = w.Layout(width="auto")
+        names = self._models.names
+        self.methods = {name: w.Checkbox(value=True, description=name, indent=False, layout=small) for name in names}
+        self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")
+        self.status, self.shown = w.Label(), w.HTML()
+        line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px", align_items="center")
+        settings = w.Box([self.tokens, w.Label("tokens"), *self.methods.values()], layout=line)
+        action = w.Box([self.button, self.status], layout=line)
+        self.box = w.VBox([self.question, settings, action, self.shown], layout=w.Layout(max_width="100%"))
+        self.button.on_click(self._ask)
+
+    def _say(self, text):
+        self.status.value = text
+
+    def _ask(self, button):
+        question, methods = self.question.value.strip(), [name for name, box in self.methods.items() if box.value]
+        if not question or not methods:
+            self._say("Type a question first." if not question else "Tick a model first.")
+            return
+        self.button.disabled, cards = True, []
+        try:
+            for reply in self._models.ask(question, methods, self.tokens.value):
+                cards.append(self._card(reply))
+                self.shown.value = page(['<div class="pl-cards">', *cards, "</div>"])
+            self._say("Greedy answers: the same question gives them again.")
+        except KeyboardInterrupt:
+            self._say("Interrupted; the answers so far are below.")
+        finally:
+            self.button.disabled = False
+
+    def _card(self, reply):
+        color = self._theme.color_of(reply.method)
+        if reply.answer is None:
+            return answer_card(reply.method, color, "could not answer", reply.error)
+        end = "ended by itself" if reply.answer.finish_reason == "stop" else "cut at the limit"
+        facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {end}"
+        return answer_card(reply.method, color, facts, reply.answer.text)

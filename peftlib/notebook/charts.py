@@ -1,0 +1,75 @@
+"""A study's charts in a notebook: to pick by what is measured and on which rows, where somebody can click."""
+
+from peftlib.notebook.downloads import CSV, PNG, link
+from peftlib.notebook.session import can_click
+from peftlib.notebook.widget_display import Shown
+from peftlib.report.chart import bundle, image
+from peftlib.report.charts import KINDS, chart_of, row_choices
+from peftlib.report.palette import THEMES
+
+_STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory")  # of a report's figures
+
+
+def charts(report, *, is_interactive=None):
+    """What a notebook cell shows of a report.Report: a ChartPanel, or its main figures where nobody can click.
+
+    is_interactive: None finds out.
+    """
+    if can_click() if is_interactive is None else is_interactive:
+        return ChartPanel(report)
+    from IPython.display import display
+
+    figures = report.dark_figures if report.theme == "dark" else report.figures
+    for name in _STATIC:
+        if name in figures:
+            display(bundle(figures[name].read_bytes(), report.alt[name]), raw=True)
+    print("all figures:", ", ".join(report.figures))
+    return None
+
+
+class ChartPanel(Shown):
+    """Widgets over a Report's numbers; `box` holds them all."""
+
+    instead = "charts (run the cell to see them)"
+
+    def __init__(self, report):
+        self._report = report
+        self._is_changing = False
+        self._make_widgets()
+        self._show()
+
+    def _make_widgets(self):
+        import ipywidgets as w
+
+        wide = {
+            "style": {"description_width": "4.5rem"},
+            "layout": w.Layout(width="19rem", max_width="calc(100% - 4px)"),
+        }
+        self.kind = w.Dropdown(options=KINDS, description="show", **wide)
+        self.rows = w.Dropdown(options=row_choices(self._report.numbers, KINDS[0]), description="of", **wide)
+        self.theme = w.Dropdown(options=list(THEMES), value=self._report.theme, description="theme", **wide)
+        self.shown, self.download = w.HTML(), w.HTML()
+        line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px")
+        controls = w.Box([self.kind, self.rows, self.theme], layout=line)
+        self.box = w.VBox([controls, self.shown, self.download], layout=w.Layout(max_width="100%"))
+        self.kind.observe(self._change_kind, "value")
+        for widget in (self.rows, self.theme):
+            widget.observe(self._show, "value")
+
+    def _change_kind(self, change):
+        choices, wanted = row_choices(self._report.numbers, self.kind.value), self.rows.value
+        self._is_changing = True  # one drawing, not one a widget
+        self.rows.options, self.rows.disabled = choices, len(choices) == 1
+        self.rows.value = wanted if wanted in choices else choices[0]
+        self._is_changing = False
+        self._show()
+
+    def _show(self, change=None):
+        if self._is_changing:
+            return
+        chart = chart_of(self._report.numbers, self.kind.value, self.rows.value, THEMES[self.theme.value])
+        png = chart.png()
+        self.shown.value = image(png, chart.alt, f"max-width:100%;width:{chart.get_figwidth() * 110:.0f}px")
+        name = "".join(c if c.isalnum() else "_" for c in f"{self.kind.value} {self.rows.value}")
+        results = (self._report.folder / "results.csv").read_bytes()
+        self.download.value = f"{link(f'{name}.png', png, PNG)} &nbsp; {link('results.csv', results, CSV)}"

@@ -1,0 +1,212 @@
+"""The study form: what a choice costs on a GPU before anything is trained, for who can click and for who cannot.
+
+It changes nothing: it shows the lines for the parameters cell, and the command, that make a choice real.
+"""
+
+import html
+import shlex
+from dataclasses import dataclass, field
+
+from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
+from peftlib.core.errors import ModelError, PeftlibError, StudyError
+from peftlib.core.gpus import CARDS, SHAPES, card_at_hand, find_card, shape_of
+from peftlib.core.study import Study
+from peftlib.report.document import folded, plain
+from peftlib.runner import plan_cli
+from peftlib.train import costs
+from peftlib.train.hours import duration
+
+CHOICES = (
+    "model",
+    "train_rows",
+    "max_length",
+    "epochs",
+    "sequences_per_step",
+    "lora_rank",
+    "galore_rank",
+    "optimizer_bits",
+    "galore_weights",
+)
+COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")
+_WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one
+_MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind in ("it", "pt")))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the form says to some choices.
+
+    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: costs.Forecast, or None where the
+    model's shape is not to be had. remarks: what else to know, a line each, but for the forecast's own notes.
+    """
+
+    refused: str = ""
+    cfg: Config | None = None
+    forecast: costs.Forecast | None = None
+    remarks: list = field(default_factory=list)
+
+
+def study_form(study, *, is_interactive=None):
+    """What a notebook cell shows: widgets to try choices on, or the plan of the study's config as a DataFrame.
+
+    study: as notebook.setup gives it. is_interactive: None finds out whether somebody is there to click.
+    """
+    from peftlib.notebook.session import can_click
+
+    if can_click() if is_interactive is None else is_interactive:
+        return _widgets(study)
+    return _static(study)
+
+
+def answer(study, choices, card_name=None):
+    """The Answer to {field: value} on a card of peftlib.core.gpus, None for the one at hand. ConfigError: no such card."""
+    try:
+        cfg = study.cfg.replace(**choices)
+    except PeftlibError as error:
+        return Answer(refused=str(error))
+    remarks = []
+    cfg = _of_a_free_study(study, cfg, remarks)
+    name, card = _card(card_name, remarks)
+    try:
+        shape = shape_of(cfg.model)
+    except ModelError as error:
+        return Answer(cfg=cfg, remarks=[*remarks, f"costs unknown: {error}"])
+    found = costs.forecast(cfg, name, card, shape=shape, manifest=_manifest(study, cfg))
+    return Answer(refused=found.refusal, cfg=cfg, forecast=found, remarks=remarks)
+
+
+def parameter_lines(cfg):
+    """['NAME = VALUE', ...] for the parameters cell: the profile, the study, and what differs from the profile."""
+    return [f"{name} = {value!r}" for name, value in {"profile": cfg.profile, "study": cfg.study, **_set(cfg)}.items()]
+
+
+def command(cfg):
+    """The command that runs all notebooks with this config."""
+    fields = [word for name, value in _set(cfg).items() for word in ("-p", name, str(value))]
+    return shlex.join(["python", "-m", "peftlib", "run", "--profile", cfg.profile, "--study", cfg.study, *fields])
+
+
+def table(forecast):
+    """[{column of COLUMNS: text}, ...], a row a method."""
+    return [dict(zip(COLUMNS, _texts(cost, forecast.gib), strict=True)) for cost in forecast.costs]
+
+
+def as_html(found):
+    """An Answer as HTML: its words, the table with bars of memory, the resolved config, the lines and the command."""
+    parts = []
+    if found.refused:
+        parts.append(f"<p><b>Not possible:</b> {html.escape(found.refused)}</p>")
+    if found.forecast is not None:
+        parts += [f"<p>{html.escape(found.forecast.headline)}</p>", _html_table(found.forecast)]
+    parts += [f"<p>{html.escape(line)}</p>" for line in found.remarks]
+    if found.forecast is not None:
+        parts.append(folded("what these numbers rest on", "\n".join(found.forecast.notes())))
+    if found.cfg is not None:
+        lines = "\n".join(parameter_lines(found.cfg))
+        parts.append(f"<p>To have it so, put these lines into the settings cell and run it again:</p>{plain(lines)}")
+        parts.append(f"<p>or, without a browser:</p>{plain(command(found.cfg))}")
+        parts.append(folded("resolved config", describe(found.cfg)))
+    return "".join(parts)
+
+
+def _of_a_free_study(study, cfg, remarks):
+    """cfg, or, where the study's data stand and fix other values, cfg under the name of a study that is not there yet."""
+    try:
+        return Study.open(cfg).cfg
+    except StudyError as error:
+        remarks.append(str(error))
+    number = 2
+    while (study.folder.parent / f"{study.cfg.study}-{number}" / "config.json").exists():
+        number += 1
+    remarks.append(f"so the lines below make a new study, {study.cfg.study}-{number}")
+    return cfg.replace(study=f"{study.cfg.study}-{number}")
+
+
+def _card(name, remarks):
+    here = card_at_hand()
+    if here is not None and name in (None, here[0]):
+        return here
+    if here is None and name is None:
+        remarks.append(f"this machine has no GPU that is known here, so the plan is for a {_WITHOUT_GPU}")
+    return find_card(name or _WITHOUT_GPU)
+
+
+def _manifest(study, cfg):
+    """The manifest of standing data where cfg would train on them, else None."""
+    same = cfg.fields_of("data") == study.cfg.fields_of("data") and cfg.model == study.cfg.model
+    return study.manifest() if same and study.manifest_path.exists() and study.config_path.exists() else None
+
+
+def _set(cfg):
+    """{field: value} of what differs from the profile."""
+    plain = vars(resolve(cfg.profile, study=cfg.study))
+    return {name: value for name, value in vars(cfg).items() if value != plain[name]}
+
+
+def _texts(cost, gib):
+    method, fits, memory, micro_batch, recompute, rate, _, mark = plan_cli.cells(cost)
+    time = duration(*(3600 * hours for hours in cost.hours)) if cost.hours else ""
+    return method, fits, memory, f"{gib:.1f}", micro_batch, recompute, rate, time, mark
+
+
+def _html_table(forecast):
+    head = "".join(f"<th>{column}</th>" for column in ("method", "fits", "memory", *COLUMNS[4:]))
+    head = f"<tr>{head}</tr>"
+    rows = []
+    for cost, row in zip(forecast.costs, table(forecast), strict=True):
+        bar = _bar(cost.memory_gib / forecast.gib, f"{row['GiB']} of {row['of GiB']} GiB")
+        cells = "".join(f"<td>{html.escape(row[column])}</td>" for column in COLUMNS[4:])
+        rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{bar}</td>{cells}</tr>")
+    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{head}{"".join(rows)}</table>'
+
+
+def _bar(share, text):
+    """A bar in the page's own colour under a text, in a grey one that is the whole card."""
+    bar = f'<div style="height:4px;width:{min(share, 1):.0%};background:currentColor"></div>'
+    return f'<div style="min-width:9em">{text}<div style="background:rgba(128,128,128,.35)">{bar}</div></div>'
+
+
+def _static(study):
+    import pandas as pd
+
+    found = answer(study, {})
+    if found.refused:
+        print(f"not possible: {found.refused}")
+    notes = [found.forecast.headline, *found.forecast.notes()] if found.forecast else []
+    print("\n".join([*notes[:1], *found.remarks, *notes[1:]]))
+    print(f"the same without a browser: {command(found.cfg)}")
+    return pd.DataFrame(table(found.forecast) if found.forecast else [], columns=list(COLUMNS)).set_index("method")
+
+
+def _widgets(study):
+    import ipywidgets
+
+    inputs = {name: _input(ipywidgets, name, getattr(study.cfg, name)) for name in CHOICES}
+    here = card_at_hand()
+    names = [(f"{name} (here)" if here and name == here[0] else name, name) for name in CARDS]
+    gpu = ipywidgets.Dropdown(options=names, value=here[0] if here else _WITHOUT_GPU, **_look("GPU"))
+    shown = ipywidgets.HTML()
+
+    def show(change=None):
+        choices = {name: widget.value for name, widget in inputs.items()}
+        shown.value = as_html(answer(study, choices, gpu.value))
+
+    for widget in (*inputs.values(), gpu):
+        widget.observe(show, "value")
+    show()
+    layout = ipywidgets.Layout(flex_flow="row wrap")
+    return ipywidgets.VBox([ipywidgets.HBox([gpu, *inputs.values()], layout=layout), shown])
+
+
+def _input(ipywidgets, name, value):
+    choices = Config.__dataclass_fields__[name].metadata["choices"]
+    if choices:
+        return ipywidgets.Dropdown(options=choices, value=value, **_look(name))
+    if name == "model":
+        options = tuple(dict.fromkeys((value, *_MODELS)))
+        return ipywidgets.Combobox(options=options, value=value, continuous_update=False, **_look(name))
+    return ipywidgets.IntText(value=value, **_look(name))  # unbounded: the config's own words refuse what cannot be
+
+
+def _look(name):
+    return {"description": name, "style": {"description_width": "12em"}, "layout": {"width": "25em"}}

@@ -1,0 +1,249 @@
+"""The two ends of a notebook: `setup` reads its parameters and opens the study, `finish` says that it came to its end."""
+
+import ast
+import importlib.util
+import os
+import re
+import textwrap
+from pathlib import Path
+
+from peftlib.core import hosted
+from peftlib.core import paths as places
+from peftlib.core.config import differences, resolve, short_hash
+from peftlib.core.env import output_root, resolve_device, training_precision
+from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.files import size_text
+from peftlib.core.kernel import is_watched
+from peftlib.core.record import device_name
+from peftlib.core.session import host
+from peftlib.core.study import Study
+from peftlib.storage.lock import StudyLock
+from peftlib.storage.mirror import open_mirror, running
+from peftlib.storage.remotes import mount_drive
+
+# Each notebook with those whose outputs it reads.
+NOTEBOOKS = {
+    "01_data": (),
+    "02_qlora": ("01_data",),
+    "03_galore": ("01_data",),
+    "04_eval": ("01_data", "02_qlora", "03_galore"),
+    "05_hybrid": ("01_data", "02_qlora", "03_galore", "04_eval"),
+}
+FINISHED, STOPPED = "finished", "stopped"
+_PARAMETERS = "# Parameters"  # how papermill's injected cell begins, and ours
+_FORM_MARK = re.compile(r"#\s*@(param|markdown)\b")
+_LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state ([0-9a-f]{12})$", re.MULTILINE)
+_WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
+
+
+def setup(name, *, drive=None):
+    """The opened Study of the parameters cell; prints config, device, precision and folder, and seeds the generators.
+
+    name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, which is mounted
+    if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0; on Colab 1 where it is not set). A headless
+    run never mounts, for that prompts.
+    ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. ModelError: packages that do
+    not go together, see hosted. StudyError: see Study.open, or the data that the notebook reads are not there;
+    LockedError: another session works in the study.
+    """
+    is_headless = headless()
+    if is_headless:
+        _quiet_progress_bars()
+    hosted.require_sound_packages()
+    hosted.compile_torchao()
+    given = executed_parameters(_ipython().user_ns["In"])
+    named = resolve(**given)  # refuses bad settings before anything is mounted
+    if drive is None:
+        drive = os.environ.get("PEFTLIB_DRIVE", "1" if host() == "colab" else "0") == "1"
+    if drive and not is_headless:
+        mount_drive()
+    mirror = open_mirror(output_root() / named.study)
+    StudyLock(output_root() / named.study, name).require_free()
+    study = Study.resolve(**given)
+    _require_data(name, study)
+    cfg = study.cfg
+    device = resolve_device(cfg.device)
+    precision, reason = training_precision(device, cfg.precision)
+    seed_everything(cfg.seed)
+    print(f"{name}, study {cfg.study}, profile {cfg.profile}")
+    print(compact(cfg))
+    print(f"device     {device_name(device)}")
+    print(f"precision  {precision}: {reason}")
+    print(f"folder     {readable_path(study.folder)}")
+    print(f"copies     {'none, only this disk has it' if mirror is None else f'to {mirror.remote}'}")
+    for line in hosted.without_gpu(device, cfg):
+        print(line)
+    return study
+
+
+def _require_data(name, study):
+    """StudyError: the notebook reads what 01_data writes, and it is not there; before any model is opened."""
+    if "01_data" not in NOTEBOOKS.get(name, ()):
+        return
+    try:
+        study.manifest()
+    except StudyError as error:
+        raise StudyError("\n".join(filter(None, [str(error), hosted.where_data_come_from(name, study)]))) from None
+
+
+def finish(study, name, wrote, status="ok"):
+    """Print what the notebook wrote and what comes next; the last line is the one that the runner looks for.
+
+    wrote: paths inside the study folder. status: a record's; anything but 'ok' says that the work stopped before its
+    end, so that the next run goes on with it. StudyError: status is 'ok' and one of the paths is not there.
+    """
+    status = FINISHED if status == "ok" else STOPPED
+    relative = {Path(path).relative_to(study.folder).as_posix(): Path(path) for path in wrote}
+    missing = [shown for shown, path in relative.items() if not path.exists()]
+    if missing and status == FINISHED:
+        raise StudyError(f"{name} should have written {', '.join(missing)}, which is not there: run its cells again")
+    print(f"wrote in {readable_path(study.folder)}:")
+    relative = {shown: path for shown, path in relative.items() if shown not in missing}
+    width = max(map(len, relative), default=0)
+    for shown, path in relative.items():
+        print(f"  {shown:<{width}}  {size_text(_size_bytes(path))}")
+    mirror = running(study.folder)
+    if mirror is not None:
+        mirror.flush()
+        print(mirror.state())
+    print(_what_comes_next(name, status))
+    print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
+
+
+def state_hash(name, cfg):
+    """12 hex digits over a notebook's name and every setting that changes its results."""
+    return short_hash({"notebook": name, **cfg.fields_of("data", "math")})
+
+
+def last_words(text):
+    """(status, state hash, [paths it wrote]) of what `finish` printed as the end of `text`, or None."""
+    found = list(_LAST_LINE.finditer(text))
+    if not found:
+        return None
+    return found[-1][2], found[-1][4], _WROTE.findall(text[: found[-1].start()])
+
+
+def executed_parameters(cells):
+    """{name: value} from the sources of the cells run so far, oldest first.
+
+    Only cells that begin with `# Parameters` count: the notebook's own, and the one that papermill injects below it. Of
+    each the last run counts, so that a line that was deleted is gone; where both have a name, the one that ran later.
+    """
+    last = {}
+    for source in (source for source in cells if source.lstrip().startswith(_PARAMETERS)):
+        is_own = is_own_parameters(source)
+        last.pop(is_own, None)  # the order is that of the last runs
+        last[is_own] = source
+    if not last:
+        raise ConfigError(f"no parameters: run the cell that begins with {_PARAMETERS!r} first")
+    values = {}
+    for source in last.values():
+        values |= literals(source)
+    return values
+
+
+def is_own_parameters(source):
+    """Whether a parameters cell is a notebook's own: it has a form's marks, papermill's holds nothing but values."""
+    return _FORM_MARK.search(source) is not None
+
+
+def literals(source):
+    """{name: value} of a cell's `NAME = LITERAL` lines. ConfigError: any other line."""
+    values = {}
+    try:
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.Assign) or not all(isinstance(t, ast.Name) for t in node.targets):
+                raise ValueError(ast.unparse(node))
+            values |= {target.id: ast.literal_eval(node.value) for target in node.targets}
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"the parameters cell holds only lines NAME = VALUE with plain values, no expressions: {error}"
+        ) from None
+    return values
+
+
+def headless():
+    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab.
+
+    ConfigError: called outside a notebook.
+    """
+    _ipython()
+    return not is_watched()
+
+
+def can_click():
+    """Whether somebody looks at a notebook that can show widgets; False outside a notebook and in headless runs."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return False
+    try:
+        return not headless()
+    except ConfigError:  # no notebook at all
+        return False
+
+
+def seed_everything(seed):
+    """Seed Python's, NumPy's and torch's generators, the last one on every device."""
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def compact(cfg):
+    """The resolved config in a few lines, one group of lines a scope; then what differs from the profile."""
+    lines = []
+    for scope in ("data", "math", "run"):
+        pairs = "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items())
+        lines += _wrapped(f"{scope:<9}  {pairs}")
+    plain = resolve(cfg.profile, study=cfg.study)
+    changed = differences(plain.fields_of("data", "math", "run"), cfg.fields_of("data", "math", "run"))
+    lines += _wrapped(f"changed    {'; '.join(changed) or 'nothing, all as in the profile'}")
+    return "\n".join(lines)
+
+
+def _wrapped(line):
+    return textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
+def readable_path(path):
+    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
+    path = Path(path).absolute()
+    for base, shown in ((Path.cwd(), "."), (places.checkout(), "."), (Path.home(), "~")):
+        if base is not None and path.is_relative_to(base):
+            return str(Path(shown) / path.relative_to(base))
+    return str(path)
+
+
+def _ipython():
+    """The running IPython shell. ConfigError: called outside a notebook."""
+    try:
+        return get_ipython()  # IPython puts it among the builtins
+    except NameError:
+        raise ConfigError(
+            "setup() is for notebooks: elsewhere use peftlib.core.config.resolve and Study.open"
+        ) from None
+
+
+def _quiet_progress_bars():
+    # The libraries read these when they are imported. A bar would leave one line an update in the executed copy.
+    for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ[switch] = "1"
+    import tqdm.auto
+
+    # In a kernel tqdm.auto would take widgets, which nobody sees here and which do not heed TQDM_DISABLE.
+    tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange
+
+
+def _what_comes_next(name, status):
+    if status == STOPPED:
+        return f"stopped before its end: run {name} again to go on from here"
+    later = [other for other in NOTEBOOKS if other > name]
+    return f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison"
+
+
+def _size_bytes(path):
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,104 @@
+"""Bases of projected gradients: the leading left singular directions, without an SVD of the wide matrix.
+
+A gradient G is (m, n) with m <= n. Its left singular directions are the eigenvectors of the Gram matrix G G^T (m, m),
+found by orthogonal (subspace) iteration from a start: the old basis when there is one, seeded random columns when
+there is none. Iteration keeps a direction's place in the basis as long as the gradients keep the direction, where an
+SVD or eigh may flip signs and swap columns, so that Adam's moments go on meaning something over a change of basis.
+"""
+
+import torch
+from torch import Tensor
+
+from peftlib.core.errors import ConfigError
+
+COLD_ITERATIONS = 8  # from random columns: 99.9 % of the exact basis's energy on a slow 1/sqrt(i) spectrum
+WARM_ITERATIONS = 3
+_SHIFT = 1e-7  # of the largest eigenvalue: keeps the iteration's product of full rank where the gradient is not
+
+
+def gram(grad: Tensor) -> Tensor:
+    """G G^T / trace, (m, m) float32, of a finite (m, n) gradient of any float dtype; zeros for a zero gradient."""
+    wide = grad.float()
+    # Squaring would overflow or vanish for extreme gradients; a basis does not depend on their size.
+    wide = wide / wide.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    product = wide @ wide.T
+    return product / product.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def leading_space(grams: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Orthonormal columns that span the leading eigenvectors of each Gram matrix.
+
+    grams: (k, m, m) from `gram`; start: (k, m, r) float32 of full column rank. Returns (k, m, r) float32. No host
+    synchronisation and no branch on values, so it is the same for one matrix and for a batch up to rounding.
+    """
+    basis = start
+    for _ in range(iterations):
+        basis = _orthonormal(torch.baddbmm(basis, grams, basis, beta=_SHIFT))
+    return _orthonormal(basis)
+
+
+def _orthonormal(columns):
+    """Cholesky QR. The small products are float64: squaring the condition number is more than float32 bears."""
+    wide = columns.double()
+    factor = torch.linalg.cholesky_ex(wide.mT @ wide)[0]
+    return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.float().contiguous()
+
+
+def random_start(m: int, r: int, *, seed: int, device) -> Tensor:
+    """(m, r) float32 normal columns, the same on every device; no generator's state has to be saved."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, r, generator=generator).to(device)
+
+
+def fit_basis(grad: Tensor, rank: int) -> Tensor:
+    """The exact basis (m, rank), float32, strongest column first, by eigh of the Gram matrix: what the fast one is
+    measured against."""
+    return torch.linalg.eigh(gram(grad))[1][:, -rank:].flip(1).contiguous()
+
+
+def fit_basis_by_svd(grad: Tensor, rank: int, *, is_turned: bool) -> Tensor:
+    """The same space by the SVD that galore_torch runs, with its signs.
+
+    is_turned: `grad` (m, n) is the transpose of the weight's gradient. The SVD then runs on that gradient itself, for
+    the sign of each column differs between a matrix and its transpose, and moments kept over a refresh feel it.
+    """
+    if is_turned:
+        return torch.linalg.svd(grad.float().T, full_matrices=False)[2][:rank].T.contiguous()
+    return torch.linalg.svd(grad.float(), full_matrices=False)[0][:, :rank].contiguous()
+
+
+def energy(grad: Tensor, basis: Tensor) -> float:
+    """Share of ||G||^2 that a basis keeps, 0 to 1."""
+    wide = grad.float()
+    return float((basis.T @ wide).square().sum() / wide.square().sum())
+
+
+def kept_energy(grad: Tensor, rank: int) -> float:
+    """Share of ||G||^2 that the best rank-r basis keeps, 0 to 1. grad: (m, n) in either orientation."""
+    wide = turned(grad)
+    return energy(wide, fit_basis(wide, rank))
+
+
+def is_turned(matrix) -> bool:
+    """Whether the longer side comes first. Square ones are turned too, as galore_torch projects them from the right."""
+    return matrix.shape[0] >= matrix.shape[1]
+
+
+def turned(matrix: Tensor) -> Tensor:
+    """A view with the shorter side first."""
+    return matrix.T if is_turned(matrix) else matrix
+
+
+def require_projectable(projected):
+    """ConfigError unless each (weight, its group with a "rank") can have a basis of that rank and is held in 32 bits or bf16."""
+    for p, _ in projected:
+        if p.ndim != 2:
+            raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis")
+        if p.dtype == torch.float16:
+            raise ConfigError("a float16 weight loses small updates and overflows: hold it in float32 or bfloat16")
+    smallest = min((p for p, _ in projected), key=lambda p: min(p.shape), default=None)
+    for _, group in projected:
+        if not 1 <= group["rank"] <= min(smallest.shape):
+            raise ConfigError(
+                f"galore_rank={group['rank']}, weight {tuple(smallest.shape)}: use 1..{min(smallest.shape)}"
+            )

@@ -1,0 +1,98 @@
+"""A matplotlib figure that shows itself in a notebook and says in words what it shows, drawn in a theme.
+
+Nothing global (pyplot, rcParams) is touched.
+"""
+
+import html
+import io
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from peftlib.core.files import atomic_path
+from peftlib.report.document import png_address
+from peftlib.report.palette import LIGHT
+
+_DPI = 150
+_FORMATS = ("png", "svg")
+
+
+class Chart(Figure):
+    """A figure with `alt`, its content in words, and `is_empty` where there was nothing to draw."""
+
+    def __init__(self, width=5.8, height=3.4, theme=LIGHT):
+        super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.paper)
+        FigureCanvasAgg(self)
+        self.alt = ""
+        self.is_empty = False
+        self.theme = theme
+
+    def png(self):
+        """The figure as the bytes of a PNG file."""
+        made = io.BytesIO()
+        self.savefig(made, format="png", dpi=_DPI)
+        return made.getvalue()
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        # As HTML, for JupyterLab shows an image/png without the alt text that it was given.
+        return bundle(self.png(), self.alt)
+
+
+def bundle(png, alt):
+    """What a notebook shows of a PNG file's bytes: {MIME type: text}."""
+    return {"text/html": image(png, alt), "text/plain": f"<figure: {alt}>"}
+
+
+def image(png, alt, style="max-width:100%"):
+    """HTML of a PNG file's bytes with its content in words."""
+    return f'<img alt="{html.escape(alt)}" src="{png_address(png)}" style="{style}">'
+
+
+def save(chart, folder, name, formats=_FORMATS):
+    """Write <name>.png and <name>.svg, whole or not at all; returns the PNG's path.
+
+    Equal charts give equal bytes: no dates, and names inside the SVG that follow from its content.
+    """
+    for kind in formats:
+        with atomic_path(folder / f"{name}.{kind}") as beside, rc_context({"svg.hashsalt": "peftlib"}):
+            chart.savefig(beside, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
+    return folder / f"{name}.png"
+
+
+def add_axes(chart, x_label, y_label, grid="y"):
+    """The only axes of a chart, dressed."""
+    return dress(chart.add_subplot(), x_label, y_label, grid)
+
+
+def dress(axes, x_label, y_label, grid="y"):
+    """Axes in their chart's theme, without a box, with a grid along one direction; returns them."""
+    theme = axes.figure.theme
+    axes.set_facecolor(theme.paper)
+    axes.set_xlabel(x_label, color=theme.ink)
+    axes.set_ylabel(y_label, color=theme.ink)
+    axes.tick_params(colors=theme.ink)
+    axes.spines[:].set_color(theme.ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def title(axes, text):
+    """Set what axes show, above them and to the left."""
+    axes.set_title(text, fontsize=11, color=axes.figure.theme.ink, loc="left")
+
+
+def legend(axes, outside=False):
+    """A legend without a frame, inside or to the right of the axes."""
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "upper right"}
+    axes.legend(frameon=False, fontsize=9, labelcolor=axes.figure.theme.ink, **place)
+
+
+def empty(chart, axes, reason):
+    """The chart, with a reason instead of a drawing."""
+    axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes, color=chart.theme.ink)
+    axes.set_axis_off()
+    chart.alt, chart.is_empty = f"Empty chart: {reason}.", True
+    return chart

@@ -1,0 +1,128 @@
+"""Which charts a report has, and the numbers that they are drawn from."""
+
+from dataclasses import dataclass
+
+from peftlib.evaluation import comparison, stats
+from peftlib.report import figures, results
+from peftlib.report.chart import save
+from peftlib.report.palette import DARK, LIGHT
+
+# What can be shown of a study, by the name a reader picks; those of _BY_ROWS for some of its rows alone, too.
+_BY_ROWS = {
+    "ROUGE-L": ("rougeL", False),
+    "BLEU-4": ("bleu4", False),
+    "ROUGE-L against memory": ("rougeL", True),
+    "BLEU-4 against memory": ("bleu4", True),
+}
+TEST_LOSS, GENERAL_LOSS, TRAINING = "test loss", "general text loss", "training loss by step"
+MEMORY, SPEED = "peak memory", "training speed"
+KINDS = (*_BY_ROWS, TEST_LOSS, GENERAL_LOSS, MEMORY, SPEED, TRAINING)
+ALL_ROWS, EACH_SOURCE = "all rows", "each source"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
+    same without base cut}. The others: {method: mean over its finished runs}, known ones alone."""
+
+    records: list
+    intervals: dict
+    per_source: dict
+    peak_gib: dict
+    reserved_gib: dict
+    eval_loss: dict
+    general_loss: dict
+    tokens_per_second: dict
+
+
+def numbers_of(found, boot, by_source):
+    """The Numbers of a ScoredStudy. boot: of all rows, or None; by_source: {source: Bootstrap}."""
+    intervals = _intervals(boot, found.systems()) if boot else {}
+    return Numbers(
+        records=[run.record for run in found.runs],
+        intervals=intervals,
+        per_source={source: _intervals(part, found.scored) for source, part in by_source.items()},
+        peak_gib=_means(found, lambda run: results.gib(run.record["peak_memory_bytes"])),
+        reserved_gib=_means(found, lambda run: results.gib(run.record["peak_reserved_bytes"])),
+        eval_loss=_means(found, lambda run: run.eval_loss),
+        general_loss=_general_losses(found),
+        tokens_per_second=_means(found, lambda run: run.record["tokens_per_second"]),
+    )
+
+
+def _intervals(boot, methods):
+    return {m: {metric: boot.interval(m, metric) for metric in stats.METRICS} for m in methods}
+
+
+def _means(found, of):
+    groups = {}
+    for run in found.runs:
+        if run.record["status"] == "ok":
+            groups.setdefault(run.record["method"], []).append(run)
+    means = {method: comparison.mean_of(runs, of) for method, runs in groups.items()}
+    return {method: value for method, value in means.items() if value is not None}
+
+
+def _general_losses(found):
+    """Means of the loss on general text over runs that read the same text as the first one."""
+    texts = [run.general.text_sha256 for run in found.runs if run.general is not None]
+    return _means(found, lambda run: run.general.loss if run.general and run.general.text_sha256 == texts[0] else None)
+
+
+def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
+    """One chart by a name of KINDS. rows: ALL_ROWS, EACH_SOURCE or a source, where takes_rows(kind)."""
+    if kind in _BY_ROWS:
+        return _of_rows(numbers, *_BY_ROWS[kind], rows, theme)
+    return {
+        TEST_LOSS: lambda: figures.loss_bars(numbers.eval_loss, "the test rows", theme),
+        GENERAL_LOSS: lambda: figures.loss_bars(numbers.general_loss, "general text", theme),
+        MEMORY: lambda: figures.memory_bars(numbers.peak_gib, numbers.reserved_gib, theme),
+        SPEED: lambda: figures.speed_bars(numbers.tokens_per_second, theme),
+        TRAINING: lambda: figures.loss_curves(numbers.records, theme),
+    }[kind]()
+
+
+def takes_rows(kind):
+    """Whether a chart can be drawn of one source's rows: scores are known by row, losses and memory are not."""
+    return kind in _BY_ROWS
+
+
+def row_choices(numbers, kind):
+    """What chart_of takes as `rows` for a kind of chart."""
+    if not takes_rows(kind):
+        return [ALL_ROWS]
+    return [ALL_ROWS, *([] if _BY_ROWS[kind][1] else [EACH_SOURCE]), *numbers.per_source]
+
+
+def _of_rows(numbers, metric, is_against_memory, rows, theme):
+    if rows == EACH_SOURCE:
+        return figures.source_bars(numbers.per_source, metric, theme)
+    intervals = numbers.intervals if rows == ALL_ROWS else numbers.per_source[rows]
+    if is_against_memory:
+        return figures.quality_against_memory(
+            intervals, numbers.peak_gib, metric, theme, rows="" if rows == ALL_ROWS else rows
+        )
+    return figures.score_bars(intervals, (metric,), rows="" if rows == ALL_ROWS else rows, theme=theme)
+
+
+def charts_of(numbers, theme=LIGHT):
+    """{name: Chart} of a report; charts that need what is not known are left out."""
+    drawn = {
+        "loss": chart_of(numbers, TRAINING, theme=theme),
+        "scores": figures.score_bars(numbers.intervals, theme=theme),
+        "rougeL_by_source": chart_of(numbers, "ROUGE-L", EACH_SOURCE, theme),
+        "bleu4_by_source": chart_of(numbers, "BLEU-4", EACH_SOURCE, theme),
+        "rougeL_against_memory": chart_of(numbers, "ROUGE-L against memory", theme=theme),
+        "bleu4_against_memory": chart_of(numbers, "BLEU-4 against memory", theme=theme),
+        "memory": chart_of(numbers, MEMORY, theme=theme),
+    }
+    return {name: chart for name, chart in drawn.items() if not chart.is_empty}
+
+
+def save_charts(numbers, folder):
+    """Write each chart of a report as PNG and SVG, and for dark pages as NAME-dark.png; returns ({name: PNG path},
+    {name: path of the dark PNG}, {name: alt text})."""
+    light, dark = charts_of(numbers, LIGHT), charts_of(numbers, DARK)
+    paths = {name: save(chart, folder, name) for name, chart in light.items()}
+    dark_paths = {name: save(chart, folder, f"{name}-dark", ("png",)) for name, chart in dark.items()}
+    return paths, dark_paths, {name: chart.alt for name, chart in light.items()}

@@ -1,0 +1,123 @@
+"""Executed copies of notebooks: what they say about how they ended, and what is taken out of them before they are kept."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from peftlib.core.disk_errors import reading
+from peftlib.core.errors import StudyError
+from peftlib.core.files import write_text
+from peftlib.core.hub_token import MASK, token_pattern
+from peftlib.core.json_reading import fault
+from peftlib.core.paths import PACKAGE
+from peftlib.notebook.session import last_words
+
+SIZE_LIMIT_BYTES = 500_000
+_WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
+_OUTPUT = {"output_type": str, "data?": {}}
+_SHAPE = {"cells": [{"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}], "metadata": {}}
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def load(path):
+    """A notebook file as a dict. StudyError: it is none. DiskError: it is not there, or cannot be read."""
+    with reading(path, _WAY_OUT):
+        notebook = json.loads(Path(path).read_bytes().decode("utf-8"))
+    found = fault(notebook, _SHAPE)
+    if found:
+        raise StudyError(f"{path} is no notebook ({found}): {_WAY_OUT}")
+    return notebook
+
+
+def save(path, notebook):
+    """Write a notebook as Jupyter does, whole or not at all."""
+    write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+def source_of(cell):
+    """A cell's text, which the format holds as a string or as a list of lines."""
+    return "".join(cell["source"])
+
+
+def tags_of(cell):
+    return cell.get("metadata", {}).get("tags", [])
+
+
+def code_of(notebook):
+    """The texts of the code cells, but for the parameters that papermill put in."""
+    cells = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    return [source_of(cell) for cell in cells if "injected-parameters" not in tags_of(cell)]
+
+
+def ending(notebook):
+    """(status, state hash, [paths it wrote]) that the last code cell printed by `finish`, or None if it did not.
+
+    The cells' own status is no witness: a killed kernel leaves its cell marked completed.
+    """
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source_of(cell).strip()]
+    outputs = code[-1]["outputs"] if code else []
+    return last_words("".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout"))
+
+
+def ended_at(notebook):
+    """When papermill was done with it, as sortable text in UTC; empty if it does not say."""
+    return notebook["metadata"].get("papermill", {}).get("end_time") or ""
+
+
+def failure(notebook):
+    """(number of the cell from 1, name, message) of the first error among the outputs, or None."""
+    for number, cell in enumerate(notebook["cells"], 1):
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                return number, output["ename"], output["evalue"]
+    return None
+
+
+def first_line(cell):
+    """A cell's first line of code, else its first line, for messages."""
+    lines = [line.strip() for line in source_of(cell).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
+
+
+def tidy(notebook, studies_root):
+    """Take out what must not be kept: widgets, overwritten progress text, this machine's paths, tokens. In place."""
+    notebook["metadata"].pop("widgets", None)
+    if "papermill" in notebook["metadata"]:
+        notebook["metadata"]["papermill"]["input_path"] = Path(notebook["metadata"]["papermill"]["input_path"]).name
+    # papermill's red banners; the error itself stays in its cell
+    notebook["cells"] = [cell for cell in notebook["cells"] if "papermill-error-cell-tag" not in tags_of(cell)]
+    private = _private_text(studies_root)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [_tidy_output(o, private) for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
+
+
+def _private_text(studies_root):
+    """[(pattern, replacement)] of tokens, then of paths that say something about this machine only, longer ones first."""
+    paths = {str(studies_root): "runs", str(PACKAGE.parent): ".", sys.prefix: "[python]", str(Path.home()): "~"}
+    longer_first = sorted(((p, r) for p, r in paths.items() if len(p) > 1), key=lambda pair: -len(pair[0]))
+    return [
+        (token_pattern(), MASK),
+        *((re.compile(re.escape(path) + r"(?![\w.-])"), shown) for path, shown in longer_first),
+    ]
+
+
+def _tidy_output(output, private):
+    if "text" in output:
+        text = "".join(output["text"])
+        # A line that a progress bar wrote over again and again: what was last visible stays.
+        output["text"] = _plain(re.sub(r"[^\n]*\r(?!\n)", "", text), private).splitlines(keepends=True)
+    if "traceback" in output:
+        output["traceback"] = [_plain(line, private) for line in output["traceback"]]
+        output["evalue"] = _plain(output["evalue"], private)
+    for kind, value in output.get("data", {}).items():
+        if kind.startswith("text/"):
+            output["data"][kind] = _plain("".join(value), private).splitlines(keepends=True)
+    return output
+
+
+def _plain(text, private):
+    for pattern, shown in private:
+        text = pattern.sub(shown, text)
+    return text

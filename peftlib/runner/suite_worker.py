@@ -1,0 +1,153 @@
+"""One run of a reference study in a process of its own; `python -m peftlib reference` starts it.
+
+python -m peftlib.runner.suite_worker JSON, the text of a Work.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from peftlib.core import record as records
+from peftlib.core.errors import LockedError, PeftlibError, Stopped, StudyError
+from peftlib.core.study import Study
+
+STOPPED_CODE = 75  # cut, and saved: the same work goes on from there
+FAILED_CODE = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """given: what Study.resolve gets. at_once: runs that share this process's GPU. factors, rows: of a sweep."""
+
+    given: dict
+    method: str
+    seed: int
+    is_sweep: bool
+    factors: tuple
+    rows: int
+    at_once: int
+
+    def text(self):
+        """As JSON, for a command line."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def perform(work, *, log=print):
+    """Do the work as far as it gets; the exit code. What fails is in the run's record, with its reason."""
+    study = Study.resolve(**{**work.given, "seed": work.seed})
+    study = Study(study.folder, _share(study.cfg, work.at_once))
+    try:
+        if work.is_sweep:
+            from peftlib.train.sweep import sweep
+
+            sweep(study, work.method, factors=tuple(work.factors), rows=work.rows, log=log)
+            return 0
+        return _run(study, work, log)
+    except (LockedError, Stopped) as error:
+        log(f"{type(error).__name__}: {error}")
+        return STOPPED_CODE if isinstance(error, Stopped) else FAILED_CODE
+
+
+def _share(cfg, at_once):
+    """The config with this run's part of the GPU's memory as its limit, where several share it."""
+    from peftlib.core.env import resolve_device
+
+    if at_once == 1 or resolve_device(cfg.device) != "cuda":
+        return cfg
+    import torch
+
+    whole = torch.cuda.get_device_properties(0).total_memory
+    mine = cfg.memory_gib or 0.95 * whole / 2**30 / at_once  # the rest is for the driver
+    torch.cuda.set_per_process_memory_fraction(min(1.0, mine * 2**30 / whole))
+    return cfg.replace(memory_gib=mine)
+
+
+def _run(study, work, log):
+    if work.method != "base":
+        status = _trained(study, work, log)
+        if status != "ok":
+            return STOPPED_CODE if status == "stopped" else FAILED_CODE
+    elif (records.load(study, "base", 0) or {}).get("status") == "failed":
+        study.record_path("base", 0).unlink()  # nothing of it can be gone on from
+    return _evaluated(study, work, log)
+
+
+def _trained(study, work, log):
+    """Train to the end; the record's status."""
+    from peftlib.train.loop import TrainingRun
+
+    try:
+        record = TrainingRun(study, work.method, log=log).train()
+    except (LockedError, StudyError):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's result, and the others go on
+        log(f"failed: {type(error).__name__}: {error}")
+        _record_failure(study, work, error)
+        return "failed"
+    if record["status"] == "ok" and "side_by_side" not in record:
+        records.save(study, {**record, "side_by_side": work.at_once})
+    gc.collect()
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.cuda.empty_cache()
+    return record["status"]
+
+
+def _evaluated(study, work, log):
+    from peftlib.evaluation.evaluate import evaluate
+
+    try:
+        record = evaluate(study, work.method, log=log)
+    except (LockedError, StudyError, Stopped):
+        raise
+    except Exception as error:  # noqa: BLE001 - as above
+        log(f"evaluation failed: {type(error).__name__}: {error}")
+        _record_failure(study, work, error, is_of_evaluation=True)
+        return FAILED_CODE
+    if record.pop("evaluation_error", None):
+        records.save(study, record)
+    return 0
+
+
+def _record_failure(study, work, error, *, is_of_evaluation=False):
+    from peftlib.core.env import resolve_device, training_precision
+
+    said = f"{type(error).__name__}: {error}"
+    record = records.load(study, work.method, work.seed)
+    if is_of_evaluation and record is not None:
+        records.save(study, {**record, "evaluation_error": said})
+        return
+    if record is None or record["status"] == "ok":
+        device = resolve_device(study.cfg.device)
+        precision, reason = training_precision(device, study.cfg.precision)
+        adopted = study.with_rates_of(work.method)
+        record = records.new_record(adopted, work.method, device=device, precision=precision, precision_reason=reason)
+    records.save(study, {**record, "status": "failed", "error": said})
+
+
+def _end_with(parent):
+    """Stop this process once its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(argv):
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        return perform(Work(**json.loads(argv[0])))
+    except PeftlibError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return FAILED_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

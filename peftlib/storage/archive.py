@@ -1,0 +1,143 @@
+"""A study folder as a few archives: what belongs together, whether it has changed, packed and unpacked."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+from peftlib.core.disk_errors import writing
+from peftlib.core.files import MANIFEST, remove_tree, rename
+
+# Folders that are archives of their own (a sweep's are its own affair), and the compiler's cache of earlier versions,
+# which is neither copied nor brought: loading one runs it.
+_OWN = ("data", "compile", "weights", "checkpoints")
+NOT_BROUGHT = ("compile",)
+# Endings: what only the moment means something for, and the explorer's large CSV, which a click makes again.
+_NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
+_BUFFER = 4 << 20  # bytes written to a remote at once
+BUILDING = ".mirroring"  # folder of hard links to what is being copied
+
+
+def units_of(folder):
+    """{unit: [path, ...]} of what a study folder holds, in the order to copy it.
+
+    'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; and 'study', all small files,
+    last, for its records say that the others are there.
+    """
+    folder, units = Path(folder), {}
+    if (folder / "data" / "manifest.json").exists():
+        units["data"] = _files_below(folder / "data")
+    for run in _folders(folder / "weights"):
+        units[f"weights-{run.name}"] = _files_below(run)
+    for run in _folders(folder / "checkpoints"):
+        whole = sorted(step for step in run.glob("step-*") if (step / MANIFEST).exists())
+        if whole:
+            units[f"checkpoint-{run.name}"] = _files_below(whole[-1])
+    small = [path for path in _files_below(folder) if not set(_OWN) & set(path.relative_to(folder).parts[:-1])]
+    units["study"] = small
+    return {unit: files for unit, files in units.items() if files}
+
+
+def fingerprint(folder, files):
+    """What tells whether files have changed: [[path below folder, bytes, mtime in ns], ...]."""
+    rows = []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            rows.append([path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns])
+    return rows
+
+
+@contextlib.contextmanager
+def pinned(folder, files):
+    """Within it the files last: [(hard link below folder/BUILDING, name below folder), ...].
+
+    FileNotFoundError: one of them is gone already.
+    """
+    building = Path(folder) / BUILDING
+    remove_tree(building)
+    pairs = []
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        link = building / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, link)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, link)
+        pairs.append((link, name))
+    try:
+        yield pairs
+    finally:
+        remove_tree(building)
+
+
+def pack(pairs, out):
+    """Write (path, name) pairs as an uncompressed tar to a file-like `out`, in order; links as what they lead to."""
+    with tarfile.open(fileobj=out, mode="w|", bufsize=_BUFFER, copybufsize=1 << 20, dereference=True) as tar:
+        for path, name in pairs:
+            tar.add(path, arcname=name, recursive=False)
+
+
+def unpack(archive, folder):
+    """Put the files of a tar into their places below `folder`, each at once; returns their names.
+
+    A checkpoint's folder comes as a whole, and is only then listed as one.
+    OSError: it is no archive of a study (damaged, or with links, devices or places outside); nothing of it was used.
+    """
+    folder = Path(folder)
+    beside = folder / ".restoring"
+    remove_tree(beside)
+    with writing(beside):
+        beside.mkdir(parents=True)
+    try:
+        _extract(archive, beside)
+        names = [path.relative_to(beside).as_posix() for path in _files_below(beside)]
+        for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
+            with writing(folder / name):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            rename(beside / name, folder / name)
+    finally:
+        remove_tree(beside)
+    return names
+
+
+def _extract(archive, folder):
+    """Extract a tar of plain files and folders. OSError: it is none, or the disk does not take it."""
+    try:
+        with writing(folder), tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                if not (member.isreg() or member.isdir()) or member.name.startswith(("/", "\\")):
+                    raise tarfile.ExtractError(f"{member.name!r} is no file or folder of a study")
+                tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise OSError(errno.EBADMSG, f"no archive of a study: {error}") from error
+
+
+def is_finished(folder, run):
+    """Whether the run 'METHOD-sSEED' of a study folder has a record that says so."""
+    path = Path(folder) / "records" / f"{run}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("status") == "ok"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _folders(folder):
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+
+
+def _files_below(folder):
+    """Files below a folder, hidden ones and links to folders left out."""
+    found = []
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if path.is_dir():
+            found += _files_below(path)
+        elif not path.name.endswith(_NOT_KEPT):
+            found.append(path)
+    return found

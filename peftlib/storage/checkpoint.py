@@ -1,0 +1,227 @@
+"""Checkpoints that are whole or ignored: written beside, read back, listed with sizes and SHA-256 last, renamed."""
+
+import contextlib
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from peftlib import __version__
+from peftlib.core.errors import CheckpointError, SchemaError, StudyError
+from peftlib.core.files import (
+    MANIFEST,
+    fault_of,
+    json_text,
+    read_json,
+    remove_tree,
+    rename,
+    sealed,
+    sync_file,
+    sync_folder,
+    unsealed,
+    write_stream,
+)
+
+TENSORS, STATE = "tensors.pt", "state.json"
+_PARTS = ("weights", "optimizer", "generators")  # of a Checkpoint, in tensors.pt
+_BESIDE = ".writing-"
+
+
+@dataclass
+class Checkpoint:
+    """weights: {name: tensor} of what trains; where read back, compact.shrunk parts may stand for one. optimizer: its
+    state dict. state: JSON values of the loop. generators: what seeds.generator_states gives."""
+
+    weights: dict
+    optimizer: dict
+    state: dict
+    generators: dict = field(default_factory=dict)
+
+
+class CheckpointDir:
+    """The checkpoints of one run below `folder`, the newest `keep` of them.
+
+    A checkpoint is a folder step-NNNNNN of tensors.pt (plain tensors, for torch.load(weights_only=True)), state.json
+    and, written last, manifest.json. log: called with what goes wrong and is mended.
+    """
+
+    def __init__(self, folder, *, keep, log=print):
+        self.folder = Path(folder)
+        self.base = None  # a compact.BaseWeights, against which weights are then kept as differences
+        self.keep = keep
+        self.log = log
+        self._verified = set()  # paths that this object has read back or resumed from
+
+    def save(self, step, checkpoint):
+        """Write step's checkpoint; older ones go once it stands and was read back.
+
+        CheckpointError: it could not be written, or not as it was meant (older ones stay).
+        """
+        self.begin(step, checkpoint)
+        self.finish(step)
+
+    def begin(self, step, checkpoint):
+        """The part of `save` that needs the tensors: written, but not yet for sure on the disk. Errors as in `save`."""
+        with self._errors_of(step) as beside:
+            remove_tree(beside)
+            beside.mkdir(parents=True)
+            tensors = {name: getattr(checkpoint, name) for name in _PARTS}
+            if self.base is not None:
+                tensors["weights"] = {name: self.base.shrunk(name, w) for name, w in checkpoint.weights.items()}
+            state = json_text(checkpoint.state).encode("utf-8")
+            torch.serialization.set_crc32_options(False)  # SHA-256 does more, and CRC-32 takes as long
+            listed = {
+                TENSORS: write_stream(beside / TENSORS, lambda out: torch.save(tensors, out), is_lasting=False),
+                STATE: write_stream(beside / STATE, lambda out: out.write(state), is_lasting=False),
+            }
+            manifest = sealed({"written_by": f"peftlib {__version__}", "files": listed})
+            write_stream(beside / MANIFEST, lambda out: out.write(manifest), is_lasting=False)
+
+    def finish(self, step):
+        """The part of `save` that waits for the disk: flushed, read back, put in its place. Errors as in `save`."""
+        path = self._path(step)
+        with self._errors_of(step) as beside:
+            for name in (TENSORS, STATE, MANIFEST):
+                sync_file(beside / name)
+            sync_folder(beside)
+            fault = _fault(beside)
+            if fault is not None:
+                raise OSError(fault)
+            remove_tree(path)
+            rename(beside, path)
+        self._verified.add(path)
+        self._prune()
+
+    @contextlib.contextmanager
+    def _errors_of(self, step):
+        beside = self.folder / f"{_BESIDE}{self._path(step).name}"
+        try:
+            yield beside
+        except OSError as error:
+            self._remove(beside)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}): "
+                f"free some space or take another disk (PEFTLIB_ROOT); {self._what_stands()}"
+            ) from error
+
+    def _prune(self):
+        """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""
+        good = [path for path in self._all() if path in self._verified or _fault(path) is None]
+        for path in self._all():
+            if path not in good[: self.keep]:
+                self._remove(path)
+
+    def _remove(self, path):
+        try:
+            remove_tree(path)
+        except OSError as error:
+            self.log(f"{path.name} could not be deleted ({error.strerror or error}); it takes space, nothing else")
+
+    def newest(self):
+        """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...]).
+
+        CheckpointError: the newest was written by a peftlib of another schema version, or is as it was written but
+        holds something else than a checkpoint. That is no damage, so no older one is taken in its place.
+        """
+        for left in self.folder.glob(f"{_BESIDE}*"):
+            self._remove(left)
+        skipped = []
+        for path in self._all():
+            _refuse_other_schema(path)
+            fault = _fault(path)
+            if fault is None:
+                self._verified.add(path)
+                return _content(path), skipped
+            skipped.append(f"{path.name}: {fault}")
+        return None, skipped
+
+    def remove(self):
+        """Delete the folder with all its checkpoints."""
+        if self.folder.exists():
+            self._remove(self.folder)
+        self._verified.clear()
+
+    def require_space(self, checkpoint_bytes):
+        """CheckpointError, with the numbers, unless keep + 1 checkpoints of this size fit on the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free + sum(_size(path) for path in self._all())
+        needed = (self.keep + 1) * checkpoint_bytes
+        if free < needed:
+            raise CheckpointError(
+                f"{self.folder} has {free / 2**30:.2f} GiB free, keep_checkpoints={self.keep} needs "
+                f"{needed / 2**30:.2f} GiB: free some space, lower keep_checkpoints, or set PEFTLIB_ROOT to another disk"
+            )
+
+    def _what_stands(self):
+        good = [path.name for path in self._all() if path in self._verified]
+        return f"{good[0]} stands" if good else "none stands yet"
+
+    def _path(self, step):
+        return self.folder / f"step-{step:06d}"
+
+    def _all(self):
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+def _fault(path):
+    """Why a checkpoint cannot be used, or None. CheckpointError: it is whole, but of another schema version."""
+    try:
+        manifest = unsealed(path / MANIFEST)
+        return next(filter(None, (fault_of(path / name, manifest["files"][name]) for name in (TENSORS, STATE))), None)
+    except SchemaError as error:
+        return str(error)
+    except (OSError, StudyError, KeyError, TypeError) as error:
+        return f"no readable manifest ({type(error).__name__})"
+
+
+def _content(path):
+    """The Checkpoint of a folder that verifies. CheckpointError: its files hold something else."""
+    try:
+        tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
+        state = read_json(path / STATE)
+        odd = _odd_part(tensors)
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory is "
+            "free"
+        ) from error
+    except Exception as error:  # noqa: BLE001 - what reading foreign bytes raises has no common class
+        odd = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        )
+    if odd is not None:
+        raise CheckpointError(
+            f"{path} is as it was written, but cannot be read as a checkpoint ({odd:.200}): delete that folder to go "
+            "on from an older one or to start over, or bring back a copy of it"
+        )
+    return Checkpoint(**tensors, state=state)
+
+
+def _odd_part(tensors):
+    """What of tensors.pt is not as `begin` writes it, in words, or None."""
+    if not (isinstance(tensors, dict) and set(tensors) == set(_PARTS)):
+        return f"it has {list(tensors) if isinstance(tensors, dict) else type(tensors).__name__}, not {list(_PARTS)}"
+    for name, kept in tensors["weights"].items():
+        if not all(isinstance(t, torch.Tensor) for t in (kept.values() if isinstance(kept, dict) else [kept])):
+            return f"the weight {name} is no tensor"
+    optimizer = tensors["optimizer"]
+    if not (isinstance(optimizer["state"], dict) and isinstance(optimizer["param_groups"], list)):
+        return "the optimizer's state has another form"
+    odd = [name for name, kept in tensors["generators"].items() if not isinstance(kept, torch.Tensor)]
+    return f"the generator's state {odd[0]} is no tensor" if odd else None
+
+
+def _refuse_other_schema(path):
+    try:
+        unsealed(path / MANIFEST)
+    except SchemaError as error:
+        raise CheckpointError(
+            f"{path} {error}: resume with that version, or start anew under another study name"
+        ) from None
+    except (OSError, StudyError):
+        return  # damaged, which _fault says
+
+
+def _size(path):
+    return sum(part.stat().st_size for part in path.iterdir())

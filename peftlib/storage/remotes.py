@@ -1,0 +1,207 @@
+"""Where a study is kept beside the local disk: a mounted Google Drive, any other folder, or a hub repository.
+
+The one module that knows what Drive is: deleted files lie in its trash and still count, so files keep their names, are
+written over in place, and are emptied before they are deleted; renaming over a file would trash the old one. A mount
+can die or lie, so what was written is read back, and a file counts only with its sealed listing, written last.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.files import fault_of, sealed, unsealed, write_stream
+from peftlib.core.json_reading import require_shape
+from peftlib.core.kernel import is_watched
+
+DRIVE = Path("/content/drive")
+LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive
+_BLOCK = 4 << 20  # bytes copied at once
+DRIVE_LIMIT_BYTES = 12 << 30  # of a free Drive's 15 GB; mail and photos share it
+_UPLOADING = "Colab uploads it in the background, so keep this runtime for some minutes, or see at drive.google.com that it is there"
+_mounted_by_us = False  # whether this process has mounted Drive
+
+
+def remote_of(study_name):
+    """The remote of a study, or None where it has none.
+
+    PEFTLIB_MIRROR names it: a folder, hf://USER/REPO, or off. Where it is not set, a mounted Drive is taken.
+    ConfigError: hf:// without a repository.
+    """
+    named = os.environ.get("PEFTLIB_MIRROR", "").strip()
+    if named.startswith("hf://"):
+        from peftlib.storage.hub import HubRemote
+
+        if named.count("/") < 3:
+            raise ConfigError(f"PEFTLIB_MIRROR={named!r}: use hf://USER/REPO")
+        return HubRemote(named.removeprefix("hf://"), study_name)
+    if named and named != "off":
+        return FolderRemote(Path(named).expanduser() / study_name)
+    drive = DRIVE / "MyDrive"
+    return FolderRemote(drive / "peftlib" / study_name, is_drive=True) if not named and drive.is_dir() else None
+
+
+def mount_drive():
+    """Mount Google Drive, which asks its owner for leave; without it work goes on, on this machine's disk alone.
+
+    ConfigError: this is not Colab.
+    """
+    global _mounted_by_us
+    if not _can_ask_colab():
+        raise ConfigError("Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it")
+    was_mounted = (DRIVE / "MyDrive").is_dir()
+    try:
+        _mount()
+        _mounted_by_us = _mounted_by_us or not was_mounted
+    except OSError as error:
+        print(
+            f"{error.strerror}: results stay on this machine and go with it. Run this cell again to give leave, or set "
+            "PEFTLIB_DRIVE=0 to do without"
+        )
+
+
+def _mount(**how):
+    """Mount Drive. OSError: refused, or it failed."""
+    from google.colab import drive
+
+    try:
+        drive.mount(str(DRIVE), **how)
+    except Exception as error:
+        # Colab raises ValueError, RuntimeError and errors of its page's own kind, which are plain Exceptions.
+        raise OSError(errno.ENOTCONN, f"Google Drive is not mounted ({error})") from error
+
+
+class FolderRemote:
+    """Named archives in a folder: NAME.tar, and NAME.json, which is written last and holds bytes, SHA-256 and facts.
+
+    Methods raise OSError as the folder does.
+    """
+
+    has_locks = True
+    notice = ""  # what a person should know about this place when copying starts
+
+    def __init__(self, folder, *, is_drive=False):
+        self.folder, self.is_drive = Path(folder), is_drive
+
+    def __str__(self):
+        return "Google Drive" if self.is_drive else str(self.folder)
+
+    def listing(self):
+        """{name: facts} of the archives whose listing is whole; whether an archive is, `fetch` finds out."""
+        found = {}
+        for path in sorted(self.folder.glob("*.json")):
+            with contextlib.suppress(StudyError, OSError):
+                found[path.stem] = require_shape(unsealed(path), LISTED, path)
+        return found
+
+    def refusal(self):
+        """None: who may read a folder is its owner's affair."""
+
+    def put(self, name, write, needed_bytes, facts):
+        """Write an archive by write(writer), in place, read it back, and list it with `facts` (JSON values).
+
+        OSError: also where it would not fit, before anything is touched, and where what is read back differs.
+        """
+        if not self._is_there():  # else the copy would be made on this machine's disk, below an empty mount point
+            raise OSError(errno.ENOTCONN, "Google Drive is not mounted")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        archive, listing = self._paths(name)
+        there = archive.stat().st_size if archive.exists() else 0
+        free = self.free_bytes() + there
+        if needed_bytes > free:
+            raise OSError(
+                errno.ENOSPC, f"{name} takes {needed_bytes / 2**30:.2f} GiB, {max(0, free) / 2**30:.2f} are free"
+            )
+        write_stream(listing, lambda out: None)  # from here the old archive does not count
+        made = write_stream(archive, write)
+        fault = fault_of(archive, made)
+        if fault:
+            raise OSError(errno.EIO, f"read back: {fault}")
+        write_stream(listing, lambda out: out.write(sealed({**facts, **made})))
+        return made
+
+    def fetch(self, name, facts, target):
+        """Copy an archive to the local path `target`. OSError: it is not what its listing says."""
+        archive, _ = self._paths(name)
+        with open(archive, "rb") as source, open(target, "wb") as out:
+            shutil.copyfileobj(source, out, _BLOCK)
+        fault = fault_of(target, facts)
+        if fault:
+            raise OSError(errno.EIO, f"{name}: {fault}")
+
+    def drop(self, name):
+        """Delete an archive, emptied first."""
+        for path in reversed(self._paths(name)):  # the listing goes first
+            if path.exists():
+                write_stream(path, lambda out: None)
+                os.unlink(path)
+
+    def free_bytes(self):
+        """Bytes that may still be written."""
+        free = shutil.disk_usage(self.folder if self.folder.exists() else _existing_parent(self.folder)).free
+        if not self.is_drive:
+            return free
+        ours = sum(path.stat().st_size for path in self.folder.parent.rglob("*") if path.is_file())
+        return min(free, DRIVE_LIMIT_BYTES - ours)
+
+    def reconnect(self):
+        """Mount a Drive again whose mount has died. OSError: it does not come back."""
+        # Of one that lives this would kill the uploads, and for every other process too.
+        if _can_ask_colab() and not self._is_there():
+            _mount(force_remount=True)
+
+    @property
+    def doubt(self):
+        """What is not known about a copy before it is flushed, in words; '' where a copy is there once it is written."""
+        return _UPLOADING if self.is_drive else ""
+
+    def flush(self):
+        """Have Drive upload what its mount still holds back; what is not known afterwards, as `doubt`.
+
+        Colab can do it only by unmounting Drive for the whole machine. So a Drive that somebody else has mounted is
+        left alone, and so is every Drive in a headless run.
+        """
+        if not self.is_drive or not _mounted_by_us or not _can_ask_colab():
+            return self.doubt
+        from google.colab import drive
+
+        try:
+            drive.flush_and_unmount()
+        except Exception as error:  # noqa: BLE001  ValueError today
+            return f"Drive did not say that it arrived ({error}). {self.doubt}"
+        with contextlib.suppress(OSError):  # all is uploaded; the next copy says so if Drive is still away
+            self.reconnect()
+        return ""
+
+    def remedy(self, error):
+        """What a person can do about an OSError of this remote, in words."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = "Drive (and empty its trash, which counts)" if self.is_drive else str(self.folder)
+            return f"free some space on {place}, or name another place in PEFTLIB_MIRROR"
+        if error.errno in (errno.ENOTCONN, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOENT):
+            if self.is_drive:
+                return "run drive.mount('/content/drive', force_remount=True) in a cell if it does not come back"
+            return f"see whether {self.folder} is still mounted"
+        return f"see whether {self.folder} can be written to, or set PEFTLIB_MIRROR to another place or to off"
+
+    def _is_there(self):
+        """Whether the Drive that the folder is on is mounted; other folders are made where they are not there."""
+        return not self.is_drive or self.folder.parent.parent.is_dir()
+
+    def _paths(self, name):
+        return self.folder / f"{name}.tar", self.folder / f"{name}.json"
+
+
+def _can_ask_colab():
+    """Whether this kernel can talk to Colab's page, as mounting needs.
+
+    One that papermill started is Colab's too, and has its modules, but nobody looks at it.
+    """
+    return "google.colab" in sys.modules and is_watched()
+
+
+def _existing_parent(path):
+    return next(parent for parent in path.parents if parent.exists())

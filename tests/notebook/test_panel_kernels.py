@@ -1,0 +1,112 @@
+"""The live panel in real kernels, by the messages that a front end sends."""
+
+import os
+import re
+
+import pytest
+from conftest import TINY
+from front_end import INSTALLED, OTHERS, FrontEnd, started
+
+from peftlib.core import record as records
+from peftlib.storage.checkpoint import CheckpointDir
+
+STEPS = {"epochs": 3, "valid_every": 4}  # 18 steps
+# A step of known length, so that there is time to press the button.
+OPEN = """
+import os, time, torch
+torch.set_num_threads(1)
+os.environ["PEFTLIB_ROOT"] = {root!r}
+from peftlib.study import Study
+from peftlib.train import TrainingRun
+from peftlib.panel import train_live
+run = TrainingRun(Study.resolve(profile="demo", study="tiny", **{fields!r}), "qlora")
+step, pause = run._step, {pause}
+run._step = lambda: (time.sleep(pause), step())
+print("opened")
+"""
+TRAIN = 'record = train_live(run)\nprint("end", record["status"], record["steps"])'
+
+
+def trains(message):
+    """Whether a message tells the panel's reader of a first step."""
+    return message["msg_type"] == "comm_msg" and re.search(r"seed 0: step [1-9]\d* of 18", str(message["content"]))
+
+
+@pytest.fixture(scope="module", params=[INSTALLED, *OTHERS])
+def kernel(request):
+    """(KernelManager, client) of a new kernel."""
+    with started(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def front_end(kernel, make_study):
+    """A FrontEnd of a kernel in which a slow run is open; `opening` is the cell for another one."""
+    manager, client = kernel
+    made = FrontEnd(client)
+    made.study, made.interrupt = make_study(**STEPS), manager.interrupt_kernel
+    fields = {**TINY, **STEPS, "model": made.study.cfg.model}
+    made.opening = lambda pause: OPEN.format(fields=fields, pause=pause, root=os.environ["PEFTLIB_ROOT"])
+    assert "opened" in made.ended(made.opening(pause=0.4))
+    made.heard.clear()
+    return made
+
+
+def test_the_button_saves_and_stops_and_waiting_cells_run_once_in_order(front_end):
+    training = front_end.run(TRAIN)
+    waiting = [front_end.run(f'print("cell {n}", record["status"])') for n in (1, 2)]
+    button = front_end.widget("ButtonModel")
+    front_end.hear(trains)
+    late = front_end.run('print("cell 3")')
+    front_end.click(button)
+    later = front_end.run('print("cell 4")')
+
+    said = front_end.end_of(later)
+    steps = int(front_end.printed(training).split("end stopped ")[1])
+    assert 1 <= steps < 18
+    assert [front_end.printed(cell) for cell in (*waiting, late)] == [
+        "cell 1 stopped\n",
+        "cell 2 stopped\n",
+        "cell 3\n",
+    ]
+    assert said == "cell 4\n"
+    ran = [m["content"]["code"][:13] for m in front_end.heard if m["msg_type"] == "execute_input"]
+    assert ran[-5:] == ["record = trai", *(f'print("cell {n}' for n in (1, 2, 3, 4))]
+    assert any(state.get("disabled") for state in front_end.states_of(button))
+
+    def told(kind):
+        return [
+            m["content"] for m in front_end.heard if m["msg_type"] == kind and m["parent_header"]["msg_id"] == training
+        ]
+
+    assert {c["comm_id"] for c in told("comm_open")} == {c["comm_id"] for c in told("comm_close")}  # no widget is left
+    [left] = told("update_display_data")
+    assert set(left["data"]) == {"text/html", "text/plain"} and "stopped after step" in left["data"]["text/plain"]
+
+    kept, _ = CheckpointDir(front_end.study.checkpoint_dir("qlora", 0), keep=1).newest()
+    assert kept.state["progress"]["step"] == steps
+    record = records.load(front_end.study, "qlora", 0)
+    assert (record["status"], record["steps"]) == ("stopped", steps)
+
+    said = front_end.ended(f"{front_end.opening(pause=0)}\n{TRAIN}")
+    assert f"goes on at step {steps} of 18" in said and "end ok 18" in said
+
+
+def test_cells_that_wait_do_not_run_after_a_training_that_failed(front_end):
+    front_end.ended("slow = run._step\nrun._step = lambda: 1 / 0 if run.progress.step == 7 else slow()")
+    training = front_end.run(TRAIN)
+    waiting = front_end.run('print("must not run")')
+    front_end.hear(trains)
+    late = front_end.run('print("must not run either")')
+    assert "ZeroDivisionError" in front_end.end_of(training)
+    assert [front_end.reply_to(cell)["status"] for cell in (waiting, late)] == ["aborted", "aborted"]
+    # ipykernel 6 may abort what arrives in the moment after the failure too: the next try runs.
+    assert "lives\n" in (front_end.ended('print("lives")'), front_end.ended('print("lives")'))
+    assert "must not run\n" not in [m["content"].get("text") for m in front_end.heard]
+
+
+def test_the_interrupt_button_saves_and_stops_too(front_end):
+    training = front_end.run(TRAIN)
+    front_end.hear(trains)
+    front_end.interrupt()
+    assert "end stopped" in front_end.end_of(training)

@@ -1,0 +1,129 @@
+"""`plan` says what fits a card, from the planner and from measured speeds, and calls a guess a guess."""
+
+import json
+import re
+
+import pytest
+import tiny
+
+from peftlib import __main__ as command_line
+from peftlib import methods
+from peftlib.core import config
+from peftlib.core.errors import ConfigError, ModelError
+from peftlib.core.gpus import CARDS, SHAPES, card_of_device, find_card, shape_of
+from peftlib.runner import plan_cli
+from peftlib.train import hours
+from peftlib.train import memory_model as plan
+
+
+def rows_of(lines):
+    """{method: [cell, ...]} of the printed table."""
+    return {line.split()[0]: re.split(r"  +", line) for line in lines if line.split()[0] in methods.METHODS}
+
+
+def test_a_t4_gets_every_method_with_hours_that_are_marked_as_estimates():
+    said = list(plan_cli.lines("T4", None, {}))
+    assert said[0].startswith("google/gemma-3-1b-it on a t4: 14.6 GiB, fp16, rows of up to 1024 tokens, 16 a step")
+    found = rows_of(said)
+    assert list(found) == list(methods.METHODS)
+    assert all(cells[1] == "yes" and cells[-1] == "estimate" and " to " in cells[-2] for cells in found.values())
+    text = "\n".join(said)
+    assert "65 TFLOPS, 320 GB/s" in text and "no data yet" in text and "NVIDIA H200" in text
+
+
+def test_memory_and_micro_batch_are_the_planners():
+    cfg = config.resolve("gpu")
+    table = plan.table(SHAPES["gemma-3-1b"], cfg, precision="bf16", device_bytes=int(CARDS["l4"].gib * plan.GIB))
+    found = rows_of(plan_cli.lines("l4", None, {}))
+    for row in table:
+        assert found[row["method"]][2:5] == [f"{row['total_gib']:.2f}", str(row["micro_batch"]), row["checkpointing"]]
+
+
+def test_the_card_that_was_measured_gets_the_measured_speed():
+    measured = [row for row in hours.measured_rows() if row["method"] == "galore" and row["precision"] == "bf16"]
+    best = max(row["tok_s"] for row in measured if "H200" in row["device"])
+    found = rows_of(plan_cli.lines("h200", "gemma-3-1b", {}))["galore"]
+    assert found[-1] == "measured speed" and found[5] == f"{float(f'{best:.2g}'):,.0f}"
+    assert rows_of(plan_cli.lines("h200", "packaged", {}))["galore"][-1] == "estimate"  # another model's speed
+
+
+def test_a_smaller_micro_batch_than_measured_is_no_measured_speed():
+    found = rows_of(plan_cli.lines("h200", None, {"memory_gib": 4.0}))["hybrid"]
+    assert int(found[3]) < 16 and found[-1] == "estimate"
+
+
+def speed(card, method="qlora", shape="gemma-3-1b", rows=None, micro_batch=16):
+    rows = hours.measured_rows() if rows is None else rows
+    return hours.speed(
+        CARDS[card], SHAPES[shape], method, precision="bf16", length=1024, micro_batch=micro_batch, rows=rows
+    )
+
+
+def test_estimates_follow_the_cards_and_the_model():
+    slow, fast = speed("l4"), speed("h100")
+    assert slow.low < slow.high < fast.high and not slow.is_measured
+    assert speed("l4", shape="gemma-3-270m").low > slow.low
+    assert speed("l4", micro_batch=4).low == pytest.approx(slow.low / 4)
+    assert speed("l4", "lora").basis != speed("l4", "qlora").basis  # lora was not measured: another method's speed
+
+
+def test_without_any_measurement_the_basis_is_the_published_peak(tmp_path):
+    found = speed("l4", rows=[])
+    assert found.high / found.low == pytest.approx(4) and "10% to 40% of the card's published 121 TFLOPS" in found.basis
+    assert hours.measured_rows(tmp_path / "none.json") == []
+    (tmp_path / "odd.json").write_text(json.dumps([1, {"method": "qlora"}, {"device": "NVIDIA H200"}]))
+    assert hours.measured_rows(tmp_path / "odd.json") == []
+
+
+def test_hours_come_from_the_studys_own_rows(make_study):
+    study = make_study()
+    manifest = study.manifest()
+    low, high, basis = hours.study_tokens(study.cfg, manifest)
+    total = sum(found["total"] for found in manifest["tokens"]["train"].values())
+    assert low == high == pytest.approx(total) and "as the study's data have them" in basis
+    assert hours.study_tokens(study.cfg.replace(epochs=3), manifest)[0] == pytest.approx(3 * total)
+    steps = study.cfg.replace(max_steps=1)
+    n_rows = sum(manifest["counts"]["train"].values())
+    assert hours.study_tokens(steps, manifest)[0] == pytest.approx(total / n_rows * steps.sequences_per_step)
+    said = "\n".join(plan_cli.lines("t4", None, {}, study))
+    assert f"{n_rows} training rows of" in said
+
+
+def test_the_command_prints_the_table_for_a_study_and_settings(make_study, capsys):
+    make_study()
+    assert command_line.main(["plan", "--gpu", "t4", "--study", "tiny", "-p", "max_length", "900"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows of up to 900 tokens" in printed and "qlora" in printed
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gpu", "b9"], "'b9' is not known: use t4, v100, l4"),
+        (["--gpu", "t4", "-p", "memory_gib", "0.5"], r"no method trains google/gemma-3-1b-it on a t4 with 0\.5 GiB: the least"),
+        (["--gpu", "t4", "-p", "max_lenght", "9"], "did you mean max_length"),
+        (["--gpu", "t4", "--study", "nowhere"], "there is no study 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_named(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path))
+    assert command_line.main(["plan", *words]) == command_line.ERROR_CODE
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_shapes_are_found_offline_from_ids_and_folders(tiny_model, tmp_path):
+    assert shape_of("packaged") == shape_of("google/gemma-3-270m-it") == SHAPES["gemma-3-270m"]
+    assert shape_of("Gemma-3-1B-pt") == SHAPES["gemma-3-1b"]
+    assert shape_of(str(tiny_model)) == plan.Shape.of(tiny.config())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="has no config as Gemma"):
+        shape_of(str(tmp_path / "empty"))
+
+
+def test_cards_are_found_by_their_usual_names():
+    assert find_card("A100-80GB")[0] == "a100-80" and find_card("RTX 4090")[0] == "rtx4090"
+    assert card_of_device("NVIDIA H200") is CARDS["h200"] and card_of_device("Tesla T4") is CARDS["t4"]
+    assert card_of_device("NVIDIA H100 80GB HBM3") is CARDS["h100"]
+    assert card_of_device("NVIDIA A100-SXM4-40GB") is CARDS["a100"] and card_of_device("CPU (x, 2 cores)") is None
+    with pytest.raises(ConfigError):
+        find_card("cpu")

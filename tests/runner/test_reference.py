@@ -1,0 +1,277 @@
+"""`python -m peftlib reference` on tiny models: sweeps, adoption, runs, failures, cuts."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+from conftest import TINY
+
+from peftlib.__main__ import main
+from peftlib.core.errors import ConfigError, LockedError, StudyError
+from peftlib.core.files import read_json
+from peftlib.core.study import Study
+from peftlib.runner import process_pool as side_by_side
+from peftlib.runner import suite_plan as reference_plan
+from peftlib.runner import suite_worker as reference_child
+from peftlib.runner.process_pool import Ending
+from peftlib.runner.reference_cli import _parser, settings_of
+from peftlib.runner.suite import UNFINISHED_CODE, Settings, places_of, run
+from peftlib.runner.suite_jobs import jobs_of, only, state_of
+from peftlib.storage.lock import StudyLock
+
+
+@pytest.fixture
+def settings(tiny_model, make_study):
+    """settings(**changes): two methods, two seeds, a sweep of two rates, in a study whose data stand."""
+
+    def made(name="tiny", **changes):
+        fields = {**TINY, "model": str(tiny_model), "train_rows": 4}
+        make_study(study=name)
+        given = {"profile": "demo", "study": name, **fields}
+        chosen = {"methods": ("base", "qlora", "galore"), "seeds": (0, 1), "factors": (0.3, 1.0), "rows": 4}
+        return Settings(given, **{**chosen, **changes})
+
+    return made
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Children's work done one after another in this process, under the environment that they would have."""
+
+    def play(next_task, ended, *, places, why_stop, log):
+        while (reason := why_stop()) is None and (task := next_task()) is not None:
+            with monkeypatch.context() as patched:
+                for name, value in {**task.env, **places[0]}.items():
+                    patched.setitem(os.environ, name, value)
+                work = reference_child.Work(**json.loads(task.argv[-1]))
+                code = reference_child.perform(work, log=lambda line, name=task.name: log(f"{name} | {line}"))
+            ended(Ending(task, code, is_cut=False, tail="", seconds=1.0))
+        return reason
+
+    monkeypatch.setattr(side_by_side, "run", play)
+
+
+def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_process):
+    lines, asked = [], settings()
+    assert run(asked, log=lines.append) == 0
+    assert lines[-1] == "all is done"
+    study = Study.resolve(study="tiny", profile="demo")
+    records = {f"{r['method']}-s{r['seed']}": r for r in study.records()}
+    assert list(records) == ["base-s0", "qlora-s0", "qlora-s1", "galore-s0", "galore-s1"]
+    assert all(record["status"] == "ok" and record["evaluation"] for record in records.values())
+    assert study.report_path.exists() and len(study.results_path.read_text().splitlines()) == 6
+    for method, field in (("qlora", "lora_learning_rate"), ("galore", "galore_learning_rate")):
+        best = read_json(study.folder / "sweeps" / f"{method}.json")["best"]
+        assert study.adopted_rates()[method]["rates"] == {field: best[field]}
+        assert {records[f"{method}-s{seed}"]["learning_rate"] for seed in (0, 1)} == {best[field]}
+        assert records[f"{method}-s0"]["side_by_side"] == 1
+    assert not [path for path in study.folder.rglob("*lock.json")]
+    lines.clear()
+    shutil.rmtree(study.folder / "weights")  # as where only records and answers came back from a lent machine
+    assert run(asked, log=lines.append) == 0
+    assert not any("step 1/" in line or "starts" in line for line in lines)
+
+
+def test_later_rates_are_refused(settings, in_this_process):
+    run(settings(methods=("qlora",), seeds=(0,), has_report=False), log=str)
+    with pytest.raises(StudyError, match="has learning rates of qlora already"):
+        changed = settings(methods=("qlora",), seeds=(0, 1), factors=(0.1,), has_report=False)
+        run(changed, log=str)
+
+
+def test_a_failing_run_is_recorded_and_the_others_go_on(settings, in_this_process, monkeypatch):
+    from peftlib.evaluation import evaluate
+    from peftlib.train import loop as train
+
+    lines, asked = [], settings(factors=(), has_report=True)
+    real, real_evaluate = train.TrainingRun.__init__, evaluate.evaluate
+
+    def broken(self, study, method, **rest):
+        if method == "qlora" and study.cfg.seed == 0:
+            raise MemoryError("out of memory, planted")
+        real(self, study, method, **rest)
+
+    def unanswered(study, method, **rest):
+        if method == "galore" and study.cfg.seed == 1:
+            raise MemoryError("no room for answers, planted")
+        return real_evaluate(study, method, **rest)
+
+    monkeypatch.setattr(train.TrainingRun, "__init__", broken)
+    monkeypatch.setattr(evaluate, "evaluate", unanswered)
+    assert run(asked, log=lines.append) == 1
+    study = Study.resolve(study="tiny", profile="demo")
+    found = {f"{r['method']}-s{r['seed']}": r for r in study.records()}
+    assert (found["qlora-s0"]["status"], found["qlora-s0"]["error"]) == (
+        "failed",
+        "MemoryError: out of memory, planted",
+    )
+    assert found["galore-s1"]["evaluation_error"] == "MemoryError: no room for answers, planted"
+    assert found["qlora-s1"]["evaluation"] and found["galore-s0"]["evaluation"] and found["base-s0"]["evaluation"]
+    assert "failed: qlora-s0, galore-s1; --again tries them once more" in lines
+    assert "qlora,0,failed" in study.results_path.read_text()  # the report tells it too
+
+
+def test_failed_runs_are_tried_again_where_asked(settings, in_this_process, monkeypatch):
+    from peftlib.train import loop as train
+
+    real = train.TrainingRun.__init__
+    is_broken = [True]
+
+    def broken(self, study, method, **rest):
+        if is_broken[0]:
+            raise MemoryError("planted")
+        real(self, study, method, **rest)
+
+    monkeypatch.setattr(train.TrainingRun, "__init__", broken)
+    plain = {"methods": ("qlora",), "seeds": (0,), "factors": (), "has_report": False}
+    assert run(settings(**plain), log=str) == 1
+    is_broken[0] = False
+    lines = []
+    assert run(settings(**plain), log=lines.append) == 1 and not any("step 1/" in line for line in lines)
+    assert run(settings(**plain, is_again=True), log=lines.append) == 0
+
+
+def test_another_session_in_the_study_is_refused(settings):
+    asked = settings()
+    elsewhere = StudyLock(Study.resolve(study="tiny", profile="demo").folder, "training elsewhere")
+    with elsewhere, pytest.raises(LockedError, match="training elsewhere"):
+        run(asked, log=str)
+
+
+def test_a_cut_command_says_what_is_left(settings, in_this_process):
+    lines, asked = [], settings(has_report=False)
+    stop = lambda: "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
+    assert run(asked, log=lines.append, why_stop=stop) == UNFINISHED_CODE
+    assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command goes on" in lines
+    lines.clear()
+    assert run(settings(has_report=False, minutes=0.01), log=lines.append) == UNFINISHED_CODE
+    assert not any("starts" in line for line in lines)  # none is begun that could not save in time
+    assert run(settings(has_report=False, names=("galore-s1",)), log=lines.append) == 0
+    assert lines[-1] == "all that was chosen is done"
+
+
+def test_the_other_precision_runs_once_in_a_study_beside(settings, in_this_process):
+    lines = []
+    asked = settings(methods=("base", "galore"), seeds=(0,), checked=("galore",), has_report=False)
+    assert run(asked, log=lines.append) == 0
+    study = Study.resolve(study="tiny", profile="demo")
+    beside = read_json(study.folder.parent / "tiny-fp16" / "records" / "galore-s0.json")
+    here = read_json(study.record_path("galore", 0))
+    assert (here["precision"], beside["precision"]) == ("fp32", "fp16")
+    for name in ("run_hash", "split_hash", "learning_rate"):
+        assert here[name] == beside[name]
+    assert any(line.startswith("galore-s0-fp16     done") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
+    assert run(settings("whole", has_report=False), log=str) == 0
+    asked, lines, seen = settings("cut", has_report=False), [], set()
+
+    def cut():
+        """Once in a sweep, once in each of two runs."""
+        for name in ("sweep-galore", "qlora-s0", "galore-s1"):
+            if name not in seen and any(re.match(rf"{name} \| step [12]/", line) for line in lines):
+                seen.add(name)
+                return f"cut in {name}"
+        return None
+
+    codes = []
+    while not codes or codes[-1] == UNFINISHED_CODE:
+        codes.append(run(asked, log=lines.append, why_stop=cut))
+    assert codes == [UNFINISHED_CODE] * 3 + [0], lines[-12:]
+    whole, cut_study = (Study.resolve(study=name, profile="demo") for name in ("whole", "cut"))
+    for record in whole.records():
+        method, seed = record["method"], record["seed"]
+        other = read_json(cut_study.record_path(method, seed))
+        for name in ("status", "eval_loss", "steps", "learning_rate", "valid_history", "weights_sha256"):
+            assert record.get(name) == other.get(name), (method, seed, name)
+        assert [e["loss"] for e in record["history"]] == [e["loss"] for e in other["history"]]
+        answers = [found.predictions_path(method, seed).read_bytes() for found in (whole, cut_study)]
+        assert answers[0] == answers[1]
+
+
+def test_runs_are_named_and_chosen(make_study):
+    study = make_study()
+    jobs = jobs_of(study, ("base", "qlora", "galore"), (0, 1))
+    names = ["sweep-qlora", "sweep-galore", "base-s0", "qlora-s0", "galore-s0", "qlora-s1", "galore-s1"]
+    assert [job.name for job in jobs] == names
+    assert [job.name for job in only(jobs, ("qlora", "galore-s1"))] == [
+        "sweep-qlora",
+        "qlora-s0",
+        "qlora-s1",
+        "galore-s1",
+    ]
+    with pytest.raises(ConfigError, match="--only galore-s7 means no run here: use sweep-qlora"):
+        only(jobs, ("galore-s7",))
+    with pytest.raises(ConfigError, match="method='qlor' is unknown"):
+        jobs_of(study, ("qlor",), (0,))
+    assert {state_of(job, factors=(1.0,), rows=4).status for job in jobs} == {"waits"}
+
+
+def test_a_place_for_each_share_of_each_gpu(make_study, monkeypatch):
+    cfg = make_study().cfg
+    assert places_of(cfg, 3) == [{}]  # device='cpu'
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    found = places_of(cfg.replace(device="auto"), 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in found] == ["0", "1", "0", "1"]
+    assert {place["OMP_NUM_THREADS"] for place in found} == {"8"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places_of(cfg.replace(device="auto"), 1)] == ["5", "GPU-a"]
+
+
+def test_arguments_become_settings():
+    args = "--study x --methods base,qlora galore --seeds 0,3 --factors none -p max_steps 5 --source alpaca=a.jsonl"
+    found = settings_of(_parser().parse_args(args.split()))
+    assert found.given == {"profile": "gpu", "study": "x", "sources": "alpaca=a.jsonl", "max_steps": 5}
+    assert (found.methods, found.seeds, found.factors, found.checked) == (("base", "qlora", "galore"), (0, 3), (), ())
+    for words, message in (
+        ("--seeds 0,x", "--seeds '0,x': use numbers"),
+        ("--seeds 1,1", "each number once"),
+        ("--at-once 0", "use positive numbers"),
+        ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
+        ("--methods ,", "use base, qlora"),
+        ("--methods base --precision-check qlora", "not among --methods base"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            settings_of(_parser().parse_args(words.split()))
+
+
+@pytest.mark.parametrize(
+    "words, checked",
+    [
+        ("", ()),  # no GPU here
+        ("--precision-check", ("qlora", "galore", "hybrid")),
+        ("--methods base galore --precision-check", ("galore",)),
+        ("--precision-check lora", ("lora",)),
+        ("--precision-check none", ()),
+    ],
+)
+def test_which_methods_run_in_the_other_precision_too(monkeypatch, words, checked):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert settings_of(_parser().parse_args(words.split())).checked == checked
+
+
+def test_the_plan_follows_from_its_assumptions(make_study, tmp_path, capsys):
+    study = make_study()
+    asked = Settings({}, ("base", "qlora", "galore"), (0, 1), factors=(1.0, 3.0), rows=6)
+    n_tokens = sum(found["total"] for found in study.manifest()["tokens"]["train"].values())
+    n_test = sum(study.manifest()["counts"]["test"].values())
+    assumed = reference_plan.Assumptions(tokens_per_second=100.0, answer_tokens_per_second=50.0, gpus=1, at_once=1)
+    rows = {row["run"]: row for row in reference_plan.predict(study, asked, assumed)}
+    assert rows["qlora-s1"]["train_s"] == pytest.approx(n_tokens / 50, abs=0.1)  # too few steps to be compiled
+    assert rows["sweep-galore"]["train_s"] == pytest.approx(2 * n_tokens / 2 / 50, abs=0.1)  # 6 of 12 rows, twice
+    assert rows["base-s0"]["train_s"] == 0.0
+    assert rows["base-s0"]["evaluate_s"] == pytest.approx(20 + n_test * 110 / 50, abs=0.1)
+    together = sum(row["minutes"] for row in rows.values())
+    assert reference_plan.wall_minutes(rows.values(), assumed) == pytest.approx(together)
+    reference_plan.keep(study, asked, assumed, tmp_path)
+    kept = read_json(tmp_path / "plan.json")
+    assert reference_plan.text(kept) == (tmp_path / "plan.md").read_text() and "| qlora |" in reference_plan.text(kept)
+    words = "reference --study tiny --profile demo --dry-run --tokens-per-second 100 --seeds 0 --only galore-s0"
+    assert main(words.split()) == 0
+    assert "left: " in capsys.readouterr().out
+    assert not (study.folder / "records").exists()

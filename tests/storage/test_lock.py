@@ -1,0 +1,304 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import peftlib.storage.lock
+import peftlib.storage.lock_owner
+from peftlib.core.errors import LockedError
+from peftlib.storage.lock import STALE_S, StudyLock, child_environment, held
+
+HOLDER = """
+import sys, time
+from peftlib.lock import StudyLock, child_environment, held
+with StudyLock(sys.argv[1], "training qlora"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, cwd=root)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_live_session_is_refused_with_who_holds_it(holder, tmp_path):
+    with pytest.raises(LockedError, match=rf"process {holder.pid} \(training qlora, since .*last sign of life 0 s ago"):
+        StudyLock(tmp_path, "evaluating").__enter__()
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
+
+
+def test_whether_it_is_free_can_be_asked_without_taking_it(holder, tmp_path):
+    with pytest.raises(LockedError, match="training qlora"):
+        StudyLock(tmp_path, "looking").require_free()
+    StudyLock(tmp_path, "looking", name="runner-lock.json").require_free()
+    holder.kill()
+    holder.wait()
+    StudyLock(tmp_path, "looking").require_free()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_path, is_reaped):
+    holder.kill()
+    if is_reaped:
+        holder.wait()
+    else:
+        _until(lambda: psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE)
+    assert (tmp_path / "lock.json").exists()
+    with StudyLock(tmp_path, "training qlora"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machines_lock_is_stale_after_a_while_without_a_sign_of_life(tmp_path):
+    lock = {"host": "elsewhere", "boot": 1.0, "pid": 7, "started": 2.0, "what": "training", "token": "t", "since": 0.0}
+    (tmp_path / "lock.json").write_text(json.dumps(lock | {"heartbeat": time.time() - 30}))
+    with pytest.raises(LockedError, match=r"elsewhere, process 7 .* 30 s ago"):
+        StudyLock(tmp_path, "x").__enter__()
+    (tmp_path / "lock.json").write_text(json.dumps(lock | {"heartbeat": time.time() - 91}))
+    with StudyLock(tmp_path, "x"):
+        assert json.loads((tmp_path / "lock.json").read_text())["what"] == "x"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_torn_lock_is_taken_over(tmp_path, content):
+    import os
+
+    (tmp_path / "lock.json").write_text(content)
+    os.utime(tmp_path / "lock.json", (1.0, 1.0))
+    with StudyLock(tmp_path, "x"):
+        pass
+
+
+ELSEWHERE = {"host": "elsewhere", "boot": 1.0, "pid": 7, "started": 2.0, "what": "training", "token": "t", "since": 0.0}
+
+
+class FakeTime:
+    """The module `time`, whose clock only goes on in `sleep`, which then calls `each`."""
+
+    strftime, localtime = staticmethod(time.strftime), staticmethod(time.localtime)
+
+    def __init__(self, each=lambda: None):
+        self.now, self.each = time.time(), each
+
+    def time(self):
+        return self.now
+
+    monotonic = time
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.each()
+
+
+def test_a_lock_from_the_future_goes_stale_once_it_is_seen_not_to_change(tmp_path, monkeypatch, capsys):
+    clock = FakeTime()
+    monkeypatch.setattr(peftlib.storage.lock, "time", clock)
+    (tmp_path / "lock.json").write_text(json.dumps(ELSEWHERE | {"heartbeat": clock.now + 3 * 86400}))
+    before = clock.now
+    with StudyLock(tmp_path, "x"):
+        assert json.loads((tmp_path / "lock.json").read_text())["what"] == "x"
+    assert STALE_S <= clock.now - before < STALE_S + 2
+    assert "4,320 minutes ahead of this machine's clock: waiting up to 90 s" in capsys.readouterr().out
+
+
+def test_a_session_whose_clock_is_ahead_is_not_robbed(tmp_path, monkeypatch):
+    def beat():
+        (tmp_path / "lock.json").write_text(json.dumps(ELSEWHERE | {"heartbeat": clock.now // 15 * 15 + 86400}))
+
+    clock = FakeTime(beat)
+    monkeypatch.setattr(peftlib.storage.lock, "time", clock)
+    beat()
+    before = clock.now
+    for wanted in (StudyLock(tmp_path, "x").__enter__, StudyLock(tmp_path, "x").require_free):
+        with pytest.raises(LockedError, match=r"elsewhere, process 7 \(training.*last sign of life 0 s ago"):
+            wanted()
+    assert clock.now - before < 40  # two signs of life, not two waits
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "t"
+
+
+def test_a_lock_a_little_ahead_is_a_live_one_and_says_when_it_clears(tmp_path):
+    (tmp_path / "lock.json").write_text(json.dumps(ELSEWHERE | {"heartbeat": time.time() + 20}))
+    clears = time.time() + 20 + STALE_S
+    with pytest.raises(LockedError, match=r"0 s ago.*again after (\d+:\d+:\d+)") as error:
+        StudyLock(tmp_path, "x").__enter__()
+    assert str(error.value)[-8:] in {time.strftime("%H:%M:%S", time.localtime(clears + d)) for d in (-1, 0, 1)}
+
+
+def test_a_process_here_that_is_gone_is_not_waited_for_whatever_its_clock_said(holder, tmp_path):
+    owner = json.loads((tmp_path / "lock.json").read_text())
+    holder.kill()
+    holder.wait()
+    (tmp_path / "lock.json").write_text(json.dumps(owner | {"heartbeat": time.time() + 1e6}))
+    with StudyLock(tmp_path, "x"):
+        pass
+
+
+ODD = [
+    "", "[]", "[" * 100_000, "null", "3", '"x"', "{}", "\x00" * 50, '{"token": "t"}', '{"token": "t", "host": "h"}',
+    *(
+        json.dumps(ELSEWHERE | {"heartbeat": time.time()} | change)
+        for change in (
+            {"heartbeat": math.nan}, {"heartbeat": math.inf}, {"heartbeat": 1e300}, {"heartbeat": 10**400},
+            {"heartbeat": "now"}, {"heartbeat": None}, {"heartbeat": True}, {"heartbeat": -1}, {"since": 1e300},
+            {"since": "x"}, {"since": None}, {"boot": []}, {"boot": math.nan}, {"started": "x"}, {"started": {}},
+            {"pid": "7"}, {"pid": -1}, {"pid": 2**80}, {"pid": 7.5}, {"pid": None}, {"host": 3}, {"host": None},
+            {"host": ["h"]}, {"token": 4}, {"token": None}, {"what": {}},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_an_odd_lock_is_damaged_and_taken_over_with_a_line(tmp_path, monkeypatch, capsys, is_new):
+    clock = FakeTime()
+    monkeypatch.setattr(peftlib.storage.lock_owner, "time", clock)
+    mtime = clock.now + 86400 if is_new else 1.0
+    for number, content in enumerate(ODD):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "lock.json").write_bytes(content.encode())
+        os.utime(folder / "lock.json", (mtime, mtime))
+        StudyLock(folder, "looking").require_free()
+        (folder / "lock.json").write_bytes(b"\xff" + content.encode())
+        os.utime(folder / "lock.json", (mtime, mtime))
+        with StudyLock(folder, "x"):
+            assert json.loads((folder / "lock.json").read_text())["what"] == "x"
+        assert list(folder.iterdir()) == [], content
+        assert capsys.readouterr().out.count(f"{folder / 'lock.json'} is damaged and names no session") == 2
+
+
+def test_what_stands_in_the_locks_place_and_is_none_is_named(tmp_path):
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(LockedError, match=r"lock\.json cannot be read as a lock: .*move it away"):
+        StudyLock(tmp_path, "x").__enter__()
+    assert (tmp_path / "lock.json").is_dir()
+
+
+def test_a_folder_that_goes_with_its_lock_is_made_again(tmp_path, monkeypatch):
+    folder, real = tmp_path / "work", os.open
+
+    def gone_once(path, *given, **named):
+        monkeypatch.setattr(os, "open", real)
+        folder.rmdir()
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(os, "open", gone_once)
+    with StudyLock(folder, "x"):
+        assert (folder / "lock.json").exists()
+
+
+def test_it_beats_and_notices_who_took_over(tmp_path):
+    with StudyLock(tmp_path, "x", heartbeat_s=0.05) as lock:
+        first = json.loads((tmp_path / "lock.json").read_text())["heartbeat"]
+        _until(lambda: json.loads((tmp_path / "lock.json").read_text())["heartbeat"] > first)
+        lock.require()
+        other = {
+            "host": "elsewhere",
+            "pid": 7,
+            "what": "training",
+            "token": "t",
+            "since": 0.0,
+            "heartbeat": time.time(),
+        }
+        (tmp_path / "lock.json").write_text(json.dumps(other))
+        _until(lambda: lock._taker is not None)
+        with pytest.raises(LockedError, match="elsewhere, process 7 .* has taken over"):
+            lock.require()
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == "t"  # the other's lock stays
+
+
+def test_of_many_that_want_a_stale_lock_one_gets_it(tmp_path):
+    (tmp_path / "lock.json").write_text(json.dumps({"host": "elsewhere", "heartbeat": 0.0, "token": "t"}))
+    got, refused, done = [], [], threading.Event()
+
+    def want():
+        try:
+            with StudyLock(tmp_path, "x"):
+                got.append(1)
+                done.wait(20)
+        except LockedError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    _until(lambda: len(got) + len(refused) == 8)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1 and len(refused) == 7
+
+
+def _until(is_true, seconds=20):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+CHILD = """
+import sys, time
+from peftlib.lock import held
+with held(sys.argv[1], "training", run=sys.argv[2]) as require:
+    print("in", flush=True)
+    while True:
+        require()
+        time.sleep(0.2)
+"""
+
+
+def _start(code, *words, env=None):
+    root = Path(__file__).resolve().parents[2]
+    argv = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.Popen(
+        argv, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_children_work_under_their_parents_lock_and_a_second_session_does_not(tmp_path):
+    with held(tmp_path, "reference"):
+        env = {**os.environ, **child_environment(tmp_path)}
+        first, second = (_start(CHILD, tmp_path, run, env=env) for run in ("qlora-s0", "galore-s0"))
+        try:
+            assert [process.stdout.readline() for process in (first, second)] == ["in\n", "in\n"]
+            stranger = _start(CHILD, tmp_path, "full-s0")
+            assert "in use by" in stranger.communicate(timeout=60)[0] and stranger.returncode
+            twin = _start(CHILD, tmp_path, "qlora-s0", env=env)
+            assert "in use by" in twin.communicate(timeout=60)[0] and twin.returncode
+            assert first.poll() is None and second.poll() is None
+        finally:
+            for process in (first, second):
+                process.kill()
+                process.communicate()
+
+
+def test_children_stop_once_another_session_has_the_study(tmp_path):
+    with held(tmp_path, "reference"):
+        env = {**os.environ, **child_environment(tmp_path)}
+        process = _start(CHILD, tmp_path, "qlora-s0", env=env)
+        assert process.stdout.readline() == "in\n"
+    with StudyLock(tmp_path, "another session"):
+        assert "holds" in process.communicate(timeout=60)[0] and process.returncode
+    late = _start(CHILD, tmp_path, "qlora-s0", env=env)  # its parent's lock is gone: it takes none of its own
+    assert "holds" in late.communicate(timeout=60)[0] and late.returncode
+
+
+def test_only_the_holder_lets_children_in(holder, tmp_path):
+    with pytest.raises(LockedError, match="not this process's"):
+        child_environment(tmp_path)

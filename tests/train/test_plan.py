@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from peftlib import methods
+from peftlib.core import config
+from peftlib.core.errors import ConfigError
+from peftlib.train import memory_model as plan
+from peftlib.train.flops import flops_per_token, matmul_ceiling
+
+SHAPE_1B = plan.Shape(262144, 1152, 6912, 26, (1024, 256, 256))
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "bench" / "methods.json"
+
+
+def measured():
+    return [row for row in json.loads(RESULTS.read_text()) if not {"error", "peer"} & row.keys()]
+
+
+@pytest.mark.parametrize("row", measured(), ids=lambda row: row["name"])
+def test_the_prediction_is_within_15_percent_of_what_was_measured(row):
+    cfg = config.resolve("gpu", max_length=row["seq"], **row["fields"])
+    setting = {name: row[name] for name in ("precision", "micro_batch", "checkpointing", "chunk")}
+    predicted = plan.estimate(SHAPE_1B, row["method"], cfg, **setting).total / 2**30
+    assert abs(predicted / row["peak_gib"] - 1) < 0.15, (predicted, row["peak_gib"])
+    assert row["predicted_gib"] == pytest.approx(predicted, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_has_a_plan_for_a_t4_that_stays_below_it(method):
+    found = plan.choose(SHAPE_1B, method, config.resolve("t4"), precision="fp16", device_bytes=int(14.5 * plan.GIB))
+    assert found.total < 14.5 * plan.GIB and found.micro_batch >= 1
+
+
+def test_less_memory_never_gives_a_larger_plan():
+    cfg = config.resolve("t4")
+    totals = []
+    for gib in (80, 24, 14.5, 8, 6):
+        totals.append(plan.choose(SHAPE_1B, "galore", cfg, precision="bf16", device_bytes=int(gib * plan.GIB)).total)
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_a_card_too_small_for_any_plan_is_refused_with_the_least_that_would_do():
+    with pytest.raises(ConfigError, match=r"full does not fit 2\.0 GiB in any way: the least is micro_batch=1.*Lower"):
+        plan.choose(SHAPE_1B, "full", config.resolve("t4"), precision="fp16", device_bytes=2 * plan.GIB)
+    rows = plan.table(SHAPE_1B, config.resolve("t4"), precision="fp16", device_bytes=4 * plan.GIB)
+    assert {row["method"]: row["fits"] for row in rows}["full"] is False
+    assert [row["fits"] for row in rows if row["method"] == "qlora"] == [True]
+
+
+def test_flops_are_those_counted_by_hand():
+    per_layer = 2 * 1024 * 1152 + 2 * 256 * 1152 + 3 * 1152 * 6912
+    head, attention = 4 * 262144 * 1152, 26 * 3 * 4 * 1024 * 512
+    assert flops_per_token(SHAPE_1B, methods.find("qlora"), length=1024) == 26 * 4 * per_layer + head + attention
+    assert flops_per_token(SHAPE_1B, methods.find("galore"), length=1024) == 26 * 6 * per_layer + head + attention
+
+
+def test_the_ceiling_is_a_speed(capsys):
+    import torch
+
+    assert matmul_ceiling("cpu", torch.float32, size=64, seconds=0.01) > 1e6
