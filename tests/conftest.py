@@ -22,17 +22,17 @@ TINY = {
     "test_rows": 2,
     "max_length": 700,
     "max_new_tokens": 6,
-    "sequences_per_step": 2,
-    "micro_batch": 2,
+    "batch_size": 2,
+    "micro_batch_size": 2,
     "lora_rank": 4,
     "galore_rank": 8,
     "apollo_rank": 8,
-    "galore_update_gap": 3,
+    "galore_update_interval": 3,
     "precision": "fp32",
     "device": "cpu",
     "workers": 1,
-    "log_every": 1,
-    "save_stall": 0.0,
+    "logging_steps": 1,
+    "max_save_overhead": 0.0,
 }
 
 

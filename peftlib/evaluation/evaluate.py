@@ -189,7 +189,7 @@ def _answers(study, record, model, rows, *, log):
             rows,
             predictions,
             max_new_tokens=cfg.max_new_tokens,
-            batch=cfg.eval_batch,
+            batch=cfg.eval_batch_size,
             engine=engine,
             deadline=deadline,
             log=lambda line: log(f"{method}: {line}"),

@@ -36,8 +36,8 @@ _METHODS = {
 }
 _OWN_FILE = "the user's own file, licence unknown"
 _OPTIONS = {"lora_learning_rate": "lora_", "galore_learning_rate": "galore_", "apollo_learning_rate": "apollo_"}
-_MATCHED = ("sequences_per_step", "epochs", "max_steps", "max_length", "schedule", "warmup_ratio", "weight_decay")
-_MATCHED += ("max_grad_norm", "optimizer_bits", "seed", "split_seed")
+_MATCHED = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio", "weight_decay")
+_MATCHED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
 
 
 def model_card(study, record, form, scores, *, quant=None, to=None):

@@ -21,7 +21,7 @@ def build_optimizer(model, cfg):
     group = {
         "params": list(projected.values()),
         "rank": cfg.apollo_rank,
-        "update_gap": cfg.galore_update_gap,
+        "update_gap": cfg.galore_update_interval,
         "scale": cfg.apollo_scale,
     }
     return ApolloAdamW(

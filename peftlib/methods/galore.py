@@ -37,7 +37,7 @@ def optimizer(cfg, projected, plain):
     group = {
         "params": list(projected),
         "rank": cfg.galore_rank,
-        "update_gap": cfg.galore_update_gap,
+        "update_gap": cfg.galore_update_interval,
         "scale": cfg.galore_scale,
     }
     return GaLoreAdamW(
@@ -46,7 +46,7 @@ def optimizer(cfg, projected, plain):
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
         on_refresh=cfg.galore_on_refresh,
-        moment_bits=cfg.optimizer_bits,
+        moment_bits=cfg.moment_bits,
         seed=cfg.seed,
     )
 

@@ -17,8 +17,8 @@ def prepare(model, cfg):
 
 
 def build_optimizer(model, cfg):
-    """AdamW over the adapters, its moments in cfg.optimizer_bits."""
-    make = adamw_8bit if cfg.optimizer_bits == 8 else AccumulatingAdamW
+    """AdamW over the adapters, its moments in cfg.moment_bits."""
+    make = adamw_8bit if cfg.moment_bits == 8 else AccumulatingAdamW
     return make(
         list(trainable(model).values()),
         lr=cfg.lora_learning_rate,

@@ -8,15 +8,15 @@ from peftlib.core.errors import ConfigError
 
 
 def checkpoint_layers(model, cfg):
-    """Let each decoder layer keep nothing but its input, as cfg.checkpointing says ('off' leaves the model alone).
+    """Let each decoder layer keep nothing but its input, as cfg.activation_checkpointing says ('off' leaves the model alone).
 
     ConfigError: offloading with dropout, whose random numbers it would not draw again.
     """
-    if cfg.checkpointing == "off":
+    if cfg.activation_checkpointing == "off":
         return
-    if cfg.checkpointing == "offload" and cfg.lora_dropout > 0:
+    if cfg.activation_checkpointing == "offload" and cfg.lora_dropout > 0:
         raise ConfigError(
-            f"checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use checkpointing='on', or no dropout"
+            f"activation_checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use activation_checkpointing='on', or no dropout"
         )
     # Keeping the random state would wait for the device at every layer; only dropout draws from it.
     settings = {
@@ -28,7 +28,7 @@ def checkpoint_layers(model, cfg):
         model.activation_checkpointing_enable(settings)
     else:
         model.gradient_checkpointing_enable(settings)
-    if cfg.checkpointing == "offload":
+    if cfg.activation_checkpointing == "offload":
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = offloaded

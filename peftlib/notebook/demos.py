@@ -208,7 +208,7 @@ def direction_chart(seen, *, rank, gap, theme=LIGHT):
 
 def memory_parts(shape, cfg, names, *, precision="bf16"):
     """{method: plan.Plan} at one micro-batch, with recomputation, so that the parts can be put side by side."""
-    rows = min(cfg.micro_batch or 4, cfg.sequences_per_step)
+    rows = min(cfg.micro_batch_size or 4, cfg.batch_size)
     how = {"precision": precision, "micro_batch": rows, "checkpointing": "on"}
     return {name: plan.estimate(shape, name, cfg, **how) for name in names}
 

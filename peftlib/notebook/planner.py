@@ -21,10 +21,10 @@ CHOICES = (
     "train_rows",
     "max_length",
     "epochs",
-    "sequences_per_step",
+    "batch_size",
     "lora_rank",
     "galore_rank",
-    "optimizer_bits",
+    "moment_bits",
     "galore_weights",
 )
 COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")

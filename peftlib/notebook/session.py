@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftlib.core import hosted
 from peftlib.core import paths as places
-from peftlib.core.config import differences, resolve, short_hash
+from peftlib.core.config import differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root, resolve_device, training_precision
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import size_text
@@ -112,7 +112,7 @@ def finish(study, name, wrote, status="ok"):
 
 def state_hash(name, cfg):
     """12 hex digits over a notebook's name and every setting that changes its results."""
-    return short_hash({"notebook": name, **cfg.fields_of("data", "math")})
+    return short_hash({"notebook": name, **first_names(cfg.fields_of("data", "math"))})
 
 
 def last_words(text):

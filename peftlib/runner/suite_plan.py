@@ -48,14 +48,14 @@ def predict(study, settings, assumed):
         if job.is_sweep:
             share = min(1.0, settings.rows / (n_rows * cfg.epochs))
             train = len(settings.factors) * _train_s(
-                job.method, tokens * share, settings.rows / cfg.sequences_per_step, assumed
+                job.method, tokens * share, settings.rows / cfg.batch_size, assumed
             )
             evaluate = 0.0
         else:
             train = (
                 0.0
                 if job.method == BASE
-                else _train_s(job.method, tokens, n_rows * cfg.epochs / cfg.sequences_per_step, assumed)
+                else _train_s(job.method, tokens, n_rows * cfg.epochs / cfg.batch_size, assumed)
             )
             answers = sum(manifest["counts"]["test"].values()) * assumed.answer_tokens
             evaluate = assumed.test_loss_s + answers / assumed.answer_tokens_per_second

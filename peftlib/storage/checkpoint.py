@@ -149,8 +149,8 @@ class CheckpointDir:
         needed = (self.keep + 1) * checkpoint_bytes
         if free < needed:
             raise CheckpointError(
-                f"{self.folder} has {free / 2**30:.2f} GiB free, keep_checkpoints={self.keep} needs "
-                f"{needed / 2**30:.2f} GiB: free some space, lower keep_checkpoints, or set PEFTLIB_ROOT to another disk"
+                f"{self.folder} has {free / 2**30:.2f} GiB free, save_total_limit={self.keep} needs "
+                f"{needed / 2**30:.2f} GiB: free some space, lower save_total_limit, or set PEFTLIB_ROOT to another disk"
             )
 
     def _what_stands(self):

@@ -51,7 +51,7 @@ class Forecast:
         cfg = self.cfg
         return (
             f"{cfg.model} on a {self.card_name}: {self.gib:.1f} GiB, {self.precision}, rows of up to {cfg.max_length} "
-            f"tokens, {cfg.sequences_per_step} a step"
+            f"tokens, {cfg.batch_size} a step"
         )
 
     @property
@@ -63,7 +63,7 @@ class Forecast:
         if not small:
             return f"no method trains {self.cfg.model} as set: {self.costs[0].refused}"
         least = min(small, key=lambda cost: cost.memory_gib)
-        change = "Set micro_batch to 0, lower" if self.cfg.micro_batch else "Lower"
+        change = "Set micro_batch_size to 0, lower" if self.cfg.micro_batch_size else "Lower"
         return (
             f"no method trains {self.cfg.model} on a {self.card_name} with {self.gib:.1f} GiB: the least is "
             f"{least.method} with {least.memory_gib:.1f} GiB. {change} max_length (now {self.cfg.max_length}), or take a "
@@ -74,8 +74,8 @@ class Forecast:
         """What the numbers rest on, a line each."""
         yield f"memory: the planner's prediction of training, held below {plan.HEADROOM:.0%} of the card"
         yield f"hours: one run of one seed, training alone, {self.tokens[2]}; answering the test rows comes on top"
-        if self.cfg.micro_batch:
-            yield f"micro-batch: as set by micro_batch={self.cfg.micro_batch}; 0 lets the planner choose what fits"
+        if self.cfg.micro_batch_size:
+            yield f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose what fits"
         bases = {}
         for cost in self.costs:
             if cost.speed is not None:

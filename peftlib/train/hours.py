@@ -111,7 +111,7 @@ def study_tokens(cfg, manifest=None):
         basis = f"{n_rows:,} training rows of {low:,.0f} to {high:,.0f} tokens (no data yet)"
     seen = n_rows * cfg.epochs
     if cfg.max_steps:
-        seen = min(seen, cfg.max_steps * cfg.sequences_per_step)
+        seen = min(seen, cfg.max_steps * cfg.batch_size)
     return seen * low, seen * high, basis
 
 

@@ -9,17 +9,17 @@ from peftlib.train.callbacks import Watcher
 _SMOOTHED_OVER = 20  # steps
 
 
-def require(log_to):
-    """ConfigError where the package that log_to names is not installed; '' needs none."""
-    if log_to and importlib.util.find_spec(log_to) is None:
+def require(report_to):
+    """ConfigError where the package that report_to names is not installed; '' needs none."""
+    if report_to and importlib.util.find_spec(report_to) is None:
         raise ConfigError(
-            f"log_to={log_to!r}: the package {log_to} is not installed: run pip install {log_to}, or set log_to=''"
+            f"report_to={report_to!r}: the package {report_to} is not installed: run pip install {report_to}, or set report_to=''"
         )
 
 
 def of(run):
-    """[the Watcher that cfg.log_to asks for], or []. run: a TrainingRun at the step that it starts or goes on from."""
-    return [_KINDS[run.cfg.log_to](run)] if run.cfg.log_to else []
+    """[the Watcher that cfg.report_to asks for], or []. run: a TrainingRun at the step that it starts or goes on from."""
+    return [_KINDS[run.cfg.report_to](run)] if run.cfg.report_to else []
 
 
 def folder_of(study, method, seed):

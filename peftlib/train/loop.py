@@ -39,7 +39,7 @@ class TrainingRun:
     """One method and seed of a study. Building it loads and prepares the model; train() starts or goes on.
 
     method: a name in peftlib.methods.METHODS. log: called with each line of progress; may be exchanged until train().
-    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, log_to names a package that is not
+    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, report_to names a package that is not
     installed, or several processes.
     """
 
@@ -50,7 +50,7 @@ class TrainingRun:
         self.cfg, self.name, self.log = self.study.cfg, method, log
         self.method = methods.find(method)
         self.manifest = study.manifest()
-        trackers.require(self.cfg.log_to)
+        trackers.require(self.cfg.report_to)
         self.device = resolve_device(self.cfg.device)
         self.precision, self.precision_reason = training_precision(self.device, self.cfg.precision)
         self.accelerator = Accelerator(cpu=self.device == "cpu", gradient_accumulation_steps=1)
@@ -70,7 +70,7 @@ class TrainingRun:
             guard_four_bit(self.model, self.method.FOUR_BIT)
         self.checkpoints = CheckpointDir(
             study.checkpoint_dir(method, self.cfg.seed),
-            keep=self.cfg.keep_checkpoints,
+            keep=self.cfg.save_total_limit,
             log=lambda line: self.log(line),
         )
 
@@ -140,7 +140,7 @@ class TrainingRun:
         cfg = self.cfg
         self.rows = Rows(data.load_split(self.study.data_dir, "train"))
         self.valid = Rows(data.load_split(self.study.data_dir, "valid"))
-        self.plan = StepPlan(len(self.rows), cfg.sequences_per_step, cfg.epochs, cfg.seed, cfg.max_steps)
+        self.plan = StepPlan(len(self.rows), cfg.batch_size, cfg.epochs, cfg.seed, cfg.max_steps)
         self.optimizer = self.method.build_optimizer(self.model, cfg)
         self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = loss_scaler(self.device, self.precision)
@@ -149,8 +149,8 @@ class TrainingRun:
         self.progress = resume.Progress()
         self.saver = saving.Saver(
             self.checkpoints,
-            every=cfg.save_every,
-            stall_share=cfg.save_stall,
+            every=cfg.save_steps,
+            stall_share=cfg.max_save_overhead,
             is_background=self.device != "cpu",
             expected_bytes=saving.expected_bytes(self),
             log=self.log,
@@ -204,13 +204,13 @@ class TrainingRun:
             require_lock()
             self._step()
             step, is_last = self.progress.step, self.progress.step == self.plan.steps
-            has_line = step % cfg.log_every == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES
+            has_line = step % cfg.logging_steps == 0 or is_last or time.monotonic() - last_line > _SECONDS_BETWEEN_LINES
             if has_line:
                 self.log(progress.line(self.record, self.progress, self.plan.steps))
                 last_line = time.monotonic()
             if has_line or self._watching.want_numbers():
                 self._watching.show()
-            if len(self.valid) and (step % cfg.valid_every == 0 or is_last):
+            if len(self.valid) and (step % cfg.eval_steps == 0 or is_last):
                 self._validate()
                 last_line = time.monotonic()
             why = None if is_last else self._why_stop(interrupted, deadline)

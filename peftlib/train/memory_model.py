@@ -73,7 +73,7 @@ class Plan:
         """The plan as one line of text, in GiB."""
         parts = ("weights", "gradients", "optimizer", "activations", "total")
         sizes = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in parts)
-        return f"micro_batch={self.micro_batch}, checkpointing={self.checkpointing}: {sizes} GiB"
+        return f"micro_batch_size={self.micro_batch}, activation_checkpointing={self.checkpointing}: {sizes} GiB"
 
 
 def estimate(shape, method, cfg, *, precision, micro_batch, checkpointing, is_compiled=True, chunk=CHUNK, tokens=None):
@@ -105,7 +105,7 @@ def optimizer_bytes(shape, method, cfg):
 
 def candidates(cfg):
     """(micro_batch, checkpointing) from the fastest to the smallest: many tokens at once first, then no recomputation."""
-    sizes = [size for size in (16, 8, 4, 2, 1) if size <= max(1, cfg.sequences_per_step)]
+    sizes = [size for size in (16, 8, 4, 2, 1) if size <= max(1, cfg.batch_size)]
     whole = [(size, "off") for size in sizes]
     # Recomputing costs a third more work; a micro-batch half as large costs less than that.
     pairs = [*whole[:1], *((size, "on") for size in sizes), *((size, "offload") for size in sizes)]
@@ -130,19 +130,19 @@ def choose(shape, method, cfg, *, precision, device_bytes, is_compiled=True):
     raise ConfigError(
         f"{method} does not fit {device_bytes / GIB:.1f} GiB in any way: the least is {plan.line()}. Lower max_length "
         f"(now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore with "
-        "galore_weights='bf16', optimizer_bits=8)"
+        "galore_weights='bf16', moment_bits=8)"
     )
 
 
 def table(shape, cfg, *, precision, device_bytes, is_compiled=True):
     """[{method, fits, micro_batch, checkpointing, weights_gib, ..., total_gib}, ...] for every method.
 
-    Where cfg.micro_batch is set, that setting; else the planner's choice, and where nothing fits, the setting that takes
+    Where cfg.micro_batch_size is set, that setting; else the planner's choice, and where nothing fits, the setting that takes
     the least memory.
     """
     rows = []
     for method in methods.METHODS:
-        if cfg.micro_batch:
+        if cfg.micro_batch_size:
             plan = _as_set(shape, method, cfg, precision=precision, is_compiled=is_compiled)
         else:
             plan = _chosen(shape, method, cfg, precision=precision, device_bytes=device_bytes, is_compiled=is_compiled)
@@ -153,8 +153,8 @@ def table(shape, cfg, *, precision, device_bytes, is_compiled=True):
 
 
 def _as_set(shape, method, cfg, **how):
-    rows = min(cfg.micro_batch, cfg.sequences_per_step)
-    return estimate(shape, method, cfg, micro_batch=rows, checkpointing=cfg.checkpointing, **how)
+    rows = min(cfg.micro_batch_size, cfg.batch_size)
+    return estimate(shape, method, cfg, micro_batch=rows, checkpointing=cfg.activation_checkpointing, **how)
 
 
 def _chosen(shape, method, cfg, *, device_bytes, **how):
@@ -184,7 +184,7 @@ class _Counts:
 
     def __init__(self, shape, method, cfg):
         self.shape, self.method, self.cfg = shape, method, cfg
-        self.moment_bytes = cfg.optimizer_bits // 8
+        self.moment_bytes = cfg.moment_bits // 8
         self.kinds = method.TRAINS  # {kind of training: projections}
         self.adapter_numbers = shape.layers * sum(
             cfg.lora_rank * (rows + columns) for rows, columns in shape.matrices(self.kinds.get("adapters", ()))

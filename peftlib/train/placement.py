@@ -33,12 +33,12 @@ def memory_cap(cfg, device):
 class Placement:
     """Prepares `model` in place. micro_batch: rows of max_length tokens at once; it may shrink.
 
-    On a GPU with micro_batch=0 the planner chooses micro-batch and checkpointing. ConfigError: nothing fits.
+    On a GPU with micro_batch_size=0 the planner chooses micro-batch and checkpointing. ConfigError: nothing fits.
     """
 
     def __init__(self, model, method, cfg, *, device, precision, steps, log):
         self.model, self.method, self.cfg, self.device, self.log = model, method, cfg, device, log
-        self.micro_batch = cfg.micro_batch or _CPU_MICRO_BATCH
+        self.micro_batch_size = cfg.micro_batch_size or _CPU_MICRO_BATCH
         self.is_compiled, why = compiled.resolve(cfg.compile, device, steps)
         if device == "cuda":
             self._choose(precision)
@@ -52,7 +52,7 @@ class Placement:
 
     def _choose(self, precision):
         cfg = self.cfg
-        if cfg.micro_batch == 0:
+        if cfg.micro_batch_size == 0:
             available = plan.device_bytes(cfg)
             chosen = plan.choose(
                 plan.Shape.of(core(self.model).config),
@@ -63,43 +63,45 @@ class Placement:
                 is_compiled=self.is_compiled,
             )
             self.log(f"plan for {available / plan.GIB:.1f} GiB: {chosen.line()}")
-            self.micro_batch = chosen.micro_batch
-            self.cfg = cfg.replace(checkpointing=chosen.checkpointing)
+            self.micro_batch_size = chosen.micro_batch
+            self.cfg = cfg.replace(activation_checkpointing=chosen.checkpointing)
 
     @property
     def facts(self):
         """What a record holds of it: rows of max_length tokens at once, recomputation, compiled layers or not."""
         return {
-            "micro_batch": self.micro_batch,
-            "checkpointing": self.cfg.checkpointing,
+            "micro_batch_size": self.micro_batch_size,
+            "activation_checkpointing": self.cfg.activation_checkpointing,
             "is_compiled": self.is_compiled,
         }
 
     @property
     def description(self):
         """What two sessions must share for equal bits, in words."""
-        return f"micro_batch={self.micro_batch}, compiled={self.is_compiled}, {torch.get_num_threads()} threads"
+        return (
+            f"micro_batch_size={self.micro_batch_size}, compiled={self.is_compiled}, {torch.get_num_threads()} threads"
+        )
 
     @property
     def tokens(self):
         """Padded tokens of a micro-batch."""
-        return self.micro_batch * self.cfg.max_length
+        return self.micro_batch_size * self.cfg.max_length
 
     def make_room(self, step, error):
         """After an out-of-memory error: half the micro-batch, then recomputation. ConfigError: all of that is done."""
-        if self.micro_batch > 1:
-            self.micro_batch //= 2
-        elif self.cfg.checkpointing == "off":
-            self.cfg = self.cfg.replace(checkpointing="on")
+        if self.micro_batch_size > 1:
+            self.micro_batch_size //= 2
+        elif self.cfg.activation_checkpointing == "off":
+            self.cfg = self.cfg.replace(activation_checkpointing="on")
             checkpoint_layers(self.model, self.cfg)
         else:
             raise ConfigError(
-                f"{self.method} does not fit this GPU even with micro_batch=1 and "
-                f"checkpointing={self.cfg.checkpointing}: lower max_length, or take a method that needs less memory"
+                f"{self.method} does not fit this GPU even with micro_batch_size=1 and "
+                f"activation_checkpointing={self.cfg.activation_checkpointing}: lower max_length, or take a method that needs less memory"
             ) from error
         self.log(
-            f"out of memory at step {step}: going on with micro_batch={self.micro_batch}, "
-            f"checkpointing={self.cfg.checkpointing}"
+            f"out of memory at step {step}: going on with micro_batch_size={self.micro_batch_size}, "
+            f"activation_checkpointing={self.cfg.activation_checkpointing}"
         )
 
     def after_step(self):

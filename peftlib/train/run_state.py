@@ -8,7 +8,7 @@ import torch
 
 from peftlib import data
 from peftlib.core import record as records
-from peftlib.core.config import differences
+from peftlib.core.config import current_names, differences
 from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.core.seeds import generator_states, set_generator_states
 from peftlib.data.dedup import prompt_key
@@ -120,7 +120,7 @@ def go_on(run):
     with _other_content(where):
         checked_state(state, run.plan.steps)
     if (state["run_hash"], state["split_hash"]) != (run.cfg.run_hash(run.name), run.manifest["split_hash"]):
-        changed = differences(state["config"], run.cfg.fields_of("data", "math")) or ["split_hash"]
+        changed = differences(current_names(state["config"]), run.cfg.fields_of("data", "math")) or ["split_hash"]
         raise CheckpointError(
             f"the checkpoint in {where} was made with other settings: {'; '.join(changed)}. "
             "Set them back, choose another study name (with fork = this one, it starts from these weights), or delete "

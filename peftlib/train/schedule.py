@@ -18,14 +18,14 @@ class StepPlan:
     """
 
     rows: int
-    sequences_per_step: int
+    batch_size: int
     epochs: int
     seed: int
     max_steps: int = 0  # 0 is all of the epochs
 
     @property
     def steps_per_epoch(self):
-        return -(-self.rows // self.sequences_per_step)
+        return -(-self.rows // self.batch_size)
 
     @property
     def steps(self):
@@ -38,8 +38,8 @@ class StepPlan:
             raise IndexError(f"step {step} of {self.steps}")
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        start = within * self.sequences_per_step
-        return order[start : start + self.sequences_per_step].tolist()
+        start = within * self.batch_size
+        return order[start : start + self.batch_size].tolist()
 
 
 def pack(rows, lengths, tokens, *, multiple=1, least=1):
@@ -107,9 +107,9 @@ def _first_fit(order, lengths, width):
 
 
 def learning_rate_factor(step, steps, cfg):
-    """Share of the peak rate at a step counted from 0: linear warm-up over warmup_ratio, then cfg.schedule to 0."""
+    """Share of the peak rate at a step counted from 0: linear warm-up over warmup_ratio, then cfg.lr_scheduler to 0."""
     warmup = round(cfg.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[cfg.schedule]
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[cfg.lr_scheduler]

@@ -32,7 +32,7 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
         raise ConfigError(f"factors={factors!r}: use positive numbers")
     fields = methods.find(method).RATES
     study.freeze()
-    steps = max(1, rows // cfg.sequences_per_step)
+    steps = max(1, rows // cfg.batch_size)
     tried = []
     for factor in factors:
         rates = {name: getattr(cfg, name) * factor for name in fields}

@@ -26,7 +26,7 @@ def runs(study_name, *, seed, steps, model):
             yield _trained(study_name, method, model, steps=steps, seed=seed, precision=precision)
     if seed == 0:
         for on_refresh in ("keep", "project"):
-            fields = {"galore_on_refresh": on_refresh, "galore_update_gap": 20}
+            fields = {"galore_on_refresh": on_refresh, "galore_update_interval": 20}
             yield {
                 **_trained(study_name, "galore", model, steps=steps, seed=seed, precision="bf16", **fields),
                 **fields,
@@ -37,7 +37,7 @@ def _trained(study_name, method, model, **fields):
     from peftlib.train.loop import TrainingRun
 
     steps = fields.pop("steps")
-    study = _study(study_name, model, max_steps=steps, valid_every=steps, save_every=10**6, compile="off", **fields)
+    study = _study(study_name, model, max_steps=steps, eval_steps=steps, save_steps=10**6, compile="off", **fields)
     record = TrainingRun(study, method, log=lambda line: None).train()
     losses = [entry["loss"] for entry in record["history"]]
     return {
@@ -83,9 +83,9 @@ def energies(study_name, model, *, apart=100):
     from peftlib.train.batching import Rows
     from peftlib.train.loop import TrainingRun
 
-    study = _study(study_name, model, max_steps=apart, valid_every=10**6, save_every=10**6, compile="off", seed=0)
+    study = _study(study_name, model, max_steps=apart, eval_steps=10**6, save_steps=10**6, compile="off", seed=0)
     run = TrainingRun(study, "galore", log=lambda line: None)
-    rows = Rows(data.load_split(study.data_dir, "train")[: 2 * study.cfg.sequences_per_step])
+    rows = Rows(data.load_split(study.data_dir, "train")[: 2 * study.cfg.batch_size])
     half = len(rows) // 2
 
     def gradients(numbers):

@@ -57,8 +57,8 @@ DEFAULTS = {
 def settings():
     """The rows of the table: the bars of the study with the peers beside them, then fp16, the controls and others."""
     speed = {"micro_batch": 16, "checkpointing": "on", "cap_gib": 14.5}
-    memory = {"micro_batch": 4, "checkpointing": "offload", "fields": {"optimizer_bits": 8}}
-    light = {"galore_weights": "bf16", "optimizer_bits": 8}
+    memory = {"micro_batch": 4, "checkpointing": "offload", "fields": {"moment_bits": 8}}
+    light = {"galore_weights": "bf16", "moment_bits": 8}
     yield {"name": "qlora_speed", "method": "qlora", **speed}
     yield {"name": "qlora_memory", "method": "qlora", **memory, "profile": True}
     yield {"name": "unsloth", "peer": "unsloth", "micro_batch": 4, "accumulation": 4}
@@ -133,7 +133,9 @@ def build(setting):
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(setting["cap_gib"] * 2**30 / whole)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = config.resolve("gpu", model=str(FOLDER), checkpointing=setting["checkpointing"], **setting["fields"])
+    cfg = config.resolve(
+        "gpu", model=str(FOLDER), activation_checkpointing=setting["checkpointing"], **setting["fields"]
+    )
     method = methods.find(setting["method"])
     base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.FOUR_BIT)
     model = method.prepare(base, cfg)

@@ -69,7 +69,7 @@ class Session:
     """One headless run of a notebook, its lines read as they come."""
 
     def __init__(self, where, notebook):
-        settings = {"save_every": 2, "log_every": 1, "test_rows": 1, "max_new_tokens": 8}
+        settings = {"save_steps": 2, "logging_steps": 1, "test_rows": 1, "max_new_tokens": 8}
         fields = [text for name, value in settings.items() for text in ("-p", name, str(value))]
         command = [sys.executable, "-m", "peftlib", "run", "--profile", "demo", "--study", "bench", *fields]
         environment = {**os.environ, "PEFTLIB_ROOT": str(where / "runs"), "PEFTLIB_MIRROR": str(where / "remote")}

@@ -15,7 +15,7 @@ from peftlib.storage.checkpoint import CheckpointDir
 pytestmark = pytest.mark.browser
 
 # Long enough to press a button in, short enough to wait for.
-LONG = {"epochs": 40, "log_every": 5, "save_every": 50, "valid_every": 1000}
+LONG = {"epochs": 40, "logging_steps": 5, "save_steps": 50, "eval_steps": 1000}
 STEPS = 240
 TRAINING = "train_live(run)"
 

@@ -4,17 +4,20 @@ import sys
 import pytest
 
 from peftlib.core import config
+from peftlib.core import record as records
 from peftlib.core.errors import ConfigError
+from peftlib.core.paths import PACKAGE
+from peftlib.core.study import frozen_of
 
 
 def test_profiles_hold_the_contracts_numbers():
     demo, t4, gpu = (config.resolve(profile) for profile in ("demo", "t4", "gpu"))
-    assert (demo.model, demo.max_length, demo.max_new_tokens, demo.sequences_per_step) == ("packaged", 256, 48, 8)
-    assert (demo.galore_update_gap, t4.galore_update_gap, gpu.galore_update_gap) == (50, 200, 200)
+    assert (demo.model, demo.max_length, demo.max_new_tokens, demo.batch_size) == ("packaged", 256, 48, 8)
+    assert (demo.galore_update_interval, t4.galore_update_interval, gpu.galore_update_interval) == (50, 200, 200)
     for cfg in (t4, gpu):
         assert cfg.model == "google/gemma-3-1b-it"
         assert (cfg.train_rows, cfg.valid_rows, cfg.test_rows) == (5000, 200, 2000)
-        assert (cfg.max_length, cfg.max_new_tokens, cfg.sequences_per_step) == (1024, 256, 16)
+        assert (cfg.max_length, cfg.max_new_tokens, cfg.batch_size) == (1024, 256, 16)
     for cfg in (demo, t4, gpu):
         assert (cfg.lora_rank, cfg.lora_alpha, cfg.galore_rank, cfg.galore_scale) == (16, 32, 128, 0.25)
         assert (cfg.epochs, cfg.split_seed, cfg.seed) == (1, 0, 0)
@@ -38,7 +41,7 @@ def test_unknown_profile_is_refused_with_the_known_ones():
         ("lora_rank", True, "use a whole number"),
         ("lora_learning_rate", 0.0, "use more than 0.0, at most 1.0"),
         ("galore_scale", float("nan"), "out of range"),
-        ("schedule", "exponential", "use cosine, linear, constant"),
+        ("lr_scheduler", "exponential", "use cosine, linear, constant"),
         ("study", "../other", "is no folder name"),
         ("study", "n" * 300, "has 300 bytes: a study's name has at most 200"),
         ("study", "\u6f22" * 100, "has 300 bytes"),
@@ -93,9 +96,9 @@ def test_text_that_is_no_number_is_refused_by_name():
 
 def test_run_hash_covers_mathematics_and_not_the_machine():
     cfg = config.resolve("demo")
-    assert cfg.run_hash("qlora") == cfg.replace(micro_batch=1, device="cpu", max_seconds=5).run_hash("qlora")
+    assert cfg.run_hash("qlora") == cfg.replace(micro_batch_size=1, device="cpu", max_seconds=5).run_hash("qlora")
     assert cfg.run_hash("qlora") != cfg.run_hash("galore")
-    for change in ({"seed": 1}, {"lora_rank": 8}, {"train_rows": 32}, {"sequences_per_step": 4}):
+    for change in ({"seed": 1}, {"lora_rank": 8}, {"train_rows": 32}, {"batch_size": 4}):
         assert cfg.run_hash("qlora") != cfg.replace(**change).run_hash("qlora")
 
 
@@ -113,3 +116,34 @@ def test_differences_name_each_field_that_differs():
 def test_import_does_not_load_torch():
     code = "import sys, peftlib, peftlib.core.config, peftlib.core.env; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_first_editions_names_are_taken_with_a_warning():
+    with pytest.warns(FutureWarning, match="'micro_batch' is now called 'micro_batch_size'"):
+        cfg = config.resolve("demo", micro_batch=2, sequences_per_step=4)
+    assert (cfg.micro_batch_size, cfg.batch_size) == (2, 4)
+    with pytest.warns(FutureWarning):
+        assert config.from_text("save_every", "7") == 7
+    with pytest.warns(FutureWarning):
+        assert cfg.replace(schedule="linear").lr_scheduler == "linear"
+    with pytest.raises(ConfigError, match="'log_every' is now called 'logging_steps', and both are set"):
+        config.resolve("demo", log_every=1, logging_steps=2)
+
+
+def test_a_study_of_the_first_edition_is_read_under_todays_names():
+    folder = PACKAGE.parent / "results" / "reference"
+    frozen = frozen_of(folder / "config.json")
+    assert frozen["config"]["batch_size"] == 16
+    for path in (folder / "records").glob("*.json"):
+        assert records.read(path)["config"]["galore_update_interval"] == 200
+
+
+def test_hashes_are_those_of_the_first_edition():
+    """Taken at cab2098, before settings were renamed: a standing study's checkpoints and notebooks are known by them."""
+    found = {(p, m): config.resolve(p).run_hash(m) for p in ("demo", "t4") for m in ("qlora", "galore")}
+    assert found == {
+        ("demo", "qlora"): "7b544b7f9108",
+        ("demo", "galore"): "0fd0e3a911ed",
+        ("t4", "qlora"): "d680d972b6ce",
+        ("t4", "galore"): "260ebc7a35f0",
+    }

@@ -21,7 +21,7 @@ def deprecations_are_errors():
 
 @pytest.mark.parametrize("method, checkpointing", [("qlora", "on"), ("galore", "offload"), ("full", "off")])
 def test_training_and_answering_call_nothing_deprecated(make_study, method, checkpointing):
-    study = make_study(max_steps=1, checkpointing=checkpointing)
+    study = make_study(max_steps=1, activation_checkpointing=checkpointing)
     TrainingRun(study, method, log=lambda line: None).train()
     model = load_model(study, method, 0, device="cpu", dtype=torch.float32)
     prompts = [[2, 30, 31, 32], [2, 33]]

@@ -123,7 +123,7 @@ def test_how_it_was_trained_is_the_records(finished, tmp_path):
         f"| seconds | {record['train_seconds']:,.0f} of training",
         f"| peak memory | {record['peak_memory_bytes'] / 2**30:.2f} GiB |",
         "lora_rank 4",
-        "sequences_per_step 2",
+        "batch_size 2",
     ):
         assert shown in card
     assert "galore_rank" not in card

@@ -125,7 +125,7 @@ def _train(method):
     def train(root):
         from peftlib.train.loop import TrainingRun
 
-        cfg = Study.existing(NAME).cfg.replace(precision="fp32", device="cpu", micro_batch=2, log_every=1)
+        cfg = Study.existing(NAME).cfg.replace(precision="fp32", device="cpu", micro_batch_size=2, logging_steps=1)
         record = TrainingRun(Study.open(cfg), method, **_QUIET).train()
         return record["status"], record["steps"], [entry["loss"] for entry in record["history"]], record["train_loss"]
 

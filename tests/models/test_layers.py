@@ -91,7 +91,7 @@ def test_recomputing_changes_nothing(prepared, method, checkpointing):
     model, cfg = prepared(method)
     batches = [rows([40, 25, 30]).batch([[0], [1, 2]], "cpu")]
     one, kept = loss_and_gradients(model, batches, "bf16")
-    checkpoint_layers(model, cfg.replace(checkpointing=checkpointing))
+    checkpoint_layers(model, cfg.replace(activation_checkpointing=checkpointing))
     two, recomputed = loss_and_gradients(model, batches, "bf16")
     assert one == two
     for name in kept:
@@ -100,8 +100,10 @@ def test_recomputing_changes_nothing(prepared, method, checkpointing):
 
 def test_offloading_with_dropout_is_refused(prepared):
     model, cfg = prepared("qlora")
-    with pytest.raises(Exception, match="checkpointing='offload' with lora_dropout=0.1: use checkpointing='on'"):
-        checkpoint_layers(model, cfg.replace(checkpointing="offload", lora_dropout=0.1))
+    with pytest.raises(
+        Exception, match="activation_checkpointing='offload' with lora_dropout=0.1: use activation_checkpointing='on'"
+    ):
+        checkpoint_layers(model, cfg.replace(activation_checkpointing="offload", lora_dropout=0.1))
 
 
 def overflowing():

@@ -45,7 +45,7 @@ def test_a_choice_moves_the_numbers_it_should(fresh):
 
     plain = costs_of()
     assert costs_of(galore_weights="bf16")["galore"].memory_gib < plain["galore"].memory_gib
-    assert costs_of(optimizer_bits=8)["galore"].memory_gib < plain["galore"].memory_gib
+    assert costs_of(moment_bits=8)["galore"].memory_gib < plain["galore"].memory_gib
     assert costs_of(lora_rank=64)["qlora"].memory_gib > plain["qlora"].memory_gib
     assert costs_of(lora_rank=64)["galore"].memory_gib == plain["galore"].memory_gib
     assert costs_of(galore_rank=256)["hybrid"].memory_gib > plain["hybrid"].memory_gib
@@ -58,7 +58,7 @@ def test_a_choice_moves_the_numbers_it_should(fresh):
     "choices, words",
     [
         ({"lora_rank": 0}, "lora_rank=0 is out of range: use 1 or more (columns of each adapter)"),
-        ({"optimizer_bits": 16}, "optimizer_bits=16 is not allowed: use 8, 32"),
+        ({"moment_bits": 16}, "moment_bits=16 is not allowed: use 8, 32"),
         ({"train_rows": "many"}, "train_rows='many' is a str: use a whole number (rows a source)"),
         ({"max_length": 32768, "model": "google/gemma-3-1b-it", "memory_gib": 1.0}, "the least is"),
     ],
@@ -79,17 +79,17 @@ def test_a_rank_larger_than_a_layer_refuses_the_methods_that_need_it_by_the_trai
 
 def test_where_nothing_fits_it_says_what_to_change(fresh):
     small = CARDS["t4"].__class__(2.0, 65, 320, "fp16", "Small")
-    found = costs.forecast(resolve("t4", micro_batch=16), "small card", small, shape=SHAPES["gemma-3-1b"])
+    found = costs.forecast(resolve("t4", micro_batch_size=16), "small card", small, shape=SHAPES["gemma-3-1b"])
     assert not any(cost.fits for cost in found.costs)
     assert "on a small card with 2.0 GiB: the least is" in found.refusal
-    assert "Set micro_batch to 0, lower max_length (now 1024), or take a smaller model" in found.refusal
+    assert "Set micro_batch_size to 0, lower max_length (now 1024), or take a smaller model" in found.refusal
     too_wide = resolve("t4", lora_rank=10**6, galore_rank=10**6, apollo_rank=10**6)
     found = costs.forecast(too_wide, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"])
     assert [cost.method for cost in found.costs if cost.fits] == ["full"]
 
 
 def test_a_set_micro_batch_is_what_is_planned_for():
-    shape, cfg = SHAPES["gemma-3-1b"], resolve("t4", micro_batch=2, checkpointing="on")
+    shape, cfg = SHAPES["gemma-3-1b"], resolve("t4", micro_batch_size=2, activation_checkpointing="on")
     found = costs.forecast(cfg, "t4", CARDS["t4"], shape=shape)
     set_plan = plan.estimate(shape, "qlora", cfg, precision="fp16", micro_batch=2, checkpointing="on")
     assert found.costs[0].memory_gib == set_plan.total / plan.GIB and found.costs[0].micro_batch == 2

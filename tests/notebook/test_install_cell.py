@@ -34,7 +34,8 @@ PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"
 COLAB = {
     canonicalize_name(name): version
     for name, _, version in (
-        line.partition("==") for line in (CHECKOUT / "tests/kernels/colab-packages.txt").read_text(encoding="utf-8").split("\n")
+        line.partition("==")
+        for line in (CHECKOUT / "tests/kernels/colab-packages.txt").read_text(encoding="utf-8").split("\n")
     )
     if version
 }

@@ -134,7 +134,7 @@ def test_finish_refuses_a_path_that_is_not_there_unless_the_work_was_stopped(stu
 def test_state_covers_what_changes_results_and_nothing_else(study):
     cfg = study.cfg
     state = notebook.state_hash("02_qlora", cfg)
-    assert state == notebook.state_hash("02_qlora", cfg.replace(micro_batch=1, max_seconds=5, study="other"))
+    assert state == notebook.state_hash("02_qlora", cfg.replace(micro_batch_size=1, max_seconds=5, study="other"))
     others = [cfg.replace(seed=1), cfg.replace(lora_rank=8), cfg.replace(test_rows=1)]
     assert state not in [notebook.state_hash("02_qlora", other) for other in others]
     assert state != notebook.state_hash("03_galore", cfg)
@@ -224,3 +224,7 @@ def _said(client, code):
 
     reply = client.execute_interactive(code, allow_stdin=True, timeout=60, output_hook=hear)
     return reply["content"]["status"], "".join(heard)
+
+
+def test_a_notebooks_state_is_the_first_editions():
+    assert notebook.state_hash("02_qlora", resolve("t4")) == "810aefb2f37a"

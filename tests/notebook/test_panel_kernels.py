@@ -10,7 +10,7 @@ from front_end import INSTALLED, OTHERS, FrontEnd, started
 from peftlib.core import record as records
 from peftlib.storage.checkpoint import CheckpointDir
 
-STEPS = {"epochs": 3, "valid_every": 4}  # 18 steps
+STEPS = {"epochs": 3, "eval_steps": 4}  # 18 steps
 # A step of known length, so that there is time to press the button.
 OPEN = """
 import os, time, torch

@@ -126,14 +126,14 @@ def test_every_choice_of_the_form_is_answered(page):
         ("train_rows", 5),
         ("max_length", 512),
         ("epochs", 2),
-        ("sequences_per_step", 4),
+        ("batch_size", 4),
         ("lora_rank", 2),
         ("galore_rank", 4),
     ):
         page.change(name, value=value)
         assert f"{name} = {value}" in page.html()
     for name, label, line in (
-        ("optimizer_bits", "8", "optimizer_bits = 8"),
+        ("moment_bits", "8", "moment_bits = 8"),
         ("galore_weights", "bf16", "galore_weights = &#x27;bf16&#x27;"),
     ):
         page.pick(name, label)

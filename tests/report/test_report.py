@@ -322,10 +322,10 @@ def test_trained_but_never_evaluated_study_has_a_report(small):
 
 def test_runs_that_were_not_matched_are_named(small):
     record = fake_study.record_of("galore", train_tokens=99, evaluation=None)
-    record["config"] = {**record["config"], "sequences_per_step": 4, "galore_rank": 8}
+    record["config"] = {**record["config"], "batch_size": 4, "galore_rank": 8}
     fake_study.write_record(small, record)
     notes = report.build(small).notes
-    assert "sequences_per_step: 8 (qlora (seed 0)); 4 (galore (seed 0))" in notes
+    assert "batch_size: 8 (qlora (seed 0)); 4 (galore (seed 0))" in notes
     assert "train_tokens: 31,234 (qlora (seed 0)); 99 (galore (seed 0))" in notes
     assert not any("galore_rank" in note for note in notes)  # a setting of one method alone
     assert "Not matched between runs" in small.report_path.read_text(encoding="utf-8")

@@ -84,7 +84,7 @@ def test_hours_come_from_the_studys_own_rows(make_study):
     assert hours.study_tokens(study.cfg.replace(epochs=3), manifest)[0] == pytest.approx(3 * total)
     steps = study.cfg.replace(max_steps=1)
     n_rows = sum(manifest["counts"]["train"].values())
-    assert hours.study_tokens(steps, manifest)[0] == pytest.approx(total / n_rows * steps.sequences_per_step)
+    assert hours.study_tokens(steps, manifest)[0] == pytest.approx(total / n_rows * steps.batch_size)
     said = "\n".join(plan_cli.lines("t4", None, {}, study))
     assert f"{n_rows} training rows of" in said
 

@@ -42,21 +42,21 @@ FIELDS = {
     "test_rows": 1,
     "max_length": 400,
     "max_new_tokens": 4,
-    "sequences_per_step": 4,
-    "micro_batch": 2,
+    "batch_size": 4,
+    "micro_batch_size": 2,
     "epochs": 2,
     "lora_rank": 4,
     "lora_dropout": 0.1,
     "galore_rank": 8,
-    "galore_update_gap": 5,
-    "optimizer_bits": 8,
+    "galore_update_interval": 5,
+    "moment_bits": 8,
     "precision": "fp32",
     "device": "cpu",
     "workers": 1,
-    "log_every": 1,
-    "save_every": 1,
-    "save_stall": 0.0,
-    "valid_every": 3,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "max_save_overhead": 0.0,
+    "eval_steps": 3,
 }
 
 
@@ -211,7 +211,7 @@ class Chaos:
             return "copying to the remote"
         last = (self._log_of(method).read_text().splitlines() or [""])[-1]
         step = int(last.split()[1].split("/")[0]) if last.startswith("step ") else 0
-        if "validation" not in last and step and step % FIELDS["valid_every"] == 0:
+        if "validation" not in last and step and step % FIELDS["eval_steps"] == 0:
             return "validating"
         return "in a step"
 

@@ -19,7 +19,7 @@ STEPS = 20
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_losses_are_those_of_the_golden_history(make_study, method):
-    study = make_study(max_steps=STEPS, epochs=10, valid_every=10, galore_update_gap=7)
+    study = make_study(max_steps=STEPS, epochs=10, eval_steps=10, galore_update_interval=7)
     record = TrainingRun(study, method, log=lambda line: None).train()
     found = {
         "split_hash": study.manifest()["split_hash"],

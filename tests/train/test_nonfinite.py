@@ -75,7 +75,7 @@ CASES = [
 
 @pytest.mark.parametrize("method, precision, step", CASES)
 def test_an_inf_gradient_stops_the_run_before_it_changes_anything(make_study, method, precision, step):
-    study = make_study(save_every=2, precision=precision)
+    study = make_study(save_steps=2, precision=precision)
     run = run_of(study, method)
     name = spoil_gradient(run, LEAVES[method], step)
     seen, one = [], run._step
@@ -187,7 +187,7 @@ def test_an_inf_in_a_pass_for_bases_alone_is_found():
 @pytest.mark.parametrize("at", [2, 6], ids=["checkpoint", "final weights"])
 @pytest.mark.parametrize("what", ["weight", "moment"])
 def test_what_is_not_finite_is_not_saved_but_named(make_study, at, what):
-    study = make_study(save_every=1)
+    study = make_study(save_steps=1)
     run = run_of(study, "lora")
     one = run._step
     name, weight = list(models.trainable(run.model).items())[3]
@@ -218,7 +218,7 @@ def test_a_validation_loss_that_is_nan_is_recorded_as_unknown_and_told(make_stud
             figures.loss_curves([vars(snapshot)])
 
     looker = Looker()
-    run = run_of(make_study(valid_every=2, max_steps=2, log_to="tensorboard"), "qlora", lines)
+    run = run_of(make_study(eval_steps=2, max_steps=2, report_to="tensorboard"), "qlora", lines)
     record = run.train([looker])
     assert record["status"] == "ok" and record["valid_history"] == [{"step": 2, "valid_loss": None}]
     assert "step 2/2  validation loss is nan: recorded as unknown" in lines
@@ -251,7 +251,7 @@ def rates_of(record):
 
 def test_a_run_goes_on_at_lower_rates_from_its_checkpoint_and_says_so(make_study):
     straight = rates_of(run_of(make_study(study="straight"), "qlora").train())
-    fields = {"study": "diverged", "save_every": 1}
+    fields = {"study": "diverged", "save_steps": 1}
     assert "resume_rate_factor 0.3" in failing(make_study(**fields), at=3)
     lowered = make_study(**fields, resume_rate_factor=0.25, max_seconds=1e-9)
     lines = []

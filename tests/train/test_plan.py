@@ -41,7 +41,9 @@ def test_less_memory_never_gives_a_larger_plan():
 
 
 def test_a_card_too_small_for_any_plan_is_refused_with_the_least_that_would_do():
-    with pytest.raises(ConfigError, match=r"full does not fit 2\.0 GiB in any way: the least is micro_batch=1.*Lower"):
+    with pytest.raises(
+        ConfigError, match=r"full does not fit 2\.0 GiB in any way: the least is micro_batch_size=1.*Lower"
+    ):
         plan.choose(SHAPE_1B, "full", config.resolve("t4"), precision="fp16", device_bytes=2 * plan.GIB)
     rows = plan.table(SHAPE_1B, config.resolve("t4"), precision="fp16", device_bytes=4 * plan.GIB)
     assert {row["method"]: row["fits"] for row in rows}["full"] is False

@@ -33,7 +33,7 @@ def watched(study, *watchers):
 
 def test_a_watcher_sees_each_step_it_wants_and_the_end(make_study):
     looker = Looker()
-    record, lines = watched(make_study(log_every=100, valid_every=4, save_every=2), looker)
+    record, lines = watched(make_study(logging_steps=100, eval_steps=4, save_steps=2), looker)
     assert [seen.step for seen in looker.seen] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert [seen.status for seen in looker.seen] == ["running"] * 7 + ["ok"]
     assert sum("loss" in line and "validation" not in line for line in lines) == 1  # its wishes bring no log lines
@@ -70,7 +70,7 @@ def test_a_watcher_that_raises_is_told_once_and_dropped(make_study, method):
         raise RuntimeError("no such colour")
 
     setattr(broken, method, fail)
-    record, lines = watched(make_study(log_every=100), broken, whole)
+    record, lines = watched(make_study(logging_steps=100), broken, whole)
     assert record["status"] == "ok" and broken.is_dropped and not whole.is_dropped
     assert [line for line in lines if "Looker" in line] == [
         "Looker failed (RuntimeError: no such colour) and is left out; training goes on"

@@ -38,7 +38,7 @@ CASES = [
 
 @pytest.mark.parametrize("method, precisions", CASES)
 def test_a_run_goes_on_in_any_other_precision(make_study, method, precisions):
-    fields = {"max_steps": len(precisions), "epochs": 2, "galore_update_gap": 2, "max_seconds": 1e-9}
+    fields = {"max_steps": len(precisions), "epochs": 2, "galore_update_interval": 2, "max_seconds": 1e-9}
     lines = []
     for at, precision in enumerate(precisions, start=1):
         run, record = one_step(make_study(precision=precision, **fields), method, lines)
@@ -62,7 +62,7 @@ def test_a_run_goes_on_in_any_other_precision(make_study, method, precisions):
 
 
 def test_light_weights_and_moments_go_on_in_another_precision_as_they_were(make_study):
-    fields = {"galore_weights": "bf16", "optimizer_bits": 8, "max_steps": 2, "max_seconds": 1e-9}
+    fields = {"galore_weights": "bf16", "moment_bits": 8, "max_steps": 2, "max_seconds": 1e-9}
     lines = []
     run, _ = one_step(make_study(precision="bf16", **fields), "galore", lines)
     kept = {name: p.detach().clone() for name, p in models.trainable(run.model).items()}

@@ -36,7 +36,7 @@ def test_every_fault_leaves_the_newest_whole_checkpoint():
 @pytest.fixture(scope="module")
 def studies(tiny_model, tmp_path_factory):
     """Two studies of the same command: one never stopped, one killed in 02, and in 04 with its disk."""
-    fields = {**TINY, "model": tiny_model, "test_rows": 6, "eval_batch": 1, "epochs": 4, "save_every": 1}
+    fields = {**TINY, "model": tiny_model, "test_rows": 6, "eval_batch_size": 1, "epochs": 4, "save_steps": 1}
     command = [sys.executable, "-m", "peftlib", "run", "--profile", "demo", "--study", "tiny"]
     command += [f for name, value in fields.items() for f in ("-p", name, str(value))]
 

@@ -5,7 +5,7 @@ from peftlib.train.schedule import StepPlan, pack
 
 
 def test_each_epoch_takes_every_row_once():
-    plan = StepPlan(rows=21, sequences_per_step=4, epochs=2, seed=0)
+    plan = StepPlan(rows=21, batch_size=4, epochs=2, seed=0)
     for epoch in range(2):
         taken = [row for i in range(plan.steps_per_epoch) for row in plan.rows_of(epoch * plan.steps_per_epoch + i)]
         assert sorted(taken) == list(range(21))
@@ -18,7 +18,7 @@ def test_order_depends_on_the_seed_alone():
 
 
 def test_max_steps_cuts_the_plan():
-    plan = StepPlan(rows=64, sequences_per_step=8, epochs=1, seed=0, max_steps=3)
+    plan = StepPlan(rows=64, batch_size=8, epochs=1, seed=0, max_steps=3)
     assert plan.steps == 3
     with pytest.raises(IndexError, match="step 3 of 3"):
         plan.rows_of(3)

@@ -13,9 +13,9 @@ NAMES = {"loss", "loss_smoothed", "learning_rate", "tokens_per_second", "memory_
 STEPS = list(range(1, 13))
 
 
-def cut_and_gone_on(make_study, log_to):
+def cut_and_gone_on(make_study, report_to):
     """The study and record of a run that dies in step 6 of 12, two steps after its last checkpoint, and is run again."""
-    study = make_study(epochs=2, save_every=4, valid_every=5, log_to=log_to)
+    study = make_study(epochs=2, save_steps=4, eval_steps=5, report_to=report_to)
     run = TrainingRun(study, "qlora", log=lambda line: None)
     step = run._step
     run._step = lambda: step() if run.progress.step < 6 else 1 / 0
@@ -61,14 +61,14 @@ def test_an_absent_package_is_told_before_the_model_is_loaded(make_study, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("peftlib.train.loop.load_base", lambda *args, **settings: pytest.fail("the model was loaded"))
     with pytest.raises(
-        ConfigError, match="log_to='trackio': the package trackio is not installed.*pip install trackio"
+        ConfigError, match="report_to='trackio': the package trackio is not installed.*pip install trackio"
     ):
-        TrainingRun(make_study(log_to="trackio"), "qlora", log=lambda line: None)
+        TrainingRun(make_study(report_to="trackio"), "qlora", log=lambda line: None)
 
 
 def test_another_place_to_log_to_is_refused_in_words(make_study):
-    with pytest.raises(ConfigError, match=r"log_to='wandb' is not allowed: use '' \(none\), tensorboard, trackio"):
-        make_study(log_to="wandb")
+    with pytest.raises(ConfigError, match=r"report_to='wandb' is not allowed: use '' \(none\), tensorboard, trackio"):
+        make_study(report_to="wandb")
 
 
 def test_nothing_is_logged_unless_asked(make_study):
@@ -79,7 +79,7 @@ def test_nothing_is_logged_unless_asked(make_study):
 
 def test_a_log_that_cannot_be_written_does_not_end_training(make_study, monkeypatch):
     lines = []
-    run = TrainingRun(make_study(log_to="tensorboard"), "qlora", log=lines.append)
+    run = TrainingRun(make_study(report_to="tensorboard"), "qlora", log=lines.append)
 
     def full(self, step, numbers):
         raise OSError("no space")

@@ -49,7 +49,7 @@ FAST = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_frozen_weights_stay_and_the_loss_falls_on_repeated_rows(make_study, method):
-    study = make_study(epochs=8, schedule="constant", **FAST)
+    study = make_study(epochs=8, lr_scheduler="constant", **FAST)
     run = TrainingRun(study, method, log=lambda line: None)
     frozen = {name: p.detach().clone() for name, p in run.model.named_parameters() if not p.requires_grad}
     record = run.train()
@@ -85,7 +85,7 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop_at", [1, 4])
 def test_a_resumed_run_is_bit_equal_to_one_never_stopped(make_study, monkeypatch, method, stop_at):
-    fields = {"lora_dropout": 0.1, "epochs": 2, "valid_every": 2, "save_every": 3}
+    fields = {"lora_dropout": 0.1, "epochs": 2, "eval_steps": 2, "save_steps": 3}
     whole = make_study(study="whole", **fields)
     _, straight = trained(whole, method)
     cut = make_study(study="cut", **fields)
@@ -110,8 +110,8 @@ def test_a_resumed_run_is_bit_equal_to_one_never_stopped(make_study, monkeypatch
 
 def test_micro_batches_change_nothing_but_rounding(make_study):
     a, b = (
-        make_study(study="a", sequences_per_step=4, micro_batch=4),
-        make_study(study="b", sequences_per_step=4, micro_batch=1),
+        make_study(study="a", batch_size=4, micro_batch_size=4),
+        make_study(study="b", batch_size=4, micro_batch_size=1),
     )
     one, many = trained(a, "galore")[1], trained(b, "galore")[1]
     for x, y in zip(one["history"], many["history"], strict=True):
@@ -164,7 +164,7 @@ def test_a_study_of_another_config_is_refused_with_its_fields(make_study):
     with pytest.raises(StudyError, match=r"max_new_tokens: 6 -> 7.*choose another study name"):
         Study.open(study.cfg.replace(max_new_tokens=7))
     assert study.config_path.read_bytes() == before
-    Study.open(study.cfg.replace(seed=3, micro_batch=1))  # seeds and run-time fields are free
+    Study.open(study.cfg.replace(seed=3, micro_batch_size=1))  # seeds and run-time fields are free
 
 
 def test_training_before_data_is_refused(make_study):
@@ -188,7 +188,7 @@ def test_a_method_or_rank_that_cannot_be_is_refused(make_study, method, fields, 
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, monkeypatch):
-    study = make_study(save_every=2)
+    study = make_study(save_steps=2)
     run = TrainingRun(study, "qlora", log=lambda line: None)
     gradients = Stepper.gradients
     spoil = lambda *args, **kw: gradients(*args, **kw) * (float("nan") if run.progress.step == 3 else 1)
@@ -201,8 +201,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, mo
 
 
 def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, monkeypatch):
-    plain = make_study(study="plain", sequences_per_step=4, micro_batch=2)
-    short = make_study(study="short", sequences_per_step=4, micro_batch=4)
+    plain = make_study(study="plain", batch_size=4, micro_batch_size=2)
+    short = make_study(study="short", batch_size=4, micro_batch_size=4)
     trained(plain, "galore")
     lines = []
     run = TrainingRun(short, "galore", log=lines.append)
@@ -210,19 +210,19 @@ def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, m
 
     def full_card(loss):
         backward(loss)
-        if run.placement.micro_batch == 4:
+        if run.placement.micro_batch_size == 4:
             raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(run.accelerator, "backward", full_card)
     run.train()
-    assert any("going on with micro_batch=2" in line for line in lines)
+    assert any("going on with micro_batch_size=2" in line for line in lines)
     assert_equal_weights(kept_weights(plain, "galore"), kept_weights(short, "galore"))
 
 
 def test_a_full_disk_is_refused_before_the_first_step(make_study, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match="GiB free, keep_checkpoints=1 needs .* GiB: free some space"):
+    with pytest.raises(CheckpointError, match="GiB free, save_total_limit=1 needs .* GiB: free some space"):
         TrainingRun(make_study(), "galore", log=lambda line: None).train()
 
 
@@ -254,8 +254,8 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
     record = run.train()
     assert record["skipped_steps"] == 1 and record["status"] == "ok"
     assert record["placement"] == {
-        "micro_batch": run.placement.micro_batch,
-        "checkpointing": "off",
+        "micro_batch_size": run.placement.micro_batch_size,
+        "activation_checkpointing": "off",
         "is_compiled": False,
     }
     assert [entry["grad_norm"] is None for entry in record["history"]].count(True) == 1
@@ -284,7 +284,7 @@ def test_the_record_is_json_with_every_promised_field(make_study):
 
 
 def test_a_card_that_one_row_does_not_fit_recomputes_then_names_the_ways_out(make_study, monkeypatch):
-    study = make_study(sequences_per_step=2, micro_batch=2)
+    study = make_study(batch_size=2, micro_batch_size=2)
     lines = []
     run = TrainingRun(study, "galore", log=lines.append)
 
@@ -292,14 +292,16 @@ def test_a_card_that_one_row_does_not_fit_recomputes_then_names_the_ways_out(mak
         raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(run.accelerator, "backward", full_card)
-    with pytest.raises(ConfigError, match="does not fit this GPU even with micro_batch=1 and checkpointing=on: lower"):
+    with pytest.raises(
+        ConfigError, match="does not fit this GPU even with micro_batch_size=1 and activation_checkpointing=on: lower"
+    ):
         run.train()
-    assert ["micro_batch=1, checkpointing=off" in line for line in lines].count(True) == 1
-    assert ["micro_batch=1, checkpointing=on" in line for line in lines].count(True) == 1
+    assert ["micro_batch_size=1, activation_checkpointing=off" in line for line in lines].count(True) == 1
+    assert ["micro_batch_size=1, activation_checkpointing=on" in line for line in lines].count(True) == 1
 
 
 def test_a_checkpoint_of_other_layers_is_refused(make_study, monkeypatch):
-    study = make_study(save_every=2, max_seconds=1e-6)
+    study = make_study(save_steps=2, max_seconds=1e-6)
     TrainingRun(study, "hybrid", log=lambda line: None).train()
     run = TrainingRun(study, "hybrid", log=lambda line: None)
     monkeypatch.setattr("peftlib.train.loop.layer_table", lambda model: [{"layer": "q_proj", "class": "Other"}])
@@ -372,10 +374,12 @@ def test_another_session_in_the_same_study_is_refused_and_nothing_is_lost(make_s
 def test_another_plan_or_device_goes_on_and_says_so(make_study):
     trained(make_study(max_steps=4, max_seconds=1e-9), "qlora")
     lines = []
-    study = make_study(max_steps=4, micro_batch=1)
+    study = make_study(max_steps=4, micro_batch_size=1)
     record = TrainingRun(study, "qlora", log=lines.append).train()
     assert record["status"] == "ok"
-    assert any("was made with plan micro_batch=2" in line and "here it is micro_batch=1" in line for line in lines)
+    assert any(
+        "was made with plan micro_batch_size=2" in line and "here it is micro_batch_size=1" in line for line in lines
+    )
 
 
 class Late(torch.Tensor):
@@ -391,9 +395,9 @@ class Late(torch.Tensor):
 clock = types.SimpleNamespace(now=0.0, device_until=0.0)
 
 
-@pytest.mark.parametrize("valid_every", [100, 2])
+@pytest.mark.parametrize("eval_steps", [100, 2])
 def test_the_speed_counts_every_wait_and_does_not_depend_on_log_lines_or_validation(
-    make_study, monkeypatch, valid_every
+    make_study, monkeypatch, eval_steps
 ):
     clock.now = clock.device_until = 0.0
     monkeypatch.setattr("time.monotonic", lambda: clock.now)
@@ -412,8 +416,8 @@ def test_the_speed_counts_every_wait_and_does_not_depend_on_log_lines_or_validat
     monkeypatch.setattr(Stepper, "gradients", gradients)
     monkeypatch.setattr("peftlib.train.loop.mean_loss", mean_loss)
     records_ = []
-    for log_every in (1, 50):
-        study = make_study(study=f"every{log_every}", log_every=log_every, valid_every=valid_every)
+    for logging_steps in (1, 50):
+        study = make_study(study=f"every{logging_steps}", logging_steps=logging_steps, eval_steps=eval_steps)
         run = TrainingRun(study, "lora", log=lambda line: None)
         records_.append(run.train())
     often, seldom = records_
@@ -436,7 +440,7 @@ def test_time_between_steps_counts_and_saving_and_validation_do_not(make_study, 
     monkeypatch.setattr("peftlib.train.loop.mean_loss", taking(100.0, lambda *args, **settings: 1.0))
     monkeypatch.setattr("peftlib.storage.saver.Saver.save", taking(1000.0, lambda *args, **settings: None))
     monkeypatch.setattr(Stepper, "gradients", taking(2.0, Stepper.gradients))
-    run = TrainingRun(make_study(valid_every=2, save_every=1), "lora", log=taking(0.5, lambda line: None))
+    run = TrainingRun(make_study(eval_steps=2, save_steps=1), "lora", log=taking(0.5, lambda line: None))
     record = run.train()
     assert record["train_seconds"] == pytest.approx(6 * (2.0 + 0.5))
 
@@ -456,7 +460,7 @@ def test_the_record_is_written_before_what_is_optional_and_does_not_depend_on_it
 
 
 def test_final_weights_are_on_the_disk_with_their_folder_before_a_checkpoint_goes(make_study, monkeypatch):
-    study, events = make_study(max_steps=3, save_every=2), []
+    study, events = make_study(max_steps=3, save_steps=2), []
     real_sync, real_replace, real_remove = os.fsync, os.replace, CheckpointDir.remove
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), real_sync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (real_replace(a, b), events.append(f"rename {b}")))
