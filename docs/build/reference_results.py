@@ -19,7 +19,8 @@ from peftlib.export.redact import public_config, public_model, without_folders
 from reference_numbers import bootstrap, interval
 from peftlib.report.results import gib
 from peftlib.evaluation.results import BASE, BASE_CUT
-from peftlib.core.study import METHOD_ORDER, Study
+from peftlib.core.study import Study
+from peftlib.methods import BASE, METHODS
 
 FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
 FIRST_LOOK_TOKENS = 96  # the limit of answers in the first look of this project's plan, whose scores are quoted
@@ -231,7 +232,7 @@ def _over_seeds(found):
 def _cells(runs, seeds, *, lacking):
     """[{'method', 'seed', 'status', 'reason'}, ...] of every run that the study should have."""
     made = []
-    for method in METHOD_ORDER:
+    for method in (BASE, *METHODS):
         by_seed = {run.record["seed"]: run for run in runs.get(method, [])}
         for seed in (0,) if method == BASE else seeds:
             run = by_seed.get(seed)

@@ -222,16 +222,8 @@ class Study:
         return require_shape(read_json(self.manifest_path), _MANIFEST, self.manifest_path)
 
     def records(self):
-        """[record, ...] of every run in the folder, base first, then in the order of METHOD_ORDER and seed."""
+        """[record, ...] of every run in the folder, by method's name and seed."""
         found = []
         for path in sorted((self.folder / "records").glob("*.json")):
             found.append(records.read(path))
-        return sorted(found, key=lambda kept: (method_rank(kept["method"]), kept["method"], kept["seed"]))
-
-
-METHOD_ORDER = ("base", "qlora", "galore", "hybrid", "lora", "full", "apollo")
-
-
-def method_rank(method):
-    """Where a method stands in tables and figures; unknown ones last."""
-    return METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+        return sorted(found, key=lambda kept: (kept["method"], kept["seed"]))

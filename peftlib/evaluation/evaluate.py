@@ -134,7 +134,7 @@ def _add_rounding(study, record, *, log):
     first step. It is beside the point of an evaluation: where it cannot be measured as the rest was, that stays as it is.
     """
     done, method = record["evaluation"], record["method"]
-    layers = registry.find(method).FOUR_BIT if method in registry.METHODS else ()
+    layers = registry.find(method).four_bit if method in registry.METHODS else ()
     device = resolve_device(study.cfg.device)
     dtype, precision, _ = evaluation_dtype(device)
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
@@ -251,5 +251,5 @@ def _merged_folder(study, method, seed):
 
 def trained_methods(study):
     """Names of the methods with a finished run of this session's seed, in the study's order."""
-    found = study.records()
+    found = sorted(study.records(), key=lambda record: registry.study_order(record["method"]))
     return [r["method"] for r in found if r["method"] != "base" and r["seed"] == study.cfg.seed and r["status"] == "ok"]

@@ -9,9 +9,9 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import sha256
 from peftlib.core.record import read as read_record
 from peftlib.core.record import require_fields
-from peftlib.core.study import method_rank
 from peftlib.evaluation import forgetting, metrics
 from peftlib.evaluation.predictions import lines_of, parsed, wrong
+from peftlib.methods import study_order
 
 BASE = "base"
 BASE_CUT = "base (cut)"  # base's answers cut at the median reference length
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ScoredStudy:
-    """test_rows in file order; runs in the order of METHOD_ORDER and seed; base_cut: RowScores or None."""
+    """test_rows in file order; runs in study order and by seed; base_cut: RowScores or None."""
 
     test_rows: list
     references: list
@@ -141,7 +141,7 @@ def read_records(study, split_hash):
         found[key] = path, record
     _same_split({str(study.manifest_path): split_hash, **{str(path): r["split_hash"] for path, r in found.values()}})
     records = [record for _, record in found.values()]
-    return sorted(records, key=lambda record: (method_rank(record["method"]), record["method"], record["seed"]))
+    return sorted(records, key=lambda record: (study_order(record["method"]), record["seed"]))
 
 
 def _checked_record(path):

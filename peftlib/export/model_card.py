@@ -23,19 +23,7 @@ _WHAT = {
     "merged": "One standalone model in bf16: 4-bit matrices dequantized, adapters merged in float32, then rounded.",
     "gguf": "One GGUF file for llama.cpp and Ollama, converted by llama.cpp's script from the merged model in bf16.",
 }
-_METHODS = {
-    "qlora": "QLoRA (arXiv:2305.14314): LoRA adapters on the seven projections of each layer, the rest frozen, the "
-    "projections in 4 bits (NF4, double quantization)",
-    "lora": "LoRA (arXiv:2106.09685): adapters on the seven projections of each layer, the rest frozen in 16 bits",
-    "galore": "GaLore (arXiv:2403.03507): the seven projections of each layer, Adam's moments in a low-rank view of each "
-    "gradient; norms by AdamW, the tied embedding frozen",
-    "hybrid": "a layer-wise hybrid: LoRA adapters on the three MLP projections over NF4 weights (arXiv:2305.14314), the "
-    "four attention projections in full by GaLore (arXiv:2403.03507), the rest frozen",
-    "full": "full fine-tuning: everything but the tied embedding, by 8-bit AdamW",
-    "apollo": "APOLLO (arXiv:2412.05270): everything but the tied embedding, gradients scaled by a random projection",
-}
 _OWN_FILE = "the user's own file, licence unknown"
-_OPTIONS = {"lora_learning_rate": "lora_", "galore_learning_rate": "galore_", "apollo_learning_rate": "apollo_"}
 _MATCHED = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio", "weight_decay")
 _MATCHED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
 
@@ -112,7 +100,7 @@ def _notice(manifest):
 
 
 def _what_lines(record, form):
-    yield f"{_WHAT[form]} Method: {_METHODS[record['method']]}."
+    yield f"{_WHAT[form]} Method: {find(record['method']).description}."
     yield ""
     yield f"Base model: {markdown_text(public_model(record['model']))} ({record['model_provenance']})."
     if record["model_provenance"] == PROVENANCE:
@@ -144,7 +132,7 @@ def _data_lines(manifest):
 
 def _training_lines(record):
     config, peak = record["config"], gib(record["peak_memory_bytes"])
-    rates, second = find(record["method"]).RATES, record["learning_rate_2"]
+    rates, second = find(record["method"]).rates, record["learning_rate_2"]
     norms = f", other weights {second:g}" if second and len(rates) == 1 else ""
     facts = {
         "steps": f"{record['steps']:,} of {record['planned_steps']:,}",
@@ -165,16 +153,11 @@ def _training_lines(record):
     yield ""
     matched = ", ".join(f"{name} {config[name]}" for name in _MATCHED if name in config)
     yield f"Settings that every method of the study shares: {matched}."
-    own = ", ".join(f"{name} {value}" for name, value in config.items() if _is_of(record["method"], name))
+    own = ", ".join(f"{name} {value}" for name, value in config.items() if name in find(record["method"]).settings)
     if own:
         yield f"The method's own: {own}."
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     yield f"Versions: {versions}. All settings: `study/config.json`; the whole run: `study/record.json`."
-
-
-def _is_of(method, name):
-    prefixes = [_OPTIONS[rate] for rate in find(method).RATES if rate in _OPTIONS]
-    return name.startswith(tuple(prefixes)) and not name.endswith("_learning_rate") if prefixes else False
 
 
 def _count(value):

@@ -1,12 +1,9 @@
 """APOLLO: SGD's memory, AdamW's steps (Zhu et al. 2024, arXiv:2412.05270)."""
 
 from peftlib.methods.galore import train_projections_and_norms
+from peftlib.methods.spec import MethodSpec
 from peftlib.models.base import PROJECTIONS, named_weights, trainable
 from peftlib.optim.apollo import ApolloAdamW
-
-FOUR_BIT = ()
-TRAINS = {"apollo": PROJECTIONS}
-RATES = ("apollo_learning_rate",)
 
 
 def prepare(model, cfg):
@@ -31,3 +28,18 @@ def build_optimizer(model, cfg):
         max_grad_norm=cfg.max_grad_norm,
         seed=cfg.seed,
     )
+
+
+SPEC = MethodSpec(
+    name="apollo",
+    label="APOLLO",
+    description="APOLLO (arXiv:2412.05270): everything but the tied embedding, gradients scaled by a random projection",
+    colors=("#6b4a10", "#f0b050"),
+    marker="P",
+    four_bit=(),
+    trains={"apollo": PROJECTIONS},
+    rates=("apollo_learning_rate",),
+    settings=("apollo_rank", "apollo_scale", "galore_update_interval"),
+    prepare=prepare,
+    build_optimizer=build_optimizer,
+)

@@ -1,12 +1,9 @@
 """Full fine-tuning, everything but the embedding, by AdamW with 8-bit moments."""
 
 from peftlib.methods.galore import train_projections_and_norms
+from peftlib.methods.spec import MethodSpec
 from peftlib.models.base import PROJECTIONS, trainable
 from peftlib.optim.adamw import adamw_8bit
-
-FOUR_BIT = ()
-TRAINS = {"full": PROJECTIONS}
-RATES = ("full_learning_rate",)
 
 
 def prepare(model, cfg):
@@ -23,3 +20,18 @@ def build_optimizer(model, cfg):
         lr=cfg.full_learning_rate,
         max_grad_norm=cfg.max_grad_norm,
     )
+
+
+SPEC = MethodSpec(
+    name="full",
+    label="full fine-tuning",
+    description="full fine-tuning: everything but the tied embedding, by 8-bit AdamW",
+    colors=("#c875a4", "#b968a0"),
+    marker="v",
+    four_bit=(),
+    trains={"full": PROJECTIONS},
+    rates=("full_learning_rate",),
+    settings=(),
+    prepare=prepare,
+    build_optimizer=build_optimizer,
+)

@@ -2,12 +2,9 @@
 
 import torch
 
+from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec
 from peftlib.models.base import PROJECTIONS, named_weights, trainable
 from peftlib.optim.galore import GaLoreAdamW
-
-FOUR_BIT = ()
-TRAINS = {"galore": PROJECTIONS}
-RATES = ("galore_learning_rate",)
 
 
 def prepare(model, cfg):
@@ -57,3 +54,19 @@ def train_in(dtype, weights):
     for p in weights.values():
         p.data = p.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
         p.requires_grad_(True)
+
+
+SPEC = MethodSpec(
+    name="galore",
+    label="GaLore",
+    description="GaLore (arXiv:2403.03507): the seven projections of each layer, Adam's moments in a low-rank view of each "
+    "gradient; norms by AdamW, the tied embedding frozen",
+    colors=("#d55e00", "#d55e00"),
+    marker="s",
+    four_bit=(),
+    trains={"galore": PROJECTIONS},
+    rates=("galore_learning_rate",),
+    settings=GALORE_SETTINGS,
+    prepare=prepare,
+    build_optimizer=build_optimizer,
+)

@@ -2,11 +2,8 @@
 
 from peftlib.methods.galore import optimizer, train_in
 from peftlib.methods.qlora import with_adapters
+from peftlib.methods.spec import GALORE_SETTINGS, LORA_SETTINGS, MethodSpec
 from peftlib.models.base import ATTENTION, MLP, named_weights, trainable
-
-FOUR_BIT = MLP
-TRAINS = {"adapters": MLP, "galore": ATTENTION}
-RATES = ("lora_learning_rate", "galore_learning_rate")
 
 
 def prepare(model, cfg):
@@ -22,3 +19,19 @@ def build_optimizer(model, cfg):
     attention = named_weights(model, ATTENTION)
     adapters = [p for name, p in trainable(model).items() if name not in attention]
     return optimizer(cfg, attention.values(), {"params": adapters, "lr": cfg.lora_learning_rate})
+
+
+SPEC = MethodSpec(
+    name="hybrid",
+    label="hybrid",
+    description="a layer-wise hybrid: LoRA adapters on the three MLP projections over NF4 weights (arXiv:2305.14314), the "
+    "four attention projections in full by GaLore (arXiv:2403.03507), the rest frozen",
+    colors=("#009e73", "#009e73"),
+    marker="D",
+    four_bit=MLP,
+    trains={"adapters": MLP, "galore": ATTENTION},
+    rates=("lora_learning_rate", "galore_learning_rate"),
+    settings=(*LORA_SETTINGS, *GALORE_SETTINGS),
+    prepare=prepare,
+    build_optimizer=build_optimizer,
+)

@@ -1,14 +1,10 @@
 """QLoRA: adapters on a frozen 4-bit model (Dettmers et al. 2023, arXiv:2305.14314)."""
 
 from peftlib.core.errors import ConfigError
-from peftlib.methods import require_rank
+from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
 from peftlib.models.base import PROJECTIONS, core, named_weights, peft_calls, trainable
 from peftlib.models.layers import fuse_adapters
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
-
-FOUR_BIT = PROJECTIONS
-TRAINS = {"adapters": PROJECTIONS}
-RATES = ("lora_learning_rate",)
 
 
 def prepare(model, cfg):
@@ -64,3 +60,19 @@ def with_adapters(model, cfg, targets):
         p.data = p.data.float()  # PiSSA and DoRA take the base's 16 bits, which would lose small updates
     fuse_adapters(adapted)
     return adapted
+
+
+SPEC = MethodSpec(
+    name="qlora",
+    label="QLoRA",
+    description="QLoRA (arXiv:2305.14314): LoRA adapters on the seven projections of each layer, the rest frozen, the "
+    "projections in 4 bits (NF4, double quantization)",
+    colors=("#0072b2", "#0072b2"),
+    marker="o",
+    four_bit=PROJECTIONS,
+    trains={"adapters": PROJECTIONS},
+    rates=("lora_learning_rate",),
+    settings=LORA_SETTINGS,
+    prepare=prepare,
+    build_optimizer=build_optimizer,
+)

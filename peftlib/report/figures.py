@@ -8,9 +8,9 @@ import math
 import numpy as np
 from matplotlib.patheffects import withStroke
 
-from peftlib.core.study import method_rank
+from peftlib.methods import study_order
 from peftlib.report.chart import Chart, add_axes, dress, empty, legend, title
-from peftlib.report.palette import LIGHT, MARKERS, OTHER_MARKER
+from peftlib.report.palette import LIGHT, marker_of
 
 _MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
 _RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
@@ -36,7 +36,7 @@ def loss_curves(records, theme=LIGHT):
             axes.plot(steps, smoothed(losses), color=color, linewidth=1.7, label=label)
             said.append(f"{_run_name(record)} {losses[0]:.2f} to {losses[-1]:.2f}")
         if valid:
-            marker = MARKERS.get(method, OTHER_MARKER)
+            marker = marker_of(method)
             points = {"marker": marker, "color": color, "markeredgecolor": theme.paper, "linestyle": "none"}
             axes.plot(*zip(*valid), **points, label=None if history else label)
             said.append(f"{_run_name(record)} {valid[-1][1]:.2f} on validation rows")
@@ -127,7 +127,7 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
             peak_gib[method],
             found.value,
             yerr=_spans(found),
-            marker=MARKERS.get(method, OTHER_MARKER),
+            marker=marker_of(method),
             markersize=9,
             capsize=4,
             linestyle="none",
@@ -260,7 +260,7 @@ def _order(record):
 
 
 def _method_order(method):
-    return method_rank(method.removesuffix(" (cut)")), method
+    return study_order(method.removesuffix(" (cut)")), method
 
 
 def _is_number(value):

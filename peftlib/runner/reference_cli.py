@@ -6,7 +6,8 @@ from pathlib import Path
 
 from peftlib.core.config import from_text
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.study import METHOD_ORDER, Study
+from peftlib.core.study import Study
+from peftlib.methods import BASE, METHODS
 from peftlib.runner.suite import PRECISION_CHECKED, Settings, run
 
 _ABOUT = (
@@ -43,7 +44,7 @@ def _parser():
     add("--profile", default="gpu", help="demo, t4 or gpu; default: gpu")
     add("--source", action="append", metavar="NAME=FILE[,TESTFILE]", help="as `data` has it; once for each source")
     add("-p", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="any setting")
-    add("--methods", nargs="+", default=list(METHOD_ORDER), help=f"default: {' '.join(METHOD_ORDER)}")
+    add("--methods", nargs="+", default=[BASE, *METHODS], help=f"default: {' '.join((BASE, *METHODS))}")
     add("--seeds", default="0,1,2", help="of every method but base; default: 0,1,2")
     add("--factors", default="0.3,1,3", help="of the learning rates that a sweep tries, or none; default: 0.3,1,3")
     add("--sweep-rows", type=int, default=1500, help="training rows of each trial; default: 1500")
@@ -72,9 +73,9 @@ def settings_of(args):
     given |= {"sources": "; ".join(args.source)} if args.source else {}
     given |= {name: from_text(name, text) for name, text in args.p}
     methods = tuple(name for part in args.methods for name in part.replace(",", " ").split())
-    strange = [name for name in methods if name not in METHOD_ORDER]
+    strange = [name for name in methods if name not in (BASE, *METHODS)]
     if strange or not methods:
-        raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(METHOD_ORDER)}")
+        raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join((BASE, *METHODS))}")
     if args.at_once < 1 or args.minutes < 0:
         raise ConfigError(f"--at-once {args.at_once}, --minutes {args.minutes:g}: use positive numbers")
     settings = Settings(

@@ -35,7 +35,7 @@ def note_session(run, state):
     if state.get("precision", run.precision) != run.precision:
         four_bit = "; 4-bit weights are quantized from that, alike where the model's files hold 16 bits"
         run.log(
-            f"frozen weights are read in {run.precision}{four_bit if run.method.FOUR_BIT else ''}; trained weights and "
+            f"frozen weights are read in {run.precision}{four_bit if run.method.four_bit else ''}; trained weights and "
             "optimizer state stay as they were"
         )
 

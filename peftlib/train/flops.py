@@ -14,7 +14,7 @@ def flops_per_token(shape, method, *, length):
     of it. 2 per multiply-add; a projection runs forward and back to its input, a trained one also to its weight; the
     frozen head forward and back; attention forward and twice that back.
     """
-    whole = {leaf for kind, leaves in method.TRAINS.items() if kind != "adapters" for leaf in leaves}
+    whole = {leaf for kind, leaves in method.trains.items() if kind != "adapters" for leaf in leaves}
     projections = sum(
         2 * rows * columns * (3 if leaf in whole else 2)
         for leaf in PROJECTIONS

@@ -63,11 +63,11 @@ class TrainingRun:
         self.memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
         self.tokenizer = data.open_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
-        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.FOUR_BIT)
+        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.four_bit)
         self.model = self.method.prepare(base, self.cfg)
         run_in_autocast(core(self.model), self.device, self.precision)
-        if self.method.FOUR_BIT:
-            guard_four_bit(self.model, self.method.FOUR_BIT)
+        if self.method.four_bit:
+            guard_four_bit(self.model, self.method.four_bit)
         self.checkpoints = CheckpointDir(
             study.checkpoint_dir(method, self.cfg.seed),
             keep=self.cfg.save_total_limit,
@@ -168,8 +168,8 @@ class TrainingRun:
                 self.checkpoints.base = compact.BaseWeights(cfg.model)
         resume.begin(self)
         self.saver.start(self.progress.step)
-        if self.method.FOUR_BIT:
-            guard_four_bit(self.model, self.method.FOUR_BIT)
+        if self.method.four_bit:
+            guard_four_bit(self.model, self.method.four_bit)
         outcome.describe(self, self._peak_rates)
         saving.require_space(self)
 

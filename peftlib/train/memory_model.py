@@ -185,7 +185,7 @@ class _Counts:
     def __init__(self, shape, method, cfg):
         self.shape, self.method, self.cfg = shape, method, cfg
         self.moment_bytes = cfg.moment_bits // 8
-        self.kinds = method.TRAINS  # {kind of training: projections}
+        self.kinds = method.trains  # {kind of training: projections}
         self.adapter_numbers = shape.layers * sum(
             cfg.lora_rank * (rows + columns) for rows, columns in shape.matrices(self.kinds.get("adapters", ()))
         )
@@ -197,7 +197,7 @@ class _Counts:
         trained = {leaf for leaves in self.whole.values() for leaf in leaves}
         for leaf in PROJECTIONS:
             ((rows, columns),) = self.shape.matrices([leaf])
-            if leaf in self.method.FOUR_BIT:
+            if leaf in self.method.four_bit:
                 # 4 bits, an 8-bit scale for each 64 and the fused layers' float32 copy of it
                 each = 0.5 + 1 / 64 + 4 / 64
             else:

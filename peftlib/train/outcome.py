@@ -43,7 +43,7 @@ def keep_weights(run):
         "method": run.name,
         "model": run.cfg.model,
         **{name: run.record[name] for name in ("model_sha256", "model_revision")},
-        "four_bit": list(run.method.FOUR_BIT),
+        "four_bit": list(run.method.four_bit),
         "precision": run.precision,
         "run_hash": run.cfg.run_hash(run.name),
         "split_hash": run.manifest["split_hash"],

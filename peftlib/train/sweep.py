@@ -30,7 +30,7 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
         raise ConfigError("valid_rows=0: a sweep is scored on validation rows, so build the data with some")
     if not factors or min(factors) <= 0:
         raise ConfigError(f"factors={factors!r}: use positive numbers")
-    fields = methods.find(method).RATES
+    fields = methods.find(method).rates
     study.freeze()
     steps = max(1, rows // cfg.batch_size)
     tried = []

@@ -258,14 +258,14 @@ def _adapter(bench, folder):
         def save_pretrained(self, folder):
             """Nothing that this benchmark reads."""
 
-    base = load_base(bench.args.model, precision=bench.dtype, device=bench.device, four_bit=qlora.FOUR_BIT)
+    base = load_base(bench.args.model, precision=bench.dtype, device=bench.device, four_bit=qlora.SPEC.four_bit)
     model = qlora.prepare(base, config.resolve("demo"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 1e-3)
-    facts = {"model": str(bench.args.model), "four_bit": list(qlora.FOUR_BIT), "precision": bench.dtype}
+    facts = {"model": str(bench.args.model), "four_bit": list(qlora.SPEC.four_bit), "precision": bench.dtype}
     return save_trained(model, NoTokenizer(), folder, facts)
 
 

@@ -137,7 +137,7 @@ def build(setting):
         "gpu", model=str(FOLDER), activation_checkpointing=setting["checkpointing"], **setting["fields"]
     )
     method = methods.find(setting["method"])
-    base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.FOUR_BIT)
+    base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.four_bit)
     model = method.prepare(base, cfg)
     checkpoint_layers(model, cfg)
     is_compiled, _ = compiled.resolve(setting["compile"], device, steps=10**6)

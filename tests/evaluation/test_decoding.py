@@ -140,7 +140,7 @@ def test_a_row_that_does_not_fit_alone_is_a_named_error(monkeypatch):
 def unmerged(tiny_model, precision):
     """A 4-bit model with adapters that say something, as training leaves it."""
     cfg = resolve("demo", lora_rank=4)
-    base = load_base(str(tiny_model), precision=precision, device="cpu", four_bit=qlora.FOUR_BIT)
+    base = load_base(str(tiny_model), precision=precision, device="cpu", four_bit=qlora.SPEC.four_bit)
     model = qlora.prepare(base, cfg)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def prepared(tiny_model):
         )
         found = methods.find(method)
         torch.manual_seed(0)
-        base = models.load_base(str(tiny_model), precision=precision, device="cpu", four_bit=found.FOUR_BIT)
+        base = models.load_base(str(tiny_model), precision=precision, device="cpu", four_bit=found.four_bit)
         model = found.prepare(base, cfg)
         for name, p in models.trainable(model).items():
             if "lora_B" in name:

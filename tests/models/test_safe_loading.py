@@ -55,8 +55,8 @@ def made(tiny_model, tmp_path_factory):
     cfg = config.resolve("demo", model=str(tiny_model), lora_rank=4, galore_rank=8)
     for name in ("lora", "hybrid", "galore"):
         method = methods.find(name)
-        base = load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=method.FOUR_BIT)
-        facts = {"model": str(tiny_model), "four_bit": list(method.FOUR_BIT), "precision": "fp32"}
+        base = load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=method.four_bit)
+        facts = {"model": str(tiny_model), "four_bit": list(method.four_bit), "precision": "fp32"}
         found[name] = save_trained(method.prepare(base, cfg), tiny.tokenizer(), folder / name, facts)
     return found
 

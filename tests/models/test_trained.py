@@ -101,7 +101,7 @@ def test_a_model_trained_in_fp16_runs_in_every_precision(trained, method, dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_untrained_model_is_rounded_as_a_method_holds_it(trained, precision, dtype):
     _, folder, study = trained("qlora", precision=precision, lora_learning_rate=1e-30)
-    rounded = load_rounded(study.cfg.model, qlora.FOUR_BIT, precision=precision, device="cpu", dtype=dtype)
+    rounded = load_rounded(study.cfg.model, qlora.SPEC.four_bit, precision=precision, device="cpu", dtype=dtype)
     assert torch.equal(logits(rounded), logits(load_trained(folder, dtype=dtype)))  # adapters that did not move
 
 

@@ -91,7 +91,7 @@ def test_one_matrix_comes_as_the_models_files_hold_it(tiny_model, tmp_path):
 @pytest.mark.parametrize("method, fields", [("qlora", {}), ("lora", {}), ("lora", {"lora_use_dora": True})])
 def test_a_merged_layer_gives_what_the_adapter_gives_beside_it(tiny_model, method, fields):
     cfg = config.resolve("demo", model=str(tiny_model), lora_rank=4, **fields)
-    base = models.load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=find(method).FOUR_BIT)
+    base = models.load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=find(method).four_bit)
     name, layer = lesson.first_adapted(find(method).prepare(base, cfg))
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(5, layer.in_features)

@@ -11,10 +11,10 @@ from peftlib.report import figures, palette
 
 def test_each_method_has_its_own_colour_and_marker():
     methods = ("base", "qlora", "galore", "hybrid", "lora", "full", "apollo")
-    assert len({palette.MARKERS[m] for m in methods}) == len(methods)
+    assert len({palette.marker_of(m) for m in methods}) == len(methods)
     for theme in palette.THEMES.values():
         assert len({theme.color_of(m) for m in methods}) == len(methods)
-        assert theme.color_of("a new one") == theme.other and theme.other not in theme.colors.values()
+        assert theme.color_of("a new one") == theme.other and theme.other not in theme.colors().values()
 
 
 def test_charts_without_data_say_so():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from peftlib.methods import METHODS
 from peftlib.report import figures
-from peftlib.report.palette import DARK, LIGHT, MARKERS, THEMES
+from peftlib.report.palette import DARK, LIGHT, THEMES
 
 # From linear RGB to what is seen without one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1).
 SEEN = {
@@ -50,20 +51,20 @@ def test_the_ratio_is_wcags():
 
 
 def test_every_colour_has_a_contrast_of_three_with_the_paper_and_text_one_of_seven(theme):
-    for method, color in {**theme.colors, "other": theme.other}.items():
+    for method, color in {**theme.colors(), "other": theme.other}.items():
         assert contrast(color, theme.paper) >= 3, (theme.name, method)
     assert contrast(theme.ink, theme.paper) >= 7
 
 
 @pytest.mark.parametrize("cones", SEEN)
 def test_every_two_methods_can_be_told_apart_with_every_colour_blindness(theme, cones):
-    for one, other in itertools.combinations(theme.colors, 2):
-        apart = np.linalg.norm(lab(theme.colors[one], cones) - lab(theme.colors[other], cones))
+    for one, other in itertools.combinations(theme.colors(), 2):
+        apart = np.linalg.norm(lab(theme.colors()[one], cones) - lab(theme.colors()[other], cones))
         assert apart > 15, (theme.name, one, other, apart)
 
 
 def test_a_method_keeps_its_colour_or_at_least_its_hue_and_both_themes_name_the_same_methods():
-    assert LIGHT.colors.keys() == DARK.colors.keys() >= MARKERS.keys()
+    assert LIGHT.colors().keys() == DARK.colors().keys() >= {"base", *METHODS}
     for method in ("qlora", "galore", "hybrid"):
         assert LIGHT.color_of(method) == DARK.color_of(method)
 

@@ -56,7 +56,7 @@ def test_a_run_goes_on_in_any_other_precision(make_study, method, precisions):
     assert all(change["at"] for change in record["changes"])
     assert any("made with precision bf16, here it is fp16: going on, not bit for bit" in line for line in lines)
     four_bit = [line for line in lines if "4-bit weights are quantized from that" in line]
-    assert bool(four_bit) == bool(methods.find(method).FOUR_BIT)
+    assert bool(four_bit) == bool(methods.find(method).four_bit)
     said = list(changes.sentences(record))
     assert said[0].startswith(f"{method} (seed 0) went on in fp16 from step 1 on (before: bf16)")
 

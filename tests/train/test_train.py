@@ -78,7 +78,7 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
         assert (name in trains) == wanted, name
     assert all(p.dtype == torch.float32 for p in models.trainable(run.model).values())
     four_bit = {row["layer"].split(".")[0] for row in models.layer_table(run.model) if row["dtype"] == "nf4"}
-    assert four_bit == set(run.method.FOUR_BIT)
+    assert four_bit == set(run.method.four_bit)
     assert not any("lm_head" in row["layer"] and row["dtype"] == "nf4" for row in models.layer_table(run.model))
 
 

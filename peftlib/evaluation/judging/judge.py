@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from peftlib.core.errors import JudgeError, Stopped, StudyError
 from peftlib.core.interrupts import interrupts
-from peftlib.core.study import method_rank
+from peftlib.methods import study_order
 
 RUBRIC = """\
 You compare two answers to the last user turn of a conversation. Judge only what is written, by these points, the first
@@ -118,7 +118,7 @@ def in_order(methods):
     """The two methods in the study's order, so that a pair has one file. StudyError: not two different ones."""
     if len(set(methods)) != 2 or len(methods) != 2:
         raise StudyError(f"a judge compares two different methods, not {' and '.join(methods) or 'none'}")
-    return tuple(sorted(methods, key=lambda method: (method_rank(method), method)))
+    return tuple(sorted(methods, key=study_order))
 
 
 def cases_of(rows, answers_a, answers_b, *, n_rows=0):

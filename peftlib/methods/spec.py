@@ -1,0 +1,71 @@
+"""What a method is, in one object: training, planner, report, model card and command line read it from here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peftlib.core.errors import ConfigError
+
+BASE = "base"  # the untrained model, which tables show first
+
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "lora_use_rslora", "lora_use_dora")
+GALORE_SETTINGS = ("galore_rank", "galore_update_interval", "galore_scale", "galore_weights", "galore_on_refresh")
+
+_registry = {}
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One way to fine-tune a model.
+
+    name: in commands, files and tables. label: in prose. description: one phrase for model cards, with its paper.
+    colors: hex, on light and on dark paper. marker: matplotlib's.
+    four_bit: projections that are held in NF4. trains: {how ("adapters", "galore", "apollo" or "full"): projections},
+    which the memory model counts. rates: its learning rates in the config. settings: its other own fields there.
+    prepare(model, cfg): the model with what trains switched on.
+    build_optimizer(model, cfg): an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf).
+    """
+
+    name: str
+    label: str
+    description: str
+    colors: tuple[str, str]
+    marker: str
+    four_bit: tuple[str, ...]
+    trains: dict[str, tuple[str, ...]]
+    rates: tuple[str, ...]
+    settings: tuple[str, ...]
+    prepare: Callable
+    build_optimizer: Callable
+
+
+def register(spec):
+    """Make a method known everywhere, last in the study order; returns it. ConfigError: the name is taken."""
+    if spec.name == BASE or spec.name in _registry:
+        raise ConfigError(f"method={spec.name!r} exists already: choose another name")
+    _registry[spec.name] = spec
+    return spec
+
+
+def methods():
+    """{name: MethodSpec} in study order; live, so what is registered later shows too."""
+    return _registry
+
+
+def find(name):
+    """The MethodSpec of a name. ConfigError: no such method."""
+    if name not in _registry:
+        raise ConfigError(f"method={name!r} is unknown: use {', '.join(_registry)}")
+    return _registry[name]
+
+
+def study_order(name):
+    """A sort key by method: the base first, then as registered, unknown names last and by name."""
+    names = (BASE, *_registry)
+    return (names.index(name) if name in names else len(names), name)
+
+
+def require_rank(field, rank, shapes):
+    """ConfigError: the rank that `field` sets is above the shorter side of one of the (rows, columns) in shapes."""
+    shortest = min(min(shape) for shape in shapes)
+    if rank > shortest:
+        raise ConfigError(f"{field}={rank} is larger than a layer: use 1..{shortest}")
