@@ -300,3 +300,12 @@ class TrainingRun:
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, allocated)
         if reserved is not None:
             self.progress.peak_reserved_bytes = max(self.progress.peak_reserved_bytes or 0, reserved)
+
+
+def run_training(study, method, *, log=print, watchers=()):
+    """Train one method of a study to its end, or go on with a run that was cut; returns its record.
+
+    study: a Study whose data stand. method: a name in METHODS. log: called with each line of progress.
+    Errors: as TrainingRun and TrainingRun.train.
+    """
+    return TrainingRun(study, method, log=log).train(watchers)
