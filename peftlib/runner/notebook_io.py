@@ -14,6 +14,7 @@ from peftlib.core.paths import PACKAGE
 from peftlib.notebook.session import last_words
 
 SIZE_LIMIT_BYTES = 500_000
+FAILED = "failed"  # of a notebook's endings; notebook.session has the others
 _WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
 _OUTPUT = {"output_type": str, "data?": {}}
 _SHAPE = {"cells": [{"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}], "metadata": {}}
