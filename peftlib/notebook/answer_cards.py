@@ -3,12 +3,19 @@
 Colours mix with the page's own text colour, so that no theme needs to be known. All texts are escaped.
 """
 
+import difflib
 import html
+import re
+import unicodedata
+from itertools import groupby
 
+from peftlib.evaluation import rouge
 from peftlib.notebook.answers import METRICS
-from peftlib.notebook.worddiff import SAME, marked
 from peftlib.report.palette import LIGHT
 
+SAME, OTHER = "same", "other"
+_ASCII_WORD = re.compile(r"[A-Za-z0-9]+")
+_EMPTY = '<span class="pl-note">(empty)</span>'
 _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 # Blue and orange differ with every common colour blindness; the lines below say the same without colour.
 STYLE = """<style>
@@ -40,14 +47,8 @@ def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit
     reference = answers.references[at]
     cards = [_card("reference", "", "what the data hold", _cut(reference, limit))]
     for name in names:
-        cards.append(
-            _card(
-                name,
-                theme.color_of(answers.method_of(name)),
-                _facts(answers, at, name, against),
-                _answer(answers.runs[name].answers[at], reference, limit, is_marked),
-            )
-        )
+        body = _answer(answers.runs[name].answers[at], reference, limit, is_marked)
+        cards.append(_card(name, theme.color_of(answers.method_of(name)), _facts(answers, at, name, against), body))
     return f'{head}{_prompt(answers.prompts[at], limit)}<div class="pl-cards">{"".join(cards)}</div>'
 
 
@@ -62,7 +63,7 @@ def answer_card(name, color, facts, text):
 
 
 class StaticRows:
-    """HTML for a notebook, and the same in short for who reads plain text."""
+    """HTML for a notebook, and the same in short for readers of plain text."""
 
     def __init__(self, parts, text):
         self._parts, self._text = parts, text
@@ -82,9 +83,6 @@ def side_by_side(questions, answers):
         parts.append(f'<b>{html.escape(question)}</b><div class="pl-cards">{"".join(cards)}</div>')
         said.append("\n".join([f"> {question}", *(f"{name}: {texts[at]}" for name, texts in answers.items())]))
     return StaticRows(parts, "\n\n".join(said))
-
-
-_EMPTY = '<span class="pl-note">(empty)</span>'
 
 
 def _card(name, color, facts, body):
@@ -137,3 +135,45 @@ def _cut(text, limit):
 def _rest(text, limit):
     rest = 0 if limit is None else len(text) - limit
     return f' <span class="pl-note">... ({rest:,} more characters)</span>' if rest > 0 else ""
+
+
+def marked(answer, reference):
+    """[(SAME or OTHER, text), ...] whose texts join to the answer.
+
+    Words are ROUGE's (any script, case and punctuation do not count); what stands between two words belongs to the
+    one before it. Longest common runs first (difflib), so that a phrase stays in one piece.
+    """
+    spans, wanted = _spans(answer), [_key(reference[a:b]) for a, b in _spans(reference)]
+    own = [_key(answer[a:b]) for a, b in spans]
+    blocks = difflib.SequenceMatcher(None, wanted, own, autojunk=False).get_matching_blocks()
+    shared = {at for block in blocks for at in range(block.b, block.b + block.size)}
+    starts = [0, *(a for a, _ in spans[1:])] if spans else []
+    ends = [*starts[1:], len(answer)]
+    words = [(SAME if at in shared else OTHER, answer[a:b]) for at, (a, b) in enumerate(zip(starts, ends))]
+    if not words and answer:
+        return [(OTHER, answer)]
+    return [(kind, "".join(text for _, text in run)) for kind, run in groupby(words, key=lambda word: word[0])]
+
+
+def _key(word):
+    return unicodedata.normalize("NFC", word).lower()
+
+
+def _spans(text):
+    """[(start, end), ...] of the words in a text."""
+    if text.isascii():
+        return [found.span() for found in _ASCII_WORD.finditer(text)]
+    spans, start = [], None
+    for at, character in enumerate(text):
+        kind = rouge.kind_of(character)
+        if kind == "letter" or (kind == "mark" and start is not None):
+            start = at if start is None else start
+            continue
+        if start is not None:
+            spans.append((start, at))
+            start = None
+        if kind == "unspaced":
+            spans.append((at, at + 1))
+        elif kind == "mark" and spans and spans[-1][1] == at:
+            spans[-1] = spans[-1][0], at + 1
+    return spans if start is None else [*spans, (start, len(text))]

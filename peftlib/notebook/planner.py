@@ -1,4 +1,4 @@
-"""The study form: what a choice costs on a GPU before anything is trained, for who can click and for who cannot.
+"""The study form: what a choice of settings costs on a GPU before anything is trained.
 
 It changes nothing: it shows the lines for the parameters cell, and the command, that make a choice real.
 """
@@ -11,23 +11,13 @@ from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
 from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.gpus import CARDS, SHAPES, card_at_hand, find_card, shape_of
 from peftlib.core.study import Study
+from peftlib.notebook.widgets import can_click, look
 from peftlib.report.document import folded, plain
-from peftlib.runner import plan_cli
-from peftlib.train import costs
-from peftlib.train.hours import duration
+from peftlib.train import estimate
 
-CHOICES = (
-    "model",
-    "train_rows",
-    "max_length",
-    "epochs",
-    "batch_size",
-    "lora_rank",
-    "galore_rank",
-    "moment_bits",
-    "galore_weights",
-)
-COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")
+CHOICES = ("model", "train_rows", "max_length", "epochs", "batch_size")
+CHOICES += ("lora_rank", "galore_rank", "moment_bits", "galore_weights")
+COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")  # of the table
 _WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one
 _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind in ("it", "pt")))
 
@@ -36,23 +26,21 @@ _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind
 class Answer:
     """What the form says to some choices.
 
-    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: costs.Forecast, or None where the
+    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None where the
     model's shape is not to be had. remarks: what else to know, a line each, but for the forecast's own notes.
     """
 
     refused: str = ""
     cfg: Config | None = None
-    forecast: costs.Forecast | None = None
+    forecast: estimate.Forecast | None = None
     remarks: list = field(default_factory=list)
 
 
 def study_form(study, *, is_interactive=None):
-    """What a notebook cell shows: widgets to try choices on, or the plan of the study's config as a DataFrame.
+    """Show in a cell: widgets to try choices on, or the plan of the study's config as a DataFrame.
 
     study: as notebook.setup gives it. is_interactive: None finds out whether somebody is there to click.
     """
-    from peftlib.notebook.session import can_click
-
     if can_click() if is_interactive is None else is_interactive:
         return _widgets(study)
     return _static(study)
@@ -71,7 +59,7 @@ def answer(study, choices, card_name=None):
         shape = shape_of(cfg.model)
     except ModelError as error:
         return Answer(cfg=cfg, remarks=[*remarks, f"costs unknown: {error}"])
-    found = costs.forecast(cfg, name, card, shape=shape, manifest=_manifest(study, cfg))
+    found = estimate.forecast(cfg, name, card, shape=shape, manifest=_manifest(study, cfg))
     return Answer(refused=found.refusal, cfg=cfg, forecast=found, remarks=remarks)
 
 
@@ -88,7 +76,8 @@ def command(cfg):
 
 def table(forecast):
     """[{column of COLUMNS: text}, ...], a row a method."""
-    return [dict(zip(COLUMNS, _texts(cost, forecast.gib), strict=True)) for cost in forecast.costs]
+    rows = map(estimate.cells, forecast.costs)
+    return [dict(zip(COLUMNS, (*row[:3], f"{forecast.gib:.1f}", *row[3:]), strict=True)) for row in rows]
 
 
 def as_html(found):
@@ -143,21 +132,14 @@ def _set(cfg):
     return {name: value for name, value in vars(cfg).items() if value != plain[name]}
 
 
-def _texts(cost, gib):
-    method, fits, memory, micro_batch, recompute, rate, _, mark = plan_cli.cells(cost)
-    time = duration(*(3600 * hours for hours in cost.hours)) if cost.hours else ""
-    return method, fits, memory, f"{gib:.1f}", micro_batch, recompute, rate, time, mark
-
-
 def _html_table(forecast):
     head = "".join(f"<th>{column}</th>" for column in ("method", "fits", "memory", *COLUMNS[4:]))
-    head = f"<tr>{head}</tr>"
-    rows = []
+    rows = [f"<tr>{head}</tr>"]
     for cost, row in zip(forecast.costs, table(forecast), strict=True):
         bar = _bar(cost.memory_gib / forecast.gib, f"{row['GiB']} of {row['of GiB']} GiB")
         cells = "".join(f"<td>{html.escape(row[column])}</td>" for column in COLUMNS[4:])
         rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{bar}</td>{cells}</tr>")
-    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{head}{"".join(rows)}</table>'
+    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{"".join(rows)}</table>'
 
 
 def _bar(share, text):
@@ -179,13 +161,13 @@ def _static(study):
 
 
 def _widgets(study):
-    import ipywidgets
+    import ipywidgets as w
 
-    inputs = {name: _input(ipywidgets, name, getattr(study.cfg, name)) for name in CHOICES}
+    inputs = {name: _input(w, name, getattr(study.cfg, name)) for name in CHOICES}
     here = card_at_hand()
     names = [(f"{name} (here)" if here and name == here[0] else name, name) for name in CARDS]
-    gpu = ipywidgets.Dropdown(options=names, value=here[0] if here else _WITHOUT_GPU, **_look("GPU"))
-    shown = ipywidgets.HTML()
+    gpu = w.Dropdown(description="GPU", options=names, value=here[0] if here else _WITHOUT_GPU, **look("25em", "12em"))
+    shown = w.HTML()
 
     def show(change=None):
         choices = {name: widget.value for name, widget in inputs.items()}
@@ -194,19 +176,14 @@ def _widgets(study):
     for widget in (*inputs.values(), gpu):
         widget.observe(show, "value")
     show()
-    layout = ipywidgets.Layout(flex_flow="row wrap")
-    return ipywidgets.VBox([ipywidgets.HBox([gpu, *inputs.values()], layout=layout), shown])
+    return w.VBox([w.HBox([gpu, *inputs.values()], layout={"flex_flow": "row wrap"}), shown])
 
 
-def _input(ipywidgets, name, value):
+def _input(w, name, value):
+    given = {"description": name, "value": value, **look("25em", "12em")}
     choices = Config.__dataclass_fields__[name].metadata["choices"]
     if choices:
-        return ipywidgets.Dropdown(options=choices, value=value, **_look(name))
+        return w.Dropdown(options=choices, **given)
     if name == "model":
-        options = tuple(dict.fromkeys((value, *_MODELS)))
-        return ipywidgets.Combobox(options=options, value=value, continuous_update=False, **_look(name))
-    return ipywidgets.IntText(value=value, **_look(name))  # unbounded: the config's own words refuse what cannot be
-
-
-def _look(name):
-    return {"description": name, "style": {"description_width": "12em"}, "layout": {"width": "25em"}}
+        return w.Combobox(options=tuple(dict.fromkeys((value, *_MODELS))), continuous_update=False, **given)
+    return w.IntText(**given)  # unbounded: the config's own words refuse what cannot be

@@ -1,19 +1,18 @@
-"""The two ends of a notebook: `setup` reads its parameters and opens the study, `finish` says that it came to its end."""
+"""Open and close a notebook: `setup` reads its parameters and opens the study, `finish` says what was written."""
 
 import ast
-import importlib.util
 import os
 import re
 import textwrap
 from pathlib import Path
 
 from peftlib.core import hosted
-from peftlib.core import paths as places
 from peftlib.core.config import differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root, resolve_device, training_precision
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import size_text
 from peftlib.core.kernel import is_watched
+from peftlib.core.paths import readable_path
 from peftlib.core.record import device_name
 from peftlib.core.session import host
 from peftlib.core.study import Study
@@ -171,16 +170,6 @@ def headless():
     return not is_watched()
 
 
-def can_click():
-    """Whether somebody looks at a notebook that can show widgets; False outside a notebook and in headless runs."""
-    if importlib.util.find_spec("ipywidgets") is None:
-        return False
-    try:
-        return not headless()
-    except ConfigError:  # no notebook at all
-        return False
-
-
 def seed_everything(seed):
     """Seed Python's, NumPy's and torch's generators, the last one on every device."""
     import random
@@ -207,15 +196,6 @@ def compact(cfg):
 
 def _wrapped(line):
     return textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)
-
-
-def readable_path(path):
-    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
-    path = Path(path).absolute()
-    for base, shown in ((Path.cwd(), "."), (places.checkout(), "."), (Path.home(), "~")):
-        if base is not None and path.is_relative_to(base):
-            return str(Path(shown) / path.relative_to(base))
-    return str(path)
 
 
 def _ipython():

@@ -16,7 +16,8 @@ from peftlib.core import paths
 from peftlib.core.disk_errors import writing
 from peftlib.core.errors import DiskError, Stopped, StudyError
 from peftlib.core.hub_token import without_tokens
-from peftlib.notebook.session import FINISHED, STOPPED, readable_path
+from peftlib.core.paths import readable_path
+from peftlib.notebook.session import FINISHED, STOPPED
 from peftlib.runner import notebook_io
 from peftlib.runner.notebook_io import FAILED
 

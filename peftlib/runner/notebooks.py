@@ -14,8 +14,9 @@ from peftlib.core import paths
 from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
+from peftlib.core.paths import readable_path
 from peftlib.core.study import Study
-from peftlib.notebook.session import FINISHED, NOTEBOOKS, STOPPED, literals, readable_path, state_hash
+from peftlib.notebook.session import FINISHED, NOTEBOOKS, STOPPED, literals, state_hash
 from peftlib.runner import notebook_io
 from peftlib.runner.execute import Execution, environment
 from peftlib.runner.notebook_io import FAILED

@@ -15,9 +15,10 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.files import copy_tree, rename
 from peftlib.core.interrupts import interrupts
 from peftlib.core.study import Study
-from peftlib.runner import process_pool as side_by_side
+from peftlib.methods import BASE, METHODS
+from peftlib.runner import process_pool
 from peftlib.runner.execute import environment
-from peftlib.runner.suite_jobs import BASE, DONE, FAILED, jobs_of, only, state_of
+from peftlib.runner.suite_jobs import DONE, FAILED, jobs_of, only, state_of
 from peftlib.runner.suite_worker import STOPPED_CODE, Work
 from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
@@ -46,6 +47,64 @@ class Settings:
     is_again: bool = False
     has_report: bool = True
 
+    @classmethod
+    def of(
+        cls, given, *, methods=None, seeds="0", factors="none", only="", again=False, precision_check=None, **others
+    ):
+        """Settings from a command line's words: lists are texts with commas between. ConfigError: a value that cannot be.
+
+        precision_check: methods, 'none', '' for PRECISION_CHECKED; None decides by the profile and the hardware.
+        """
+        known = (BASE, *METHODS)
+        names = known if methods is None else tuple(methods.replace(",", " ").split())
+        strange = [name for name in names if name not in known]
+        if strange or not names:
+            raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(known)}")
+        if others.get("at_once", 1) < 1 or others.get("minutes", 0) < 0:
+            raise ConfigError(f"--at-once {others['at_once']}, --minutes {others['minutes']:g}: use positive numbers")
+        return cls(
+            given,
+            names,
+            seeds=_numbers("--seeds", seeds, int),
+            factors=() if factors == "none" else _numbers("--factors", factors, float),
+            checked=_checked(precision_check, names, given),
+            names=tuple(filter(None, only.split(","))),
+            is_again=again,
+            **others,
+        )
+
+    def jobs(self, study, *, sibling=None):
+        """[Job, ...] of a study, and of its sibling in the other precision, in the order in which they start."""
+        checked = self.checked if sibling else ()
+        return jobs_of(study, self.methods, self.seeds, sibling=sibling, checked=checked, has_sweeps=bool(self.factors))
+
+
+def _checked(asked, methods, given):
+    """Methods to run in OTHER_PRECISION as well. asked: as in Settings.of."""
+    if asked is not None:
+        names = tuple(asked.replace(",", " ").split())
+        names = () if names == ("none",) else names or tuple(name for name in PRECISION_CHECKED if name in methods)
+        strange = [name for name in names if name not in methods]
+        if strange:
+            raise ConfigError(f"--precision-check {' '.join(strange)}: not among --methods {' '.join(methods)}")
+        return names
+    import torch
+
+    # By the profile, not by the card: asking that would take memory of a GPU in this process.
+    is_bf16 = given.get("precision", "auto") in ("auto", "bf16") and given["profile"] == "gpu"
+    is_gpu = given.get("device", "auto") != "cpu" and torch.cuda.device_count() > 0
+    return tuple(name for name in PRECISION_CHECKED if name in methods) if is_bf16 and is_gpu else ()
+
+
+def _numbers(name, text, kind):
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} {text!r}: use numbers with commas between, such as 0,1,2") from None
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ConfigError(f"{name} {text!r}: each number once, none below 0")
+    return found
+
 
 def run(settings, *, log=print, why_stop=None):
     """Go on with the study as far as it gets; the exit code: 0 all is done, 1 something failed, UNFINISHED_CODE cut.
@@ -67,11 +126,11 @@ def run(settings, *, log=print, why_stop=None):
                 return "interrupted"
             if why_stop is not None and (asked := why_stop()):
                 return asked
-            over = settings.minutes and time.monotonic() - started > 60 * settings.minutes - side_by_side.GRACE_S
+            over = settings.minutes and time.monotonic() - started > 60 * settings.minutes - process_pool.GRACE_S
             return f"minutes={settings.minutes:g} are nearly over" if over else None
 
-        session.ends_at = started + 60 * settings.minutes - side_by_side.GRACE_S if settings.minutes else None
-        reason = side_by_side.run(session.next_task, session.ended, places=session.places, why_stop=why, log=log)
+        session.ends_at = started + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else None
+        reason = process_pool.run(session.next_task, session.ended, workers=session.workers, why_stop=why, log=log)
         return session.close(reason)
 
 
@@ -80,16 +139,8 @@ class _Session:
 
     def __init__(self, study, sibling, settings, log):
         self.study, self.settings, self.log = study, settings, log
-        self.places = places_of(study.cfg, settings.at_once)
-        checked = settings.checked if sibling else ()
-        self.all = jobs_of(
-            study,
-            settings.methods,
-            settings.seeds,
-            sibling=sibling,
-            checked=checked,
-            has_sweeps=bool(settings.factors),
-        )
+        self.workers = workers_of(study.cfg, settings.at_once)
+        self.all = settings.jobs(study, sibling=sibling)
         self.studies = [study] + ([sibling] if sibling else [])
         self.environments = {found.folder: child_environment(found.folder) for found in self.studies}
         self.chosen = only(self.all, settings.names)
@@ -124,7 +175,7 @@ class _Session:
                     study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
 
     def next_task(self):
-        """The next side_by_side.Task that can be started, or None."""
+        """The next process_pool.Task that can be started, or None."""
         if self.ends_at is not None and time.monotonic() > self.ends_at - _ROOM_S:
             return None
         job = next((job for job in self.waiting if self._is_ready(job)), None)
@@ -143,10 +194,10 @@ class _Session:
             job.is_sweep,
             settings.factors,
             settings.rows,
-            settings.at_once if self.places[0] else 1,
+            settings.at_once if self.workers[0] else 1,
         )
         argv = (sys.executable, "-m", "peftlib.runner.suite_worker", work.text())
-        return side_by_side.Task(job.name, argv, {**environment(), **self.environments[job.study.folder]})
+        return process_pool.Task(job.name, argv, {**environment(), **self.environments[job.study.folder]})
 
     def _is_ready(self, job):
         return job.is_sweep or job.method == BASE or not self.settings.factors or self._has_rates(job)
@@ -206,7 +257,7 @@ def table(states, died):
         yield f"{job.name:<18} {status:<8}{numbers}  {died.get(job.name, state.detail)[:120]}".rstrip()
 
 
-def places_of(cfg, at_once):
+def workers_of(cfg, at_once):
     """[{variable: value}, ...]: environments of the places for runs: each visible GPU so often, or the CPU once."""
     if cfg.device == "cpu":
         return [{}]

@@ -1,14 +1,13 @@
-"""The runs of a reference study: which there are, how far each is, and which can be started next."""
+"""The runs of a whole study: which there are, and how far each is."""
 
 from dataclasses import dataclass
 
-from peftlib import methods as registry
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
+from peftlib.methods import BASE, find
 from peftlib.train import sweep
 
-BASE = "base"
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
 
 
@@ -48,7 +47,7 @@ def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True)
     """
     for method in [*methods, *checked]:
         if method != BASE:
-            registry.find(method)
+            find(method)
     trained = [method for method in methods if method != BASE]
     jobs = [Job(study, method, is_sweep=True) for method in trained if has_sweeps]
     jobs += [Job(study, BASE)] if BASE in methods else []

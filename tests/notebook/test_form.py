@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from peftlib import __main__ as command_line
+from peftlib import cli as command_line
 from peftlib import methods
 from peftlib.core import gpus as cards
 from peftlib.core.config import from_text, resolve

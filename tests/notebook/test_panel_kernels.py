@@ -16,9 +16,8 @@ OPEN = """
 import os, time, torch
 torch.set_num_threads(1)
 os.environ["PEFTLIB_ROOT"] = {root!r}
-from peftlib.study import Study
-from peftlib.train import TrainingRun
-from peftlib.panel import train_live
+from peftlib import Study, TrainingRun
+from peftlib.notebook import train_live
 run = TrainingRun(Study.resolve(profile="demo", study="tiny", **{fields!r}), "qlora")
 step, pause = run._step, {pause}
 run._step = lambda: (time.sleep(pause), step())

@@ -16,15 +16,15 @@ import torch
 from fault_disk import FaultDisk
 from safetensors.torch import save_file
 
-from peftlib.__main__ import main
+from peftlib.cli import main
 from peftlib.core import files
 from peftlib.core.disk_errors import reading, writing
 from peftlib.core.errors import DiskError, PeftlibError, StudyError
 from peftlib.core.study import Study
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
+from peftlib.evaluation.judging.study import cases_of_study
 from peftlib.report import build as report
-from peftlib.runner import judge_cli
 
 ROOM_KIB = (0, 4, 16, 64, 256, 1024)  # left on the disk
 
@@ -32,7 +32,7 @@ ROOM_KIB = (0, 4, 16, 64, 256, 1024)  # left on the disk
 def _judge_anew(root):
     study = Study.existing(finished_study.NAME)
     methods = ("base", "hybrid")
-    names, cases = judge_cli.cases_of_study(study, methods, 0, 0)
+    names, cases = cases_of_study(study, methods, 0, 0)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, methods), names)
     judge.run(cases, verdicts, finished_study.Judge(), log=lambda line: None)
     return sorted((line["id"], line["order"], line["verdict"]) for line in verdicts.lines)
@@ -42,7 +42,7 @@ def _plan_kept(root):
     finished_study.call(
         "reference", "--study", finished_study.NAME, "--profile", "demo", "--dry-run", "--keep-plan", root / "plan"
     )
-    return (root / "plan" / "plan.md").read_text()
+    return (root / "plan" / "plan.json").read_text()
 
 
 # {name: (what to take away below the study so that the command has something to write, the command)}
@@ -245,9 +245,9 @@ def test_errors_that_are_no_disks_stay_what_they_are(tmp_path):
 
 
 def test_the_last_net_names_a_path_and_lets_bugs_through(monkeypatch, capsys):
-    monkeypatch.setattr("peftlib.__main__._call", lambda argv: Path("/no/such/place").read_text())
+    monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: Path("/no/such/place").read_text())
     assert main(["plan"]) == 2 and "/no/such/place cannot be used (No such file" in capsys.readouterr().err
-    monkeypatch.setattr("peftlib.__main__._call", lambda argv: {}["a bug"])
+    monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: {}["a bug"])
     with pytest.raises(KeyError):
         main(["plan"])
 
