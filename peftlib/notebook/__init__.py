@@ -18,7 +18,7 @@ _API = {
     "ask_box": ("peftlib.notebook.ask", "ask_box"),
     "ExportPreview": ("peftlib.export.export", "Preview"),
 }
-__all__ = [*_API]
+__all__ = list(_API)
 
 
 def __getattr__(name):

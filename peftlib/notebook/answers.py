@@ -74,17 +74,17 @@ class Answers:
         Without the untrained model: its highest, its median and its lowest score.
         """
         base = next((name for name in self.runs if name not in self.trained), None)
-        found = {}
+        notable = {}
         for name in self.trained or list(self.runs):
             up, down = (GAIN, LOSS) if base not in (None, name) else (HIGHEST, LOWEST)
-            found = self.chosen(order=up, metric=metric, name=name, other=base)
+            ranked = self.chosen(order=up, metric=metric, name=name, other=base)
             typical = "typical gain" if up == GAIN else "typical score"
             if up == GAIN:
-                gains = self.scores(name, metric)[found] - self.scores(base, metric)[found]
+                gains = self.scores(name, metric)[ranked] - self.scores(base, metric)[ranked]
                 up, down = GAIN if gains[0] > 0 else "smallest loss", LOSS if gains[-1] < 0 else "smallest gain"
-            for at, why in ((0, up), (len(found) // 2, typical), (-1, down)):
-                found.setdefault(int(found[at]), {}).setdefault(why, []).append(name)
-        return found
+            for at, why in ((0, up), (len(ranked) // 2, typical), (-1, down)):
+                notable.setdefault(int(ranked[at]), {}).setdefault(why, []).append(name)
+        return notable
 
     def to_csv(self, found, names):
         """CSV text of the rows with these indices, in that order, with the answers and scores of some runs.

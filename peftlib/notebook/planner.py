@@ -70,7 +70,7 @@ def parameter_lines(cfg):
 
 def command(cfg):
     """The command that runs all notebooks with this config."""
-    fields = [word for name, value in _set(cfg).items() for word in ("-p", name, str(value))]
+    fields = [word for name, value in _set(cfg).items() for word in ("-p", f"{name}={value}")]
     return shlex.join(["python", "-m", "peftlib", "run", "--profile", cfg.profile, "--study", cfg.study, *fields])
 
 

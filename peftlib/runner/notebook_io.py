@@ -1,4 +1,4 @@
-"""Executed copies of notebooks: what they say about how they ended, and what is taken out of them before they are kept."""
+"""Notebook files: reading and writing them, how an executed copy ended, and what is removed before it is kept."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`python -m peftlib reference`: a whole study by one command, run again after every cut until it says that all is done.
+"""A whole study by one command, `peftlib reference`, run again after every cut until it says that all is done.
 
 Data, a sweep of learning rates a method, training and evaluation of every method and seed, the report. Runs are child
 processes, side by side on all visible GPUs; what stands is not made again.
@@ -107,18 +107,19 @@ def _numbers(name, text, kind):
 
 
 def run(settings, *, log=print, why_stop=None):
-    """Go on with the study as far as it gets; the exit code: 0 all is done, 1 something failed, UNFINISHED_CODE cut.
+    """Run what is left of the study; the exit code: 0 all is done, 1 something failed, UNFINISHED_CODE cut.
 
     why_stop() -> None, or why to stop now: asked beside the time limit and signals.
     LockedError: another session works in the study. StudyError, ConfigError: it does not fit the settings.
     """
     started = time.monotonic()
+    ends_at = started + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else None
     study = _with_data(settings, log)
+    sibling = _sibling(study, settings)
     with contextlib.ExitStack() as stack:
-        sibling = _sibling(study, settings)
         for folder in [study.folder] + ([sibling.folder] if sibling else []):
             stack.enter_context(held(folder, "python -m peftlib reference", log=log))
-        session = _Session(study, sibling, settings, log)
+        session = _Session(study, sibling, settings, log, ends_at)
         interrupted = stack.enter_context(interrupts())
 
         def why():
@@ -126,18 +127,18 @@ def run(settings, *, log=print, why_stop=None):
                 return "interrupted"
             if why_stop is not None and (asked := why_stop()):
                 return asked
-            over = settings.minutes and time.monotonic() - started > 60 * settings.minutes - process_pool.GRACE_S
-            return f"minutes={settings.minutes:g} are nearly over" if over else None
+            is_over = ends_at is not None and time.monotonic() > ends_at
+            return f"minutes={settings.minutes:g} are nearly over" if is_over else None
 
-        session.ends_at = started + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else None
-        reason = process_pool.run(session.next_task, session.ended, workers=session.workers, why_stop=why, log=log)
+        workers = session.workers
+        reason = process_pool.run(session.next_task, session.ended, workers=workers, why_stop=why, log=log)
         return session.close(reason)
 
 
 class _Session:
     """What of the study is left, while this command works on it."""
 
-    def __init__(self, study, sibling, settings, log):
+    def __init__(self, study, sibling, settings, log, ends_at):
         self.study, self.settings, self.log = study, settings, log
         self.workers = workers_of(study.cfg, settings.at_once)
         self.all = settings.jobs(study, sibling=sibling)
@@ -146,7 +147,7 @@ class _Session:
         self.chosen = only(self.all, settings.names)
         self.started = {}  # name -> Job
         self.died = {}  # name -> what happened to a child that left no record of it
-        self.ends_at = None
+        self.ends_at = ends_at
         self.adopt()
         self.waiting = [job for job in self._with_sweeps() if self._is_left(job)]
 
@@ -187,23 +188,14 @@ class _Session:
         given = {**settings.given, "study": job.study.folder.name}
         if job.study is not self.study:
             given["precision"] = OTHER_PRECISION
-        work = Work(
-            given,
-            job.method,
-            job.seed,
-            job.is_sweep,
-            settings.factors,
-            settings.rows,
-            settings.at_once if self.workers[0] else 1,
-        )
+        at_once = settings.at_once if self.workers[0] else 1
+        work = Work(given, job.method, job.seed, job.is_sweep, settings.factors, settings.rows, at_once)
         argv = (sys.executable, "-m", "peftlib.runner.suite_worker", work.text())
         return process_pool.Task(job.name, argv, {**environment(), **self.environments[job.study.folder]})
 
     def _is_ready(self, job):
-        return job.is_sweep or job.method == BASE or not self.settings.factors or self._has_rates(job)
-
-    def _has_rates(self, job):
-        return job.method in job.study.adopted_rates()
+        needs_rates = not job.is_sweep and job.method != BASE and self.settings.factors
+        return not needs_rates or job.method in job.study.adopted_rates()
 
     def ended(self, ending):
         """Take in how a child ended."""
@@ -220,7 +212,11 @@ class _Session:
         states = {job: self.state(job) for job in self.all}
         is_all = all(state.status in (DONE, FAILED) for state in states.values())
         if is_all and self.settings.has_report and not reason:
-            self._report()
+            from peftlib.report import build as report
+
+            for study in self.studies:
+                self.log(f"report of {study.folder.name}")
+                report.build(study)
         for line in table(states, self.died):
             self.log(line)
         failed = [job.name for job in self.chosen if states[job].status == FAILED] + list(self.died)
@@ -233,32 +229,19 @@ class _Session:
             self.log("all is done" if self.chosen == self.all else "all that was chosen is done")
         return 1 if failed else UNFINISHED_CODE if left else 0
 
-    def _report(self):
-        from peftlib.report import build as report
-
-        for study in self.studies:
-            self.log(f"report of {study.folder.name}")
-            report.build(study)
-
 
 def table(states, died):
-    """Lines: one a job, with what is known of it."""
+    """Yield the table of {job: State} as lines. died: {job's name: what happened to a child that left no record}."""
     yield f"{'run':<18} {'status':<8} {'steps':>6} {'train min':>10} {'answer min':>11}  "
     for job, state in states.items():
-        numbers = "".join(
-            f" {'' if value is None else form.format(value):>{width}}"
-            for value, form, width in (
-                (state.steps, "{}", 6),
-                (state.train_minutes, "{:.1f}", 10),
-                (state.evaluate_minutes, "{:.1f}", 11),
-            )
-        )
-        status = "died" if job.name in died else state.status
-        yield f"{job.name:<18} {status:<8}{numbers}  {died.get(job.name, state.detail)[:120]}".rstrip()
+        steps = "" if state.steps is None else state.steps
+        minutes = ["" if m is None else f"{m:.1f}" for m in (state.train_minutes, state.evaluate_minutes)]
+        status, detail = ("died", died[job.name]) if job.name in died else (state.status, state.detail)
+        yield f"{job.name:<18} {status:<8} {steps:>6} {minutes[0]:>10} {minutes[1]:>11}  {detail[:120]}".rstrip()
 
 
 def workers_of(cfg, at_once):
-    """[{variable: value}, ...]: environments of the places for runs: each visible GPU so often, or the CPU once."""
+    """[{variable: value}, ...], the environment of each worker: every visible GPU at_once times, or the CPU once."""
     if cfg.device == "cpu":
         return [{}]
     import torch

@@ -1,6 +1,7 @@
 """The chart panel draws what is picked; where nobody can click the report's own figures stand."""
 
 import base64
+import dataclasses
 import re
 
 import fake_study
@@ -97,11 +98,10 @@ def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_without_a_reader_the_reports_figures_are_shown_in_the_theme(tmp_path, monkeypatch, capsys, theme):
+def test_without_a_reader_the_reports_figures_are_shown_in_the_theme(report, monkeypatch, capsys, theme):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle["text/html"]))
-    study = fake_study.make(tmp_path, monkeypatch, n=12)
-    report = build(type(study)(study.folder, study.cfg.replace(theme=theme)))
+    report = dataclasses.replace(report, theme=theme)
     assert show_charts(report, is_interactive=False) is None
     figures = report.dark_figures if theme == "dark" else report.figures
     assert shown == [

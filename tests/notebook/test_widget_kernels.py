@@ -8,7 +8,7 @@ import re
 
 import pytest
 from conftest import TINY
-from front_end import INSTALLED, FrontEnd, started
+from front_end import INSTALLED, FrontEnd
 
 from peftlib.notebook.widgets import VIEW
 
@@ -36,10 +36,8 @@ print("prepared")
 
 
 @pytest.fixture(scope="module", params=[INSTALLED, "colab_kernel"])
-def kernel(request):
-    """(KernelManager, client) of a new kernel."""
-    with started(request.param) as made:
-        yield made
+def kernel(request, kernel_of):
+    return kernel_of(request.param)
 
 
 @pytest.fixture
