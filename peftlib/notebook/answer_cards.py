@@ -14,7 +14,7 @@ from peftlib.notebook.answers import METRICS
 from peftlib.report.palette import LIGHT
 
 SAME, OTHER = "same", "other"
-_ASCII_WORD = re.compile(r"[A-Za-z0-9]+")
+_WORD = re.compile("um*|l[lm]*")  # on first letters of rouge.kind_of: unspaced, mark, letter
 _EMPTY = '<span class="pl-note">(empty)</span>'
 _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 # Blue and orange differ with every common colour blindness; the lines below say the same without colour.
@@ -160,20 +160,6 @@ def _key(word):
 
 
 def _spans(text):
-    """[(start, end), ...] of the words in a text."""
-    if text.isascii():
-        return [found.span() for found in _ASCII_WORD.finditer(text)]
-    spans, start = [], None
-    for at, character in enumerate(text):
-        kind = rouge.kind_of(character)
-        if kind == "letter" or (kind == "mark" and start is not None):
-            start = at if start is None else start
-            continue
-        if start is not None:
-            spans.append((start, at))
-            start = None
-        if kind == "unspaced":
-            spans.append((at, at + 1))
-        elif kind == "mark" and spans and spans[-1][1] == at:
-            spans[-1] = spans[-1][0], at + 1
-    return spans if start is None else [*spans, (start, len(text))]
+    """[(start, end), ...] of the words in a text, as rouge.words finds them."""
+    kinds = "".join(rouge.kind_of(character)[0] for character in text)
+    return [found.span() for found in _WORD.finditer(kinds)]

@@ -34,7 +34,7 @@ class Answers:
 
     @property
     def trained(self):
-        """Names of the runs that are not the untrained model."""
+        """Names of the runs of trained methods."""
         return [name for name, run in self.runs.items() if run.record["method"] != BASE]
 
     def method_of(self, name):

@@ -1,6 +1,6 @@
 """The study form: what a choice of settings costs on a GPU before anything is trained.
 
-It changes nothing: it shows the lines for the parameters cell, and the command, that make a choice real.
+It changes nothing: it shows the lines for the parameters cell, and the command, that apply a choice.
 """
 
 import html
@@ -47,7 +47,7 @@ def study_form(study, *, is_interactive=None):
 
 
 def answer(study, choices, card_name=None):
-    """The Answer to {field: value} on a card of peftlib.core.gpus, None for the one at hand. ConfigError: no such card."""
+    """The Answer to {field: value} on a card of core.gpus; None: the one in this machine. ConfigError: no such card."""
     try:
         cfg = study.cfg.replace(**choices)
     except PeftlibError as error:
@@ -99,7 +99,7 @@ def as_html(found):
 
 
 def _of_a_free_study(study, cfg, remarks):
-    """cfg, or, where the study's data stand and fix other values, cfg under the name of a study that is not there yet."""
+    """cfg; where existing data or runs fix other values, cfg under the name of a new study, which `remarks` says."""
     try:
         return Study.open(cfg).cfg
     except StudyError as error:
@@ -121,7 +121,7 @@ def _card(name, remarks):
 
 
 def _manifest(study, cfg):
-    """The manifest of standing data where cfg would train on them, else None."""
+    """The manifest of the study's data if they exist and cfg would train on them, else None."""
     same = cfg.fields_of("data") == study.cfg.fields_of("data") and cfg.model == study.cfg.model
     return study.manifest() if same and study.manifest_path.exists() and study.config_path.exists() else None
 

@@ -92,7 +92,7 @@ def call(app, argv):
 
 
 def in_todays_words(argv):
-    """A command line with `-p NAME VALUE`, `--method M` and `--methods A B C` of the first edition as they are said now."""
+    """A command line of the first edition (`-p NAME VALUE`, `--method M`, `--methods A B C`) as it is written now."""
     words, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -116,7 +116,7 @@ def _refused(error):
 
 
 def _fault_of_output(error):
-    """The DiskError of a standard output that leads to a file on a full disk; None where the error is another.
+    """The DiskError if standard output is a file on a full disk, else None.
 
     Writes to standard output are the only ones whose errors carry no path.
     """

@@ -111,7 +111,7 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
 
 
 def unfinished_reason(stage):
-    """Why a notebook has to be run, in words, or None if its executed copy stands for the present state."""
+    """Why a notebook has to be run, in words, or None if its executed copy is up to date."""
     if not stage.copy.exists():
         return "not finished yet"
     copy = notebook_io.load(stage.copy)
@@ -165,7 +165,7 @@ def _stage(name, source, overrides):
 
 
 def _copy(stage):
-    """Put the executed copy on the study's remote too; the kernel, whose mirror did the rest, is gone."""
+    """Upload the executed copy to the study's remote; the kernel has uploaded the rest."""
     mirror = bring(stage.study.folder)
     if mirror is not None:
         mirror.flush()

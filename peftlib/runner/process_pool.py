@@ -17,7 +17,7 @@ _LAST_LINES = 15  # of a child that died, to tell why
 
 @dataclass(frozen=True)
 class Task:
-    """name: in front of its lines. argv: of the process. env: what its environment has beside this process's."""
+    """name: printed before each of its lines. argv: of the process. env: added to this process's environment."""
 
     name: str
     argv: tuple

@@ -107,7 +107,7 @@ def _numbers(name, text, kind):
 
 
 def run(settings, *, log=print, why_stop=None):
-    """Run what is left of the study; the exit code: 0 all is done, 1 something failed, UNFINISHED_CODE cut.
+    """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, UNFINISHED_CODE if cut.
 
     why_stop() -> None, or why to stop now: asked beside the time limit and signals.
     LockedError: another session works in the study. StudyError, ConfigError: it does not fit the settings.
@@ -136,7 +136,7 @@ def run(settings, *, log=print, why_stop=None):
 
 
 class _Session:
-    """What of the study is left, while this command works on it."""
+    """The jobs of one command: which wait, which have started, and how they ended."""
 
     def __init__(self, study, sibling, settings, log, ends_at):
         self.study, self.settings, self.log = study, settings, log
@@ -152,7 +152,7 @@ class _Session:
         self.waiting = [job for job in self._with_sweeps() if self._is_left(job)]
 
     def _with_sweeps(self):
-        """The chosen jobs, with the sweeps that they need."""
+        """The chosen jobs and the sweeps that they need."""
         needed = {job.method for job in self.chosen if job.method != BASE}
         return [job for job in self.all if job in self.chosen or (job.is_sweep and job.method in needed)]
 
@@ -257,7 +257,7 @@ def workers_of(cfg, at_once):
 
 
 def _with_data(settings, log):
-    """The study, whose data stand and whose config is frozen."""
+    """The study with its data built and its config frozen."""
     from peftlib.data import build_data
     from peftlib.models.base import locate
 
@@ -277,7 +277,7 @@ def _with_data(settings, log):
 
 
 def _sibling(study, settings):
-    """The study in which the checked methods run in the other precision, made where it is not there; or None."""
+    """The study in which the checked methods run in OTHER_PRECISION, created on first use; None without such methods."""
     if not settings.checked:
         return None
     cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)

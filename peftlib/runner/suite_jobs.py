@@ -23,7 +23,7 @@ class Job:
 
     @property
     def name(self):
-        """As it stands in front of its lines: sweep-galore, galore-s1, galore-s0-fp16."""
+        """Such as sweep-galore, galore-s1 or galore-s0-fp16; printed before its lines."""
         return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}{self.suffix}"
 
 
@@ -40,7 +40,7 @@ class State:
 
 
 def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True):
-    """[Job, ...] in the order in which they are best started: sweeps, base, then seed after seed.
+    """[Job, ...] in starting order: sweeps, base, then seed after seed.
 
     sibling: the study of the other precision, in which the methods of `checked` run once. ConfigError: a method that is
     not known.
@@ -70,7 +70,7 @@ def only(jobs, names):
 
 
 def state_of(job, *, factors, rows):
-    """The State of a job, from what stands in its study's folder."""
+    """The State of a job, read from its study's folder."""
     if job.is_sweep:
         found = sweep.kept(job.study, job.method, factors=factors, rows=rows)
         return State(OPEN) if found is None else State(DONE, f"factor {found['best']['factor']:g}", found["steps"])

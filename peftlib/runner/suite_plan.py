@@ -55,7 +55,7 @@ class Assumptions:
 
 
 def predict(study, settings, assumed):
-    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...] of every job of a study whose data stand."""
+    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...] of every job of a study whose data are built."""
     cfg, manifest = study.cfg, study.manifest()
     tokens, _, _ = estimate.study_tokens(cfg, manifest)
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
@@ -95,7 +95,7 @@ def wall_minutes(rows, assumed):
 
 
 def show(settings, assumed, folder=None):
-    """Print what is left of a study and its predicted minutes; with a folder, write plan.json there as well.
+    """Print the unfinished jobs of a study with their predicted minutes; with a folder, write plan.json there as well.
 
     settings: suite.Settings. assumed: {field: value} of Assumptions. StudyError: the study has no data yet.
     """
@@ -111,7 +111,7 @@ def show(settings, assumed, folder=None):
 
 
 def lines(study, settings, assumed):
-    """Yield the runs of a study with predicted minutes and how far each is, then what is left."""
+    """Yield the runs of a study with predicted minutes and status, then the total of the unfinished ones."""
     made = document(study, settings, assumed)
     jobs = settings.jobs(study)
     states = {job.name: state_of(job, factors=settings.factors, rows=settings.rows) for job in jobs}

@@ -42,7 +42,7 @@ class Work:
 
 
 def perform(work, *, log=print):
-    """Do the work as far as it gets; returns the exit code. What fails is in the run's record, with its reason."""
+    """Do the work; returns the exit code. A failure is written to the run's record with its reason."""
     study = Study.resolve(**{**work.given, "seed": work.seed})
     study = Study(study.folder, _with_memory_share(study.cfg, work.at_once))
     try:
