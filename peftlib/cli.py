@@ -1,4 +1,4 @@
-"""The command line: `peftlib COMMAND`, or `python -m peftlib COMMAND`. Each command loads the libraries that it needs."""
+"""The command line: `peftlib COMMAND`, or `python -m peftlib COMMAND`. Each command imports what it needs."""
 
 import sys
 from pathlib import Path

@@ -21,8 +21,10 @@ _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 STYLE = """<style>
 .pl-rows { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; max-width: 100%; box-sizing: border-box; }
 .pl-rows * { box-sizing: border-box; }
-.pl-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 10px; margin: 8px 0; }
-.pl-card { border: 1px solid rgba(127,127,127,.45); border-top-width: 4px; border-radius: 6px; padding: 8px 12px; min-width: 0; }
+.pl-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 10px; }
+.pl-cards { margin: 8px 0; }
+.pl-card { border: 1px solid rgba(127,127,127,.45); border-top-width: 4px; border-radius: 6px; }
+.pl-card { padding: 8px 12px; min-width: 0; }
 .pl-rows .pl-card h4 { margin: 0; font-size: 14px; font-weight: 600; line-height: 1.5; }
 .pl-text { white-space: pre-wrap; margin: 6px 0 0; }
 .pl-note { opacity: .78; font-size: 12.5px; }
@@ -31,9 +33,9 @@ STYLE = """<style>
 .pl-rows u { text-decoration: underline dotted 1.5px #d55e00; text-underline-offset: 3px; }
 </style>"""
 LEGEND = (
-    '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other words. '
-    "ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace with nltk's "
-    "smoothing (method1), for most rows share no four words with their reference.</div>"
+    '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other '
+    "words. ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace "
+    "with nltk's smoothing (method1), for most rows share no four words with their reference.</div>"
 )
 
 
@@ -76,7 +78,7 @@ class StaticRows:
 
 
 def side_by_side(questions, answers):
-    """The StaticRows of some questions with their answers, line breaks kept. answers: {name: [text of each question]}."""
+    """The StaticRows of questions with their answers, line breaks kept. answers: {name: [one text a question]}."""
     parts, said = [], []
     for at, question in enumerate(questions):
         cards = [_card(name, "", "", _cut(texts[at], None) or _EMPTY) for name, texts in answers.items()]
@@ -96,7 +98,8 @@ def _prompt(text, limit):
     if len(text) <= _FOLDED and "\n" not in text.strip():
         return body
     first = html.escape(text.strip().split("\n")[0][:90])
-    return f'<details><summary>{first} ... <span class="pl-note">(all {len(text):,} characters)</span></summary>{body}</details>'
+    note = f'<span class="pl-note">(all {len(text):,} characters)</span>'
+    return f"<details><summary>{first} ... {note}</summary>{body}</details>"
 
 
 def _facts(answers, at, name, against):

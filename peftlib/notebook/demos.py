@@ -1,5 +1,6 @@
-"""The notebooks' demonstrations on real numbers: NF4's levels, a merged adapter, GaLore's directions, memory by part and
-the bootstrap. Charts carry `alt`, as in report.figures.
+"""The notebooks' demonstrations on real numbers: NF4's levels, a merged adapter, GaLore's directions, memory.
+
+Charts carry `alt`, as in report.figures.
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class FourBit:
 
 
 def one_weight(model, ending="layers.0.mlp.up_proj.weight"):
-    """(name, (m, n) float32) of one matrix as a model's files hold it. model: as in a config. ModelError: no such tensor."""
+    """(name, (m, n) float32) of one matrix in a model's files. model: as in a config. ModelError: no such tensor."""
     from peftlib.models.base import hub_errors
     from peftlib.storage.delta import BaseWeights
 

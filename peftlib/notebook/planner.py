@@ -26,8 +26,8 @@ _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind
 class Answer:
     """What the form says to some choices.
 
-    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None where the
-    model's shape is not to be had. remarks: what else to know, a line each, but for the forecast's own notes.
+    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None if the
+    model's shape is unknown. remarks: what else to know, a line each, but for the forecast's own notes.
     """
 
     refused: str = ""

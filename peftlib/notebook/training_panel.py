@@ -229,7 +229,8 @@ def _bar(share, color, height_px, held=0.0):
     inner = f'<div style="width:{filled};height:100%;background:{color}"></div>'
     if held > share:
         light = f"width:{beyond};height:100%;background:{color}55"
-        inner = f'<div style="{light}"><div style="width:{100 * share / held:.1f}%;height:100%;background:{color}"></div></div>'
+        dark = f"width:{100 * share / held:.1f}%;height:100%;background:{color}"
+        inner = f'<div style="{light}"><div style="{dark}"></div></div>'
     return f'<div style="{_TRACK};height:{height_px}px;margin:2px 0">{inner}</div>'
 
 

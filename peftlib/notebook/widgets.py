@@ -1,7 +1,7 @@
 """What the notebooks' widgets share, under ipywidgets 7 (Colab) and 8: how they are shown, and links that save a file.
 
-Only version 8 gives widgets `_repr_mimebundle_`; version 7 offers no way to put other text beside them. The bundle that a
-front end needs is the same for both.
+Only version 8 gives widgets `_repr_mimebundle_`; version 7 offers no way to put other text beside them. The bundle that
+a front end needs is the same for both.
 """
 
 import base64

@@ -56,7 +56,7 @@ def say(line):
 
 
 def main(app, argv):
-    """Run one command; returns its exit code. Errors that peftlib raises on purpose are one line, without a traceback."""
+    """Run one command; returns its exit code. A PeftlibError is printed as one line, without a traceback."""
     try:
         code = call(app, argv)
         for line in mirror.flush_all():
@@ -78,7 +78,7 @@ def main(app, argv):
 
 
 def call(app, argv):
-    """Run one command; returns its exit code. ConfigError: words that no command takes; else the command's own errors."""
+    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors come through."""
     command = typer.main.get_command(app)
     try:
         with command.make_context("peftlib", in_todays_words(argv)) as context:

@@ -47,10 +47,10 @@ class Outcome:
 
 
 class Execution:
-    """One run of one notebooks.Stage. papermill works in a thread, so that this one can relay lines and receive signals.
+    """One run of a notebooks.Stage. papermill works in a thread, so that this one can relay lines and receive signals.
 
-    events: the queue.SimpleQueue that receives this process's signals; cell numbers (int) and lines (str) are put there.
-    heartbeat_s: seconds of silence after which a line is printed. save_s: seconds an interrupted kernel gets for saving.
+    events: a queue.SimpleQueue that receives this process's signals; cell numbers (int) and lines (str) go there too.
+    heartbeat_s: seconds of silence after which a line is printed. save_s: seconds that an interrupted kernel gets.
     """
 
     def __init__(self, stage, events, heartbeat_s, save_s):

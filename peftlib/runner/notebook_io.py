@@ -95,7 +95,7 @@ def tidy(notebook, studies_root):
 
 
 def _private_text(studies_root):
-    """[(pattern, replacement)] of tokens, then of paths that say something about this machine only, longer ones first."""
+    """[(pattern, replacement)] of tokens, then of this machine's own paths, longer ones first."""
     paths = {str(studies_root): "runs", str(PACKAGE.parent): ".", sys.prefix: "[python]", str(Path.home()): "~"}
     longer_first = sorted(((p, r) for p, r in paths.items() if len(p) > 1), key=lambda pair: -len(pair[0]))
     return [

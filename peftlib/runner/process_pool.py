@@ -1,4 +1,4 @@
-"""Child processes side by side, each on a worker (a GPU or a share of one); their lines are printed behind their names."""
+"""Child processes side by side, each on a worker (a GPU or a share of one), their output line by line."""
 
 import collections
 import contextlib
@@ -26,7 +26,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ending:
-    """code: the exit code, negative for a signal. is_cut: it was asked to stop. tail: its last lines. seconds: it ran."""
+    """code: exit code, negative for a signal. is_cut: it was asked to stop. tail: its last lines. seconds: it ran."""
 
     task: Task
     code: int
@@ -38,9 +38,9 @@ class Ending:
 def run(next_task, ended, *, workers, why_stop, log, grace_s=GRACE_S, heartbeat_s=HEARTBEAT_S):
     """Keep every worker busy until there is nothing to do or a reason to stop; returns that reason, or None.
 
-    next_task() -> a Task, or None while there is none to start. ended(Ending): called in this thread. workers: [{variable:
-    value}, ...], the environment of each. why_stop() -> None, or why to stop: then each child gets SIGTERM, and SIGKILL after
-    grace_s. However this ends, no child is left.
+    next_task() -> a Task, or None while there is none to start. ended(Ending): called in this thread.
+    workers: [{variable: value}, ...], the environment of each. why_stop() -> None, or why to stop: then each child gets
+    SIGTERM, and SIGKILL after grace_s. However this ends, no child is left.
     """
     lines = queue.SimpleQueue()
     free, running = list(workers), {}

@@ -51,7 +51,7 @@ class Settings:
     def of(
         cls, given, *, methods=None, seeds="0", factors="none", only="", again=False, precision_check=None, **others
     ):
-        """Settings from a command line's words: lists are texts with commas between. ConfigError: a value that cannot be.
+        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be.
 
         precision_check: methods, 'none', '' for PRECISION_CHECKED; None decides by the profile and the hardware.
         """
@@ -277,7 +277,7 @@ def _with_data(settings, log):
 
 
 def _sibling(study, settings):
-    """The study in which the checked methods run in OTHER_PRECISION, created on first use; None without such methods."""
+    """The study in which the checked methods run in OTHER_PRECISION, created on first use; None without such."""
     if not settings.checked:
         return None
     cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)

@@ -13,7 +13,7 @@ OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "f
 
 @dataclass(frozen=True)
 class Job:
-    """One sweep of a method, or the training and evaluation of one method and seed. suffix: of a sibling study's runs."""
+    """One sweep of a method, or training and evaluation of one method and seed. suffix: of a sibling study's runs."""
 
     study: Study
     method: str

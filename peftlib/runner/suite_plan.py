@@ -39,7 +39,7 @@ def plan_lines(gpu, given, study=None):
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the minutes of a study's runs rest on: speeds of one run alone on a GPU, and how much runs slow each other."""
+    """What predicted minutes rest on: speeds of one run alone on a GPU, and how much runs slow each other."""
 
     tokens_per_second: float = 35_000  # of training, short rows packed, compiled: bound by launches
     eager_share: float = 0.5  # of that speed, where a run is too short to be compiled (sweeps)
@@ -55,7 +55,7 @@ class Assumptions:
 
 
 def predict(study, settings, assumed):
-    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...] of every job of a study whose data are built."""
+    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...], one a job of a study with data."""
     cfg, manifest = study.cfg, study.manifest()
     tokens, _, _ = estimate.study_tokens(cfg, manifest)
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
@@ -123,10 +123,9 @@ def lines(study, settings, assumed):
         is_left = (not settings.names or row["run"] in chosen) and (state is None or state.status != DONE)
         left += [row] if is_left else []
         yield f"{row['run']:<18} {row['minutes']:>13.1f}  {state.status if state else ''}".rstrip()
-    yield (
-        f"left: {sum(row['minutes'] for row in left):.0f} minutes of runs, {wall_minutes(left, assumed):.0f} by the clock "
-        f"on {assumed.gpus} GPU{'s' * (assumed.gpus != 1)} with {assumed.at_once} run{'s' * (assumed.at_once != 1)} on each"
-    )
+    gpus, runs = (f"{n} {what}{'s' * (n != 1)}" for n, what in ((assumed.gpus, "GPU"), (assumed.at_once, "run")))
+    minutes = f"{sum(row['minutes'] for row in left):.0f} minutes of runs"
+    yield f"left: {minutes}, {wall_minutes(left, assumed):.0f} by the clock on {gpus} with {runs} on each"
 
 
 def document(study, settings, assumed):
