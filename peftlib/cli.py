@@ -14,7 +14,6 @@ from peftlib.core.study import Study
 from peftlib.runner import console
 from peftlib.runner.console import given_settings, require_numbers, say, sized_as_full_study, study_of
 
-STOPPED_CODE = 3  # of work that was cut and saved: the same command resumes it
 app = typer.Typer(
     help="QLoRA, GaLore and a layer-wise hybrid compared on Gemma 3. `peftlib COMMAND --help` shows examples.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -100,7 +99,7 @@ def train(method: Method, study: AnyName = None, profile: Profile = None, seed: 
     record = run_training(found, method)
     steps = f"{record['steps']} of {record['planned_steps']} steps"
     print(f"{method}, seed {seed}: {record['status']}, {steps}, {(record['train_seconds'] or 0) / 60:.1f} min")
-    return 0 if record["status"] == "ok" else STOPPED_CODE
+    return 0 if record["status"] == "ok" else console.STOPPED_CODE
 
 
 @_command("evaluate base --study first", "evaluate qlora --study first", "evaluate --path my-adapter --study first")

@@ -16,6 +16,7 @@ from peftlib.core.study import Study
 from peftlib.storage import mirror
 
 ERROR_CODE = 2  # of a command that was refused
+STOPPED_CODE = 3  # of work that was cut and saved: the same command resumes it
 
 
 def given_settings(settings, *, source=None, **options):
