@@ -80,7 +80,7 @@ def data(
     if is_new and profile is None and (train or test):
         given = sized_as_full_study(given)
     found = study_of({"profile": profile, **given})
-    from peftlib.data import build_data
+    from peftlib import build_data
     from peftlib.data.card import summary
 
     print(f"study {found.cfg.study}, profile {found.cfg.profile}, model {found.cfg.model}, in {found.folder}")
@@ -94,7 +94,7 @@ def data(
 def train(method: Method, study: AnyName = None, profile: Profile = None, seed: Seed = 0, settings: Settings = None):
     """Train one method on a study's rows, or resume a run that was cut."""
     found = study_of(given_settings(settings, profile=profile, study=study, seed=seed))
-    from peftlib.train.loop import run_training
+    from peftlib import run_training
 
     record = run_training(found, method)
     steps = f"{record['steps']} of {record['planned_steps']} steps"
@@ -107,7 +107,7 @@ def evaluate(
     study: Name,
     method: Annotated[str | None, Argument(metavar="METHOD", help="a trained method, or base")] = None,
     path: Annotated[Path | None, Option(metavar="FOLDER", help="instead: an adapter or model made elsewhere")] = None,
-    name: Annotated[str | None, Option(help="of the model in FOLDER; default: the folder's name")] = None,
+    name: Annotated[str, Option(help="of the model in FOLDER; default: the folder's name")] = "",
     seed: Seed = 0,
 ):
     """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
@@ -117,22 +117,19 @@ def evaluate(
     found = Study(found.folder, found.cfg.replace(seed=seed))
     from peftlib.evaluation import evaluate as evaluation
 
-    if path is not None:
-        evaluation.evaluate_path(found, path, name=name or path.resolve().name, log=say)
-        return
-    record = evaluation.evaluate(found, method)
+    record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path, name=name)
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
-    print(f"{method}: loss {loss} on {record['evaluation']['n_test']} test rows")
+    print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows")
 
 
 @_command("report --study first")
 def report(study: Name):
     """Write results.csv, report.md, report.html and the figures of a study again."""
     found = Study.existing(study)
-    from peftlib.core.paths import readable_path
-    from peftlib.report import build
+    from peftlib import build_report
+    from peftlib.core.files import readable_path
 
-    built = build.build(found)
+    built = build_report(found)
     pages = (found.results_path, found.report_path, found.report_path.with_suffix(".html"))
     print("\n".join(readable_path(path) for path in (*pages, *built.figures.values())))
 
@@ -211,10 +208,11 @@ def export(
 ):
     """Export a trained model with its model card to a folder or the hub."""
     found = Study.existing(study)
-    from peftlib.export import export as exporting
+    from peftlib import export_model
+    from peftlib.export.export import lines_of
 
     how = {"seed": seed, "to": to, "form": form, "quant": quant, "private": not public, "dry_run": dry_run}
-    print("\n".join(exporting.lines_of(exporting.export(found, method, **how), dry_run=dry_run)))
+    print("\n".join(lines_of(export_model(found, method, **how), dry_run=dry_run)))
 
 
 @_command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")

@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 from peftlib import SCHEMA_VERSION, __version__
+from peftlib.core import paths
 from peftlib.core.disk_errors import reading, writing
 from peftlib.core.errors import SchemaError, StudyError
 from peftlib.core.json_reading import parse
@@ -268,3 +269,17 @@ def size_text(size_bytes):
             return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
         size_bytes /= 1024
     return f"{size_bytes:.1f} GiB"
+
+
+def gib(n_bytes):
+    """Bytes in GiB; None for None."""
+    return None if n_bytes is None else n_bytes / 2**30
+
+
+def readable_path(path):
+    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
+    path = Path(path).absolute()
+    for base, shown in ((Path.cwd(), "."), (paths.checkout(), "."), (Path.home(), "~")):
+        if base is not None and path.is_relative_to(base):
+            return str(Path(shown) / path.relative_to(base))
+    return str(path)

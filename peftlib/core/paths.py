@@ -17,12 +17,3 @@ def checkout(package=PACKAGE):
 def shipped(name, package=PACKAGE):
     """A file or folder of the repository, such as 'notebooks', wherever this copy has it."""
     return (checkout(package) or package) / name
-
-
-def readable_path(path):
-    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
-    path = Path(path).absolute()
-    for base, shown in ((Path.cwd(), "."), (checkout(), "."), (Path.home(), "~")):
-        if base is not None and path.is_relative_to(base):
-            return str(Path(shown) / path.relative_to(base))
-    return str(path)

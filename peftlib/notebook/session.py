@@ -10,9 +10,8 @@ from peftlib.core import hosted
 from peftlib.core.config import differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root, resolve_device, training_precision
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.files import size_text
+from peftlib.core.files import readable_path, size_text
 from peftlib.core.kernel import is_watched
-from peftlib.core.paths import readable_path
 from peftlib.core.record import device_name
 from peftlib.core.session import host
 from peftlib.core.study import Study

@@ -8,6 +8,7 @@ import html
 import threading
 import time
 
+from peftlib.core.files import gib
 from peftlib.core.kernel import running_kernel
 from peftlib.notebook.kernel_events import KernelEvents
 from peftlib.notebook.widgets import bundle, can_click
@@ -20,7 +21,6 @@ _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
 _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
 _LAST_LINES = 6  # of the log, that the panel shows
 BUTTON, _ASKED = "Save and stop", "Stops after this step"
-_GIB = 2**30
 _NEARLY_FULL = 0.9  # of the memory's limit
 _TRACK = "background:rgba(127,127,127,.22);border-radius:4px;overflow:hidden"
 _GREY, _WARNING = "#7f7f7f", LIGHT.color_of("galore")
@@ -157,11 +157,11 @@ def facts(snapshot):
 
 def memory_words(snapshot):
     """Memory now against its limit, and its peak."""
-    now = f"{snapshot.memory_bytes / _GIB:.2f} of {snapshot.memory_limit_bytes / _GIB:.1f} GiB"
-    peak = f"{snapshot.peak_memory_bytes / _GIB:.2f}"
+    now = f"{gib(snapshot.memory_bytes):.2f} of {gib(snapshot.memory_limit_bytes):.1f} GiB"
+    peak = f"{gib(snapshot.peak_memory_bytes):.2f}"
     if snapshot.reserved_bytes is None:
         return f"{now}, has grown by up to {peak}"
-    return f"{now}, {snapshot.reserved_bytes / _GIB:.2f} reserved, peak {peak}"
+    return f"{now}, {gib(snapshot.reserved_bytes):.2f} reserved, peak {peak}"
 
 
 def checkpoint_words(snapshot):

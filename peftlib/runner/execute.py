@@ -15,8 +15,8 @@ import psutil
 from peftlib.core import paths
 from peftlib.core.disk_errors import writing
 from peftlib.core.errors import DiskError, Stopped, StudyError
+from peftlib.core.files import readable_path
 from peftlib.core.hub_token import without_tokens
-from peftlib.core.paths import readable_path
 from peftlib.notebook.session import FINISHED, STOPPED
 from peftlib.runner import notebook_io
 from peftlib.runner.notebook_io import FAILED

@@ -14,7 +14,7 @@ from peftlib.core import paths
 from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
-from peftlib.core.paths import readable_path
+from peftlib.core.files import readable_path
 from peftlib.core.study import Study
 from peftlib.notebook.session import FINISHED, NOTEBOOKS, STOPPED, literals, state_hash
 from peftlib.runner import notebook_io

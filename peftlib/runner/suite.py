@@ -212,11 +212,11 @@ class _Session:
         states = {job: self.state(job) for job in self.all}
         is_all = all(state.status in (DONE, FAILED) for state in states.values())
         if is_all and self.settings.has_report and not reason:
-            from peftlib.report import build as report
+            from peftlib import build_report
 
             for study in self.studies:
                 self.log(f"report of {study.folder.name}")
-                report.build(study)
+                build_report(study)
         for line in table(states, self.died):
             self.log(line)
         failed = [job.name for job in self.chosen if states[job].status == FAILED] + list(self.died)

@@ -10,7 +10,7 @@ from jupyter_client.manager import start_new_kernel
 
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.paths import readable_path
+from peftlib.core.files import readable_path
 from peftlib.core.study import Study
 from peftlib.notebook import session as notebook
 
