@@ -7,8 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import LockedError
+from peftlib.core.errors import LockedError, writing
 from peftlib.core.files import remove_tree, rename
 from peftlib.storage.lock import StudyLock
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peftlib.core import hub_token, kernel
+from peftlib.core import hub_token
+from peftlib.core import session as kernel
 from peftlib.core.errors import ModelError
 from peftlib.runner import notebook_io as executed
 from peftlib.storage import archive

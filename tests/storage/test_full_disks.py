@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from peftlib.__main__ import main
 from peftlib.core import files
-from peftlib.core.disk_errors import reading, writing
-from peftlib.core.errors import DiskError, PeftlibError, StudyError
+from peftlib.core.errors import DiskError, PeftlibError, StudyError, reading, writing
 from peftlib.core.study import Study
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts

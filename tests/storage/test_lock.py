@@ -11,13 +11,12 @@ import psutil
 import pytest
 
 import peftlib.storage.lock
-import peftlib.storage.lock_owner
 from peftlib.core.errors import LockedError
 from peftlib.storage.lock import STALE_S, StudyLock, child_environment, held
 
 HOLDER = """
 import sys, time
-from peftlib.lock import StudyLock, child_environment, held
+from peftlib.storage.lock import StudyLock, child_environment, held
 with StudyLock(sys.argv[1], "training qlora"):
     print("held", flush=True)
     time.sleep(60)
@@ -167,7 +166,7 @@ ODD = [
 @pytest.mark.parametrize("is_new", [False, True])
 def test_an_odd_lock_is_damaged_and_taken_over_with_a_line(tmp_path, monkeypatch, capsys, is_new):
     clock = FakeTime()
-    monkeypatch.setattr(peftlib.storage.lock_owner, "time", clock)
+    monkeypatch.setattr(peftlib.storage.lock, "time", clock)
     mtime = clock.now + 86400 if is_new else 1.0
     for number, content in enumerate(ODD):
         folder = tmp_path / str(number)
@@ -254,7 +253,7 @@ def _until(is_true, seconds=20):
 
 CHILD = """
 import sys, time
-from peftlib.lock import held
+from peftlib.storage.lock import held
 with held(sys.argv[1], "training", run=sys.argv[2]) as require:
     print("in", flush=True)
     while True:
@@ -294,9 +293,9 @@ def test_children_stop_once_another_session_has_the_study(tmp_path):
         process = _start(CHILD, tmp_path, "qlora-s0", env=env)
         assert process.stdout.readline() == "in\n"
     with StudyLock(tmp_path, "another session"):
-        assert "holds" in process.communicate(timeout=60)[0] and process.returncode
+        assert "has lost its lock" in process.communicate(timeout=60)[0] and process.returncode
     late = _start(CHILD, tmp_path, "qlora-s0", env=env)  # its parent's lock is gone: it takes none of its own
-    assert "holds" in late.communicate(timeout=60)[0] and late.returncode
+    assert "has lost its lock" in late.communicate(timeout=60)[0] and late.returncode
 
 
 def test_only_the_holder_lets_children_in(holder, tmp_path):
