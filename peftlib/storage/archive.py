@@ -42,6 +42,12 @@ def units_of(folder):
     return {unit: files for unit, files in units.items() if files}
 
 
+def newest_first(unit, listing):
+    """[(name, facts), ...] of a unit's archives in a remote's listing."""
+    found = [(name, facts) for name, facts in listing.items() if facts["unit"] == unit]
+    return sorted(found, key=lambda pair: -pair[1]["serial"])
+
+
 def fingerprint(folder, files):
     """[[path below folder, bytes, mtime in ns], ...], which differs once files have changed."""
     rows = []

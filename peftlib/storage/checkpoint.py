@@ -107,7 +107,7 @@ class CheckpointDir:
 
     def _prune(self):
         """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""
-        good = [path for path in self._all() if path in self._verified or _fault(path) is None]
+        good = [path for path in self._all() if path in self._verified or _is_sound(path)]
         for path in self._all():
             if path not in good[: self.keep]:
                 self._remove(path)
@@ -128,8 +128,10 @@ class CheckpointDir:
             self._remove(left)
         skipped = []
         for path in self._all():
-            _refuse_other_schema(path)
-            fault = _fault(path)
+            try:
+                fault = _fault(path)
+            except SchemaError as error:
+                raise CheckpointError(str(error)) from None
             if fault is None:
                 self._verified.add(path)
                 return _content(path), skipped
@@ -165,14 +167,21 @@ class CheckpointDir:
 
 
 def _fault(path):
-    """Why a checkpoint cannot be used, or None."""
+    """Why a checkpoint is damaged, in words, or None. SchemaError: it is whole, but of another schema version."""
     try:
         manifest = read_json(path / MANIFEST, is_sealed=True)
         return next(filter(None, (fault_of(path / name, manifest["files"][name]) for name in (TENSORS, STATE))), None)
-    except SchemaError as error:
-        return str(error)
+    except SchemaError:
+        raise
     except (OSError, StudyError, KeyError, TypeError) as error:
         return f"no readable manifest ({type(error).__name__})"
+
+
+def _is_sound(path):
+    try:
+        return _fault(path) is None
+    except SchemaError:
+        return False
 
 
 def _content(path):
@@ -208,15 +217,6 @@ def _odd_part(tensors):
         return "the optimizer's state has another form"
     odd = [name for name, kept in tensors["generators"].items() if not isinstance(kept, torch.Tensor)]
     return f"the generator's state {odd[0]} is no tensor" if odd else None
-
-
-def _refuse_other_schema(path):
-    try:
-        read_json(path / MANIFEST, is_sealed=True)
-    except SchemaError as error:
-        raise CheckpointError(str(error)) from None
-    except (OSError, StudyError):
-        return  # damaged, which _fault says
 
 
 def _size(path):

@@ -184,7 +184,7 @@ class StudyLock:
 
     def _release_local(self):
         with contextlib.suppress(OSError):
-            os.unlink(self._local.lock_file)  # while it is held: filelock refuses one that has no name any more
+            os.unlink(self._local.lock_file)  # while it is held: filelock takes none that was deleted meanwhile
         self._local.release()
 
     def _clear_if_left_behind(self):

@@ -93,8 +93,7 @@ class Mirror:
         self._state = MirrorState(self.folder, remote)
         self._doubt = remote.doubt  # what is not known about what is written there
         self._failures = {}  # unit -> (what went wrong, time of the next try, pause)
-        self._small_files_at = 0.0
-        self._look_at = 0.0  # when to look next for checkpoints that have served
+        self._small_files_at = self._look_at = 0.0  # last copied; when to look next for checkpoints of finished runs
         self._is_taken_over = False
         self._one_at_a_time = threading.Lock()
         self._is_over = threading.Event()
@@ -122,14 +121,13 @@ class Mirror:
             return
         # The small files come last: a record must not say more than what is here.
         units = sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))
-        for unit in units:
-            if unit not in archive.NOT_RESTORED:
-                self._restore_unit(unit, listing)
-        newest = {unit: _newest_first(unit, listing)[0][1]["serial"] for unit in units}
+        for unit in (unit for unit in units if unit not in archive.NOT_RESTORED):
+            self._restore_unit(unit, listing)
+        newest = {unit: archive.newest_first(unit, listing)[0][1]["serial"] for unit in units}
         self._state.forget([unit for unit in self._state.copied if newest.get(unit) != self._state.serials[unit]])
 
     def _restore_unit(self, unit, listing):
-        for name, facts in _newest_first(unit, listing):
+        for name, facts in archive.newest_first(unit, listing):
             if facts["origin"] == self._state.origin or facts["serial"] <= self._state.serials.get(unit, 0):
                 return  # what is here is at least as new
             if unit.startswith("checkpoint-") and archive.is_finished(self.folder, unit.removeprefix("checkpoint-")):
@@ -144,7 +142,7 @@ class Mirror:
                 continue
             self.log(f"restored {unit} from {self.remote} ({len(names)} files, {facts['bytes'] / 2**20:.0f} MiB)")
             files = archive.units_of(self.folder).get(unit, [])
-            newest = _newest_first(unit, listing)[0][1]["serial"]
+            newest = archive.newest_first(unit, listing)[0][1]["serial"]
             self._state.keep(unit, newest, archive.fingerprint(self.folder, files))
             return
 
@@ -159,18 +157,16 @@ class Mirror:
         except OSError as error:
             self.log(f"{self.remote} cannot be read ({_said(error)}): its free space is not known")
             return
-        free += sum(facts["bytes"] for _, facts in _newest_first(f"checkpoint-{run}", listing))
-        for keep in sorted({self.keep, 1}, reverse=True):
-            if (keep + 1) * checkpoint_bytes <= free:
-                if keep < self.keep:
-                    self.log(f"{self.remote} has {gib(free):.1f} GiB: it keeps one checkpoint, not {self.keep}")
-                self.keep = keep
-                return
-        raise CheckpointError(
-            f"{self.remote} may take {gib(free):.2f} GiB more, two checkpoints of {run} need "
-            f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), name another place in "
-            "PEFTLIB_MIRROR, or set PEFTLIB_MIRROR=off to train without a copy"
-        )
+        free += sum(facts["bytes"] for _, facts in archive.newest_first(f"checkpoint-{run}", listing))
+        if 2 * checkpoint_bytes > free:
+            raise CheckpointError(
+                f"{self.remote} may take {gib(free):.2f} GiB more, two checkpoints of {run} need "
+                f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), name another place in "
+                "PEFTLIB_MIRROR, or set PEFTLIB_MIRROR=off to train without a copy"
+            )
+        if (self.keep + 1) * checkpoint_bytes > free:
+            self.log(f"{self.remote} has {gib(free):.1f} GiB: it keeps one checkpoint, not {self.keep}")
+            self.keep = 1
 
     def flush(self, timeout_s=FLUSH_S):
         """Wait at most `timeout_s` until all is uploaded; returns whether it is."""
@@ -207,9 +203,8 @@ class Mirror:
 
     def _is_behind(self):
         """Whether something waits that has not just failed."""
-        return not self._is_taken_over and any(
-            unit not in self._failures or not self._failures[unit][1] for unit in self._waiting()
-        )
+        waiting = [] if self._is_taken_over else self._waiting()
+        return any(unit not in self._failures or not self._failures[unit][1] for unit in waiting)
 
     def _waiting(self):
         """Units whose present files the remote does not have."""
@@ -243,12 +238,10 @@ class Mirror:
             self._put(unit)
             if self._failures.pop(unit, None):
                 self.log(f"{self.remote}: {unit} is copied now")
-        except FileNotFoundError as error:
-            if Path(error.filename or "").is_relative_to(self.folder):
-                return  # replaced while it was read: the next look finds what took its place
-            self._fail(unit, error, pause)
         except OSError as error:
-            self._fail(unit, error, pause)
+            is_gone = isinstance(error, FileNotFoundError) and Path(error.filename or "").is_relative_to(self.folder)
+            if not is_gone:  # else it was replaced while it was read, and the next look finds what took its place
+                self._fail(unit, error, pause)
         finally:
             self.busy_with = None
 
@@ -263,8 +256,7 @@ class Mirror:
     def _put(self, unit):
         files = archive.units_of(self.folder).get(unit, [])
         print_of_files = archive.fingerprint(self.folder, files)
-        listing = self.remote.listing()
-        known = _newest_first(unit, listing)
+        known = archive.newest_first(unit, self.remote.listing())
         newest = known[0][1] if known else {"serial": 0, "origin": self._state.origin}
         if newest["origin"] != self._state.origin and newest["serial"] > self._state.serials.get(unit, 0):
             self._is_taken_over = True
@@ -302,12 +294,6 @@ class Mirror:
                 is_kept = any(other["unit"] == f"weights-{run}" for other in listing.values())
                 if facts["unit"].startswith("checkpoint-") and is_kept and archive.is_finished(self.folder, run):
                     self.remote.drop(name)
-
-
-def _newest_first(unit, listing):
-    """[(name, facts), ...] of a unit's archives."""
-    found = [(name, facts) for name, facts in listing.items() if facts["unit"] == unit]
-    return sorted(found, key=lambda pair: -pair[1]["serial"])
 
 
 def _said(error):
