@@ -36,11 +36,11 @@ def held(folder, what, *, run="", log=print):
     such as qlora-s0, and the function raises as well once that session has ended.
     LockedError: another live session holds one of them. An unreachable remote is logged and goes without a lock.
     """
-    parent = _Parent.of(folder)
-    if parent is not None:
-        parent.require()
+    require_parent = _parents_lock(folder)
+    if require_parent is not None:
+        require_parent()
         with StudyLock(folder, what, name=f"{run or 'child'}-{_NAME}") as own:
-            yield lambda: (parent.require(), own.require())
+            yield lambda: (require_parent(), own.require())
         return
 
     with contextlib.ExitStack() as stack:
@@ -74,31 +74,29 @@ def child_environment(folder):
     return {_PASS: f"{owner['token']}@{path.parent}"}
 
 
-class _Parent:
-    """The session under whose lock this process works."""
+def _parents_lock(folder):
+    """A function that raises LockedError once the session that let this process in has ended or lost its lock.
 
-    def __init__(self, folder, token):
-        self.path, self.token = Path(folder).absolute() / _NAME, token
-        self._looked_at = None
+    None where no session has let it in.
+    """
+    token, _, place = os.environ.get(_PASS, "").partition("@")
+    path = Path(folder).absolute() / _NAME
+    if not place or Path(place) != path.parent:
+        return None
+    next_look = 0.0
 
-    @classmethod
-    def of(cls, folder):
-        """The parent that lets this process work in the folder, or None where there is none."""
-        token, _, place = os.environ.get(_PASS, "").partition("@")
-        return cls(folder, token) if place and Path(place) == Path(folder).absolute() else None
-
-    def require(self):
-        """LockedError where the parent has ended or lost its lock."""
-        now = time.monotonic()
-        if self._looked_at is not None and now - self._looked_at < _LOOK_S:
+    def require():
+        nonlocal next_look
+        if time.monotonic() < next_look:
             return
-        self._looked_at = now
-        owner = read(self.path)
-        if owner is None or owner["token"] != self.token or _is_free(self.path):
+        next_look = time.monotonic() + _LOOK_S
+        owner = read(path)
+        if owner is None or owner["token"] != token or _is_free(path):
             raise LockedError(
-                f"the session that started this one has lost its lock on {self.path.parent.name}: stopping without "
-                "further writes"
+                f"the session that started this one has lost its lock on {path.parent.name}: stopping without further writes"
             )
+
+    return require
 
 
 class StudyLock:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -62,6 +63,34 @@ def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_
     with StudyLock(tmp_path, "training qlora"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+FORKED = """
+import os, sys, time
+from peftlib.storage.lock import StudyLock
+with StudyLock(sys.argv[1], "training qlora", settle_s=float(sys.argv[2])):
+    if os.fork():
+        print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("settle_s", [0.0, 0.01])
+def test_a_forked_child_that_outlives_its_killed_session_holds_no_lock(tmp_path, settle_s):
+    """As a worker of a process pool does. settle_s: as for a folder on Drive, whose lock is kept on this machine's disk."""
+    process = _start(FORKED, tmp_path, settle_s)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match=rf"process {process.pid} \(training qlora"):
+            StudyLock(tmp_path, "x", settle_s=settle_s).__enter__()
+        process.kill()
+        process.wait()
+        with StudyLock(tmp_path, "x", settle_s=settle_s) as lock:
+            lock.require()
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_another_machines_lock_is_stale_after_a_while_without_a_sign_of_life(tmp_path):
