@@ -6,7 +6,7 @@ import torch
 
 from peftlib import data, methods
 from peftlib.core.env import resolve_device
-from peftlib.core.terminal import allow_odd, visible
+from peftlib.core.files import allow_odd, visible
 from peftlib.evaluation.evaluate import evaluation_dtype, load_model
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import STOP_IDS, encode_prompt

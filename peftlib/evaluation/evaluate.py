@@ -14,9 +14,8 @@ import torch
 from peftlib import data
 from peftlib import methods as registry
 from peftlib.core import record as records
-from peftlib.core.disk_errors import writing
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import PeftlibError, StudyError
+from peftlib.core.errors import PeftlibError, StudyError, writing
 from peftlib.core.files import sha256
 from peftlib.core.session import Deadline
 from peftlib.evaluation import forgetting
@@ -87,7 +86,10 @@ def _record_of(study, method):
             raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
         device = resolve_device(study.cfg.device)
         _, precision, reason = evaluation_dtype(device)
-        record = records.new_record(study, method, device=device, precision=precision, precision_reason=reason)
+        base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
+        record = records.new_record(
+            study, method, provenance=base, device=device, precision=precision, precision_reason=reason
+        )
         record["status"] = "ok"
     records.require_fields(record, study.record_path(method, seed))
     records.require_ok(record)

@@ -2,7 +2,7 @@
 
 import json
 
-from peftlib.core.hosted import TORCHAO_MIN
+from peftlib.core.paths import TORCHAO_MIN
 from peftlib.export.gguf import MODELFILE, gguf_name
 from peftlib.models.base import PROJECTIONS
 

@@ -79,6 +79,20 @@ def base_facts(model, *, is_local=False):
     return {"model_sha256": _tensors_sha256(paths), "model_revision": revision}
 
 
+def provenance_of(model, records, *, study):
+    """{'model_provenance', 'model_sha256', 'model_revision'} of a config's `model`, for a new record.
+
+    records: of the study's other runs. study: its name, for messages.
+    ModelError: another run was made with another base model of this name, or see base_facts.
+    """
+    from peftlib.models.base import locate
+
+    for other in records:
+        if other.get("model_sha256") and other.get("model") == model:
+            require_base(other, model, what=f"{other['method']} (seed {other['seed']}) in study {study}")
+    return {"model_provenance": locate(model)[1], **base_facts(model)}
+
+
 def require_base(kept, model, *, what, log=print, error=ModelError, is_local=False):
     """Raise `error` where a config's `model` is not the one whose base_facts `kept` holds.
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from peftlib.core import hosted
+from peftlib.core import paths
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
 from peftlib.core.session import host
@@ -109,7 +109,7 @@ def _piece_paths():
 
 
 def _way_to_it():
-    line = hosted.install_line("demo")  # only what is missing is installed: 238 MB
+    line = paths.install_line("demo")  # only what is missing is installed: 238 MB
     return (
         f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
     )

@@ -15,6 +15,7 @@ from peftlib.models.chat_template import encode_prompt
 from peftlib.notebook.answer_cards import answer_card, page
 from peftlib.notebook.session import can_click
 from peftlib.notebook.widget_display import Shown
+from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
 _FREE_TIMES = 3.0
@@ -121,7 +122,7 @@ class AskBox(Shown):
 
     def __init__(self, study):
         self._models = Models(study, self._say)
-        self._theme = study.theme
+        self._theme = THEMES[study.cfg.theme]
         self._make_widgets(study.cfg.max_new_tokens)
 
     def _make_widgets(self, max_new_tokens):

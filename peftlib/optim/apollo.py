@@ -6,8 +6,8 @@ whose limiter reads a norm back to the host for every weight. Agrees with it whe
 
 import torch
 
+from peftlib.core.env import seed_of
 from peftlib.core.errors import ConfigError
-from peftlib.core.seeds import seed_of
 from peftlib.optim import moments
 from peftlib.optim.adamw import AccumulatingAdamW
 from peftlib.optim.subspace import turned

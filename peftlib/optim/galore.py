@@ -8,9 +8,8 @@ the backward pass that made it. A weight whose basis is due keeps its summed G u
 
 import torch
 
-from peftlib.core.env import require_bitsandbytes
+from peftlib.core.env import require_bitsandbytes, seed_of
 from peftlib.core.errors import ConfigError
-from peftlib.core.seeds import seed_of
 from peftlib.optim import moments
 from peftlib.optim.adamw import AccumulatingAdamW
 from peftlib.optim.subspace import (

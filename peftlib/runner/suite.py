@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import copy_tree, rename
-from peftlib.core.interrupts import interrupts
+from peftlib.core.session import interrupts
 from peftlib.core.study import Study
 from peftlib.runner import process_pool as side_by_side
 from peftlib.runner.execute import environment

@@ -162,11 +162,12 @@ def measure(setting):
 
     from peftlib import methods
     from peftlib.core import config
+    from peftlib.models.shapes import Shape
     from peftlib.train import flops
     from peftlib.train import memory_model as plan
 
     stepper, model = build(setting)
-    shape = plan.Shape.of(model.config)
+    shape = Shape.of(model.config)
     cfg = config.resolve("gpu", max_length=setting["seq"], **setting["fields"])
     planned = plan.estimate(
         shape,

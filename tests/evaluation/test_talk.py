@@ -11,7 +11,7 @@ import torch
 
 from peftlib import __main__ as command_line
 from peftlib import data
-from peftlib.core.terminal import visible
+from peftlib.core.files import visible
 from peftlib.evaluation import chat as talk
 from peftlib.models.base import load_base
 from peftlib.models.chat_template import encode_prompt

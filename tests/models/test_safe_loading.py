@@ -12,11 +12,11 @@ import peftlib
 from peftlib import data, methods
 from peftlib.core import config
 from peftlib.core.errors import ModelError, PeftlibError
-from peftlib.core.gpus import shape_of
 from peftlib.evaluation.judging import backends as judge_backends
 from peftlib.models import safe_loading
 from peftlib.models.base import load_base
 from peftlib.models.saved import load_plain, load_trained, save_trained
+from peftlib.models.shapes import shape_of
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 

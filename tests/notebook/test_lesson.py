@@ -7,11 +7,11 @@ import torch
 
 from peftlib.core import config
 from peftlib.core.errors import ModelError
-from peftlib.core.gpus import SHAPES
 from peftlib.data.store import load_split
 from peftlib.evaluation import stats
 from peftlib.methods import find
 from peftlib.models import base as models
+from peftlib.models.shapes import SHAPES
 from peftlib.notebook import demos as lesson
 from peftlib.train import memory_model as plan
 from peftlib.train.loop import TrainingRun

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.errors import JudgeError
-from peftlib.core.terminal import visible
+from peftlib.core.files import visible
 from peftlib.evaluation.judging import replies as judge_replies
 from peftlib.evaluation.judging.http import MOST_BYTES, CallFailed, Poster, TooLarge
 from peftlib.evaluation.judging.replies import NotAnApi, Reply
