@@ -13,8 +13,8 @@ from peftlib.core.env import generator_states, set_generator_states
 from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.data.dedup import prompt_key
 from peftlib.models import identity, saved
-from peftlib.models.base_weights import BaseWeights
 from peftlib.models.inspect import trainable
+from peftlib.models.locate import BaseWeights
 from peftlib.storage import delta
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
 from peftlib.train import changes, nonfinite
