@@ -13,6 +13,7 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
 from peftlib.runner import console
 from peftlib.runner.console import given_settings, require_numbers, say, sized_as_full_study, study_of
+from peftlib.storage.mirror import open_study
 
 app = typer.Typer(
     help="QLoRA, GaLore and a layer-wise hybrid compared on Gemma 3. `peftlib COMMAND --help` shows examples.",
@@ -113,7 +114,7 @@ def evaluate(
     """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
     if (method is None) == (path is None):
         raise ConfigError("name one model: a METHOD, or --path FOLDER")
-    found = Study.existing(study)
+    found = open_study(study)
     found = Study(found.folder, found.cfg.replace(seed=seed))
     from peftlib.evaluation import evaluate as evaluation
 
@@ -125,7 +126,7 @@ def evaluate(
 @_command("report --study first")
 def report(study: Name):
     """Write results.csv, report.md, report.html and the figures of a study again."""
-    found = Study.existing(study)
+    found = open_study(study)
     from peftlib import build_report
     from peftlib.core.files import readable_path
 
@@ -180,7 +181,7 @@ def judge(
     known_as = local_name(local) if local else endpoint_name(endpoint, model)
     how = {"seed": seed, "n_rows": rows, "reply_tokens": reply_tokens, "parallel": 1 if local else parallel, "log": say}
     how |= {"price_in": price_in, "price_out": price_out, "dry_run": dry_run}
-    judge_study(Study.existing(study), methods, known_as, open_judge, **how)
+    judge_study(open_study(study), methods, known_as, open_judge, **how)
 
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")
@@ -188,7 +189,7 @@ def chat(
     method: Method, study: Name, seed: Seed = 0, max_new_tokens: Annotated[int, Option(help="of an answer")] = 256
 ):
     """Talk to a trained model, or to base; /new starts over, /quit ends."""
-    found = Study.existing(study)
+    found = open_study(study)
     found.cfg.replace(max_new_tokens=max_new_tokens)  # refuses what is out of range
     from peftlib.evaluation.chat import main as talk
 
@@ -207,7 +208,7 @@ def export(
     dry_run: Flag = False,
 ):
     """Export a trained model with its model card to a folder or the hub."""
-    found = Study.existing(study)
+    found = open_study(study)
     from peftlib import export_model
     from peftlib.export.export import lines_of
 
@@ -225,7 +226,7 @@ def plan(
 ):
     """Say which method fits a GPU, in which micro-batch, and for how many hours."""
     given = given_settings(settings, profile=profile, model=model)
-    found = Study.existing(study) if study else None
+    found = open_study(study) if study else None
     from peftlib.runner.suite_plan import plan_lines
 
     for line in plan_lines(gpu, given, found):
@@ -240,7 +241,7 @@ def sweep(
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
     """Try learning rates of a study's methods on its validation rows."""
-    found = Study.existing(study)
+    found = open_study(study)
     from peftlib.methods import METHODS
     from peftlib.train import sweep as trials
 

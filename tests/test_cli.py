@@ -11,8 +11,8 @@ import typer
 
 from peftlib import cli
 from peftlib.core.errors import ConfigError
-from peftlib.core.study import Study
 from peftlib.runner import console, notebooks
+from peftlib.storage.mirror import open_study
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
 
@@ -107,6 +107,6 @@ def test_a_method_is_trained_resumed_and_scored_by_verbs(make_study, capsys):
     assert "qlora, seed 0: ok, 6 of 6 steps" in capsys.readouterr().out
     assert cli.main(["evaluate", "qlora", "--study", "tiny"]) == 0
     assert re.search(r"^qlora: loss \d+\.\d{4} nats per token on 6 test rows$", capsys.readouterr().out, re.MULTILINE)
-    assert Study.existing("tiny").predictions_path("qlora", 0).exists()
+    assert open_study("tiny").predictions_path("qlora", 0).exists()
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
         cli.call(["train", "qlor", "--study", "tiny", "--profile", "demo"])

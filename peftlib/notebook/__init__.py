@@ -11,6 +11,7 @@ _API = {
     "length_chart": ("peftlib.report.data_figures", "length_chart"),
     "train_live": ("peftlib.notebook.training_panel", "train_live"),
     "loss_curves": ("peftlib.report.figures", "loss_curves"),
+    "THEMES": ("peftlib.report.palette", "THEMES"),
     "side_by_side": ("peftlib.notebook.answer_cards", "side_by_side"),
     "trained_methods": ("peftlib.evaluation.evaluate", "trained_methods"),
     "show_charts": ("peftlib.notebook.charts", "show_charts"),

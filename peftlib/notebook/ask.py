@@ -12,9 +12,10 @@ from peftlib.evaluation.evaluate import evaluation_dtype, load_model, trained_me
 from peftlib.evaluation.generate import answer_batch
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
-from peftlib.models.tokenizer import open_tokenizer
+from peftlib.models.load import load_tokenizer
 from peftlib.notebook.answer_cards import answer_card, page
 from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look
+from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
 _FREE_TIMES = 3.0
@@ -80,7 +81,7 @@ class Models:
         if key not in self._loaded:
             self._loaded = {k: model for k, model in self._loaded.items() if k[0] != method}  # older weights
             self.log(f"loading {at}")
-            self._tokenizer = self._tokenizer or open_tokenizer(self._study.cfg.model)
+            self._tokenizer = self._tokenizer or load_tokenizer(self._study.cfg.model)
             how = {"device": self._device, "dtype": evaluation_dtype(self._device)[0], "log": self.log}
             self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
         return self._loaded[key]
@@ -106,7 +107,7 @@ class AskBox(Shown):
         import ipywidgets as w
 
         self._models = Models(study, self._say)
-        self._theme = study.theme
+        self._theme = THEMES[study.cfg.theme]
         limit = {"value": study.cfg.max_new_tokens, "min": 1, "max": _MOST_TOKENS}
         self.question = w.Textarea(value=_QUESTION, description="question", **look("40rem"))
         self.tokens = w.BoundedIntText(description="at most", **limit, **look("10rem"))

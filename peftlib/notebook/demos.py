@@ -11,7 +11,7 @@ import torch
 
 from peftlib.core.errors import ModelError
 from peftlib.data.store import load_split
-from peftlib.models.base import PROJECTIONS, head_weight, hidden_states, named_weights
+from peftlib.models.inspect import PROJECTIONS, head_weight, hidden_states, named_weights
 from peftlib.models.losses import chunked_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
@@ -58,8 +58,7 @@ class FourBit:
 
 def one_weight(model, ending="layers.0.mlp.up_proj.weight"):
     """(name, (m, n) float32) of one matrix in a model's files. model: as in a config. ModelError: no such tensor."""
-    from peftlib.models.base import hub_errors
-    from peftlib.storage.delta import BaseWeights
+    from peftlib.models.locate import BaseWeights, hub_errors
 
     with hub_errors(model):
         files = BaseWeights(model)
@@ -80,7 +79,7 @@ def nf4_levels():
 
 def in_four_bits(weight):
     """The FourBit of an (m, n) float32 matrix; its count must be a multiple of 64. Nothing is doubly quantized."""
-    from peftlib.models.base import without_advice
+    from peftlib.models.load import without_advice
 
     without_advice()
     from bitsandbytes import functional

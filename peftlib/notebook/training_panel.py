@@ -9,7 +9,7 @@ import threading
 import time
 
 from peftlib.core.files import gib
-from peftlib.core.kernel import running_kernel
+from peftlib.core.session import running_kernel
 from peftlib.notebook.kernel_events import KernelEvents
 from peftlib.notebook.widgets import bundle, can_click
 from peftlib.report import figures

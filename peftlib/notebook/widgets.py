@@ -9,7 +9,7 @@ import html
 import importlib.util
 
 from peftlib.core.files import readable_path, write_text
-from peftlib.core.kernel import is_watched
+from peftlib.core.session import is_watched
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow

@@ -9,9 +9,8 @@ import sys
 import typer
 
 from peftlib.core.config import PROFILES, from_text, resolve
-from peftlib.core.disk_errors import named
 from peftlib.core.env import output_root
-from peftlib.core.errors import ConfigError, PeftlibError
+from peftlib.core.errors import ConfigError, PeftlibError, disk_error
 from peftlib.core.study import Study
 from peftlib.storage import mirror
 
@@ -72,7 +71,7 @@ def main(app, argv):
         _leave_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        known = named(error) or _fault_of_output(error)
+        known = disk_error(error) or _fault_of_output(error)
         if known is None:  # a bug, or the network: its traceback tells where
             raise
         return _refused(known)
@@ -128,7 +127,7 @@ def _fault_of_output(error):
     if error.errno is None or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or sys.stdout.isatty():
         return None
     _leave_output()
-    return named(OSError(error.errno, error.strerror, "standard output"))
+    return disk_error(OSError(error.errno, error.strerror, "standard output"))
 
 
 def _leave_output():

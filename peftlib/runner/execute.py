@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from peftlib.core import paths
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import DiskError, Stopped, StudyError
+from peftlib.core.errors import DiskError, Stopped, StudyError, writing
 from peftlib.core.files import readable_path
 from peftlib.core.hub_token import without_tokens
 from peftlib.notebook.session import FINISHED, STOPPED

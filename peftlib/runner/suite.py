@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import copy_tree, rename
-from peftlib.core.interrupts import interrupts
+from peftlib.core.session import interrupts
 from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS
 from peftlib.runner import process_pool
@@ -24,7 +24,7 @@ from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
 from peftlib.train import sweep
 
-PRECISION_CHECKED = ("qlora", "galore", "hybrid")
+PRECISION_CHECKED = tuple(name for name, spec in METHODS.items() if not spec.is_baseline)
 OTHER_PRECISION = "fp16"
 UNFINISHED_CODE = 3  # cut by --minutes or a signal: the same command goes on
 _ROOM_S = 60.0  # no run is started that has less time than this before it would be stopped
@@ -259,7 +259,7 @@ def workers_of(cfg, at_once):
 def _with_data(settings, log):
     """The study with its data built and its config frozen."""
     from peftlib.data import build_data
-    from peftlib.models.base import locate
+    from peftlib.models.locate import locate
 
     name = settings.given["study"]
     study = Study.resolve(**settings.given)

@@ -116,12 +116,16 @@ def _evaluate(study, work, log):
 
 
 def _record_failure(study, work, error):
+    from peftlib.models.identity import provenance_of
+
     record = records.load(study, work.method, work.seed)
     if record is None or record["status"] == "ok":
         device = resolve_device(study.cfg.device)
         precision, reason = training_precision(device, study.cfg.precision)
+        adopted = study.with_rates_of(work.method)
         how = {"device": device, "precision": precision, "precision_reason": reason}
-        record = records.new_record(study.with_rates_of(work.method), work.method, **how)
+        how["provenance"] = provenance_of(adopted.cfg.model, adopted.records(), study=adopted.folder.name)
+        record = records.new_record(adopted, work.method, **how)
     records.save(study, {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
 
 

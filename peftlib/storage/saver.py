@@ -1,4 +1,4 @@
-"""When a run saves, and how little training waits for it."""
+"""When a run saves checkpoints, and how long that holds up training."""
 
 import threading
 import time
@@ -8,13 +8,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from peftlib.core.errors import CheckpointError
-from peftlib.models.base import core, trainable
+from peftlib.core.files import GIB
 from peftlib.storage.checkpoint import Checkpoint
 from peftlib.storage.mirror import running
-from peftlib.train import memory_model as plan
 
-# What a first save is taken to manage: written by a CPU, or copied from a GPU's memory.
-_BYTES_PER_SECOND = {False: 2**30, True: 4 * 2**30}
+# Assumed of a first save: written by a CPU, or copied from a GPU's memory.
+_BYTES_PER_SECOND = {False: GIB, True: 4 * GIB}
 
 
 class Saved(NamedTuple):
@@ -134,19 +133,15 @@ def _as_checkpoint_error(step, error):
     return wrapped
 
 
-def expected_bytes(run):
-    """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the planner counts it."""
-    weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
-    return weights + plan.optimizer_bytes(plan.Shape.of(core(run.model).config), run.name, run.cfg)
+def require_space(checkpoints, study_folder, run, checkpoint_bytes):
+    """CheckpointError, with the numbers, unless a run's checkpoints fit on its disk and on the study's remote.
 
-
-def require_space(run):
-    """CheckpointError, with the numbers, unless a TrainingRun's checkpoints fit on its disk and on the study's copy."""
-    size = expected_bytes(run)
-    run.checkpoints.require_space(size)
-    mirror = running(run.study.folder)
+    checkpoints: its CheckpointDir. run: its name there, such as qlora-s0.
+    """
+    checkpoints.require_space(checkpoint_bytes)
+    mirror = running(study_folder)
     if mirror is not None:
-        mirror.require_space(f"{run.name}-s{run.cfg.seed}", size)
+        mirror.require_space(run, checkpoint_bytes)
 
 
 def _on_host(checkpoint):

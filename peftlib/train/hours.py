@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib import methods
-from peftlib.core.gpus import SHAPES, card_of_device
+from peftlib.core.gpus import card_of_device
 from peftlib.core.paths import shipped
+from peftlib.models.shapes import SHAPES
 from peftlib.train.flops import flops_per_token
 
 MEASURED = shipped("results/bench/methods.json")

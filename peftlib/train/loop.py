@@ -8,23 +8,23 @@ import torch
 
 from peftlib import data, methods
 from peftlib.core import record as records
-from peftlib.core.env import resolve_device, training_precision
+from peftlib.core.env import resolve_device, seed_of, training_precision
 from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.core.files import sha256
-from peftlib.core.interrupts import interrupts
-from peftlib.core.seeds import seed_of
-from peftlib.core.session import Deadline
+from peftlib.core.session import Deadline, interrupts
 from peftlib.models import compile as compiled
-from peftlib.models.base import core, guard_four_bit, layer_table, load_base
+from peftlib.models.identity import provenance_of
+from peftlib.models.inspect import core, layer_table, trainable
+from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
-from peftlib.storage import delta as compact
+from peftlib.models.shapes import Shape
 from peftlib.storage import saver as saving
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.lock import held
 from peftlib.train import callbacks as progress
 from peftlib.train import loggers as trackers
-from peftlib.train import nonfinite, outcome
+from peftlib.train import memory_model, nonfinite, outcome
 from peftlib.train import run_state as resume
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.peak_memory import PeakMemory
@@ -61,7 +61,7 @@ class TrainingRun:
             )
         self._open = contextlib.ExitStack()  # train() closes it
         self.memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
-        self.tokenizer = data.open_tokenizer(self.cfg.model)
+        self.tokenizer = data.load_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.four_bit)
         self.model = self.method.prepare(base, self.cfg)
@@ -152,26 +152,24 @@ class TrainingRun:
             every=cfg.save_steps,
             stall_share=cfg.max_save_overhead,
             is_background=self.device != "cpu",
-            expected_bytes=saving.expected_bytes(self),
+            expected_bytes=_checkpoint_bytes(self),
             log=self.log,
         )
         self.record = records.new_record(
             self.study,
             self.name,
+            provenance=provenance_of(self.cfg.model, self.study.records(), study=self.study.folder.name),
             device=self.device,
             precision=self.precision,
             precision_reason=self.precision_reason,
         )
         self.record["layers"] = layer_table(self.model)
-        if self.saver.is_background:  # a thread has the time for it
-            with contextlib.suppress(OSError):  # a model without safetensors files
-                self.checkpoints.base = compact.BaseWeights(cfg.model)
         resume.begin(self)
         self.saver.start(self.progress.step)
         if self.method.four_bit:
             guard_four_bit(self.model, self.method.four_bit)
         outcome.describe(self, self._peak_rates)
-        saving.require_space(self)
+        saving.require_space(self.checkpoints, self.study.folder, f"{self.name}-s{cfg.seed}", _checkpoint_bytes(self))
 
     def _place(self):
         cfg = self.cfg
@@ -309,3 +307,10 @@ def run_training(study, method, *, log=print, watchers=()):
     Errors: as TrainingRun and TrainingRun.train.
     """
     return TrainingRun(study, method, log=log).train(watchers)
+
+
+def _checkpoint_bytes(run):
+    """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the planner counts it."""
+    weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
+    shape = Shape.of(core(run.model).config)
+    return weights + memory_model.optimizer_bytes(shape, run.name, run.cfg)

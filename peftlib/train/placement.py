@@ -6,10 +6,11 @@ import torch
 
 from peftlib.core.errors import ConfigError
 from peftlib.models import compile as compiled
-from peftlib.models.activation_checkpointing import checkpoint_layers
-from peftlib.models.base import core
 from peftlib.models.compile import CompileCache
+from peftlib.models.inspect import core
+from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
+from peftlib.models.shapes import Shape
 from peftlib.train import memory_model as plan
 
 _CPU_MICRO_BATCH = 4
@@ -55,7 +56,7 @@ class Placement:
         if cfg.micro_batch_size == 0:
             available = plan.device_bytes(cfg)
             chosen = plan.choose(
-                plan.Shape.of(core(self.model).config),
+                Shape.of(core(self.model).config),
                 self.method,
                 cfg,
                 precision=precision,

@@ -54,7 +54,14 @@ def opened(request, lab, fields, finished_study):
     """A notebook whose report is built and whose widgets stand."""
     copy = lab.server.put(request.param, fields=fields, copy=f"{request.param}-explored")
     with lab.opened(copy) as notebook:
-        for words in ("# Parameters", "setup(", "build_report(study)", "show_charts(shown)", "explore(shown)", "ask_box("):
+        for words in (
+            "# Parameters",
+            "setup(",
+            "build_report(study)",
+            "show_charts(shown)",
+            "explore(shown)",
+            "ask_box(",
+        ):
             notebook.cell(words).run()
         notebook.picture_in_both_themes(f"{request.param}-explored")
         yield notebook

@@ -9,7 +9,6 @@ import pytest
 
 from peftlib import cli
 from peftlib.core.errors import ConfigError, JudgeError, StudyError
-from peftlib.core.study import Study
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
@@ -53,7 +52,7 @@ def call(study, url, *more):
 
 def judged(study, words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "existing", lambda name: study)
+        patch.setattr(cli, "open_study", lambda name: study)
         return cli.call(["judge", *words])
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from peftlib import cli
 from peftlib.core.errors import ConfigError, JudgeError, LockedError, Stopped
-from peftlib.core.study import Study
 from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint, endpoint_name
 from peftlib.report import charts as report_charts
@@ -38,7 +37,7 @@ def call(study, url, *more):
 
 def judged(study, words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "existing", lambda name: study)
+        patch.setattr(cli, "open_study", lambda name: study)
         return cli.call(["judge", *words])
 
 

@@ -16,7 +16,6 @@ import tiny
 
 from peftlib import cli
 from peftlib.core.errors import JudgeError
-from peftlib.core.study import Study
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.models.chat_template import set_template
 from peftlib.report import build as report
@@ -95,7 +94,7 @@ def call(study, url, model, *more):
 
 def judged(study, words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "existing", lambda name: study)
+        patch.setattr(cli, "open_study", lambda name: study)
         return cli.call(["judge", *words])
 
 

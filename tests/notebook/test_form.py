@@ -9,8 +9,9 @@ from front_end import INSTALLED
 from peftlib import cli, methods
 from peftlib.core import gpus as cards
 from peftlib.core.config import resolve
-from peftlib.core.gpus import CARDS, SHAPES
+from peftlib.core.gpus import CARDS
 from peftlib.core.study import Study
+from peftlib.models.shapes import SHAPES
 from peftlib.notebook import planner as form
 from peftlib.notebook import session as notebook
 from peftlib.runner import notebooks as runner
