@@ -139,7 +139,7 @@ def _report(args):
     from peftlib.notebook.session import readable_path
     from peftlib.report import build as report
 
-    built = report.build(study)
+    built = report.build_report(study)
     for path in (
         study.results_path,
         study.report_path,
@@ -201,9 +201,10 @@ def _data(argv):
 
 def _compare(argv):
     """compare the results of studies"""
-    from peftlib.report import build as report
+    from peftlib.report.compare import compare_studies
 
-    return report.compare_cli(argv)
+    print(compare_studies(argv), end="")
+    return 0
 
 
 def _judge(argv):

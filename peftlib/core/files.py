@@ -268,3 +268,8 @@ def size_text(size_bytes):
             return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
         size_bytes /= 1024
     return f"{size_bytes:.1f} GiB"
+
+
+def gib(n_bytes):
+    """Bytes in GiB, None if unknown."""
+    return None if n_bytes is None else n_bytes / 2**30

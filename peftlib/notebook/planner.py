@@ -11,7 +11,7 @@ from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
 from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.gpus import CARDS, SHAPES, card_at_hand, find_card, shape_of
 from peftlib.core.study import Study
-from peftlib.report.document import folded, plain
+from peftlib.report.render import folded, plain
 from peftlib.runner import plan_cli
 from peftlib.train import costs
 from peftlib.train.hours import duration
