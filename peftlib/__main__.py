@@ -176,9 +176,9 @@ def _sweep(args):
 
 
 def _export(args):
-    from peftlib.export.export import export, lines_of
+    from peftlib.export.export import export_model, lines_of
 
-    exported = export(
+    exported = export_model(
         Study.existing(args.study),
         args.method,
         seed=args.seed,

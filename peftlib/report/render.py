@@ -5,6 +5,7 @@ markdown.jinja and page.jinja hold the same macros (heading, paragraph, list, ta
 
 import base64
 import html
+import math
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 def shown(value, form):
     """A number in a format such as '.2f'; 'n/a' for None and nan."""
-    return UNKNOWN if value is None or value != value else format(value, form)
+    return UNKNOWN if value is None or math.isnan(value) else format(value, form)
 
 
 def interval_text(found, form=".4f"):
