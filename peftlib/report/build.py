@@ -269,23 +269,20 @@ def _content(report, pairs, by_source):
     versions = {}
     for run in found.runs:
         for name, version in (run.record.get("versions") or {}).items():
-            versions.setdefault(name, dict.fromkeys(()))[version or UNKNOWN] = None
-    seeds = {method: len(runs) for method, runs in found.scored.items() if method != BASE}
+            versions.setdefault(name, {})[version or UNKNOWN] = None
     return {
         "name": report.folder.name,
         "report": report,
         "found": found,
         "pairs": pairs,
         "by_source": by_source,
-        "metrics": stats.METRICS,
-        "few_rows": stats.FEW_ROWS,
-        "few_rows_note": stats.few_rows_note(len(found.test_rows)),
-        "single_seeds": [method for method, n in seeds.items() if n == 1],
-        "general_text": forgetting.TEXT_NAME,
+        "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],
+        "stats": stats,
+        "forgetting": forgetting,
+        "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),
-        "rouge_variant": rouge.VARIANT,
         "changes": [sentence for run in found.runs for sentence in changes.sentences(run.record)],
-        "versions": [f"{name} {' and '.join(known)}" for name, known in versions.items()],
+        "versions": versions,
         "longest": _ANSWER_CHARACTERS,
         "gib": gib,
         "perplexity": lambda loss: None if loss is None else math.exp(min(loss, 700)),

@@ -37,9 +37,7 @@ def compare_studies(studies):
     content = {
         "found": found,
         "boot": boot,
-        "metrics": stats.METRICS,
-        "few_rows": stats.FEW_ROWS,
-        "few_rows_note": stats.few_rows_note(boot.n_rows),
+        "stats": stats,
         "changed": {name: differences(first, config) for name, config in zip(names[1:], others)},
         "mean_of": mean_of,
         "values": {

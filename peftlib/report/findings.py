@@ -16,15 +16,10 @@ def summary(found, boot, pairs, notes, numbers):
     found: results.ScoredStudy. boot: stats.Bootstrap, None without scores. pairs: [comparison.Pair, ...]. notes: what was
     not matched. numbers: charts.Numbers.
     """
-    if boot is None:
-        return ["No run is scored yet, so no method can be called better.", *_cost(numbers), *_cautions(found, notes)]
-    return [
-        *_best(found, boot, pairs),
-        *_against_base(boot, pairs),
-        *_cost(numbers),
-        *_forgetting(found),
-        *_cautions(found, notes),
-    ]
+    told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
+    if not told:
+        told = ["Fewer than two methods are scored, so none can be called better."]
+    return [*told, *_cost(numbers), *_forgetting(found), *_cautions(found, notes)]
 
 
 def details(found, pairs):
