@@ -26,9 +26,9 @@ _API = {
     "evaluate": ("peftlib.evaluation.evaluate", "evaluate"),
     "ask": ("peftlib.evaluation.generate", "ask"),
     "load_trained": ("peftlib.models.saved", "load_trained"),
-    "build_report": ("peftlib.report.build", "build"),
-    "compare_studies": ("peftlib.report.compare", "blocks_of"),
-    "export_model": ("peftlib.export.export", "export"),
+    "build_report": ("peftlib.report.build", "build_report"),
+    "compare_studies": ("peftlib.report.compare", "compare_studies"),
+    "export_model": ("peftlib.export.export", "export_model"),
 }
 __all__ = ["SCHEMA_VERSION", "__version__", *_API]
 

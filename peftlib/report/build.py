@@ -276,6 +276,7 @@ def _content(report, pairs, by_source):
         "found": found,
         "pairs": pairs,
         "by_source": by_source,
+        "models": dict.fromkeys((run.record["model"], run.record["model_provenance"]) for run in found.runs),
         "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],
         "stats": stats,
         "forgetting": forgetting,

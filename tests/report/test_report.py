@@ -260,7 +260,7 @@ def test_figures_are_written_with_text_for_those_who_cannot_see_them(built):
     assert {"loss", "scores", "rougeL_by_source", "rougeL_against_memory", "memory"} <= set(shown.figures)
     for name, path in shown.figures.items():
         assert path.read_bytes().startswith(b"\x89PNG") and path.with_suffix(".svg").exists()
-        assert len(shown.alt[name]) > 40
+        assert len(shown.alt[name]) > 40 and not re.search(r"[.!?] ", shown.alt[name])  # one sentence
     assert "qlora 1.12 GiB" in shown.alt["memory"]
     page = (study.folder / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == len(shown.figures)
