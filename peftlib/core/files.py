@@ -17,6 +17,7 @@ from peftlib.core.disk_errors import reading, writing
 from peftlib.core.errors import SchemaError, StudyError
 from peftlib.core.json_reading import parse
 
+GIB = 2**30
 MANIFEST = "manifest.json"  # written last: what lacks it does not count
 _SEAL = "seal"  # key of a JSON object's own SHA-256
 _WRITING, _LEFT_BEHIND_S = ".writing", 3600.0  # ending of a file that is being written; after which nobody does
@@ -261,6 +262,11 @@ def _seal(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
 
 
+def gib(n_bytes):
+    """Bytes in GiB; None for None."""
+    return None if n_bytes is None else n_bytes / GIB
+
+
 def size_text(size_bytes):
     """A size with a unit that fits, as in 11.1 KiB."""
     for unit in ("B", "KiB", "MiB"):
@@ -268,8 +274,3 @@ def size_text(size_bytes):
             return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
         size_bytes /= 1024
     return f"{size_bytes:.1f} GiB"
-
-
-def gib(n_bytes):
-    """Bytes in GiB, None if unknown."""
-    return None if n_bytes is None else n_bytes / 2**30
