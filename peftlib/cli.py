@@ -138,9 +138,9 @@ def report(study: Name):
 @_command("compare first second", "compare runs/first runs/second")
 def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, two or more")]):
     """Compare studies that were evaluated on the same test rows."""
-    from peftlib.report.compare import main as print_comparison
+    from peftlib import compare_studies
 
-    return print_comparison(studies)
+    print(compare_studies(studies), end="")
 
 
 @_command(

@@ -13,7 +13,7 @@ from peftlib.core.gpus import CARDS, card_at_hand, find_card
 from peftlib.core.study import Study
 from peftlib.models.shapes import SHAPES, shape_of
 from peftlib.notebook.widgets import can_click, look
-from peftlib.report.document import folded, plain
+from peftlib.report.render import folded, plain
 from peftlib.train import estimate
 
 CHOICES = ("model", "train_rows", "max_length", "epochs", "batch_size")
