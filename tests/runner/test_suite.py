@@ -26,7 +26,7 @@ def settings(tiny_model, make_study):
 
     def made(name="tiny", max_steps=2, **changes):
         fields = {**TINY, "model": str(tiny_model), "max_steps": max_steps}
-        make_study(study=name)
+        make_study(study=name, max_steps=max_steps)
         given = {"profile": "demo", "study": name, **fields}
         chosen = {"methods": ("base", "qlora", "galore"), "seeds": (0, 1), "factors": (0.3, 1.0), "rows": 4}
         return Settings(given, **{**chosen, **changes})
