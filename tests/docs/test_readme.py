@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,25 +117,38 @@ def test_pages_of_the_package_name_modules_that_exist():
         assert path.is_dir() or path.with_suffix(".py").is_file(), name
 
 
-def test_every_command_is_on_the_page_of_the_command_line():
+@pytest.fixture(scope="module")
+def commands():
+    """{name: click command} of the command line."""
     typer = pytest.importorskip("typer")
     try:
         cli = importlib.import_module("peftlib.cli")
     except ModuleNotFoundError:
         pytest.skip("peftlib.cli is not there yet")
+    return typer.main.get_command(cli.app).commands
+
+
+def test_every_command_is_on_the_page_of_the_command_line(commands):
     page = (update.CHECKOUT / "docs" / "cli.md").read_text(encoding="utf-8")
-    commands = set(typer.main.get_command(cli.app).commands)
-    assert commands == set(re.findall(r"^\| `peftlib (\w+)` \|", page, re.MULTILINE))
-    assert commands == set(re.findall(r"^## (\w+)$", page, re.MULTILINE))
-    for text in (page_.read_text(encoding="utf-8") for page_ in PAGES):
-        assert set(re.findall(r"^    peftlib (\w+)", text, re.MULTILINE)) <= commands
+    assert set(commands) == set(re.findall(r"^\| `peftlib (\w+)` \|", page, re.MULTILINE))
+    assert set(commands) == set(re.findall(r"^## (\w+)$", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_shows_can_be_given(page, commands):
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"^    peftlib (.*)$", text, re.MULTILINE) + re.findall(
+        r"`peftlib (\w+ --study .*?)`", text
+    ):
+        name, *args = shlex.split(line, comments=True)
+        commands[name].make_context(name, args)  # click.UsageError: an option or argument that it does not have
 
 
 def test_every_setting_that_a_page_sets_exists():
     fields = {field.name for field in dataclasses.fields(peftlib.Config)}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        assert set(re.findall(r" -p (\w+) ", text)) - {"FIELD"} <= fields, page.name
+        assert set(re.findall(r" -p (\w+)[ =]", text)) - {"NAME"} <= fields, page.name
         assert set(re.findall(r"`([a-z_]+) = ", text)) <= fields, page.name
 
 
