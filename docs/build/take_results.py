@@ -7,14 +7,13 @@ import warnings
 
 import pandas as pd
 
-from peftlib import load_tokenizer
+from peftlib import build_report, load_tokenizer
 from peftlib.core.errors import StudyError, writing
 from peftlib.core.files import read_json, write_json
 from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, metrics, results, stats
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import public_config, public_model, without_folders
-from peftlib.report import build as report
 
 FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
 FIRST_LOOK_TOKENS = 96  # limit of answers in the early look whose scores docs/reference-study.md quotes
@@ -25,7 +24,7 @@ _MOST_BYTES = 300_000  # of a picture
 
 def take_demo(study, target):
     """Write results.csv, the picture of scores and summary.json of a demo study to `target`."""
-    built = report.build(study)
+    built = build_report(study)
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(study.results_path, target / "results.csv")
     shutil.copyfile(built.figures["scores"], target / "scores.png")
@@ -55,9 +54,9 @@ def take_reference(study, target):
     """Write config, results.csv, records, sweeps, pictures and summary.json of a study to `target`, old ones removed.
 
     The study of the same name with the other precision, where there is one, is compared method by method.
-    StudyError: no run is finished, or as report.build.
+    StudyError: no run is finished, or as build_report.
     """
-    built, sibling = report.build(study), sibling_of(study)
+    built, sibling = build_report(study), sibling_of(study)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     for name in ("records", "records-fp16", "sweeps", "figures"):

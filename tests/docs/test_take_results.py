@@ -53,8 +53,8 @@ def taken(tmp_path_factory):
         (results / "reference" / "records-fp16" / "old.json").write_text("{}")  # of an earlier taking
         monkeypatch.setattr(take_results, "FIRST_LOOK_TOKENS", 2)
         monkeypatch.setattr(take_results, "load_tokenizer", lambda model: tiny.tokenizer())
-        built = take_results.report.build(study)
-        monkeypatch.setattr(take_results.report, "build", lambda study: built)  # once for both
+        built = take_results.build_report(study)
+        monkeypatch.setattr(take_results, "build_report", lambda study: built)  # once for both
         take_results.take_reference(study, results / "reference")
         take_results.take_demo(study, results / "demo")
     shutil.copytree(RESULTS / "bench", results / "bench")
