@@ -1,4 +1,4 @@
-"""Which earlier conversations nearly equal a new one: an exact set-similarity search, so none is missed.
+"""Which earlier conversations nearly equal a new one: an exact set-similarity search that misses none.
 
 Two conversations of Jaccard similarity t or more on their gram sets must share a gram among the first
 n - ceil(t n) + 1 of each in any fixed order of all grams (prefix filtering: Chaudhuri et al. 2006; Bayardo et al. 2007,
@@ -16,9 +16,8 @@ import numpy as np
 
 THRESHOLD = 0.8
 GRAM_WORDS = 5
-# A word is a run of letters and digits to some, what white space parts to others; what is near by either is near.
-READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
-_SHARE = THRESHOLD / (1 + THRESHOLD)  # of the two sizes' sum must be shared to reach it
+_WORD = re.compile(r"\w+")  # a run of letters and digits
+_SHARE = THRESHOLD / (1 + THRESHOLD)  # of the sum of both sizes must be shared to reach the threshold
 _WORDS_REMEMBERED = 500_000
 _COMMON = 3  # conversations of a sample that make a gram common
 _ROUNDING = 1e-9  # a product like 0.8 * 35 must not be rounded up past the whole number it stands for
@@ -38,14 +37,14 @@ def normalised(texts):
 
 
 def prompt_sha256(texts):
-    """SHA-256 of the normalised text of a prompt's turns: it names a prompt in files, so it never changes."""
+    """SHA-256 of the normalised text of a prompt's turns. It names prompts in files, so it never changes."""
     return hashlib.sha256(normalised(texts).encode()).hexdigest()
 
 
 def prompt_key(texts):
-    """Digest that is equal where the prompts of two rows are one, so that they may not stand in two splits.
+    """Digest of a prompt's turns, equal for prompts that may not be in two splits.
 
-    Beside what `normalised` evens out, all kinds of quotes are one here, and so are 'this.' and 'this'. with the stop
+    Beyond what `normalised` evens out, all kinds of quotes count as one, and so do 'this.' and 'this'. with the stop
     inside and outside of the quotes.
     """
     text = normalised(texts).translate(_STRAIGHT_QUOTES)
@@ -57,26 +56,30 @@ def _quotes_first(found):
 
 
 class Grams:
-    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams, one array a reading of 'word'.
+    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams.
 
-    sample: turns of some conversations; grams of several of them get the 64th bit, so that they stand last.
+    sample: the turns of some conversations; grams that several of them share get the 64th bit, so that they sort last.
     """
 
     def __init__(self, sample=()):
         self._word_hashes = _WordHashes()
-        self._common = [np.empty(0, dtype=np.uint64) for _ in READINGS]
+        self._common = np.empty(0, dtype=np.uint64)
         if sample:
-            self._common = [_frequent(sets) for sets in zip(*map(self, sample), strict=True)]
+            grams, counts = np.unique(np.concatenate([self(texts) for texts in sample]), return_counts=True)
+            self._common = grams[counts >= _COMMON]
 
     def __call__(self, texts):
-        """[(n,) uint64 ascending, n >= 1, for each of READINGS]; texts of fewer than five words are one gram."""
+        """(n,) uint64 ascending, n >= 1, of the turns of a conversation; fewer than five words are one gram."""
         text = normalised(texts)
-        found = [self._grams(text, reading.findall(text)) for reading in READINGS]
-        return [_common_last(grams, common) for grams, common in zip(found, self._common, strict=True)]
-
-    def _grams(self, text, words):
+        words = _WORD.findall(text)
         if len(words) < GRAM_WORDS:
-            return np.array([_hash(" ".join(words) or text)], dtype=np.uint64) >> np.uint64(1)
+            grams = np.array([_hash(" ".join(words) or text)], dtype=np.uint64) >> np.uint64(1)
+        else:
+            grams = self._grams(words)
+        is_common = np.isin(grams, self._common, assume_unique=True)
+        return np.sort(grams | is_common.astype(np.uint64) << np.uint64(63)) if is_common.any() else grams
+
+    def _grams(self, words):
         if len(self._word_hashes) > _WORDS_REMEMBERED:  # else a source's rare words would fill the memory
             self._word_hashes.clear()
         hashes = np.fromiter(map(self._word_hashes.__getitem__, words), dtype=np.uint64, count=len(words))
@@ -84,16 +87,6 @@ class Grams:
         mixed = sum(hashes[i : i + n] * _MIX[i] for i in range(GRAM_WORDS))  # modulo 2**64
         mixed ^= mixed >> np.uint64(32)
         return np.unique(mixed * _MIX[0] >> np.uint64(1))
-
-
-def _frequent(sets):
-    grams, counts = np.unique(np.concatenate(sets), return_counts=True)
-    return grams[counts >= _COMMON]
-
-
-def _common_last(grams, common):
-    is_common = np.isin(grams, common, assume_unique=True)
-    return np.sort(grams | is_common.astype(np.uint64) << np.uint64(63)) if is_common.any() else grams
 
 
 class _WordHashes(dict):
@@ -116,52 +109,37 @@ class NearIndex:
     """The gram sets added so far, numbered from 0, and the search for those near a new one."""
 
     def __init__(self):
-        self._readings = [_SetIndex() for _ in READINGS]
-
-    def add(self, grams):
-        """Add what a Grams call gave."""
-        for index, one in zip(self._readings, grams, strict=True):
-            index.add(one)
-
-    def near(self, grams):
-        """Numbers of all whose Jaccard similarity is THRESHOLD or more by any reading, ascending."""
-        return sorted({n for index, one in zip(self._readings, grams, strict=True) for n in index.near(one)})
-
-
-class _SetIndex:
-    """One reading's sets. _prefix_ends: last gram of each prefix. _lefts: grams behind it."""
-
-    def __init__(self):
-        self.sets, self._prefix_ends, self._lefts = [], [], []
+        self._sets, self._prefix_ends, self._lefts = [], [], []  # last gram of each prefix; number of grams behind it
         self._holders = {}  # gram -> number of the set whose prefix holds it, or a list of them
 
     def add(self, grams):
-        number, prefix = len(self.sets), _prefix(grams)
-        self.sets.append(grams)
+        """Add what a Grams call returned."""
+        number, prefix = len(self._sets), _prefix(grams)
+        self._sets.append(grams)
         self._prefix_ends.append(int(prefix[-1]))
         self._lefts.append(grams.size - prefix.size)
         for gram in prefix.tolist():
             holders = self._holders.get(gram)
             if holders is None:
-                self._holders[gram] = number
+                self._holders[gram] = number  # most grams have one holder, and a list each would fill the memory
             elif isinstance(holders, list):
                 holders.append(number)
             else:
                 self._holders[gram] = [holders, number]
 
     def near(self, grams):
+        """Numbers of all sets whose Jaccard similarity to `grams` is THRESHOLD or more, ascending."""
         shared, prefix = Counter(), _prefix(grams).tolist()
         for gram in prefix:
-            holders = self._holders.get(gram)
-            if holders is not None:
-                shared.update(holders if isinstance(holders, list) else (holders,))
-        end, left = prefix[-1], grams.size - len(prefix)
-        for number, n in shared.items():
-            # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.
-            most = n + (left if end <= self._prefix_ends[number] else self._lefts[number])
-            least = _SHARE * (grams.size + self.sets[number].size) - _ROUNDING
-            if most >= least and jaccard(grams, self.sets[number]) >= THRESHOLD:
-                yield number
+            holders = self._holders.get(gram, ())
+            shared.update(holders if isinstance(holders, (list, tuple)) else (holders,))
+        return sorted(number for number, n in shared.items() if self._is_near(grams, prefix, number, n))
+
+    def _is_near(self, grams, prefix, number, n_shared):
+        # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.
+        left = grams.size - len(prefix) if prefix[-1] <= self._prefix_ends[number] else self._lefts[number]
+        least = _SHARE * (grams.size + self._sets[number].size) - _ROUNDING
+        return n_shared + left >= least and jaccard(grams, self._sets[number]) >= THRESHOLD
 
 
 def _prefix(grams):

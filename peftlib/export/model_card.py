@@ -4,7 +4,7 @@ import json
 
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.files import read_json, write_text
-from peftlib.data.hub import HUB
+from peftlib.data.sources import HUB
 from peftlib.export.model_card_loading import loading_lines
 from peftlib.export.model_card_scores import eval_results, score_lines
 from peftlib.export.redact import hub_base, public_model

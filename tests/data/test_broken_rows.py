@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from peftlib import data
 from peftlib.core.config import resolve
 from peftlib.core.errors import DataError
-from peftlib.data.outcomes import NOTES, REASONS, RowRejected
-from peftlib.data.readers import Broken, read_rows
-from peftlib.data.sampling import Limits, Stream, Tally
+from peftlib.data.outcomes import NOTES, REASONS, Broken, RowRejected, Tally
+from peftlib.data.readers import read_rows
+from peftlib.data.sampling import Limits, Stream
 from peftlib.data.schemas import convert, detect
 from peftlib.data.sources import parse_sources
 from peftlib.models import chat_template as chat
