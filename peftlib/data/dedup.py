@@ -16,7 +16,9 @@ import numpy as np
 
 THRESHOLD = 0.8
 GRAM_WORDS = 5
-_WORD = re.compile(r"\w+")  # a run of letters and digits
+# A word is a run of letters and digits by one reading, of anything but white space by the other; near by either is near.
+# Each alone leaves near-duplicates in Tulu's rows.
+READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
 _SHARE = THRESHOLD / (1 + THRESHOLD)  # of the sum of both sizes must be shared to reach the threshold
 _WORDS_REMEMBERED = 500_000
 _COMMON = 3  # conversations of a sample that make a gram common
@@ -56,30 +58,26 @@ def _quotes_first(found):
 
 
 class Grams:
-    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams.
+    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams, one array for each of READINGS.
 
     sample: the turns of some conversations; grams that several of them share get the 64th bit, so that they sort last.
     """
 
     def __init__(self, sample=()):
         self._word_hashes = _WordHashes()
-        self._common = np.empty(0, dtype=np.uint64)
+        self._common = [np.empty(0, dtype=np.uint64) for _ in READINGS]
         if sample:
-            grams, counts = np.unique(np.concatenate([self(texts) for texts in sample]), return_counts=True)
-            self._common = grams[counts >= _COMMON]
+            self._common = [_frequent(sets) for sets in zip(*map(self, sample), strict=True)]
 
     def __call__(self, texts):
-        """(n,) uint64 ascending, n >= 1, of the turns of a conversation; fewer than five words are one gram."""
+        """[(n,) uint64 ascending, n >= 1, for each of READINGS] of a conversation; under five words are one gram."""
         text = normalised(texts)
-        words = _WORD.findall(text)
-        if len(words) < GRAM_WORDS:
-            grams = np.array([_hash(" ".join(words) or text)], dtype=np.uint64) >> np.uint64(1)
-        else:
-            grams = self._grams(words)
-        is_common = np.isin(grams, self._common, assume_unique=True)
-        return np.sort(grams | is_common.astype(np.uint64) << np.uint64(63)) if is_common.any() else grams
+        found = [self._grams(text, reading.findall(text)) for reading in READINGS]
+        return [_common_last(grams, common) for grams, common in zip(found, self._common, strict=True)]
 
-    def _grams(self, words):
+    def _grams(self, text, words):
+        if len(words) < GRAM_WORDS:
+            return np.array([_hash(" ".join(words) or text)], dtype=np.uint64) >> np.uint64(1)
         if len(self._word_hashes) > _WORDS_REMEMBERED:  # else a source's rare words would fill the memory
             self._word_hashes.clear()
         hashes = np.fromiter(map(self._word_hashes.__getitem__, words), dtype=np.uint64, count=len(words))
@@ -87,6 +85,16 @@ class Grams:
         mixed = sum(hashes[i : i + n] * _MIX[i] for i in range(GRAM_WORDS))  # modulo 2**64
         mixed ^= mixed >> np.uint64(32)
         return np.unique(mixed * _MIX[0] >> np.uint64(1))
+
+
+def _frequent(sets):
+    grams, counts = np.unique(np.concatenate(sets), return_counts=True)
+    return grams[counts >= _COMMON]
+
+
+def _common_last(grams, common):
+    is_common = np.isin(grams, common, assume_unique=True)
+    return np.sort(grams | is_common.astype(np.uint64) << np.uint64(63)) if is_common.any() else grams
 
 
 class _WordHashes(dict):
@@ -106,14 +114,29 @@ def jaccard(a, b):
 
 
 class NearIndex:
-    """The gram sets added so far, numbered from 0, and the search for those near a new one."""
+    """The conversations added so far, numbered from 0, and the search for those near a new one."""
+
+    def __init__(self):
+        self._readings = [_SetIndex() for _ in READINGS]
+
+    def add(self, grams):
+        """Add what a Grams call returned."""
+        for index, one in zip(self._readings, grams, strict=True):
+            index.add(one)
+
+    def near(self, grams):
+        """Numbers of all whose Jaccard similarity is THRESHOLD or more by any reading, ascending."""
+        return sorted({n for index, one in zip(self._readings, grams, strict=True) for n in index.near(one)})
+
+
+class _SetIndex:
+    """The gram sets of one reading."""
 
     def __init__(self):
         self._sets, self._prefix_ends, self._lefts = [], [], []  # last gram of each prefix; number of grams behind it
         self._holders = {}  # gram -> number of the set whose prefix holds it, or a list of them
 
     def add(self, grams):
-        """Add what a Grams call returned."""
         number, prefix = len(self._sets), _prefix(grams)
         self._sets.append(grams)
         self._prefix_ends.append(int(prefix[-1]))
@@ -128,12 +151,11 @@ class NearIndex:
                 self._holders[gram] = [holders, number]
 
     def near(self, grams):
-        """Numbers of all sets whose Jaccard similarity to `grams` is THRESHOLD or more, ascending."""
         shared, prefix = Counter(), _prefix(grams).tolist()
         for gram in prefix:
             holders = self._holders.get(gram, ())
             shared.update(holders if isinstance(holders, (list, tuple)) else (holders,))
-        return sorted(number for number, n in shared.items() if self._is_near(grams, prefix, number, n))
+        return [number for number, n in shared.items() if self._is_near(grams, prefix, number, n)]
 
     def _is_near(self, grams, prefix, number, n_shared):
         # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.

@@ -33,6 +33,14 @@ _OTHER_CONTENT = {
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
 }
+_KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
@@ -71,7 +79,7 @@ def read_rows(path, fields=None):
                 rows = _parquet_rows(stream, path, fields)
             else:
                 _require_text(stream, path)
-                rows = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind](stream, path)
+                rows = _TEXT_READERS[kind](stream, path)
             for number, row in enumerate(rows, start=1):
                 yield number, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -80,16 +88,6 @@ def read_rows(path, fields=None):
         raise DataError(f"{path} cannot be read after row {number} ({error})") from None
     if number == 0:
         raise DataError(f"{path} holds no rows: {_ADVICE}, or leave the source out")
-
-
-_KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
 
 
 def kind_of(path):
@@ -215,6 +213,9 @@ def _csv_rows(stream, path):
             yield Broken("not_utf8", f"line {line}: {shown}")
         elif values:
             yield dict(zip(header, values, strict=True))
+
+
+_TEXT_READERS = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}
 
 
 def _require_distinct(names, path):

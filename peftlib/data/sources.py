@@ -78,13 +78,10 @@ class Source:
         return os.fsencode(path.name if is_public else path).decode(errors="backslashreplace")
 
     def identity(self):
-        """What decides its rows: the hub's revision, or each file's SHA-256. DataError: a file cannot be read."""
+        """What decides its rows: the hub's revision, or each file's SHA-256. DiskError: a file cannot be read."""
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
-        try:
-            return {"sha256": {stream: sha256(path) for stream, path in self.paths.items()}}
-        except OSError as error:
-            raise DataError(f"{self.name}: {error}") from None
+        return {"sha256": {stream: sha256(path) for stream, path in self.paths.items()}}
 
     def provenance(self):
         """What the manifest and the card say of it, JSON values."""

@@ -1,4 +1,4 @@
-"""Turns of a chat row: who speaks, what is said, whether an answer is learned; and which fields hold nothing or are unused."""
+"""Turns of a chat row: who speaks, what is said, whether an answer is learned; and which of its fields are unused."""
 
 import math
 import re

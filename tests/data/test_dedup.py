@@ -39,10 +39,10 @@ def searched(held_out, others, sample=()):
 
 def test_all_planted_pairs_are_found_and_nothing_else():
     rng = random.Random(0)
-    held_out = [conversation(rng, rng.randrange(40, 300)) for _ in range(600)]
+    held_out = [conversation(rng, rng.randrange(40, 120)) for _ in range(600)]
     # One edit touches at most five grams, so of 80 words and more it leaves over 0.8.
     planted = {i: changed(held_out[i], rng, 1) for i in range(0, 600, 3)}
-    others = [*planted.values(), *(conversation(rng, 100) for _ in range(600))]
+    others = [*planted.values(), *(conversation(rng, 60) for _ in range(600))]
     rng.shuffle(others)
     truth = leaks.near_pairs([as_messages(t) for t in held_out], [as_messages(t) for t in others])
     found = searched(held_out, others)
@@ -64,11 +64,11 @@ def test_search_equals_brute_force_around_the_threshold(seed):
 def test_templated_text_is_searched_exactly_too():
     rng = random.Random(1)
     frame = " ".join(rng.choices(WORDS, k=60))
-    texts = [[f"{frame} {' '.join(rng.choices(WORDS, k=rng.randrange(1, 40)))}", "yes"] for _ in range(300)]
+    texts = [[f"{frame} {' '.join(rng.choices(WORDS, k=rng.randrange(1, 40)))}", "yes"] for _ in range(200)]
     truth = leaks.near_pairs([as_messages(t) for t in texts], [as_messages(t) for t in texts])
     assert searched(texts, texts) == truth
     assert searched(texts, texts, sample=texts[:50]) == truth
-    assert len(truth) > 2000
+    assert len(truth) > 1000
 
 
 def test_rows_that_share_a_template_are_not_compared_one_by_one(monkeypatch):
@@ -79,7 +79,7 @@ def test_rows_that_share_a_template_are_not_compared_one_by_one(monkeypatch):
     real = dedup.jaccard
     monkeypatch.setattr(dedup, "jaccard", lambda a, b: compared.append(1) or real(a, b))
     assert searched(texts, texts, sample=texts[:50]) == {(i, i) for i in range(200)}
-    assert len(compared) <= 200  # each with itself alone
+    assert len(compared) <= 2 * 200  # each with itself alone, by either reading
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 9, 10, 35, 100])
@@ -88,9 +88,9 @@ def test_jaccard_of_exactly_the_threshold_is_near(n):
     shared, own = 8 * n, n  # 8n of 9n + n grams: four fifths
     b = np.concatenate([a[:shared], a[-1] + np.arange(1, own + 1, dtype=np.uint64)])
     index = dedup.NearIndex()
-    index.add(a)
+    index.add([a, a])
     assert dedup.jaccard(a, b) == pytest.approx(0.8)
-    assert index.near(b) == [0]
+    assert index.near([b, b]) == [0]
 
 
 def test_short_texts_are_one_gram():
@@ -106,7 +106,7 @@ def test_a_forgotten_word_cache_changes_nothing(monkeypatch):
     monkeypatch.setattr(dedup, "_WORDS_REMEMBERED", 10)
     grams = dedup.Grams()
     for before, text in zip(whole, texts, strict=True):
-        assert np.array_equal(before, grams(text))
+        assert all(np.array_equal(a, b) for a, b in zip(before, grams(text), strict=True))
 
 
 @pytest.mark.parametrize("other", ["hello  WORLD", "Hello\n world ", "ＨＥＬＬＯ world"])

@@ -3,12 +3,12 @@
 import re
 from collections import Counter, defaultdict
 
-WORD = re.compile(r"[^\W]+")  # a run of letters and digits
+READINGS = {"letters and digits": re.compile(r"[^\W]+"), "between spaces": re.compile(r"\S+")}
 
 
-def grams(messages):
+def grams(messages, reading):
     """Set of word 5-grams of a whole conversation, as strings; a shorter one is one gram."""
-    words = WORD.findall(" ".join(m["content"] for m in messages).lower())
+    words = reading.findall(" ".join(m["content"] for m in messages).lower())
     return {"\x00".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
@@ -21,16 +21,20 @@ def prompt(messages):
 
 
 def near_pairs(held_out, others, threshold=0.8):
-    """{(i, j)}: others[j] has Jaccard similarity >= threshold to held_out[i]."""
+    """{(i, j)}: others[j] has Jaccard similarity >= threshold to held_out[i] by any reading of 'word'."""
+    return set().union(*(_near_pairs(held_out, others, threshold, reading) for reading in READINGS.values()))
+
+
+def _near_pairs(held_out, others, threshold, reading):
     holders, sizes = defaultdict(list), []
     for i, messages in enumerate(held_out):
-        own = grams(messages)
+        own = grams(messages, reading)
         sizes.append(len(own))
         for gram in own:
             holders[gram].append(i)
     found = set()
     for j, messages in enumerate(others):
-        own = grams(messages)
+        own = grams(messages, reading)
         shared = Counter(i for gram in own for i in holders.get(gram, ()))
         found |= {(i, j) for i, n in shared.items() if n >= threshold * (sizes[i] + len(own) - n)}
     return found
