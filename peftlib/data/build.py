@@ -63,7 +63,7 @@ def build_data(cfg, folder, log=print):
         shared_out += ran_out
     require_row_per_split(counts, asked, sources, tallies)
 
-    manifest = _manifest(sources, queues, splits, inputs, asked)
+    manifest = _manifest(queues, splits, counts, asked, inputs)
     for line in _remarks(manifest):
         log(line)
     examples = [example for tally in tallies.values() for example in tally.examples]
@@ -72,8 +72,8 @@ def build_data(cfg, folder, log=print):
             return write_data(folder, splits, examples, manifest)
     except OSError as error:
         raise StudyError(
-            f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to another "
-            "place"
+            f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to "
+            "another place"
         ) from error
 
 
@@ -128,17 +128,16 @@ def _shared_out(stream, counts, asked, log):
     return {(source, split): shares[split] for source, split in stream if split != "train"}
 
 
-def _manifest(sources, queues, splits, inputs, asked):
-    """What the data are and how they were made, JSON values; the per-source counts add up to the rows read."""
-    names = [source.name for source in sources]
-    tallies = {queue.source: queue.tally for queue in queues.values()}
+def _manifest(queues, splits, counts, asked, inputs):
+    """What the data are and how they were made, JSON values. read = chosen + rejected + unused, for each source."""
+    sources = {queue.stream.source.name: queue.stream.source for queue in queues.values()}
+    names, tallies = list(sources), {queue.source: queue.tally for queue in queues.values()}
     chosen = {name: [row for rows in splits.values() for row in rows if row.source == name] for name in names}
     rejected = {name: dict(sorted(tallies[name].rejected.items())) for name in names}
     notes = {name: dict(sorted(Counter(n for row in chosen[name] for n in row.notes).items())) for name in names}
     schemas = {name: {} for name in names}
     for queue in queues.values():
         schemas[queue.source][queue.stream.name] = queue.stream.schema
-    counts = _counts(splits, sources)
     return {
         "counts": counts,
         "short": shortfalls(counts, asked),
@@ -150,7 +149,8 @@ def _manifest(sources, queues, splits, inputs, asked):
         "ignored_fields": {name: dict(sorted(tallies[name].ignored.items())) for name in names},
         "tokens": {split: {name: _token_statistics(splits[split], name) for name in names} for split in counts},
         "sources": {
-            s.name: {**s.provenance(), **inputs["sources"][s.name], "schema": schemas[s.name]} for s in sources
+            name: {**source.provenance(), **inputs["sources"][name], "schema": schemas[name]}
+            for name, source in sources.items()
         },
         "template_sha256": chat_template.TEMPLATE_SHA256,
         "template_source": chat_template.TEMPLATE_SOURCE,

@@ -17,17 +17,13 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 def write_card(folder, manifest):
     """Write README.md: provenance, licences, counts, and how the rows were made, with the hub's YAML header."""
-    write_text(Path(folder) / CARD, card_text(manifest))
-
-
-def card_text(manifest):
-    """The card of a manifest as Markdown."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"md": escape, "n": "{:,}".format, "listed": _listed, "identity": _identity}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(manifest, splits=("train", "valid", "test"), shortfall_line=shortfall_line)
+    text = template.render(manifest, splits=("train", "valid", "test"), shortfall_line=shortfall_line)
+    write_text(Path(folder) / CARD, text)
 
 
 def _listed(counts):
@@ -53,8 +49,8 @@ def push_to_hub(folder, repo_id, *, token=None, private=True):
     address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     if private and is_public(api, repo_id, "dataset"):
         raise ModelError(
-            f"{repo_id} is public on the hub: make it private there, choose another name, or say private=False to publish "
-            "the rows to everybody"
+            f"{repo_id} is public on the hub: make it private there, choose another name, or say private=False to "
+            "publish the rows to everybody"
         )
     api.upload_folder(
         repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=["*.parquet", "*.json", CARD]

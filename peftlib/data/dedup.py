@@ -16,8 +16,8 @@ import numpy as np
 
 THRESHOLD = 0.8
 GRAM_WORDS = 5
-# A word is a run of letters and digits by one reading, of anything but white space by the other; near by either is near.
-# Each alone leaves near-duplicates in Tulu's rows.
+# A word is a run of letters and digits by one reading, of all but white space by the other. Near by either is near:
+# each reading alone leaves near-duplicates in Tulu's rows.
 READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
 _SHARE = THRESHOLD / (1 + THRESHOLD)  # of the sum of both sizes must be shared to reach the threshold
 _WORDS_REMEMBERED = 500_000

@@ -119,13 +119,13 @@ def _is_nearly_named(row):
 _ADVICE = (
     (
         _is_preference_pair,
-        "These are preference pairs (prompt, chosen, rejected), as for DPO: end the messages of each row with its chosen answer",
+        "These are preference pairs (prompt, chosen, rejected), as for DPO: end each row with the chosen answer",
     ),
     (_is_wrapped, "A field holds a list of objects: if these are the rows, give that list alone"),
     (_is_nearly_named, "Names of fields are lower case, without spaces around them"),
     (lambda row: isinstance(row, list), "A row is a list: give one array of objects, in a file named .json"),
     (lambda row: row is None or isinstance(row, (str, int, float)), "A row is an object of named fields"),
-    (_is_one_column, "The header holds no comma: commas part the columns of a CSV file"),
+    (_is_one_column, "The header holds no comma: commas separate the columns of a CSV file"),
     (
         lambda row: isinstance(row, Broken) and row.reason == "not_json",
         "Each line of JSON Lines is one object, without a comma behind it; an array goes into a file named .json",
