@@ -24,26 +24,17 @@ def without_controls(text):
     return _CONTROLS.sub("\ufffd", text)
 
 
-def table(rows, *, n_text=None, cell=escape):
-    """A Markdown table of rows of texts, the first its header.
-
-    n_text: how many columns from the left hold text; the others hold numbers, aligned to the right; None: all hold text.
-    cell: writes one cell; `str` where cells hold Markdown of their own, such as links.
-    """
-    return "\n".join([header(rows[0], n_text=n_text, cell=cell), *(row(cells, cell=cell) for cells in rows[1:])])
+def table(rows):
+    """A table of rows of texts, the first its header."""
+    return "\n".join([header(rows[0]), *map(row, rows[1:])])
 
 
-def header(cells, *, n_text=None, cell=escape):
-    """The first two lines of a table; arguments as in `table`."""
+def header(cells, *, n_text=None):
+    """The first two lines of a table. n_text: how many columns from the left hold text, the others numbers; None: all."""
     rules = ("---|" if n_text is None or at < n_text else "---:|" for at in range(len(cells)))
-    return f"{row(cells, cell=cell)}\n|{''.join(rules)}"
+    return f"{row(cells)}\n|{''.join(rules)}"
 
 
-def row(cells, *, cell=escape):
-    """One line of a table."""
-    return f"| {' | '.join(map(cell, cells))} |"
-
-
-def number(value, form, unknown=""):
-    """A number in a format such as '{:.2f}', or the text for None."""
-    return unknown if value is None else form.format(value)
+def row(cells):
+    """One line of a table, from texts."""
+    return f"| {' | '.join(map(escape, cells))} |"

@@ -17,7 +17,7 @@ from peftlib.data.outcomes import (
     shortfall_line,
     shortfalls,
 )
-from peftlib.data.sampling import Limits, Stream
+from peftlib.data.sampling import Stream
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import split_hash, standing_manifest, write_data
@@ -97,8 +97,9 @@ def _read_candidates(cfg, sources, asked, tallies):
         own = {"test": ("test",), "main": ("valid", "train")} if "test" in source.streams else {"main": SPLITS}
         for name, splits in own.items():
             expected = sum(asked[split] for split in splits)
-            limits = Limits(rows=int(expected * _SPARE) + 512, chars=chars)
-            queue = Queue(Stream(source, name, tallies[source.name], seed=cfg.split_seed, limits=limits), cfg, expected)
+            sizes = {"n_held": int(expected * _SPARE) + 512, "max_chars": chars}
+            stream = Stream(source, name, tallies[source.name], seed=cfg.split_seed, **sizes)
+            queue = Queue(stream, cfg, expected)
             queues |= {(source.name, split): queue for split in splits}
     return queues
 
@@ -130,14 +131,13 @@ def _shared_out(stream, counts, asked, log):
 
 def _manifest(queues, splits, counts, asked, inputs):
     """What the data are and how they were made, JSON values. read = chosen + rejected + unused, for each source."""
-    sources = {queue.stream.source.name: queue.stream.source for queue in queues.values()}
-    names, tallies = list(sources), {queue.source: queue.tally for queue in queues.values()}
+    streams = [queue.stream for queue in dict.fromkeys(queues.values())]
+    sources = {stream.source.name: stream.source for stream in streams}
+    names, tallies = list(sources), {stream.source.name: stream.tally for stream in streams}
     chosen = {name: [row for rows in splits.values() for row in rows if row.source == name] for name in names}
     rejected = {name: dict(sorted(tallies[name].rejected.items())) for name in names}
     notes = {name: dict(sorted(Counter(n for row in chosen[name] for n in row.notes).items())) for name in names}
-    schemas = {name: {} for name in names}
-    for queue in queues.values():
-        schemas[queue.source][queue.stream.name] = queue.stream.schema
+    schemas = {name: {s.name: s.schema for s in streams if s.source.name == name} for name in names}
     return {
         "counts": counts,
         "short": shortfalls(counts, asked),

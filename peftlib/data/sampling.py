@@ -31,21 +31,15 @@ class Candidate:
     copies: int = 1
 
 
-@dataclass(frozen=True)
-class Limits:
-    """rows: candidates held at a time. chars: a longer conversation cannot fit max_length, whatever it says."""
-
-    rows: int
-    chars: int
-
-
 class Stream:
-    """The rows of one stream of a source as candidates, ordered by `seed`; `schema` is found on the first pass."""
+    """The rows of one stream of a source as candidates, ordered by `seed`; `schema` is found on the first pass.
 
-    def __init__(self, source, name, tally, *, seed, limits):
-        self.source, self.name, self.tally = source, name, tally
-        self.seed, self.limits = seed, limits
-        self.schema = None
+    n_held: candidates in memory at a time. max_chars: a longer conversation cannot fit max_length, whatever it says.
+    """
+
+    def __init__(self, source, name, tally, *, seed, n_held, max_chars):
+        self.source, self.name, self.tally, self.schema = source, name, tally, None
+        self._seed, self._n_held, self._max_chars = seed, n_held, max_chars
 
     def batches(self):
         """Yields lists of Candidate, each in order and behind the one before. The stream is read once for each."""
@@ -57,22 +51,22 @@ class Stream:
                 after = batch[-1].key
 
     def _pass(self, after):
-        """(the first limits.rows candidates behind the key `after`, whether these are all)."""
+        """(the first n_held candidates behind the key `after`, whether these are all)."""
         held, heap, is_last = {}, [], True
         for number, row in self._rows():
             converted = self._converted(number, row, is_counted=after < 0)
             if converted is None:
                 continue
             content = content_of(converted.texts, converted.unscored)
-            key = int.from_bytes(hashlib.sha256(b"%d\0" % self.seed + content).digest(), "big")
+            key = int.from_bytes(hashlib.sha256(b"%d\0" % self._seed + content).digest(), "big")
             if key <= after:
                 continue
             if key in held:
                 held[key].copies += 1
                 held[key].origin = min(held[key].origin, converted.origin)
                 held[key].notes = min(held[key].notes, converted.notes)  # so that the order of rows decides nothing
-            elif len(heap) < self.limits.rows or key < -heap[0]:
-                if len(heap) == self.limits.rows:
+            elif len(heap) < self._n_held or key < -heap[0]:
+                if len(heap) == self._n_held:
                     # What falls out never comes back: as many smaller keys as are held are known. So `copies` is exact.
                     del held[-heapq.heappop(heap)]
                     is_last = False
@@ -116,8 +110,8 @@ class Stream:
         return converted
 
     def _affordable(self, texts):
-        """The turns up to and with the first that exceeds limits.chars, which is cut but certainly still too long."""
-        room = self.limits.chars
+        """The turns up to and with the first that exceeds max_chars, which is cut but certainly still too long."""
+        room = self._max_chars
         for i, text in enumerate(texts):
             if len(text) > room:
                 return [*texts[:i], text[: room + 1]]

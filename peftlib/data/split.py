@@ -47,7 +47,6 @@ class Queue:
     """
 
     def __init__(self, stream, cfg, expected):
-        self.source, self.tally = stream.source.name, stream.tally
         self.stream, self._cfg, self._expected = stream, cfg, expected
         batches = stream.batches()
         first = next(batches, [])
@@ -56,6 +55,10 @@ class Queue:
 
     def __iter__(self):
         return self._rows
+
+    def reject(self, reason, **shown):
+        """Count a rejected row of the stream; see Tally.reject."""
+        self.stream.tally.reject(self.stream.source.name, reason, **shown)
 
     def _usable(self, batches):
         taken = 0  # rows of the stream that were looked at
@@ -76,15 +79,15 @@ class Queue:
     def _row(self, candidate, ids, is_scored, n_turns):
         shown = {"stream": self.stream.name, "origin": candidate.origin, "excerpt": candidate.texts[0][:200]}
         if candidate.copies > 1:
-            self.tally.reject(self.source, "duplicate", copies=candidate.copies - 1, **shown)
+            self.reject("duplicate", copies=candidate.copies - 1, **shown)
         if not n_turns:
-            self.tally.reject(self.source, "too_long", **shown)
+            self.reject("too_long", **shown)
             return None
         texts, notes = candidate.texts[:n_turns], candidate.notes
         if n_turns < len(candidate.texts):
             notes = (*notes, "cut_to_length")
         unscored = tuple(turn for turn in candidate.unscored if turn < n_turns)
-        return Row(self.source, texts, notes, candidate.origin, ids, is_scored, unscored)
+        return Row(self.stream.source.name, texts, notes, candidate.origin, ids, is_scored, unscored)
 
 
 class LeakFilter:
@@ -137,4 +140,4 @@ def _admitted(queue, leaks, split):
             yield row
         else:
             reason, other = refusal
-            queue.tally.reject(queue.source, reason, split=split, id=row.id, other=other, excerpt=row.texts[0][:200])
+            queue.reject(reason, split=split, id=row.id, other=other, excerpt=row.texts[0][:200])

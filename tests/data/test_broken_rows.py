@@ -13,7 +13,7 @@ from peftlib.core.config import resolve
 from peftlib.core.errors import DataError
 from peftlib.data.outcomes import NOTES, REASONS, Broken, RowRejected, Tally
 from peftlib.data.readers import read_rows
-from peftlib.data.sampling import Limits, Stream
+from peftlib.data.sampling import Stream
 from peftlib.data.schemas import convert, detect
 from peftlib.data.sources import parse_sources
 from peftlib.models import chat_template as chat
@@ -148,7 +148,7 @@ def test_broken_rows_are_used_converted_or_rejected_by_name(tmp_path, n_files, n
         schema = max(schemas, key=schemas.get, default=None)
         tally = Tally(log=lambda line: None)
         [source] = parse_sources(f"alpaca={path}")
-        stream = Stream(source, "main", tally, seed=0, limits=Limits(rows=50, chars=10**6))
+        stream = Stream(source, "main", tally, seed=0, n_held=50, max_chars=10**6)
         if schema is None:
             with pytest.raises(DataError, match="none of its first"):
                 list(stream.batches())

@@ -19,7 +19,7 @@ from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, DataError, StudyError
 from peftlib.data import build, sampling, store, tokenize
 from peftlib.data.outcomes import Tally, in_proportion
-from peftlib.data.sampling import Limits, Stream
+from peftlib.data.sampling import Stream
 from peftlib.data.sources import parse_sources
 from peftlib.models import chat_template as chat
 from peftlib.notebook.dataset import mask_text
@@ -463,7 +463,7 @@ def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
     rng.shuffle(rows)
     [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}")
     tally = Tally(log=quiet)
-    stream = Stream(source, "main", tally, seed=0, limits=Limits(rows=capacity, chars=10**6))
+    stream = Stream(source, "main", tally, seed=0, n_held=capacity, max_chars=10**6)
     made = list(stream.batches())
     flat = [c for batch in made for c in batch]
     assert max(map(len, made)) <= capacity
@@ -474,7 +474,7 @@ def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
 def test_held_candidates_and_workers_do_not_change_the_split(two_files, cfg_of, tmp_path, monkeypatch):
     cfg = cfg_of(sources_text(two_files))
     whole = data.build_data(cfg, tmp_path / "whole", quiet)
-    monkeypatch.setattr(build, "Limits", lambda rows, chars: Limits(rows=3, chars=chars))
+    monkeypatch.setattr(build, "Stream", lambda *args, **sizes: Stream(*args, **{**sizes, "n_held": 3}))
     small = data.build_data(cfg, tmp_path / "small", quiet)
     for key in ("split_hash", "rejected", "read", "unused", "files"):
         assert small[key] == whole[key]
@@ -593,7 +593,7 @@ def test_files_of_no_known_schema_come_with_advice(tmp_path, name, content, mess
     path = tmp_path / name
     path.write_bytes(content.encode(errors="surrogateescape"))
     [source] = parse_sources(f"mine={path}")
-    stream = Stream(source, "main", Tally(quiet), seed=0, limits=Limits(rows=10, chars=100))
+    stream = Stream(source, "main", Tally(quiet), seed=0, n_held=10, max_chars=100)
     with pytest.raises(DataError, match=rf"{name}: none of its first \d+ rows is of a known schema .*{message}"):
         list(stream.batches())
 
@@ -642,8 +642,7 @@ def test_long_reading_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "_SILENT_SECONDS", 0.0)
     [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', alpaca_rows(random.Random(17), 2500))}")
     said = []
-    limits = Limits(rows=10, chars=10**6)
-    next(Stream(source, "main", Tally(said.append), seed=0, limits=limits).batches())
+    next(Stream(source, "main", Tally(said.append), seed=0, n_held=10, max_chars=10**6).batches())
     assert said[1:] == ["alpaca: 1,000 rows read", "alpaca: 2,000 rows read"]
 
 
