@@ -51,8 +51,8 @@ def build_data(cfg, folder, log=print):
     shared_out = []
     while True:  # a second time where a stream ran out and its rows are to be shared out among its splits
         tallies = {source.name: Tally(log) for source in sources}
-        queues = _read_candidates(cfg, sources, asked, tallies)
-        splits = choose(queues, quotas)
+        queues = _read_candidates(cfg, sources, asked, tallies)  # each tokenizes its rows as they are drawn
+        splits = choose(queues, quotas)  # without leaks; a row that is rejected gives way to the next
         counts = _counts(splits, sources)
         require_rows(counts, asked, sources, tallies, allow_short=cfg.allow_short)
         ran_out = [stream for stream in _ran_out(queues, counts, asked) if stream not in shared_out]
@@ -90,7 +90,7 @@ def _inputs(cfg, sources):
 
 
 def _read_candidates(cfg, sources, asked, tallies):
-    """{(source, split): Queue}; splits that draw on the same rows share one. Rows are tokenized as they are drawn."""
+    """{(source, split): Queue}; splits that draw on the same rows share one."""
     chars = max_chars(cfg.model, cfg.max_length)
     queues = {}
     for source in sources:
