@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.files import gib, read_json, write_text
 from peftlib.core.paths import TORCHAO_MIN
-from peftlib.data.hub import HUB
+from peftlib.data.sources import HUB
 from peftlib.evaluation import forgetting, results, stats
 from peftlib.export.gguf import MODELFILE, gguf_name
 from peftlib.export.redact import hub_base, public_model
