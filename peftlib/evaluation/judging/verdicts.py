@@ -6,8 +6,8 @@ import json
 import os
 from dataclasses import dataclass, field
 
-from peftlib import SCHEMA_VERSION
 from peftlib.core.errors import StudyError, reading, writing
+from peftlib.core.files import SCHEMA_VERSION
 from peftlib.core.json_reading import fault, parse
 from peftlib.evaluation import stats
 from peftlib.evaluation.judging.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
