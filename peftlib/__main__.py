@@ -134,7 +134,7 @@ def _run(args):
 
 def _report(args):
     study = mirror.open_study(args.study)
-    from peftlib.notebook.session import readable_path
+    from peftlib.core.files import readable_path
     from peftlib.report import build as report
 
     built = report.build_report(study)

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from peftlib import SCHEMA_VERSION, __version__
+from peftlib.core import paths
 from peftlib.core.errors import MADE_AGAIN, SchemaError, StudyError, reading, writing
 from peftlib.core.json_reading import parse
 
@@ -261,6 +262,15 @@ def _seal(value):
 def gib(n_bytes):
     """Bytes in GiB; None for None."""
     return None if n_bytes is None else n_bytes / GIB
+
+
+def readable_path(path):
+    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
+    path = Path(path).absolute()
+    for base, shown in ((Path.cwd(), "."), (paths.checkout(), "."), (Path.home(), "~")):
+        if base is not None and path.is_relative_to(base):
+            return str(Path(shown) / path.relative_to(base))
+    return str(path)
 
 
 def size_text(size_bytes):

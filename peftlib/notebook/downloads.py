@@ -8,8 +8,7 @@ is not asked. Large files go to the study's folder instead.
 import base64
 import html
 
-from peftlib.core.files import write_text
-from peftlib.notebook.session import readable_path
+from peftlib.core.files import readable_path, write_text
 
 LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow
 CSV, PNG = "text/csv", "image/png"

@@ -7,11 +7,10 @@ import re
 import textwrap
 from pathlib import Path
 
-from peftlib.core import paths as places
 from peftlib.core.config import differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root, resolve_device, training_precision
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.files import size_text
+from peftlib.core.files import readable_path, size_text
 from peftlib.core.record import device_name
 from peftlib.core.session import host, is_watched
 from peftlib.core.study import Study
@@ -206,15 +205,6 @@ def compact(cfg):
 
 def _wrapped(line):
     return textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)
-
-
-def readable_path(path):
-    """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
-    path = Path(path).absolute()
-    for base, shown in ((Path.cwd(), "."), (places.checkout(), "."), (Path.home(), "~")):
-        if base is not None and path.is_relative_to(base):
-            return str(Path(shown) / path.relative_to(base))
-    return str(path)
 
 
 def _ipython():

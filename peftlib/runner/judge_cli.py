@@ -3,8 +3,7 @@
 import argparse
 import math
 
-from peftlib.core.errors import ConfigError, StudyError
-from peftlib.evaluation import results as scored
+from peftlib.core.errors import ConfigError
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.storage.lock import StudyLock
@@ -20,7 +19,7 @@ def main(argv, study_of):
     _check(args)
     study = study_of(args.study)
     methods = judge.in_order(args.methods)
-    names, cases = cases_of_study(study, methods, args.seed, args.rows)
+    names, cases = judge.cases_of_study(study, methods, args.seed, args.rows)
     if args.dry_run:
         _plan(study, methods, names, cases, args)
         return 0
@@ -56,23 +55,6 @@ def _judge(study, methods, names, cases, args, require):
     print("\n".join(judge_verdicts.sentences(found)))
     print(f"verdicts: {verdicts.path.parent.name}/{verdicts.path.name}; in the report: python -m peftlib report --study "
           f"{args.study}")  # fmt: skip
-
-
-def cases_of_study(study, methods, seed, n_rows):
-    """((name of each run), [Case, ...]) of two methods' predictions. StudyError: none yet, or of other rows."""
-    from peftlib import data
-
-    split_hash = study.manifest()["split_hash"]
-    rows = list(data.load_split(study.data_dir, "test"))
-    names, answers = [], []
-    for method in methods:
-        own = 0 if method == scored.BASE else seed  # an untrained model has no seed
-        path = study.predictions_path(method, own)
-        if not path.exists():
-            raise StudyError(f"no answers of {method} (seed {own}) in {study.folder}: run 04_eval first")
-        answers.append([row["answer"] for row in scored.read_predictions(path, rows, split_hash)])
-        names.append(f"{method}-s{own}")
-    return tuple(names), judge.cases_of(rows, *answers, n_rows=n_rows)
 
 
 def _parser():

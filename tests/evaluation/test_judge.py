@@ -278,7 +278,7 @@ def test_what_does_not_name_one_judge_and_two_methods_is_refused(study):
     with pytest.raises(StudyError, match="two different methods"):
         judge.in_order(["base", "base"])
     with pytest.raises(StudyError, match=r"no answers of galore \(seed 0\)"):
-        judge_cli.cases_of_study(study, ("base", "galore"), 0, 0)
+        judge.cases_of_study(study, ("base", "galore"), 0, 0)
 
 
 def test_answers_to_other_rows_are_not_judged(study):
