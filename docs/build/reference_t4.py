@@ -2,10 +2,9 @@
 
 import statistics
 
-from peftlib.train import costs
+from peftlib.train.estimate import forecast as forecast_of, scaling_note
 from peftlib.core.gpus import SHAPES, card_of_device, find_card, short_name
 from peftlib.core.config import resolve
-from peftlib.train.hours import scaling_note
 from peftlib.report.markdown import number, table
 
 MODEL = "google/gemma-3-1b-it"
@@ -17,7 +16,7 @@ def section(found, bench_rows):
     cfg = resolve("t4", model=MODEL, memory_gib=14.5)
     tokens = statistics.fmean(found["train_tokens"])
     bench_rows = _of_one_card(bench_rows)
-    forecast = costs.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=bench_rows)
+    forecast = forecast_of(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=bench_rows)
     rows = [
         [
             "method",

@@ -4,7 +4,7 @@ from peftlib.evaluation import forgetting, rouge, stats
 from peftlib.evaluation.comparison import mean_of
 from peftlib.evaluation.metrics import bleu_signature
 from peftlib.evaluation.results import BASE
-from peftlib.train import changes
+from peftlib.train import run_record
 
 UNKNOWN = "n/a"
 
@@ -80,7 +80,7 @@ def score_note():
 def limits(found):
     """What the numbers do not show."""
     for run in found.runs:
-        yield from changes.sentences(run.record)
+        yield from run_record.change_sentences(run.record)
     n_rows = len(found.test_rows)
     yield (
         stats.few_rows_note(n_rows) + "."

@@ -8,10 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from peftlib.core.errors import CheckpointError
-from peftlib.models.base import core, trainable
 from peftlib.storage.checkpoint import Checkpoint
-from peftlib.storage.mirror import running
-from peftlib.train import memory_model as plan
 
 # What a first save is taken to manage: written by a CPU, or copied from a GPU's memory.
 _BYTES_PER_SECOND = {False: 2**30, True: 4 * 2**30}
@@ -132,21 +129,6 @@ def _as_checkpoint_error(step, error):
     wrapped = CheckpointError(f"the checkpoint of step {step} could not be written ({type(error).__name__}: {error})")
     wrapped.__cause__ = error
     return wrapped
-
-
-def expected_bytes(run):
-    """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the planner counts it."""
-    weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
-    return weights + plan.optimizer_bytes(plan.Shape.of(core(run.model).config), run.name, run.cfg)
-
-
-def require_space(run):
-    """CheckpointError, with the numbers, unless a TrainingRun's checkpoints fit on its disk and on the study's copy."""
-    size = expected_bytes(run)
-    run.checkpoints.require_space(size)
-    mirror = running(run.study.folder)
-    if mirror is not None:
-        mirror.require_space(f"{run.name}-s{run.cfg.seed}", size)
 
 
 def _on_host(checkpoint):

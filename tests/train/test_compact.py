@@ -8,6 +8,7 @@ from peftlib.core.errors import CheckpointError, ModelError
 from peftlib.models import base as models
 from peftlib.storage import delta as compact
 from peftlib.storage.checkpoint import CheckpointDir
+from peftlib.storage.saver import Saver
 from peftlib.train.loop import TrainingRun
 
 
@@ -27,17 +28,7 @@ def test_a_weight_comes_back_bit_for_bit_from_fewer_bytes(dtype):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Runs save in the background, as differences."""
-    real = TrainingRun._start
-
-    def start(self):
-        from peftlib.storage import saver as saving
-
-        monkeypatch.setattr(saving, "Saver", lambda *a, **k: train_saver(*a, **{**k, "is_background": True}))
-        real(self)
-
-    from peftlib.storage.saver import Saver as train_saver
-
-    monkeypatch.setattr(TrainingRun, "_start", start)
+    monkeypatch.setattr("peftlib.train.loop.Saver", lambda *a, **k: Saver(*a, **{**k, "is_background": True}))
 
 
 @pytest.mark.parametrize("method", ["galore", "hybrid", "full", "qlora"])

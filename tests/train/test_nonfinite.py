@@ -16,7 +16,7 @@ from peftlib.optim.galore import GaLoreAdamW
 from peftlib.report import figures
 from peftlib.report import notes as report_notes
 from peftlib.storage.checkpoint import CheckpointDir
-from peftlib.train import callbacks as progress
+from peftlib.train.callbacks import Callback
 from peftlib.train.loop import TrainingRun
 from peftlib.train.step import Stepper
 
@@ -212,7 +212,7 @@ def test_a_validation_loss_that_is_nan_is_recorded_as_unknown_and_told(make_stud
     monkeypatch.setattr("peftlib.train.loop.mean_loss", lambda *args, **settings: float("nan"))
     lines, shown = [], []
 
-    class Looker(progress.Watcher):
+    class Looker(Callback):
         def show(self, snapshot):
             shown.append(panel_html.ending(snapshot, lines)["text/plain"])
             figures.loss_curves([vars(snapshot)])

@@ -206,14 +206,15 @@ def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, m
     trained(plain, "galore")
     lines = []
     run = TrainingRun(short, "galore", log=lines.append)
-    backward = run.accelerator.backward
+    forward_backward = Stepper.forward_backward
 
-    def full_card(loss):
-        backward(loss)
-        if run.placement.micro_batch_size == 4:
+    def full_card(*args):
+        loss = forward_backward(*args)
+        if run.execution.micro_batch_size == 4:
             raise torch.OutOfMemoryError("planted")
+        return loss
 
-    monkeypatch.setattr(run.accelerator, "backward", full_card)
+    monkeypatch.setattr(Stepper, "forward_backward", full_card)
     run.train()
     assert any("going on with micro_batch_size=2" in line for line in lines)
     assert_equal_weights(kept_weights(plain, "galore"), kept_weights(short, "galore"))
@@ -254,7 +255,7 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
     record = run.train()
     assert record["skipped_steps"] == 1 and record["status"] == "ok"
     assert record["placement"] == {
-        "micro_batch_size": run.placement.micro_batch_size,
+        "micro_batch_size": run.execution.micro_batch_size,
         "activation_checkpointing": "off",
         "is_compiled": False,
     }
@@ -288,10 +289,10 @@ def test_a_card_that_one_row_does_not_fit_recomputes_then_names_the_ways_out(mak
     lines = []
     run = TrainingRun(study, "galore", log=lines.append)
 
-    def full_card(loss):
+    def full_card(*args):
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(run.accelerator, "backward", full_card)
+    monkeypatch.setattr(Stepper, "forward_backward", full_card)
     with pytest.raises(
         ConfigError, match="does not fit this GPU even with micro_batch_size=1 and activation_checkpointing=on: lower"
     ):
@@ -453,7 +454,7 @@ def test_the_record_is_written_before_what_is_optional_and_does_not_depend_on_it
         assert kept["status"] == "ok" and kept["weights_sha256"] and not study.checkpoint_dir("qlora", 0).exists()
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr("peftlib.train.outcome.flops.matmul_ceiling", broken)
+    monkeypatch.setattr("peftlib.train.estimate.matmul_ceiling", broken)
     record = TrainingRun(study, "qlora", log=lines.append).train()
     assert record["status"] == "ok" and record["mfu"] is None
     assert any("was not measured (OutOfMemoryError: planted)" in line for line in lines)
