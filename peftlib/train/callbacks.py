@@ -68,13 +68,9 @@ class CallbackList:
         self._run, self._callbacks = run, list(callbacks)
         self._copy, self._copy_at = None, -math.inf
 
-    def want_numbers(self):
-        """Whether one of them wants to be shown the run now."""
-        return any(self._call("wants_numbers"))
-
-    def stop_asked(self):
-        """Whether one of them asks to save and stop."""
-        return any(self._call("stop_asked"))
+    def any(self, question):
+        """Whether one of them answers yes to 'wants_numbers' or 'stop_asked'."""
+        return any(self._call(question))
 
     def show(self, status="running"):
         """Show the run to all."""

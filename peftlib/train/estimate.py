@@ -20,18 +20,19 @@ from peftlib.train.memory_model import GIB
 
 MEASURED = shipped("results/bench/methods.json")
 HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
+_ALIGNED = "<<>><>><"
 _MEASURED_MODEL = "gemma-3-1b"  # tests/bench/methods.py makes this shape
 _SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling, a slower host
 _SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was measured at all
 
 
 def flops_per_token(shape, method, *, length):
-    """Floating-point operations that a token of training needs, without recomputation: the model's, not the machine's.
+    """Floating-point operations that a token of training needs, without recomputation.
 
-    shape: the model's Shape. method: a MethodSpec. length: mean tokens of a row; a causal token attends to half of it. 2
-    per multiply-add; a projection runs forward and back to its input, a trained one also to its weight; the frozen head
-    forward and back; attention forward and twice that back.
+    shape: the model's Shape. method: a MethodSpec. length: mean tokens of a row; a causal token attends to half of it.
     """
+    # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight; the frozen
+    # head forward and back; attention forward and twice that back.
     whole = {leaf for kind, leaves in method.trains.items() if kind != "adapters" for leaf in leaves}
     projections = sum(
         2 * rows * columns * (3 if leaf in whole else 2)
@@ -45,7 +46,7 @@ def matmul_ceiling(device, dtype, *, size=None, seconds=0.2):
     """Measure the operations a second of a large square product on this device: the ceiling that MFU is a share of."""
     size = size or (8192 if device == "cuda" else 1024)
     a = torch.randn(size, size, device=device).to(dtype)
-    (a @ a).sum().item()
+    (a @ a).sum().item()  # the first product also loads the library
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         a @ a
@@ -164,9 +165,9 @@ class Cost:
     memory_gib: float
     micro_batch: int
     checkpointing: str
-    speed: Speed | None = None
-    hours: tuple | None = None
-    refused: str = ""
+    speed: Speed | None
+    hours: tuple | None
+    refused: str
 
     @property
     def mark(self):
@@ -202,10 +203,9 @@ class Forecast:
         """Why no method can be trained there and what to change, or ''."""
         if any(cost.fits for cost in self.costs):
             return ""
-        small = [cost for cost in self.costs if not cost.refused]
-        if not small:
+        least = min((cost for cost in self.costs if not cost.refused), key=lambda cost: cost.memory_gib, default=None)
+        if least is None:
             return f"no method trains {self.cfg.model} as set: {self.costs[0].refused}"
-        least = min(small, key=lambda cost: cost.memory_gib)
         change = "Set micro_batch_size to 0, lower" if self.cfg.micro_batch_size else "Lower"
         return (
             f"no method trains {self.cfg.model} on a {self.card_name} with {self.gib:.1f} GiB: the least is "
@@ -219,11 +219,9 @@ class Forecast:
         yield f"hours: one run of one seed, training alone, {self.tokens[2]}; answering the test rows comes on top"
         if self.cfg.micro_batch_size:
             yield f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose what fits"
-        bases = {}
-        for cost in self.costs:
-            if cost.speed is not None:
-                bases.setdefault(cost.speed.basis, []).append(cost.method)
-        for basis, names in bases.items():
+        bases = dict.fromkeys(cost.speed.basis for cost in self.costs if cost.speed)
+        for basis in bases:
+            names = [cost.method for cost in self.costs if cost.speed and cost.speed.basis == basis]
             yield f"{', '.join(names)}: {basis}"
         if any(basis.startswith("estimate from") for basis in bases):
             yield scaling_note(self.card)
@@ -234,11 +232,8 @@ class Forecast:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         yield self.headline
         for row in rows:
-            aligned = (
-                cell.ljust(width) if at in (0, 1, 4, 7) else cell.rjust(width)
-                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            yield "  ".join(aligned).rstrip()
+            aligned = zip(row, _ALIGNED, widths, strict=True)
+            yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in aligned).rstrip()
         yield from self.notes()
 
 
@@ -254,27 +249,26 @@ def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
     costs = []
     for method in methods.METHODS:
         plan = memory_model.best_plan(shape, method, cfg, precision=precision, device_bytes=int(gib * GIB))
-        refused = _rank_refusal(shape, method, cfg)
+        refused, found, hours = _rank_refusal(shape, method, cfg), None, None
         fits = plan.fits(int(gib * GIB)) and not refused
-        known = (method, fits, plan.total / GIB, plan.micro_batch, plan.checkpointing)
-        if not fits:
-            costs.append(Cost(*known, refused=refused))
-            continue
-        how = {"precision": precision, "length": cfg.max_length, "micro_batch": plan.micro_batch, "rows": rows}
-        found = speed(card, shape, method, **how)
-        costs.append(Cost(*known, speed=found, hours=(tokens[0] / found.high / 3600, tokens[1] / found.low / 3600)))
+        if fits:
+            how = {"precision": precision, "length": cfg.max_length, "micro_batch": plan.micro_batch, "rows": rows}
+            found = speed(card, shape, method, **how)
+            hours = tokens[0] / found.high / 3600, tokens[1] / found.low / 3600
+        size = plan.total / GIB
+        costs.append(Cost(method, fits, size, plan.micro_batch, plan.checkpointing, found, hours, refused))
     return Forecast(cfg, card, card_name, gib, precision, costs, tokens)
 
 
 def _rank_refusal(shape, method, cfg):
     """What the method's own checks would say of its ranks, or ''."""
-    fields = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank"}
-    for kind, leaves in methods.find(method).trains.items():
-        if kind in fields:
-            try:
+    fields = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank", "full": None}
+    try:
+        for kind, leaves in methods.find(method).trains.items():
+            if fields[kind]:
                 methods.require_rank(fields[kind], getattr(cfg, fields[kind]), shape.matrices(leaves))
-            except ConfigError as error:
-                return str(error)
+    except ConfigError as error:
+        return str(error)
     return ""
 
 

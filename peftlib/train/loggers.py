@@ -35,20 +35,15 @@ class _Logger(Callback):
         history = snapshot.history
         for at, entry in enumerate(history):
             if entry["step"] >= self._next_step:
-                memory = {"memory_gib": snapshot.memory_bytes / 2**30} if entry is history[-1] else {}
-                self._write_known(entry["step"], _numbers(history[: at + 1]) | memory)
+                memory = snapshot.memory_bytes / 2**30 if entry is history[-1] else None
+                self._write(entry["step"], _known(**_numbers(history[: at + 1]), memory_gib=memory))
                 self._next_step = entry["step"] + 1
         for entry in snapshot.valid_history:
             if entry["step"] >= self._next_valid:
-                self._write_known(entry["step"], {"validation_loss": entry["valid_loss"]})
+                self._write(entry["step"], _known(validation_loss=entry["valid_loss"]))
                 self._next_valid = entry["step"] + 1
         if snapshot.is_over:
             self._end()
-
-    def _write_known(self, step, numbers):
-        known = {name: number for name, number in numbers.items() if number is not None}
-        if known:
-            self._write(step, known)
 
 
 class TensorBoard(_Logger):
@@ -100,11 +95,11 @@ class Trackio(_Logger):
         write_json(self._written, {"step": self._next_step, "valid": self._next_valid})
 
     def _write(self, step, numbers):
-        self._trackio.log(numbers, step=step)
+        if numbers:
+            self._trackio.log(numbers, step=step)
 
 
 def _numbers(history):
-    """{name: number} of the last step of a history; None where a skipped step left none."""
     entry = history[-1]
     losses = [e["loss"] for e in history[-_SMOOTHED_OVER:] if e["loss"] is not None]
     return {
@@ -113,3 +108,8 @@ def _numbers(history):
         "learning_rate": entry["learning_rate"],
         "tokens_per_second": entry["tokens"] / entry["seconds"] if entry["seconds"] else None,
     }
+
+
+def _known(**numbers):
+    """Leave out what is None: a skipped step has no loss."""
+    return {name: number for name, number in numbers.items() if number is not None}

@@ -53,6 +53,8 @@ class TrainingRun:
         self.method = methods.find(method)
         self.manifest = study.manifest()
         self.weights_dir = study.weights_dir(method, self.cfg.seed)
+        folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
+        self.checkpoints = CheckpointDir(folder, keep=keep, log=lambda line: self.log(line))
         loggers.require(self.cfg.report_to)
         _require_one_process()
         self.device = resolve_device(self.cfg.device)
@@ -116,13 +118,9 @@ class TrainingRun:
 
     def _reload(self, record):
         self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({record['steps']} steps), nothing to do")
-        self._checkpoint_dir().remove()  # of a session that died between its record and this
+        self.checkpoints.remove()  # of a session that died between its record and this
         self.model = load_trained(self.weights_dir, device=self.device, merge=False)
         return record
-
-    def _checkpoint_dir(self):
-        folder = self.study.checkpoint_dir(self.name, self.cfg.seed)
-        return CheckpointDir(folder, keep=self.cfg.save_total_limit, log=self.log)
 
     def _build_optimizer(self):
         """Read the rows, build the optimizer, and lay the run out on its device."""
@@ -140,12 +138,11 @@ class TrainingRun:
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, **where, is_compiled=self.execution.is_compiled)
 
     def _resume(self):
-        """Open the record and the checkpoints, and restore the newest one if there is any."""
+        """Open the record, and restore the newest checkpoint if there is any."""
         self.progress = run_state.Progress()
         how = {"precision": self.precision, "precision_reason": self.precision_reason}
         self.record = records.new_record(self.study, self.name, device=self.device, **how)
         self.record["layers"] = layer_table(self.model)
-        self.checkpoints = self._checkpoint_dir()
         self.saver = Saver(
             self.checkpoints,
             every=self.cfg.save_steps,
@@ -237,7 +234,7 @@ class TrainingRun:
         if has_line:
             self.log(log_line(self.record, self.progress, self.plan.steps))
             self._last_line_at = time.monotonic()
-        if has_line or self._callbacks.want_numbers():
+        if has_line or self._callbacks.any("wants_numbers"):
             self._callbacks.show()
 
     def _evaluate(self):
@@ -255,7 +252,7 @@ class TrainingRun:
 
     def _why_stop(self, interrupted, deadline):
         """Why to save and stop now, in words, or None."""
-        if self._callbacks.stop_asked():
+        if self._callbacks.any("stop_asked"):
             return "asked to"
         return "interrupted" if interrupted.is_set() else deadline.passed()
 

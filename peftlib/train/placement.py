@@ -16,6 +16,7 @@ from peftlib.train import memory_model
 from peftlib.train.memory_model import GIB
 
 _CPU_MICRO_BATCH = 4
+_SAMPLED_EVERY_S = 0.1
 
 
 class ExecutionPlan:
@@ -124,14 +125,11 @@ class PeakMemory:
     """Context manager that measures peak memory; `peak_bytes` and `reserved_bytes` can be read inside and after it.
 
     On CUDA the peaks are exact: allocated, and reserved from the driver. On CPUs the resident memory of the process tree
-    is sampled every `interval` seconds; `peak_bytes` is its rise since the start, `reserved_bytes` is None.
+    is sampled ten times a second; `peak_bytes` is its rise since the start, `reserved_bytes` is None.
     """
 
-    def __init__(self, device, *, interval=0.1):
-        self.device = device
-        self.peak_bytes, self.reserved_bytes = 0, None
-        self._resident_bytes = 0  # of the process tree, at the last look
-        self._interval = interval
+    def __init__(self, device):
+        self.device, self.peak_bytes, self.reserved_bytes = device, 0, None
         self._is_over = threading.Event()
 
     def __enter__(self):
@@ -167,7 +165,7 @@ class PeakMemory:
         return self._resident_bytes, None, self.peak_bytes
 
     def _sample(self):
-        while not self._is_over.wait(self._interval):
+        while not self._is_over.wait(_SAMPLED_EVERY_S):
             self.read()
 
 

@@ -83,28 +83,22 @@ def require_same_architecture(kept, ours, where):
     """
     before, now = _architecture(kept), _architecture(ours)
     if before != now:
+        missing, new = (", ".join(sorted(a - b)) or "fewer" for a, b in ((before, now), (now, before)))
         raise CheckpointError(
-            f"the model's layers are {_unlike(now, before)}, those of the checkpoint in {where} "
-            f"{_unlike(before, now)}: take the model and versions it was made with"
+            f"the model's layers are {new}, those of the checkpoint in {where} {missing}: take the model and versions it "
+            "was made with"
         )
 
 
 def _architecture(layers):
-    found = Counter()
+    """{a description for each kind of layer}; rows that differ in dtype alone are summed."""
+    count, weights = Counter(), Counter()
     for row in layers:
         form = "in 4 bits" if row.get("dtype") == "nf4" else "plain"
-        key = (row.get("layer"), row.get("class"), form, row.get("trains"))
-        found[key] += 1j * row.get("weights", 0) + row.get("count", 0)
-    return found
-
-
-def _unlike(table, other):
-    rows = [
-        f"{layer} ({kind!r}, {form}, {'trains' if trains else 'frozen'}, {n.real:g} with {n.imag:g} weights)"
-        for (layer, kind, form, trains), n in table.items()
-        if other.get((layer, kind, form, trains)) != n
-    ]
-    return ", ".join(rows) or "fewer"
+        kind = f"{row.get('layer')} ({row.get('class')!r}, {form}, {'trains' if row.get('trains') else 'frozen'}"
+        count[kind] += row.get("count", 0)
+        weights[kind] += row.get("weights", 0)
+    return {f"{kind}, {count[kind]} with {weights[kind]:,} weights)" for kind in count}
 
 
 def change_sentences(record):

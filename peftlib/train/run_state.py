@@ -9,7 +9,7 @@ from peftlib import data
 from peftlib.core import record as records
 from peftlib.core.config import current_names, differences
 from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
-from peftlib.core.json_reading import Maybe, fault
+from peftlib.core.json_reading import Map, Maybe, fault
 from peftlib.core.seeds import generator_states, set_generator_states
 from peftlib.data.dedup import prompt_key
 from peftlib.models import identity, trained_files
@@ -27,15 +27,7 @@ _STATE = {
     "config": {},
     "run_hash": str,
     "split_hash": str,
-    "progress": {
-        "step": int,
-        "train_tokens?": int,
-        "train_seconds?": float,
-        "first_step_s?": Maybe(float),
-        "skipped_steps?": int,
-        "peak_memory_bytes?": int,
-        "peak_reserved_bytes?": Maybe(int),
-    },
+    "progress": Map(Maybe(float)),
     "history": [{**_STEP, "loss": Maybe(float), "grad_norm": Maybe(float)}],
     "valid_history": [{"step": int, "valid_loss": Maybe(float)}],
     "scaler": {},
@@ -43,6 +35,7 @@ _STATE = {
     "rate_factor?": float,
     "changes?": [{}],
 }
+_UNKNOWN_AT_FIRST = ("first_step_s", "peak_reserved_bytes")
 
 
 @dataclass
@@ -204,15 +197,15 @@ def _refusing_other_content(where):
 
 def _require_state(state, steps):
     """ValueError, TypeError: a part of a checkpoint's state is missing, odd, or out of range. steps: of the whole run."""
-    found = fault(state, _STATE)
+    found = fault(state, _STATE) or fault(state["progress"], {"step": int}, "progress")
     if found:
         raise ValueError(found)
     progress = Progress(**state["progress"])
-    below = [name for name, value in vars(progress).items() if value is not None and value < 0]
-    if below:
-        raise ValueError(f"progress: {below[0]} is {getattr(progress, below[0])}")
+    for name, value in vars(progress).items():
+        if value is None and name not in _UNKNOWN_AT_FIRST or value is not None and value < 0:
+            raise ValueError(f"progress.{name} is {value}")
     if progress.step > steps:
-        raise ValueError(f"progress: step is {progress.step}, the run has {steps} steps")
+        raise ValueError(f"progress.step is {progress.step}, the run has {steps} steps")
     if state.get("rate_factor", 1.0) <= 0:
         raise ValueError(f"rate_factor is {state['rate_factor']}")
 

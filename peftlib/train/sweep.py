@@ -78,7 +78,8 @@ def _trial(study, method, cfg, factor, log):
     """The record of one run of the sweep, read or trained now; 'failed' where it diverged. Only the record is kept."""
     small = Study(study.folder / "sweeps" / f"{method}-{factor:g}", cfg)
     record = records.load(small, method, cfg.seed)
-    if record is None or record["run_hash"] != cfg.run_hash(method) or not _is_settled(record):
+    is_settled = record is not None and (record["status"] == "ok" or _has_diverged(record))
+    if not is_settled or record["run_hash"] != cfg.run_hash(method):
         if not small.data_dir.exists():
             beside = small.folder / "data.copying"  # a cut copy must not pass for the data
             shutil.rmtree(beside, ignore_errors=True)
@@ -95,9 +96,8 @@ def _trial(study, method, cfg, factor, log):
     return record
 
 
-def _is_settled(record):
-    is_diverged = record["status"] == "failed" and (record["error"] or "").startswith(NonFiniteLossError.__name__)
-    return record["status"] == "ok" or is_diverged
+def _has_diverged(record):
+    return record["status"] == "failed" and (record["error"] or "").startswith(NonFiniteLossError.__name__)
 
 
 def _shown(rates):

@@ -11,6 +11,8 @@ from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.saver import Saver
 from peftlib.train.loop import TrainingRun
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_comes_back_bit_for_bit_from_fewer_bytes(dtype):
@@ -31,7 +33,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr("peftlib.train.loop.Saver", lambda *a, **k: Saver(*a, **{**k, "is_background": True}))
 
 
-@pytest.mark.parametrize("method", ["galore", "hybrid", "full", "qlora"])
+@pytest.mark.parametrize("method", ["galore", "hybrid", *(pytest.param(m, marks=SLOW) for m in ("full", "qlora"))])
 def test_a_run_resumed_from_differences_is_bit_equal(make_study, as_on_a_gpu, method):
     whole = make_study(study="whole", **FAST)
     trained(whole, method)
