@@ -85,6 +85,7 @@ def _trial(study, method, cfg, factor, log):
             shutil.rmtree(beside, ignore_errors=True)
             copy_tree(study.data_dir, beside)
             rename(beside, small.data_dir)
+        small.freeze()
         try:
             record = run_training(small, method, log=log)
         except NonFiniteLossError:
