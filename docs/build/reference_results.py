@@ -131,7 +131,7 @@ def _at_limit(found, cfg, limit):
     """
     if cfg.max_new_tokens <= limit:
         return None
-    tokenizer = data.open_tokenizer(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model)
 
     def scores(answers):
         ids = tokenizer(answers, add_special_tokens=False)["input_ids"]

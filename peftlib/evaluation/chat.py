@@ -67,7 +67,7 @@ def main(study, method, *, seed, max_new_tokens):
     print(
         f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
     )
-    talk = Conversation(model, data.open_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
+    talk = Conversation(model, data.load_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
     allow_odd(sys.stdin, "replace")
     allow_odd(sys.stdout, "backslashreplace")
     for text in _typed():

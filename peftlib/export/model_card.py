@@ -9,8 +9,9 @@ from peftlib.export.model_card_loading import loading_lines
 from peftlib.export.model_card_scores import eval_results, score_lines
 from peftlib.export.redact import hub_base, public_model
 from peftlib.methods import find
+from peftlib.models.inspect import ATTENTION
 from peftlib.models.packaged import PROVENANCE
-from peftlib.models.saved import ATTENTION, FACTS
+from peftlib.models.saved import FACTS
 from peftlib.report.document import markdown_text
 from peftlib.report.notes import UNKNOWN
 from peftlib.report.results import gib

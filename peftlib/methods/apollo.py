@@ -2,7 +2,7 @@
 
 from peftlib.methods.galore import train_projections_and_norms
 from peftlib.methods.spec import MethodSpec
-from peftlib.models.base import PROJECTIONS, named_weights, trainable
+from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
 from peftlib.optim.apollo import ApolloAdamW
 
 

@@ -1,9 +1,8 @@
 """GaLore: all projections train in full, Adam's moments in a rank-r view (Zhao et al. 2024, arXiv:2403.03507)."""
 
-import torch
-
 from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec
-from peftlib.models.base import PROJECTIONS, named_weights, trainable
+from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
+from peftlib.models.precision import DTYPES
 from peftlib.optim.galore import GaLoreAdamW
 
 
@@ -52,7 +51,7 @@ def train_in(dtype, weights):
     """Switch training on. fp32 by default, for 16 bits round small updates away; bf16 weights, which take half the
     memory, are rounded stochastically by the optimizer."""
     for p in weights.values():
-        p.data = p.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+        p.data = p.data.to(DTYPES[dtype])
         p.requires_grad_(True)
 
 

@@ -3,7 +3,7 @@
 from peftlib.methods.galore import optimizer, train_in
 from peftlib.methods.qlora import with_adapters
 from peftlib.methods.spec import GALORE_SETTINGS, LORA_SETTINGS, MethodSpec
-from peftlib.models.base import ATTENTION, MLP, named_weights, trainable
+from peftlib.models.inspect import ATTENTION, MLP, named_weights, trainable
 
 
 def prepare(model, cfg):

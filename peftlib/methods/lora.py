@@ -2,7 +2,7 @@
 
 from peftlib.methods.qlora import build_optimizer, with_adapters
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec
-from peftlib.models.base import PROJECTIONS
+from peftlib.models.inspect import PROJECTIONS
 
 
 def prepare(model, cfg):

@@ -2,8 +2,9 @@
 
 from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
-from peftlib.models.base import PROJECTIONS, core, named_weights, peft_calls, trainable
+from peftlib.models.inspect import PROJECTIONS, core, named_weights, trainable
 from peftlib.models.layers import fuse_adapters
+from peftlib.models.load import peft_calls
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 

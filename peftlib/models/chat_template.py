@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peftlib.core.errors import DataError, ModelError
 
-BOS, START_OF_TURN, END_OF_TURN = 2, 105, 106
+PAD, BOS, START_OF_TURN, END_OF_TURN = 0, 2, 105, 106
 STOP_IDS = (1, END_OF_TURN)  # <eos>, <end_of_turn>
 
 TEMPLATE_PATH = Path(__file__).with_name("gemma3_chat_template.jinja")
@@ -60,6 +60,14 @@ def check_tokenizer(tokenizer):
             raise ModelError(f"the tokenizer reads {text} as {ids}, not [{wanted}]: use a Gemma 3 tokenizer.json")
     if tokenizer.bos_token_id != BOS:
         raise ModelError(f"the tokenizer's <bos> is {tokenizer.bos_token_id}, not {BOS}: use a Gemma 3 tokenizer.json")
+
+
+def stop_at(model):
+    """The model, its generation config set to Gemma's stop ids and greedy decoding; returns it."""
+    settings = model.generation_config
+    settings.eos_token_id, settings.bos_token_id, settings.pad_token_id = list(STOP_IDS), BOS, PAD
+    settings.do_sample, settings.top_k, settings.top_p, settings.temperature = False, None, None, None
+    return model
 
 
 def encode(tokenizer, messages):

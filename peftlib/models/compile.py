@@ -12,7 +12,7 @@ import torch
 
 from peftlib.core.errors import ModelError
 from peftlib.core.files import atomic_path, rename
-from peftlib.models.base import core
+from peftlib.models.inspect import core
 
 STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peftlib.core.errors import ModelError
 from peftlib.core.files import sha256, write_text
+from peftlib.models.locate import hub_errors, locate, token_for
 from peftlib.models.packaged import cache_root
 
 # A file system's clock is coarse: a file that was just written may change again without a newer time.
@@ -48,8 +49,6 @@ def tensor_files(model, *, is_local=False):
 def _weight_paths(model, *, is_local=False):
     from transformers.utils import cached_file
 
-    from peftlib.models.base import locate, token_for
-
     location, _ = locate(model)
     settings = {"local_files_only": True} if is_local else {"token": token_for(location)}
     index = cached_file(
@@ -70,8 +69,6 @@ def base_facts(model, *, is_local=False):
     """
     from transformers.utils.hub import extract_commit_hash
 
-    from peftlib.models.base import hub_errors, locate
-
     with hub_errors(model):
         paths = [Path(path) for path in _weight_paths(model, is_local=is_local)]
     is_folder = Path(locate(model)[0]).is_dir()
@@ -85,7 +82,7 @@ def provenance_of(model, records, *, study):
     records: of the study's other runs. study: its name, for messages.
     ModelError: another run was made with another base model of this name, or see base_facts.
     """
-    from peftlib.models.base import locate
+    from peftlib.models.locate import locate
 
     for other in records:
         if other.get("model_sha256") and other.get("model") == model:

@@ -14,6 +14,7 @@ from peftlib.core import paths
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
 from peftlib.core.session import host
+from peftlib.models.chat_template import set_template, stop_at
 
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -118,9 +119,6 @@ def _way_to_it():
 def _convert(gguf, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from peftlib.models.chat_template import set_template
-    from peftlib.models.saved import stop_at
 
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

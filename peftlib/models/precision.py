@@ -8,7 +8,7 @@ import torch
 
 from peftlib.core.errors import NonFiniteLossError
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of a config's `precision`
 _SMALLEST_SCALE = 1e-4  # of fp16's loss
 
 
@@ -19,7 +19,7 @@ def autocast(device, precision):
     """
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device, _AUTOCAST[precision])
+    return torch.autocast(device, DTYPES[precision])
 
 
 def run_in_autocast(model, device, precision):

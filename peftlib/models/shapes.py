@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.errors import ModelError
-from peftlib.models.base import hub_errors, locate, token_for
+from peftlib.models.locate import hub_errors, locate, token_for
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Models:
         if key not in self._loaded:
             self._loaded = {k: model for k, model in self._loaded.items() if k[0] != method}  # older weights
             self.log(f"loading {at}")
-            self._tokenizer = self._tokenizer or data.open_tokenizer(self._study.cfg.model)
+            self._tokenizer = self._tokenizer or data.load_tokenizer(self._study.cfg.model)
             dtype = evaluation_dtype(self._device)[0]
             how = {"device": self._device, "dtype": dtype, "log": self.log}
             self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)

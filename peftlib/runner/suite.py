@@ -225,7 +225,7 @@ def places_of(cfg, at_once):
 def _with_data(settings, log):
     """The study, whose data stand and whose config is frozen."""
     from peftlib.data import build_data
-    from peftlib.models.base import locate
+    from peftlib.models.locate import locate
 
     name = settings.given["study"]
     study = Study.resolve(**settings.given)

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from peftlib.models.base import PROJECTIONS
+from peftlib.models.inspect import PROJECTIONS
 
 
 def flops_per_token(shape, method, *, length):

@@ -13,8 +13,9 @@ from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.core.files import sha256
 from peftlib.core.session import Deadline, interrupts
 from peftlib.models import compile as compiled
-from peftlib.models.base import core, guard_four_bit, layer_table, load_base, trainable
 from peftlib.models.identity import provenance_of
+from peftlib.models.inspect import core, layer_table, trainable
+from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
 from peftlib.models.shapes import Shape
@@ -60,7 +61,7 @@ class TrainingRun:
             )
         self._open = contextlib.ExitStack()  # train() closes it
         self.memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
-        self.tokenizer = data.open_tokenizer(self.cfg.model)
+        self.tokenizer = data.load_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.four_bit)
         self.model = self.method.prepare(base, self.cfg)

@@ -11,7 +11,7 @@ import torch
 from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
-from peftlib.models.base import ATTENTION, PROJECTIONS
+from peftlib.models.inspect import ATTENTION, PROJECTIONS
 from peftlib.models.losses import CHUNK
 
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers

@@ -5,7 +5,7 @@ import math
 import torch
 
 from peftlib.core.errors import NonFiniteLossError
-from peftlib.models.base import trainable
+from peftlib.models.inspect import trainable
 
 _LOWER = 0.3  # what the advice multiplies the learning rates by
 

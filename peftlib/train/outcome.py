@@ -1,17 +1,13 @@
 """What a training run leaves: its weights, and its record's numbers."""
 
-import torch
-
 from peftlib.core import record as records
 from peftlib.core.errors import writing
 from peftlib.core.files import sha256
-from peftlib.models.base import core, count_parameters, trainable
-from peftlib.models.saved import save_trained
+from peftlib.models.inspect import core, count_parameters, trainable
+from peftlib.models.precision import DTYPES
+from peftlib.models.saved import save_trained, settings_digests
 from peftlib.models.shapes import Shape
-from peftlib.models.trained_files import settings_digests
 from peftlib.train import flops, nonfinite
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def describe(run, peak_rates):
@@ -83,5 +79,5 @@ def close(run):
 def _compare_with_ceiling(run):
     """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
     needed = flops.flops_per_token(Shape.of(core(run.model).config), run.method, length=float(run.rows.lengths.mean()))
-    ceiling = flops.matmul_ceiling(run.device, _DTYPES[run.precision])
+    ceiling = flops.matmul_ceiling(run.device, DTYPES[run.precision])
     run.record.update(mfu=run.record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)

@@ -6,9 +6,9 @@ import torch
 
 from peftlib.core.errors import ConfigError
 from peftlib.models import compile as compiled
-from peftlib.models.activation_checkpointing import checkpoint_layers
-from peftlib.models.base import core
 from peftlib.models.compile import CompileCache
+from peftlib.models.inspect import core
+from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
 from peftlib.models.shapes import Shape
 from peftlib.train import memory_model as plan

@@ -12,9 +12,9 @@ from peftlib.core.config import current_names, differences
 from peftlib.core.env import generator_states, set_generator_states
 from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.data.dedup import prompt_key
-from peftlib.models import identity, trained_files
-from peftlib.models.base import trainable
+from peftlib.models import identity, saved
 from peftlib.models.base_weights import BaseWeights
+from peftlib.models.inspect import trainable
 from peftlib.storage import delta
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
 from peftlib.train import changes, nonfinite
@@ -273,13 +273,13 @@ def _reached(folder, run):
         raise StudyError(
             f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {place}: train it there first"
         )
-    identity.require_weights(trained, trained_files.record_of(trained), log=run.log)
-    tensors = {name: tensor for path in files for name, tensor in trained_files.tensors_of(path).items()}
+    identity.require_weights(trained, saved.record_of(trained), log=run.log)
+    tensors = {name: tensor for path in files for name, tensor in saved.tensors_of(path).items()}
     # PEFT leaves the adapter's name out of what it saves.
     names = {name.replace(".default", ""): name for name in trainable(run.model)}
     found = {names.get(name, name): tensor for name, tensor in tensors.items()}
     chosen = {name: found[name] for name in trainable(run.model) if name in found}
-    return chosen, f"{folder.name}, {place}, finished", trained_files.facts_of(trained)
+    return chosen, f"{folder.name}, {place}, finished", saved.facts_of(trained)
 
 
 def _base_of(run):

@@ -3,7 +3,7 @@
 import torch
 
 from peftlib.core.errors import NonFiniteLossError
-from peftlib.models.base import head_weight, hidden_states
+from peftlib.models.inspect import head_weight, hidden_states
 from peftlib.models.losses import CHUNK, chunked_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train import nonfinite

@@ -15,8 +15,8 @@ from peftlib.data.schemas import convert, detect
 from peftlib.data.sources import SAMPLE
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.evaluate import _rounding_of_another_seed, evaluate
-from peftlib.models.base import load_base
 from peftlib.models.identity import provenance_of
+from peftlib.models.load import load_base
 from peftlib.train.loop import TrainingRun
 
 FOLDER = Path(forgetting.__file__).parent / "general"
@@ -65,7 +65,7 @@ def test_tokens_are_counted_out_and_each_passage_begins_once(n_tokens):
 def test_the_loss_is_that_of_transformers_own(make_study):
     study = make_study(general_tokens=150)
     model = load_base(study.cfg.model, precision="fp32", device="cpu")
-    tokenizer = data.open_tokenizer(study.cfg.model)
+    tokenizer = data.load_tokenizer(study.cfg.model)
     found = forgetting.general_loss(model, tokenizer, study.cfg, [], device="cpu")
     total = 0.0
     for row in forgetting.tokenized(tokenizer, forgetting.passages(), n_tokens=150, max_length=700):

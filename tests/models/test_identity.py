@@ -113,7 +113,7 @@ def test_what_else_in_the_folder_decides_the_answers_is_checked(finished, method
 def test_weights_that_something_else_saved_there_are_refused(finished, tiny_model):
     study = finished("galore")
     facts = {"model": str(tiny_model), "four_bit": [], "precision": "fp32"}
-    save_trained(tiny.model(seed=9), data.open_tokenizer(str(tiny_model)), study.weights_dir("galore", 0), facts)
+    save_trained(tiny.model(seed=9), data.load_tokenizer(str(tiny_model)), study.weights_dir("galore", 0), facts)
     with pytest.raises(ModelError, match="model.safetensors is damaged or was exchanged"):
         load_trained(study.weights_dir("galore", 0))
 

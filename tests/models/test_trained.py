@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from peftlib.core.errors import ModelError
 from peftlib.data import load_split
 from peftlib.methods import qlora
-from peftlib.models.base import locate
 from peftlib.models.chat_template import STOP_IDS
+from peftlib.models.locate import locate
 from peftlib.models.saved import export_merged, load_plain, load_rounded, load_trained
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.loop import TrainingRun
@@ -176,7 +176,7 @@ def test_a_gated_model_without_a_token_names_licence_and_mirror(no_token):
 def test_a_refused_token_names_the_licence():
     from huggingface_hub.errors import GatedRepoError
 
-    from peftlib.models.base import hub_errors
+    from peftlib.models.locate import hub_errors
 
     response = SimpleNamespace(headers={}, request=None)
     wanted = "is gated.*accept its licence at https://huggingface.co/google/gemma-3-1b-it"

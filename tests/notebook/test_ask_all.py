@@ -29,7 +29,7 @@ def study(make_study):
 def train(study, method, seed):
     """Leave what a run leaves: its weights, those of a tiny model, and its record."""
     facts = {"model": study.cfg.model, "four_bit": [], "precision": "fp32"}
-    tokenizer, folder = data.open_tokenizer(study.cfg.model), study.weights_dir(method, 0)
+    tokenizer, folder = data.load_tokenizer(study.cfg.model), study.weights_dir(method, 0)
     save_trained(tiny.model(seed=seed), tokenizer, folder, facts)
     base = provenance_of(study.cfg.model, [], study="tiny")
     record = records.new_record(study, method, provenance=base, device="cpu", precision="fp32", precision_reason="")
@@ -49,7 +49,7 @@ def models(study, said):
 
 def expected(study, method):
     model = load_model(study, method, 0, device=resolve_device("cpu"), dtype=next(tiny.model().parameters()).dtype)
-    return ask(model, data.open_tokenizer(study.cfg.model), [QUESTION], max_new_tokens=5)[0]
+    return ask(model, data.load_tokenizer(study.cfg.model), [QUESTION], max_new_tokens=5)[0]
 
 
 def test_every_model_answers_from_its_own_weights(study, models, said):

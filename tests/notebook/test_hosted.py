@@ -153,7 +153,7 @@ def test_a_notebook_without_data_says_so_before_it_opens_a_model_or_asks_for_a_t
     for asked in (
         "peftlib.models.packaged.packaged_model",
         "peftlib.core.hub_token.hf_token",
-        "peftlib.models.base.load_base",
+        "peftlib.models.load.load_base",
     ):
         monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked for before the data"))
     with pytest.raises(StudyError, match="run 01_data first") as told:
