@@ -28,7 +28,7 @@ from peftlib.models.precision import DTYPES, run_in_autocast
 
 FACTS = "peftlib.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
+ATTENTION_FILE = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
 _FACT_TYPES = {"is_adapter": bool, "model": str, "four_bit": list, "precision": str}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SETTINGS = (FACTS, ADAPTER_CONFIG, "config.json", "generation_config.json", *_TOKENIZER)
@@ -67,7 +67,7 @@ def _save_adapter(model, folder):
     model.save_pretrained(folder)
     whole = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items() if "lora_" not in name}
     if whole:
-        save_file(whole, folder / ATTENTION)
+        save_file(whole, folder / ATTENTION_FILE)
 
 
 def _save_full(model, folder):
@@ -113,8 +113,8 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
     with peft_calls(), readable(folder):
         model = PeftModel.from_pretrained(base, folder)
     _require_adapter_fits(folder, model)
-    if (folder / ATTENTION).exists():
-        _put_whole_weights(model, folder / ATTENTION, device)
+    if (folder / ATTENTION_FILE).exists():
+        _put_whole_weights(model, folder / ATTENTION_FILE, device)
     if merge:
         return _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
     guard_four_bit(model, four_bit)

@@ -113,11 +113,8 @@ def _cost(row, card, shape, cfg, *, precision, tokens, rows):
 
 def _refused(shape, method, cfg):
     """What the method's own checks would say of its ranks, or ''."""
-    fields = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank"}
-    for kind, leaves in methods.find(method).trains.items():
-        if kind in fields:
-            try:
-                methods.require_rank(fields[kind], getattr(cfg, fields[kind]), shape.matrices(leaves))
-            except ConfigError as error:
-                return str(error)
+    try:
+        methods.find(method).require_ranks(cfg, shape.matrices)
+    except ConfigError as error:
+        return str(error)
     return ""
