@@ -2,7 +2,7 @@
 
 from safetensors import safe_open
 
-from peftlib.models.identity import tensor_files
+from peftlib.models.locate import tensor_files
 
 
 class BaseWeights:

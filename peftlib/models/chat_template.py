@@ -82,10 +82,10 @@ def encode(tokenizer, messages):
 def encode_many(tokenizer, conversations):
     """[Encoded, ...]: as `encode`, with all turns of all conversations tokenized in one batch."""
     turns = [_turns(messages) for messages in conversations]
-    texts = [head + body for conversation in turns for head, body in conversation]
-    bodies = iter(_plain_ids(tokenizer, texts))
-    newline, *heads = _plain_ids(tokenizer, ["\n", *(f"{role}\n" for role in _ROLE.values())])
-    lead = {f"{role}\n": len(ids) for role, ids in zip(_ROLE.values(), heads, strict=True)}
+    bodies = iter(_plain_ids(tokenizer, [head + text for conversation in turns for head, text in conversation]))
+    heads = [f"{role}\n" for role in _ROLE.values()]
+    newline, *head_ids = _plain_ids(tokenizer, ["\n", *heads])
+    lead = dict(zip(heads, map(len, head_ids), strict=True))
     return [_joined(conversation, bodies, lead, newline) for conversation in turns]
 
 

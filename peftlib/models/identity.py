@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peftlib.core.errors import ModelError
 from peftlib.core.files import sha256, write_text
-from peftlib.models.locate import hub_errors, locate, token_for
+from peftlib.models.locate import hub_errors, locate, weight_paths
 from peftlib.models.packaged import cache_root
 
 # A file system's clock is coarse: a file that was just written may change again without a newer time.
@@ -34,45 +34,17 @@ def forget():
     _LOGGED.clear()
 
 
-def tensor_files(model, *, is_local=False):
-    """{tensor's name: path} of the safetensors files of a config's `model`. OSError: there are none.
-
-    is_local: look at this machine alone, and fetch nothing.
-    """
-    from safetensors import safe_open
-
-    files = {}
-    for path in _weight_paths(model, is_local=is_local):
-        with safe_open(path, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path)
-    return files
-
-
-def _weight_paths(model, *, is_local=False):
-    from transformers.utils import cached_file
-
-    location, _ = locate(model)
-    settings = {"local_files_only": True} if is_local else {"token": token_for(location)}
-    index = cached_file(
-        location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **settings
-    )
-    if index is None:
-        return [cached_file(location, "model.safetensors", **settings)]
-    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    return [cached_file(location, name, **settings) for name in sorted(names)]
-
-
 def base_facts(model, *, is_local=False):
     """{'model_sha256', 'model_revision'} of a config's `model`.
 
     model_sha256: over the name, dtype, shape and bytes of every tensor, however they are spread over files.
-    model_revision: the commit of the hub's repository, None for folders. is_local: as in tensor_files.
+    model_revision: the commit of the hub's repository, None for folders. is_local: as in weight_paths.
     ModelError: its weights are not to be had, or damaged.
     """
     from transformers.utils.hub import extract_commit_hash
 
     with hub_errors(model):
-        paths = [Path(path) for path in _weight_paths(model, is_local=is_local)]
+        paths = [Path(path) for path in weight_paths(model, is_local=is_local)]
     digest = _remembered("tensors", paths, lambda: _hash_tensors(paths), is_noted=True)
     revision = None if Path(locate(model)[0]).is_dir() else extract_commit_hash(str(paths[0]), None)
     return {"model_sha256": digest, "model_revision": revision}

@@ -1,6 +1,7 @@
 """Where a config's `model` comes from: the packaged weights, a folder, or the Hugging Face hub."""
 
 import contextlib
+import json
 from pathlib import Path
 
 from peftlib.core.config import PACKAGED_MODEL
@@ -32,6 +33,35 @@ def token_for(location):
         if location.startswith("google/"):
             raise
         return None
+
+
+def weight_paths(model, *, is_local=False):
+    """Paths of the safetensors files of a config's `model`, fetched where needed. OSError: there are none.
+
+    is_local: look at this machine alone, and fetch nothing.
+    """
+    from transformers.utils import cached_file
+
+    location, _ = locate(model)
+    settings = {"local_files_only": True} if is_local else {"token": token_for(location)}
+    index = cached_file(
+        location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **settings
+    )
+    if index is None:
+        return [cached_file(location, "model.safetensors", **settings)]
+    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return [cached_file(location, name, **settings) for name in sorted(names)]
+
+
+def tensor_files(model):
+    """{tensor's name: path} of the safetensors files of a config's `model`. OSError: there are none."""
+    from safetensors import safe_open
+
+    files = {}
+    for path in weight_paths(model):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    return files
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from peftlib.core import paths
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
 from peftlib.core.session import host
@@ -101,19 +100,14 @@ def _piece_paths():
         try:
             files = importlib.metadata.files(name) or []
         except importlib.metadata.PackageNotFoundError:
+            line = paths.install_line("demo")  # installs only what is missing: 238 MB
+            in_cell, in_shell = f"run {line} in a cell and go on, without a restart", f"{line[1:]} or `make demo`"
             raise ModelError(
-                f"the packaged Gemma 3 270M is not installed ({name} is missing): {_way_to_it()}, or set model to a hub id or "
-                "a local folder"
+                f"the packaged Gemma 3 270M is not installed ({name} is missing): {in_cell if host() else in_shell}, or set "
+                "model to a hub id or a local folder"
             ) from None
         paths += [f.locate() for f in files if ".gguf.part" in f.name]
     return paths
-
-
-def _way_to_it():
-    line = paths.install_line("demo")  # only what is missing is installed: 238 MB
-    return (
-        f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
-    )
 
 
 def _convert(gguf, folder):
