@@ -62,8 +62,8 @@ def projected_group(weights, cfg, *, rank, scale):
 SPEC = MethodSpec(
     name="galore",
     label="GaLore",
-    description="GaLore (arXiv:2403.03507): the seven projections of each layer, Adam's moments in a low-rank view of each "
-    "gradient; norms by AdamW, the tied embedding frozen",
+    description="GaLore (arXiv:2403.03507): the seven projections of each layer, Adam's moments in a low-rank view of "
+    "each gradient; norms by AdamW, the tied embedding frozen",
     colors=("#d55e00", "#d55e00"),
     marker="s",
     trains={"galore": PROJECTIONS},

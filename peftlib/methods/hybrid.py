@@ -23,8 +23,8 @@ def build_optimizer(model, cfg):
 SPEC = MethodSpec(
     name="hybrid",
     label="hybrid",
-    description="a layer-wise hybrid: LoRA adapters on the three MLP projections over NF4 weights (arXiv:2305.14314), the "
-    "four attention projections in full by GaLore (arXiv:2403.03507), the rest frozen",
+    description="a layer-wise hybrid: LoRA adapters on the three MLP projections over NF4 weights (arXiv:2305.14314), "
+    "the four attention projections in full by GaLore (arXiv:2403.03507), the rest frozen",
     colors=("#009e73", "#009e73"),
     marker="D",
     trains={"adapters": MLP, "galore": ATTENTION},

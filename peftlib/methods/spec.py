@@ -41,7 +41,10 @@ class MethodSpec:
     is_baseline: bool = False
 
     def require_ranks(self, cfg, shapes_of):
-        """ConfigError: a rank in cfg does not fit a matrix. shapes_of(projections): their (rows, columns) in one layer."""
+        """ConfigError: a rank in cfg is too large for a matrix.
+
+        shapes_of(projections): the (rows, columns) of each in one layer.
+        """
         for how, projections in self.trains.items():
             if how in _RANK_FIELDS:
                 field = _RANK_FIELDS[how]

@@ -1,8 +1,7 @@
 """Conversations as token ids and a loss mask, equal to Gemma's own chat template.
 
-The ids are put together turn by turn instead of from rendered text, so that a control token typed by a user is letters
-and nothing more, and so that <bos> stands once. Turn layout: the bundled template, and
-https://ai.google.dev/gemma/docs/core/prompt-structure
+The ids are joined turn by turn instead of made from rendered text, so that a control token typed by a user is plain
+letters and <bos> comes once. Turn layout: the bundled template, https://ai.google.dev/gemma/docs/core/prompt-structure
 """
 
 import hashlib
@@ -15,7 +14,7 @@ PAD, BOS, START_OF_TURN, END_OF_TURN = 0, 2, 105, 106
 STOP_IDS = (1, END_OF_TURN)  # <eos>, <end_of_turn>
 
 TEMPLATE_PATH = Path(__file__).with_name("gemma3_chat_template.jinja")
-# `_CHAT_TEMPLATE` as Google's conversion script writes it into every Gemma 3 repository (Apache-2.0), its "\n" evaluated.
+# `_CHAT_TEMPLATE` as Google's conversion script writes it into every Gemma 3 repository (Apache-2.0), "\n" evaluated.
 TEMPLATE_SOURCE = (
     "https://github.com/huggingface/transformers/blob/0d7e95d96b4e187c651e2b2406ed98ed40d74963/"
     "src/transformers/models/gemma3/convert_gemma3_weights.py"

@@ -21,7 +21,7 @@ _CODE = ("layers.py", "losses.py", "compile.py")  # what shapes compiled code; a
 
 
 def resolve(asked, device, steps):
-    """(is_on, reason) of a config's `compile` on a device for a run of so many steps. ModelError: 'on' but cannot be."""
+    """(is_on, reason) of a config's `compile` for a run of so many steps. ModelError: 'on', but impossible."""
     if asked == "off":
         return False, "as set by compile"
     has_triton = importlib.util.find_spec("triton") is not None
@@ -127,7 +127,7 @@ def _without_links(path, flags):
 
 
 def _own_content(path):
-    """The content of a cache file behind its SHA-256. ModelError: another user could have written it, or it is damaged."""
+    """A cache file's content after its SHA-256. ModelError: another user could have written it, or it is damaged."""
     with open(path, "rb", opener=_without_links) as opened:
         status = os.fstat(opened.fileno())
         if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
@@ -139,7 +139,7 @@ def _own_content(path):
 
 
 def _require_own_places(artifacts):
-    """ModelError: a part of the cache would be written outside the compiler's folder, into which torch joins its name."""
+    """ModelError: an artifact's name, which torch joins to the compiler's folder, would lead outside of it."""
     from torch.compiler._cache import CacheArtifactManager
 
     found = CacheArtifactManager.deserialize(artifacts)

@@ -67,8 +67,8 @@ def provenance_of(model, records, *, study):
 def require_base(kept, model, *, what, log=print, error=ModelError, is_local=False):
     """Raise `error` where a config's `model` is not the one whose base_facts `kept` holds.
 
-    kept: a record, the facts of a trained folder or a checkpoint's state; one from before digests were kept is not
-    checked, which is said once. what: that it belongs to, in words. is_local: compare with what this machine has, if
+    kept: a record, the facts of a trained folder or a checkpoint's state; one without digests (the first edition's) is
+    not checked, which is logged once. what: names it in messages. is_local: compare with what this machine has, if
     anything, for work that does not read the model.
     """
     if not kept.get("model_sha256"):
@@ -90,7 +90,7 @@ def require_base(kept, model, *, what, log=print, error=ModelError, is_local=Fal
 def require_weights(folder, record, *, log=print):
     """ModelError where the weights in a trained folder, or its settings, are not those that the run's record lists.
 
-    record: of the run that made them, or None; then they are not checked, which is said once.
+    record: of the run that made them; None is logged once, and nothing is checked.
     """
     listed = (record or {}).get("weights_sha256")
     if not listed:
@@ -106,8 +106,8 @@ def require_weights(folder, record, *, log=print):
             faults.append(f"{name} is damaged or was exchanged (its SHA-256 differs)")
     if faults:
         raise ModelError(
-            f"{folder} is not what the run's record speaks of: {'; '.join(faults)}. Run the method's notebook again, or "
-            "bring the folder back from a copy"
+            f"{folder} is not what the run's record speaks of: {'; '.join(faults)}. Run the method's notebook again, "
+            "or bring the folder back from a copy"
         )
 
 

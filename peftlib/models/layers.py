@@ -1,4 +1,4 @@
-"""Forwards put in place of the libraries' own, with the same result: 4-bit layers with adapters, and fp16's MLP."""
+"""How layers run in training: fused 4-bit adapters, fp16's guarded MLP, and activation checkpointing."""
 
 import functools
 import types
@@ -12,11 +12,10 @@ _FP16_PRODUCT = 1024.0  # largest MLP product that enters down_proj in fp16: lea
 
 
 def fuse_adapters(model):
-    """Let 4-bit layers with one plain adapter run as straight tensor code; returns how many.
+    """Let 4-bit layers with one plain adapter run as straight tensor code; returns how many. The result is PEFT's.
 
-    PEFT and bitsandbytes ask the same questions at every call, copy the product, and cannot be compiled in one piece.
-    Parameters, their names and what is saved stay as PEFT made them. Layers with DoRA or with several adapters keep
-    PEFT's forward.
+    PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece.
+    Parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep PEFT's forward.
     """
     from peft.tuners.lora.bnb import Linear4bit
 
@@ -118,26 +117,23 @@ def _to_float32(module, args, output):
 
 
 def checkpoint_layers(model, cfg):
-    """Let each decoder layer keep nothing but its input, as cfg.activation_checkpointing says ('off' leaves the model alone).
+    """Activation checkpointing as the config asks: each decoder layer keeps its input alone and recomputes the rest.
 
+    cfg.activation_checkpointing: 'off', 'on' (inputs stay on the device) or 'offload' (they go to the host's memory).
     ConfigError: offloading with dropout, whose random numbers it would not draw again.
     """
     if cfg.activation_checkpointing == "off":
         return
     if cfg.activation_checkpointing == "offload" and cfg.lora_dropout > 0:
         raise ConfigError(
-            f"activation_checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use activation_checkpointing='on', or no dropout"
+            f"activation_checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use "
+            "activation_checkpointing='on', or no dropout"
         )
     # Keeping the random state would wait for the device at every layer; only dropout draws from it.
-    settings = {
-        "use_reentrant": False,
-        "preserve_rng_state": cfg.lora_dropout > 0,
-        "determinism_check": "none",
-    }
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer transformers' name
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
+    keeps_random_state = cfg.lora_dropout > 0
+    settings = {"use_reentrant": False, "preserve_rng_state": keeps_random_state, "determinism_check": "none"}
+    newer = getattr(model, "activation_checkpointing_enable", None)  # the newer transformers' name
+    (newer or model.gradient_checkpointing_enable)(settings)
     if cfg.activation_checkpointing == "offload":
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):

@@ -1,7 +1,7 @@
-"""Load base models, NF4 layers included, and tokenizers: without running code of theirs, and never with weights missing.
+"""Load base models, with NF4 layers where asked, and tokenizers, safely.
 
-Nothing beside the weights is executed and no pickle is read. Transformers would ask at the terminal whether to run a
-model's own code; here that is an error. Files that are damaged or fit another model end in a ModelError.
+No code beside the weights runs and no pickle is read: transformers would ask at the terminal whether to run a model's
+own code, here that is an error. Files that are damaged, incomplete or fit another model end in a ModelError.
 """
 
 import contextlib
@@ -24,7 +24,10 @@ from peftlib.models.precision import DTYPES
 
 _CODE = "auto_map"  # names classes in Python files beside the weights
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_NO_PICKLE = "peftlib reads safetensors alone, for pickle can run code when it is read: take a version of the model in that format"
+_NO_PICKLE = (
+    "peftlib reads safetensors alone, for pickle can run code when it is read: take a version of the model in that "
+    "format"
+)
 _PEFT_WARNING = (  # PEFT asks transformers for an attribute that the newest transformers has renamed
     "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead."
 )
@@ -38,8 +41,8 @@ def load_base(model, *, precision, device, four_bit=(), runs=True):
     Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
     Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too. runs: False for its weights
     alone, to be brought to another precision: without those hooks, which would give it a float32 residual there.
-    ModelError: not to be had (gated, no network, unknown), not readable without running its code, damaged, bitsandbytes is
-    missing, or a 4-bit name matches no layer.
+    ModelError: not to be had (gated, no network, unknown), not readable without running its code, damaged;
+    bitsandbytes is missing, or a 4-bit name matches no layer.
     """
     location, _ = locate(model)
     settings = {"dtype": DTYPES[precision], "device_map": {"": device}}
@@ -131,9 +134,9 @@ def causal_model(location, **settings):
         raise ModelError(_wants_code(location))
     wrong = [*sorted(found["missing_keys"]), *sorted(map(str, found["mismatched_keys"])), *_of_wrong_shape(model)]
     if wrong:
+        names = ", ".join(wrong[:3]) + (" and others" if wrong[3:] else "")
         raise ModelError(
-            f"{location} has no fitting weights for {', '.join(wrong[:3])}{' and others' if wrong[3:] else ''}: its files "
-            "belong to another model, or are not all there"
+            f"{location} has no fitting weights for {names}: its files belong to another model, or are not all there"
         )
     return model
 
@@ -169,9 +172,9 @@ def refuse_pickles(location):
 
 @contextlib.contextmanager
 def readable(source):
-    """Turn what a library makes of odd files of `source` into a ModelError that names it.
+    """Turn a library's error over damaged or odd files of `source` into a ModelError that names them.
 
-    Libraries meet a damaged file with errors of any kind. OSErrors of the system pass, and those of the network.
+    Libraries raise errors of any kind for a damaged file. OSErrors of the system and of the network pass.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -195,15 +198,16 @@ def readable(source):
 def _unreadable(source, error):
     message = " ".join(str(error).split())[:300]
     return (
-        f"{source} cannot be read ({type(error).__name__}: {message}): a file of it is damaged, or it is another kind of "
-        "model; fetch or make it again"
+        f"{source} cannot be read ({type(error).__name__}: {message}): a file of it is damaged, or it is another kind "
+        "of model; fetch or make it again"
     )
 
 
 def _wants_code(source):
     return (
-        f"{source} wants Python code of its own to be run ({_CODE} in its config), which peftlib never does: take a model "
-        f"that transformers knows, or remove {_CODE} from the JSON files of a folder whose weights fit transformers' class"
+        f"{source} wants Python code of its own to be run ({_CODE} in its config), which peftlib never does: take a "
+        f"model that transformers knows, or remove {_CODE} from the JSON files of a folder whose weights fit "
+        "transformers' class"
     )
 
 

@@ -101,10 +101,10 @@ def _piece_paths():
             files = importlib.metadata.files(name) or []
         except importlib.metadata.PackageNotFoundError:
             line = paths.install_line("demo")  # installs only what is missing: 238 MB
-            in_cell, in_shell = f"run {line} in a cell and go on, without a restart", f"{line[1:]} or `make demo`"
+            way = f"run {line} in a cell and go on, without a restart" if host() else f"{line[1:]} or `make demo`"
             raise ModelError(
-                f"the packaged Gemma 3 270M is not installed ({name} is missing): {in_cell if host() else in_shell}, or set "
-                "model to a hub id or a local folder"
+                f"the packaged Gemma 3 270M is not installed ({name} is missing): {way}, or set model to a hub id or "
+                "a local folder"
             ) from None
         paths += [f.locate() for f in files if ".gguf.part" in f.name]
     return paths

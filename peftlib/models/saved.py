@@ -28,7 +28,7 @@ from peftlib.models.precision import DTYPES, run_in_autocast
 
 FACTS = "peftlib.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-ATTENTION_FILE = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
+ATTENTION_FILE = "attention.safetensors"  # weights trained beside the adapters, which PEFT would not save
 _FACT_TYPES = {"is_adapter": bool, "model": str, "four_bit": list, "precision": str}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SETTINGS = (FACTS, ADAPTER_CONFIG, "config.json", "generation_config.json", *_TOKENIZER)
@@ -192,7 +192,7 @@ def facts_of(folder):
 
 
 def record_of(folder):
-    """The record of the run that a trained folder belongs to: beside it in its study, or within an export; else None."""
+    """The record of a trained folder's run, from its export or from the study around it; else None."""
     exported, place = folder / "study" / "record.json", folder.absolute()
     if exported.is_file():
         # an export names its base model otherwise, so its settings are not the run's, byte for byte
@@ -230,7 +230,7 @@ def _require_adapter(folder):
 
 
 def _wrong_field(found):
-    """What of an adapter's config is not as it should be, in words, or None."""
+    """The fault of an adapter's config, in words, or None."""
     if not isinstance(found, dict):
         return f"a {type(found).__name__}"
     rank, alpha = found.get("r"), found.get("lora_alpha")
@@ -254,6 +254,6 @@ def _require_adapter_fits(folder, model):
         if held.get(name) != has.get(name):
             there, here = (tuple(shapes[name]) if name in shapes else "nothing" for shapes in (held, has))
             raise ModelError(
-                f"{ADAPTER} in {folder} holds {there} for {name}, the model {here}: it was made with another base model "
-                "or rank, or is damaged"
+                f"{ADAPTER} in {folder} holds {there} for {name}, the model {here}: it was made with another base "
+                "model or rank, or is damaged"
             )
