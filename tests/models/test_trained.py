@@ -17,13 +17,23 @@ from peftlib.train.loop import TrainingRun
 IDS = torch.tensor([[2, 105, 449, 363, 366, 367, 106, 363, 105, 453, 363]])
 
 
+@pytest.fixture(scope="module")
+def trained_before():
+    return {}
+
+
 @pytest.fixture
-def trained(make_study):
+def trained(make_study, trained_before):
+    """trained(method, **fields) -> (model, its folder, study), made once for all tests that ask for the same; to read."""
+
     def train(method, **fields):
-        study = make_study(**{"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, **fields})
-        run = TrainingRun(study, method, log=lambda line: None)
-        run.train()
-        return run.model.eval(), study.weights_dir(method, 0), study
+        asked = (method, *sorted(fields.items()))
+        if asked not in trained_before:
+            study = make_study(**{"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, **fields})
+            run = TrainingRun(study, method, log=lambda line: None)
+            run.train()
+            trained_before[asked] = run.model.eval(), study.weights_dir(method, 0), study
+        return trained_before[asked]
 
     return train
 
