@@ -5,8 +5,11 @@ Importing it is free: no torch, GPU check, download, seed or folder creation hap
 
 import importlib
 
+from peftlib.core import aliases
+
 __version__ = "0.2.0"
 SCHEMA_VERSION = 1  # of every JSON file in a study folder
+aliases.install()
 
 # {public name: (module, its name there)}
 _API = {
@@ -18,7 +21,7 @@ _API = {
     "finish": ("peftlib.notebook.session", "finish"),
     "build_data": ("peftlib.data.build", "build_data"),
     "load_split": ("peftlib.data.store", "load_split"),
-    "load_tokenizer": ("peftlib.models.tokenizer", "open_tokenizer"),
+    "load_tokenizer": ("peftlib.models.load", "load_tokenizer"),
     "METHODS": ("peftlib.methods", "METHODS"),
     "TrainingRun": ("peftlib.train.loop", "TrainingRun"),
     "run_training": ("peftlib.train.loop", "run_training"),

@@ -7,9 +7,7 @@ import stat
 import sys
 
 from peftlib.core.config import from_text
-from peftlib.core.disk_errors import named
-from peftlib.core.errors import PeftlibError
-from peftlib.core.study import Study
+from peftlib.core.errors import PeftlibError, disk_error
 from peftlib.storage import mirror
 
 ERROR_CODE = 2  # of a command that was refused; argparse uses it too
@@ -32,7 +30,7 @@ def main(argv=None):
         _leave_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        said = named(error) or _fault_of_output(error)
+        said = disk_error(error) or _fault_of_output(error)
         if said is None:  # a bug, or the network: its traceback tells where
             raise
         return _refused(said)
@@ -50,7 +48,7 @@ def _fault_of_output(error):
     if error.errno is None or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or sys.stdout.isatty():
         return None
     _leave_output()
-    return named(OSError(error.errno, error.strerror, "standard output"))
+    return disk_error(OSError(error.errno, error.strerror, "standard output"))
 
 
 def _leave_output():
@@ -135,7 +133,7 @@ def _run(args):
 
 
 def _report(args):
-    study = Study.existing(args.study)
+    study = mirror.open_study(args.study)
     from peftlib.notebook.session import readable_path
     from peftlib.report import build as report
 
@@ -152,7 +150,7 @@ def _report(args):
 def _plan(args):
     from peftlib.runner import plan_cli
 
-    study = Study.existing(args.study) if args.study else None
+    study = mirror.open_study(args.study) if args.study else None
     overrides = {name: from_text(name, text) for name, text in args.p}
     for line in plan_cli.lines(args.gpu, args.model, overrides, study):
         print(line)
@@ -161,7 +159,7 @@ def _plan(args):
 def _chat(args):
     from peftlib.evaluation import chat as talk
 
-    study = Study.existing(args.study)
+    study = mirror.open_study(args.study)
     cfg = study.cfg.replace(max_new_tokens=args.max_new_tokens)
     return talk.main(study, args.method, seed=args.seed, max_new_tokens=cfg.max_new_tokens)
 
@@ -170,7 +168,7 @@ def _sweep(args):
     from peftlib import methods
     from peftlib.train.sweep import FACTORS, sweep
 
-    study = Study.existing(args.study)
+    study = mirror.open_study(args.study)
     for method in args.method or methods.METHODS:
         sweep(study, method, factors=args.factor or FACTORS, rows=args.rows)
 
@@ -179,7 +177,7 @@ def _export(args):
     from peftlib.export.export import export, lines_of
 
     exported = export(
-        Study.existing(args.study),
+        mirror.open_study(args.study),
         args.method,
         seed=args.seed,
         to=args.to,
@@ -210,7 +208,7 @@ def _judge(argv):
     """have a language model compare two methods' answers"""
     from peftlib.runner import judge_cli
 
-    return judge_cli.main(argv, Study.existing)
+    return judge_cli.main(argv, mirror.open_study)
 
 
 def _reference(argv):

@@ -8,12 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from peftlib import data
-from peftlib.evaluation import comparison
-from peftlib.evaluation import metrics
+from peftlib.evaluation import comparison, metrics, stats
 import reference_precision
-from peftlib.evaluation import stats
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import StudyError, writing
 from peftlib.core.files import read_json, write_json
 from peftlib.export.redact import public_config, public_model, without_folders
 from reference_numbers import bootstrap, interval
@@ -134,7 +131,7 @@ def _at_limit(found, cfg, limit):
     """
     if cfg.max_new_tokens <= limit:
         return None
-    tokenizer = data.open_tokenizer(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model)
 
     def scores(answers):
         ids = tokenizer(answers, add_special_tokens=False)["input_ids"]

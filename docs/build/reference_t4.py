@@ -3,7 +3,8 @@
 import statistics
 
 from peftlib.train.estimate import forecast as forecast_of, scaling_note
-from peftlib.core.gpus import SHAPES, card_of_device, find_card, short_name
+from peftlib.core.gpus import card_of_device, find_card, short_name
+from peftlib.models.shapes import SHAPES
 from peftlib.core.config import resolve
 from peftlib.report.markdown import number, table
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from peftlib.runner import notebook_io as executed
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import write_text
-from peftlib.core.hosted import INSTALL as INSTALL_LINE
+from peftlib.core.paths import INSTALL as INSTALL_LINE
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BRANCH = "main"

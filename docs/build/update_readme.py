@@ -20,7 +20,7 @@ import reference_results
 from peftlib.core.errors import PeftlibError, StudyError
 from peftlib.core.files import read_json, write_json, write_text
 from peftlib.report.markdown import number, table
-from peftlib.core.study import Study
+from peftlib.storage.mirror import open_study
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "results"
@@ -211,9 +211,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.take:
-            take(Study.existing(args.take))
+            take(open_study(args.take))
         if args.take_reference:
-            study = Study.existing(args.take_reference)
+            study = open_study(args.take_reference)
             sibling = reference_results.sibling_of(study)
             reference_results.take(study, RESULTS / "reference", sibling=sibling, lacking=args.lacking)
         path = CHECKOUT / "README.md"

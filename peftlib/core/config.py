@@ -10,17 +10,17 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peftlib.core.env import profile_for_hardware
 from peftlib.core.errors import ConfigError
-from peftlib.core.names import require_folder_name
+from peftlib.core.limits import checked, parsed, require_folder_name, setting
 
 _MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
-
+_SAMPLES = "alpaca=sample; tulu=sample; ultrachat=sample"
+_ENGINES = ("auto", "slots", "plain", "vllm")  # slots: our continuous batching
 
 # Settings of the first edition by their names of today, which are TrainingArguments' where it has one.
 RENAMED = {
@@ -41,132 +41,92 @@ RENAMED = {
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 
 
-def _field(default, scope, unit, *, low=None, high=None, choices=None, above=None):
-    limits = {"scope": scope, "unit": unit, "low": low, "high": high, "choices": choices, "above": above}
-    return field(default=default, metadata=limits)
-
-
 @dataclass(frozen=True)
 class Config:
     """All settings of a run. ConfigError: a value of the wrong type or outside its limits."""
 
-    profile: str = _field("demo", "run", "profile that filled the defaults", choices=("demo", "t4", "gpu"))
-    study: str = _field("demo", "run", "name of the study folder under the output root")
+    profile: str = setting("demo", "run", "profile that filled the defaults", choices=("demo", "t4", "gpu"))
+    study: str = setting("demo", "run", "name of the study folder under the output root")
 
-    model: str = _field(PACKAGED_MODEL, "math", "hub id, local folder, or 'packaged' (Gemma 3 270M from PyPI)")
-    sources: str = _field(
-        "alpaca=sample; tulu=sample; ultrachat=sample",
-        "data",
-        "NAME=WHERE; ...  WHERE is hub, sample, or FILE[,TESTFILE]",
-    )
-    train_rows: int = _field(64, "data", "rows a source", low=1)
-    valid_rows: int = _field(8, "data", "rows a source", low=0)
-    test_rows: int = _field(16, "data", "rows a source", low=1)
-    split_seed: int = _field(0, "data", "orders the candidates of each source", low=0, high=_MOST)
-    allow_short: bool = _field(False, "data", "share out a source that runs out in the proportions asked")
-    max_length: int = _field(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
+    model: str = setting(PACKAGED_MODEL, "math", "hub id, local folder, or 'packaged' (Gemma 3 270M from PyPI)")
+    sources: str = setting(_SAMPLES, "data", "NAME=WHERE; ...  WHERE is hub, sample, or FILE[,TESTFILE]")
+    train_rows: int = setting(64, "data", "rows a source", low=1)
+    valid_rows: int = setting(8, "data", "rows a source", low=0)
+    test_rows: int = setting(16, "data", "rows a source", low=1)
+    split_seed: int = setting(0, "data", "orders the candidates of each source", low=0, high=_MOST)
+    allow_short: bool = setting(False, "data", "share out a source that runs out in the proportions asked")
+    max_length: int = setting(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
 
-    epochs: int = _field(1, "math", "passes over the training rows", low=1)
-    max_steps: int = _field(0, "math", "optimizer steps; 0 is all of the epochs", low=0)
-    batch_size: int = _field(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
-    seed: int = _field(0, "math", "row order, adapter initialisation, dropout", low=0, high=_MOST)
-    fork: str = _field("", "math", "study whose run of the same method and seed gives the first weights; '' is none")
-    lr_scheduler: str = _field("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = _field(0.05, "math", "share of the steps", low=0.0, high=0.5)
-    weight_decay: float = _field(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
-    max_grad_norm: float = _field(1.0, "math", "L2 norm of what is applied; 0 is no clipping", low=0.0)
+    epochs: int = setting(1, "math", "passes over the training rows", low=1)
+    max_steps: int = setting(0, "math", "optimizer steps; 0 is all of the epochs", low=0)
+    batch_size: int = setting(8, "math", "rows of one optimizer step, over all micro-batches", low=1)
+    seed: int = setting(0, "math", "row order, adapter initialisation, dropout", low=0, high=_MOST)
+    fork: str = setting("", "math", "study whose run of the same method and seed gives the first weights; '' is none")
+    lr_scheduler: str = setting("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = setting(0.05, "math", "share of the steps", low=0.0, high=0.5)
+    weight_decay: float = setting(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
+    max_grad_norm: float = setting(1.0, "math", "L2 norm of what is applied; 0 is no clipping", low=0.0)
 
-    lora_rank: int = _field(16, "math", "columns of each adapter", low=1)
-    lora_alpha: int = _field(32, "math", "adapter scale times rank", low=1)
-    lora_dropout: float = _field(0.0, "math", "share of adapter inputs dropped", low=0.0, high=0.9)
-    lora_init: str = _field(
+    lora_rank: int = setting(16, "math", "columns of each adapter", low=1)
+    lora_alpha: int = setting(32, "math", "adapter scale times rank", low=1)
+    lora_dropout: float = setting(0.0, "math", "share of adapter inputs dropped", low=0.0, high=0.9)
+    lora_init: str = setting(
         "default", "math", "adapters' start; default: B zero", choices=("default", "gaussian", "pissa", "pissa_niter_4")
     )
-    lora_use_rslora: bool = _field(False, "math", "adapter scale is alpha / sqrt(rank) (rsLoRA)")
-    lora_use_dora: bool = _field(False, "math", "train each row's length apart from its direction (DoRA; slower)")
-    lora_learning_rate: float = _field(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
-    galore_rank: int = _field(128, "math", "columns kept of each gradient's basis", low=1)
-    galore_update_interval: int = _field(200, "math", "steps between two bases of one layer", low=1)
-    galore_scale: float = _field(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
-    galore_learning_rate: float = _field(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
+    lora_use_rslora: bool = setting(False, "math", "adapter scale is alpha / sqrt(rank) (rsLoRA)")
+    lora_use_dora: bool = setting(False, "math", "train each row's length apart from its direction (DoRA; slower)")
+    lora_learning_rate: float = setting(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
+    galore_rank: int = setting(128, "math", "columns kept of each gradient's basis", low=1)
+    galore_update_interval: int = setting(200, "math", "steps between two bases of one layer", low=1)
+    galore_scale: float = setting(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
+    galore_learning_rate: float = setting(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 
-    galore_weights: str = _field(
-        "fp32", "math", "dtype of projected weights; bf16 is rounded stochastically", choices=("fp32", "bf16")
+    galore_weights: str = setting(
+        "fp32", "math", "projected weights; bf16 rounds stochastically", choices=("fp32", "bf16")
     )
-    galore_on_refresh: str = _field("keep", "math", "moments at a change of basis", choices=("keep", "project"))
-    moment_bits: int = _field(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
-    apollo_rank: int = _field(128, "math", "columns of the random projection", low=1)
-    apollo_scale: float = _field(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
-    apollo_learning_rate: float = _field(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
-    full_learning_rate: float = _field(2e-5, "math", "peak, for everything full trains", above=0.0, high=1.0)
+    galore_on_refresh: str = setting("keep", "math", "moments at a change of basis", choices=("keep", "project"))
+    moment_bits: int = setting(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
+    apollo_rank: int = setting(128, "math", "columns of the random projection", low=1)
+    apollo_scale: float = setting(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
+    apollo_learning_rate: float = setting(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
+    full_learning_rate: float = setting(2e-5, "math", "peak, for everything full trains", above=0.0, high=1.0)
 
-    max_new_tokens: int = _field(48, "data", "tokens of an answer", low=1, high=8192)
+    max_new_tokens: int = setting(48, "data", "tokens of an answer", low=1, high=8192)
 
-    precision: str = _field("auto", "run", "autocast type of training", choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = _field("auto", "run", "where tensors live", choices=("auto", "cpu", "cuda"))
-    micro_batch_size: int = _field(
-        0, "run", "rows of max_length tokens in one forward pass of training; 0: what the planner finds to fit", low=0
+    precision: str = setting("auto", "run", "autocast type of training", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = setting("auto", "run", "where tensors live", choices=("auto", "cpu", "cuda"))
+    micro_batch_size: int = setting(0, "run", "rows of max_length tokens in a training forward pass; 0: planned", low=0)
+    eval_batch_size: int = setting(0, "run", "rows answered at a time; 0: what the device's memory holds", low=0)
+    engine: str = setting("auto", "run", "generates the answers; auto: slots; plain: transformers", choices=_ENGINES)
+    general_tokens: int = setting(512, "run", "tokens of general text that measure forgetting; 0 is none", low=0)
+    activation_checkpointing: str = setting(
+        "off", "run", "recompute activations; planned where micro_batch_size is 0", choices=("off", "on", "offload")
     )
-    eval_batch_size: int = _field(
-        0, "run", "rows that are answered at a time; 0: what the device's memory holds", low=0
+    compile: str = setting(
+        "auto", "run", "torch.compile by layer; auto: where Triton is", choices=("auto", "on", "off")
     )
-    engine: str = _field(
-        "auto",
-        "run",
-        "what makes the answers; auto: slots, our continuous batching; plain: transformers' generate",
-        choices=("auto", "slots", "plain", "vllm"),
+    memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
+    max_seconds: float = setting(
+        0.0, "run", "wall clock of a training call, then save and stop; 0 is no limit", low=0.0
     )
-    general_tokens: int = _field(
-        512, "run", "tokens of general text whose loss shows what was forgotten; 0 measures none", low=0
+    session_hours: float = setting(
+        0.0, "run", "until this machine ends; 0: 12 on Colab and Kaggle, else never", low=0.0
     )
-    activation_checkpointing: str = _field(
-        "off",
-        "run",
-        "recompute activations in the backward pass (offload: from layer inputs kept in the host's memory); "
-        "the planner decides where micro_batch_size is 0",
-        choices=("off", "on", "offload"),
+    save_steps: int = setting(50, "run", "optimizer steps between checkpoints, at least", low=1)
+    max_save_overhead: float = setting(0.02, "run", "share of time that saving takes; 0: no limit", low=0.0, high=1.0)
+    eval_steps: int = setting(50, "run", "optimizer steps between validation losses", low=1)
+    resume_rate_factor: float = setting(
+        1.0, "run", "times the study's peak learning rates, from the resumed checkpoint on", above=0.0, high=100.0
     )
-    compile: str = _field(
-        "auto", "run", "torch.compile by layer; auto: on a GPU with Triton", choices=("auto", "on", "off")
-    )
-    memory_gib: float = _field(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
-    max_seconds: float = _field(
-        0.0, "run", "wall clock of one training call, then save and stop; 0 is no limit", low=0.0
-    )
-    session_hours: float = _field(
-        0.0, "run", "after which this machine ends by itself; 0: 12 on Colab and Kaggle, else never", low=0.0
-    )
-    save_steps: int = _field(50, "run", "optimizer steps between checkpoints, at least", low=1)
-    max_save_overhead: float = _field(
-        0.02,
-        "run",
-        "share of the time that saving may hold up training; 0 saves at every save_steps",
-        low=0.0,
-        high=1.0,
-    )
-    eval_steps: int = _field(50, "run", "optimizer steps between validation losses", low=1)
-    resume_rate_factor: float = _field(
-        1.0,
-        "run",
-        "times the study's peak learning rates, from the checkpoint on that a run goes on from; "
-        "1 leaves them as the checkpoint has them",
-        above=0.0,
-        high=100.0,
-    )
-    save_total_limit: int = _field(1, "run", "newest verified checkpoints kept", low=1, high=10)
-    logging_steps: int = _field(10, "run", "optimizer steps between log lines", low=1)
-    report_to: str = _field(
-        "",
-        "run",
-        "where loss, speed and memory are logged by step as well; '' is nowhere",
-        choices=("", "tensorboard", "trackio"),
-    )
-    workers: int = _field(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
-    theme: str = _field("light", "run", "colours of the charts in notebooks", choices=("light", "dark"))
+    save_total_limit: int = setting(1, "run", "newest verified checkpoints kept", low=1, high=10)
+    logging_steps: int = setting(10, "run", "optimizer steps between log lines", low=1)
+    report_to: str = setting("", "run", "also logs steps there; '' is nowhere", choices=("", "tensorboard", "trackio"))
+    workers: int = setting(0, "run", "processes for tokenizing; 0 is one per core", low=0, high=256)
+    theme: str = setting("light", "run", "colours of the charts in notebooks", choices=("light", "dark"))
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+            object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
         require_folder_name("study", self.study)
         if self.fork:
             require_folder_name("fork", self.fork)
@@ -187,8 +147,7 @@ class Config:
 
     def replace(self, **changes):
         """A copy with some fields changed, checked like any config."""
-        changes = _accepted(changes)
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **_accepted(changes))
 
 
 def current_names(fields):
@@ -241,7 +200,8 @@ PROFILES = {
 def resolve(profile="auto", **overrides):
     """The config of a profile with some fields overridden; None leaves the profile's value.
 
-    A name of the first edition (`RENAMED`) is taken with a FutureWarning. ConfigError: unknown profile or field (with the nearest names), value out of range.
+    A name of the first edition (`RENAMED`) is taken with a FutureWarning.
+    ConfigError: unknown profile or field (with the nearest names), value out of range.
     """
     if profile in (None, "auto"):
         profile = profile_for_hardware()
@@ -256,13 +216,7 @@ def resolve(profile="auto", **overrides):
 def from_text(name, text):
     """A command-line string as the field's type; ConfigError if it does not read as one."""
     name = next(iter(_accepted({name: text})))
-    kind = {f.name: f.type for f in dataclasses.fields(Config)}[name]
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ConfigError(f"{name}={text!r} is not a {_kind_name(kind)}") from None
+    return parsed(next(f for f in dataclasses.fields(Config) if f.name == name), text)
 
 
 def differences(old, new):
@@ -296,39 +250,3 @@ def _accepted(given):
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"{name!r} is not a setting: {hint}")
     return current_names(given)
-
-
-def _checked(f, value):
-    kind = f.type
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(
-            f"{f.name}={value!r} is a {type(value).__name__}: use a {_kind_name(kind)} ({f.metadata['unit']})"
-        )
-    if kind is str and "\0" in value:
-        raise ConfigError(f"{f.name}={value!r} holds a null character: take it out ({f.metadata['unit']})")
-    limits = f.metadata
-    if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f"{f.name}={value!r} is not allowed: use {_choices_text(limits['choices'])}")
-    too_low = (limits["low"] is not None and not value >= limits["low"]) or (
-        limits["above"] is not None and not value > limits["above"]
-    )
-    if too_low or (limits["high"] is not None and not value <= limits["high"]):
-        raise ConfigError(f"{f.name}={value!r} is out of range: use {_range_text(limits)} ({limits['unit']})")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{f.name}={value!r} is no number: use a finite one ({limits['unit']})")
-    return value
-
-
-def _choices_text(choices):
-    return ", ".join(str(choice) or "'' (none)" for choice in choices)
-
-
-def _range_text(limits):
-    low = f"more than {limits['above']}" if limits["above"] is not None else f"{limits['low']} or more"
-    return low if limits["high"] is None else f"{low}, at most {limits['high']}"
-
-
-def _kind_name(kind):
-    return {int: "whole number", float: "number", str: "text", bool: "true or false"}[kind]

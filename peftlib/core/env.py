@@ -1,9 +1,10 @@
-"""Where we run: device, precision with its reason, output root."""
+"""Where and how a run executes: device, precision with its reason, output folder, seeds of the random generators."""
 
 import os
+import random
 from pathlib import Path
 
-from peftlib.core import paths as places
+from peftlib.core import paths
 from peftlib.core.errors import ModelError
 
 _T4_CLASS_BYTES = 17 * 2**30  # a card of up to 16 GB counts as the free T4
@@ -50,14 +51,15 @@ def training_precision(device, asked="auto"):
 
 
 def output_root():
-    """Folder on the local disk that holds the studies: PEFTLIB_ROOT, else runs/ of the checkout or, for
-    a copy that pip installed, of the working folder (/content on Colab). Copies: see storage.
+    """Folder on the local disk that holds the studies.
+
+    PEFTLIB_ROOT, else runs/ of the checkout or, for a copy that pip installed, of the working folder (/content on Colab).
     """
     named = os.environ.get("PEFTLIB_ROOT")
     if named:
         return Path(named).expanduser()
     # An installed copy lies in site-packages, where nothing should be written.
-    return (places.checkout() or Path.cwd()) / "runs"
+    return (paths.checkout() or Path.cwd()) / "runs"
 
 
 def require_bitsandbytes(what):
@@ -69,3 +71,48 @@ def require_bitsandbytes(what):
             f"{what} needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, "
             "or take a method that needs none (lora, galore)"
         ) from error
+
+
+def seed_of(*numbers):
+    """A 32-bit seed from whole numbers, every one of which counts.
+
+    torch's generator on CPUs takes the low 32 bits of a seed alone, so shifting a number above them loses it.
+    """
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def generator_states():
+    """States of Python's, NumPy's and torch's generators, CUDA's included, as {name: plain tensor}."""
+    import numpy as np
+    import torch
+
+    version, numbers, gauss = random.getstate()
+    _, keys, place, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": torch.tensor([version, *numbers], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_place": torch.tensor([place, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generator_states(states):
+    """Set the generators to what `generator_states` returned; a GPU's is left alone where there is none now or then."""
+    import numpy as np
+    import torch
+
+    version, *numbers = states["python"].tolist()
+    random.setstate((version, tuple(numbers), next(iter(states["python_gauss"].tolist()), None)))
+    place, has_gauss = states["numpy_place"].tolist()
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, place, has_gauss, states["numpy_gauss"].item()))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,4 +1,12 @@
-"""Errors that a user can act on: each message names the thing, its value and the way out."""
+"""Errors that a user can act on: each message names the thing, its value and the way out.
+
+`writing` and `reading` put what disks and damaged files raise into these words.
+"""
+
+import contextlib
+import errno
+import os
+import re
 
 
 class PeftlibError(Exception):
@@ -64,3 +72,103 @@ class NonFiniteLossError(PeftlibError, FloatingPointError):
 
 class JudgeError(PeftlibError, RuntimeError):
     """A judge that cannot be asked: its endpoint is down, refuses the key, or does not serve the model."""
+
+
+MADE_AGAIN = "delete it and run the notebook that writes it again"
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn an error of the disk into a DiskError that names `path`, or the file that the error itself names."""
+    try:
+        yield
+    except PeftlibError:
+        raise
+    except Exception as error:
+        number = _number_of(error)
+        if number is None:  # no error of a disk: of the network, as requests has them, or a bug
+            raise
+        raise _disk_error(number, error, path, "written") from error
+
+
+@contextlib.contextmanager
+def reading(path, way_out=MADE_AGAIN):
+    """Turn an error of the disk into a DiskError, and what a damaged file raises into a StudyError; both name `path`."""
+    try:
+        yield
+    except PeftlibError:
+        raise
+    except Exception as error:
+        number = _number_of(error) if isinstance(error, OSError) else None
+        if number is not None:
+            raise _disk_error(number, error, path, "read") from error
+        if not isinstance(error, (OSError, ValueError, EOFError, RecursionError)) and not _is_of_a_reader(error):
+            raise
+        said = (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+        if isinstance(error, UnicodeDecodeError):
+            said = f"byte {error.start} is no UTF-8"
+        raise StudyError(f"{path} is damaged ({said}): {way_out}") from error
+
+
+def disk_error(error):
+    """The DiskError of an OSError that carries a number and a path, else None: the last net of the command line."""
+    if error.filename is None or error.errno is None or isinstance(error.filename, int):
+        return None
+    return _disk_error(error.errno, error, error.filename, "used")
+
+
+def _disk_error(number, error, path, action):
+    named = getattr(error, "filename", None)
+    path = named if isinstance(named, str | bytes | os.PathLike) else str(path)
+    way_out = _WAYS_OUT.get(number, _FAILING)
+    return DiskError(number, os.strerror(number), os.fsdecode(path), action=action, way_out=way_out)
+
+
+def _number_of(error):
+    """The errno of an OSError, or the first one that another library's message names (shutil.Error lists texts)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    # safetensors, like other libraries in Rust, writes "os error 28".
+    found = re.search(r"os error (\d+)\b|\[[Ee]rrno (\d+)\]", text)
+    if found:
+        return int(found[1] or found[2])
+    if type(error).__module__ == "builtins":
+        return None
+    return next((number for number in _WAYS_OUT if os.strerror(number) in text), None)
+
+
+def _is_of_a_reader(error):
+    """Whether an error is of a library that reads files: safetensors, tarfile, pyarrow."""
+    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return bool(names & {"safetensors_rust.SafetensorError", "tarfile.TarError", "pyarrow.ArrowException"})
+
+
+_CLOSED = (
+    "see who may write there and whether it is mounted read-only, or choose another place (for studies PEFTLIB_ROOT)"
+)
+_FAILING = (
+    "see whether the disk is still mounted and sound, or choose a place on another one (for studies PEFTLIB_ROOT)"
+)
+_WAYS_OUT = {
+    number: way_out
+    for way_out, numbers in (
+        (
+            "free some space there, or choose a place on another disk (for studies PEFTLIB_ROOT)",
+            (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        ),
+        (_CLOSED, (errno.EROFS, errno.EACCES, errno.EPERM)),
+        (_FAILING, (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)),
+        (
+            "something of another kind stands there, which has to be moved away first",
+            (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+        ),
+        (
+            "choose a shorter name of the study, or a folder with a shorter path (for studies PEFTLIB_ROOT)",
+            (errno.ENAMETOOLONG,),
+        ),
+        ("see whether it was moved or deleted meanwhile, and run the same again", (errno.ENOENT,)),
+        ("too many files are open: restart this session", (errno.EMFILE,)),
+    )
+    for number in numbers
+}

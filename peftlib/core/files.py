@@ -5,18 +5,20 @@ Every write, rename, flush and deletion of what a study must not lose goes throu
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from pathlib import Path
 
 from peftlib import SCHEMA_VERSION, __version__
-from peftlib.core.disk_errors import reading, writing
-from peftlib.core.errors import SchemaError, StudyError
+from peftlib.core.errors import MADE_AGAIN, SchemaError, StudyError, reading, writing
 from peftlib.core.json_reading import parse
 
+GIB = 2**30
 MANIFEST = "manifest.json"  # written last: what lacks it does not count
 _SEAL = "seal"  # key of a JSON object's own SHA-256
 _WRITING, _LEFT_BEHIND_S = ".writing", 3600.0  # ending of a file that is being written; after which nobody does
@@ -174,13 +176,12 @@ def _remove_leftovers(path):
 
 def write_text(path, text):
     """Replace `path` with UTF-8 text, whole or not at all."""
+    _write_bytes(path, text.encode("utf-8"))
+
+
+def _write_bytes(path, content):
     with atomic_path(path) as beside, open(beside, "wb") as raw:
-        raw.write(text.encode("utf-8"))
-
-
-def json_text(value):
-    """A JSON object with the schema version, as text."""
-    return json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        raw.write(content)
 
 
 def append_text(path, text, *, is_lasting=True):
@@ -207,58 +208,59 @@ def read_text(path):
         return Path(path).read_bytes().decode("utf-8")
 
 
-def write_json(path, value):
-    """Replace `path` with a JSON object that carries the schema version and its own SHA-256."""
+def json_text(value):
+    """A JSON object with the schema version, as text."""
+    return json.dumps({"schema_version": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sealed(value):
+    """A JSON object with schema version and its own SHA-256, as bytes, so that damage shows when it is read."""
     value = json.loads(json_text(value))  # as it will be read
-    text = json.dumps({**value, _SEAL: _seal(value)}, indent=1, ensure_ascii=False)
-    write_text(path, text + "\n")
+    return (json.dumps({**value, _SEAL: _seal(value)}, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def read_json(path):
-    """A JSON object of this project, made of json_reading.Fields. StudyError: damaged, or of another schema version."""
+def write_json(path, value):
+    """Replace `path` with a sealed JSON object."""
+    _write_bytes(path, sealed(value))
+
+
+def read_json(path, *, is_sealed=False):
+    """A JSON object of this project, made of json_reading.Fields.
+
+    is_sealed: refuse one without its SHA-256, which people may take out of the files that they edit.
+    StudyError: damaged. SchemaError: whole, but of another schema version. DiskError: it cannot be read.
+    """
     path = Path(path)
     text = read_text(path)
     with reading(path):
         value = parse(text, path)
-    seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise StudyError(f"{path} is damaged (it is no object): {MADE_AGAIN}")
+    if is_sealed and _SEAL not in value:
+        raise StudyError(f"{path} is damaged (it lacks its SHA-256): {MADE_AGAIN}")
+    seal = value.pop(_SEAL, None)
     if seal is not None and seal != _seal(value):
         raise StudyError(
-            f"{path} is damaged (its SHA-256 differs): delete it and run the notebook that writes it again. If you "
-            f"have changed it on purpose, take its line {_SEAL!r} out"
+            f"{path} is damaged (its SHA-256 differs): {MADE_AGAIN}. If you have changed it on purpose, take its line "
+            f"{_SEAL!r} out"
         )
-    version = value.get("schema_version") if isinstance(value, dict) else None
+    version = value.get("schema_version")
     if version != SCHEMA_VERSION:
+        writer = f" ({value['written_by']})" if "written_by" in value else ""
         raise SchemaError(
-            f"{path} has schema_version {version!r}, this peftlib reads {SCHEMA_VERSION}: use a new study name"
-        )
-    return value
-
-
-def sealed(value):
-    """A JSON object with schema version and its own SHA-256, as bytes: a manifest that shows its own damage."""
-    value = {"schema_version": SCHEMA_VERSION, **value}
-    return (json.dumps({**value, _SEAL: _seal(value)}, indent=1) + "\n").encode("utf-8")
-
-
-def unsealed(path):
-    """The object of a file that `sealed` made. StudyError: damaged. SchemaError: whole, but of another version."""
-    try:
-        value = json.loads(Path(path).read_bytes())
-        seal = value.pop(_SEAL)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise StudyError(f"{path} is damaged") from None
-    if seal != _seal(value):
-        raise StudyError(f"{path} is damaged (its SHA-256 differs)")
-    if value["schema_version"] != SCHEMA_VERSION:
-        raise SchemaError(
-            f"was written by {value.get('written_by', 'another peftlib')} with schema_version "
-            f"{value['schema_version']}, this is peftlib {__version__} with {SCHEMA_VERSION}"
+            f"{path} has schema_version {version!r}, this is peftlib {__version__} with {SCHEMA_VERSION}: resume with that "
+            f"version{writer}, or start anew under another study name"
         )
     return value
 
 
 def _seal(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def gib(n_bytes):
+    """Bytes in GiB; None for None."""
+    return None if n_bytes is None else n_bytes / GIB
 
 
 def size_text(size_bytes):
@@ -268,3 +270,18 @@ def size_text(size_bytes):
             return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
         size_bytes /= 1024
     return f"{size_bytes:.1f} GiB"
+
+
+# Control characters but newline and tab, those of C1, marks that turn the direction of writing, and half characters.
+_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text):
+    r"""The text with escapes such as \x1b in place of what a terminal would act on. Newlines and tabs stay."""
+    return _ACTIVE.sub(lambda c: f"\\x{ord(c[0]):02x}" if ord(c[0]) < 0x100 else f"\\u{ord(c[0]):04x}", text)
+
+
+def allow_odd(stream, errors):
+    """Have stdin or stdout handle characters that its encoding lacks as `errors` says, instead of raising."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:  # a notebook's own is none
+        stream.reconfigure(errors=errors)

@@ -1,11 +1,9 @@
-"""GPUs that a study may run on, by their makers' published figures, and well-known models' shapes: no network needed."""
+"""GPUs that a study may run on, by their makers' published figures: no network needed."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from peftlib.core.config import PACKAGED_MODEL
-from peftlib.core.errors import ConfigError, ModelError
-from peftlib.train.memory_model import GIB, Shape
+from peftlib.core.errors import ConfigError
+from peftlib.core.files import GIB
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,6 @@ CARDS = {
     "a100-80": Card(79.1, 312, 2039, "bf16", "A100-SXM4-80GB"),
     "h100": Card(79.1, 989, 3350, "bf16", "H100"),
     "h200": Card(139.8, 989, 4800, "bf16", "H200"),
-}
-# Text models of one shape: their config.json on the hub is gated.
-SHAPES = {
-    "gemma-3-270m": Shape(262144, 640, 2048, 18, (1024, 256, 256)),
-    "gemma-3-1b": Shape(262144, 1152, 6912, 26, (1024, 256, 256)),
 }
 _ALIASES = {"a100-40": "a100", "a100-40gb": "a100", "a100-80gb": "a100-80", "a10": "a10g", "3090": "rtx3090"}
 _ALIASES |= {"4090": "rtx4090"}
@@ -75,30 +68,3 @@ def card_at_hand():
         return None
     name = next(name for name, known in CARDS.items() if known is card)
     return name, replace(card, gib=seen.total_memory / GIB)
-
-
-def shape_of(model):
-    """plan.Shape of 'packaged', a well-known id, a folder, or any other hub id (its config alone is fetched).
-
-    ModelError: a folder without a config, a hub id that is not to be had, or a model of another kind.
-    """
-    name = "gemma-3-270m" if model == PACKAGED_MODEL else _bare(model)
-    if not Path(model).expanduser().is_dir() and name in SHAPES:
-        return SHAPES[name]
-    from transformers import AutoConfig
-
-    from peftlib.models.base import hub_errors, locate, token_for
-
-    try:
-        with hub_errors(model):
-            location, _ = locate(model)
-            config = AutoConfig.from_pretrained(location, token=token_for(location), trust_remote_code=False)
-        return Shape.of(config.get_text_config())
-    except (AttributeError, ValueError) as error:
-        said = str(error).strip().split("\n")[0]
-        raise ModelError(f"model={model!r} has no config as Gemma's ({said}): its memory cannot be planned") from None
-
-
-def _bare(model):
-    """An id without its owner, and without the ending that says how it was tuned."""
-    return model.split("/")[-1].lower().removesuffix("-it").removesuffix("-pt")

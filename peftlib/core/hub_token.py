@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from peftlib.core.errors import ModelError
-from peftlib.core.kernel import is_watched
 from peftlib.core.paths import PACKAGE
-from peftlib.core.session import host
+from peftlib.core.session import host, is_watched
 
 NAME = "HF_TOKEN"
 _CHECKOUT = PACKAGE.parent

@@ -2,9 +2,9 @@
 
 import json
 import math
+from dataclasses import dataclass
 
-from peftlib.core.disk_errors import MADE_AGAIN
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import MADE_AGAIN, StudyError
 
 
 class Fields(dict):
@@ -16,26 +16,19 @@ class Fields(dict):
         raise StudyError(f"{self.path} lacks {key!r}: {MADE_AGAIN}")
 
 
-def require_shape(value, shape, path, way_out=MADE_AGAIN):
-    """StudyError, naming the file and the value, unless a JSON value has a shape (see fault); returns the value."""
-    found = fault(value, shape)
-    if found:
-        raise StudyError(f"{path} is damaged ({found}): {way_out}")
-    return value
-
-
 def parse(text, path=None):
     """The value of a JSON text; its objects are Fields of `path`.
 
     ValueError: no JSON, or what JSON has no word for (NaN, infinities, half a surrogate pair), or nested without end.
     """
+
+    def fields(found):
+        made = Fields(found)
+        made.path = path
+        return made
+
     try:
-        value = json.loads(
-            text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            object_hook=lambda found: _fields(found, path),
-        )
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_hook=fields)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if "\\ud" in text or "\\uD" in text:
@@ -46,16 +39,6 @@ def parse(text, path=None):
     return value
 
 
-def _fields(found, path):
-    made = Fields(found)
-    made.path = path
-    return made
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is no number")
-
-
 def _finite(text):
     value = float(text)
     if not math.isfinite(value):
@@ -63,18 +46,26 @@ def _finite(text):
     return value
 
 
+def require_shape(value, shape, path, way_out=MADE_AGAIN):
+    """A JSON value that has a shape (see fault). StudyError, naming the file and the fault: it has not."""
+    found = fault(value, shape)
+    if found:
+        raise StudyError(f"{path} is damaged ({found}): {way_out}")
+    return value
+
+
+@dataclass
 class Maybe:
     """A shape that null fits too."""
 
-    def __init__(self, shape):
-        self.shape = shape
+    shape: object
 
 
+@dataclass
 class Map:
     """Objects whose keys are free and whose values have one shape."""
 
-    def __init__(self, shape):
-        self.shape = shape
+    shape: object
 
 
 _NAMES = {
@@ -88,7 +79,7 @@ _NAMES = {
 
 
 def fault(value, shape, name="it"):
-    """What of a JSON value does not have a shape, in words, or None.
+    """The first part of a JSON value that does not have a shape, in words, or None.
 
     shape: a type (float takes whole numbers too), a tuple of allowed values, [shape of each], Maybe, Map, or an object
     {key: shape} whose keys ending in '?' may be absent; keys that it does not name are free.
@@ -98,7 +89,8 @@ def fault(value, shape, name="it"):
     if isinstance(shape, tuple):
         return None if value in shape else f"{name} is {_shown(value)}, not one of {', '.join(shape)}"
     kind = shape if isinstance(shape, type) else list if isinstance(shape, list) else dict
-    if not _is(value, kind):
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         return f"{name} is {_shown(value)}, not {_NAMES[kind]}"
     return next(filter(None, _faults_within(value, shape, name)), None)
 
@@ -111,16 +103,11 @@ def _faults_within(value, shape, name):
         yield from (fault(part, shape.shape, f"{start}{key}") for key, part in value.items())
     elif isinstance(shape, dict):
         for key, part in shape.items():
-            if key.removesuffix("?") in value:
-                yield fault(value[key.removesuffix("?")], part, f"{start}{key.removesuffix('?')}")
-            elif not key.endswith("?"):
+            bare = key.removesuffix("?")
+            if bare in value:
+                yield fault(value[bare], part, f"{start}{bare}")
+            elif bare == key:
                 yield f"{name} lacks {key!r}"
-
-
-def _is(value, kind):
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    return isinstance(value, kind)
 
 
 def _shown(value):

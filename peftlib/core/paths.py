@@ -1,11 +1,18 @@
-"""Where the repository's files are that are no modules: beside the package in a checkout, inside it in an installed copy.
+"""Where the package and the repository's other files are, and the address that both are installed from.
 
-pyproject.toml maps them into the wheel under the same names, so that a `pip install` of the address brings all.
+In a checkout the notebooks and results lie beside the package. pyproject.toml maps them into the wheel under the same
+names, so that a `pip install` of the address brings them too.
 """
 
+import importlib.metadata
+import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
+# In the install cell, and in messages. pip would compile all of transformers, a third of the time; Python compiles what it
+# imports.
+INSTALL = '%pip install -q --no-compile "peftlib[{extras}] @ git+{address}"'
+TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
 
 
 def checkout(package=PACKAGE):
@@ -17,3 +24,17 @@ def checkout(package=PACKAGE):
 def shipped(name, package=PACKAGE):
     """A file or folder of the repository, such as 'notebooks', wherever this copy has it."""
     return (checkout(package) or package) / name
+
+
+def address():
+    """The repository's public address, from the checkout or from what pip noted when it installed this copy."""
+    folder = checkout()
+    if folder is not None:
+        return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    urls = importlib.metadata.metadata("peftlib").get_all("Project-URL")
+    return next(url.partition(", ")[2] for url in urls if url.startswith("Repository, "))
+
+
+def install_line(*extras):
+    """The line that a cell runs to get peftlib with these extras, without a restart."""
+    return INSTALL.format(extras=",".join(extras), address=address())

@@ -2,50 +2,44 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-from peftlib.core import paths as places
+from peftlib.core import paths
 from peftlib.core.config import current_names
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, require_shape
-from peftlib.models import identity
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "sacrebleu", "rouge-score")
+_NUMBER, _COUNT, _TEXT = Maybe(float), Maybe(int), Maybe(str)
+
+
+def _optional(shape, names):
+    return {f"{name}?": shape for name in names.split()}
 
 
 # Known when a run ends; a record lists them from the start, as None.
-_OUTCOME = (
-    "trainable_params",
-    "steps",
-    "planned_steps",
-    "train_tokens",
-    "learning_rate",
-    "learning_rate_2",
-    "train_loss",
-    "eval_loss",
-    "peak_memory_bytes",
-    "peak_reserved_bytes",
-    "train_seconds",
-    "tokens_per_second",
-    "evaluation",
-)
-_ALSO = (
-    "total_params",
-    "first_step_s",
-    "mfu",
-    "matmul_tflops",
-    "skipped_steps",
-    "saves",
-    "save_stall_seconds",
-    "forked_from",
-    "placement",
-    "rate_factor",
-)
-_NEEDED = (
+_OUTCOME = {
+    **_optional(_COUNT, "trainable_params steps planned_steps train_tokens"),
+    **_optional(_NUMBER, "learning_rate learning_rate_2 train_loss eval_loss peak_memory_bytes peak_reserved_bytes"),
+    **_optional(_NUMBER, "train_seconds tokens_per_second"),
+    "evaluation?": Maybe(
+        {
+            "split_hash": str,
+            **_optional(_COUNT, "n_test general_tokens max_new_tokens"),
+            **_optional(_NUMBER, "eval_loss general_loss general_loss_nf4 generate_seconds generated_tokens"),
+            **_optional(_TEXT, "general_text_sha256"),
+            **_optional(str, "precision device predictions_sha256"),
+        }
+    ),
+}
+_LATER = "total_params first_step_s mfu matmul_tflops skipped_steps saves save_stall_seconds forked_from placement rate_factor"
+_OUTCOME_NAMES = [name.removesuffix("?") for name in _OUTCOME]
+_NEEDED = [
     "method",
     "seed",
     "status",
@@ -56,89 +50,37 @@ _NEEDED = (
     "model_provenance",
     "precision",
     "device",
-    *_OUTCOME,
-    "history",
-    "valid_history",
-)
-
-
-_NUMBER, _COUNT, _TEXT = Maybe(float), Maybe(int), Maybe(str)
-_STEP = {"step": int, "loss?": _NUMBER, "learning_rate?": _NUMBER, "grad_norm?": _NUMBER, "seconds?": _NUMBER}
+]
+_NEEDED += [*_OUTCOME_NAMES, "history", "valid_history"]
+_STEP = {"step": int, **_optional(_NUMBER, "loss learning_rate grad_norm seconds")}
 _SHAPE = {
     "method": str,
     "seed": int,
-    "status?": str,
-    "error?": _TEXT,
+    **_OUTCOME,
+    **_optional(str, "status run_hash split_hash model model_provenance precision device"),
+    **_optional(_TEXT, "error precision_reason evaluation_error model_sha256 model_revision forked_from"),
+    **_optional(_COUNT, "total_params skipped_steps"),
+    **_optional(_NUMBER, "rate_factor"),
+    **_optional(Map(str), "weights_sha256 settings_sha256"),
     "config?": {},
-    "run_hash?": str,
-    "split_hash?": str,
-    "model?": str,
-    "model_provenance?": str,
-    "precision?": str,
-    "precision_reason?": _TEXT,
-    "device?": str,
-    "trainable_params?": _COUNT,
-    "total_params?": _COUNT,
-    "steps?": _COUNT,
-    "planned_steps?": _COUNT,
-    "train_tokens?": _COUNT,
-    "skipped_steps?": _COUNT,
-    "learning_rate?": _NUMBER,
-    "learning_rate_2?": _NUMBER,
-    "train_loss?": _NUMBER,
-    "eval_loss?": _NUMBER,
-    "peak_memory_bytes?": _NUMBER,
-    "peak_reserved_bytes?": _NUMBER,
-    "train_seconds?": _NUMBER,
-    "tokens_per_second?": _NUMBER,
-    "evaluation?": Maybe(
-        {
-            "split_hash": str,
-            "n_test?": _COUNT,
-            "eval_loss?": _NUMBER,
-            "general_loss?": _NUMBER,
-            "general_tokens?": _COUNT,
-            "general_text_sha256?": _TEXT,
-            "general_loss_nf4?": _NUMBER,
-            "max_new_tokens?": _COUNT,
-            "precision?": str,
-            "device?": str,
-            "predictions_sha256?": str,
-            "generate_seconds?": _NUMBER,
-            "generated_tokens?": _NUMBER,
-        }
-    ),
-    "evaluation_error?": _TEXT,
     "losses?": Maybe({"eval_loss": _NUMBER, "general_loss?": _NUMBER, "general_tokens?": _COUNT}),
     "history?": [_STEP],
     "valid_history?": [{"step": int, "valid_loss": _NUMBER}],
     "layers?": [{}],
     "versions?": Map(_TEXT),
     "git?": {"commit?": _TEXT, "is_dirty?": Maybe(bool)},
-    "weights_sha256?": Map(str),
-    "settings_sha256?": Map(str),
-    "model_sha256?": _TEXT,
-    "model_revision?": _TEXT,
-    "forked_from?": _TEXT,
-    "rate_factor?": _NUMBER,
     "changes?": [{"step": int, "what": str}],
     "placement?": Maybe({}),
     "side_by_side?": int,
 }
 
 
-def new_record(study, method, *, device, precision, precision_reason):
-    """A record with everything known before training; what is not is None.
+def new_record(study, method, *, provenance, device, precision, precision_reason):
+    """A record with everything that is known before training; what is not is None.
 
-    ModelError: the study's other runs were made with another base model of this name.
+    provenance: {'model_provenance', 'model_sha256', 'model_revision'} of the base model, as models.identity has it.
     """
-    from peftlib.models.base import locate
-
     cfg, manifest = study.cfg, study.manifest()
-    for other in study.records():
-        if other.get("model_sha256") and other.get("model") == cfg.model:
-            what = f"{other['method']} (seed {other['seed']}) in study {study.folder.name}"
-            identity.require_base(other, cfg.model, what=what)
     return {
         "method": method,
         "seed": 0 if method == "base" else cfg.seed,  # greedy answers of an untrained model have no seed
@@ -148,12 +90,11 @@ def new_record(study, method, *, device, precision, precision_reason):
         "run_hash": cfg.run_hash(method),
         "split_hash": manifest["split_hash"],
         "model": cfg.model,
-        "model_provenance": locate(cfg.model)[1],
-        **identity.base_facts(cfg.model),
+        **provenance,
         "precision": precision,
         "precision_reason": precision_reason,
         "device": device_name(device),
-        **dict.fromkeys(_OUTCOME + _ALSO),
+        **dict.fromkeys([*_OUTCOME_NAMES, *_LATER.split()]),
         "layers": [],
         "history": [],
         "valid_history": [],
@@ -165,28 +106,17 @@ def new_record(study, method, *, device, precision, precision_reason):
 
 def device_name(device):
     """The card's name, or the processor's with its number of cores."""
-    import torch
-
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
-    import psutil
-
-    return f"CPU ({_processor()}, {len(psutil.Process().cpu_affinity())} cores)" if _has_affinity() else _processor()
-
-
-def _has_affinity():
-    import psutil
-
-    return hasattr(psutil.Process, "cpu_affinity")
-
-
-def _processor():
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    processor = named or platform.processor() or platform.machine()
+    if not hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return processor
+    return f"CPU ({processor}, {len(os.sched_getaffinity(0))} cores)"
 
 
 def versions():
@@ -200,27 +130,24 @@ def versions():
     return found
 
 
-def git_state(folder=places.PACKAGE):
+def git_state(folder=paths.PACKAGE):
     """{'commit', 'is_dirty'} of the checkout that a package runs from; None each where there is no git.
 
     is_dirty: the package differs from the commit; data and results that lie around it do not count. A copy that pip
     installed from the repository's address has the commit that pip noted.
     """
-    if folder == places.PACKAGE and places.checkout() is None:
+    if folder == paths.PACKAGE and paths.checkout() is None:
         noted = importlib.metadata.distribution("peftlib").read_text("direct_url.json")
         return {"commit": json.loads(noted or "{}").get("vcs_info", {}).get("commit_id"), "is_dirty": None}
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {
-            "commit": commit or None,
-            "is_dirty": bool(_git(folder, "status", "--porcelain", "--", ".")) if commit else None,
-        }
-    except OSError:
-        return {"commit": None, "is_dirty": None}
+    commit = _git(folder, "rev-parse", "HEAD") or None
+    return {"commit": commit, "is_dirty": bool(_git(folder, "status", "--porcelain", "--", ".")) if commit else None}
 
 
 def _git(folder, *words):
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -1,6 +1,10 @@
-"""How long this machine lasts: Colab and Kaggle end a session by themselves."""
+"""The session that runs this code: its host, how long it lasts, who looks on, and how it is asked to stop."""
 
+import contextlib
 import os
+import signal
+import sys
+import threading
 import time
 
 import psutil
@@ -30,7 +34,7 @@ def seconds_left(session_hours=0.0):
 
 
 class Deadline:
-    """When the work of a config has to stop, counted from now: cfg.max_seconds, or this machine's end."""
+    """When the work of a config has to stop, counted from now: cfg.max_seconds, or the end of the session."""
 
     def __init__(self, cfg):
         self._cfg = cfg
@@ -45,3 +49,41 @@ class Deadline:
         if left is not None and left < 0:
             return f"this session ends in {(left + MARGIN_S) / 60:.0f} minutes"
         return None
+
+
+@contextlib.contextmanager
+def interrupts():
+    """Yield an event that Ctrl-C, the kernel's interrupt button or SIGTERM sets; a second signal raises at once.
+
+    Training then stops after the current step, with a checkpoint. Threads other than the main one get no signals.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def running_kernel():
+    """The ipykernel kernel of this process; None in scripts, terminals and plain IPython."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    return getattr(ipython.get_ipython(), "kernel", None) if ipython else None
+
+
+def is_watched():
+    """Whether this is a kernel whose front end can answer a question: Jupyter or Colab, not papermill or our runner."""
+    kernel = running_kernel()
+    if kernel is None or os.environ.get("PEFTLIB_HEADLESS") == "1":
+        return False
+    return bool(getattr(kernel, "_allow_stdin", True))  # what the client of the running cell said about itself

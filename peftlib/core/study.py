@@ -1,4 +1,4 @@
-"""A study folder: where each file stands, and the frozen config that keeps its runs comparable."""
+"""A study folder: the place of each file, and the frozen config that keeps its runs comparable."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,7 @@ from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, require_shape
-from peftlib.report.palette import THEMES
-from peftlib.storage.mirror import open_mirror
+from peftlib.core.limits import require_folder_name
 
 _CONFIG = {"profile": str, "config": {}, "rates?": Map({"rates": Map(float), "from": {}})}
 _COUNTS, _SOURCE = Map(Map(int)), {"where": Map(str), "license": str}
@@ -85,14 +84,16 @@ class Study:
         return cls.open(cfg)
 
     @classmethod
-    def existing(cls, name):
-        """The study of a folder that stands here or on its remote, with the config it was made with; copied from now on.
+    def existing(cls, name, *, on_open=None):
+        """The study of a folder that exists, with the config it was made with.
 
-        StudyError: there is none.
+        on_open: called with the folder before it is read, such as storage.mirror.open_mirror, which brings the study
+        from its remote and copies it from then on. ConfigError: no name of a folder. StudyError: there is no such study.
         """
-        name = resolve("demo", study=name).study  # refuses what is no folder name
+        require_folder_name("study", name)
         folder = output_root() / name
-        open_mirror(folder)
+        if on_open is not None:
+            on_open(folder)
         if not (folder / "config.json").exists():
             raise StudyError(
                 f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"
@@ -167,38 +168,13 @@ class Study:
         adopted = self.adopted_rates().get(method)
         return Study(self.folder, self.cfg.replace(**adopted["rates"])) if adopted else self
 
-    @property
-    def theme(self):
-        """The palette.Theme in which its charts are drawn."""
-        return THEMES[self.cfg.theme]
-
-    @property
-    def config_path(self):
-        return self.folder / "config.json"
-
-    @property
-    def data_dir(self):
-        return self.folder / "data"
-
-    @property
-    def manifest_path(self):
-        return self.data_dir / "manifest.json"
-
-    @property
-    def results_path(self):
-        return self.folder / "results.csv"
-
-    @property
-    def report_path(self):
-        return self.folder / "report.md"
-
-    @property
-    def figures_dir(self):
-        return self.folder / "figures"
-
-    @property
-    def notebooks_dir(self):
-        return self.folder / "notebooks"
+    config_path = property(lambda self: self.folder / "config.json")
+    data_dir = property(lambda self: self.folder / "data")
+    manifest_path = property(lambda self: self.data_dir / "manifest.json")
+    results_path = property(lambda self: self.folder / "results.csv")
+    report_path = property(lambda self: self.folder / "report.md")
+    figures_dir = property(lambda self: self.folder / "figures")
+    notebooks_dir = property(lambda self: self.folder / "notebooks")
 
     def record_path(self, method, seed):
         return self.folder / "records" / f"{method}-s{seed}.json"
@@ -223,7 +199,5 @@ class Study:
 
     def records(self):
         """[record, ...] of every run in the folder, by method's name and seed."""
-        found = []
-        for path in sorted((self.folder / "records").glob("*.json")):
-            found.append(records.read(path))
-        return sorted(found, key=lambda kept: (kept["method"], kept["seed"]))
+        found = [records.read(path) for path in (self.folder / "records").glob("*.json")]
+        return sorted(found, key=lambda record: (record["method"], record["seed"]))

@@ -3,6 +3,6 @@
 from peftlib.data.build import build_data
 from peftlib.data.card import push_to_hub
 from peftlib.data.store import load_split
-from peftlib.models.tokenizer import open_tokenizer
+from peftlib.models.load import load_tokenizer
 
-__all__ = ["build_data", "load_split", "open_tokenizer", "push_to_hub"]
+__all__ = ["build_data", "load_split", "load_tokenizer", "push_to_hub"]

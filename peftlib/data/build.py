@@ -17,7 +17,7 @@ from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
 from peftlib.data.tokenize import max_chars
 from peftlib.models import chat_template as chat
-from peftlib.models.tokenizer import tokenizer_sha256
+from peftlib.models.load import tokenizer_sha256
 from peftlib.storage.lock import held
 
 _CODE_VERSION = 2  # raised whenever the same inputs would give other rows

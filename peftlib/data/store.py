@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peftlib.core.disk_errors import reading
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import StudyError, reading
 from peftlib.core.files import atomic_path, read_json, write_text
 from peftlib.data.tokenize import as_messages
 

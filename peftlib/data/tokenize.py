@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftlib.models import chat_template as chat
-from peftlib.models.tokenizer import open_tokenizer
+from peftlib.models.load import load_tokenizer
 
 _ROWS_WORTH_A_WORKER = 400  # starting one costs about as much as tokenizing these
 _BATCH = 64
@@ -115,7 +115,7 @@ def as_messages(texts):
 
 @functools.cache
 def _tokenizer(model):
-    return open_tokenizer(model)
+    return load_tokenizer(model)
 
 
 def max_chars(model, max_length):

@@ -6,7 +6,7 @@ import torch
 
 from peftlib import data, methods
 from peftlib.core.env import resolve_device
-from peftlib.core.terminal import allow_odd, visible
+from peftlib.core.files import allow_odd, visible
 from peftlib.evaluation.evaluate import evaluation_dtype, load_model
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import STOP_IDS, encode_prompt
@@ -67,7 +67,7 @@ def main(study, method, *, seed, max_new_tokens):
     print(
         f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
     )
-    talk = Conversation(model, data.open_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
+    talk = Conversation(model, data.load_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
     allow_odd(sys.stdin, "replace")
     allow_odd(sys.stdout, "backslashreplace")
     for text in _typed():

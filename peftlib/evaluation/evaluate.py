@@ -14,9 +14,8 @@ import torch
 from peftlib import data
 from peftlib import methods as registry
 from peftlib.core import record as records
-from peftlib.core.disk_errors import writing
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import PeftlibError, StudyError
+from peftlib.core.errors import PeftlibError, StudyError, writing
 from peftlib.core.files import sha256
 from peftlib.core.session import Deadline
 from peftlib.evaluation import forgetting
@@ -24,7 +23,7 @@ from peftlib.evaluation.generate import Predictions, answer_rows
 from peftlib.evaluation.inference.engines import require_vllm, resolve_engine
 from peftlib.evaluation.results import require_unchanged
 from peftlib.models import identity
-from peftlib.models.base import locate
+from peftlib.models.locate import locate
 from peftlib.models.saved import export_merged, load_plain, load_rounded, load_trained
 from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
@@ -87,7 +86,10 @@ def _record_of(study, method):
             raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
         device = resolve_device(study.cfg.device)
         _, precision, reason = evaluation_dtype(device)
-        record = records.new_record(study, method, device=device, precision=precision, precision_reason=reason)
+        base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
+        record = records.new_record(
+            study, method, provenance=base, device=device, precision=precision, precision_reason=reason
+        )
         record["status"] = "ok"
     records.require_fields(record, study.record_path(method, seed))
     records.require_ok(record)
@@ -124,7 +126,7 @@ def _losses(study, record, model, rows, *, precision, log):
 
 def _general_loss(study, model, **how):
     train = data.load_split(study.data_dir, "train")
-    return forgetting.general_loss(model, data.open_tokenizer(study.cfg.model), study.cfg, train, **how)
+    return forgetting.general_loss(model, data.load_tokenizer(study.cfg.model), study.cfg, train, **how)
 
 
 def _add_rounding(study, record, *, log):
@@ -175,7 +177,7 @@ def _answers(study, record, model, rows, *, log):
     """Answer what is not answered yet; facts on it for the record."""
     cfg, method, split_hash = study.cfg, record["method"], record["split_hash"]
     predictions = Predictions(study.predictions_path(method, record["seed"]), split_hash)
-    tokenizer, engine = data.open_tokenizer(cfg.model), resolve_engine(model, cfg.engine)
+    tokenizer, engine = data.load_tokenizer(cfg.model), resolve_engine(model, cfg.engine)
     deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds is of training
     if engine == "vllm":
         model = None  # vLLM takes the card for itself

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from peftlib import methods
 from peftlib.core import record as records
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import ConfigError, ModelError, StudyError
+from peftlib.core.errors import ConfigError, ModelError, StudyError, writing
 from peftlib.core.files import copy_tree, read_json, size_text, write_json, write_text
 from peftlib.export import gguf as export_gguf
 from peftlib.export import model_card

@@ -156,11 +156,11 @@ def _require_same_ids(merged):
     """ModelError unless SentencePiece cuts the bundled sample's rows into the ids that the tokenizer does."""
     from sentencepiece import SentencePieceProcessor
 
-    from peftlib.models import safe_loading
+    from peftlib.models.load import auto_tokenizer
 
     theirs, ours = (
         SentencePieceProcessor(model_file=str(merged / "tokenizer.model")),
-        safe_loading.tokenizer(merged),
+        auto_tokenizer(merged),
     )
     lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     for text in lines[:: max(len(lines) // _CHECKED_TEXTS, 1)]:

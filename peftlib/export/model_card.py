@@ -10,7 +10,7 @@ from peftlib.export.model_card_scores import eval_results, score_lines
 from peftlib.export.redact import hub_base, public_model
 from peftlib.methods import find
 from peftlib.models.packaged import PROVENANCE
-from peftlib.models.saved import ATTENTION, FACTS
+from peftlib.models.saved import ATTENTION_FILE, FACTS
 from peftlib.report.document import markdown_text
 from peftlib.report.notes import UNKNOWN
 from peftlib.report.results import gib
@@ -194,7 +194,7 @@ def _loading(study, record, form, quant, to):
         base=_base_name(study.cfg.model),
         four_bit=facts["four_bit"],
         precision=facts["precision"],
-        is_split=(weights / ATTENTION).exists(),
+        is_split=(weights / ATTENTION_FILE).exists(),
         repository=to,
     )
 

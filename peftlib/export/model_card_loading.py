@@ -2,9 +2,9 @@
 
 import json
 
-from peftlib.core.hosted import TORCHAO_MIN
+from peftlib.core.paths import TORCHAO_MIN
 from peftlib.export.gguf import MODELFILE, gguf_name
-from peftlib.models.base import PROJECTIONS
+from peftlib.models.inspect import PROJECTIONS
 
 _TORCH_NAMES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 _ASK = """

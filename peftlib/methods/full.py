@@ -1,8 +1,8 @@
 """Full fine-tuning, everything but the embedding, by AdamW with 8-bit moments."""
 
-from peftlib.methods.galore import train_projections_and_norms
+from peftlib.methods.galore import split_trained, train_projections_and_norms
 from peftlib.methods.spec import MethodSpec
-from peftlib.models.base import PROJECTIONS, trainable
+from peftlib.models.inspect import PROJECTIONS
 from peftlib.optim.adamw import adamw_8bit
 
 
@@ -13,8 +13,7 @@ def prepare(model, cfg):
 
 def build_optimizer(model, cfg):
     """8-bit AdamW over all that trains; norms without weight decay."""
-    matrices = [p for p in trainable(model).values() if p.ndim == 2]
-    norms = [p for p in trainable(model).values() if p.ndim != 2]
+    matrices, norms = split_trained(model, PROJECTIONS)
     return adamw_8bit(
         [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": norms, "weight_decay": 0.0}],
         lr=cfg.full_learning_rate,
@@ -28,10 +27,9 @@ SPEC = MethodSpec(
     description="full fine-tuning: everything but the tied embedding, by 8-bit AdamW",
     colors=("#c875a4", "#b968a0"),
     marker="v",
-    four_bit=(),
     trains={"full": PROJECTIONS},
     rates=("full_learning_rate",),
-    settings=(),
     prepare=prepare,
     build_optimizer=build_optimizer,
+    is_baseline=True,
 )

@@ -1,9 +1,8 @@
 """GaLore: all projections train in full, Adam's moments in a rank-r view (Zhao et al. 2024, arXiv:2403.03507)."""
 
-import torch
-
 from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec
-from peftlib.models.base import PROJECTIONS, named_weights, trainable
+from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
+from peftlib.models.precision import DTYPES
 from peftlib.optim.galore import GaLoreAdamW
 
 
@@ -21,24 +20,31 @@ def train_projections_and_norms(model, dtype):
     return model
 
 
+def train_in(dtype, weights):
+    """Switch training on. fp32 by default, for 16 bits round small updates away; bf16 weights, which take half the
+    memory, are rounded stochastically by the optimizer."""
+    for p in weights.values():
+        p.data = p.data.to(DTYPES[dtype])
+        p.requires_grad_(True)
+
+
+def split_trained(model, leaves):
+    """(weights of the projections in `leaves`, everything else that trains), lists."""
+    named = named_weights(model, leaves)
+    return list(named.values()), [p for name, p in trainable(model).items() if name not in named]
+
+
 def build_optimizer(model, cfg):
     """GaLore for the projections. Norms get plain AdamW at the rate that the projected weights effectively have."""
-    projected = named_weights(model, PROJECTIONS)
-    norms = [p for name, p in trainable(model).items() if name not in projected]
+    projected, norms = split_trained(model, PROJECTIONS)
     plain = {"params": norms, "lr": cfg.galore_learning_rate * cfg.galore_scale, "weight_decay": 0.0}
-    return optimizer(cfg, projected.values(), plain)
+    return galore_adamw(cfg, projected, plain)
 
 
-def optimizer(cfg, projected, plain):
+def galore_adamw(cfg, projected, plain):
     """GaLoreAdamW over `projected` weights and one group of plain ones."""
-    group = {
-        "params": list(projected),
-        "rank": cfg.galore_rank,
-        "update_gap": cfg.galore_update_interval,
-        "scale": cfg.galore_scale,
-    }
     return GaLoreAdamW(
-        [group, plain],
+        [projected_group(projected, cfg, rank=cfg.galore_rank, scale=cfg.galore_scale), plain],
         lr=cfg.galore_learning_rate,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
@@ -48,22 +54,18 @@ def optimizer(cfg, projected, plain):
     )
 
 
-def train_in(dtype, weights):
-    """Switch training on. fp32 by default, for 16 bits round small updates away; bf16 weights, which take half the
-    memory, are rounded stochastically by the optimizer."""
-    for p in weights.values():
-        p.data = p.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-        p.requires_grad_(True)
+def projected_group(weights, cfg, *, rank, scale):
+    """The optimizer's group of weights whose gradients are projected."""
+    return {"params": weights, "rank": rank, "update_gap": cfg.galore_update_interval, "scale": scale}
 
 
 SPEC = MethodSpec(
     name="galore",
     label="GaLore",
-    description="GaLore (arXiv:2403.03507): the seven projections of each layer, Adam's moments in a low-rank view of each "
-    "gradient; norms by AdamW, the tied embedding frozen",
+    description="GaLore (arXiv:2403.03507): the seven projections of each layer, Adam's moments in a low-rank view of "
+    "each gradient; norms by AdamW, the tied embedding frozen",
     colors=("#d55e00", "#d55e00"),
     marker="s",
-    four_bit=(),
     trains={"galore": PROJECTIONS},
     rates=("galore_learning_rate",),
     settings=GALORE_SETTINGS,

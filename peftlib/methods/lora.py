@@ -1,14 +1,8 @@
 """LoRA on the model in 16 bits: what QLoRA costs and saves shows against it (Hu et al. 2021, arXiv:2106.09685)."""
 
-from peftlib.methods.qlora import build_optimizer, with_adapters
+from peftlib.methods.qlora import build_optimizer, prepare
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec
-from peftlib.models.base import PROJECTIONS
-
-
-def prepare(model, cfg):
-    """The model with float32 LoRA adapters on all seven projections; everything else frozen, in 16 bits."""
-    return with_adapters(model, cfg, PROJECTIONS)
-
+from peftlib.models.inspect import PROJECTIONS
 
 SPEC = MethodSpec(
     name="lora",
@@ -16,10 +10,10 @@ SPEC = MethodSpec(
     description="LoRA (arXiv:2106.09685): adapters on the seven projections of each layer, the rest frozen in 16 bits",
     colors=("#1b4a7a", "#56b4e9"),
     marker="^",
-    four_bit=(),
     trains={"adapters": PROJECTIONS},
     rates=("lora_learning_rate",),
     settings=LORA_SETTINGS,
     prepare=prepare,
     build_optimizer=build_optimizer,
+    is_baseline=True,
 )

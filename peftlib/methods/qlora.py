@@ -2,13 +2,14 @@
 
 from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
-from peftlib.models.base import PROJECTIONS, core, named_weights, peft_calls, trainable
+from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, named_weights, trainable
 from peftlib.models.layers import fuse_adapters
+from peftlib.models.load import peft_calls
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 
 def prepare(model, cfg):
-    """The model with float32 LoRA adapters on all seven projections; everything else frozen."""
+    """The model with float32 LoRA adapters on all seven projections; everything else frozen, as it was loaded."""
     return with_adapters(model, cfg, PROJECTIONS)
 
 
@@ -27,19 +28,14 @@ def with_adapters(model, cfg, targets):
     """A PeftModel with LoRA (Hu et al. 2021, arXiv:2106.09685) on `targets`: W x + alpha/r B A x, B zero at first.
 
     PEFT's options rsLoRA, DoRA and PiSSA come from the config. ConfigError: lora_rank above the shorter side of a
-    target. ModelError: no layer bears one of the names.
+    target, or PiSSA over 4-bit weights. ModelError: no layer bears one of the names.
     """
-    named_weights(model, targets)
     from peft import LoraConfig, get_peft_model
 
-    shapes = [
-        (module.out_features, module.in_features)
-        for name, module in core(model).named_modules()
-        if name.rsplit(".", 1)[-1] in targets
-    ]
-    require_rank("lora_rank", cfg.lora_rank, shapes)
-    is_four_bit = any(getattr(p, "quant_state", None) is not None for p in model.parameters())
-    if cfg.lora_init.startswith("pissa") and is_four_bit:
+    named_weights(model, targets)
+    layers = [layer for name, layer in core(model).named_modules() if name.rsplit(".", 1)[-1] in targets]
+    require_rank("lora_rank", cfg.lora_rank, [(layer.out_features, layer.in_features) for layer in layers])
+    if cfg.lora_init.startswith("pissa") and any(map(is_four_bit, model.parameters())):
         raise ConfigError(
             f"lora_init={cfg.lora_init!r} needs the singular values of 16-bit weights: use it with method lora, "
             "or lora_init='default'"
@@ -69,10 +65,10 @@ SPEC = MethodSpec(
     "projections in 4 bits (NF4, double quantization)",
     colors=("#0072b2", "#0072b2"),
     marker="o",
-    four_bit=PROJECTIONS,
     trains={"adapters": PROJECTIONS},
     rates=("lora_learning_rate",),
     settings=LORA_SETTINGS,
     prepare=prepare,
     build_optimizer=build_optimizer,
+    four_bit=PROJECTIONS,
 )

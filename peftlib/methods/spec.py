@@ -9,20 +9,22 @@ BASE = "base"  # the untrained model, which tables show first
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "lora_use_rslora", "lora_use_dora")
 GALORE_SETTINGS = ("galore_rank", "galore_update_interval", "galore_scale", "galore_weights", "galore_on_refresh")
+_RANK_FIELDS = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank"}
 
-_registry = {}
+METHODS = {}  # {name: MethodSpec} in study order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """One way to fine-tune a model.
 
     name: in commands, files and tables. label: in prose. description: one phrase for model cards, with its paper.
     colors: hex, on light and on dark paper. marker: matplotlib's.
-    four_bit: projections that are held in NF4. trains: {how ("adapters", "galore", "apollo" or "full"): projections},
-    which the memory model counts. rates: its learning rates in the config. settings: its other own fields there.
+    trains: {how ("adapters", "galore", "apollo" or "full"): projections}, which the memory model counts.
+    rates: its learning rates in the config. settings: its other own fields there.
     prepare(model, cfg): the model with what trains switched on.
     build_optimizer(model, cfg): an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf).
+    four_bit: projections that are held in NF4. is_baseline: there for comparison, not one of the methods under study.
     """
 
     name: str
@@ -30,37 +32,48 @@ class MethodSpec:
     description: str
     colors: tuple[str, str]
     marker: str
-    four_bit: tuple[str, ...]
     trains: dict[str, tuple[str, ...]]
     rates: tuple[str, ...]
-    settings: tuple[str, ...]
+    settings: tuple[str, ...] = ()
     prepare: Callable
     build_optimizer: Callable
+    four_bit: tuple[str, ...] = ()
+    is_baseline: bool = False
+
+    def require_ranks(self, cfg, shapes_of):
+        """ConfigError: a rank in cfg is too large for a matrix.
+
+        shapes_of(projections): the (rows, columns) of each in one layer.
+        """
+        for how, projections in self.trains.items():
+            if how in _RANK_FIELDS:
+                field = _RANK_FIELDS[how]
+                require_rank(field, getattr(cfg, field), shapes_of(projections))
 
 
 def register(spec):
     """Make a method known everywhere, last in the study order; returns it. ConfigError: the name is taken."""
-    if spec.name == BASE or spec.name in _registry:
+    if spec.name == BASE or spec.name in METHODS:
         raise ConfigError(f"method={spec.name!r} exists already: choose another name")
-    _registry[spec.name] = spec
+    METHODS[spec.name] = spec
     return spec
 
 
-def methods():
-    """{name: MethodSpec} in study order; live, so what is registered later shows too."""
-    return _registry
+def unregister(name):
+    """Forget a method that `register` made known. ConfigError: no such method."""
+    del METHODS[find(name).name]
 
 
 def find(name):
     """The MethodSpec of a name. ConfigError: no such method."""
-    if name not in _registry:
-        raise ConfigError(f"method={name!r} is unknown: use {', '.join(_registry)}")
-    return _registry[name]
+    if name not in METHODS:
+        raise ConfigError(f"method={name!r} is unknown: use {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def study_order(name):
     """A sort key by method: the base first, then as registered, unknown names last and by name."""
-    names = (BASE, *_registry)
+    names = (BASE, *METHODS)
     return (names.index(name) if name in names else len(names), name)
 
 

@@ -1,8 +1,7 @@
 """Conversations as token ids and a loss mask, equal to Gemma's own chat template.
 
-The ids are put together turn by turn instead of from rendered text, so that a control token typed by a user is letters
-and nothing more, and so that <bos> stands once. Turn layout: the bundled template, and
-https://ai.google.dev/gemma/docs/core/prompt-structure
+The ids are joined turn by turn instead of made from rendered text, so that a control token typed by a user is plain
+letters and <bos> comes once. Turn layout: the bundled template, https://ai.google.dev/gemma/docs/core/prompt-structure
 """
 
 import hashlib
@@ -11,11 +10,11 @@ from pathlib import Path
 
 from peftlib.core.errors import DataError, ModelError
 
-BOS, START_OF_TURN, END_OF_TURN = 2, 105, 106
+PAD, BOS, START_OF_TURN, END_OF_TURN = 0, 2, 105, 106
 STOP_IDS = (1, END_OF_TURN)  # <eos>, <end_of_turn>
 
 TEMPLATE_PATH = Path(__file__).with_name("gemma3_chat_template.jinja")
-# `_CHAT_TEMPLATE` as Google's conversion script writes it into every Gemma 3 repository (Apache-2.0), its "\n" evaluated.
+# `_CHAT_TEMPLATE` as Google's conversion script writes it into every Gemma 3 repository (Apache-2.0), "\n" evaluated.
 TEMPLATE_SOURCE = (
     "https://github.com/huggingface/transformers/blob/0d7e95d96b4e187c651e2b2406ed98ed40d74963/"
     "src/transformers/models/gemma3/convert_gemma3_weights.py"
@@ -62,6 +61,14 @@ def check_tokenizer(tokenizer):
         raise ModelError(f"the tokenizer's <bos> is {tokenizer.bos_token_id}, not {BOS}: use a Gemma 3 tokenizer.json")
 
 
+def stop_at(model):
+    """The model, its generation config set to Gemma's stop ids and greedy decoding; returns it."""
+    settings = model.generation_config
+    settings.eos_token_id, settings.bos_token_id, settings.pad_token_id = list(STOP_IDS), BOS, PAD
+    settings.do_sample, settings.top_k, settings.top_p, settings.temperature = False, None, None, None
+    return model
+
+
 def encode(tokenizer, messages):
     """Encoded of one conversation, with one <bos>.
 
@@ -74,10 +81,10 @@ def encode(tokenizer, messages):
 def encode_many(tokenizer, conversations):
     """[Encoded, ...]: as `encode`, with all turns of all conversations tokenized in one batch."""
     turns = [_turns(messages) for messages in conversations]
-    texts = [head + body for conversation in turns for head, body in conversation]
-    bodies = iter(_plain_ids(tokenizer, texts))
-    newline, *heads = _plain_ids(tokenizer, ["\n", *(f"{role}\n" for role in _ROLE.values())])
-    lead = {f"{role}\n": len(ids) for role, ids in zip(_ROLE.values(), heads, strict=True)}
+    bodies = iter(_plain_ids(tokenizer, [head + text for conversation in turns for head, text in conversation]))
+    heads = [f"{role}\n" for role in _ROLE.values()]
+    newline, *head_ids = _plain_ids(tokenizer, ["\n", *heads])
+    lead = dict(zip(heads, map(len, head_ids), strict=True))
     return [_joined(conversation, bodies, lead, newline) for conversation in turns]
 
 

@@ -3,35 +3,37 @@
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path, PurePath
 
 import torch
 
+from peftlib.core import record
 from peftlib.core.errors import ModelError
-from peftlib.core.files import atomic_path, rename
-from peftlib.models.base import core
+from peftlib.core.files import atomic_path
+from peftlib.models.inspect import core
 
 STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+_CODE = ("layers.py", "losses.py", "compile.py")  # what shapes compiled code; activation checkpointing is in layers
 
 
 def resolve(asked, device, steps):
-    """(is_on, reason) of a config's `compile` on a device for a run of so many steps. ModelError: 'on' but cannot be."""
+    """(is_on, reason) of a config's `compile` for a run of so many steps. ModelError: 'on', but impossible."""
     if asked == "off":
         return False, "as set by compile"
-    missing = None
-    if device != "cuda":
-        missing = "no GPU"
-    elif importlib.util.find_spec("triton") is None:
-        missing = "Triton is not installed"
-    if missing and asked == "on":
-        raise ModelError(f"compile='on', but {missing}: use compile='auto' or 'off', or pip install triton on a GPU")
-    if missing or asked == "on":
-        return (False, missing) if missing else (True, "as set by compile")
+    has_triton = importlib.util.find_spec("triton") is not None
+    missing = "no GPU" if device != "cuda" else None if has_triton else "Triton is not installed"
+    if asked == "on":
+        if missing:
+            raise ModelError(
+                f"compile='on', but {missing}: use compile='auto' or 'off', or pip install triton on a GPU"
+            )
+        return True, "as set by compile"
+    if missing:
+        return False, missing
     if steps < STEPS_TO_PAY:
         return False, f"{steps} steps are over before compiling pays"
     return True, "GPU with Triton"
@@ -55,20 +57,18 @@ def compile_layers(model, *, backend="inductor"):
 
 @contextlib.contextmanager
 def uncompiled(model):
-    """Within it the layers run as they were: for generation and evaluation, whose shapes would be compiled anew."""
-    layers = [layer for layer in core(model).model.layers if layer._compiled_call_impl is not None]
-    kept = [layer._compiled_call_impl for layer in layers]
-    for layer in layers:
-        layer._compiled_call_impl = None
+    """Temporarily bypass torch.compile: the shapes of generation and evaluation would trigger recompiles."""
+    compiled = [(layer, layer._compiled_call_impl) for layer in core(model).model.layers]
+    release(model)
     try:
         yield
     finally:
-        for layer, call in zip(layers, kept, strict=True):
+        for layer, call in compiled:
             layer._compiled_call_impl = call
 
 
 def release(model):
-    """Take the compiled forms off for good: what comes after training is generation."""
+    """Drop the compiled forms for good: what comes after training is generation."""
     for layer in core(model).model.layers:
         layer._compiled_call_impl = None
 
@@ -78,11 +78,11 @@ def _with_gradient(module, args, output):
 
 
 class CompileCache:
-    """What torch.compile made, in one file per GPU, torch and code in a folder of this user's on this machine.
+    """torch.compile's artifacts in one file per GPU, torch and code, in a folder of this user's on this machine.
 
     Loading it unpickles and may run what the file holds, so a file counts only where this user wrote it and nobody else
-    could: it is not kept in a study, whose copies come from elsewhere. Whatever is wrong with it costs a line, and
-    compiling again. log: told that line.
+    could: it is not kept in a study, whose copies come from elsewhere. Whatever is wrong with it costs a log line and
+    compiling again. log: called with that line.
     """
 
     def __init__(self, folder, *, log=print):
@@ -98,7 +98,7 @@ class CompileCache:
             _require_own_places(artifacts)
             return torch.compiler.load_cache_artifacts(artifacts) is not None
         except Exception as error:  # noqa: BLE001  torch promises no kinds of errors, and a cache may never stop a run
-            self._log(f"the compile cache {self.path} is not used ({_said(error)}): compiling again")
+            self._log(f"the compile cache {self.path} is not used ({_brief(error)}): compiling again")
             return False
 
     def save(self):
@@ -109,15 +109,12 @@ class CompileCache:
                 return 0
             content = hashlib.sha256(made[0]).digest() + made[0]
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            own = self.path.with_name(f"{self.path.name}.{os.getpid()}")  # runs side by side write the same file
-            with atomic_path(own) as beside, open(beside, "wb", opener=_for_this_user) as raw:
+            with atomic_path(self.path) as beside, open(beside, "wb", opener=_for_this_user) as raw:
                 raw.write(content)
-            rename(own, self.path)
             return len(content)
         except Exception as error:  # noqa: BLE001  as in load
-            self._log(
-                f"the compile cache {self.path} could not be written ({_said(error)}): the next session compiles again"
-            )
+            again = "the next session compiles again"
+            self._log(f"the compile cache {self.path} could not be written ({_brief(error)}): {again}")
             return 0
 
 
@@ -125,8 +122,12 @@ def _for_this_user(path, flags):
     return os.open(path, flags, 0o600)
 
 
+def _without_links(path, flags):
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
 def _own_content(path):
-    """The content of a cache file behind its SHA-256. ModelError: another user could have written it, or it is damaged."""
+    """A cache file's content after its SHA-256. ModelError: another user could have written it, or it is damaged."""
     with open(path, "rb", opener=_without_links) as opened:
         status = os.fstat(opened.fileno())
         if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
@@ -137,39 +138,28 @@ def _own_content(path):
     return content[32:]
 
 
-def _without_links(path, flags):
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
-
-
 def _require_own_places(artifacts):
-    """ModelError: a part of the cache would be written outside the compiler's folder, into which torch joins its name."""
+    """ModelError: an artifact's name, which torch joins to the compiler's folder, would lead outside of it."""
     from torch.compiler._cache import CacheArtifactManager
 
     found = CacheArtifactManager.deserialize(artifacts)
     if found is None:
         raise ModelError("torch cannot read it")
-    for kind, parts in found.items():
-        for part in parts:
-            name = PurePath(part.key)
-            if name.is_absolute() or ".." in name.parts:
-                raise ModelError(f"{kind} artifact {part.key!r} leaves its place")
+    for part in (part for parts in found.values() for part in parts):
+        name = PurePath(part.key)
+        if name.is_absolute() or ".." in name.parts:
+            raise ModelError(f"artifact {part.key!r} leaves its place")
 
 
-def _said(error):
+def _brief(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @functools.cache
 def _key():
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    parts = [card, *(f"{name} {_version(name)}" for name in _PACKAGES)]
-    code = b"".join((Path(__file__).parent / name).read_bytes() for name in ("layers.py", "losses.py", "compile.py"))
+    versions = record.versions()
+    parts = [card, *(f"{name} {versions[name]}" for name in _PACKAGES)]
+    code = b"".join((Path(__file__).parent / name).read_bytes() for name in _CODE)
     digest = hashlib.sha256("\n".join(parts).encode() + code).hexdigest()[:16]
     return f"{''.join(c if c.isalnum() else '-' for c in card)}-{digest}"
-
-
-def _version(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

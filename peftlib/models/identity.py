@@ -1,15 +1,18 @@
-"""Which weights these are: SHA-256 digests of files and of base models, computed once while the files stay as they are.
+"""SHA-256 digests that identify weights: of files and of base models, computed once while the files stay as they are.
 
 Names, shapes and versions do not tell one model from another; only the bytes of its tensors do.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
 from peftlib.core.errors import ModelError
 from peftlib.core.files import sha256, write_text
+from peftlib.models.locate import hub_errors, locate, weight_paths
 from peftlib.models.packaged import cache_root
 
 # A file system's clock is coarse: a file that was just written may change again without a newer time.
@@ -17,7 +20,7 @@ _SETTLED_NS = 2_000_000_000
 _WORTH_KEEPING_BYTES = 64 << 20  # smaller models are hashed faster than a note of them is found
 _BLOCK = 1 << 20
 _KNOWN = {}  # stamps of files -> digest, of this process
-_TOLD = set()  # what was said to be unchecked, of this process
+_LOGGED = set()  # what was logged as unchecked, of this process
 
 
 def known_sha256(path):
@@ -28,66 +31,48 @@ def known_sha256(path):
 def forget():
     """Compute every digest anew from here on, as a new process would."""
     _KNOWN.clear()
-    _TOLD.clear()
-
-
-def tensor_files(model, *, is_local=False):
-    """{tensor's name: path} of the safetensors files of a config's `model`. OSError: there are none.
-
-    is_local: look at this machine alone, and fetch nothing.
-    """
-    from safetensors import safe_open
-
-    files = {}
-    for path in _weight_paths(model, is_local=is_local):
-        with safe_open(path, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path)
-    return files
-
-
-def _weight_paths(model, *, is_local=False):
-    from transformers.utils import cached_file
-
-    from peftlib.models.base import locate, token_for
-
-    location, _ = locate(model)
-    settings = {"local_files_only": True} if is_local else {"token": token_for(location)}
-    index = cached_file(
-        location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **settings
-    )
-    if index is None:
-        return [cached_file(location, "model.safetensors", **settings)]
-    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    return [cached_file(location, name, **settings) for name in sorted(names)]
+    _LOGGED.clear()
 
 
 def base_facts(model, *, is_local=False):
     """{'model_sha256', 'model_revision'} of a config's `model`.
 
     model_sha256: over the name, dtype, shape and bytes of every tensor, however they are spread over files.
-    model_revision: the commit of the hub's repository, None for folders. is_local: as in tensor_files.
+    model_revision: the commit of the hub's repository, None for folders. is_local: as in weight_paths.
     ModelError: its weights are not to be had, or damaged.
     """
     from transformers.utils.hub import extract_commit_hash
 
-    from peftlib.models.base import hub_errors, locate
-
     with hub_errors(model):
-        paths = [Path(path) for path in _weight_paths(model, is_local=is_local)]
-    is_folder = Path(locate(model)[0]).is_dir()
-    revision = None if is_folder else extract_commit_hash(str(paths[0]), None)
-    return {"model_sha256": _tensors_sha256(paths), "model_revision": revision}
+        paths = [Path(path) for path in weight_paths(model, is_local=is_local)]
+    digest = _remembered("tensors", paths, lambda: _hash_tensors(paths), is_noted=True)
+    revision = None if Path(locate(model)[0]).is_dir() else extract_commit_hash(str(paths[0]), None)
+    return {"model_sha256": digest, "model_revision": revision}
+
+
+def provenance_of(model, records, *, study):
+    """{'model_provenance', 'model_sha256', 'model_revision'} of a config's `model`, for a new record.
+
+    records: of the study's other runs. study: its name, for messages.
+    ModelError: another run was made with another base model of this name, or see base_facts.
+    """
+    from peftlib.models.locate import locate
+
+    for other in records:
+        if other.get("model_sha256") and other.get("model") == model:
+            require_base(other, model, what=f"{other['method']} (seed {other['seed']}) in study {study}")
+    return {"model_provenance": locate(model)[1], **base_facts(model)}
 
 
 def require_base(kept, model, *, what, log=print, error=ModelError, is_local=False):
     """Raise `error` where a config's `model` is not the one whose base_facts `kept` holds.
 
-    kept: a record, the facts of a trained folder or a checkpoint's state; one from before digests were kept is not
-    checked, which is said once. what: that it belongs to, in words. is_local: compare with what this machine has, if
+    kept: a record, the facts of a trained folder or a checkpoint's state; one without digests (the first edition's) is
+    not checked, which is logged once. what: names it in messages. is_local: compare with what this machine has, if
     anything, for work that does not read the model.
     """
     if not kept.get("model_sha256"):
-        _tell_once(f"{what} names no digest of its base model, so the model is not checked", log)
+        _log_once(f"{what} names no digest of its base model, so the model is not checked", log)
         return
     try:
         here = base_facts(model, is_local=is_local)
@@ -105,11 +90,11 @@ def require_base(kept, model, *, what, log=print, error=ModelError, is_local=Fal
 def require_weights(folder, record, *, log=print):
     """ModelError where the weights in a trained folder, or its settings, are not those that the run's record lists.
 
-    record: of the run that made them, or None; then they are not checked, which is said once.
+    record: of the run that made them; None is logged once, and nothing is checked.
     """
     listed = (record or {}).get("weights_sha256")
     if not listed:
-        _tell_once(f"{folder} has no record with digests, so its weights are not checked", log)
+        _log_once(f"{folder} has no record with digests, so its weights are not checked", log)
         return
     listed = {**listed, **(record.get("settings_sha256") or {})}
     foreign = sorted({path.name for path in folder.glob("*.safetensors")} - set(listed))
@@ -121,8 +106,8 @@ def require_weights(folder, record, *, log=print):
             faults.append(f"{name} is damaged or was exchanged (its SHA-256 differs)")
     if faults:
         raise ModelError(
-            f"{folder} is not what the run's record speaks of: {'; '.join(faults)}. Run the method's notebook again, or "
-            "bring the folder back from a copy"
+            f"{folder} is not what the run's record speaks of: {'; '.join(faults)}. Run the method's notebook again, "
+            "or bring the folder back from a copy"
         )
 
 
@@ -131,14 +116,10 @@ def _shown(facts):
     return f"SHA-256 {facts['model_sha256'][:16]}{f' (revision {revision[:12]})' if revision else ''}"
 
 
-def _tell_once(text, log):
-    if text not in _TOLD:
-        _TOLD.add(text)
+def _log_once(text, log):
+    if text not in _LOGGED:
+        _LOGGED.add(text)
         log(text)
-
-
-def _tensors_sha256(paths):
-    return _remembered("tensors", paths, lambda: _hash_tensors(paths), keep=_KeptDigests())
 
 
 def _hash_tensors(paths):
@@ -175,19 +156,26 @@ def _hash_bytes(opened, n_bytes):
     return digest.hexdigest()
 
 
-def _remembered(kind, paths, compute, keep=None):
-    """compute(), unless it was computed for these very files before; noted only for files that lie still."""
+def _remembered(kind, paths, compute, *, is_noted=False):
+    """compute(), unless it was computed for these very files before; remembered only for files that lie still.
+
+    is_noted: keep the digest of large files in the user's cache as well, so that a later session need not read
+    gigabytes to learn it again.
+    """
     stamps = [_stamp(path) for path in paths]
     key = (kind, *stamps)
     if key in _KNOWN:
         return _KNOWN[key]
     is_settled = all(time.time_ns() - max(times) > _SETTLED_NS for _, _, *times, _ in stamps)
-    is_worth = keep is not None and is_settled and sum(size for _, size, *_ in stamps) >= _WORTH_KEEPING_BYTES
-    digest = (keep.read(key) if is_worth else None) or compute()
+    note = None
+    if is_noted and is_settled and sum(size for _, size, *_ in stamps) >= _WORTH_KEEPING_BYTES:
+        note = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode("utf-8")).hexdigest()
+    digest = (note and _read_note(note)) or compute()
     if is_settled and stamps == [_stamp(path) for path in paths]:
         _KNOWN[key] = digest
-        if is_worth:
-            keep.write(key, digest)
+        if note:
+            with contextlib.suppress(OSError):  # it is computed again in the next session, which is all that is lost
+                write_text(note, digest)
     return digest
 
 
@@ -197,21 +185,8 @@ def _stamp(path):
     return (str(Path(path).resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-class _KeptDigests:
-    """Digests of large models in the user's cache, a file each: a session need not read gigabytes to learn one again."""
-
-    def _path(self, key):
-        return cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode("utf-8")).hexdigest()
-
-    def read(self, key):
-        try:
-            found = self._path(key).read_text(encoding="ascii")
-            return found if len(bytes.fromhex(found)) == 32 else None
-        except (OSError, ValueError):  # none, or not one
-            return None
-
-    def write(self, key, digest):
-        try:
-            write_text(self._path(key), digest)
-        except OSError:
-            return  # it is computed again in the next session, which is all that is lost
+def _read_note(path):
+    """The digest in a note, or None: there is no note, or no digest in it."""
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text(encoding="ascii")
+        return text if re.fullmatch("[0-9a-f]{64}", text) else None

@@ -1,19 +1,21 @@
-"""Forwards put in place of the libraries' own, with the same result: 4-bit layers with adapters, and fp16's MLP."""
+"""How layers run in training: fused 4-bit adapters, fp16's guarded MLP, and activation checkpointing."""
 
+import functools
 import types
 
 import torch
 import torch.nn.functional as F
 
+from peftlib.core.errors import ConfigError
+
 _FP16_PRODUCT = 1024.0  # largest MLP product that enters down_proj in fp16: leaves a factor 64 for the sum over it
 
 
 def fuse_adapters(model):
-    """Let 4-bit layers with one plain adapter run as straight tensor code; returns how many.
+    """Let 4-bit layers with one plain adapter run as straight tensor code; returns how many. The result is PEFT's.
 
-    PEFT and bitsandbytes ask the same questions at every call, copy the product, and cannot be compiled in one piece.
-    Parameters, their names and what is saved stay as PEFT made them. Layers with DoRA or with several adapters keep
-    PEFT's forward.
+    PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece.
+    Parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep PEFT's forward.
     """
     from peft.tuners.lora.bnb import Linear4bit
 
@@ -102,3 +104,69 @@ def _guarded_mlp(self, x):
     largest = product.detach().abs().amax(-1, keepdim=True)
     lift = torch.exp2(torch.ceil(torch.log2((largest / _FP16_PRODUCT).clamp_min(1.0))))
     return self.down_proj(product / lift).float() * lift
+
+
+def keep_residual_in_float32(model):
+    """Let a model of fp16 matrices carry its residual stream in float32 and guard the MLP's product."""
+    model.get_input_embeddings().register_forward_hook(_to_float32)
+    guard_products(model)
+
+
+def _to_float32(module, args, output):
+    return output.float()
+
+
+def checkpoint_layers(model, cfg):
+    """Activation checkpointing as the config asks: each decoder layer keeps its input alone and recomputes the rest.
+
+    cfg.activation_checkpointing: 'off', 'on' (inputs stay on the device) or 'offload' (they go to the host's memory).
+    ConfigError: offloading with dropout, whose random numbers it would not draw again.
+    """
+    if cfg.activation_checkpointing == "off":
+        return
+    if cfg.activation_checkpointing == "offload" and cfg.lora_dropout > 0:
+        raise ConfigError(
+            f"activation_checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use "
+            "activation_checkpointing='on', or no dropout"
+        )
+    # Keeping the random state would wait for the device at every layer; only dropout draws from it.
+    keeps_random_state = cfg.lora_dropout > 0
+    settings = {"use_reentrant": False, "preserve_rng_state": keeps_random_state, "determinism_check": "none"}
+    newer = getattr(model, "activation_checkpointing_enable", None)  # the newer transformers' name
+    (newer or model.gradient_checkpointing_enable)(settings)
+    if cfg.activation_checkpointing == "offload":
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = offloaded
+
+
+def offloaded(layer, hidden, **inputs):
+    """layer(hidden, **inputs), its activations recomputed from a copy of `hidden` in the host's pinned memory.
+
+    As in Unsloth's gradient checkpointing. The weights inside `layer` get their gradients in the backward pass, hooks
+    included; `inputs` get none.
+    """
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()  # else nothing would call the backward pass
+    return _Offloaded.apply(functools.partial(layer, **inputs), hidden)
+
+
+class _Offloaded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layer, hidden):
+        kind = hidden.device.type
+        ctx.layer, ctx.device = layer, hidden.device
+        ctx.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        ctx.kept = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=kind == "cuda")
+        ctx.kept.copy_(hidden, non_blocking=True)
+        with torch.no_grad():
+            return layer(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden = ctx.kept.to(ctx.device, non_blocking=True).requires_grad_()
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(ctx.device.type, dtype, enabled=enabled):
+            made = ctx.layer(hidden)
+        torch.autograd.backward(made, grad)
+        return None, hidden.grad

@@ -10,10 +10,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from peftlib.core import hosted
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
 from peftlib.core.session import host
+from peftlib.models.chat_template import set_template, stop_at
 
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -100,27 +100,19 @@ def _piece_paths():
         try:
             files = importlib.metadata.files(name) or []
         except importlib.metadata.PackageNotFoundError:
+            line = paths.install_line("demo")  # installs only what is missing: 238 MB
+            way = f"run {line} in a cell and go on, without a restart" if host() else f"{line[1:]} or `make demo`"
             raise ModelError(
-                f"the packaged Gemma 3 270M is not installed ({name} is missing): {_way_to_it()}, or set model to a hub id or "
+                f"the packaged Gemma 3 270M is not installed ({name} is missing): {way}, or set model to a hub id or "
                 "a local folder"
             ) from None
         paths += [f.locate() for f in files if ".gguf.part" in f.name]
     return paths
 
 
-def _way_to_it():
-    line = hosted.install_line("demo")  # only what is missing is installed: 238 MB
-    return (
-        f"run {line} in a cell and go on, without a restart" if host() else f"{line.removeprefix('%')} or `make demo`"
-    )
-
-
 def _convert(gguf, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from peftlib.models.chat_template import set_template
-    from peftlib.models.saved import stop_at
 
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

@@ -8,7 +8,7 @@ import torch
 
 from peftlib.core.errors import NonFiniteLossError
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of a config's `precision`
 _SMALLEST_SCALE = 1e-4  # of fp16's loss
 
 
@@ -19,7 +19,7 @@ def autocast(device, precision):
     """
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device, _AUTOCAST[precision])
+    return torch.autocast(device, DTYPES[precision])
 
 
 def run_in_autocast(model, device, precision):
@@ -35,7 +35,7 @@ def run_in_autocast(model, device, precision):
             return forward(*args, **kwargs)
 
     model.forward = mixed
-    model.running_precision = functools.partial(autocast, device, precision)  # for who calls its parts
+    model.running_precision = functools.partial(autocast, device, precision)  # for callers of its parts
     return model
 
 
@@ -51,8 +51,14 @@ class LossScaler(torch.amp.GradScaler):
     loss = grad_norm = found_inf = None
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        self.grad_norm, self.found_inf = _finished(optimizer, inv_scale, self.loss)
+        self.finish(optimizer, inv_scale)
         return {self.found_inf.device: self.found_inf}
+
+    def finish(self, optimizer, scale):
+        """End the optimizer's accumulation; a loss that is not finite counts as found_inf too."""
+        self.grad_norm, self.found_inf = optimizer.finish_accumulation(scale)
+        if self.loss is not None:
+            self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(self.loss)).float())
 
 
 def loss_scaler(device, precision):
@@ -60,15 +66,9 @@ def loss_scaler(device, precision):
     return LossScaler(device, enabled=precision == "fp16")
 
 
-def _finished(optimizer, scale, loss):
-    """finish_accumulation of an optimizer, with a loss that is not finite counted as found_inf too."""
-    grad_norm, found_inf = optimizer.finish_accumulation(scale)
-    return grad_norm, found_inf if loss is None else torch.maximum(found_inf, (~torch.isfinite(loss)).float())
-
-
 class Applied(NamedTuple):
-    """What became of a step. is_applied: False where loss, a gradient or their norm were not finite: then weights and
-    optimizer are as they were. grad_norm: before clipping."""
+    """A step's outcome. grad_norm: before clipping. is_applied: False where loss, a gradient or their norm were not
+    finite; weights and optimizer are unchanged then."""
 
     loss: float
     grad_norm: float
@@ -78,17 +78,16 @@ class Applied(NamedTuple):
 def apply_step(optimizer, scaler, loss):
     """End an accumulation and update, unless something is inf or nan; returns an Applied.
 
-    loss: of the step, a 0-dim float32 tensor. Waits for the backward pass once: whether the optimizer may run has to be
-    known before its first kernel, for most of those cannot be told by the device to leave everything as it is.
+    loss: of the step, a 0-dim float32 tensor. Synchronises with the device once: most optimizer kernels cannot be told
+    on the device to leave everything as it is, so the host has to know before the first of them.
     NonFiniteLossError: fp16's scale has shrunk to nothing, so the overflow is not one that scaling can cure.
     """
+    scaler.loss = loss
     if scaler.is_enabled():
-        scaler.loss = loss
         scaler.unscale_(optimizer)
-        numbers = (loss, scaler.grad_norm, scaler.found_inf)
     else:
-        numbers = (loss, *_finished(optimizer, 1.0, loss))
-    loss, grad_norm, found_inf = torch.stack(numbers).tolist()
+        scaler.finish(optimizer, 1.0)
+    loss, grad_norm, found_inf = torch.stack((loss, scaler.grad_norm, scaler.found_inf)).tolist()
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()

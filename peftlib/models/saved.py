@@ -1,24 +1,38 @@
 """Trained models on disk: saved so that stock libraries load them, and loaded for evaluation or further use."""
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peftlib.core.errors import ModelError
-from peftlib.core.files import rename, sync_tree, write_json, write_text
-from peftlib.models import identity, safe_loading, trained_files
-from peftlib.models.base import core, guard_four_bit, keep_residual_in_float32, load_base, peft_calls, trainable
-from peftlib.models.chat_template import STOP_IDS
-from peftlib.models.layers import fuse_adapters
-from peftlib.models.precision import run_in_autocast
-from peftlib.models.trained_files import FACTS
+from peftlib.core.files import read_json, rename, sync_tree, write_json, write_text
+from peftlib.models import identity
+from peftlib.models.chat_template import stop_at
+from peftlib.models.inspect import core, trainable
+from peftlib.models.layers import fuse_adapters, keep_residual_in_float32
+from peftlib.models.load import (
+    auto_tokenizer,
+    causal_model,
+    guard_four_bit,
+    hide_log,
+    load_base,
+    peft_calls,
+    readable,
+    refuse_pickles,
+)
+from peftlib.models.precision import DTYPES, run_in_autocast
 
-ATTENTION = "attention.safetensors"  # what trains beside the adapters, which PEFT would not save
+FACTS = "peftlib.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+ATTENTION_FILE = "attention.safetensors"  # weights trained beside the adapters, which PEFT would not save
+_FACT_TYPES = {"is_adapter": bool, "model": str, "four_bit": list, "precision": str}
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_SETTINGS = (FACTS, ADAPTER_CONFIG, "config.json", "generation_config.json", *_TOKENIZER)
+_AGAIN = "run the method's notebook again"
 
 
 def save_trained(model, tokenizer, folder, facts):
@@ -30,14 +44,9 @@ def save_trained(model, tokenizer, folder, facts):
     facts: JSON values kept in peftlib.json; needs 'model', 'four_bit', 'precision'.
     """
     folder = Path(folder)
-    beside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = _empty_beside(folder)
     is_adapter = hasattr(model, "peft_config")
-    if is_adapter:
-        _save_adapter(model, beside)
-    else:
-        _save_full(model, beside)
+    (_save_adapter if is_adapter else _save_full)(model, beside)
     tokenizer.save_pretrained(beside)
     stop_at(core(model)).generation_config.save_pretrained(beside)
     write_json(beside / FACTS, {**facts, "is_adapter": is_adapter})
@@ -47,11 +56,18 @@ def save_trained(model, tokenizer, folder, facts):
     return folder
 
 
+def _empty_beside(folder):
+    beside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
 def _save_adapter(model, folder):
     model.save_pretrained(folder)
     whole = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items() if "lora_" not in name}
     if whole:
-        save_file(whole, folder / ATTENTION)
+        save_file(whole, folder / ATTENTION_FILE)
 
 
 def _save_full(model, folder):
@@ -60,14 +76,6 @@ def _save_full(model, folder):
     # transformers writes the dtype of the model in memory, not that of the tensors it was given
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
-
-
-def stop_at(model):
-    """The model, its generation config set to Gemma's stop ids and greedy decoding; returns it."""
-    settings = model.generation_config
-    settings.eos_token_id, settings.bos_token_id, settings.pad_token_id = list(STOP_IDS), 2, 0
-    settings.do_sample, settings.top_k, settings.top_p, settings.temperature = False, None, None, None
-    return model
 
 
 def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32, log=print):
@@ -82,33 +90,16 @@ def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32, log=p
     adapter was trained on is not to be had or another one now.
     """
     folder = Path(folder)
-    facts = trained_files.facts_of(folder)
-    identity.require_weights(folder, trained_files.record_of(folder), log=log)
-    if not facts["is_adapter"]:
+    facts = facts_of(folder)
+    identity.require_weights(folder, record_of(folder), log=log)
+    if facts["is_adapter"]:
+        _require_adapter(folder)
+        identity.require_base(facts, facts["model"], what=f"the adapter in {folder}", log=log)
+        model = _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
+    else:
         first = torch.float32 if dtype == torch.float16 else dtype
-        model = safe_loading.causal_model(folder, dtype=first, device_map={"": device})
-        return _in_dtype(model, dtype, device).eval().requires_grad_(False)
-    trained_files.require_adapter(folder)
-    identity.require_base(facts, facts["model"], what=f"the adapter in {folder}", log=log)
-    return _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
-
-
-def export_merged(folder, out, *, dtype=torch.bfloat16, log=print):
-    """Write a trained model of `folder` as one standalone transformers folder in 16 bits; returns `out`.
-
-    4-bit matrices are dequantized, adapters merged in float32, and only then is the result rounded to `dtype`.
-    Tokenizer, chat template and stop ids come with it. ModelError: `out` is there already; or as in load_trained.
-    """
-    out = Path(out)
-    if out.exists():
-        raise ModelError(f"{out} is there already: choose another folder")
-    model = load_trained(folder, merge=True, dtype=torch.float32, log=log).to(dtype)
-    beside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    safe_loading.tokenizer(folder).save_pretrained(beside)
-    os.replace(beside, out)
-    return out
+        model = _in_dtype(causal_model(folder, dtype=first, device_map={"": device}), dtype, device)
+    return model.eval().requires_grad_(False)
 
 
 def _load_adapter(folder, facts, *, device, merge, dtype):
@@ -119,28 +110,30 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
         base = (_dequantized(base) if four_bit else base).float()
     from peft import PeftModel  # after load_base, which quiets what this import would print
 
-    with peft_calls(), safe_loading.readable(folder):
+    with peft_calls(), readable(folder):
         model = PeftModel.from_pretrained(base, folder)
-    trained_files.require_adapter_fits(folder, model)
-    if (folder / ATTENTION).exists():
-        _put_whole_weights(model, folder / ATTENTION, device)
+    _require_adapter_fits(folder, model)
+    if (folder / ATTENTION_FILE).exists():
+        _put_whole_weights(model, folder / ATTENTION_FILE, device)
     if merge:
-        model = _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
-    else:
-        guard_four_bit(model, four_bit)
-        fuse_adapters(model)  # as in training: other kernels round otherwise
-        run_in_autocast(stop_at(core(model)), device, facts["precision"])
-    return model.eval().requires_grad_(False)
+        return _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
+    guard_four_bit(model, four_bit)
+    fuse_adapters(model)  # as in training: other kernels round otherwise
+    run_in_autocast(stop_at(core(model)), device, facts["precision"])
+    return model
+
+
+def _put_whole_weights(model, path, device):
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors_of(path, device=device).items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ModelError(f"{path} holds {name}, which does not fit this base model: use the one it was made on")
+        parameters[name].data = tensor
 
 
 def _dequantized(base):
-    transformers_log = logging.getLogger("transformers.integrations.bitsandbytes")
-    transformers_log.addFilter(_is_worth_reading)
+    hide_log("transformers.integrations.bitsandbytes", "The modules are dequantized in")  # as was asked for
     return base.dequantize(dtype=torch.float32)
-
-
-def _is_worth_reading(log_record):
-    return not str(log_record.msg).startswith("The modules are dequantized in")  # as was asked for
 
 
 def _in_dtype(model, dtype, device):
@@ -154,17 +147,9 @@ def _in_dtype(model, dtype, device):
     return run_in_autocast(model, device, "fp16")
 
 
-def _put_whole_weights(model, path, device):
-    parameters = dict(model.named_parameters())
-    for name, tensor in trained_files.tensors_of(path, device=device).items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ModelError(f"{path} holds {name}, which does not fit this base model: use the one it was made on")
-        parameters[name].data = tensor
-
-
 def load_plain(model, *, device, dtype=torch.float32):
     """The untrained base model in eval mode, for comparison."""
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    precision = next(name for name, found in DTYPES.items() if found == dtype)
     loaded = stop_at(load_base(model, precision=precision, device=device)).eval()
     return run_in_autocast(loaded, device, precision) if precision == "fp16" else loaded
 
@@ -176,3 +161,99 @@ def load_rounded(model, four_bit, *, precision, device, dtype=torch.float32):
     """
     base = load_base(model, precision=precision, device=device, four_bit=four_bit, runs=False)
     return _in_dtype(stop_at(_dequantized(base).float()), dtype, device).eval().requires_grad_(False)
+
+
+def export_merged(folder, out, *, dtype=torch.bfloat16, log=print):
+    """Write a trained model of `folder` as one standalone transformers folder in 16 bits; returns `out`.
+
+    4-bit matrices are dequantized, adapters merged in float32, and only then is the result rounded to `dtype`.
+    Tokenizer, chat template and stop ids come with it. ModelError: `out` is there already; or as in load_trained.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ModelError(f"{out} is there already: choose another folder")
+    model = load_trained(folder, merge=True, dtype=torch.float32, log=log).to(dtype)
+    beside = _empty_beside(out)
+    model.save_pretrained(beside)
+    auto_tokenizer(folder).save_pretrained(beside)
+    os.replace(beside, out)
+    return out
+
+
+def facts_of(folder):
+    """peftlib.json of a trained folder. ModelError: there is none, or it lacks what a trained model needs."""
+    if not (folder / FACTS).exists():
+        raise ModelError(f"no trained model in {folder}: run the method's notebook first")
+    facts = read_json(folder / FACTS)
+    wrong = [name for name, kind in _FACT_TYPES.items() if not isinstance(facts.get(name), kind)]
+    if wrong:
+        raise ModelError(f"{folder / FACTS} has no valid {', '.join(wrong)}: {_AGAIN}")
+    return facts
+
+
+def record_of(folder):
+    """The record of a trained folder's run, from its export or from the study around it; else None."""
+    exported, place = folder / "study" / "record.json", folder.absolute()
+    if exported.is_file():
+        # an export names its base model otherwise, so its settings are not the run's, byte for byte
+        return {**read_json(exported), "settings_sha256": None}
+    beside = place.parent.parent / "records" / f"{place.name}.json"
+    return read_json(beside) if place.parent.name == "weights" and beside.is_file() else None
+
+
+def settings_digests(folder):
+    """{name: SHA-256} of the files that decide what a trained folder's weights compute, and of its tokenizer."""
+    return {name: identity.known_sha256(folder / name) for name in _SETTINGS if (folder / name).is_file()}
+
+
+def tensors_of(path, device="cpu"):
+    """{name: tensor} of a safetensors file. ModelError: it is damaged."""
+    with readable(path):
+        return load_file(path, device=device)
+
+
+def _require_adapter(folder):
+    """ModelError unless a folder holds a LoRA adapter as PEFT saves it."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} has no {ADAPTER_CONFIG}: {_AGAIN}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged ({error}): {_AGAIN}") from None
+    wrong = _wrong_field(found)
+    if wrong:
+        raise ModelError(f"{path} is no config of a LoRA adapter ({wrong}): {_AGAIN}")
+    refuse_pickles(folder)
+    if not (folder / ADAPTER).is_file():
+        raise ModelError(f"{folder} has no {ADAPTER}: {_AGAIN}")
+
+
+def _wrong_field(found):
+    """The fault of an adapter's config, in words, or None."""
+    if not isinstance(found, dict):
+        return f"a {type(found).__name__}"
+    rank, alpha = found.get("r"), found.get("lora_alpha")
+    faults = {
+        "it names code in auto_map": bool(found.get("auto_map")),
+        f"peft_type={found.get('peft_type')!r}": found.get("peft_type") != "LORA",
+        f"r={rank!r}": type(rank) is not int or rank < 1,
+        f"lora_alpha={alpha!r}": type(alpha) not in (int, float),
+    }
+    return next((fault for fault, is_so in faults.items() if is_so), None)
+
+
+def _require_adapter_fits(folder, model):
+    """ModelError unless the adapter's file holds exactly the tensors that the model's adapters have, in their shapes.
+
+    PEFT leaves an adapter whose tensor is missing as it was drawn.
+    """
+    held = {name: tensor.shape for name, tensor in tensors_of(folder / ADAPTER).items()}
+    has = {name.replace(".default", ""): p.shape for name, p in model.named_parameters() if "lora_" in name}
+    for name in sorted(held.keys() | has.keys()):
+        if held.get(name) != has.get(name):
+            there, here = (tuple(shapes[name]) if name in shapes else "nothing" for shapes in (held, has))
+            raise ModelError(
+                f"{ADAPTER} in {folder} holds {there} for {name}, the model {here}: it was made with another base "
+                "model or rank, or is damaged"
+            )

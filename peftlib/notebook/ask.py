@@ -15,6 +15,7 @@ from peftlib.models.chat_template import encode_prompt
 from peftlib.notebook.answer_cards import answer_card, page
 from peftlib.notebook.session import can_click
 from peftlib.notebook.widget_display import Shown
+from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
 _FREE_TIMES = 3.0
@@ -75,7 +76,7 @@ class Models:
         if key not in self._loaded:
             self._loaded = {k: model for k, model in self._loaded.items() if k[0] != method}  # older weights
             self.log(f"loading {at}")
-            self._tokenizer = self._tokenizer or data.open_tokenizer(self._study.cfg.model)
+            self._tokenizer = self._tokenizer or data.load_tokenizer(self._study.cfg.model)
             dtype = evaluation_dtype(self._device)[0]
             how = {"device": self._device, "dtype": dtype, "log": self.log}
             self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
@@ -121,7 +122,7 @@ class AskBox(Shown):
 
     def __init__(self, study):
         self._models = Models(study, self._say)
-        self._theme = study.theme
+        self._theme = THEMES[study.cfg.theme]
         self._make_widgets(study.cfg.max_new_tokens)
 
     def _make_widgets(self, max_new_tokens):

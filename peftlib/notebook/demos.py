@@ -10,7 +10,7 @@ import torch
 
 from peftlib.core.errors import ModelError
 from peftlib.data.store import load_split
-from peftlib.models.base import PROJECTIONS, head_weight, hidden_states, named_weights
+from peftlib.models.inspect import PROJECTIONS, head_weight, hidden_states, named_weights
 from peftlib.models.losses import chunked_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
@@ -52,8 +52,8 @@ class FourBit:
 
 def one_weight(model, ending="layers.0.mlp.up_proj.weight"):
     """(name, (m, n) float32) of one matrix as a model's files hold it. model: as in a config. ModelError: not to be had."""
-    from peftlib.models.base import hub_errors
-    from peftlib.storage.delta import BaseWeights
+    from peftlib.models.base_weights import BaseWeights
+    from peftlib.models.locate import hub_errors
 
     with hub_errors(model):
         files = BaseWeights(model)
@@ -74,7 +74,7 @@ def nf4_levels():
 
 def in_four_bits(weight):
     """The FourBit of an (m, n) float32 matrix; its count must be a multiple of 64. Nothing is doubly quantized."""
-    from peftlib.models.base import without_advice
+    from peftlib.models.load import without_advice
 
     without_advice()
     from bitsandbytes import functional

@@ -7,16 +7,15 @@ import re
 import textwrap
 from pathlib import Path
 
-from peftlib.core import hosted
 from peftlib.core import paths as places
 from peftlib.core.config import differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root, resolve_device, training_precision
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import size_text
-from peftlib.core.kernel import is_watched
 from peftlib.core.record import device_name
-from peftlib.core.session import host
+from peftlib.core.session import host, is_watched
 from peftlib.core.study import Study
+from peftlib.notebook import hosted
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import open_mirror, running
 from peftlib.storage.remotes import mount_drive

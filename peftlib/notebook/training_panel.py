@@ -8,7 +8,7 @@ import io
 import threading
 import time
 
-from peftlib.core.kernel import is_watched, running_kernel
+from peftlib.core.session import is_watched, running_kernel
 from peftlib.notebook import panel_html, widget_display
 from peftlib.notebook.kernel_events import KernelEvents
 from peftlib.report import figures

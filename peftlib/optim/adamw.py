@@ -1,11 +1,14 @@
 """AdamW that owns the end of an accumulation: unscale, norm, infs, clipping."""
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peftlib.core.env import require_bitsandbytes
-from peftlib.core.errors import CheckpointError
+from peftlib.core.env import require_bitsandbytes, seed_of
+from peftlib.core.errors import CheckpointError, ConfigError
+from peftlib.optim import moments
 
 
 class Accumulating:
@@ -22,6 +25,7 @@ class Accumulating:
     """
 
     max_grad_norm = 0.0
+    _fit_norms = MappingProxyType({})  # weight -> norm of a gradient that step() does not apply but a basis rests on
     _norms = ((), None)  # the weights of the last accumulation, and the norms of what was summed for each
 
     def basis_passes(self):
@@ -33,18 +37,19 @@ class Accumulating:
         """Multiply the summed gradients by `scale` (a number or 0-dim tensor), then clip them.
 
         Returns (grad_norm, found_inf), 0-dim float32 tensors: the L2 norm before clipping of all that step() will
-        apply, and 1.0 if any of it, or of what a basis was fitted to, is inf or nan, else 0.0. Call it once per step. No host synchronisation.
+        apply, and 1.0 if any of it, or of what a basis was fitted to, is inf or nan, else 0.0. Call it once per step.
+        No host synchronisation.
         """
         summed = self._accumulated()
         if not summed:
             raise RuntimeError("no gradient was accumulated: call backward() on a loss that reaches a trained weight")
         grads = [grad for _, grad in summed]
         torch._foreach_mul_(grads, scale)
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
-        norm = torch.linalg.vector_norm(norms)
+        norms = torch.stack([*torch._foreach_norm(grads, 2, dtype=torch.float32), *self._fit_norms.values()])
+        norm = torch.linalg.vector_norm(norms[: len(grads)])
         # Kept from before the clipping, which turns every gradient into nan where one is.
-        self._norms = self._with_norms_of_fits([p for p, _ in summed], norms)
-        found_inf = (~(torch.isfinite(norm) & torch.isfinite(self._norms[1]).all())).float()
+        self._norms = ([*(p for p, _ in summed), *self._fit_norms], norms)
+        found_inf = (~(torch.isfinite(norm) & torch.isfinite(norms).all())).float()
         if self.max_grad_norm > 0:
             # The small constant is torch.nn.utils.clip_grad_norm_'s.
             torch._foreach_mul_(grads, torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
@@ -64,9 +69,10 @@ class Accumulating:
             raise CheckpointError(f"the optimizer's groups are not of {sizes} weights")
         for group, kept in zip(self.param_groups, groups, strict=True):
             for p, number in zip(group["params"], kept["params"], strict=True):
-                state = saved.get(number) or None
-                tensors = _flat(state)
-                for name, shape in ({} if state is None else self._state_shapes(p, group)).items():
+                if not saved.get(number):
+                    continue  # this weight has not been updated yet
+                tensors = _flat(saved[number])
+                for name, shape in self._state_shapes(p, group).items():
                     found = tensors.get(name)
                     if not isinstance(found, Tensor) or found.shape != torch.Size(shape):
                         raise CheckpointError(
@@ -77,10 +83,6 @@ class Accumulating:
     def _accumulated(self):
         """[(weight, tensor), ...]: what step() applies to each weight, to be scaled in place."""
         return [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    def _with_norms_of_fits(self, params, norms):
-        """(params, norms), with those of gradients that step() does not apply but rests on; most have none."""
-        return params, norms
 
     def _state_shapes(self, p, group):
         """{name: shape} of the tensors that a weight's state always has."""
@@ -104,7 +106,7 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             if not self.state[p]:
-                fresh_state(self.state[p], p)
+                moments.fresh(self.state[p], p, bits=32)
         if not params:
             return
         states = [self.state[p] for p in params]
@@ -126,10 +128,47 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         )
 
 
+class ProjectedAdamW(AccumulatingAdamW):
+    """Base of optimizers that project the gradients of groups with a "rank"; the other groups are plain AdamW.
+
+    rank_field: the setting that errors name. seed: of all that is drawn at random for a weight.
+    ConfigError: a projected weight that is not 2-D, or is float16, or whose shorter side is below the rank.
+    """
+
+    def __init__(self, params, *, rank_field, seed, **settings):
+        super().__init__(params, **settings)
+        self._seed = seed
+        self._index_groups()
+        self._place = {p: i for i, (p, _) in enumerate(self._projected)}
+        for p, group in self._projected:
+            if p.ndim != 2:
+                raise ConfigError(
+                    f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis"
+                )
+            if p.dtype == torch.float16:
+                raise ConfigError("a float16 weight loses small updates and overflows: hold it in float32 or bfloat16")
+            if not 1 <= group["rank"] <= min(p.shape):
+                raise ConfigError(f"{rank_field}={group['rank']}, weight {tuple(p.shape)}: use 1..{min(p.shape)}")
+
+    def _index_groups(self):
+        self._projected = [(p, group) for group in self.param_groups if "rank" in group for p in group["params"]]
+        self._group_of = dict(self._projected)
+
+    def _seed_of(self, p, *numbers):
+        """A seed for a weight that needs no saved state."""
+        return seed_of(self._seed, self._place[p], *numbers)
+
+    def _state_shapes(self, p, group):
+        if "rank" not in group:
+            return super()._state_shapes(p, group)
+        projected = (group["rank"], max(p.shape))
+        return {"step": (), "exp_avg": projected, "exp_avg_sq": projected}
+
+
 def adamw_8bit(params, *, lr, weight_decay=0.0, max_grad_norm=0.0):
     """bitsandbytes' AdamW with moments in blockwise 8 bits (Dettmers et al. 2022, arXiv:2110.02861), accumulating.
 
-    A tensor below 4,096 numbers keeps float32 moments, as bitsandbytes does. ModelError: bitsandbytes is not there.
+    A tensor below 4,096 numbers keeps float32 moments, as bitsandbytes does. ModelError: bitsandbytes is not installed.
     """
     require_bitsandbytes("8-bit moments")
     from bitsandbytes.optim import AdamW8bit
@@ -148,11 +187,3 @@ def _flat(state):
     parts = state if isinstance(state, dict) else {}
     nested = [value for value in parts.values() if isinstance(value, dict)]
     return {**parts, **{name: value for part in nested for name, value in part.items()}}
-
-
-def fresh_state(state, like):
-    """Fill an empty per-weight state with Adam's step count and zero moments of the shape of `like`; returns it."""
-    state["step"] = torch.zeros((), dtype=torch.float32)
-    state["exp_avg"] = torch.zeros_like(like)
-    state["exp_avg_sq"] = torch.zeros_like(like)
-    return state

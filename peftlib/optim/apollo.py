@@ -6,16 +6,14 @@ whose limiter reads a norm back to the host for every weight. Agrees with it whe
 
 import torch
 
-from peftlib.core.errors import ConfigError
-from peftlib.core.seeds import seed_of
 from peftlib.optim import moments
-from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.optim.adamw import ProjectedAdamW
 from peftlib.optim.subspace import turned
 
 _GROWTH = 1.01  # most that the norm of a weight's update may grow in one step (Fira, arXiv:2410.01623)
 
 
-class ApolloAdamW(AccumulatingAdamW):
+class ApolloAdamW(ProjectedAdamW):
     """Groups with a "rank" go by APOLLO, the others by AdamW.
 
     params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}. With the
@@ -25,27 +23,19 @@ class ApolloAdamW(AccumulatingAdamW):
     """
 
     def __init__(self, params, *, seed=0, **settings):
-        super().__init__(params, **settings)
-        self.seed = seed
+        super().__init__(params, rank_field="apollo_rank", seed=seed, **settings)
         self._drawn = {}  # weight -> (block of steps, its projection)
-        projected = [(p, group) for group in self.param_groups if "rank" in group for p in group["params"]]
-        self._place = {p: i for i, (p, _) in enumerate(projected)}
-        for p, group in projected:
-            if p.ndim != 2:
-                raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights can")
-            if not 1 <= group["rank"] <= min(p.shape):
-                raise ConfigError(f"apollo_rank={group['rank']}, weight {tuple(p.shape)}: use 1..{min(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients that finish_accumulation left."""
         for group in self.param_groups:
-            if "rank" in group:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._step_scaled(p, group)
-            else:
+            if "rank" not in group:
                 self._step_plain(group)
+                continue
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_scaled(p, group)
 
     def _step_scaled(self, p, group):
         grad, state = turned(p.grad).float(), self.state[p]
@@ -71,16 +61,13 @@ class ApolloAdamW(AccumulatingAdamW):
         weight.sub_(update, alpha=group["lr"] * debias / (1 - beta1**t))
 
     def _state_shapes(self, p, group):
-        if "rank" not in group:
-            return super()._state_shapes(p, group)
-        moments_shape = (group["rank"], max(p.shape))
-        return {"step": (), "exp_avg": moments_shape, "exp_avg_sq": moments_shape, "update_norm": ()}
+        return {**super()._state_shapes(p, group), **({"update_norm": ()} if "rank" in group else {})}
 
     def projection(self, p, group, step):
         """(r, m) projection of a weight at a step counted from 0."""
         m, r = min(p.shape), group["rank"]
         block = step // group["update_gap"]
         if self._drawn.get(p, (None,))[0] != block:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, self._place[p], block))
+            generator = torch.Generator().manual_seed(self._seed_of(p, block))
             self._drawn[p] = block, (torch.randn(r, m, generator=generator) / r**0.5).to(p.device)
         return self._drawn[p][1]

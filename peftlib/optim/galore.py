@@ -10,9 +10,8 @@ import torch
 
 from peftlib.core.env import require_bitsandbytes
 from peftlib.core.errors import ConfigError
-from peftlib.core.seeds import seed_of
 from peftlib.optim import moments
-from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.optim.adamw import ProjectedAdamW
 from peftlib.optim.subspace import (
     COLD_ITERATIONS,
     WARM_ITERATIONS,
@@ -21,7 +20,6 @@ from peftlib.optim.subspace import (
     is_turned,
     leading_space,
     random_start,
-    require_projectable,
     turned,
 )
 
@@ -35,7 +33,7 @@ def state_numbers(shapes, rank) -> tuple[int, int]:
     return galore, sum(2 * shape[0] * shape[1] for shape in shapes)
 
 
-class GaLoreAdamW(AccumulatingAdamW):
+class GaLoreAdamW(ProjectedAdamW):
     """AdamW in which groups with a "rank" are projected; the other groups are plain AdamW.
 
     params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}.
@@ -75,26 +73,20 @@ class GaLoreAdamW(AccumulatingAdamW):
             raise ConfigError(f"moment_bits={moment_bits!r} is not allowed: use 8, 32")
         if moment_bits == 8:
             require_bitsandbytes("moment_bits=8")
-        super().__init__(params, **settings)
+        super().__init__(params, rank_field="galore_rank", seed=seed, **settings)
         self.on_refresh, self.moment_bits, self.reference = on_refresh, moment_bits, reference
-        self.whole_gradient_bytes, self.seed = whole_gradient_bytes, seed
-        self._index_groups()
-        require_projectable(self._projected)
-        self._place = {p: i for i, (p, _) in enumerate(self._projected)}
-        self._phase = {}
-        for i, (p, group) in enumerate(self._projected):
-            spread = stagger and not reference
-            self._phase[p] = i * group["update_gap"] // len(self._projected) if spread else 0
+        self.whole_gradient_bytes = whole_gradient_bytes
+        count = len(self._projected)
+        is_spread = stagger and not reference
+        self._phase = {  # weight -> the step of its gap at which its basis is due
+            p: i * group["update_gap"] // count if is_spread else 0 for i, (p, group) in enumerate(self._projected)
+        }
         self._full = {}  # weight -> summed (m, n) gradient, where a basis is due
         self._low = {}  # weight -> summed (r, n) gradient
         self._pending = {}  # weight -> basis that step() will adopt
         self._fit_norms = {}  # weight -> norm of the whole gradient that its pending basis comes from
         self._held = None  # in a basis pass: the weights whose gradients it is for
         self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected]
-
-    def _index_groups(self):
-        self._projected = [(p, group) for group in self.param_groups if "rank" in group for p in group["params"]]
-        self._group_of = dict(self._projected)
 
     def load_state_dict(self, state_dict):
         """Take over a saved state, each tensor in the dtype it was saved in."""
@@ -125,9 +117,7 @@ class GaLoreAdamW(AccumulatingAdamW):
         self._held = None
 
     def _is_due(self, p, group):
-        if not self.state[p]:
-            return True
-        return int(self.state[p]["step"]) % group["update_gap"] == self._phase[p]
+        return not self.state[p] or int(self.state[p]["step"]) % group["update_gap"] == self._phase[p]
 
     @torch.no_grad()
     def _absorb(self, p):
@@ -141,10 +131,9 @@ class GaLoreAdamW(AccumulatingAdamW):
             return
         basis = self._pending.get(p)
         if basis is None and (self._held is not None or self._is_due(p, self._group_of[p])):
-            self._full[p] = grad.float().clone() if grad.dtype == torch.float32 else grad.float()
+            self._full[p] = grad.to(torch.float32, copy=True)
             return
-        if basis is None:
-            basis = self.state[p]["basis"]
+        basis = self.state[p]["basis"] if basis is None else basis
         if p in self._low:
             self._low[p].addmm_(basis.T, grad.float())
         else:
@@ -159,17 +148,9 @@ class GaLoreAdamW(AccumulatingAdamW):
         plain = [(p, p.grad) for group in self.param_groups if "rank" not in group for p in group["params"]]
         return [*self._low.items(), *((p, grad) for p, grad in plain if grad is not None)]
 
-    def _with_norms_of_fits(self, params, norms):
-        if not self._fit_norms:
-            return params, norms
-        return [*params, *self._fit_norms], torch.cat([norms, torch.stack(list(self._fit_norms.values()))])
-
     def _state_shapes(self, p, group):
-        if "rank" not in group:
-            return super()._state_shapes(p, group)
-        m, n = sorted(p.shape)
-        moments_shape = (group["rank"], n)
-        return {"step": (), "exp_avg": moments_shape, "exp_avg_sq": moments_shape, "basis": (m, group["rank"])}
+        basis = {"basis": (min(p.shape), group["rank"])} if "rank" in group else {}
+        return {**super()._state_shapes(p, group), **basis}
 
     @torch.no_grad()
     def _fit_due(self):
@@ -187,15 +168,14 @@ class GaLoreAdamW(AccumulatingAdamW):
             else:
                 alike.setdefault((finite.shape[0], rank, not self.state[p]), []).append((p, gram(finite)))
         for (m, rank, is_cold), members in alike.items():
-            starts = [self._start(p, m, rank, is_cold) for p, _ in members]
-            grams = torch.stack([product for _, product in members])
-            bases = leading_space(grams, torch.stack(starts), COLD_ITERATIONS if is_cold else WARM_ITERATIONS)
-            self._pending.update((p, basis.clone()) for (p, _), basis in zip(members, bases, strict=True))
-
-    def _start(self, p, m, rank, is_cold):
-        if is_cold:
-            return random_start(m, rank, seed=seed_of(self.seed, self._place[p]), device=p.device)
-        return self.state[p]["basis"]
+            params, grams = zip(*members, strict=True)
+            if is_cold:
+                starts = [random_start(m, rank, seed=self._seed_of(p), device=p.device) for p in params]
+            else:
+                starts = [self.state[p]["basis"] for p in params]
+            steps = COLD_ITERATIONS if is_cold else WARM_ITERATIONS
+            bases = leading_space(torch.stack(grams), torch.stack(starts), steps)
+            self._pending.update((p, basis.clone()) for p, basis in zip(params, bases, strict=True))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -212,27 +192,21 @@ class GaLoreAdamW(AccumulatingAdamW):
                 self._step_projected(part, group)
 
     def _step_projected(self, params, group):
+        """weight = decay * weight - size * scale * basis @ update; in reference mode the decay comes last."""
         updates, sizes = self._adam([self.state[p] for p in params], [self._low[p] for p in params], group)
         decay = 1 - group["lr"] * group["weight_decay"]
-        for p, update, size in zip(params, updates, sizes, strict=True):
-            self._move(p, update, size * group["scale"], decay)
-
-    def _move(self, p, update, size, decay):
-        """weight = decay * weight - size * basis @ update; in reference mode the decay comes last."""
-        weight, basis = turned(p), self.state[p]["basis"]
         before, after = (1.0, decay) if self.reference else (decay, 1.0)
-        if p.dtype == torch.float32:
-            weight.addmm_(basis, update, beta=before, alpha=-size)
-            if after != 1.0:
-                weight.mul_(after)
-            return
-        exact = torch.addmm(weight.float(), basis, update, beta=before, alpha=-size).mul_(after)
-        weight.copy_(moments.round_stochastically(exact, self._noise(p)))
-
-    def _noise(self, p):
-        """A generator that depends on seed, weight and step alone, so that it needs no saved state."""
-        generator = torch.Generator(p.device)
-        return generator.manual_seed(seed_of(self.seed, self._place[p], int(self.state[p]["step"])))
+        for p, update, size in zip(params, updates, sizes, strict=True):
+            weight, basis, alpha = turned(p), self.state[p]["basis"], -size * group["scale"]
+            if p.dtype == torch.float32:
+                weight.addmm_(basis, update, beta=before, alpha=alpha)
+                if after != 1.0:
+                    weight.mul_(after)
+            else:
+                exact = torch.addmm(weight.float(), basis, update, beta=before, alpha=alpha).mul_(after)
+                # A generator that depends on seed, weight and step alone, so that it needs no saved state.
+                noise = torch.Generator(p.device).manual_seed(self._seed_of(p, int(self.state[p]["step"])))
+                weight.copy_(moments.round_stochastically(exact, noise))
 
     def _adam(self, states, grads, group):
         """(directions, step sizes) of Adam, lists; the moments of `states` move on by `grads`."""

@@ -16,12 +16,10 @@ def fresh(state, like: Tensor, *, bits):
     first moment signed, the second unsigned, a float32 scale for each 256 numbers.
     """
     state["step"] = torch.zeros((), dtype=torch.float32)
-    is_8bit = bits == 8 and like.numel() >= _SMALLEST
     for name in ("exp_avg", "exp_avg_sq"):
-        if is_8bit:
-            write(state, name, torch.zeros(like.shape, dtype=torch.float32, device=like.device), is_8bit=True)
-        else:
-            state[name] = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        state[name] = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        if bits == 8 and like.numel() >= _SMALLEST:
+            _quantize(state, name, state[name])
     return state
 
 
@@ -30,19 +28,21 @@ def read(state, name) -> Tensor:
     value = state[name]
     if value.dtype != torch.uint8:
         return value
-    scales = state[f"{name}_scale"]
-    return torch.ops.bitsandbytes.dequantize_blockwise(value, scales, _code(name, value.device), _BLOCK, torch.float32)
+    scales, code = state[f"{name}_scale"], _code(name, value.device)
+    return torch.ops.bitsandbytes.dequantize_blockwise(value, scales, code, _BLOCK, torch.float32)
 
 
-def write(state, name, value: Tensor, *, is_8bit=None):
+def write(state, name, value: Tensor):
     """Keep a new value of the moment in the form that it has."""
-    if is_8bit is None:
-        is_8bit = state[name].dtype == torch.uint8
-    if is_8bit:
-        quantized = torch.ops.bitsandbytes.quantize_blockwise(value.contiguous(), _code(name, value.device), _BLOCK)
-        state[name], state[f"{name}_scale"] = quantized
-    elif state[name] is not value:
+    if state[name].dtype == torch.uint8:
+        _quantize(state, name, value)
+    else:
         state[name] = value
+
+
+def _quantize(state, name, value):
+    code = _code(name, value.device)  # first: it imports bitsandbytes, which registers the operator
+    state[name], state[f"{name}_scale"] = torch.ops.bitsandbytes.quantize_blockwise(value.contiguous(), code, _BLOCK)
 
 
 @functools.cache

@@ -9,8 +9,6 @@ SVD or eigh may flip signs and swap columns, so that Adam's moments go on meanin
 import torch
 from torch import Tensor
 
-from peftlib.core.errors import ConfigError
-
 COLD_ITERATIONS = 8  # from random columns: 99.9 % of the exact basis's energy on a slow 1/sqrt(i) spectrum
 WARM_ITERATIONS = 3
 _SHIFT = 1e-7  # of the largest eigenvalue: keeps the iteration's product of full rank where the gradient is not
@@ -87,18 +85,3 @@ def is_turned(matrix) -> bool:
 def turned(matrix: Tensor) -> Tensor:
     """A view with the shorter side first."""
     return matrix.T if is_turned(matrix) else matrix
-
-
-def require_projectable(projected):
-    """ConfigError unless each (weight, its group with a "rank") can have a basis of that rank and is held in 32 bits or bf16."""
-    for p, _ in projected:
-        if p.ndim != 2:
-            raise ConfigError(f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis")
-        if p.dtype == torch.float16:
-            raise ConfigError("a float16 weight loses small updates and overflows: hold it in float32 or bfloat16")
-    smallest = min((p for p, _ in projected), key=lambda p: min(p.shape), default=None)
-    for _, group in projected:
-        if not 1 <= group["rank"] <= min(smallest.shape):
-            raise ConfigError(
-                f"galore_rank={group['rank']}, weight {tuple(smallest.shape)}: use 1..{min(smallest.shape)}"
-            )

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib.core import paths as places
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import DiskError, Stopped, StudyError
+from peftlib.core.errors import DiskError, Stopped, StudyError, writing
 from peftlib.core.hub_token import without_tokens
 from peftlib.core.study import Study
 from peftlib.notebook.session import FINISHED, STOPPED, readable_path, state_hash

@@ -5,8 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from peftlib.core.disk_errors import reading
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import StudyError, reading
 from peftlib.core.files import write_text
 from peftlib.core.hub_token import MASK, token_pattern
 from peftlib.core.json_reading import fault

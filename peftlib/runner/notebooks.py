@@ -17,7 +17,7 @@ from peftlib.notebook.session import FINISHED, NOTEBOOKS, literals, readable_pat
 from peftlib.runner import notebook_io as executed
 from peftlib.runner.execute import Execution, Stage, environment
 from peftlib.storage.lock import StudyLock
-from peftlib.storage.mirror import bring
+from peftlib.storage.mirror import restore
 
 HEARTBEAT_S = 20.0  # seconds without a line after which the runner prints one itself
 SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
@@ -118,14 +118,14 @@ def _stage(name, source, overrides):
     given |= overrides
     if given.get("profile") in (None, "auto"):
         given["profile"] = _profile_of_this_machine()
-    bring(output_root() / resolve(**given).study)
+    restore(output_root() / resolve(**given).study)
     study = Study.resolve(**given)
     return Stage(name, source, study, {**overrides, "profile": study.cfg.profile, "study": study.cfg.study})
 
 
 def _copy(stage):
     """Put the executed copy on the study's remote too; the kernel, whose mirror did the rest, is gone."""
-    mirror = bring(stage.study.folder)
+    mirror = restore(stage.study.folder)
     if mirror is not None:
         mirror.flush()
         print(mirror.state(), flush=True)

@@ -12,8 +12,7 @@ import sys
 import threading
 import time
 
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import DiskError
+from peftlib.core.errors import DiskError, writing
 
 CELL_EVENT = "\x1ecell "  # begins the line that announces a cell; its number follows, from 1
 DEAD_KERNEL = 138

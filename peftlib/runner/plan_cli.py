@@ -2,7 +2,8 @@
 
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError
-from peftlib.core.gpus import card_at_hand, find_card, shape_of
+from peftlib.core.gpus import card_at_hand, find_card
+from peftlib.models.shapes import shape_of
 from peftlib.train import estimate
 
 _FULL_PROFILE_GIB = 17  # as env.profile_for_hardware draws the line

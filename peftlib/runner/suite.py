@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import copy_tree, rename
-from peftlib.core.interrupts import interrupts
+from peftlib.core.session import interrupts
 from peftlib.core.study import Study
+from peftlib.methods import METHODS
 from peftlib.runner import process_pool as side_by_side
 from peftlib.runner.execute import environment
 from peftlib.runner.suite_jobs import BASE, DONE, FAILED, jobs_of, only, state_of
@@ -23,7 +24,7 @@ from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
 from peftlib.train import sweep
 
-PRECISION_CHECKED = ("qlora", "galore", "hybrid")
+PRECISION_CHECKED = tuple(name for name, spec in METHODS.items() if not spec.is_baseline)
 OTHER_PRECISION = "fp16"
 UNFINISHED_CODE = 3  # cut by --minutes or a signal: the same command goes on
 _ROOM_S = 60.0  # no run is started that has less time than this before it would be stopped
@@ -225,7 +226,7 @@ def places_of(cfg, at_once):
 def _with_data(settings, log):
     """The study, whose data stand and whose config is frozen."""
     from peftlib.data import build_data
-    from peftlib.models.base import locate
+    from peftlib.models.locate import locate
 
     name = settings.given["study"]
     study = Study.resolve(**settings.given)

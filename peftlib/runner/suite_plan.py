@@ -2,13 +2,12 @@
 
 from dataclasses import asdict, dataclass
 
+from peftlib import methods
 from peftlib.core.files import write_json, write_text
 from peftlib.models.compile import STEPS_TO_PAY
 from peftlib.report.markdown import table
 from peftlib.runner.suite_jobs import BASE, DONE, jobs_of, only, state_of
 from peftlib.train import estimate
-
-_FUSED_FIRST = ("qlora", "hybrid", "lora")  # adapters: their first step compiles longest
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def predict(study, settings, assumed):
 def _train_s(method, tokens, steps, assumed):
     if steps < STEPS_TO_PAY:
         return tokens / (assumed.tokens_per_second * assumed.eager_share)
-    first = assumed.first_step_adapters_s if method in _FUSED_FIRST else assumed.first_step_s
+    has_adapters = "adapters" in methods.find(method).trains  # their first step compiles longest
+    first = assumed.first_step_adapters_s if has_adapters else assumed.first_step_s
     return first + tokens / assumed.tokens_per_second
 
 

@@ -119,6 +119,7 @@ def _evaluated(study, work, log):
 
 def _record_failure(study, work, error, *, is_of_evaluation=False):
     from peftlib.core.env import resolve_device, training_precision
+    from peftlib.models.identity import provenance_of
 
     said = f"{type(error).__name__}: {error}"
     record = records.load(study, work.method, work.seed)
@@ -129,7 +130,10 @@ def _record_failure(study, work, error, *, is_of_evaluation=False):
         device = resolve_device(study.cfg.device)
         precision, reason = training_precision(device, study.cfg.precision)
         adopted = study.with_rates_of(work.method)
-        record = records.new_record(adopted, work.method, device=device, precision=precision, precision_reason=reason)
+        base = provenance_of(adopted.cfg.model, adopted.records(), study=adopted.folder.name)
+        record = records.new_record(
+            adopted, work.method, provenance=base, device=device, precision=precision, precision_reason=reason
+        )
     records.save(study, {**record, "status": "failed", "error": said})
 
 

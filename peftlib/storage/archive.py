@@ -1,4 +1,4 @@
-"""A study folder as a few archives: what belongs together, whether it has changed, packed and unpacked."""
+"""A study folder as a few tar archives: which files belong together, whether they have changed, packing, unpacking."""
 
 import contextlib
 import errno
@@ -8,24 +8,25 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from peftlib.core.disk_errors import writing
+from peftlib.core.errors import writing
 from peftlib.core.files import MANIFEST, remove_tree, rename
 
-# Folders that are archives of their own (a sweep's are its own affair), and the compiler's cache of earlier versions,
-# which is neither copied nor brought: loading one runs it.
+# Folders that are archives of their own, here and in a sweep's trial; the compiler's cache is never copied, and one on
+# a remote never restored: loading it runs it.
 _OWN = ("data", "compile", "weights", "checkpoints")
-NOT_BROUGHT = ("compile",)
-# Endings: what only the moment means something for, and the explorer's large CSV, which a click makes again.
+NOT_RESTORED = ("compile",)
+# Suffixes excluded from the copies: lock files, in-progress notebooks, on-demand CSV exports.
 _NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
 _BUFFER = 4 << 20  # bytes written to a remote at once
 BUILDING = ".mirroring"  # folder of hard links to what is being copied
+LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive on a remote
 
 
 def units_of(folder):
     """{unit: [path, ...]} of what a study folder holds, in the order to copy it.
 
-    'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; and 'study', all small files,
-    last, for its records say that the others are there.
+    Units: 'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; and last 'study', all small files, since its records say
+    that the others are there.
     """
     folder, units = Path(folder), {}
     if (folder / "data" / "manifest.json").exists():
@@ -41,8 +42,14 @@ def units_of(folder):
     return {unit: files for unit, files in units.items() if files}
 
 
+def newest_first(unit, listing):
+    """[(name, facts), ...] of a unit's archives in a remote's listing."""
+    found = [(name, facts) for name, facts in listing.items() if facts["unit"] == unit]
+    return sorted(found, key=lambda pair: -pair[1]["serial"])
+
+
 def fingerprint(folder, files):
-    """What tells whether files have changed: [[path below folder, bytes, mtime in ns], ...]."""
+    """[[path below folder, bytes, mtime in ns], ...], which differs once files have changed."""
     rows = []
     for path in files:
         with contextlib.suppress(FileNotFoundError):
@@ -53,9 +60,9 @@ def fingerprint(folder, files):
 
 @contextlib.contextmanager
 def pinned(folder, files):
-    """Within it the files last: [(hard link below folder/BUILDING, name below folder), ...].
+    """Keep files from vanishing while they are copied, by hard links below folder/BUILDING.
 
-    FileNotFoundError: one of them is gone already.
+    Yields [(link, name below folder), ...]. FileNotFoundError: one of them is gone already.
     """
     building = Path(folder) / BUILDING
     remove_tree(building)

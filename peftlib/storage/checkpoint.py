@@ -12,6 +12,7 @@ from peftlib.core.errors import CheckpointError, SchemaError, StudyError
 from peftlib.core.files import (
     MANIFEST,
     fault_of,
+    gib,
     json_text,
     read_json,
     remove_tree,
@@ -19,7 +20,6 @@ from peftlib.core.files import (
     sealed,
     sync_file,
     sync_folder,
-    unsealed,
     write_stream,
 )
 
@@ -30,8 +30,11 @@ _BESIDE = ".writing-"
 
 @dataclass
 class Checkpoint:
-    """weights: {name: tensor} of what trains; where read back, compact.shrunk parts may stand for one. optimizer: its
-    state dict. state: JSON values of the loop. generators: what seeds.generator_states gives."""
+    """What a run needs to resume.
+
+    weights: {name: tensor} of what trains; one of the first edition may hold the parts that delta.restored reads instead
+    of a tensor. optimizer: its state dict. state: JSON values of the loop. generators: see env.generator_states.
+    """
 
     weights: dict
     optimizer: dict
@@ -48,7 +51,6 @@ class CheckpointDir:
 
     def __init__(self, folder, *, keep, log=print):
         self.folder = Path(folder)
-        self.base = None  # a compact.BaseWeights, against which weights are then kept as differences
         self.keep = keep
         self.log = log
         self._verified = set()  # paths that this object has read back or resumed from
@@ -62,13 +64,11 @@ class CheckpointDir:
         self.finish(step)
 
     def begin(self, step, checkpoint):
-        """The part of `save` that needs the tensors: written, but not yet for sure on the disk. Errors as in `save`."""
+        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as in `save`."""
         with self._errors_of(step) as beside:
             remove_tree(beside)
             beside.mkdir(parents=True)
             tensors = {name: getattr(checkpoint, name) for name in _PARTS}
-            if self.base is not None:
-                tensors["weights"] = {name: self.base.shrunk(name, w) for name, w in checkpoint.weights.items()}
             state = json_text(checkpoint.state).encode("utf-8")
             torch.serialization.set_crc32_options(False)  # SHA-256 does more, and CRC-32 takes as long
             listed = {
@@ -79,7 +79,7 @@ class CheckpointDir:
             write_stream(beside / MANIFEST, lambda out: out.write(manifest), is_lasting=False)
 
     def finish(self, step):
-        """The part of `save` that waits for the disk: flushed, read back, put in its place. Errors as in `save`."""
+        """The second part of `save`, which waits for the disk: flush, read back, rename. Errors as in `save`."""
         path = self._path(step)
         with self._errors_of(step) as beside:
             for name in (TENSORS, STATE, MANIFEST):
@@ -107,7 +107,7 @@ class CheckpointDir:
 
     def _prune(self):
         """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""
-        good = [path for path in self._all() if path in self._verified or _fault(path) is None]
+        good = [path for path in self._all() if path in self._verified or _is_sound(path)]
         for path in self._all():
             if path not in good[: self.keep]:
                 self._remove(path)
@@ -128,8 +128,10 @@ class CheckpointDir:
             self._remove(left)
         skipped = []
         for path in self._all():
-            _refuse_other_schema(path)
-            fault = _fault(path)
+            try:
+                fault = _fault(path)
+            except SchemaError as error:
+                raise CheckpointError(str(error)) from None
             if fault is None:
                 self._verified.add(path)
                 return _content(path), skipped
@@ -149,8 +151,8 @@ class CheckpointDir:
         needed = (self.keep + 1) * checkpoint_bytes
         if free < needed:
             raise CheckpointError(
-                f"{self.folder} has {free / 2**30:.2f} GiB free, save_total_limit={self.keep} needs "
-                f"{needed / 2**30:.2f} GiB: free some space, lower save_total_limit, or set PEFTLIB_ROOT to another disk"
+                f"{self.folder} has {gib(free):.2f} GiB free, save_total_limit={self.keep} needs "
+                f"{gib(needed):.2f} GiB: free some space, lower save_total_limit, or set PEFTLIB_ROOT to another disk"
             )
 
     def _what_stands(self):
@@ -165,14 +167,21 @@ class CheckpointDir:
 
 
 def _fault(path):
-    """Why a checkpoint cannot be used, or None. CheckpointError: it is whole, but of another schema version."""
+    """Why a checkpoint is damaged, in words, or None. SchemaError: it is whole, but of another schema version."""
     try:
-        manifest = unsealed(path / MANIFEST)
+        manifest = read_json(path / MANIFEST, is_sealed=True)
         return next(filter(None, (fault_of(path / name, manifest["files"][name]) for name in (TENSORS, STATE))), None)
-    except SchemaError as error:
-        return str(error)
+    except SchemaError:
+        raise
     except (OSError, StudyError, KeyError, TypeError) as error:
         return f"no readable manifest ({type(error).__name__})"
+
+
+def _is_sound(path):
+    try:
+        return _fault(path) is None
+    except SchemaError:
+        return False
 
 
 def _content(path):
@@ -187,9 +196,7 @@ def _content(path):
             "free"
         ) from error
     except Exception as error:  # noqa: BLE001 - what reading foreign bytes raises has no common class
-        odd = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-        )
+        odd = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}"
     if odd is not None:
         raise CheckpointError(
             f"{path} is as it was written, but cannot be read as a checkpoint ({odd:.200}): delete that folder to go "
@@ -210,17 +217,6 @@ def _odd_part(tensors):
         return "the optimizer's state has another form"
     odd = [name for name, kept in tensors["generators"].items() if not isinstance(kept, torch.Tensor)]
     return f"the generator's state {odd[0]} is no tensor" if odd else None
-
-
-def _refuse_other_schema(path):
-    try:
-        unsealed(path / MANIFEST)
-    except SchemaError as error:
-        raise CheckpointError(
-            f"{path} {error}: resume with that version, or start anew under another study name"
-        ) from None
-    except (OSError, StudyError):
-        return  # damaged, which _fault says
 
 
 def _size(path):

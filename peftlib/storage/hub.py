@@ -1,4 +1,4 @@
-"""A study kept in a private repository of the Hugging Face hub: the interface of storage.FolderRemote."""
+"""A study kept in a private repository of the Hugging Face hub: the interface of remotes.FolderRemote."""
 
 import contextlib
 import errno
@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 from peftlib.core.errors import StudyError
-from peftlib.core.files import fault_of, sealed, unsealed, write_stream
+from peftlib.core.files import fault_of, gib, read_json, sealed, write_stream
 from peftlib.core.hub_token import hf_token
 from peftlib.core.json_reading import require_shape
-from peftlib.storage.remotes import LISTED
+from peftlib.storage.archive import LISTED
 
 PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a repository that everybody can read
 
@@ -26,6 +26,19 @@ def is_public(api, repository, repo_type="model"):
         return False
 
 
+@contextlib.contextmanager
+def as_os_errors():
+    """Raise the network's errors as OSError, which is what a remote may raise; the hub's own are that already."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError.__bases__ as error:  # of the HTTP library that this huggingface_hub uses
+        if isinstance(error, OSError):
+            raise
+        raise OSError(errno.EIO, str(error).strip().split("\n")[0][:200]) from error
+
+
 class HubRemote:
     """Archives NAME.tar with their listings NAME.json below a study's folder of a repository.
 
@@ -34,8 +47,9 @@ class HubRemote:
     ModelError: no token.
     """
 
-    has_locks = False  # a commit for each sign of life would be a commit a minute
+    has_locks = False  # a commit for each heartbeat would be a commit a minute
     is_drive = False
+    doubt = ""  # a commit is there when its call returns
 
     def __init__(self, repository, study_name, *, api=None):
         self.repository, self.study_name = repository, study_name
@@ -52,6 +66,14 @@ class HubRemote:
 
             self._api = HfApi(token=hf_token())
         return self._api
+
+    @property
+    def notice(self):
+        """What a person should know about this place when copying starts."""
+        return (
+            f"{self} keeps every version of what is copied, checkpoints too, so it grows with each copy: delete the "
+            f"repository when the study is done, or run HfApi().super_squash_history({self.repository!r}) now and then"
+        )
 
     def listing(self):
         """{name: facts} of the archives whose listing is whole; one call while the repository stays as it is."""
@@ -73,7 +95,7 @@ class HubRemote:
                 if path.startswith(f"{self.study_name}/") and path.endswith(".json"):
                     local = self.api.hf_hub_download(self.repository, path, local_dir=folder, **at)
                     with contextlib.suppress(StudyError):
-                        found[Path(path).stem] = require_shape(unsealed(local), LISTED, path)
+                        found[Path(path).stem] = require_shape(read_json(local, is_sealed=True), LISTED, path)
         return found
 
     def refusal(self):
@@ -88,36 +110,23 @@ class HubRemote:
             f"settings on the hub, name another place in PEFTLIB_MIRROR, or set {PUBLIC}=1 if that is meant"
         )
 
-    @property
-    def notice(self):
-        """What a person should know about this place when copying starts."""
-        return (
-            f"{self} keeps every version of what is copied, checkpoints too, so it grows with each copy: delete the "
-            f"repository when the study is done, or run HfApi().super_squash_history({self.repository!r}) now and then"
-        )
-
     def put(self, name, write, needed_bytes, facts):
         """Upload an archive written by write(writer), with its listing. OSError: disk, network or hub."""
         from huggingface_hub import CommitOperationAdd
 
         with as_os_errors(), tempfile.TemporaryDirectory() as folder:
             if shutil.disk_usage(folder).free < needed_bytes:
-                raise OSError(errno.ENOSPC, f"{name} takes {needed_bytes / 2**30:.2f} GiB of {folder}")
+                raise OSError(errno.ENOSPC, f"{name} takes {gib(needed_bytes):.2f} GiB of {folder}")
             archive, listing = Path(folder) / "archive", Path(folder) / "listing"
             made = write_stream(archive, write)
-            write_stream(listing, lambda out: out.write(sealed({**facts, **made})))
+            listing.write_bytes(sealed({**facts, **made}))
             self.api.create_repo(self.repository, repo_type="model", private=True, exist_ok=True)
             refusal = self.refusal()
             if refusal:
                 raise OSError(errno.EPERM, refusal)
-            pairs = ((archive, f"{name}.tar"), (listing, f"{name}.json"))
-            self.api.create_commit(
-                self.repository,
-                [CommitOperationAdd(self._path(remote), str(local)) for local, remote in pairs],
-                commit_message=f"{self.study_name}: {name}, serial {facts['serial']}",
-                repo_type="model",
-            )
-        return made
+            files = {f"{name}.tar": archive, f"{name}.json": listing}
+            adds = [CommitOperationAdd(self._path(remote), str(local)) for remote, local in files.items()]
+            self._commit(adds, f"{name}, serial {facts['serial']}")
 
     def fetch(self, name, facts, target):
         """Download an archive to the local path `target`. OSError: it is not what its listing says."""
@@ -133,24 +142,18 @@ class HubRemote:
         from huggingface_hub import CommitOperationDelete
 
         with as_os_errors():
-            self.api.create_commit(
-                self.repository,
-                [CommitOperationDelete(self._path(f"{name}.{ending}")) for ending in ("tar", "json")],
-                commit_message=f"{self.study_name}: {name} has served",
-                repo_type="model",
-            )
+            deletes = [CommitOperationDelete(self._path(f"{name}.{ending}")) for ending in ("tar", "json")]
+            self._commit(deletes, f"{name} is no longer needed")
 
     def free_bytes(self):
         """A large number: the hub names no limit in advance."""
         return 1 << 50
 
     def reconnect(self):
-        """Nothing: each call is a connection of its own."""
-
-    doubt = ""  # a commit is there when its call returns
+        """Do nothing: each call is a connection of its own."""
 
     def flush(self):
-        """Nothing is left to do, and nothing in doubt."""
+        """Do nothing: no upload is left or in doubt."""
         return self.doubt
 
     def remedy(self, error):
@@ -159,18 +162,9 @@ class HubRemote:
             return "nothing is copied there until then"
         return f"see whether HF_TOKEN may write to {self.repository}, or set PEFTLIB_MIRROR to a folder or to off"
 
+    def _commit(self, operations, what):
+        message = f"{self.study_name}: {what}"
+        self.api.create_commit(self.repository, operations, commit_message=message, repo_type="model")
+
     def _path(self, name):
         return f"{self.study_name}/{name}"
-
-
-@contextlib.contextmanager
-def as_os_errors():
-    """The network's errors as OSError, which is what a remote may raise; the hub's own are that already."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except HfHubHTTPError.__bases__ as error:  # of the HTTP library that this huggingface_hub uses
-        if isinstance(error, OSError):
-            raise
-        raise OSError(errno.EIO, str(error).strip().split("\n")[0][:200]) from error

@@ -1,28 +1,27 @@
-"""One session at a time on a study folder: a lock file with owner and heartbeat.
+"""One session at a time in a study folder: the system's lock on this machine, an owner with a heartbeat for others.
 
-A lock whose process is gone, or that gave no sign of life for a while, is taken over; a live one is refused by name.
+On one machine `filelock` decides, and the system frees its lock when a process dies. Between machines, as on Drive,
+`lock.json` does: a lock without a heartbeat for a while is taken over, a live one is refused by its owner's name.
 The session that holds a study may let child processes in, each with a lock of its own run below it.
 """
 
 import contextlib
-import json
+import hashlib
 import os
+import tempfile
 import threading
 import time
 import uuid
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import DiskError, LockedError
+from peftlib.core.errors import LockedError, writing
 from peftlib.core.files import write_json
-from peftlib.storage.lock_owner import is_gone, is_here, named, read, read_settled, this_process
+from peftlib.storage.lock_owner import is_of_this_machine, named, read, this_process
+from peftlib.storage.mirror import running
 
-HEARTBEAT_S = 15.0  # seconds between two signs of life
+HEARTBEAT_S = 15.0  # seconds between two heartbeats
 STALE_S = 90.0  # seconds without one after which a lock counts as left behind
 _NAME = "lock.json"
 _PASS = "PEFTLIB_LOCK"  # environment variable: TOKEN@FOLDER of the lock that a child process works under
@@ -31,26 +30,24 @@ _LOOK_S = 2.0  # seconds between two looks of a child whether its parent still h
 
 @contextlib.contextmanager
 def held(folder, what, *, run="", log=print):
-    """The locks on a study folder, here and on its remote; yields a function that raises once another took over.
+    """Hold the locks on a study folder, here and on its remote; yields a function that raises once another took over.
 
     In a child process of the session that holds the folder (see child_environment) the lock is that of `run`, a name
-    such as qlora-s0, and the function raises as well once that session is gone.
-    LockedError: another live session holds one of them. A remote that cannot be reached is said, and not waited for.
+    such as qlora-s0, and the function raises as well once that session has ended.
+    LockedError: another live session holds one of them. An unreachable remote is logged and goes without a lock.
     """
-    from peftlib.storage.mirror import running  # which needs no lock
-
-    parent = _Parent.of(folder)
-    if parent is not None:
-        parent.require()
+    require_parent = _parents_lock(folder)
+    if require_parent is not None:
+        require_parent()
         with StudyLock(folder, what, name=f"{run or 'child'}-{_NAME}") as own:
-            yield lambda: (parent.require(), own.require())
+            yield lambda: (require_parent(), own.require())
         return
 
     with contextlib.ExitStack() as stack:
         locks = [stack.enter_context(StudyLock(folder, what))]
         mirror = running(folder)
         if mirror is not None and mirror.remote.has_locks:
-            # Fewer signs of life: Drive counts writes, and shows them late to other machines.
+            # Fewer heartbeats: Drive counts writes, and shows them late to other machines.
             settle_s = 3.0 if mirror.remote.is_drive else 0.0
             far = StudyLock(mirror.remote.folder, what, heartbeat_s=60.0, stale_s=240.0, settle_s=settle_s)
             try:
@@ -72,63 +69,42 @@ def child_environment(folder):
     """
     path = Path(folder).absolute() / _NAME
     owner = read(path)
-    if owner is None or not is_here(owner):
+    if owner is None or not is_of_this_machine(owner) or owner.get("pid") != os.getpid():
         raise LockedError(f"{path} is not this process's: nobody can be let in")
     return {_PASS: f"{owner['token']}@{path.parent}"}
 
 
-class _Parent:
-    """The session under whose lock this process works."""
+def _parents_lock(folder):
+    """A function that raises LockedError once the session that let this process in has ended or lost its lock.
 
-    def __init__(self, folder, token):
-        self.path, self.token = Path(folder).absolute() / _NAME, token
-        self._looked_at = None
+    None where no session has let it in.
+    """
+    token, _, place = os.environ.get(_PASS, "").partition("@")
+    path = Path(folder).absolute() / _NAME
+    if not place or Path(place) != path.parent:
+        return None
+    next_look = 0.0
 
-    @classmethod
-    def of(cls, folder):
-        """The parent that lets this process work in the folder, or None where the folder is nobody's to let."""
-        token, _, place = os.environ.get(_PASS, "").partition("@")
-        return cls(folder, token) if place and Path(place) == Path(folder).absolute() else None
-
-    def require(self):
-        """LockedError where the parent has ended or lost its lock."""
-        now = time.monotonic()
-        if self._looked_at is not None and now - self._looked_at < _LOOK_S:
+    def require():
+        nonlocal next_look
+        if time.monotonic() < next_look:
             return
-        self._looked_at = now
-        owner = read(self.path)
-        if owner is None or owner["token"] != self.token or is_gone(owner):
+        next_look = time.monotonic() + _LOOK_S
+        owner = read(path)
+        if owner is None or owner["token"] != token or _is_free(path):
             raise LockedError(
-                f"the session that started this one holds {self.path.parent.name} no more: this process stops and "
-                "writes no more"
+                f"the session that started this one has lost its lock on {path.parent.name}: stopping without further writes"
             )
 
-
-@contextlib.contextmanager
-def _alone_in(folder):
-    """Within it no other process or thread of this machine is in the same block for the same folder.
-
-    Held by the system for the folder itself, so no file is left behind. Where a file system has no such locks (Drive),
-    or on Windows, everybody gets in.
-    """
-    if fcntl is None:
-        yield
-        return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)
+    return require
 
 
 class StudyLock:
     """Context manager that holds `folder`/lock.json, or another `name` that ends so.
 
     what: the work in words, shown to whoever is refused. settle_s: seconds after which the file is read again, for
-    folders that several machines reach (two could have written it at once). place: what is locked, in words; None: the
-    study of that folder. log: told of a lock that cannot be believed at once.
+    Drive, where two machines may have written it at once; the system's lock is then kept outside of the folder. place:
+    what is locked, in words; None: the study of that folder. log: told of a lock that cannot be believed at once.
     LockedError: another live session holds it. While held, `require` raises LockedError once another has taken over.
     """
 
@@ -140,25 +116,21 @@ class StudyLock:
         self._place, self._log = place or f"study {self.path.parent.name!r}", log
         self._owner = this_process() | {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
         self._is_over = threading.Event()
-        self._taker = None  # who has taken over
+        self._taker = None  # the owner that has taken over
+        self._local = _local_lock(self.path, is_drive=settle_s > 0)
 
     def __enter__(self):
-        for _ in range(20):
-            with writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._create()
-                break
-            except FileExistsError:
-                self._clear_if_left_behind()
-            except FileNotFoundError:
-                continue  # the session before removed the folder with its lock
-        else:
-            raise LockedError(f"{self.path} changes hands all the time: several sessions want {self._place} at once")
-        if self.settle_s:
-            time.sleep(self.settle_s)
-            self._look()
-            self.require()
+        self._acquire_local()
+        try:
+            self._clear_if_left_behind()
+            write_json(self.path, self._owner | {"heartbeat": time.time()})
+            if self.settle_s:
+                time.sleep(self.settle_s)
+                self._look()
+                self.require()
+        except BaseException:
+            self._release_local()
+            raise
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
         return self
@@ -167,8 +139,9 @@ class StudyLock:
         self._is_over.set()
         self._beating.join()
         with contextlib.suppress(OSError):
-            if self._token_at(self.path) == self._owner["token"]:
+            if (read(self.path) or {}).get("token") == self._owner["token"]:
                 os.unlink(self.path)
+        self._release_local()
 
     def require(self):
         """LockedError where another session has taken over."""
@@ -179,56 +152,75 @@ class StudyLock:
 
     def require_free(self):
         """LockedError where another live session holds the lock; nothing is taken."""
-        if self.path.exists():
+        if not self.path.exists():
+            return
+        self._acquire_local()
+        try:
             self._clear_if_left_behind()
+        finally:
+            self._release_local()
 
-    def _create(self):
-        """Write the lock. FileExistsError: there is one. DiskError: it cannot be written, and none is left."""
-        try:
-            opened = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except (FileExistsError, FileNotFoundError):
-            raise
-        except OSError:
+    def _acquire_local(self):
+        """Take the system's lock. LockedError: another process or thread of this machine holds it."""
+        owner = None
+        for _ in range(20):
             with writing(self.path):
-                raise
-        try:
-            with writing(self.path), os.fdopen(opened, "w", encoding="utf-8") as out:
-                json.dump(self._owner | {"heartbeat": time.time()}, out)
-        except DiskError:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
-            raise
+                try:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._local.acquire(blocking=False)
+                    return
+                except FileNotFoundError:
+                    continue  # the session before removed the folder with its lock
+                except Timeout:
+                    owner = read(self.path)
+            if owner is not None and is_of_this_machine(owner):
+                break
+            time.sleep(0.1)  # it is just being taken or given back
+        if owner is not None:
+            self._refuse(owner)
+        raise LockedError(f"{self.path} changes hands all the time: several sessions want {self._place} at once")
+
+    def _release_local(self):
+        with contextlib.suppress(OSError):
+            os.unlink(self._local.lock_file)  # while it is held: filelock takes none that was deleted meanwhile
+        self._local.release()
 
     def _clear_if_left_behind(self):
-        """Move a stale lock out of the way. LockedError: it is a live one."""
-        owner = read_settled(self.path)
-        if owner is None:
-            if self.path.exists():
-                self._log(f"{self.path} is damaged and names no session: it counts as left behind")
-        elif not is_gone(owner):
+        """Remove the lock file of a session that has ended, while this one has the system's lock.
+
+        LockedError: it is of another machine's live session, or cannot be read.
+        """
+        owner = read(self.path)
+        if owner is None and self.path.exists():
+            if self.path.is_dir() or not os.access(self.path, os.R_OK):
+                raise LockedError(
+                    f"{self.path} cannot be read as a lock: see whose it is, and move it away if nobody works there"
+                )
+            self._log(f"{self.path} is damaged and names no session: it counts as left behind")
+        elif owner is not None and not is_of_this_machine(owner):
             self._require_silent(owner)
-        with writing(self.path), _alone_in(self.path.parent), contextlib.suppress(FileNotFoundError):
-            # Another session may have been faster, and its new lock stays. One at a time looks and deletes.
-            now = read_settled(self.path)
-            if (now and now["token"]) == (owner and owner["token"]):
-                os.unlink(self.path)
+        with writing(self.path), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     def _require_silent(self, owner):
-        """LockedError where the owner still gives signs of life."""
+        """LockedError where the owner's heartbeat goes on."""
+        if time.time() - owner["heartbeat"] < -self.stale_s:
+            owner = self._after_watching(owner)
+            if owner is not None:
+                self._refuse(owner | {"heartbeat": time.time()})
+        elif time.time() - owner["heartbeat"] < self.stale_s:
+            self._refuse(owner)
+
+    def _refuse(self, owner):
         silent = time.time() - owner["heartbeat"]
-        if silent < -self.stale_s:
-            owner, silent = self._after_watching(owner), 0.0
-            if owner is None:
-                return
-        if silent < self.stale_s:
-            clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
-            raise LockedError(
-                f"{self._place} is in use by {named(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
-                f"or stop it. If it is gone, run this again after {clears}"
-            )
+        clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
+        raise LockedError(
+            f"{self._place} is in use by {named(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
+            f"or stop it. If it is gone, run this again after {clears}"
+        )
 
     def _after_watching(self, owner):
-        """Who has given a sign of life while a lock from the future was watched, or None.
+        """The owner that has given a heartbeat while a lock from the future was watched, or None.
 
         Of two clocks that differ neither is known to be right, so a time alone cannot tell how old the lock is.
         """
@@ -245,10 +237,6 @@ class StudyLock:
                 return now
         return None
 
-    @staticmethod
-    def _token_at(path):
-        return (read(path) or {}).get("token")
-
     def _beat(self):
         while not self._is_over.wait(self.heartbeat_s):
             self._look()
@@ -261,3 +249,21 @@ class StudyLock:
         owner = read(self.path)
         if owner is not None and owner["token"] != self._owner["token"]:
             self._taker = owner
+
+
+def _local_lock(path, *, is_drive=False):
+    """The system's lock that stands for a lock file: beside it, or on this machine's own disk for one on Drive."""
+    beside = path.with_name(f".{path.name}.local")
+    if is_drive:
+        mark = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+        beside = Path(tempfile.gettempdir()) / f"peftlib-{mark}.lock"
+    return FileLock(beside, thread_local=False)
+
+
+def _is_free(path):
+    """Whether no process of this machine holds a lock file's local lock."""
+    try:
+        with _local_lock(path).acquire(blocking=False):
+            return True
+    except (Timeout, OSError):
+        return False

@@ -1,6 +1,6 @@
-"""A study kept beside the local disk: copied in the background while work goes on, brought back in a new session.
+"""Copies of a study on a remote: uploaded in the background, restored in a new session.
 
-Training never waits for it and never fails by it. What is copied is told from what is not at the end of a notebook.
+Uploads never block or fail training; the last cell of a notebook reports what has not been uploaded.
 """
 
 import atexit
@@ -12,8 +12,10 @@ from pathlib import Path
 
 from peftlib import __version__
 from peftlib.core.errors import CheckpointError, ConfigError
+from peftlib.core.files import gib
+from peftlib.core.study import Study
 from peftlib.storage import archive
-from peftlib.storage.mirror_state import MirrorState, alone, in_order, made, newest_first
+from peftlib.storage.mirror_state import MirrorState, alone, made
 from peftlib.storage.remotes import remote_of
 
 EVERY_S = 10.0  # seconds between two looks for something new
@@ -24,8 +26,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0  # after an error, doubled each ti
 _RUNNING = {}  # study folder -> its Mirror: a process has one for each
 
 
-def bring(folder, *, log=print):
-    """A Mirror of a study folder after what another session left on the remote was brought; it copies when told.
+def restore(folder, *, log=print):
+    """Restore what another session left of a study folder on its remote; returns a Mirror, which copies when told.
 
     None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own folder, or a
     public repository.
@@ -47,10 +49,10 @@ def bring(folder, *, log=print):
 
 
 def open_mirror(folder, *, log=print):
-    """The Mirror of a study folder that copies in the background, started by a process's first call; None as in bring."""
+    """The Mirror of a study folder that uploads in the background, started by the first call; None as in restore."""
     folder = Path(folder).absolute()
     if folder not in _RUNNING:
-        mirror = bring(folder, log=log)
+        mirror = restore(folder, log=log)
         if mirror is None:
             return None
         if mirror.remote.notice:
@@ -60,22 +62,27 @@ def open_mirror(folder, *, log=print):
     return _RUNNING[folder]
 
 
+def open_study(name):
+    """The Study of a folder that exists here or on its remote; uploaded from now on. Errors: see Study.existing."""
+    return Study.existing(name, on_open=open_mirror)
+
+
 def running(folder):
     """The Mirror that open_mirror has started for a folder, or None."""
     return _RUNNING.get(Path(folder).absolute())
 
 
 def flush_all():
-    """Wait for the last copies of every study that this process has opened; what stands where, a line each."""
+    """Wait for the last uploads of every study that this process has opened; yields a line on each."""
     for mirror in _RUNNING.values():
         mirror.flush()
         yield mirror.state()
 
 
 class Mirror:
-    """Copies of a study folder on a remote, in archives that alternate between places, so that one is always whole.
+    """Copies of a study folder on a remote, in archives that alternate between slots, so that one is always whole.
 
-    keep: checkpoints of a run that stay whole on the remote while another is written, so keep + 1 places.
+    keep: checkpoints of a run that stay whole on the remote while another is written, so keep + 1 slots.
     every_s, small_files_s: see the constants of this module.
     """
 
@@ -86,14 +93,13 @@ class Mirror:
         self._state = MirrorState(self.folder, remote)
         self._doubt = remote.doubt  # what is not known about what is written there
         self._failures = {}  # unit -> (what went wrong, time of the next try, pause)
-        self._small_files_at = 0.0
-        self._look_at = 0.0  # when to look next for checkpoints that have served
+        self._small_files_at = self._look_at = 0.0  # last copied; when to look next for checkpoints of finished runs
         self._is_taken_over = False
         self._one_at_a_time = threading.Lock()
         self._is_over = threading.Event()
 
     def start(self):
-        """Copy in a thread from now on."""
+        """Start the thread that copies."""
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
         atexit.register(self._is_over.set)
@@ -104,23 +110,24 @@ class Mirror:
         self._thread.join()
 
     def restore(self):
-        """Bring what another session has written to the remote since this folder was last its copy.
+        """Restore what another session has uploaded since this folder was last up to date.
 
-        What cannot be read is said and left; an older whole copy of it is taken where there is one.
+        What cannot be read is logged and left; an older whole copy is taken where there is one.
         """
         try:
             listing = self.remote.listing()
         except OSError as error:
             self.log(f"{self.remote} cannot be read ({_said(error)}): going on with what is here")
             return
-        for unit in in_order(listing):
-            if unit not in archive.NOT_BROUGHT:
-                self._restore_unit(unit, listing)
-        newest = {unit: newest_first(unit, listing)[0][1]["serial"] for unit in in_order(listing)}
+        # The small files come last: a record must not say more than what is here.
+        units = sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))
+        for unit in (unit for unit in units if unit not in archive.NOT_RESTORED):
+            self._restore_unit(unit, listing)
+        newest = {unit: archive.newest_first(unit, listing)[0][1]["serial"] for unit in units}
         self._state.forget([unit for unit in self._state.copied if newest.get(unit) != self._state.serials[unit]])
 
     def _restore_unit(self, unit, listing):
-        for name, facts in newest_first(unit, listing):
+        for name, facts in archive.newest_first(unit, listing):
             if facts["origin"] == self._state.origin or facts["serial"] <= self._state.serials.get(unit, 0):
                 return  # what is here is at least as new
             if unit.startswith("checkpoint-") and archive.is_finished(self.folder, unit.removeprefix("checkpoint-")):
@@ -133,15 +140,14 @@ class Mirror:
             except OSError as error:
                 self.log(f"{self.remote}: {name} not used ({_said(error)})")
                 continue
-            self.log(f"brought {unit} from {self.remote} ({len(names)} files, {facts['bytes'] / 2**20:.0f} MiB)")
-            break
-        else:
+            self.log(f"restored {unit} from {self.remote} ({len(names)} files, {facts['bytes'] / 2**20:.0f} MiB)")
+            files = archive.units_of(self.folder).get(unit, [])
+            newest = archive.newest_first(unit, listing)[0][1]["serial"]
+            self._state.keep(unit, newest, archive.fingerprint(self.folder, files))
             return
-        files = archive.units_of(self.folder).get(unit, [])
-        self._state.keep(unit, newest_first(unit, listing)[0][1]["serial"], archive.fingerprint(self.folder, files))
 
     def require_space(self, run, checkpoint_bytes):
-        """See before step 1 that keep + 1 checkpoints of a run fit on the remote; one is kept where more do not.
+        """Check before step 1 that keep + 1 checkpoints of a run fit on the remote; keep one where more do not.
 
         CheckpointError, with the numbers: not even two copies fit. An unreachable remote is no error here.
         """
@@ -151,21 +157,19 @@ class Mirror:
         except OSError as error:
             self.log(f"{self.remote} cannot be read ({_said(error)}): its free space is not known")
             return
-        free += sum(facts["bytes"] for _, facts in newest_first(f"checkpoint-{run}", listing))
-        for keep in sorted({self.keep, 1}, reverse=True):
-            if (keep + 1) * checkpoint_bytes <= free:
-                if keep < self.keep:
-                    self.log(f"{self.remote} has {free / 2**30:.1f} GiB: it keeps one checkpoint, not {self.keep}")
-                self.keep = keep
-                return
-        raise CheckpointError(
-            f"{self.remote} may take {free / 2**30:.2f} GiB more, two checkpoints of {run} need "
-            f"{2 * checkpoint_bytes / 2**30:.2f} GiB: free some space (a Drive's trash counts), name another place in "
-            "PEFTLIB_MIRROR, or set PEFTLIB_MIRROR=off to train without a copy"
-        )
+        free += sum(facts["bytes"] for _, facts in archive.newest_first(f"checkpoint-{run}", listing))
+        if 2 * checkpoint_bytes > free:
+            raise CheckpointError(
+                f"{self.remote} may take {gib(free):.2f} GiB more, two checkpoints of {run} need "
+                f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), name another place in "
+                "PEFTLIB_MIRROR, or set PEFTLIB_MIRROR=off to train without a copy"
+            )
+        if (self.keep + 1) * checkpoint_bytes > free:
+            self.log(f"{self.remote} has {gib(free):.1f} GiB: it keeps one checkpoint, not {self.keep}")
+            self.keep = 1
 
     def flush(self, timeout_s=FLUSH_S):
-        """Wait until all is copied, at most so long; whether it is."""
+        """Wait at most `timeout_s` until all is uploaded; returns whether it is."""
         end = time.monotonic() + timeout_s
         flushing = threading.Thread(target=self._copy_all, args=(end,), daemon=True)
         flushing.start()
@@ -173,7 +177,7 @@ class Mirror:
         return not flushing.is_alive() and not self._waiting()
 
     def state(self):
-        """What stands on the remote and what does not, and what to do about it, in words."""
+        """What is on the remote, what is not, and why, in words."""
         if self._is_taken_over:
             return f"another session writes to {self.remote} now: what this one made since is only in {self.folder}"
         waiting = self._waiting()
@@ -184,7 +188,7 @@ class Mirror:
         return f"NOT on {self.remote} yet: {', '.join(told)}"
 
     def _copy_all(self, end):
-        """Copy until nothing waits, or `end` is there, or what waits has failed several times over."""
+        """Copy until nothing waits, `end` is reached, or what waits has failed several times over."""
         for pause in (1.0, 2.0, 4.0, 8.0, 0.0):
             self._failures = {unit: (said, 0.0, wait) for unit, (said, _, wait) in self._failures.items()}
             while self._is_behind() and time.monotonic() < end:
@@ -199,9 +203,8 @@ class Mirror:
 
     def _is_behind(self):
         """Whether something waits that has not just failed."""
-        return not self._is_taken_over and any(
-            unit not in self._failures or not self._failures[unit][1] for unit in self._waiting()
-        )
+        waiting = [] if self._is_taken_over else self._waiting()
+        return any(unit not in self._failures or not self._failures[unit][1] for unit in waiting)
 
     def _waiting(self):
         """Units whose present files the remote does not have."""
@@ -235,12 +238,10 @@ class Mirror:
             self._put(unit)
             if self._failures.pop(unit, None):
                 self.log(f"{self.remote}: {unit} is copied now")
-        except FileNotFoundError as error:
-            if Path(error.filename or "").is_relative_to(self.folder):
-                return  # replaced while it was read: the next look finds what took its place
-            self._fail(unit, error, pause)
         except OSError as error:
-            self._fail(unit, error, pause)
+            is_gone = isinstance(error, FileNotFoundError) and Path(error.filename or "").is_relative_to(self.folder)
+            if not is_gone:  # else it was replaced while it was read, and the next look finds what took its place
+                self._fail(unit, error, pause)
         finally:
             self.busy_with = None
 
@@ -255,8 +256,7 @@ class Mirror:
     def _put(self, unit):
         files = archive.units_of(self.folder).get(unit, [])
         print_of_files = archive.fingerprint(self.folder, files)
-        listing = self.remote.listing()
-        known = newest_first(unit, listing)
+        known = archive.newest_first(unit, self.remote.listing())
         newest = known[0][1] if known else {"serial": 0, "origin": self._state.origin}
         if newest["origin"] != self._state.origin and newest["serial"] > self._state.serials.get(unit, 0):
             self._is_taken_over = True
@@ -266,24 +266,24 @@ class Mirror:
         facts = {"unit": unit, "serial": serial, "origin": self._state.origin, "written_by": f"peftlib {__version__}"}
         with archive.pinned(self.folder, files) as pairs:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
-            self.remote.put(self._place(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
+            self.remote.put(self._slot(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
         self._state.keep(unit, serial, print_of_files)
         self._look_at = 0.0
         self._doubt = self.remote.doubt
         if unit == "study":
             self._small_files_at = time.monotonic()
 
-    def _place(self, unit, known):
-        """The name to write to: a free one, else the oldest of more than this unit keeps."""
-        # What is made once can be made again, or its checkpoint still stands while it is written.
-        places = self.keep + 1 if unit.startswith("checkpoint-") else 2 if unit == "study" else 1
-        names = [f"{unit}.{place}" for place in range(places)]
+    def _slot(self, unit, known):
+        """The archive to write: a free one of the unit's slots, else the oldest."""
+        # Data can be made again, and of weights the checkpoint still stands while they are written.
+        slots = self.keep + 1 if unit.startswith("checkpoint-") else 2 if unit == "study" else 1
+        names = [f"{unit}.{slot}" for slot in range(slots)]
         taken = [name for name, _ in known if name in names]
         free = [name for name in names if name not in taken]
         return free[0] if free else taken[-1]
 
     def _drop_finished(self):
-        """Empty the places of checkpoints whose run is finished, once its record and weights stand on the remote."""
+        """Delete the checkpoints of finished runs, once their records and weights are on the remote."""
         if self._is_taken_over or time.monotonic() < self._look_at or self._waiting():
             return
         self._look_at = time.monotonic() + LOOK_S

@@ -1,11 +1,12 @@
-"""What a study folder has on its remote, remembered in the folder; the remote's listing in order; one copier at a time."""
+"""What a study folder has on its remote, remembered in the folder, and one copier at a time."""
 
 import contextlib
 import uuid
 from pathlib import Path
 
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import StudyError
+from filelock import FileLock, Timeout
+
+from peftlib.core.errors import StudyError, writing
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, require_shape
 
@@ -14,10 +15,10 @@ _SHAPE = {"remote": str, "origin": str, "serials": Map(int), "copied": Map([list
 
 
 class MirrorState:
-    """What this folder, or another process in it, has copied to a remote or brought from it.
+    """What this folder, or another process in it, has uploaded to a remote or restored from it.
 
-    origin: this folder's mark in what it writes. copied: {unit: fingerprint of what the remote has of it}. serials:
-    {unit: serial of the copy that this folder last was}.
+    origin: this folder's mark in what it uploads. copied: {unit: fingerprint of the files that the remote has}. serials:
+    {unit: serial of the upload that this folder's files are as new as}.
     """
 
     def __init__(self, folder, remote):
@@ -26,9 +27,9 @@ class MirrorState:
         self.read()
 
     def read(self):
-        """Take up what earlier sessions in this folder, or other processes, have copied to this remote.
+        """Read what earlier sessions in this folder, or other processes, have uploaded to this remote.
 
-        A state that is damaged counts as none: then all is copied once more.
+        A damaged state counts as none: everything is then uploaded once more.
         """
         with contextlib.suppress(OSError, StudyError):
             path = self._folder / _STATE
@@ -54,36 +55,21 @@ class MirrorState:
 
 @contextlib.contextmanager
 def alone(folder):
-    """Whether no other process of this machine copies the folder at the moment."""
+    """Yields whether this process alone copies the folder; no other process of this machine does within the block."""
+    lock = FileLock(made(folder) / ".mirror.lock")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield True
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
         return
-    with open(made(folder) / ".mirror.lock", "w", encoding="utf-8") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def made(folder):
-    """The folder, made where it was not there."""
+    """The folder, made where it was missing."""
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
-
-
-def newest_first(unit, listing):
-    """[(name, facts), ...] of a unit's archives."""
-    return sorted(
-        ((name, facts) for name, facts in listing.items() if facts["unit"] == unit),
-        key=lambda pair: -pair[1]["serial"],
-    )
-
-
-def in_order(listing):
-    """The units of a listing, the small files last: a record must not say more than what is here."""
-    return sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))

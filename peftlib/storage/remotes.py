@@ -1,8 +1,8 @@
-"""Where a study is kept beside the local disk: a mounted Google Drive, any other folder, or a hub repository.
+"""Remotes, where a study is kept beside the local disk: a mounted Google Drive, any other folder, or a hub repository.
 
 The one module that knows what Drive is: deleted files lie in its trash and still count, so files keep their names, are
-written over in place, and are emptied before they are deleted; renaming over a file would trash the old one. A mount
-can die or lie, so what was written is read back, and a file counts only with its sealed listing, written last.
+overwritten in place, and are emptied before they are deleted; renaming over a file would trash the old one. A mount
+can die or lie, so each file is read back after it was written, and counts only with its sealed listing, written last.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.files import fault_of, sealed, unsealed, write_stream
+from peftlib.core.files import fault_of, gib, read_json, sealed, write_stream
 from peftlib.core.json_reading import require_shape
-from peftlib.core.kernel import is_watched
+from peftlib.core.session import is_watched
+from peftlib.storage.archive import LISTED
+from peftlib.storage.hub import HubRemote
 
 DRIVE = Path("/content/drive")
-LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive
 _BLOCK = 4 << 20  # bytes copied at once
 DRIVE_LIMIT_BYTES = 12 << 30  # of a free Drive's 15 GB; mail and photos share it
 _UPLOADING = "Colab uploads it in the background, so keep this runtime for some minutes, or see at drive.google.com that it is there"
@@ -33,8 +34,6 @@ def remote_of(study_name):
     """
     named = os.environ.get("PEFTLIB_MIRROR", "").strip()
     if named.startswith("hf://"):
-        from peftlib.storage.hub import HubRemote
-
         if named.count("/") < 3:
             raise ConfigError(f"PEFTLIB_MIRROR={named!r}: use hf://USER/REPO")
         return HubRemote(named.removeprefix("hf://"), study_name)
@@ -45,7 +44,7 @@ def remote_of(study_name):
 
 
 def mount_drive():
-    """Mount Google Drive, which asks its owner for leave; without it work goes on, on this machine's disk alone.
+    """Mount Google Drive, which asks its owner for permission; where it is refused, work goes on with the local disk alone.
 
     ConfigError: this is not Colab.
     """
@@ -58,7 +57,7 @@ def mount_drive():
         _mounted_by_us = _mounted_by_us or not was_mounted
     except OSError as error:
         print(
-            f"{error.strerror}: results stay on this machine and go with it. Run this cell again to give leave, or set "
+            f"{error.strerror}: results stay on this machine and go with it. Run this cell again to allow it, or set "
             "PEFTLIB_DRIVE=0 to do without"
         )
 
@@ -75,7 +74,7 @@ def _mount(**how):
 
 
 class FolderRemote:
-    """Named archives in a folder: NAME.tar, and NAME.json, which is written last and holds bytes, SHA-256 and facts.
+    """Archives in a folder: NAME.tar, and its listing NAME.json, written last, with bytes, SHA-256 and facts.
 
     Methods raise OSError as the folder does.
     """
@@ -94,7 +93,7 @@ class FolderRemote:
         found = {}
         for path in sorted(self.folder.glob("*.json")):
             with contextlib.suppress(StudyError, OSError):
-                found[path.stem] = require_shape(unsealed(path), LISTED, path)
+                found[path.stem] = require_shape(read_json(path, is_sealed=True), LISTED, path)
         return found
 
     def refusal(self):
@@ -112,16 +111,13 @@ class FolderRemote:
         there = archive.stat().st_size if archive.exists() else 0
         free = self.free_bytes() + there
         if needed_bytes > free:
-            raise OSError(
-                errno.ENOSPC, f"{name} takes {needed_bytes / 2**30:.2f} GiB, {max(0, free) / 2**30:.2f} are free"
-            )
+            raise OSError(errno.ENOSPC, f"{name} takes {gib(needed_bytes):.2f} GiB, {gib(max(0, free)):.2f} are free")
         write_stream(listing, lambda out: None)  # from here the old archive does not count
         made = write_stream(archive, write)
         fault = fault_of(archive, made)
         if fault:
             raise OSError(errno.EIO, f"read back: {fault}")
         write_stream(listing, lambda out: out.write(sealed({**facts, **made})))
-        return made
 
     def fetch(self, name, facts, target):
         """Copy an archive to the local path `target`. OSError: it is not what its listing says."""
@@ -141,7 +137,7 @@ class FolderRemote:
 
     def free_bytes(self):
         """Bytes that may still be written."""
-        free = shutil.disk_usage(self.folder if self.folder.exists() else _existing_parent(self.folder)).free
+        free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
         if not self.is_drive:
             return free
         ours = sum(path.stat().st_size for path in self.folder.parent.rglob("*") if path.is_file())
@@ -159,10 +155,10 @@ class FolderRemote:
         return _UPLOADING if self.is_drive else ""
 
     def flush(self):
-        """Have Drive upload what its mount still holds back; what is not known afterwards, as `doubt`.
+        """Have Drive upload what its mount still holds back; returns the doubt that is left, as `doubt`.
 
-        Colab can do it only by unmounting Drive for the whole machine. So a Drive that somebody else has mounted is
-        left alone, and so is every Drive in a headless run.
+        Colab can do it only by unmounting Drive for the whole machine, so not in a headless run, nor where somebody else
+        has mounted it.
         """
         if not self.is_drive or not _mounted_by_us or not _can_ask_colab():
             return self.doubt
@@ -188,7 +184,7 @@ class FolderRemote:
         return f"see whether {self.folder} can be written to, or set PEFTLIB_MIRROR to another place or to off"
 
     def _is_there(self):
-        """Whether the Drive that the folder is on is mounted; other folders are made where they are not there."""
+        """Whether the Drive that the folder is on is mounted; any other folder is made when it is missing."""
         return not self.is_drive or self.folder.parent.parent.is_dir()
 
     def _paths(self, name):
@@ -201,7 +197,3 @@ def _can_ask_colab():
     One that papermill started is Colab's too, and has its modules, but nobody looks at it.
     """
     return "google.colab" in sys.modules and is_watched()
-
-
-def _existing_parent(path):
-    return next(parent for parent in path.parents if parent.exists())

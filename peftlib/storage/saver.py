@@ -1,4 +1,4 @@
-"""When a run saves, and how little training waits for it."""
+"""When a run saves checkpoints, and how long that holds up training."""
 
 import threading
 import time
@@ -8,10 +8,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from peftlib.core.errors import CheckpointError
+from peftlib.core.files import GIB
 from peftlib.storage.checkpoint import Checkpoint
+from peftlib.storage.mirror import running
 
-# What a first save is taken to manage: written by a CPU, or copied from a GPU's memory.
-_BYTES_PER_SECOND = {False: 2**30, True: 4 * 2**30}
+# Assumed of a first save: written by a CPU, or copied from a GPU's memory.
+_BYTES_PER_SECOND = {False: GIB, True: 4 * GIB}
 
 
 class Saved(NamedTuple):
@@ -129,6 +131,17 @@ def _as_checkpoint_error(step, error):
     wrapped = CheckpointError(f"the checkpoint of step {step} could not be written ({type(error).__name__}: {error})")
     wrapped.__cause__ = error
     return wrapped
+
+
+def require_space(checkpoints, study_folder, run, checkpoint_bytes):
+    """CheckpointError, with the numbers, unless a run's checkpoints fit on its disk and on the study's remote.
+
+    checkpoints: its CheckpointDir. run: its name there, such as qlora-s0.
+    """
+    checkpoints.require_space(checkpoint_bytes)
+    mirror = running(study_folder)
+    if mirror is not None:
+        mirror.require_space(run, checkpoint_bytes)
 
 
 def _on_host(checkpoint):

@@ -1,4 +1,4 @@
-"""Folders in which something is made before it goes to its place: one maker a place, and nothing of killed ones stays."""
+"""Hidden folders in which an export is built before it is renamed to its target; what killed ones leave is removed."""
 
 import contextlib
 import hashlib
@@ -7,23 +7,21 @@ import time
 import uuid
 from pathlib import Path
 
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import LockedError
+from peftlib.core.errors import LockedError, writing
 from peftlib.core.files import remove_tree, rename
 from peftlib.storage.lock import StudyLock
 
-_NEW, _OLD, _TARGET = "new", "old", "target"  # what is made, what stood in the place before, the place's name
+_NEW, _OLD, _TARGET = "new", "old", "target"  # what is built, what the target held before, the target's name
 _OURS = {_NEW, _OLD, _TARGET, "lock.json"}
 _OLD_S = 86400.0  # after which a workspace without a lock, of an earlier peftlib, counts as left behind
 
 
 class Workspace:
-    """Context manager: a new folder `new` in a hidden folder of `parent`, both gone after the block.
+    """Context manager that yields an empty folder `new` in a hidden folder of `parent`; both are gone after the block.
 
-    target: name in `parent` that `replace` gives to `new`; a second maker for it is refused meanwhile. None: of no
-    place there. what: the work, place: its goal, both in words. tidies: remove what killed processes left beside it.
-    log: told what they left.
-    LockedError: another process makes something for the same target.
+    target: name in `parent` that `replace` gives to `new`, for which nobody else builds meanwhile; None: none. what: the
+    work, place: its goal, both in words. tidies: remove what killed processes left beside it. log: told what they left.
+    LockedError: another process builds for the same target.
     """
 
     def __init__(self, parent, *, target, what, place, tidies, prefix=".exporting-", log=print):
@@ -57,7 +55,7 @@ class Workspace:
             _remove_empty(self.folder)
 
     def replace(self):
-        """Put `new` in the target's place; what stood there goes with the workspace."""
+        """Rename `new` to the target; what was there goes with the workspace."""
         self._lock.require()
         place = self._parent / self._target
         if place.is_dir():
@@ -86,10 +84,7 @@ class Workspace:
             self._log(f"removed {found}, which an interrupted export had left")
 
     def _tidy(self, folder):
-        """Empty a workspace whose lock is held; True if it held anything.
-
-        What was to be replaced goes back where nothing has come into its place.
-        """
+        """Empty a workspace whose lock is held, and put back what was to be replaced; returns whether it held anything."""
         new, old, target = (folder / name for name in (_NEW, _OLD, _TARGET))
         is_used = new.exists() or old.exists()
         if old.exists() and new.exists():  # cut between the two renames

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peftlib.models.base import head_weight, hidden_states
+from peftlib.models.inspect import head_weight, hidden_states
 from peftlib.models.losses import IGNORE, chunked_loss_sum, scored_positions
 from peftlib.models.precision import autocast
 

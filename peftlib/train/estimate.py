@@ -12,11 +12,12 @@ import torch
 
 from peftlib import methods
 from peftlib.core.errors import ConfigError
-from peftlib.core.gpus import SHAPES, card_of_device
+from peftlib.core.files import GIB
+from peftlib.core.gpus import card_of_device
 from peftlib.core.paths import shipped
-from peftlib.models.base import PROJECTIONS
+from peftlib.models.inspect import PROJECTIONS
+from peftlib.models.shapes import SHAPES
 from peftlib.train import memory_model
-from peftlib.train.memory_model import GIB
 
 MEASURED = shipped("results/bench/methods.json")
 HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
@@ -262,11 +263,8 @@ def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
 
 def _rank_refusal(shape, method, cfg):
     """What the method's own checks would say of its ranks, or ''."""
-    fields = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank", "full": None}
     try:
-        for kind, leaves in methods.find(method).trains.items():
-            if fields[kind]:
-                methods.require_rank(fields[kind], getattr(cfg, fields[kind]), shape.matrices(leaves))
+        methods.find(method).require_ranks(cfg, shape.matrices)
     except ConfigError as error:
         return str(error)
     return ""

@@ -9,20 +9,19 @@ import torch
 
 from peftlib import data, methods
 from peftlib.core import record as records
-from peftlib.core.env import resolve_device, training_precision
+from peftlib.core.env import resolve_device, seed_of, training_precision
 from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.core.files import sha256
-from peftlib.core.interrupts import interrupts
-from peftlib.core.seeds import seed_of
-from peftlib.core.session import Deadline
+from peftlib.core.session import Deadline, interrupts
 from peftlib.models import compile as compiled
-from peftlib.models.base import core, guard_four_bit, layer_table, load_base
+from peftlib.models.identity import provenance_of
+from peftlib.models.inspect import core, layer_table
+from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
-from peftlib.storage import delta as compact
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.lock import held
-from peftlib.storage.saver import Saver
+from peftlib.storage.saver import Saver, require_space
 from peftlib.train import loggers, run_record, run_state
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.callbacks import CallbackList, Stopwatch, log_line
@@ -65,7 +64,7 @@ class TrainingRun:
 
     def _load_model(self):
         four_bit = self.method.four_bit
-        self.tokenizer = data.open_tokenizer(self.cfg.model)
+        self.tokenizer = data.load_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=four_bit)
         self.model = self.method.prepare(base, self.cfg)
@@ -140,26 +139,30 @@ class TrainingRun:
     def _resume(self):
         """Open the record, and restore the newest checkpoint if there is any."""
         self.progress = run_state.Progress()
-        how = {"precision": self.precision, "precision_reason": self.precision_reason}
-        self.record = records.new_record(self.study, self.name, device=self.device, **how)
+        self.record = records.new_record(
+            self.study,
+            self.name,
+            device=self.device,
+            precision=self.precision,
+            precision_reason=self.precision_reason,
+            provenance=provenance_of(self.cfg.model, self.study.records(), study=self.study.folder.name),
+        )
         self.record["layers"] = layer_table(self.model)
+        size = run_state.checkpoint_bytes(self)
         self.saver = Saver(
             self.checkpoints,
             every=self.cfg.save_steps,
             stall_share=self.cfg.max_save_overhead,
             is_background=self.device != "cpu",
-            expected_bytes=run_state.checkpoint_bytes(self),
+            expected_bytes=size,
             log=self.log,
         )
-        if self.saver.is_background:  # a thread has the time for it
-            with contextlib.suppress(OSError):  # a model without safetensors files
-                self.checkpoints.base = compact.BaseWeights(self.cfg.model)
         run_state.resume_or_start(self)
         self.saver.start(self.progress.step)
         if self.method.four_bit:
             guard_four_bit(self.model, self.method.four_bit)
         run_record.describe(self)
-        run_state.require_space(self)
+        require_space(self.checkpoints, self.study.folder, f"{self.name}-s{self.cfg.seed}", size)
 
     def _loop(self, interrupted):
         """Step, log, evaluate and save until the last step or a reason to stop."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from peftlib import methods
 from peftlib.core.errors import ConfigError
-from peftlib.models.base import PROJECTIONS
+from peftlib.core.files import GIB
+from peftlib.models.inspect import PROJECTIONS
 from peftlib.models.losses import CHUNK
 
-GIB = 2**30
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
 HEADROOM = 0.92  # of the card: the allocator's fragments and what the driver keeps
 # Numbers that a compiled layer keeps for its backward pass, in units of a token's hidden, intermediate and attention
@@ -19,40 +19,6 @@ HEADROOM = 0.92  # of the card: the allocator's fragments and what the driver ke
 _KEPT = {"hidden": 8.0, "intermediate": 3.0, "attention": 4.0}
 _BACKWARD = {"hidden": 4.0, "intermediate": 2.5}
 _EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a Gemma-like model matters for memory. attention: (query, key and value) output widths."""
-
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    attention: tuple
-
-    @classmethod
-    def of(cls, config):
-        """From a transformers config."""
-        head = config.head_dim
-        query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-        return cls(
-            config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers, (query, key, key)
-        )
-
-    def matrices(self, leaves):
-        """[(out, in), ...] of the named projections of one layer."""
-        query, key, value = self.attention
-        shapes = {
-            "q_proj": (query, self.hidden),
-            "k_proj": (key, self.hidden),
-            "v_proj": (value, self.hidden),
-            "o_proj": (self.hidden, query),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }
-        return [shapes[leaf] for leaf in leaves]
 
 
 @dataclass(frozen=True)

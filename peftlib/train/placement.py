@@ -8,12 +8,13 @@ import psutil
 import torch
 
 from peftlib.core.errors import ConfigError
+from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
-from peftlib.models.activation_checkpointing import checkpoint_layers
-from peftlib.models.base import core
+from peftlib.models.inspect import core
+from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
+from peftlib.models.shapes import Shape
 from peftlib.train import memory_model
-from peftlib.train.memory_model import GIB
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
@@ -41,7 +42,7 @@ class ExecutionPlan:
         self._is_first_step = True
 
     def _choose(self, precision):
-        shape, available = memory_model.Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
+        shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
         how = {"precision": precision, "device_bytes": available, "is_compiled": self.is_compiled}
         chosen = memory_model.choose(shape, self.method, self.cfg, **how)
         self.log(f"plan for {available / GIB:.1f} GiB: {chosen.line()}")

@@ -3,20 +3,17 @@
 from collections import Counter
 from datetime import UTC, datetime
 
-import torch
-
 from peftlib.core import record as records
-from peftlib.core.disk_errors import writing
-from peftlib.core.errors import CheckpointError
+from peftlib.core.errors import CheckpointError, writing
 from peftlib.core.files import sha256
-from peftlib.models.base import core, count_parameters, trainable
-from peftlib.models.saved import save_trained
-from peftlib.models.trained_files import settings_digests
-from peftlib.train import estimate, memory_model
+from peftlib.models.inspect import core, count_parameters, trainable
+from peftlib.models.precision import DTYPES
+from peftlib.models.saved import save_trained, settings_digests
+from peftlib.models.shapes import Shape
+from peftlib.train import estimate
 from peftlib.train.step import require_finite
 
 RATE_FACTOR = "rate_factor"
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def describe(run):
@@ -170,7 +167,8 @@ def finalise(run):
 
 def _measure_mfu(run):
     """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
-    shape = memory_model.Shape.of(core(run.model).config)
-    needed = estimate.flops_per_token(shape, run.method, length=float(run.rows.lengths.mean()))
-    ceiling = estimate.matmul_ceiling(run.device, _DTYPES[run.precision])
+    needed = estimate.flops_per_token(
+        Shape.of(core(run.model).config), run.method, length=float(run.rows.lengths.mean())
+    )
+    ceiling = estimate.matmul_ceiling(run.device, DTYPES[run.precision])
     run.record.update(mfu=run.record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)

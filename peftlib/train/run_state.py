@@ -8,15 +8,16 @@ import torch
 from peftlib import data
 from peftlib.core import record as records
 from peftlib.core.config import current_names, differences
+from peftlib.core.env import generator_states, set_generator_states
 from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.core.json_reading import Map, Maybe, fault
-from peftlib.core.seeds import generator_states, set_generator_states
 from peftlib.data.dedup import prompt_key
-from peftlib.models import identity, trained_files
-from peftlib.models.base import core, trainable
-from peftlib.storage import delta as compact
+from peftlib.models import identity, saved
+from peftlib.models.base_weights import BaseWeights
+from peftlib.models.inspect import core, trainable
+from peftlib.models.shapes import Shape
+from peftlib.storage import delta
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
-from peftlib.storage.mirror import running
 from peftlib.train import memory_model, run_record
 from peftlib.train.step import first_nonfinite, require_finite
 
@@ -97,16 +98,7 @@ def checkpoint_of(run):
 def checkpoint_bytes(run):
     """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the memory model counts it."""
     weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
-    shape = memory_model.Shape.of(core(run.model).config)
-    return weights + memory_model.optimizer_bytes(shape, run.name, run.cfg)
-
-
-def require_space(run):
-    """CheckpointError, with the numbers, unless a TrainingRun's checkpoints fit on its disk and on the study's copy."""
-    run.checkpoints.require_space(checkpoint_bytes(run))
-    mirror = running(run.study.folder)
-    if mirror is not None:
-        mirror.require_space(f"{run.name}-s{run.cfg.seed}", checkpoint_bytes(run))
+    return weights + memory_model.optimizer_bytes(Shape.of(core(run.model).config), run.name, run.cfg)
 
 
 def resume_or_start(run):
@@ -216,9 +208,13 @@ def _fitting_weights(weights, made_with, run, what):
     CheckpointError: another base model, other names or shapes, or inf or nan in one of them.
     """
     identity.require_base(made_with, run.cfg.model, what=what, log=run.log, error=CheckpointError)
-    if any(isinstance(kept, dict) for kept in weights.values()):  # kept as differences
-        base = compact.BaseWeights(run.cfg.model)
-        weights = {name: base.grown(name, kept) if isinstance(kept, dict) else kept for name, kept in weights.items()}
+    as_differences = {name: kept for name, kept in weights.items() if isinstance(kept, dict)}
+    if as_differences:  # the first edition's, on GPUs
+        base = BaseWeights(run.cfg.model)
+        starts = {
+            n: base.get(n, torch.float32 if "low" in kept else torch.bfloat16) for n, kept in as_differences.items()
+        }
+        weights = weights | {n: delta.restored(n, kept, starts[n]) for n, kept in as_differences.items()}
     params = trainable(run.model)
     unlike = [name for name in params if name not in weights] + [name for name in weights if name not in params]
     if unlike:
@@ -269,9 +265,9 @@ def _weights_reached(folder, run):
         raise StudyError(
             f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {name}: train it there first"
         )
-    identity.require_weights(trained, trained_files.record_of(trained), log=run.log)
+    identity.require_weights(trained, saved.record_of(trained), log=run.log)
     # PEFT leaves the adapter's name out of what it saves.
     ours = {weight.replace(".default", ""): weight for weight in trainable(run.model)}
-    found = {ours.get(w, w): tensor for path in files for w, tensor in trained_files.tensors_of(path).items()}
+    found = {ours.get(w, w): tensor for path in files for w, tensor in saved.tensors_of(path).items()}
     chosen = {weight: found[weight] for weight in trainable(run.model) if weight in found}
-    return chosen, f"{folder.name}, {name}, finished", trained_files.facts_of(trained)
+    return chosen, f"{folder.name}, {name}, finished", saved.facts_of(trained)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from peftlib.core.errors import NonFiniteLossError
-from peftlib.models.base import head_weight, hidden_states, trainable
+from peftlib.models.inspect import head_weight, hidden_states, trainable
 from peftlib.models.losses import CHUNK, chunked_loss_sum
 from peftlib.models.precision import apply_step, autocast
 

@@ -76,7 +76,7 @@ def energies(study_name, model, *, apart=100):
     import torch
 
     from peftlib import data
-    from peftlib.models.base import PROJECTIONS, head_weight, hidden_states, named_weights
+    from peftlib.models.inspect import PROJECTIONS, head_weight, hidden_states, named_weights
     from peftlib.models.losses import chunked_loss_sum
     from peftlib.models.precision import autocast
     from peftlib.optim import subspace as basis

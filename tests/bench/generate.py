@@ -40,7 +40,7 @@ def make_prompts(path, data_dir, *, a_source, max_length):
     sources = "; ".join(f"{name}={data_dir / file}" for name, file in FILES.items())
     sizes = {"train_rows": 1, "valid_rows": 0, "test_rows": a_source}
     cfg = config.resolve("demo", sources=sources, max_length=max_length, **sizes)
-    tokenizer = data.open_tokenizer(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model)
     rows = []
     with tempfile.TemporaryDirectory(prefix="peftlib-bench-") as folder:
         data.build_data(cfg, folder, log=lambda line: None)
@@ -251,7 +251,7 @@ def _adapter(bench, folder):
 
     from peftlib.core import config
     from peftlib.methods import qlora
-    from peftlib.models.base import load_base
+    from peftlib.models.load import load_base
     from peftlib.models.saved import save_trained
 
     class NoTokenizer:

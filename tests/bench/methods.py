@@ -123,9 +123,9 @@ def build(setting):
 
     from peftlib import methods
     from peftlib.core import config
-    from peftlib.models import base as models
     from peftlib.models import compile as compiled
-    from peftlib.models.activation_checkpointing import checkpoint_layers
+    from peftlib.models.layers import checkpoint_layers
+    from peftlib.models.load import load_base
     from peftlib.models.precision import loss_scaler
     from peftlib.train.step import Stepper
 
@@ -137,7 +137,7 @@ def build(setting):
         "gpu", model=str(FOLDER), activation_checkpointing=setting["checkpointing"], **setting["fields"]
     )
     method = methods.find(setting["method"])
-    base = models.load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.four_bit)
+    base = load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.four_bit)
     model = method.prepare(base, cfg)
     checkpoint_layers(model, cfg)
     is_compiled, _ = compiled.resolve(setting["compile"], device, steps=10**6)
@@ -162,11 +162,12 @@ def measure(setting):
 
     from peftlib import methods
     from peftlib.core import config
+    from peftlib.models.shapes import Shape
     from peftlib.train import estimate
     from peftlib.train import memory_model as plan
 
     stepper, model = build(setting)
-    shape = plan.Shape.of(model.config)
+    shape = Shape.of(model.config)
     cfg = config.resolve("gpu", max_length=setting["seq"], **setting["fields"])
     planned = plan.estimate(
         shape,
@@ -268,7 +269,7 @@ def _cache_counts():
 
 def _saving(stepper, model, batches, scored):
     """What a checkpoint costs: its bytes, how long training waits for it, and how long a thread then writes."""
-    from peftlib.models.base import trainable
+    from peftlib.models.inspect import trainable
     from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
     from peftlib.storage.saver import Saver
 

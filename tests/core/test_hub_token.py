@@ -2,14 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
-from peftlib.core import hub_token, kernel
+from peftlib.__main__ import main
+from peftlib.core import hub_token, session
 from peftlib.core.errors import ModelError
 from peftlib.runner import notebook_io as executed
 from peftlib.storage import archive
@@ -122,7 +122,7 @@ def test_an_empty_secret_is_told(colab):
 
 
 def test_colab_is_not_asked_outside_a_kernel_or_where_nobody_looks(colab, monkeypatch):
-    monkeypatch.setattr(hub_token, "is_watched", kernel.is_watched)  # this process is no kernel
+    monkeypatch.setattr(hub_token, "is_watched", session.is_watched)  # this process is no kernel
     # What Colab's own function comes to in a terminal.
     colab.answer = AttributeError("'NoneType' object has no attribute 'kernel'")
     with pytest.raises(ModelError, match="in a notebook's cell alone, not from a terminal"):
@@ -142,15 +142,15 @@ def test_huggingface_hub_does_not_ask_colab_a_second_time(colab, monkeypatch):
 
 
 def test_a_kernel_is_watched_unless_its_client_or_the_runner_says_otherwise(monkeypatch):
-    assert not kernel.is_watched()
+    assert not session.is_watched()
     found = types.SimpleNamespace(_allow_stdin=True)
-    monkeypatch.setattr(kernel, "running_kernel", lambda: found)
-    assert kernel.is_watched()
+    monkeypatch.setattr(session, "running_kernel", lambda: found)
+    assert session.is_watched()
     found._allow_stdin = False
-    assert not kernel.is_watched()
+    assert not session.is_watched()
     found._allow_stdin = True
     monkeypatch.setenv("PEFTLIB_HEADLESS", "1")
-    assert not kernel.is_watched()
+    assert not session.is_watched()
 
 
 def test_kaggles_secret_is_asked_on_kaggle_and_colabs_is_not(colab, monkeypatch):
@@ -217,14 +217,9 @@ def test_a_mirror_takes_no_env_file_along(tmp_path):
     assert archive.units_of(tmp_path) == {"study": [tmp_path / "config.json"]}
 
 
-def test_a_command_in_colabs_terminal_ends_in_the_named_error(no_token, tmp_path):
-    package = tmp_path / "fake" / "google" / "colab"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "userdata.py").write_text("def get(name):\n    return None.kernel\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{CHECKOUT}", "COLAB_RELEASE_TAG": "x"}
-    environment |= {"HF_TOKEN_PATH": str(tmp_path / "login"), "PEFTLIB_ROOT": str(tmp_path / "runs")}
-    command = [sys.executable, "-m", "peftlib", "plan", "-p", "profile", "t4", "-p", "model", "google/gemma-9-it"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "no Hugging Face token. Colab's secrets can be read in a notebook's cell alone" in done.stderr
+def test_a_command_in_colabs_terminal_ends_in_the_named_error(colab, monkeypatch, capsys):
+    monkeypatch.setattr(hub_token, "is_watched", session.is_watched)  # this process is no kernel
+    assert main(["plan", "-p", "profile", "t4", "-p", "model", "google/gemma-9-it"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and colab.asked == []
+    assert "no Hugging Face token. Colab's secrets can be read in a notebook's cell alone" in said

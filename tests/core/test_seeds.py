@@ -1,6 +1,6 @@
 import torch
 
-from peftlib.core.seeds import seed_of
+from peftlib.core.env import seed_of
 
 
 def test_every_number_changes_what_is_drawn():

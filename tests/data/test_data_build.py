@@ -100,7 +100,7 @@ def test_counts_are_exact_and_columns_hold_what_they_say(two_files, cfg_of, tmp_
         split: {"alpaca": n, "tulu": n} for split, n in {"test": 10, "train": 20, "valid": 5}.items()
     }
     assert_accounts(manifest)
-    tokenizer = data.open_tokenizer(str(tiny_model))
+    tokenizer = data.load_tokenizer(str(tiny_model))
     for split, rows in splits_of(tmp_path / "data").items():
         assert Counter(row["source"] for row in rows) == manifest["counts"][split]
         assert len({row["id"] for row in rows}) == len(rows)
@@ -341,7 +341,7 @@ def test_answers_of_weight_0_are_context_and_never_scored(cfg_of, tmp_path, tiny
         quiet,
     )
     weights = {m["content"]: m.get("weight") for row in rows for m in row["messages"]}
-    tokenizer = data.open_tokenizer(str(tiny_model))
+    tokenizer = data.load_tokenizer(str(tiny_model))
     n_context = 0
     for split, made in splits_of(tmp_path / "data").items():
         for row in made:

@@ -207,7 +207,7 @@ def test_answers_are_cut_at_the_first_looks_limit(taken, monkeypatch, tmp_path):
     folder, study = taken()
     assert read_json(folder / "summary.json")["first_look"] is None  # a limit of 48 is below it
     monkeypatch.setattr(reference_results, "FIRST_LOOK_TOKENS", 2)
-    monkeypatch.setattr(reference_results.data, "open_tokenizer", lambda model: tiny.tokenizer())
+    monkeypatch.setattr(reference_results.data, "load_tokenizer", lambda model: tiny.tokenizer())
     reference_results.take(study, folder)
     found = read_json(folder / "summary.json")
     look = found["first_look"]

@@ -15,7 +15,8 @@ from peftlib.evaluation.inference import engines, forward
 from peftlib.evaluation.inference.cuda_graphs import StepGraphs
 from peftlib.evaluation.inference.kv_cache import SlotCache, slot_bytes
 from peftlib.methods import qlora
-from peftlib.models.base import core, load_base
+from peftlib.models.inspect import core
+from peftlib.models.load import load_base
 from peftlib.models.precision import run_in_autocast
 from peftlib.models.saved import load_plain
 

@@ -15,7 +15,8 @@ from peftlib.data.schemas import convert, detect
 from peftlib.data.sources import SAMPLE
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.evaluate import _rounding_of_another_seed, evaluate
-from peftlib.models.base import load_base
+from peftlib.models.identity import provenance_of
+from peftlib.models.load import load_base
 from peftlib.train.loop import TrainingRun
 
 FOLDER = Path(forgetting.__file__).parent / "general"
@@ -64,7 +65,7 @@ def test_tokens_are_counted_out_and_each_passage_begins_once(n_tokens):
 def test_the_loss_is_that_of_transformers_own(make_study):
     study = make_study(general_tokens=150)
     model = load_base(study.cfg.model, precision="fp32", device="cpu")
-    tokenizer = data.open_tokenizer(study.cfg.model)
+    tokenizer = data.load_tokenizer(study.cfg.model)
     found = forgetting.general_loss(model, tokenizer, study.cfg, [], device="cpu")
     total = 0.0
     for row in forgetting.tokenized(tokenizer, forgetting.passages(), n_tokens=150, max_length=700):
@@ -165,7 +166,8 @@ def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done
 
 def test_a_record_that_lacks_a_field_is_not_evaluated_and_stays_as_it_is(make_study):
     study = make_study()
-    made = record.new_record(study, "qlora", device="cpu", precision="fp32", precision_reason="test")
+    base = provenance_of(study.cfg.model, [], study="tiny")
+    made = record.new_record(study, "qlora", provenance=base, device="cpu", precision="fp32", precision_reason="test")
     del made["train_tokens"], made["evaluation"]
     path = record.save(study, {**made, "status": "ok"})
     before = path.read_bytes()

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peftlib.core.errors import JudgeError
-from peftlib.core.terminal import visible
+from peftlib.core.files import visible
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.evaluation.judging.http import Answer

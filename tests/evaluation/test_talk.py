@@ -11,11 +11,11 @@ import torch
 
 from peftlib import __main__ as command_line
 from peftlib import data
-from peftlib.core.terminal import visible
+from peftlib.core.files import visible
 from peftlib.evaluation import chat as talk
-from peftlib.models.base import load_base
-from peftlib.models.chat_template import encode_prompt
-from peftlib.models.saved import save_trained, stop_at
+from peftlib.models.chat_template import encode_prompt, stop_at
+from peftlib.models.load import load_base
+from peftlib.models.saved import save_trained
 
 TURNS = ["Hello there", "And then?", "Is that all?"]
 
@@ -24,7 +24,7 @@ TURNS = ["Hello there", "And then?", "Is that all?"]
 def trained(make_study, tiny_model):
     """A study whose galore weights are those of another tiny model."""
     study = make_study()
-    tokenizer = data.open_tokenizer(str(tiny_model))
+    tokenizer = data.load_tokenizer(str(tiny_model))
     facts = {"model": str(tiny_model), "four_bit": [], "precision": "fp32"}
     save_trained(tiny.model(seed=3), tokenizer, study.weights_dir("galore", 0), facts)
     return study
@@ -32,7 +32,7 @@ def trained(make_study, tiny_model):
 
 def conversation(tiny_model, **given):
     model = stop_at(load_base(str(tiny_model), precision="fp32", device="cpu")).eval()
-    return talk.Conversation(model, data.open_tokenizer(str(tiny_model)), **{"max_new_tokens": 8, **given})
+    return talk.Conversation(model, data.load_tokenizer(str(tiny_model)), **{"max_new_tokens": 8, **given})
 
 
 def test_each_turn_is_answered_with_all_before_it_in_mind(tiny_model, capsys):
@@ -103,7 +103,7 @@ class Escaping:
 
 def test_an_answer_with_escape_sequences_is_shown_and_not_obeyed(tiny_model, capsys):
     text = "a\x1b[31mred\x1b]0;title\x07\n\tb\x9b2J \u202ec"
-    tokenizer = data.open_tokenizer(str(tiny_model))
+    tokenizer = data.load_tokenizer(str(tiny_model))
     model = Escaping(tokenizer(text, add_special_tokens=False).input_ids)
     made = talk.Conversation(model, tokenizer, max_new_tokens=8, limit=500)
     answer = made.say("Hello")

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peftlib import __main__ as command_line
 from peftlib.core.errors import ConfigError, LockedError, ModelError, StudyError
 from peftlib.core.files import read_json, write_json
-from peftlib.core.hosted import TORCHAO_MIN
+from peftlib.core.paths import TORCHAO_MIN
 from peftlib.core.study import Study
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.evaluate import evaluate

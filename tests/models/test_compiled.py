@@ -13,8 +13,12 @@ from peftlib.models.compile import CompileCache
 from peftlib.train.batching import pack
 from peftlib.train.loop import TrainingRun
 
+# The hybrid has both kinds of layers, fused 4-bit ones and trained ones: the others say in which of them a fault is.
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qlora", "galore")]
+METHODS = pytest.mark.parametrize("method", ["hybrid", *_SLOW])
 
-@pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
+
+@METHODS
 def test_compiled_layers_have_no_break_one_form_for_all_shapes_and_equal_gradients(prepared, method):  # noqa: F811
     model, _ = prepared(method)
     data = rows(np.random.default_rng(0).integers(5, 60, 40))
@@ -41,7 +45,7 @@ def test_compiled_layers_have_no_break_one_form_for_all_shapes_and_equal_gradien
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", ["qlora", "hybrid", "galore"])
+@METHODS
 def test_the_graph_of_a_layer_can_be_kept_in_the_compile_cache(prepared, method):  # noqa: F811
     from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 

@@ -113,7 +113,7 @@ def test_what_else_in_the_folder_decides_the_answers_is_checked(finished, method
 def test_weights_that_something_else_saved_there_are_refused(finished, tiny_model):
     study = finished("galore")
     facts = {"model": str(tiny_model), "four_bit": [], "precision": "fp32"}
-    save_trained(tiny.model(seed=9), data.open_tokenizer(str(tiny_model)), study.weights_dir("galore", 0), facts)
+    save_trained(tiny.model(seed=9), data.load_tokenizer(str(tiny_model)), study.weights_dir("galore", 0), facts)
     with pytest.raises(ModelError, match="model.safetensors is damaged or was exchanged"):
         load_trained(study.weights_dir("galore", 0))
 
@@ -229,7 +229,7 @@ def test_the_digest_is_of_the_tensors_however_they_lie_in_files(own_base, tmp_pa
 def test_a_model_of_the_hub_is_named_with_its_commit(own_base, tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "models--me--gemma" / "snapshots" / ("0123abcd" * 5)
     shutil.copytree(own_base, snapshot)
-    monkeypatch.setattr(identity, "_weight_paths", lambda model, **how: [str(snapshot / "model.safetensors")])
+    monkeypatch.setattr(identity, "weight_paths", lambda model, **how: [str(snapshot / "model.safetensors")])
     assert identity.base_facts("me/gemma")["model_revision"] == "0123abcd" * 5
     kept = {"model_sha256": "ff" * 32, "model_revision": "9" * 40}
     both = r"\(revision 0123abcd0123\) here, SHA-256 f{16} \(revision 999999999999\) there"

@@ -5,9 +5,9 @@ import torch
 from peftlib import methods
 from peftlib.core import config
 from peftlib.core.errors import ModelError
-from peftlib.models import base as models
-from peftlib.models.activation_checkpointing import checkpoint_layers
-from peftlib.models.layers import fuse_adapters, guard_products
+from peftlib.models.inspect import PROJECTIONS, core, head_weight, hidden_states, trainable
+from peftlib.models.layers import checkpoint_layers, fuse_adapters, guard_products
+from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.losses import chunked_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.train.batching import Rows
@@ -21,9 +21,9 @@ def prepared(tiny_model):
         )
         found = methods.find(method)
         torch.manual_seed(0)
-        base = models.load_base(str(tiny_model), precision=precision, device="cpu", four_bit=found.four_bit)
+        base = load_base(str(tiny_model), precision=precision, device="cpu", four_bit=found.four_bit)
         model = found.prepare(base, cfg)
-        for name, p in models.trainable(model).items():
+        for name, p in trainable(model).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1)  # else the adapters would do nothing
         return model.train(), cfg
@@ -42,10 +42,10 @@ def loss_and_gradients(model, batches, precision="fp32", scale=1.0):
     total = 0.0
     for batch in batches:
         with autocast("cpu", precision):
-            loss = chunked_loss_sum(models.hidden_states(model, batch), models.head_weight(model), batch.labels)
+            loss = chunked_loss_sum(hidden_states(model, batch), head_weight(model), batch.labels)
         (loss * scale).backward()
         total += float(loss.detach())
-    return total, {name: p.grad.clone() for name, p in models.trainable(model).items()}
+    return total, {name: p.grad.clone() for name, p in trainable(model).items()}
 
 
 @pytest.mark.parametrize("method", ["qlora", "hybrid"])
@@ -127,7 +127,7 @@ def test_weights_that_overflow_plain_fp16_train_in_ours(tmp_path):
         assert not torch.isfinite(plain(ids).logits).all()
     losses = {}
     for precision in ("fp32", "fp16"):
-        model = models.load_base(str(folder), precision=precision, device="cpu")
+        model = load_base(str(folder), precision=precision, device="cpu")
         model = methods.find("galore").prepare(model, config.resolve("demo"))
         losses[precision], gradients = loss_and_gradients(model.train(), [batch], precision, scale=2**-16)
         assert all(torch.isfinite(grad).all() for grad in gradients.values())
@@ -135,8 +135,8 @@ def test_weights_that_overflow_plain_fp16_train_in_ours(tmp_path):
 
 
 def test_the_guard_changes_no_number_of_a_model_that_needs_none(tiny_model):
-    plain = models.load_base(str(tiny_model), precision="fp32", device="cpu")
-    guarded = models.load_base(str(tiny_model), precision="fp32", device="cpu")
+    plain = load_base(str(tiny_model), precision="fp32", device="cpu")
+    guarded = load_base(str(tiny_model), precision="fp32", device="cpu")
     guard_products(guarded)
     ids = torch.arange(10, 40)[None]
     assert torch.equal(plain(ids).logits, guarded(ids).logits)
@@ -144,10 +144,10 @@ def test_the_guard_changes_no_number_of_a_model_that_needs_none(tiny_model):
 
 def test_an_untied_or_4_bit_head_is_refused(prepared):
     model, _ = prepared("qlora")
-    head = models.core(model).get_output_embeddings()
+    head = core(model).get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     with pytest.raises(ModelError, match="lm_head is a Linear that is not tied"):
-        models.guard_four_bit(model, models.PROJECTIONS)
+        guard_four_bit(model, PROJECTIONS)
 
 
 def test_pissa_needs_16_bit_weights_and_starts_at_the_models_loss(prepared):

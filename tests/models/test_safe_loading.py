@@ -12,11 +12,10 @@ import peftlib
 from peftlib import data, methods
 from peftlib.core import config
 from peftlib.core.errors import ModelError, PeftlibError
-from peftlib.core.gpus import shape_of
 from peftlib.evaluation.judging import backends as judge_backends
-from peftlib.models import safe_loading
-from peftlib.models.base import load_base
+from peftlib.models.load import auto_tokenizer, load_base, readable
 from peftlib.models.saved import load_plain, load_trained, save_trained
+from peftlib.models.shapes import shape_of
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
@@ -99,9 +98,9 @@ def test_a_base_models_own_code_is_neither_run_nor_asked_about(base, monkeypatch
     calls = [
         lambda: load_base(str(base), precision="fp32", device="cpu"),
         lambda: load_plain(str(base), device="cpu"),
-        lambda: data.open_tokenizer(str(base)),
+        lambda: data.load_tokenizer(str(base)),
         lambda: judge_backends.Local(str(base)),
-        lambda: safe_loading.tokenizer(base),
+        lambda: auto_tokenizer(base),
     ]
     for call in calls:
         with pytest.raises(ModelError, match="base wants Python code of its own to be run .auto_map"):
@@ -242,9 +241,9 @@ def test_a_damaged_tokenizer_is_named(base, name, content):
     if (name, content) == ("tokenizer_config.json", '{"model": 1}'):
         pytest.skip("an unknown field harms nothing")
     with pytest.raises(ModelError, match="base"):
-        data.open_tokenizer(str(base))
+        data.load_tokenizer(str(base))
 
 
 def test_out_of_memory_stays_what_it_is():
-    with pytest.raises(torch.OutOfMemoryError), safe_loading.readable("m"):
+    with pytest.raises(torch.OutOfMemoryError), readable("m"):
         raise torch.OutOfMemoryError("no room")

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from peftlib.core.errors import ModelError
 from peftlib.data import load_split
 from peftlib.methods import qlora
-from peftlib.models.base import locate
 from peftlib.models.chat_template import STOP_IDS
+from peftlib.models.locate import locate
 from peftlib.models.saved import export_merged, load_plain, load_rounded, load_trained
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.loop import TrainingRun
@@ -17,13 +17,23 @@ from peftlib.train.loop import TrainingRun
 IDS = torch.tensor([[2, 105, 449, 363, 366, 367, 106, 363, 105, 453, 363]])
 
 
+@pytest.fixture(scope="module")
+def trained_before():
+    return {}
+
+
 @pytest.fixture
-def trained(make_study):
+def trained(make_study, trained_before):
+    """trained(method, **fields) -> (model, its folder, study), made once for all tests that ask for the same; to read."""
+
     def train(method, **fields):
-        study = make_study(**{"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, **fields})
-        run = TrainingRun(study, method, log=lambda line: None)
-        run.train()
-        return run.model.eval(), study.weights_dir(method, 0), study
+        asked = (method, *sorted(fields.items()))
+        if asked not in trained_before:
+            study = make_study(**{"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, **fields})
+            run = TrainingRun(study, method, log=lambda line: None)
+            run.train()
+            trained_before[asked] = run.model.eval(), study.weights_dir(method, 0), study
+        return trained_before[asked]
 
     return train
 
@@ -176,7 +186,7 @@ def test_a_gated_model_without_a_token_names_licence_and_mirror(no_token):
 def test_a_refused_token_names_the_licence():
     from huggingface_hub.errors import GatedRepoError
 
-    from peftlib.models.base import hub_errors
+    from peftlib.models.locate import hub_errors
 
     response = SimpleNamespace(headers={}, request=None)
     wanted = "is gated.*accept its licence at https://huggingface.co/google/gemma-3-1b-it"

@@ -9,6 +9,7 @@ from peftlib.core.env import resolve_device
 from peftlib.core.files import sha256
 from peftlib.evaluation.evaluate import load_model
 from peftlib.evaluation.generate import ask
+from peftlib.models.identity import provenance_of
 from peftlib.models.saved import save_trained
 from peftlib.notebook import ask as ask_all
 from peftlib.notebook.ask import Models, ask_box
@@ -28,9 +29,10 @@ def study(make_study):
 def train(study, method, seed):
     """Leave what a run leaves: its weights, those of a tiny model, and its record."""
     facts = {"model": study.cfg.model, "four_bit": [], "precision": "fp32"}
-    tokenizer, folder = data.open_tokenizer(study.cfg.model), study.weights_dir(method, 0)
+    tokenizer, folder = data.load_tokenizer(study.cfg.model), study.weights_dir(method, 0)
     save_trained(tiny.model(seed=seed), tokenizer, folder, facts)
-    record = records.new_record(study, method, device="cpu", precision="fp32", precision_reason="")
+    base = provenance_of(study.cfg.model, [], study="tiny")
+    record = records.new_record(study, method, provenance=base, device="cpu", precision="fp32", precision_reason="")
     digests = {"model.safetensors": sha256(folder / "model.safetensors")}
     records.save(study, {**record, "status": "ok", "weights_sha256": digests})
 
@@ -47,7 +49,7 @@ def models(study, said):
 
 def expected(study, method):
     model = load_model(study, method, 0, device=resolve_device("cpu"), dtype=next(tiny.model().parameters()).dtype)
-    return ask(model, data.open_tokenizer(study.cfg.model), [QUESTION], max_new_tokens=5)[0]
+    return ask(model, data.load_tokenizer(study.cfg.model), [QUESTION], max_new_tokens=5)[0]
 
 
 def test_every_model_answers_from_its_own_weights(study, models, said):

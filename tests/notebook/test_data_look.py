@@ -15,7 +15,7 @@ from peftlib.runner import data_cli as cli
 
 @pytest.fixture(scope="module")
 def opened(built_data, tiny_model):
-    return data.load_split(built_data, "train"), data.open_tokenizer(str(tiny_model))
+    return data.load_split(built_data, "train"), data.load_tokenizer(str(tiny_model))
 
 
 def test_marked_text_is_the_row_with_the_answers_marked(opened):

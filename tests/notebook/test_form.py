@@ -11,8 +11,9 @@ from peftlib import __main__ as command_line
 from peftlib import methods
 from peftlib.core import gpus as cards
 from peftlib.core.config import from_text, resolve
-from peftlib.core.gpus import CARDS, SHAPES
+from peftlib.core.gpus import CARDS
 from peftlib.core.study import Study
+from peftlib.models.shapes import SHAPES
 from peftlib.notebook import planner as form
 from peftlib.notebook import session as notebook
 from peftlib.runner import notebooks as runner

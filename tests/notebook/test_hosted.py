@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import update_badges as badges
 
-from peftlib.core import config, hosted
+from peftlib.core import config, paths
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.study import Study
 from peftlib.models import packaged
+from peftlib.notebook import hosted
 from peftlib.notebook import session as notebook
 
 CHECKOUT = Path(hosted.__file__).resolve().parents[2]
@@ -70,9 +71,7 @@ def test_a_login_before_the_install_cell_asks_for_a_restart(at, host, menu):
 
 
 def test_the_check_comes_before_anything_imports_a_package_that_the_install_changed():
-    code = (
-        "import sys, peftlib.notebook.session; print(*set(sys.modules) & set(peftlib.core.hosted._CHANGED_BY_INSTALL))"
-    )
+    code = "import sys, peftlib.notebook.session; print(*set(sys.modules) & set(peftlib.notebook.hosted._CHANGED_BY_INSTALL))"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -105,14 +104,14 @@ def test_torchaos_own_warning_is_not_in_the_readers_way(at, monkeypatch, tmp_pat
 
 
 def test_the_install_line_is_the_one_of_the_install_cell(at):
-    line = hosted.install_line("colab", "demo")
+    line = paths.install_line("colab", "demo")
     assert line == f'%pip install -q --no-compile "peftlib[colab,demo] @ git+{badges.address()}"'
     assert line.replace("colab,demo", "{extras}") in badges.install_cell()
 
 
 def test_an_installed_copy_knows_its_address(monkeypatch):
-    monkeypatch.setattr(hosted.places, "checkout", lambda: None)
-    assert hosted.address() == badges.address()
+    monkeypatch.setattr(paths, "checkout", lambda: None)
+    assert paths.address() == badges.address()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_a_hosted_session_without_the_packaged_model_is_told_the_line_to_run(at,
         at(host)
         with pytest.raises(ModelError, match="in a cell and go on, without a restart") as told:
             packaged.packaged_model()
-        assert hosted.install_line("demo") in str(told.value)
+        assert paths.install_line("demo") in str(told.value)
 
 
 def open_notebook(monkeypatch, name, **parameters):
@@ -154,7 +153,7 @@ def test_a_notebook_without_data_says_so_before_it_opens_a_model_or_asks_for_a_t
     for asked in (
         "peftlib.models.packaged.packaged_model",
         "peftlib.core.hub_token.hf_token",
-        "peftlib.models.base.load_base",
+        "peftlib.models.load.load_base",
     ):
         monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked for before the data"))
     with pytest.raises(StudyError, match="run 01_data first") as told:

@@ -24,7 +24,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from stress import colab_list
 
-from peftlib.core import hosted
 from peftlib.core import paths as places
 
 CHECKOUT = Path(badges.__file__).resolve().parents[2]
@@ -150,8 +149,8 @@ def test_torchao_is_new_enough_for_peft_and_nobody_else_gets_it():
     source = distribution("peft").locate_file("peft/import_utils.py").read_text(encoding="utf-8")
     [floor] = re.findall(r'TORCHAO_MINIMUM_VERSION = packaging\.version\.parse\("([\d.]+)"\)', source)
     [asked] = [r for r in map(Requirement, PROJECT["optional-dependencies"]["colab"]) if r.name == "torchao"]
-    assert COLAB["torchao"] not in asked.specifier and asked.specifier == SpecifierSet(f">={hosted.TORCHAO_MIN}")
-    assert Version(hosted.TORCHAO_MIN) == Version(floor), "PEFT asks for another version now: raise both floors"
+    assert COLAB["torchao"] not in asked.specifier and asked.specifier == SpecifierSet(f">={places.TORCHAO_MIN}")
+    assert Version(places.TORCHAO_MIN) == Version(floor), "PEFT asks for another version now: raise both floors"
     assert "torchao" not in (CHECKOUT / "requirements.txt").read_text(encoding="utf-8")
 
 

@@ -7,11 +7,12 @@ import torch
 
 from peftlib.core import config
 from peftlib.core.errors import ModelError
-from peftlib.core.gpus import SHAPES
 from peftlib.data.store import load_split
 from peftlib.evaluation import stats
 from peftlib.methods import find
-from peftlib.models import base as models
+from peftlib.models.inspect import PROJECTIONS, named_weights
+from peftlib.models.load import load_base
+from peftlib.models.shapes import SHAPES
 from peftlib.notebook import demos as lesson
 from peftlib.train import memory_model as plan
 from peftlib.train.loop import TrainingRun
@@ -56,13 +57,13 @@ def test_kept_energy_is_the_share_of_the_largest_singular_values(make_study):
     study = make_study(galore_rank=4)
     run = TrainingRun(study, "galore", log=str)
     rows = lesson.captured_energy(run, [0], rows=2)
-    assert [row["projection"] for row in rows] == list(models.PROJECTIONS) and {row["layer"] for row in rows} == {0}
+    assert [row["projection"] for row in rows] == list(PROJECTIONS) and {row["layer"] for row in rows} == {0}
     for row in load_split(study.data_dir, "train")[:2]:
         ids = torch.tensor([row["input_ids"]])
         logits = run.model(input_ids=ids).logits[0, :-1]
         targets = ids[0, 1:].where(torch.tensor(row["is_scored"][1:], dtype=torch.bool), -100)
         torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-    weights = models.named_weights(run.model, models.PROJECTIONS)
+    weights = named_weights(run.model, PROJECTIONS)
     for row in rows:
         [grad] = [w.grad for name, w in weights.items() if "layers.0." in name and f"{row['projection']}." in name]
         energy = torch.linalg.svdvals(grad.double()) ** 2
@@ -91,7 +92,7 @@ def test_one_matrix_comes_as_the_models_files_hold_it(tiny_model, tmp_path):
 @pytest.mark.parametrize("method, fields", [("qlora", {}), ("lora", {}), ("lora", {"lora_use_dora": True})])
 def test_a_merged_layer_gives_what_the_adapter_gives_beside_it(tiny_model, method, fields):
     cfg = config.resolve("demo", model=str(tiny_model), lora_rank=4, **fields)
-    base = models.load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=find(method).four_bit)
+    base = load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=find(method).four_bit)
     name, layer = lesson.first_adapted(find(method).prepare(base, cfg))
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(5, layer.in_features)

@@ -145,7 +145,7 @@ def test_every_choice_of_the_form_is_answered(page):
 
 
 def test_rows_are_browsed_by_source_and_number(page):
-    page.show("browse(split, data.open_tokenizer(study.cfg.model))")
+    page.show("browse(split, data.load_tokenizer(study.cfg.model))")
     first = page.html()
     page.change("row", value=1)
     second = page.html()

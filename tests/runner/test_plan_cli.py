@@ -10,7 +10,8 @@ from peftlib import __main__ as command_line
 from peftlib import methods
 from peftlib.core import config
 from peftlib.core.errors import ConfigError, ModelError
-from peftlib.core.gpus import CARDS, SHAPES, card_of_device, find_card, shape_of
+from peftlib.core.gpus import CARDS, card_of_device, find_card
+from peftlib.models.shapes import SHAPES, Shape, shape_of
 from peftlib.runner import plan_cli
 from peftlib.train import estimate
 from peftlib.train import memory_model as plan
@@ -115,7 +116,7 @@ def test_what_cannot_be_planned_is_named(words, message, capsys, tmp_path, monke
 def test_shapes_are_found_offline_from_ids_and_folders(tiny_model, tmp_path):
     assert shape_of("packaged") == shape_of("google/gemma-3-270m-it") == SHAPES["gemma-3-270m"]
     assert shape_of("Gemma-3-1B-pt") == SHAPES["gemma-3-1b"]
-    assert shape_of(str(tiny_model)) == plan.Shape.of(tiny.config())
+    assert shape_of(str(tiny_model)) == Shape.of(tiny.config())
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="has no config as Gemma"):
         shape_of(str(tmp_path / "empty"))

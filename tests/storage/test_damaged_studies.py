@@ -18,7 +18,7 @@ from peftlib.runner.notebook_io import load as load_notebook
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror_state import MirrorState
 
-SAMPLE = 45  # cases that every test run tries, at even distances
+SAMPLE = 30  # cases that every test run tries, at even distances
 
 
 class Matrix:

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from peftlib.__main__ import main
 from peftlib.core import files
-from peftlib.core.disk_errors import reading, writing
-from peftlib.core.errors import DiskError, PeftlibError, StudyError
+from peftlib.core.errors import DiskError, PeftlibError, StudyError, reading, writing
 from peftlib.core.study import Study
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
@@ -252,16 +251,16 @@ def test_the_last_net_names_a_path_and_lets_bugs_through(monkeypatch, capsys):
         main(["plan"])
 
 
-def test_a_full_standard_output_is_said(built_study, monkeypatch, tmp_path):
+def test_a_full_standard_output_is_said(built_study, monkeypatch, tmp_path, capsys):
     shutil.copytree(built_study[0], tmp_path / "runs")
     monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "runs"))
     if not Path("/dev/full").is_char_device():
         pytest.skip("this system has no /dev/full")
-    command = ["-m", "peftlib", "compare", finished_study.NAME, finished_study.OTHER]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: standard output cannot be used (No space left on device): free some space" in done.stderr
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["compare", finished_study.NAME, finished_study.OTHER]) == 2
+    said = capsys.readouterr().err
+    assert "error: standard output cannot be used (No space left on device): free some space" in said
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):

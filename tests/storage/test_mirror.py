@@ -173,12 +173,12 @@ class Drive:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_fifty_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_path, keep):
+def test_many_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_path, keep):
     folder, remote = tmp_path / "study", FolderRemote(tmp_path / "drive" / "study")
     drive = Drive(tmp_path / "drive")
     ours = Mirror(folder, remote, keep=keep)
     with mock.patch("peftlib.core.files.os", drive), mock.patch("peftlib.storage.remotes.os", drive):
-        for step in range(1, 51):
+        for step in range(1, 16):
             save(folder, step)
             ours.copy_once()
         one = max(path.stat().st_size for path in remote.folder.glob("*.tar"))
@@ -421,7 +421,7 @@ def test_a_full_drive_is_not_mounted_again(colab, to_drive):
 def test_a_study_is_not_copied_into_itself(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_MIRROR", str(tmp_path))
     with pytest.raises(ConfigError, match="where the study itself is kept"):
-        mirror.bring(tmp_path / "study")
+        mirror.restore(tmp_path / "study")
 
 
 def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
@@ -466,12 +466,12 @@ def test_a_public_repository_is_refused_unless_said(study, tmp_path, monkeypatch
     assert "hf://me/runs is public" in lines[0] and "PEFTLIB_MIRROR_PUBLIC=1" in lines[0]
     monkeypatch.setattr(mirror, "remote_of", lambda name: remote)
     with pytest.raises(ConfigError, match="is public.*make it private"):
-        mirror.bring(study)
+        mirror.restore(study)
     hub.is_down = True
-    assert mirror.bring(study, log=lines.append)  # not to be asked: work goes on, and nothing is copied
+    assert mirror.restore(study, log=lines.append)  # not to be asked: work goes on, and nothing is copied
     hub.is_down = False
     monkeypatch.setenv("PEFTLIB_MIRROR_PUBLIC", "1")
-    assert mirror.bring(study).flush(20) and hub.commits
+    assert mirror.restore(study).flush(20) and hub.commits
 
 
 def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study, tmp_path, monkeypatch, lines):
@@ -501,10 +501,10 @@ def test_files_that_vanish_while_they_are_listed_are_left(study):
 def test_sealed_files_show_their_damage(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(files.sealed({"a": 1}))
-    assert files.unsealed(path)["a"] == 1
+    assert files.read_json(path, is_sealed=True)["a"] == 1
     path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"a": 2'))
     with pytest.raises(files.StudyError, match="SHA-256 differs"):
-        files.unsealed(path)
+        files.read_json(path, is_sealed=True)
 
 
 def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
@@ -524,7 +524,7 @@ def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
     monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "second"))
 
     def work(args):
-        found = Study.existing("mine")
+        found = mirror.open_study("mine")
         (found.folder / "records" / "new.json").write_text("{}")
 
     monkeypatch.setattr(command_line, "_call", work)

@@ -8,8 +8,8 @@ import torch
 
 from peftlib.core import session
 from peftlib.core.config import resolve
+from peftlib.core.env import generator_states, set_generator_states
 from peftlib.core.errors import CheckpointError
-from peftlib.core.seeds import generator_states, set_generator_states
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
 from peftlib.storage.saver import Saver
 

@@ -13,7 +13,7 @@ from peftlib.storage.workspace import Workspace
 
 MAKER = """
 import os, signal, sys, time
-from peftlib import workspace
+from peftlib.storage import workspace
 folder, target, when = sys.argv[1:]
 calls = []
 

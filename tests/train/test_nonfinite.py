@@ -8,7 +8,7 @@ import torch
 from peftlib import methods
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, NonFiniteLossError
-from peftlib.models import base as models
+from peftlib.models.inspect import trainable
 from peftlib.models.precision import apply_step, loss_scaler
 from peftlib.notebook import panel_html
 from peftlib.optim.apollo import ApolloAdamW
@@ -39,7 +39,7 @@ def optimizer_tensors(run):
 
 def state_of(run):
     """All that a step may change, copied."""
-    tensors = {**models.trainable(run.model), **optimizer_tensors(run)}
+    tensors = {**trainable(run.model), **optimizer_tensors(run)}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -52,7 +52,7 @@ def assert_unchanged(run, before):
 
 def spoil_gradient(run, leaf, step):
     """Make the gradient of the last weight whose name ends in `leaf` inf in one step, counted from 1; its name."""
-    name, weight = [pair for pair in models.trainable(run.model).items() if pair[0].endswith(leaf)][-1]
+    name, weight = [pair for pair in trainable(run.model).items() if pair[0].endswith(leaf)][-1]
     weight.register_hook(lambda grad: grad * INF if run.progress.step == step - 1 else grad)
     return name
 
@@ -190,7 +190,7 @@ def test_what_is_not_finite_is_not_saved_but_named(make_study, at, what):
     study = make_study(save_steps=1)
     run = run_of(study, "lora")
     one = run._step
-    name, weight = list(models.trainable(run.model).items())[3]
+    name, weight = list(trainable(run.model).items())[3]
 
     def step():
         one()

@@ -6,10 +6,11 @@ import pytest
 from peftlib import methods
 from peftlib.core import config
 from peftlib.core.errors import ConfigError
+from peftlib.models.shapes import Shape
 from peftlib.train import memory_model as plan
 from peftlib.train.estimate import flops_per_token, matmul_ceiling
 
-SHAPE_1B = plan.Shape(262144, 1152, 6912, 26, (1024, 256, 256))
+SHAPE_1B = Shape(262144, 1152, 6912, 26, (1024, 256, 256))
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "bench" / "methods.json"
 
 

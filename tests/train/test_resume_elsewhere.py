@@ -12,7 +12,8 @@ import torch
 from peftlib import methods
 from peftlib.core import files
 from peftlib.core.errors import CheckpointError
-from peftlib.models import base as models
+from peftlib.models.inspect import PROJECTIONS, trainable
+from peftlib.models.load import load_base
 from peftlib.storage import checkpoint
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.train import run_record, run_state
@@ -43,7 +44,7 @@ def test_a_run_goes_on_in_any_other_precision(make_study, method, precisions):
         run, record = one_step(make_study(precision=precision, **fields), method, lines)
         assert record["steps"] == at and record["precision"] == precision
         assert run.scaler.is_enabled() == (precision == "fp16")
-        weights = models.trainable(run.model)
+        weights = trainable(run.model)
         assert {p.dtype for p in weights.values()} == {torch.float32}  # as a fresh run of this precision has them
         for name, p in weights.items():
             for part, value in run.optimizer.state[p].items():
@@ -64,12 +65,12 @@ def test_light_weights_and_moments_go_on_in_another_precision_as_they_were(make_
     fields = {"galore_weights": "bf16", "moment_bits": 8, "max_steps": 2, "max_seconds": 1e-9}
     lines = []
     run, _ = one_step(make_study(precision="bf16", **fields), "galore", lines)
-    kept = {name: p.detach().clone() for name, p in models.trainable(run.model).items()}
+    kept = {name: p.detach().clone() for name, p in trainable(run.model).items()}
     again = TrainingRun(make_study(precision="fp16", **fields), "galore", log=lines.append)
     seen = {}
     one = again._step
     again._step = lambda: (
-        seen.update({n: p.detach().clone() for n, p in models.trainable(again.model).items()}),
+        seen.update({n: p.detach().clone() for n, p in trainable(again.model).items()}),
         one(),
     )
     assert again.train()["status"] == "ok"
@@ -83,7 +84,7 @@ def test_four_bit_weights_are_those_of_another_precision_where_the_files_hold_16
     tiny.model(hidden_size=128).to(torch.bfloat16).save_pretrained(tmp_path)
     found = []
     for precision in PRECISIONS:
-        base = models.load_base(str(tmp_path), precision=precision, device="cpu", four_bit=models.PROJECTIONS)
+        base = load_base(str(tmp_path), precision=precision, device="cpu", four_bit=PROJECTIONS)
         packed = [p for p in base.parameters() if getattr(p, "quant_state", None) is not None]
         found.append([(p.data.clone(), p.quant_state.absmax.clone()) for p in packed])
     for other in found[1:]:

@@ -13,7 +13,7 @@ from peftlib.core import record as records
 from peftlib.core.errors import CheckpointError, ConfigError, NonFiniteLossError, StudyError
 from peftlib.core.study import Study
 from peftlib.evaluation.evaluate import evaluate
-from peftlib.models import base as models
+from peftlib.models.inspect import ATTENTION, layer_table, trainable
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.loop import TrainingRun
@@ -68,9 +68,9 @@ def test_frozen_weights_stay_and_the_loss_falls_on_repeated_rows(make_study, met
 @pytest.mark.parametrize("method", METHODS)
 def test_what_trains_is_what_the_contract_says(make_study, method):
     run = TrainingRun(make_study(), method, log=lambda line: None)
-    trains = {name for name in models.trainable(run.model)}
+    trains = {name for name in trainable(run.model)}
     for name, _ in run.model.named_parameters():
-        is_attention = any(f".{leaf}." in name for leaf in models.ATTENTION)
+        is_attention = any(f".{leaf}." in name for leaf in ATTENTION)
         wanted = {
             "qlora": "lora_" in name,
             "galore": "embed" not in name and "lm_head" not in name,
@@ -80,10 +80,10 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
             "apollo": "embed" not in name and "lm_head" not in name,
         }[method]
         assert (name in trains) == wanted, name
-    assert all(p.dtype == torch.float32 for p in models.trainable(run.model).values())
-    four_bit = {row["layer"].split(".")[0] for row in models.layer_table(run.model) if row["dtype"] == "nf4"}
+    assert all(p.dtype == torch.float32 for p in trainable(run.model).values())
+    four_bit = {row["layer"].split(".")[0] for row in layer_table(run.model) if row["dtype"] == "nf4"}
     assert four_bit == set(run.method.four_bit)
-    assert not any("lm_head" in row["layer"] and row["dtype"] == "nf4" for row in models.layer_table(run.model))
+    assert not any("lm_head" in row["layer"] and row["dtype"] == "nf4" for row in layer_table(run.model))
 
 
 CUTS = [
@@ -332,7 +332,7 @@ def weights_at_start(study, method):
     seen = {}
 
     def first_step():
-        seen.update({name: p.detach().clone() for name, p in models.trainable(run.model).items()})
+        seen.update({name: p.detach().clone() for name, p in trainable(run.model).items()})
         raise KeyboardInterrupt
 
     run._step = first_step
@@ -346,14 +346,14 @@ def test_a_fork_starts_from_the_weights_another_study_has_reached(make_study, me
     source = make_study(study="source", max_steps=4, max_seconds=1e-9, **FAST)
     run, record = trained(source, method)
     assert record["status"] == "stopped"
-    reached = {name: p.detach().clone() for name, p in models.trainable(run.model).items()}
+    reached = {name: p.detach().clone() for name, p in trainable(run.model).items()}
     start, forked = weights_at_start(make_study(study="fork-a", fork="source", lora_learning_rate=1e-5), method)
     assert_equal_weights(start, reached)
     assert forked["forked_from"] == f"source, {method}-s0, step 1"
     run, record = trained(make_study(study="source", max_steps=4, **FAST), method)
     start, forked = weights_at_start(make_study(study="fork-b", fork="source"), method)
     assert forked["forked_from"] == f"source, {method}-s0, finished" and record["status"] == "ok"
-    for name, p in models.trainable(run.model).items():
+    for name, p in trainable(run.model).items():
         torch.testing.assert_close(start[name], p, atol=0, rtol=2**-8)  # a full model is kept in bf16
 
 

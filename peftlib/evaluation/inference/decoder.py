@@ -15,8 +15,8 @@ from peftlib.core.errors import ModelError
 from peftlib.evaluation.inference.cuda_graphs import StepGraphs
 from peftlib.evaluation.inference.forward import next_tokens, read_prompts, running, running_precision, slot_forwards
 from peftlib.evaluation.inference.kv_cache import SlotCache, slot_bytes
-from peftlib.models.base import core
 from peftlib.models.chat_template import STOP_IDS
+from peftlib.models.inspect import core
 
 CPU_SLOTS = 128  # a step reads all weights, however many rows share it
 _CPU_CACHE_BYTES = 2 * 2**30  # a fixed number, so that answers do not hang on the memory that happens to be free

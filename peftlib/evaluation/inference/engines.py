@@ -4,8 +4,8 @@ import torch
 
 from peftlib.core.errors import ModelError
 from peftlib.evaluation.inference.decoder import CPU_SLOTS, generate_by_slots
-from peftlib.models.base import core
 from peftlib.models.chat_template import STOP_IDS
+from peftlib.models.inspect import core
 
 _PAD = 0
 _PLAIN_BATCH = 32

@@ -8,7 +8,7 @@ import types
 import torch
 import torch.nn.functional as F
 
-from peftlib.models.base import core
+from peftlib.models.inspect import core
 
 _ATTENTION = "peftlib_slots"
 

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.errors import JudgeError
-from peftlib.core.terminal import visible
+from peftlib.core.files import visible
 from peftlib.evaluation.judging import replies as judge_replies
 from peftlib.evaluation.judging.http import MOST_BYTES, CallFailed, Poster, TooLarge
 from peftlib.evaluation.judging.replies import NotAnApi, Reply
@@ -181,8 +181,8 @@ class Local:
     def __init__(self, model):
         from peftlib.core.env import resolve_device
         from peftlib.evaluation.evaluate import evaluation_dtype
-        from peftlib.models import safe_loading
-        from peftlib.models.base import hub_errors, locate, token_for
+        from peftlib.models.load import auto_tokenizer, causal_model
+        from peftlib.models.locate import hub_errors, locate, token_for
 
         self.name = local_name(model)
         self.counts = Counter()
@@ -190,9 +190,9 @@ class Local:
         with hub_errors(model):
             location, _ = locate(model)
             token = token_for(location)
-            self._tokenizer = safe_loading.tokenizer(location, token=token)
+            self._tokenizer = auto_tokenizer(location, token=token)
             dtype = evaluation_dtype(device)[0]
-            loaded = safe_loading.causal_model(location, token=token, dtype=dtype, device_map={"": device})
+            loaded = causal_model(location, token=token, dtype=dtype, device_map={"": device})
         if not self._tokenizer.chat_template:
             raise JudgeError(f"{model} has no chat template: a judge must be a model that holds conversations")
         self._model = loaded.eval()

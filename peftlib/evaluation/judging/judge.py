@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from peftlib.core.errors import JudgeError, Stopped, StudyError
-from peftlib.core.interrupts import interrupts
+from peftlib.core.session import interrupts
 from peftlib.methods import study_order
 
 RUBRIC = """\

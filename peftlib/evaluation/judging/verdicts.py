@@ -7,8 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 from peftlib import SCHEMA_VERSION
-from peftlib.core.disk_errors import reading, writing
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import StudyError, reading, writing
 from peftlib.core.json_reading import parse
 from peftlib.evaluation import results as scored
 from peftlib.evaluation import stats

@@ -1,24 +1,19 @@
-"""Notebooks on Colab and Kaggle: the line that installs peftlib there, and what a session lacks, said before work begins."""
+"""Notebooks on Colab and Kaggle: tell before work begins what a session lacks."""
 
 import compileall
 import importlib.metadata
 import importlib.util
 import shlex
 import sys
-import tomllib
 import warnings
 
 from packaging.version import Version
 
-from peftlib.core import paths as places
 from peftlib.core.config import resolve
 from peftlib.core.errors import ModelError
+from peftlib.core.paths import TORCHAO_MIN
 from peftlib.core.session import host
 
-# In the install cell, and in messages. pip would compile all of transformers, a third of the time; Python compiles what it
-# imports. Of torchao see below.
-INSTALL = '%pip install -q --no-compile "peftlib[{extras}] @ git+{address}"'
-TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
 _CHANGED_BY_INSTALL = ("huggingface_hub", "tokenizers", "transformers", "accelerate", "peft", "torchao")
 _CHOOSE_GPU = {
     "colab": "Runtime > Change runtime type > T4 GPU",
@@ -32,20 +27,6 @@ _KAGGLE_KEEPS = (
     "Kaggle keeps /kaggle/working where Settings > Persistence says so; another notebook's output can be added by "
     "Add Input and copied to {root}. "
 )
-
-
-def install_line(*extras):
-    """What a cell must run to get peftlib with these extras, without a restart."""
-    return INSTALL.format(extras=",".join(extras), address=address())
-
-
-def address():
-    """The repository's public address, from the checkout or from what pip noted when it installed this copy."""
-    folder = places.checkout()
-    if folder is not None:
-        return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
-    urls = importlib.metadata.metadata("peftlib").get_all("Project-URL")
-    return next(url.partition(", ")[2] for url in urls if url.startswith("Repository, "))
 
 
 def require_sound_packages(modules=None, version=importlib.metadata.version):

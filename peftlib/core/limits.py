@@ -1,0 +1,67 @@
+"""What a setting may be: limits declared beside each field of Config and checked when one is made."""
+
+import math
+import unicodedata
+from dataclasses import field
+
+from peftlib.core.errors import ConfigError
+
+_KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_NAME_BYTES = 200  # of a study's name; file systems take 255, and other names are made from it
+_NOT_IN_NAMES = '/\\:<>"|?*'
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # of Windows
+
+
+def setting(default, scope, unit, *, low=None, high=None, choices=None, above=None):
+    """A dataclass field whose metadata hold its scope (see config), its unit or meaning, and what is allowed.
+
+    low, high: least and greatest value. above: the value must be greater than this. choices: the only values.
+    """
+    limits = {"scope": scope, "unit": unit, "low": low, "high": high, "choices": choices, "above": above}
+    return field(default=default, metadata=limits)
+
+
+def checked(f, value):
+    """A value as the type of a dataclass field that `setting` made. ConfigError: another type, or outside its limits."""
+    kind, limits = f.type, f.metadata
+    low, high, above, choices, unit = (limits[name] for name in ("low", "high", "above", "choices", "unit"))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{f.name}={value!r} is a {type(value).__name__}: use a {_KINDS[kind]} ({unit})")
+    if kind is str and "\0" in value:
+        raise ConfigError(f"{f.name}={value!r} holds a null character: take it out ({unit})")
+    if choices and value not in choices:
+        allowed = ", ".join(str(choice) or "'' (none)" for choice in choices)
+        raise ConfigError(f"{f.name}={value!r} is not allowed: use {allowed}")
+    too_low = (low is not None and not value >= low) or (above is not None and not value > above)  # nan is too low
+    if too_low or (high is not None and not value <= high):
+        allowed = f"more than {above}" if above is not None else f"{low} or more"
+        allowed += "" if high is None else f", at most {high}"
+        raise ConfigError(f"{f.name}={value!r} is out of range: use {allowed} ({unit})")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{f.name}={value!r} is no number: use a finite one ({unit})")
+    return value
+
+
+def parsed(f, text):
+    """A command-line text as the type of a field. ConfigError: it does not read as one."""
+    try:
+        if f.type is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return f.type(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{f.name}={text!r} is not a {_KINDS[f.type]}") from None
+
+
+def require_folder_name(name, text):
+    """ConfigError unless a text can name a folder on any system, and be printed in a line. name: of the setting."""
+    size_bytes = len(text.encode("utf-8", "replace"))
+    if size_bytes > _NAME_BYTES:
+        raise ConfigError(f"{name}={text[:30]!r}... has {size_bytes} bytes: a study's name has at most {_NAME_BYTES}")
+    has_odd = any(c in _NOT_IN_NAMES or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
+    is_reserved = text.split(".")[0].strip().lower() in _DEVICES
+    # Windows drops dots and spaces from the end of a name.
+    if has_odd or is_reserved or text != text.strip() or text.endswith(".") or not text:
+        why = " (Windows keeps it for itself)" if is_reserved else ""
+        raise ConfigError(f"{name}={text!r} is no folder name{why}: use letters, digits, '-' and '_'")

@@ -1,0 +1,93 @@
+"""What a loaded model consists of: its core, projections, trained weights, counts, and its hidden states."""
+
+from collections import Counter
+
+import torch
+
+from peftlib.core.errors import ModelError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ATTENTION + MLP
+
+
+def core(model):
+    """The transformer without adapter wrapper, whose `.model` gives hidden states and `.lm_head` the vocabulary."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_weight(model):
+    """(V, D) output embedding, tied to the input embedding in Gemma 3."""
+    return core(model).get_output_embeddings().weight
+
+
+def hidden_states(model, batch):
+    """(B, T, D) last hidden states, after the final norm, of a batching.Batch.
+
+    No padding mask: attention is causal, so a real token never sees the padding to its right. Rows packed into one
+    sequence do not see each other and count their positions from 0.
+    """
+    inner, packed = core(model).model, {}
+    if batch.documents is not None:
+        packed = {
+            "position_ids": batch.places,
+            "attention_mask": packed_masks(batch.documents, inner.config.sliding_window),
+        }
+    return inner(input_ids=batch.ids, use_cache=False, **packed).last_hidden_state
+
+
+def packed_masks(documents, window):
+    """{layer type: (B, 1, T, T) bool}, True where a token sees another of its own document, as Gemma 3 names them.
+
+    documents: (B, T) ids. window: tokens, itself included, that a sliding layer's token sees.
+    """
+    position = torch.arange(documents.shape[1], device=documents.device)
+    back = position[:, None] - position
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]) & (back >= 0)
+    return {"full_attention": seen, "sliding_attention": seen & (back < window)}
+
+
+def trainable(model):
+    """{name: parameter} of what trains, in a fixed order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def named_weights(model, leaves):
+    """{name: weight} of the plain projections in `leaves`. ModelError: none matches."""
+    found = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in leaves and isinstance(module, torch.nn.Linear)
+    }
+    if not found:
+        raise ModelError(f"no layer is named {', '.join(leaves)}: this is not a Gemma-like model")
+    return found
+
+
+def is_four_bit(p):
+    """Whether a parameter is held in 4 bits by bitsandbytes."""
+    return getattr(p, "quant_state", None) is not None
+
+
+def count_parameters(model):
+    """(trainable, total) as numbers of weights; a 4-bit weight counts as the matrix it stands for."""
+    return sum(p.numel() for p in trainable(model).values()), sum(map(_numel, model.parameters()))
+
+
+def _numel(p):
+    return p.quant_state.shape.numel() if is_four_bit(p) else p.numel()
+
+
+def layer_table(model):
+    """[{layer, class, dtype, trains, count, weights}, ...]: what each kind of layer is held as."""
+    count, weights = Counter(), Counter()
+    for name, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            parts = [part for part in f"{name}.{leaf}".split(".") if not part.isdigit() and part != "default"]
+            kind = ".".join(parts[-3:-1] if parts[-1] == "weight" else parts[-2:])
+            dtype = "nf4" if is_four_bit(p) else str(p.dtype).removeprefix("torch.")
+            key = (kind, type(module).__name__, dtype, p.requires_grad)
+            count[key] += 1
+            weights[key] += _numel(p)
+    columns = ("layer", "class", "dtype", "trains")
+    return [dict(zip(columns, key, strict=True)) | {"count": n, "weights": weights[key]} for key, n in count.items()]

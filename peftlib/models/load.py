@@ -1,0 +1,241 @@
+"""Load base models, with NF4 layers where asked, and tokenizers, safely.
+
+No code beside the weights runs and no pickle is read: transformers would ask at the terminal whether to run a model's
+own code, here that is an error. Files that are damaged, incomplete or fit another model end in a ModelError.
+"""
+
+import contextlib
+import functools
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from peftlib.core.env import require_bitsandbytes
+from peftlib.core.errors import ModelError, PeftlibError
+from peftlib.core.files import sha256
+from peftlib.models import chat_template
+from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, named_weights
+from peftlib.models.layers import keep_residual_in_float32
+from peftlib.models.locate import hub_errors, locate, token_for
+from peftlib.models.precision import DTYPES
+
+_CODE = "auto_map"  # names classes in Python files beside the weights
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_NO_PICKLE = (
+    "peftlib reads safetensors alone, for pickle can run code when it is read: take a version of the model in that "
+    "format"
+)
+_PEFT_WARNING = (  # PEFT asks transformers for an attribute that the newest transformers has renamed
+    "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead."
+)
+
+
+def load_base(model, *, precision, device, four_bit=(), runs=True):
+    """The base model, all weights frozen, in training layout on `device`.
+
+    precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projection names to hold in NF4 with double
+    quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
+    Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
+    Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too. runs: False for its weights
+    alone, to be brought to another precision: without those hooks, which would give it a float32 residual there.
+    ModelError: not to be had (gated, no network, unknown), not readable without running its code, damaged;
+    bitsandbytes is missing, or a 4-bit name matches no layer.
+    """
+    location, _ = locate(model)
+    settings = {"dtype": DTYPES[precision], "device_map": {"": device}}
+    without_advice()
+    _without_loading_bar()
+    if four_bit:
+        require_bitsandbytes("a 4-bit model")
+        settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
+    with hub_errors(model):
+        loaded = causal_model(location, token=token_for(location), **settings)
+    loaded.requires_grad_(False)
+    loaded.config.use_cache = False
+    for name, p in loaded.named_parameters():
+        if p.ndim == 1 and "norm" in name:
+            p.data = p.data.float()
+    if precision == "fp16" and runs:
+        keep_residual_in_float32(loaded)
+    if four_bit:
+        named_weights(loaded, four_bit)  # at least one layer bears such a name
+        guard_four_bit(loaded, four_bit)
+    return loaded
+
+
+def _nf4(precision, kept_plain):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[precision],
+        llm_int8_skip_modules=[*sorted(kept_plain), "lm_head"],  # a given list replaces the default one
+    )
+
+
+def guard_four_bit(model, four_bit):
+    """Keep CPUs from repacking 4-bit weights in place at the first eval() forward, which would change later losses.
+
+    ModelError: a projection that should be 4-bit is not, or one that should not be is; lm_head is 4-bit or untied.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    head, embedding = core(model).get_output_embeddings(), core(model).get_input_embeddings()
+    if isinstance(head, Linear4bit) or head.weight is not embedding.weight:
+        raise ModelError(f"lm_head is a {type(head).__name__} that is not tied to the embedding: it should share it")
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        is_projection = leaf in PROJECTIONS and isinstance(module, torch.nn.Linear)
+        if is_projection and isinstance(module, Linear4bit) != (leaf in four_bit):
+            raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
+
+
+def load_tokenizer(model):
+    """Tokenizer of 'packaged', a hub id or a folder, with the bundled chat template.
+
+    ModelError: not to be had (gated, unknown, no network), damaged, or not a Gemma 3 tokenizer.
+    """
+    location, _ = locate(model)
+    with hub_errors(model):
+        tokenizer = auto_tokenizer(location, token=token_for(location))
+    chat_template.check_tokenizer(tokenizer)
+    return chat_template.set_template(tokenizer)
+
+
+def tokenizer_sha256(model):
+    """SHA-256 of the tokenizer.json that `model` stands for. ModelError: there is none, or it is not to be had."""
+    from transformers.utils import cached_file
+
+    location, _ = locate(model)
+    with hub_errors(model):
+        return sha256(cached_file(location, "tokenizer.json", token=token_for(location)))
+
+
+def causal_model(location, **settings):
+    """transformers' causal model of a folder or hub id; every weight of it comes from the files.
+
+    ModelError: it wants code of its own to be run, has no safetensors files, or its files are damaged or lack a weight.
+    """
+    from transformers import AutoModelForCausalLM
+
+    refuse_pickles(location)
+    with readable(location):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            location, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **settings
+        )
+    if getattr(model.config, _CODE, None):
+        raise ModelError(_wants_code(location))
+    wrong = [*sorted(found["missing_keys"]), *sorted(map(str, found["mismatched_keys"])), *_of_wrong_shape(model)]
+    if wrong:
+        names = ", ".join(wrong[:3]) + (" and others" if wrong[3:] else "")
+        raise ModelError(
+            f"{location} has no fitting weights for {names}: its files belong to another model, or are not all there"
+        )
+    return model
+
+
+def _of_wrong_shape(model):
+    """Names of 4-bit weights that were quantized from a matrix of another shape, which bitsandbytes does not mind."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if is_four_bit(weight) and tuple(weight.quant_state.shape) != (module.out_features, module.in_features):
+            yield f"{name}.weight"
+
+
+def auto_tokenizer(location, **settings):
+    """transformers' tokenizer of a folder or hub id. ModelError: it wants code of its own, or its files are damaged."""
+    from transformers import AutoTokenizer
+
+    with readable(location):
+        found = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **settings)
+    if found.init_kwargs.get(_CODE):
+        raise ModelError(_wants_code(location))
+    return found
+
+
+def refuse_pickles(location):
+    """ModelError: a folder holds its weights as pickle alone, which runs what its maker wrote when it is read."""
+    folder = Path(location)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(f"{folder} holds its weights as pickle ({pickles[0]}); {_NO_PICKLE}")
+
+
+@contextlib.contextmanager
+def readable(source):
+    """Turn a library's error over damaged or odd files of `source` into a ModelError that names them.
+
+    Libraries raise errors of any kind for a damaged file. OSErrors of the system and of the network pass.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    damage = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+    try:
+        yield
+    except (PeftlibError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        if "use_safetensors=True" in str(error):
+            raise ModelError(f"{source} has no safetensors files; {_NO_PICKLE}") from error
+        if error.errno is None and Path(source).exists():
+            raise ModelError(_unreadable(source, error)) from error
+        raise
+    except (SafetensorError, StrictDataclassError, *damage) as error:
+        wants_code = "trust_remote_code" in str(error)
+        raise ModelError(_wants_code(source) if wants_code else _unreadable(source, error)) from error
+
+
+def _unreadable(source, error):
+    message = " ".join(str(error).split())[:300]
+    return (
+        f"{source} cannot be read ({type(error).__name__}: {message}): a file of it is damaged, or it is another kind "
+        "of model; fetch or make it again"
+    )
+
+
+def _wants_code(source):
+    return (
+        f"{source} wants Python code of its own to be run ({_CODE} in its config), which peftlib never does: take a "
+        f"model that transformers knows, or remove {_CODE} from the JSON files of a folder whose weights fit "
+        "transformers' class"
+    )
+
+
+@contextlib.contextmanager
+def peft_calls():
+    """Around calls of PEFT: hides the one FutureWarning that its use of transformers raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f"{re.escape(_PEFT_WARNING)}$", FutureWarning)
+        yield
+
+
+@functools.cache
+def hide_log(logger, start):
+    """Drop a library's log lines that begin with `start`."""
+    logging.getLogger(logger).addFilter(lambda record: not str(record.msg).startswith(start))
+
+
+def without_advice():
+    """Have bitsandbytes not advise to install `kernels`, which would fetch code from a hub."""
+    hide_log("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+def _without_loading_bar():
+    """Have transformers load weights without a bar, which would stay in a notebook; bars of downloads stay on."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    is_quiet = are_progress_bars_disabled()
+    disable_progress_bar()  # the hub's too
+    if not is_quiet:
+        enable_progress_bars()

@@ -1,0 +1,92 @@
+"""Where a config's `model` comes from: the packaged weights, a folder, or the Hugging Face hub."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from peftlib.core.config import PACKAGED_MODEL
+from peftlib.core.errors import ModelError
+from peftlib.core.hub_token import hf_token
+from peftlib.models.packaged import PROVENANCE, packaged_model
+
+
+def locate(model):
+    """(folder or hub id, provenance in words) of a config's `model`. ModelError: as packaged_model raises it."""
+    if model == PACKAGED_MODEL:
+        return str(packaged_model()), PROVENANCE
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder), f"local folder {Path(model).name}"
+    return model, f"Hugging Face hub, {model}"
+
+
+def token_for(location):
+    """The hub token for a location; None for folders, and where none is set and the model is not of a gated family.
+
+    ModelError: a gated family and no token, whose own message from the hub would not say how to set one.
+    """
+    if Path(location).is_dir():
+        return None
+    try:
+        return hf_token()
+    except ModelError:
+        if location.startswith("google/"):
+            raise
+        return None
+
+
+def weight_paths(model, *, is_local=False):
+    """Paths of the safetensors files of a config's `model`, fetched where needed. OSError: there are none.
+
+    is_local: look at this machine alone, and fetch nothing.
+    """
+    from transformers.utils import cached_file
+
+    location, _ = locate(model)
+    settings = {"local_files_only": True} if is_local else {"token": token_for(location)}
+    index = cached_file(
+        location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **settings
+    )
+    if index is None:
+        return [cached_file(location, "model.safetensors", **settings)]
+    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return [cached_file(location, name, **settings) for name in sorted(names)]
+
+
+def tensor_files(model):
+    """{tensor's name: path} of the safetensors files of a config's `model`. OSError: there are none."""
+    from safetensors import safe_open
+
+    files = {}
+    for path in weight_paths(model):
+        with safe_open(path, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), path)
+    return files
+
+
+@contextlib.contextmanager
+def hub_errors(model):
+    """Turn a library's failure to fetch `model` into a ModelError that names the ways out."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model={model!r} is gated and this account has no access: accept its licence at "
+            f"https://huggingface.co/{model}, or set model to the id of a public mirror ({_first_line(error)})"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model={model!r} is neither a folder here nor a repository that this token can see on the hub: "
+            "check the spelling, or use model='packaged'"
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"model={model!r} could not be loaded ({_first_line(error)}): check the network and the name, "
+            "give a local folder, or use model='packaged'"
+        ) from error
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0][:200]
