@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import time
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from peftlib import data, methods
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device, seed_of, training_precision
-from peftlib.core.errors import ConfigError, NonFiniteLossError
+from peftlib.core.errors import NonFiniteLossError
 from peftlib.core.files import sha256
 from peftlib.core.session import Deadline, interrupts
 from peftlib.models import compile as compiled
@@ -25,7 +24,7 @@ from peftlib.storage.saver import Saver, require_space
 from peftlib.train import loggers, run_record, run_state
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.callbacks import CallbackList, Stopwatch, log_line
-from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap
+from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap, require_one_process
 from peftlib.train.schedule import StepPlan, learning_rate_factor
 from peftlib.train.step import Stepper
 
@@ -55,7 +54,7 @@ class TrainingRun:
         folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
         self.checkpoints = CheckpointDir(folder, keep=keep, log=lambda line: self.log(line))
         loggers.require(self.cfg.report_to)
-        _require_one_process()
+        require_one_process()
         self.device = resolve_device(self.cfg.device)
         self.precision, self.precision_reason = training_precision(self.device, self.cfg.precision)
         self._open = contextlib.ExitStack()  # train() closes it
@@ -288,13 +287,3 @@ class TrainingRun:
         self._read_memory()
         run_record.finalise(self)
         self._callbacks.show(self.record["status"])
-
-
-def _require_one_process():
-    """ConfigError: a launcher (torchrun, accelerate launch) started several processes."""
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_processes > 1:
-        raise ConfigError(
-            f"{n_processes} processes: GaLore frees gradients before they could be exchanged, so peftlib trains on one "
-            "GPU; start one process, and one seed per GPU"
-        )

@@ -1,6 +1,7 @@
 """How a run is laid out on its device, and the memory it takes there. None of it changes the result."""
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -95,6 +96,16 @@ class ExecutionPlan:
             except Exception as error:  # noqa: BLE001 - a cache is never worth a run
                 self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
         self._is_first_step = False
+
+
+def require_one_process():
+    """ConfigError: a launcher (torchrun, accelerate launch) started several processes."""
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_processes > 1:
+        raise ConfigError(
+            f"{n_processes} processes: GaLore frees gradients before they could be exchanged, so peftlib trains on one "
+            "GPU; start one process, and one seed per GPU"
+        )
 
 
 @contextlib.contextmanager
