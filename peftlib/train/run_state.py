@@ -209,12 +209,10 @@ def _fitting_weights(weights, made_with, run, what):
     """
     identity.require_base(made_with, run.cfg.model, what=what, log=run.log, error=CheckpointError)
     as_differences = {name: kept for name, kept in weights.items() if isinstance(kept, dict)}
-    if as_differences:  # the first edition's, on GPUs
-        base = BaseWeights(run.cfg.model)
-        starts = {
-            n: base.get(n, torch.float32 if "low" in kept else torch.bfloat16) for n, kept in as_differences.items()
-        }
-        weights = weights | {n: delta.restored(n, kept, starts[n]) for n, kept in as_differences.items()}
+    base = BaseWeights(run.cfg.model) if as_differences else None  # the first edition wrote such on GPUs
+    for name, parts in as_differences.items():
+        start = base.get(name, torch.float32 if "low" in parts else torch.bfloat16)
+        weights = {**weights, name: delta.restored(name, parts, start)}
     params = trainable(run.model)
     unlike = [name for name in params if name not in weights] + [name for name in weights if name not in params]
     if unlike:
