@@ -4,6 +4,7 @@ Importing it is free: no torch, GPU check, download, seed or folder creation hap
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from peftlib.core import aliases
 
@@ -29,11 +30,54 @@ _API = {
     "evaluate": ("peftlib.evaluation.evaluate", "evaluate"),
     "ask": ("peftlib.evaluation.generate", "ask"),
     "load_trained": ("peftlib.models.saved", "load_trained"),
-    "build_report": ("peftlib.report.build", "build"),
-    "compare_studies": ("peftlib.report.compare", "blocks_of"),
-    "export_model": ("peftlib.export.export", "export"),
+    "build_report": ("peftlib.report.build", "build_report"),
+    "compare_studies": ("peftlib.report.compare", "compare_studies"),
+    "export_model": ("peftlib.export.export", "export_model"),
 }
-__all__ = ["SCHEMA_VERSION", "__version__", *_API]
+__all__ = [
+    "METHODS",
+    "SCHEMA_VERSION",
+    "Config",
+    "PeftlibError",
+    "Study",
+    "TrainingRun",
+    "__version__",
+    "ask",
+    "build_data",
+    "build_report",
+    "compare_studies",
+    "evaluate",
+    "export_model",
+    "finish",
+    "load_split",
+    "load_tokenizer",
+    "load_trained",
+    "resolve",
+    "run_training",
+    "setup",
+    "sweep",
+]
+
+if TYPE_CHECKING:
+    from peftlib.core.config import Config as Config
+    from peftlib.core.config import resolve as resolve
+    from peftlib.core.errors import PeftlibError as PeftlibError
+    from peftlib.core.study import Study as Study
+    from peftlib.data.build import build_data as build_data
+    from peftlib.data.store import load_split as load_split
+    from peftlib.evaluation.evaluate import evaluate as evaluate
+    from peftlib.evaluation.generate import ask as ask
+    from peftlib.export.export import export_model as export_model
+    from peftlib.methods import METHODS as METHODS
+    from peftlib.models.load import load_tokenizer as load_tokenizer
+    from peftlib.models.saved import load_trained as load_trained
+    from peftlib.notebook.session import finish as finish
+    from peftlib.notebook.session import setup as setup
+    from peftlib.report.build import build_report as build_report
+    from peftlib.report.compare import compare_studies as compare_studies
+    from peftlib.train.loop import TrainingRun as TrainingRun
+    from peftlib.train.loop import run_training as run_training
+    from peftlib.train.sweep import sweep as sweep
 
 
 def __getattr__(name):

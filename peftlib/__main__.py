@@ -137,7 +137,7 @@ def _report(args):
     from peftlib.notebook.session import readable_path
     from peftlib.report import build as report
 
-    built = report.build(study)
+    built = report.build_report(study)
     for path in (
         study.results_path,
         study.report_path,
@@ -174,9 +174,9 @@ def _sweep(args):
 
 
 def _export(args):
-    from peftlib.export.export import export, lines_of
+    from peftlib.export.export import export_model, lines_of
 
-    exported = export(
+    exported = export_model(
         mirror.open_study(args.study),
         args.method,
         seed=args.seed,
@@ -199,9 +199,10 @@ def _data(argv):
 
 def _compare(argv):
     """compare the results of studies"""
-    from peftlib.report import build as report
+    from peftlib.report.compare import compare_studies
 
-    return report.compare_cli(argv)
+    print(compare_studies(argv), end="")
+    return 0
 
 
 def _judge(argv):

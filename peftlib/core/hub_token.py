@@ -42,7 +42,7 @@ def hf_token():
     ModelError: none of them has one; it says why each that could not be read failed.
     """
     problems = []
-    for source in (_environments, _dotenvs, _logins, _secret):
+    for source in (_of_environment, _of_dotenv, _of_login, _of_secrets):
         token = source(problems)
         if token:
             _given.add(token)
@@ -58,22 +58,24 @@ def without_tokens(text):
 
 def token_pattern():
     """A pattern of all tokens that can be known here without asking anybody."""
-    known = {*_given, _environments([]), os.environ.get("HUGGING_FACE_HUB_TOKEN", "").strip(), _dotenvs([]), _stored()}
+    older = os.environ.get("HUGGING_FACE_HUB_TOKEN", "").strip()
+    known = {*_given, _of_environment([]), older, _of_dotenv([]), _stored()}
     known = sorted((token for token in known if len(token) >= _LEAST_CHARACTERS), key=len, reverse=True)
     return re.compile("|".join([*map(re.escape, known), _FORM]))
 
 
-def _environments(problems):
+# Each source returns a token or ""; it adds to `problems` what kept it from being read, in words.
+
+
+def _of_environment(problems):
     return os.environ.get(NAME, "").strip()
 
 
-def _dotenvs(problems):
+def _of_dotenv(problems):
     """From the first .env that has one: the working folder's, then the checkout's."""
     # In site-packages, where an installed copy lies, a .env would be nobody's.
     places = [Path(".env"), *([_CHECKOUT / ".env"] if (_CHECKOUT / "notebooks").is_dir() else [])]
-    for path in places:
-        if not path.is_file():  # it may be a virtual environment
-            continue
+    for path in (path for path in places if path.is_file()):  # a folder may be a virtual environment
         from dotenv import dotenv_values
 
         try:
@@ -86,8 +88,8 @@ def _dotenvs(problems):
     return ""
 
 
-def _logins(problems):
-    """What `hf auth login` left on this machine."""
+def _of_login(problems):
+    """From what `hf auth login` left on this machine."""
     from huggingface_hub import get_token
 
     if _is_colab() and not _stored():
@@ -100,49 +102,44 @@ def _logins(problems):
 
 
 def _stored():
-    """The token in huggingface_hub's file, as it is."""
+    """The token in huggingface_hub's file; "" where it has none or cannot be read, which get_token reports."""
     from huggingface_hub import constants
 
     try:
         return Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        return ""  # none; get_token says what is wrong with a file that is there
-
-
-def _secret(problems):
-    return _kaggles_secret(problems) if host() == "kaggle" else _colabs_secret(problems) if _is_colab() else ""
+        return ""
 
 
 def _is_colab():
     return host() == "colab" or (host() != "kaggle" and "google.colab" in sys.modules)
 
 
-def _colabs_secret(problems):
-    if not is_watched():
+def _of_secrets(problems):
+    """From the secrets of Kaggle or Colab."""
+    if host() == "kaggle":
+        try:
+            import kaggle_secrets
+
+            return (kaggle_secrets.UserSecretsClient().get_secret(NAME) or "").strip()
+        except Exception as error:  # noqa: BLE001  no module, no such secret, not attached, no network
+            problems.append(
+                f"Kaggle's secret {NAME} could not be read ({type(error).__name__}): under Add-ons > Secrets add it and "
+                "tick it for this notebook, with Internet on"
+            )
+    elif _is_colab() and not is_watched():
         # userdata.get needs a kernel and its page: elsewhere it fails with an AttributeError, or waits for nobody.
         problems.append("Colab's secrets can be read in a notebook's cell alone, not from a terminal or a headless run")
-        return ""
-    from google.colab import userdata
+    elif _is_colab():
+        from google.colab import userdata
 
-    try:
-        token = (userdata.get(NAME) or "").strip()
-    except Exception as error:  # noqa: BLE001  its page's errors have no common class
-        said = _COLAB_REFUSALS.get(type(error).__name__)
-        problems.append(said or f"Colab's secret {NAME} could not be read ({type(error).__name__}: {error})")
-        return ""
-    if not token:
-        problems.append(f"Colab's secret {NAME} is empty: click the key icon on the left and fill it in")
-    return token
-
-
-def _kaggles_secret(problems):
-    try:
-        import kaggle_secrets
-
-        return (kaggle_secrets.UserSecretsClient().get_secret(NAME) or "").strip()
-    except Exception as error:  # noqa: BLE001  no module, no such secret, not attached, no network
-        problems.append(
-            f"Kaggle's secret {NAME} could not be read ({type(error).__name__}): under Add-ons > Secrets add it and tick "
-            "it for this notebook, with Internet on"
-        )
-        return ""
+        try:
+            token = (userdata.get(NAME) or "").strip()
+        except Exception as error:  # noqa: BLE001  its page's errors have no common class
+            said = _COLAB_REFUSALS.get(type(error).__name__)
+            problems.append(said or f"Colab's secret {NAME} could not be read ({type(error).__name__}: {error})")
+            return ""
+        if not token:
+            problems.append(f"Colab's secret {NAME} is empty: click the key icon on the left and fill it in")
+        return token
+    return ""

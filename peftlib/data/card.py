@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from peftlib.core.files import write_text
+from peftlib.core.markdown import escape
 from peftlib.data.shortage import short_line
-from peftlib.report.document import markdown_text
 
 CARD = "README.md"
 
@@ -43,7 +43,7 @@ def card_text(manifest):
         "|---|---|---|---|---|",
         *(_counts_line(name, manifest) for name in sources),
         "",
-        *(f"- {markdown_text(short_line(name, splits))}." for name, splits in manifest["short"].items()),
+        *(f"- {escape(short_line(name, splits))}." for name, splits in manifest["short"].items()),
         *(_ignored_line(name, found) for name, found in manifest["ignored_fields"].items() if found),
         *(f"- `{name}`: {text}" for group in manifest["meaning"].values() for name, text in group.items()),
         "",
@@ -53,10 +53,10 @@ def card_text(manifest):
 
 
 def _source_line(name, facts, counts):
-    where = markdown_text("; ".join(facts["where"].values()))
+    where = escape("; ".join(facts["where"].values()))
     identity = facts.get("revision") or ", ".join(str(digest)[:16] for digest in facts["sha256"].values())
     numbers = " | ".join(f"{counts[split][name]:,}" for split in ("train", "valid", "test"))
-    return f"| {markdown_text(name)} | {where} | `{identity}` | {facts['license']} | {numbers} |"
+    return f"| {escape(name)} | {where} | `{identity}` | {facts['license']} | {numbers} |"
 
 
 def _counts_line(name, manifest):
@@ -65,12 +65,12 @@ def _counts_line(name, manifest):
         for column in ("rejected", "conversions")
     ]
     read, unused = manifest["read"][name], manifest["unused"][name]
-    return f"| {markdown_text(name)} | {read:,} | {cells[0]} | {cells[1]} | {unused:,} |"
+    return f"| {escape(name)} | {read:,} | {cells[0]} | {cells[1]} | {unused:,} |"
 
 
 def _ignored_line(name, found):
-    fields = ", ".join(f"{markdown_text(field)} ({n:,} rows)" for field, n in found.items())
-    return f"- {markdown_text(name)}: fields that were not used: {fields}."
+    fields = ", ".join(f"{escape(field)} ({n:,} rows)" for field, n in found.items())
+    return f"- {escape(name)}: fields that were not used: {fields}."
 
 
 def _how(manifest):

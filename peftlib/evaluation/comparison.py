@@ -6,9 +6,9 @@ Every sentence is made from numbers at hand; a number that is unknown makes no s
 import math
 from dataclasses import dataclass
 
+from peftlib.core.files import gib
 from peftlib.evaluation import forgetting, stats
 from peftlib.evaluation.results import BASE, BASE_CUT
-from peftlib.report.results import gib
 
 # Settings of one method alone: they may differ between methods without making them unequal.
 _OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "seed")

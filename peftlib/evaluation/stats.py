@@ -39,6 +39,11 @@ class Interval:
         """True where the interval of a difference contains 0."""
         return self.low <= 0.0 <= self.high
 
+    @property
+    def verdict(self):
+        """'inside the noise', 'higher' or 'lower', of a difference."""
+        return "inside the noise" if self.is_noise else "higher" if self.value > 0 else "lower"
+
 
 @dataclass(frozen=True)
 class Bootstrap:
@@ -100,6 +105,13 @@ def bootstrap(runs, *, resamples=2000, seed=0):
         }
     n_seeds = {method: len(seeds) for method, seeds in runs.items()}
     return Bootstrap(n_rows, resamples, n_seeds, value, replicates)
+
+
+def quiet_bootstrap(runs):
+    """bootstrap(runs) without FewRowsWarning, for reports, which say in their own words where rows are few."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewRowsWarning)
+        return bootstrap(runs)
 
 
 def seeds_difference(values, others, *, resamples=20_000, seed=0):

@@ -1,4 +1,4 @@
-"""A trained model handed on: adapter, merged model or GGUF file with a filled model card, in a folder or on the hub."""
+"""Export a trained model: adapter, merged model or GGUF file with its model card, to a folder or the hub."""
 
 import html
 import shutil
@@ -9,14 +9,12 @@ from peftlib import methods
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, ModelError, StudyError, writing
 from peftlib.core.files import copy_tree, read_json, size_text, write_json, write_text
-from peftlib.export import gguf as export_gguf
-from peftlib.export import model_card
-from peftlib.export.model_card_scores import scores_of
+from peftlib.export import gguf, model_card
 from peftlib.export.redact import public_config, public_model
 from peftlib.export.targets import MARKER, target_of
 from peftlib.models import identity
 from peftlib.models.saved import FACTS, export_merged
-from peftlib.report.document import folded
+from peftlib.report.render import folded
 
 FORMS = ("adapter", "merged", "gguf")
 _CONFIG, _RECORD, _README = "study/config.json", "study/record.json", "README.md"
@@ -31,16 +29,16 @@ class Exported:
     card: str
 
 
-def export(
+def export_model(
     study, method, *, to, seed=0, form="adapter", quant="q8_0", private=True, dry_run=False, api=None, log=print
 ):
     """Export one finished run with its model card, the study's config and the run's record; returns the Exported.
 
-    to: a folder, or hf://USER/REPO, which gets one commit and is made private unless private=False. A folder or
-    repository that holds something is refused, unless it is an earlier export of the same run in the same form, which is
-    replaced whole. form: 'adapter' as stock PEFT loads it (methods with adapters), 'merged' (one model in bf16), 'gguf'
-    (for llama.cpp and Ollama). quant: of the GGUF file, see export_gguf.QUANTS. dry_run: everything is made, nothing is
-    kept or sent. api: a huggingface_hub.HfApi, for tests. log: told what an export that was killed had left.
+    to: a folder, or hf://USER/REPO, which gets one commit and is private unless private=False. A folder or repository
+    that is not empty is refused, unless it is an earlier export of the same run in the same form, which is replaced.
+    form: 'adapter' as stock PEFT loads it (methods with adapters), 'merged' (one model in bf16), 'gguf' (for llama.cpp
+    and Ollama). quant: of the GGUF file, see gguf.QUANTS. dry_run: make everything, keep and send nothing.
+    api: a huggingface_hub.HfApi. log: gets messages on what a killed export had left behind.
     ConfigError: unknown method, form or quant, no adapter, no repository name. StudyError: the run is not finished.
     LockedError: another process exports to the same folder.
     ModelError: no weights, or not those of the record; the target is taken; no token; the hub or the converter fails.
@@ -53,11 +51,11 @@ def export(
     with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder, writing(target):
         if not dry_run:
             target.require_free(identity)
-        _FILL[form](study, record, weights, folder, quant)
-        scores = scores_of(study, method, seed)
+        _FILL[form](study.cfg, record, weights, folder, quant)
+        scores = model_card.scores_of(study, method, seed)
         card = str(model_card.model_card(study, record, form, scores, quant=quant, to=target.repository))
         write_text(folder / _README, card)
-        _attach(study, record, folder)
+        _attach(study.config_path, record, folder)
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / MARKER, {**identity, "files": [*files, MARKER]})
         files[MARKER] = (folder / MARKER).stat().st_size
@@ -86,38 +84,36 @@ def _check_form(weights, method, form, quant):
     if form == "adapter" and not read_json(weights / FACTS)["is_adapter"]:
         raise ConfigError(f"form='adapter': {method} trains the model itself and has no adapter: use merged or gguf")
     if form == "gguf":
-        export_gguf.require_converter(quant)
+        gguf.require_converter(quant)
 
 
-def _fill_adapter(study, record, weights, folder, quant):
-    """PEFT's folder; the base model is named as others can find it, not by its place on this machine."""
-    del quant
+def _fill_adapter(cfg, record, weights, folder, quant):
+    """PEFT's folder; the base model is named as others can find it, not by its path on this machine."""
     facts = read_json(weights / FACTS)
     copy_tree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
     write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
-    model_card.name_base_model(folder / "adapter_config.json", study.cfg.model)
+    model_card.name_base_model(folder / "adapter_config.json", cfg.model)
 
 
-def _fill_merged(study, record, weights, folder, quant):
-    del study, record, quant
+def _fill_merged(cfg, record, weights, folder, quant):
     export_merged(weights, folder / "merged")
     for path in (folder / "merged").iterdir():
         path.rename(folder / path.name)
     (folder / "merged").rmdir()
 
 
-def _fill_gguf(study, record, weights, folder, quant):
+def _fill_gguf(cfg, record, weights, folder, quant):
     merged = export_merged(weights, folder / "merged")
-    export_gguf.write_gguf(merged, folder, quant=quant, name=f"{study.cfg.study} {record['method']}")
+    gguf.write_gguf(merged, folder, quant=quant, name=f"{cfg.study} {record['method']}")
     shutil.rmtree(merged)
 
 
 _FILL = {"adapter": _fill_adapter, "merged": _fill_merged, "gguf": _fill_gguf}
 
 
-def _attach(study, record, folder):
-    """The study's config and the run's record, without places on this machine."""
-    frozen = read_json(study.config_path)
+def _attach(config_path, record, folder):
+    """Copy the study's config and the run's record, without paths on this machine."""
+    frozen = read_json(config_path)
     write_json(folder / _CONFIG, {**frozen, "config": public_config(frozen["config"])})
     shown = {**record, "config": public_config(record["config"]), "model": public_model(record["model"])}
     write_json(folder / _RECORD, shown)
@@ -138,32 +134,31 @@ def _sizes(exported):
 
 
 class Preview:
-    """In a notebook: what `export` with the same arguments would hand on, its files and its card. Nothing is kept.
+    """In a notebook: the files and the card that export_model with the same arguments would write. Nothing is kept.
 
-    Of a run that is not finished it says so; errors as in export, all the same.
+    An unfinished run gives a note instead of an error; other errors as in export_model.
     """
 
     def __init__(self, study, method, *, seed=0, **how):
         record = records.load(study, method, seed)
-        self._is_finished = record is not None and record.get("status") == "ok"
-        self._exported = export(study, method, seed=seed, dry_run=True, **how) if self._is_finished else None
+        is_finished = record is not None and record.get("status") == "ok"
+        self._exported = export_model(study, method, seed=seed, dry_run=True, **how) if is_finished else None
         self._name = f"{method} (seed {seed})"
 
     def __repr__(self):
-        if not self._is_finished:
-            return f"{self._name} can be handed on once it is trained to its end"
+        if self._exported is None:
+            return f"{self._name} can be exported once its training has finished"
         n_lines = len(self._exported.card.splitlines())
         shown = [f"would go to {self._exported.address}, README.md a model card of {n_lines} lines:"]
         return "\n".join([*shown, *_sizes(self._exported)])
 
     def _repr_html_(self):
-        if not self._is_finished:
+        if self._exported is None:
             return f"<p>{html.escape(repr(self))}</p>"
         cells = (
             f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{size_text(n_bytes)}</td></tr>"
             for name, n_bytes in self._exported.files.items()
         )
-        place = html.escape(self._exported.address)
-        return (
-            f"<p>Would go to {place}:</p><table>{''.join(cells)}</table>{folded('the model card', self._exported.card)}"
-        )
+        address = html.escape(self._exported.address)
+        card = folded("the model card", self._exported.card)
+        return f"<p>Would go to {address}:</p><table>{''.join(cells)}</table>{card}"

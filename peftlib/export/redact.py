@@ -1,4 +1,4 @@
-"""Settings as they may be published: models and files by name, without their places on this machine."""
+"""Redact what is published: models and files by name, without their paths on this machine."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def public_sources(sources):
 
 
 def public_config(fields):
-    """{name: value} of a config, without places on this machine."""
+    """{name: value} of a config, without paths on this machine."""
     return {**fields, "model": public_model(fields["model"]), "sources": public_sources(fields["sources"])}
 
 

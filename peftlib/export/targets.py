@@ -1,4 +1,4 @@
-"""Where an export goes: a folder, or a repository of the Hugging Face hub. What stands there already is not lost."""
+"""Where an export goes: a folder or a repository of the Hugging Face hub, which lose nothing that they hold."""
 
 import contextlib
 import tempfile
@@ -22,7 +22,7 @@ def target_of(to, *, private=True, api=None):
 
 
 class FolderTarget:
-    """A folder, written beside its place and then renamed."""
+    """A folder, written under another name beside it and then renamed."""
 
     repository = None
 
@@ -45,24 +45,22 @@ class FolderTarget:
                 raise ModelError(f"{self} also holds {foreign[0]}, which no export wrote: move it away first")
 
     def workspace(self, what, *, is_dry=False, log=print):
-        """Context manager: a folder beside the path, which is gone after the block.
+        """Context manager: a folder beside the path, removed after the block.
 
         LockedError: another process exports to the same path.
         """
-        target = None if is_dry else self.path.name
-        place = f"the export to {self}"
-        self._workspace = Workspace(self.path.parent, target=target, what=what, place=place, tidies=not is_dry, log=log)
+        names = {"target": None if is_dry else self.path.name, "place": f"the export to {self}"}
+        self._workspace = Workspace(self.path.parent, what=what, tidies=not is_dry, log=log, **names)
         return self._workspace
 
     def put(self, folder, message):
-        """Put a workspace's folder in the path's place; returns the path as text."""
-        del folder, message
+        """Move the workspace's folder to the path; returns the path as text."""
         self._workspace.replace()
         return str(self.path)
 
 
 class HubTarget:
-    """A model repository, which is made where it does not exist. api: a huggingface_hub.HfApi; None makes one."""
+    """A model repository, created if it does not exist. api: a huggingface_hub.HfApi; None makes one."""
 
     def __init__(self, text, *, private, api=None):
         from huggingface_hub.errors import HFValidationError
@@ -106,12 +104,11 @@ class HubTarget:
 
     def workspace(self, what, *, is_dry=False, log=print):
         """Context manager: a temporary folder."""
-        place, prefix = f"the export to {self}", "peftlib-export-"
-        where = tempfile.gettempdir()
-        return Workspace(where, target=None, what=what, place=place, tidies=not is_dry, prefix=prefix, log=log)
+        names = {"place": f"the export to {self}", "prefix": "peftlib-export-"}
+        return Workspace(tempfile.gettempdir(), target=None, what=what, tidies=not is_dry, log=log, **names)
 
     def put(self, folder, message):
-        """Upload a folder in one commit, in place of what an earlier export left; returns the repository's URL."""
+        """Upload a folder in one commit that replaces an earlier export; returns the repository's URL."""
         with self._explained():
             url = self.api.create_repo(self.repository, repo_type="model", private=self._private, exist_ok=True)
             self._require_private()

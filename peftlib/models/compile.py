@@ -109,8 +109,9 @@ class CompileCache:
                 return 0
             content = hashlib.sha256(made[0]).digest() + made[0]
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with atomic_path(self.path) as beside, open(beside, "wb", opener=_for_this_user) as raw:
-                raw.write(content)
+            with atomic_path(self.path) as beside:
+                beside.touch(mode=0o600)
+                beside.write_bytes(content)
             return len(content)
         except Exception as error:  # noqa: BLE001  as in load
             again = "the next session compiles again"
@@ -118,17 +119,10 @@ class CompileCache:
             return 0
 
 
-def _for_this_user(path, flags):
-    return os.open(path, flags, 0o600)
-
-
-def _without_links(path, flags):
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
-
-
 def _own_content(path):
     """A cache file's content after its SHA-256. ModelError: another user could have written it, or it is damaged."""
-    with open(path, "rb", opener=_without_links) as opened:
+    without_links = getattr(os, "O_NOFOLLOW", 0)
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | without_links)) as opened:
         status = os.fstat(opened.fileno())
         if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
             raise ModelError("another user owns it or may write to it")

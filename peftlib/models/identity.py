@@ -56,8 +56,6 @@ def provenance_of(model, records, *, study):
     records: of the study's other runs. study: its name, for messages.
     ModelError: another run was made with another base model of this name, or see base_facts.
     """
-    from peftlib.models.locate import locate
-
     for other in records:
         if other.get("model_sha256") and other.get("model") == model:
             require_base(other, model, what=f"{other['method']} (seed {other['seed']}) in study {study}")

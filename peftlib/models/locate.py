@@ -4,6 +4,8 @@ import contextlib
 import json
 from pathlib import Path
 
+from safetensors import safe_open
+
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.errors import ModelError
 from peftlib.core.hub_token import hf_token
@@ -53,15 +55,27 @@ def weight_paths(model, *, is_local=False):
     return [cached_file(location, name, **settings) for name in sorted(names)]
 
 
-def tensor_files(model):
-    """{tensor's name: path} of the safetensors files of a config's `model`. OSError: there are none."""
-    from safetensors import safe_open
+class BaseWeights:
+    """The tensors of a config's `model`, read from its files one at a time. OSError: it has no safetensors files."""
 
-    files = {}
-    for path in weight_paths(model):
-        with safe_open(path, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path)
-    return files
+    def __init__(self, model):
+        self._files = {}  # tensor's name -> path
+        for path in weight_paths(model):
+            with safe_open(path, framework="pt") as opened:
+                self._files |= dict.fromkeys(opened.keys(), path)
+
+    @property
+    def names(self):
+        """Names of the tensors, as the files have them."""
+        return list(self._files)
+
+    def get(self, name, dtype):
+        """A parameter's first value, on the host in `dtype`, or None where the files have no tensor of its name."""
+        key = name.removeprefix("base_model.model.")
+        if key not in self._files:
+            return None
+        with safe_open(self._files[key], framework="pt") as opened:
+            return opened.get_tensor(key).to(dtype)
 
 
 @contextlib.contextmanager

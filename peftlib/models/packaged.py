@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from peftlib.core import paths
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
 from peftlib.core.session import host
@@ -95,7 +96,7 @@ def assemble(pieces, target, sha256=GGUF_SHA256):
 
 
 def _piece_paths():
-    paths = []
+    pieces = []
     for name in _PACKAGES:
         try:
             files = importlib.metadata.files(name) or []
@@ -106,8 +107,8 @@ def _piece_paths():
                 f"the packaged Gemma 3 270M is not installed ({name} is missing): {way}, or set model to a hub id or "
                 "a local folder"
             ) from None
-        paths += [f.locate() for f in files if ".gguf.part" in f.name]
-    return paths
+        pieces += [f.locate() for f in files if ".gguf.part" in f.name]
+    return pieces
 
 
 def _convert(gguf, folder):

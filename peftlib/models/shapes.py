@@ -54,7 +54,8 @@ def shape_of(model):
 
     ModelError: a folder without a config, a hub id that is not to be had, or a model of another kind.
     """
-    name = "gemma-3-270m" if model == PACKAGED_MODEL else _bare(model)
+    bare = model.split("/")[-1].lower().removesuffix("-it").removesuffix("-pt")  # without owner and kind of tuning
+    name = "gemma-3-270m" if model == PACKAGED_MODEL else bare
     if not Path(model).expanduser().is_dir() and name in SHAPES:
         return SHAPES[name]
     from transformers import AutoConfig
@@ -65,10 +66,5 @@ def shape_of(model):
             config = AutoConfig.from_pretrained(location, token=token_for(location), trust_remote_code=False)
         return Shape.of(config.get_text_config())
     except (AttributeError, ValueError) as error:
-        said = str(error).strip().split("\n")[0]
-        raise ModelError(f"model={model!r} has no config as Gemma's ({said}): its memory cannot be planned") from None
-
-
-def _bare(model):
-    """An id without its owner, and without the ending that says how it was tuned."""
-    return model.split("/")[-1].lower().removesuffix("-it").removesuffix("-pt")
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model={model!r} has no config as Gemma's ({reason}): its memory cannot be planned") from None

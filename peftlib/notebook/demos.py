@@ -52,8 +52,7 @@ class FourBit:
 
 def one_weight(model, ending="layers.0.mlp.up_proj.weight"):
     """(name, (m, n) float32) of one matrix as a model's files hold it. model: as in a config. ModelError: not to be had."""
-    from peftlib.models.base_weights import BaseWeights
-    from peftlib.models.locate import hub_errors
+    from peftlib.models.locate import BaseWeights, hub_errors
 
     with hub_errors(model):
         files = BaseWeights(model)

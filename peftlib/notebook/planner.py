@@ -12,7 +12,7 @@ from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.gpus import CARDS, card_at_hand, find_card
 from peftlib.core.study import Study
 from peftlib.models.shapes import SHAPES, shape_of
-from peftlib.report.document import folded, plain
+from peftlib.report.render import folded, plain
 from peftlib.train import estimate
 
 CHOICES = (

@@ -3,79 +3,119 @@
 The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
 """
 
-import warnings
+import csv
+import io
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftlib.core.files import write_text
-from peftlib.evaluation import comparison, stats
-from peftlib.evaluation import results as scored
-from peftlib.evaluation.judging import verdicts as judge_verdicts
-from peftlib.report import charts as report_charts
-from peftlib.report import results
-from peftlib.report.sections import blocks_of, method_table
+import numpy as np
+import pandas as pd
+
+from peftlib.core.files import gib, write_text
+from peftlib.evaluation import comparison, forgetting, results, rouge, stats
+from peftlib.evaluation.judging import verdicts
+from peftlib.evaluation.metrics import bleu_signature
+from peftlib.methods import BASE
+from peftlib.report import charts, findings
+from peftlib.report.render import UNKNOWN, interval_text, render, shown
+from peftlib.train import run_record
 
 N_SAMPLES = 10
+_ANSWER_CHARACTERS = 700  # of an answer in the report
+_WHOLE, _REAL = "Int64", "float64"
+# results.csv: one row a method and seed. {column: pandas dtype}
+_COLUMNS = {
+    "method": "object",
+    "seed": _WHOLE,
+    "status": "object",
+    "n_test": _WHOLE,
+    "bleu4": _REAL,
+    "rougeL": _REAL,
+    "train_loss": _REAL,
+    "eval_loss": _REAL,
+    "trainable_params": _WHOLE,
+    "steps": _WHOLE,
+    "train_tokens": _WHOLE,
+    "learning_rate": _REAL,
+    "learning_rate_2": _REAL,
+    "precision": "object",
+    "device": "object",
+    "peak_memory_gib": _REAL,
+    "peak_reserved_gib": _REAL,
+    "tokens_per_second": _REAL,
+    "train_seconds": _REAL,
+    "split_hash": "object",
+}
+COLUMNS = tuple(_COLUMNS)
 
 
 @dataclass(frozen=True)
 class Report:
     """results: results.csv as a DataFrame. table: the field's table, one row a method, texts. per_source, pairs,
-    scores: DataFrames of numbers. findings: sentences. figures, dark_figures: {name: PNG path}. alt: {name: text}.
-    numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method. notes: what was not
-    matched. judged: [judge_verdicts.Judged, ...]. n_other_verdicts: verdicts on other answers or under another rubric.
-    study: the ScoredStudy. folder: of the study. theme: 'light' or 'dark', as its notebooks show charts."""
+    scores: DataFrames of numbers. summary: at most five sentences; details, findings: sentences, findings all of them.
+    figures, dark_figures: {name: PNG path}. alt: {name: text}. numbers: of the charts. samples: dicts of source, id,
+    prompt, reference and one answer a method. notes: what was not matched. judged: [verdicts.Judged, ...].
+    n_other_verdicts: verdicts on other answers or under another rubric. study: the ScoredStudy. folder: of the study.
+    theme: 'light' or 'dark', as its notebooks show charts."""
 
-    results: object
-    table: object
-    per_source: object
-    pairs: object
-    scores: object
-    findings: list
+    results: pd.DataFrame
+    table: pd.DataFrame
+    per_source: pd.DataFrame
+    pairs: pd.DataFrame
+    scores: pd.DataFrame
+    summary: list
+    details: list
     figures: dict
     dark_figures: dict
     alt: dict
-    numbers: report_charts.Numbers = field(repr=False)
+    numbers: charts.Numbers = field(repr=False)
     samples: list = field(repr=False)
     notes: list
     judged: list
     n_other_verdicts: int
-    study: scored.ScoredStudy = field(repr=False)
+    study: results.ScoredStudy = field(repr=False)
     folder: Path
     theme: str
 
+    @property
+    def findings(self):
+        return [*self.summary, *self.details]
 
-def build(study):
+
+def build_report(study):
     """Score the study's runs, write its results.csv, report.md, report.html and figures; returns the Report.
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
-    Too few test rows for narrow intervals are the first of its findings.
     """
-    found = scored.load(study)
-    judged, n_other_verdicts = judge_verdicts.load(study, found)
-    rows = [results.result_row(run) for run in found.runs]
+    # Load: records, predictions and verdicts, checked against the test rows.
+    found = results.load(study)
+    judged, n_other_verdicts = verdicts.load(study, found)
+    # Score: intervals over all rows and over each source's.
+    rows = [_result_row(run) for run in found.runs]
     systems = found.systems()
-    boot = _bootstrap(systems) if systems else None
+    boot = stats.quiet_bootstrap(systems) if systems else None
     by_source = _by_source(found)
+    # Compare: every two methods, and what was not equal between them.
     pairs = comparison.pairs_of(systems, boot) if boot else []
-    numbers = report_charts.numbers_of(found, boot, by_source)
     notes = comparison.unmatched(found.runs)
-    sentences = list(comparison.findings(found, boot, pairs)) if boot else []
-    sentences += [*judge_verdicts.findings(judged), *judge_verdicts.uncounted(study)]
-    samples = _samples(found)
-    paths, dark_paths, alt = report_charts.save_charts(numbers, study.figures_dir)
+    details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
+    # Draw.
+    numbers = charts.numbers_of(found, boot, by_source)
+    figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=results.frame(rows),
-        table=_frame(*method_table(found, boot)),
+        results=pd.DataFrame({name: pd.array([row[name] for row in rows], kind) for name, kind in _COLUMNS.items()}),
+        table=_method_table(found, boot),
         per_source=_source_frame(by_source),
-        pairs=_dict_frame([pair.row() for pair in pairs], comparison.PAIR_COLUMNS),
-        scores=_dict_frame(_all_scores(found)),
-        findings=sentences,
-        figures=paths,
-        dark_figures=dark_paths,
+        pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
+        scores=_score_frame(found),
+        summary=findings.summary(found, boot, pairs, notes, numbers),
+        details=details,
+        figures=figures,
+        dark_figures=dark_figures,
         alt=alt,
         numbers=numbers,
-        samples=samples,
+        samples=_samples(found),
         notes=notes,
         judged=judged,
         n_other_verdicts=n_other_verdicts,
@@ -83,37 +123,122 @@ def build(study):
         folder=study.folder,
         theme=study.cfg.theme,
     )
-    _write(study, report, rows, pairs, boot)
+    # Write.
+    content = _content(report, pairs, by_source)
+    write_text(study.folder / "report.html", render("report.html.jinja", **content))
+    write_text(study.report_path, render("report.md.jinja", **content))
+    write_text(study.results_path, _csv(rows))
     return report
 
 
-def _write(study, report, rows, pairs, boot):
-    from peftlib.report.document import to_html, to_markdown
+def _result_row(run):
+    """{column of results.csv: value or None} of a results.Run."""
+    record = run.record
+    scores = run.rows.scores() if run.is_scored else {}
+    row = {
+        **record,
+        "n_test": len(run.rows) if run.is_scored else None,
+        "bleu4": scores.get("bleu4"),
+        "rougeL": scores.get("rougeL"),
+        "eval_loss": run.eval_loss,
+        "peak_memory_gib": gib(record["peak_memory_bytes"]),
+        "peak_reserved_gib": gib(record["peak_reserved_bytes"]),
+    }
+    return {name: row[name] for name in COLUMNS}
 
-    blocks = blocks_of(study, report, pairs, boot)
-    write_text(study.folder / "report.html", to_html(blocks, f"Study {study.folder.name}"))
-    write_text(study.report_path, to_markdown(blocks, study.folder))
-    write_text(study.results_path, results.to_csv(rows))
 
-
-def _bootstrap(systems):
-    """stats.bootstrap without its warning: a report says in its own words where rows are few."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.FewRowsWarning)
-        return stats.bootstrap(systems)
+def _csv(rows):
+    """results.csv as text: numbers to ten digits, None as nothing."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow(f"{value:.10g}" if isinstance(value, float) else value for value in row.values())
+    return out.getvalue()
 
 
 def _by_source(found):
     """{source: Bootstrap} over the rows of each source."""
-    import numpy as np
-
     names = np.array([row["source"] for row in found.test_rows])
     made = {}
-    for source in found.sources:
+    for source in found.sources if found.scored else ():
         systems = {method: [run.rows.subset(names == source) for run in runs] for method, runs in found.scored.items()}
-        if systems:
-            made[source] = _bootstrap(systems)
+        made[source] = stats.quiet_bootstrap(systems)
     return made
+
+
+def _source_frame(by_source):
+    rows = []
+    for source, boot in by_source.items():
+        for method in boot.value:
+            row = {"source": source, "method": method, "n": boot.n_rows}
+            for metric in stats.METRICS:
+                found = boot.interval(method, metric)
+                row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _score_frame(found):
+    """Every score of every scored run, one row a run."""
+    runs = [run for run in found.runs if run.is_scored]
+    rows = [
+        {
+            "method": run.record["method"],
+            "seed": run.record["seed"],
+            **run.rows.scores(),
+            "chrf": run.chrf,
+            "truncated_share": run.truncated_share,
+            "eval_loss": run.eval_loss,
+        }
+        for run in runs
+    ]
+    return pd.DataFrame(rows)
+
+
+def _method_table(found, boot):
+    """The field's table as texts: one row a method with a record, one of base cut at the median reference length."""
+    rows = []
+    for method, runs in charts.by_method(found.runs).items():
+        rows.append({"technique": _technique(method, runs), **_method_cells(method, runs, found, boot)})
+        if method == BASE and found.base_cut is not None:
+            name = f"base, cut at the median reference length ({found.cut_at_words} words)"
+            cut = {metric: interval_text(boot.interval(results.BASE_CUT, metric)) for metric in stats.METRICS}
+            after = {f"{label} after (95 %)": cut[metric] for metric, label in stats.METRICS.items()}
+            rows.append({"technique": name, **after})
+    return pd.DataFrame(rows).fillna("")
+
+
+def _technique(method, runs):
+    states = [run.record["status"] for run in runs if run.record["status"] != "ok"]
+    notes = [f"{len(runs)} seeds"] if len(runs) > 1 else []
+    notes += [f"{states.count(state)} {state}" if len(runs) > 1 else state for state in dict.fromkeys(states)]
+    return f"{method} ({', '.join(notes)})" if notes else method
+
+
+def _method_cells(method, runs, found, boot):
+    """{column: text}; the base is its own 'before', and has no 'after'."""
+    finished = [run for run in runs if run.record["status"] == "ok"]
+    base_runs, is_base = found.scored.get(BASE, []), method == BASE
+    cells = {}
+    for metric, label in stats.METRICS.items():
+        base, own = (boot.interval(m, metric) if boot and m in boot.value else None for m in (BASE, method))
+        before = interval_text(base) if is_base else shown(base and base.value, ".4f")
+        cells |= {f"{label} before": before, f"{label} after (95 %)": "" if is_base else interval_text(own)}
+    base_loss, loss = (comparison.mean_of(group, lambda run: run.eval_loss) for group in (base_runs, finished))
+    general = forgetting.mean_over([run.general for run in finished])
+    change = forgetting.change(forgetting.mean_over([run.general for run in base_runs]), general)
+    memory = comparison.mean_of(finished, lambda run: gib(run.record["peak_memory_bytes"]))
+    hours = comparison.mean_of(finished, lambda run: run.record["train_seconds"] and run.record["train_seconds"] / 3600)
+    return {
+        **cells,
+        "test loss before": shown(base_loss, ".3f"),
+        "test loss after": "" if is_base else shown(loss, ".3f"),
+        "general text loss (change)": shown(general and general.loss, ".3f")
+        + ("" if is_base or change is None else f" ({change:+.1%})"),
+        "peak memory GiB": "" if is_base else shown(memory, ".2f"),
+        "training hours": "" if is_base else shown(hours, ".2f" if hours and hours >= 1 else ".2g"),  # a demo: minutes
+    }
 
 
 def _samples(found):
@@ -126,62 +251,40 @@ def _samples(found):
     picked = []
     while len(picked) < N_SAMPLES and any(queues.values()):
         picked += [queue.pop(0) for queue in queues.values() if queue]
-    return [_sample(found, i) for i in picked[:N_SAMPLES]] if found.scored else []
-
-
-def _sample(found, i):
-    row = found.test_rows[i]
-    answers = {method: runs[0].answers[i] for method, runs in found.scored.items()}
-    return {
-        "source": row["source"],
-        "id": row["id"],
-        "prompt": scored.prompt_text(row),
-        "reference": found.references[i],
-        **answers,
-    }
-
-
-def _all_scores(found):
-    """[{method, seed, metric: value}] of every score of every scored run."""
     return [
         {
-            "method": run.record["method"],
-            "seed": run.record["seed"],
-            **run.rows.scores(),
-            "chrf": run.chrf,
-            "truncated_share": run.truncated_share,
+            "source": found.test_rows[i]["source"],
+            "id": found.test_rows[i]["id"],
+            "prompt": results.prompt_text(found.test_rows[i]),
+            "reference": found.references[i],
+            **{method: runs[0].answers[i] for method, runs in found.scored.items()},
         }
-        for runs in found.scored.values()
-        for run in runs
+        for i in (picked[:N_SAMPLES] if found.scored else ())
     ]
 
 
-def _source_frame(by_source):
-    rows = []
-    for source, boot in by_source.items():
-        for method in boot.value:
-            row = {"source": source, "method": method, "n": boot.n_rows}
-            for metric in stats.METRICS:
-                found = boot.interval(method, metric)
-                row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
-            rows.append(row)
-    return _dict_frame(rows)
-
-
-def _frame(header, rows):
-    import pandas as pd
-
-    return pd.DataFrame(rows, columns=list(header))
-
-
-def _dict_frame(rows, columns=None):
-    import pandas as pd
-
-    return pd.DataFrame(rows, columns=list(columns) if columns else None)
-
-
-def compare_cli(argv):
-    """`python -m peftlib compare A B ...`: studies side by side; returns the exit code."""
-    from peftlib.report.compare import main
-
-    return main(argv)
+def _content(report, pairs, by_source):
+    """What the templates are filled with."""
+    found = report.study
+    versions = {}
+    for run in found.runs:
+        for name, version in (run.record.get("versions") or {}).items():
+            versions.setdefault(name, {})[version or UNKNOWN] = None
+    return {
+        "name": report.folder.name,
+        "report": report,
+        "found": found,
+        "pairs": pairs,
+        "by_source": by_source,
+        "models": dict.fromkeys((run.record["model"], run.record["model_provenance"]) for run in found.runs),
+        "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],
+        "stats": stats,
+        "forgetting": forgetting,
+        "rouge": rouge,
+        "bleu_signature": bleu_signature(found.tokenizer),
+        "changes": [sentence for run in found.runs for sentence in run_record.change_sentences(run.record)],
+        "versions": versions,
+        "longest": _ANSWER_CHARACTERS,
+        "gib": gib,
+        "perplexity": lambda loss: None if loss is None else math.exp(min(loss, 700)),
+    }

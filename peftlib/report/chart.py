@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from peftlib.core.files import atomic_path
-from peftlib.report.document import png_address
 from peftlib.report.palette import LIGHT
+from peftlib.report.render import png_address
 
 _DPI = 150
 _FORMATS = ("png", "svg")

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from peftlib.evaluation import comparison, stats
-from peftlib.report import figures, results
+from peftlib.core.files import gib
+from peftlib.evaluation import stats
+from peftlib.evaluation.comparison import mean_of
+from peftlib.report import figures
 from peftlib.report.chart import save
 from peftlib.report.palette import DARK, LIGHT
 
@@ -23,7 +25,7 @@ ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 @dataclass(frozen=True)
 class Numbers:
     """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
-    same without base cut}. The others: {method: mean over its finished runs}, known ones alone."""
+    same without base cut}. The others: {method: mean over its finished runs} of the methods whose runs all know it."""
 
     records: list
     intervals: dict
@@ -33,46 +35,57 @@ class Numbers:
     eval_loss: dict
     general_loss: dict
     tokens_per_second: dict
+    train_seconds: dict
 
 
 def numbers_of(found, boot, by_source):
-    """The Numbers of a ScoredStudy. boot: of all rows, or None; by_source: {source: Bootstrap}."""
-    intervals = _intervals(boot, found.systems()) if boot else {}
+    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}."""
+    texts = [run.general.text_sha256 for run in found.runs if run.general]
+
+    def general_loss(run):  # losses on another text than the first run's cannot be compared with it
+        return run.general.loss if run.general and run.general.text_sha256 == texts[0] else None
+
+    def means(value_of):
+        groups = by_method(run for run in found.runs if run.record["status"] == "ok")
+        found_means = {method: mean_of(runs, value_of) for method, runs in groups.items()}
+        return {method: mean for method, mean in found_means.items() if mean is not None}
+
     return Numbers(
         records=[run.record for run in found.runs],
-        intervals=intervals,
-        per_source={source: _intervals(part, found.scored) for source, part in by_source.items()},
-        peak_gib=_means(found, lambda run: results.gib(run.record["peak_memory_bytes"])),
-        reserved_gib=_means(found, lambda run: results.gib(run.record["peak_reserved_bytes"])),
-        eval_loss=_means(found, lambda run: run.eval_loss),
-        general_loss=_general_losses(found),
-        tokens_per_second=_means(found, lambda run: run.record["tokens_per_second"]),
+        intervals=_intervals(boot) if boot else {},
+        per_source={source: _intervals(part) for source, part in by_source.items()},
+        peak_gib=means(lambda run: gib(run.record["peak_memory_bytes"])),
+        reserved_gib=means(lambda run: gib(run.record["peak_reserved_bytes"])),
+        eval_loss=means(lambda run: run.eval_loss),
+        general_loss=means(general_loss),
+        tokens_per_second=means(lambda run: run.record["tokens_per_second"]),
+        train_seconds=means(lambda run: run.record["train_seconds"]),
     )
 
 
-def _intervals(boot, methods):
-    return {m: {metric: boot.interval(m, metric) for metric in stats.METRICS} for m in methods}
-
-
-def _means(found, of):
+def by_method(runs):
+    """{method: [Run, ...]}, in order."""
     groups = {}
-    for run in found.runs:
-        if run.record["status"] == "ok":
-            groups.setdefault(run.record["method"], []).append(run)
-    means = {method: comparison.mean_of(runs, of) for method, runs in groups.items()}
-    return {method: value for method, value in means.items() if value is not None}
+    for run in runs:
+        groups.setdefault(run.record["method"], []).append(run)
+    return groups
 
 
-def _general_losses(found):
-    """Means of the loss on general text over runs that read the same text as the first one."""
-    texts = [run.general.text_sha256 for run in found.runs if run.general is not None]
-    return _means(found, lambda run: run.general.loss if run.general and run.general.text_sha256 == texts[0] else None)
+def _intervals(boot):
+    return {method: {metric: boot.interval(method, metric) for metric in stats.METRICS} for method in boot.value}
 
 
 def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
-    """One chart by a name of KINDS. rows: ALL_ROWS, EACH_SOURCE or a source, where takes_rows(kind)."""
+    """One chart by a name of KINDS. rows: one of row_choices(numbers, kind)."""
     if kind in _BY_ROWS:
-        return _of_rows(numbers, *_BY_ROWS[kind], rows, theme)
+        metric, is_against_memory = _BY_ROWS[kind]
+        if rows == EACH_SOURCE:
+            return figures.source_bars(numbers.per_source, metric, theme)
+        source = "" if rows == ALL_ROWS else rows
+        intervals = numbers.per_source[source] if source else numbers.intervals
+        if is_against_memory:
+            return figures.quality_against_memory(intervals, numbers.peak_gib, metric, theme, rows=source)
+        return figures.score_bars(intervals, (metric,), rows=source, theme=theme)
     return {
         TEST_LOSS: lambda: figures.loss_bars(numbers.eval_loss, "the test rows", theme),
         GENERAL_LOSS: lambda: figures.loss_bars(numbers.general_loss, "general text", theme),
@@ -82,27 +95,11 @@ def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
     }[kind]()
 
 
-def takes_rows(kind):
-    """Whether a chart can be drawn of one source's rows: scores are known by row, losses and memory are not."""
-    return kind in _BY_ROWS
-
-
 def row_choices(numbers, kind):
-    """What chart_of takes as `rows` for a kind of chart."""
-    if not takes_rows(kind):
+    """What chart_of takes as `rows`: scores are known by row, losses and memory are not."""
+    if kind not in _BY_ROWS:
         return [ALL_ROWS]
     return [ALL_ROWS, *([] if _BY_ROWS[kind][1] else [EACH_SOURCE]), *numbers.per_source]
-
-
-def _of_rows(numbers, metric, is_against_memory, rows, theme):
-    if rows == EACH_SOURCE:
-        return figures.source_bars(numbers.per_source, metric, theme)
-    intervals = numbers.intervals if rows == ALL_ROWS else numbers.per_source[rows]
-    if is_against_memory:
-        return figures.quality_against_memory(
-            intervals, numbers.peak_gib, metric, theme, rows="" if rows == ALL_ROWS else rows
-        )
-    return figures.score_bars(intervals, (metric,), rows="" if rows == ALL_ROWS else rows, theme=theme)
 
 
 def charts_of(numbers, theme=LIGHT):

@@ -188,7 +188,7 @@ class _Session:
 
         for study in self.studies:
             self.log(f"report of {study.folder.name}")
-            report.build(study)
+            report.build_report(study)
 
 
 def table(states, died):

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 
 from peftlib import methods
 from peftlib.core.files import write_json, write_text
+from peftlib.core.markdown import table
 from peftlib.models.compile import STEPS_TO_PAY
-from peftlib.report.markdown import table
 from peftlib.runner.suite_jobs import BASE, DONE, jobs_of, only, state_of
 from peftlib.train import estimate
 

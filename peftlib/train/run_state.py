@@ -13,8 +13,8 @@ from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.core.json_reading import Map, Maybe, fault
 from peftlib.data.dedup import prompt_key
 from peftlib.models import identity, saved
-from peftlib.models.base_weights import BaseWeights
 from peftlib.models.inspect import core, trainable
+from peftlib.models.locate import BaseWeights
 from peftlib.models.shapes import Shape
 from peftlib.storage import delta
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir

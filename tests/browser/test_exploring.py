@@ -54,7 +54,14 @@ def opened(request, lab, fields, finished_study):
     """A notebook whose report is built and whose widgets stand."""
     copy = lab.server.put(request.param, fields=fields, copy=f"{request.param}-explored")
     with lab.opened(copy) as notebook:
-        for words in ("# Parameters", "setup(", "report.build(study)", "charts(shown)", "explore(shown)", "ask_box("):
+        for words in (
+            "# Parameters",
+            "setup(",
+            "report.build_report(study)",
+            "charts(shown)",
+            "explore(shown)",
+            "ask_box(",
+        ):
             notebook.cell(words).run()
         notebook.picture_in_both_themes(f"{request.param}-explored")
         yield notebook
@@ -144,9 +151,9 @@ def test_the_explorer_goes_through_sorts_and_finds_rows(opened, finished_study):
 def largest_gain(study, method):
     """The id of the row where a method's ROUGE-L is furthest above base's."""
     from peftlib.notebook.answers import GAIN, Answers
-    from peftlib.report.build import build
+    from peftlib.report.build import build_report
 
-    answers = Answers(build(study).study)
+    answers = Answers(build_report(study).study)
     return answers.rows[answers.chosen(order=GAIN, name=method, other="base")[0]]["id"]
 
 

@@ -127,7 +127,7 @@ def test_other_answers_or_another_judge_do_not_reuse_a_verdict(study):
         words = ["--study", "x", "--methods", "base", "qlora", "--endpoint", url, "--model", "other"]
         judge_cli.main(words, lambda name: study)
     assert len(server.requests) == 26 + 24
-    found = report.build(study)
+    found = report.build_report(study)
     assert [judged.n_rows for judged in found.judged] == [12, 12] and found.n_other_verdicts == 4
 
 
@@ -166,7 +166,7 @@ def test_a_judge_that_never_says_a_verdict_is_counted_and_never_guessed(study, c
     assert server.requests[-1][0]["messages"][-1]["content"] == judge.REMINDER
     assert all(line["verdict"] == "malformed" for line in lines_of(study) if not line["is_identical"])
     assert f"malformed verdicts: {2 * len(asked)}, left out with their rows" in capsys.readouterr().out
-    text = report.build(study) and study.report_path.read_text(encoding="utf-8")
+    text = report.build_report(study) and study.report_path.read_text(encoding="utf-8")
     assert "Judged by a language model" in text and "Judged by m at" not in text
 
 
@@ -179,7 +179,7 @@ def test_malformed_verdicts_are_asked_for_again_only_with_more_room(study):
         assert len(server.requests) == asked == 3 * 22
         call(study, url, "--reply-tokens", "900")
     assert len(server.requests) == asked + 22
-    (found,) = report.build(study).judged
+    (found,) = report.build_report(study).judged
     assert (found.n_rows, found.n_malformed) == (12, 0)
 
 
@@ -253,7 +253,7 @@ def test_the_key_is_sent_and_stands_nowhere_else(study, capsys):
     with fake_judge.serving(server) as url:
         call(study, url)
     assert all(headers["authorization"] == f"Bearer {KEY}" for _, headers in server.requests)
-    report.build(study)
+    report.build_report(study)
     captured = capsys.readouterr()
     assert KEY not in captured.out + captured.err
     assert all(KEY.encode() not in path.read_bytes() for path in study.folder.rglob("*") if path.is_file())
@@ -296,13 +296,13 @@ def test_a_cut_line_is_asked_again_and_a_damaged_one_is_named(study):
         call(study, url)
         whole = path.read_text(encoding="utf-8")
         path.write_text(whole[:-30], encoding="utf-8")
-        report.build(study)
+        report.build_report(study)
         assert path.read_text(encoding="utf-8") == whole[:-30]  # a report repairs nothing
         call(study, url)
         assert len(server.requests) == 23 and len(lines_of(study)) == 24
         path.write_text(whole.replace('"verdict": "b"', '"verdict": "c"', 1), encoding="utf-8")
         study.report_path.write_text("older", encoding="utf-8")
-        for build in (lambda: call(study, url), lambda: report.build(study)):
+        for build in (lambda: call(study, url), lambda: report.build_report(study)):
             with pytest.raises(StudyError, match=r"base-vs-qlora\.jsonl: line \d+ has .*'c'"):
                 build()
     assert study.report_path.read_text(encoding="utf-8") == "older"
@@ -311,7 +311,7 @@ def test_a_cut_line_is_asked_again_and_a_damaged_one_is_named(study):
 def test_a_judge_that_goes_by_place_is_found_out(study):
     with fake_judge.serving(fake_judge.Server(lambda body: "VERDICT: 1")) as url:
         call(study, url)
-    (found,) = report.build(study).judged
+    (found,) = report.build_report(study).judged
     assert found.position_bias == found.first_share == 1.0
     assert found.win_rate.value == 0.5 and (found.wins, found.ties, found.losses) == (0, 12, 0)
 
@@ -319,7 +319,7 @@ def test_a_judge_that_goes_by_place_is_found_out(study):
 def test_win_rates_stand_in_the_report(study):
     with fake_judge.serving(fake_judge.Server(shorter)) as url:
         call(study, url)
-    found = report.build(study)
+    found = report.build_report(study)
     text = study.report_path.read_text(encoding="utf-8")
     assert "## Judged by a language model" in text and "| qlora-s0 against base-s0 | m at http" in text
     assert any(line.startswith("Judged by m at") and "qlora-s0 wins 95.8%" in line for line in found.findings)

@@ -141,7 +141,7 @@ def test_planted_faults_before_a_real_server_lose_nothing(served, study, monkeyp
         assert len(proxy.requests) - asked == 24 - 14
     found = lines_of(study)
     assert found[:12] == some and len({line["key"] for line in found}) == len(found) == 24
-    (judged,) = report.build(study).judged
+    (judged,) = report.build_report(study).judged
     assert (judged.n_rows, judged.n_malformed, judged.position_bias) == (12, 0, 1.0)
 
 

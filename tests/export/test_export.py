@@ -18,8 +18,7 @@ from peftlib.core.study import Study
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.evaluate import evaluate
 from peftlib.export import model_card
-from peftlib.export.export import Preview, export
-from peftlib.export.model_card_scores import scores_of
+from peftlib.export.export import Preview, export_model
 from peftlib.export.targets import target_of
 from peftlib.models.packaged import PROVENANCE
 from peftlib.models.saved import load_trained
@@ -28,7 +27,7 @@ from peftlib.models.saved import load_trained
 @pytest.mark.parametrize("method", ["qlora", "lora", "hybrid"])
 def test_the_adapters_card_loads_the_model_that_was_scored(finished, tiny_model, tmp_path, method):
     study = finished(method)
-    made = export(study, method, to=tmp_path / "out", form="adapter")
+    made = export_model(study, method, to=tmp_path / "out", form="adapter")
     names, printed = run_code_of(tmp_path / "out", made.card, base=tiny_model)
     ours = load_trained(study.weights_dir(method, 0))
     torch.testing.assert_close(logits(names["model"]), logits(ours), atol=1e-4, rtol=0)
@@ -39,7 +38,7 @@ def test_the_adapters_card_loads_the_model_that_was_scored(finished, tiny_model,
 
 def test_the_hybrids_adapter_without_its_attention_is_another_model(finished, tiny_model, tmp_path):
     study = finished("hybrid")
-    card = export(study, "hybrid", to=tmp_path / "out", form="adapter").card
+    card = export_model(study, "hybrid", to=tmp_path / "out", form="adapter").card
     start, end = card.index("# The attention weights"), card.index("model.eval()")
     names, _ = run_code_of(tmp_path / "out", card[:start] + card[end:], base=tiny_model)
     ours = load_trained(study.weights_dir("hybrid", 0))
@@ -49,7 +48,7 @@ def test_the_hybrids_adapter_without_its_attention_is_another_model(finished, ti
 @pytest.mark.parametrize("method", ["hybrid", "galore"])
 def test_the_merged_models_card_loads_it(finished, tmp_path, method):
     study = finished(method)
-    made = export(study, method, to=tmp_path / "out", form="merged")
+    made = export_model(study, method, to=tmp_path / "out", form="merged")
     names, _ = run_code_of(tmp_path / "out", made.card)
     ours = load_trained(study.weights_dir(method, 0))
     assert names["model"].dtype == torch.bfloat16 and names["model"].generation_config.eos_token_id == [1, 106]
@@ -58,7 +57,7 @@ def test_the_merged_models_card_loads_it(finished, tmp_path, method):
 
 def test_the_header_says_what_the_hub_asks_for(finished, tmp_path):
     study = finished("qlora", is_scored=True)
-    data = ModelCard(export(study, "qlora", to=tmp_path / "out").card).data
+    data = ModelCard(export_model(study, "qlora", to=tmp_path / "out").card).data
     assert (data.license, data.license_link) == ("gemma", "https://ai.google.dev/gemma/terms")
     assert (data.library_name, data.pipeline_tag, data.language) == ("peft", "text-generation", "en")
     assert {"gemma3", "qlora"} <= set(data.tags)
@@ -76,7 +75,7 @@ def test_a_base_from_the_hub_is_named_with_its_relation(finished, form, relation
     study = finished("qlora")
     record = read_json(study.record_path("qlora", 0))
     there = Study(study.folder, study.cfg.replace(model="google/gemma-3-1b-it"))
-    text = str(model_card.model_card(there, record, form, scores_of(study, "qlora", 0), quant="q8_0"))
+    text = str(model_card.model_card(there, record, form, model_card.scores_of(study, "qlora", 0), quant="q8_0"))
     data = ModelCard(text).data
     assert (data.base_model, data.to_dict()["base_model_relation"]) == ("google/gemma-3-1b-it", relation)
     assert ('base = "google/gemma-3-1b-it"' in text) == (form == "adapter")
@@ -84,8 +83,8 @@ def test_a_base_from_the_hub_is_named_with_its_relation(finished, form, relation
 
 def test_the_card_tells_scores_against_base_with_intervals_and_rows(finished, tmp_path):
     study = finished("qlora", is_scored=True)
-    card = export(study, "qlora", to=tmp_path / "out").card
-    scores = scores_of(study, "qlora", 0)
+    card = export_model(study, "qlora", to=tmp_path / "out").card
+    scores = model_card.scores_of(study, "qlora", 0)
     for metric, name in (("bleu4", "BLEU-4"), ("rougeL", "ROUGE-L")):
         line = next(line for line in card.splitlines() if line.startswith(f"| {name}"))
         for method in ("base", "qlora"):
@@ -98,7 +97,7 @@ def test_the_card_tells_scores_against_base_with_intervals_and_rows(finished, tm
 def test_scores_that_are_not_known_are_not_invented(finished, tmp_path):
     study = finished("qlora")
     evaluate(study, "base", log=lambda line: None)
-    card = export(study, "qlora", to=tmp_path / "out").card
+    card = export_model(study, "qlora", to=tmp_path / "out").card
     assert "Not scored: this run has not answered the test rows yet." in card
     assert "model-index" not in card and "| BLEU-4" not in card
 
@@ -106,14 +105,14 @@ def test_scores_that_are_not_known_are_not_invented(finished, tmp_path):
 def test_without_base_no_gain_is_told(finished, tmp_path):
     study = finished("qlora", is_scored=True)
     study.record_path("base", 0).unlink()
-    card = export(study, "qlora", to=tmp_path / "out").card
+    card = export_model(study, "qlora", to=tmp_path / "out").card
     assert "The untrained model was not scored" in card
     assert next(line for line in card.splitlines() if line.startswith("| BLEU-4")).endswith("| n/a |")
 
 
 def test_how_it_was_trained_is_the_records(finished, tmp_path):
     study = finished("qlora")
-    record, card = read_json(study.record_path("qlora", 0)), export(study, "qlora", to=tmp_path / "out").card
+    record, card = read_json(study.record_path("qlora", 0)), export_model(study, "qlora", to=tmp_path / "out").card
     for shown in (
         f"| steps | {record['steps']} of {record['planned_steps']} |",
         f"| tokens read | {record['train_tokens']:,} |",
@@ -140,12 +139,12 @@ def rewrite_manifest(study, **sources):
 
 def test_the_datas_licences_are_told_and_a_ban_on_commerce_stands_first(finished, tmp_path):
     study = finished("qlora")
-    assert "commercial" not in export(study, "qlora", to=tmp_path / "sample").card
+    assert "commercial" not in export_model(study, "qlora", to=tmp_path / "sample").card
     own = "as its owner says: not known to peftlib"
     rewrite_manifest(
         study, alpaca=("CC BY-NC 4.0", "tatsu-lab/alpaca"), tulu=("ODC-BY 1.0", "a/tulu"), ultrachat=(own, None)
     )
-    card = export(study, "qlora", to=tmp_path / "out").card
+    card = export_model(study, "qlora", to=tmp_path / "out").card
     data, text = ModelCard(card).data, ModelCard(card).text
     assert data.datasets == ["tatsu-lab/alpaca", "a/tulu"] and "non-commercial" in data.tags and data.language is None
     assert text.index("Not for commercial use") < text.index("## What it is")
@@ -158,7 +157,7 @@ def test_the_packaged_model_is_not_passed_off_as_the_original(finished):
     study = finished("qlora")
     record = read_json(study.record_path("qlora", 0)) | {"model": "packaged", "model_provenance": PROVENANCE}
     there = Study(study.folder, study.cfg.replace(model="packaged"))
-    text = str(model_card.model_card(there, record, "adapter", scores_of(study, "qlora", 0)))
+    text = str(model_card.model_card(there, record, "adapter", model_card.scores_of(study, "qlora", 0)))
     assert PROVENANCE in text and "neither trained nor scored on the original release" in text
     assert ModelCard(text).data.base_model == "google/gemma-3-270m"
 
@@ -170,7 +169,7 @@ def test_nothing_private_is_handed_on(finished, tmp_path, monkeypatch):
     rows.write_text("{}\n")
     study = finished("hybrid", sources=f"alpaca={rows}; tulu=sample; ultrachat=sample")
     for form in ("adapter", "merged"):
-        export(study, "hybrid", to=tmp_path / form, form=form)
+        export_model(study, "hybrid", to=tmp_path / form, form=form)
         for path in (tmp_path / form).rglob("*"):
             if path.is_file():
                 held = path.read_bytes()
@@ -187,15 +186,15 @@ def test_nothing_private_is_handed_on(finished, tmp_path, monkeypatch):
 def test_an_export_is_replaced_whole_by_one_of_the_same_run_alone(finished, tmp_path):
     study, out = finished("qlora"), tmp_path / "out"
     out.mkdir()  # empty: free
-    first = export(study, "qlora", to=out)
+    first = export_model(study, "qlora", to=out)
     (out / "README.md").write_text("edited")
-    assert export(study, "qlora", to=out).files.keys() == first.files.keys()
+    assert export_model(study, "qlora", to=out).files.keys() == first.files.keys()
     assert (out / "README.md").read_text() == first.card
     with pytest.raises(ModelError, match=r"another export \(qlora, seed 0, adapter, run .*choose another place"):
-        export(study, "qlora", to=out, form="merged")
+        export_model(study, "qlora", to=out, form="merged")
     (out / "mine.txt").write_text("kept")
     with pytest.raises(ModelError, match=r"also holds mine.txt, which no export wrote"):
-        export(study, "qlora", to=out)
+        export_model(study, "qlora", to=out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]  # no folder is left beside
 
 
@@ -206,20 +205,20 @@ def test_what_stands_there_is_never_lost(finished, tmp_path, what):
     held.parent.mkdir(exist_ok=True)
     held.write_text("a year's work")
     with pytest.raises(ModelError, match="is there already and is no export of ours"):
-        export(study, "qlora", to=out)
+        export_model(study, "qlora", to=out)
     assert held.read_text() == "a year's work"
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(finished, tmp_path, monkeypatch):
     study = finished("qlora")
-    first = export(study, "qlora", to=tmp_path / "out")
+    first = export_model(study, "qlora", to=tmp_path / "out")
 
     def fail(*args, **named):
         raise OSError("no space left")
 
     monkeypatch.setattr("peftlib.export.model_card.model_card", fail)
     with pytest.raises(OSError, match="no space"):
-        export(study, "qlora", to=tmp_path / "out")
+        export_model(study, "qlora", to=tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == first.card
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
 
@@ -229,19 +228,19 @@ def test_two_exports_to_one_place_are_refused_by_name_and_leftovers_are_told(fin
     other = target_of(tmp_path / "out")
     with other.workspace("exporting something else", log=told.append):
         with pytest.raises(LockedError, match="the export to .*out is in use by .*exporting something else"):
-            export(study, "qlora", to=tmp_path / "out")
-        export(study, "qlora", to=tmp_path / "out", dry_run=True)
+            export_model(study, "qlora", to=tmp_path / "out")
+        export_model(study, "qlora", to=tmp_path / "out", dry_run=True)
     left = tmp_path / ".exporting-left"
     (left / "new").mkdir(parents=True)
     os.utime(left, (1.0, 1.0))
-    export(study, "qlora", to=tmp_path / "out", log=told.append)
+    export_model(study, "qlora", to=tmp_path / "out", log=told.append)
     assert told == [f"removed {left}, which an interrupted export had left"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
 
 
 def test_the_hub_gets_one_commit_in_a_private_repository(finished, tiny_model, tmp_path, monkeypatch):
     study, hub = finished("qlora"), FakeHub(tmp_path / "hub")
-    made = export(study, "qlora", to="hf://me/my-model", api=hub)
+    made = export_model(study, "qlora", to="hf://me/my-model", api=hub)
     assert made.address == "https://huggingface.co/me/my-model" and hub.is_private
     assert hub.commits == ["qlora (seed 0) of study tiny"]
     assert made.files.keys() == set(hub._list_repo_files("me/my-model", repo_type="model"))
@@ -256,21 +255,21 @@ def test_the_hub_gets_one_commit_in_a_private_repository(finished, tiny_model, t
 
 def test_a_repository_is_replaced_by_the_same_run_alone(finished, tmp_path):
     study, hub = finished("qlora"), FakeHub(tmp_path / "hub")
-    export(study, "qlora", to="hf://me/m", api=hub, private=False)
+    export_model(study, "qlora", to="hf://me/m", api=hub, private=False)
     assert hub.is_private is False
     (hub.folder / "old.bin").write_text("of an earlier export")
     with pytest.raises(ModelError, match="hf://me/m is public.*make it private.*--public"):
-        export(study, "qlora", to="hf://me/m", api=hub)
+        export_model(study, "qlora", to="hf://me/m", api=hub)
     assert len(hub.commits) == 1
-    export(study, "qlora", to="hf://me/m", api=hub, private=False)
+    export_model(study, "qlora", to="hf://me/m", api=hub, private=False)
     assert len(hub.commits) == 2 and not (hub.folder / "old.bin").exists()
     with pytest.raises(ModelError, match=r"hf://me/m holds another export \(qlora, seed 0, adapter"):
-        export(study, "qlora", to="hf://me/m", form="merged", api=hub, private=False)
+        export_model(study, "qlora", to="hf://me/m", form="merged", api=hub, private=False)
     foreign = FakeHub(tmp_path / "foreign")
     foreign.folder.mkdir()
     (foreign.folder / "model.bin").write_text("somebody's")
     with pytest.raises(ModelError, match="is there already and is no export of ours"):
-        export(study, "qlora", to="hf://me/m", api=foreign)
+        export_model(study, "qlora", to="hf://me/m", api=foreign)
     assert foreign.commits == [] and (foreign.folder / "model.bin").exists()
 
 
@@ -278,7 +277,7 @@ def test_a_repository_that_turns_public_meanwhile_gets_nothing(finished, tmp_pat
     study, hub = finished("qlora"), FakeHub(tmp_path / "hub")
     hub.is_private = False  # as for a repository that another program makes between the first look and the upload
     with pytest.raises(ModelError, match="hf://me/m is public"):
-        export(study, "qlora", to="hf://me/m", api=hub)
+        export_model(study, "qlora", to="hf://me/m", api=hub)
     assert hub.commits == []
 
 
@@ -287,7 +286,7 @@ def test_a_repository_that_was_just_made_is_free(finished, tmp_path):
     hub.folder.mkdir()
     for name in (".gitattributes", "README.md"):
         (hub.folder / name).write_text("")
-    export(study, "qlora", to="hf://me/m", api=hub)
+    export_model(study, "qlora", to="hf://me/m", api=hub)
     assert len(hub.commits) == 1 and (hub.folder / ".gitattributes").exists()
 
 
@@ -295,24 +294,24 @@ def test_a_hub_that_cannot_be_had_is_explained(finished, tmp_path, monkeypatch):
     study, hub = finished("qlora"), FakeHub(tmp_path / "hub")
     hub.is_down = True
     with pytest.raises(ModelError, match=r"hf://me/m: the network is unreachable\. See whether HF_TOKEN may write"):
-        export(study, "qlora", to="hf://me/m", api=hub)
+        export_model(study, "qlora", to="hf://me/m", api=hub)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ModelError, match="no Hugging Face token: set the environment variable HF_TOKEN"):
-        export(study, "qlora", to="hf://me/m")
+        export_model(study, "qlora", to="hf://me/m")
 
 
 @pytest.mark.parametrize("to", ["hf://", "hf://me", "hf://me/a/b", "hf://me/a b", "hf://me/--x", "hf://me/x.git"])
 def test_a_name_that_no_repository_can_have_is_refused(finished, to):
     study = finished("qlora")
     with pytest.raises(ConfigError, match="use hf://USER/REPO"):
-        export(study, "qlora", to=to)
+        export_model(study, "qlora", to=to)
 
 
 def test_a_dry_run_shows_all_and_leaves_nothing(finished, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     study = finished("qlora")
     for to in ("hf://me/m", tmp_path / "out"):
-        made = export(study, "qlora", to=to, dry_run=True)
+        made = export_model(study, "qlora", to=to, dry_run=True)
         assert made.address == str(to) and "adapter_model.safetensors" in made.files and "## Training" in made.card
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
@@ -334,15 +333,15 @@ def test_a_preview_of_a_run_that_has_not_ended_says_so(finished, tmp_path):
     for status in ("stopped", "failed"):
         write_json(path, {**read_json(path), "status": status})
         found = Preview(study, "qlora", to=tmp_path / "out")
-        assert repr(found) == "qlora (seed 0) can be handed on once it is trained to its end" in found._repr_html_()
-    assert repr(Preview(study, "galore", to=tmp_path / "out")).startswith("galore (seed 0) can be handed on once")
+        assert repr(found) == "qlora (seed 0) can be exported once its training has finished" in found._repr_html_()
+    assert repr(Preview(study, "galore", to=tmp_path / "out")).startswith("galore (seed 0) can be exported once")
 
 
 @pytest.mark.parametrize("method", ["galore", "full", "apollo"])
 def test_a_method_without_adapter_names_the_way_out(finished, tmp_path, method):
     study = finished(method)
     with pytest.raises(ConfigError, match=f"{method} trains the model itself and has no adapter: use merged or gguf"):
-        export(study, method, to=tmp_path / "out")
+        export_model(study, method, to=tmp_path / "out")
 
 
 def test_only_what_a_finished_run_left_is_exported(finished, tmp_path):
@@ -354,16 +353,16 @@ def test_only_what_a_finished_run_left_is_exported(finished, tmp_path):
         ({"method": "qlora", "seed": 7}, StudyError, r"no record of qlora \(seed 7\)"),
     ):
         with pytest.raises(error, match=told):
-            export(study, to=tmp_path / "out", **settings)
+            export_model(study, to=tmp_path / "out", **settings)
     weights, path = study.weights_dir("qlora", 0), study.record_path("qlora", 0)
     record = read_json(path)
     write_json(path, {**record, "status": "stopped"})
     with pytest.raises(StudyError, match="is stopped at step"):
-        export(study, "qlora", to=tmp_path / "out")
+        export_model(study, "qlora", to=tmp_path / "out")
     write_json(path, record)
     (weights / "adapter_model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ModelError, match=r"not what the run's record speaks of: adapter_model.safetensors is damaged"):
-        export(study, "qlora", to=tmp_path / "out")
+        export_model(study, "qlora", to=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -388,7 +387,7 @@ def test_names_of_files_and_folders_are_text_in_the_card(finished):
     write_json(study.manifest_path, manifest)
     record = read_json(study.record_path("qlora", 0)) | {"model": f"/models/{NASTY}", "forked_from": NASTY}
     there = Study(study.folder, study.cfg.replace(model=f"/models/{NASTY}"))
-    card = model_card.model_card(there, record, "adapter", scores_of(study, "qlora", 0))
+    card = model_card.model_card(there, record, "adapter", model_card.scores_of(study, "qlora", 0))
     assert card.data.model_name == f"{NASTY} fine-tuned with qlora"
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
     [base] = [

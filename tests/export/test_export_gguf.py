@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peftlib import __main__ as command_line
 from peftlib.core.errors import ConfigError, ModelError
 from peftlib.export import gguf as export_gguf
-from peftlib.export.export import export
+from peftlib.export.export import export_model
 from peftlib.models.chat_template import template_text
 from peftlib.models.saved import export_merged
 
@@ -27,17 +27,13 @@ def _why_not():
 needs_converter = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
 
 
-@needs_converter
-@pytest.mark.parametrize(("method", "quant", "apart"), [("hybrid", "bf16", 0), ("qlora", "q8_0", 0.1)])
-def test_the_gguf_file_is_the_merged_model_again(finished, tmp_path, method, quant, apart):
-    study = finished(method)
-    made = export(study, method, to=tmp_path / "out", form="gguf", quant=quant)
-    names, _ = run_code_of(tmp_path / "out", made.card)
-    merged = export_merged(study.weights_dir(method, 0), tmp_path / "merged", dtype=torch.bfloat16)
+def assert_is_the_merged_model_again(study, method, exported, folder, quant, apart):
+    names, _ = run_code_of(folder / "out", exported.card)
+    merged = export_merged(study.weights_dir(method, 0), folder / "merged", dtype=torch.bfloat16)
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     torch.testing.assert_close(logits(names["model"].float()), logits(plain), atol=apart, rtol=0)
     assert names["tokenizer"].chat_template == template_text()
-    assert set(made.files) == {
+    assert set(exported.files) == {
         "Modelfile",
         "README.md",
         f"model-{quant}.gguf",
@@ -48,8 +44,18 @@ def test_the_gguf_file_is_the_merged_model_again(finished, tmp_path, method, qua
 
 
 @needs_converter
-def test_the_gguf_file_holds_template_and_both_stops(finished, tmp_path):
-    made = export(finished("qlora"), "qlora", to=tmp_path / "out", form="gguf")
+@pytest.mark.slow
+def test_the_gguf_file_of_the_hybrid_is_the_merged_model_again(finished, tmp_path):
+    study = finished("hybrid")
+    made = export_model(study, "hybrid", to=tmp_path / "out", form="gguf", quant="bf16")
+    assert_is_the_merged_model_again(study, "hybrid", made, tmp_path, "bf16", 0)
+
+
+@needs_converter
+def test_the_gguf_file_is_the_merged_model_again_with_template_and_both_stops(finished, tmp_path):
+    study = finished("qlora")
+    made = export_model(study, "qlora", to=tmp_path / "out", form="gguf")
+    assert_is_the_merged_model_again(study, "qlora", made, tmp_path, "q8_0", 0.1)
     fields = GGUFReader(tmp_path / "out" / "model-q8_0.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == template_text()
     ids = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos", "eot")}
@@ -96,7 +102,7 @@ def test_a_converter_that_fails_is_quoted(finished, tmp_path, monkeypatch):
     (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model Gemma3 is not supported')")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
     with pytest.raises(ModelError, match=r"convert_hf_to_gguf.py failed \(Model Gemma3 is not supported\)"):
-        export(study, "qlora", to=tmp_path / "out", form="gguf")
+        export_model(study, "qlora", to=tmp_path / "out", form="gguf")
 
 
 def test_sentencepiece_merges_in_the_tokenizers_order(tiny_model, tmp_path):

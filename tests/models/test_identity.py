@@ -13,7 +13,7 @@ from peftlib.core.errors import CheckpointError, ModelError
 from peftlib.core.files import read_json, write_json
 from peftlib.evaluation import chat as talk
 from peftlib.evaluation import evaluate
-from peftlib.export.export import export
+from peftlib.export.export import export_model
 from peftlib.models import identity
 from peftlib.models.saved import load_trained, save_trained
 from peftlib.notebook import ask as ask_all
@@ -66,8 +66,8 @@ def uses(study, method, tmp_path):
         lambda: evaluate.evaluate(study, method, log=quiet),
         lambda: talk.main(study, method, seed=0, max_new_tokens=2),
         lambda: load_trained(study.weights_dir(method, 0), log=quiet),
-        lambda: export(study, method, to=tmp_path / "out", form="merged"),
-        lambda: export(study, method, to=tmp_path / "out", form="adapter"),
+        lambda: export_model(study, method, to=tmp_path / "out", form="merged"),
+        lambda: export_model(study, method, to=tmp_path / "out", form="adapter"),
     ]
 
 
@@ -120,7 +120,7 @@ def test_weights_that_something_else_saved_there_are_refused(finished, tiny_mode
 
 def test_an_export_is_checked_by_the_record_within_it(finished, tmp_path):
     study, lines = finished("qlora"), []
-    export(study, "qlora", to=tmp_path / "out")
+    export_model(study, "qlora", to=tmp_path / "out")
     edit(tmp_path / "out" / "peftlib.json", model=study.cfg.model)  # where the base is on this machine
     assert load_trained(tmp_path / "out", log=lines.append) and not lines
     flip(tmp_path / "out" / "adapter_model.safetensors")
@@ -188,7 +188,7 @@ def test_another_base_is_refused_by_all_who_use_it(make_study, own_base, tmp_pat
 def test_an_adapter_is_exported_where_its_base_is_not(finished, own_base, tmp_path):
     study = finished("qlora", model=str(own_base))
     own_base.rename(tmp_path / "moved")
-    assert export(study, "qlora", to=tmp_path / "out").files
+    assert export_model(study, "qlora", to=tmp_path / "out").files
 
 
 def test_what_is_older_than_digests_opens_and_says_once_that_it_is_not_checked(make_study, finished):

@@ -8,7 +8,7 @@ import pytest
 
 from peftlib.notebook.charts import charts
 from peftlib.report import charts as report_charts
-from peftlib.report.build import build
+from peftlib.report.build import build_report
 from peftlib.report.chart import image
 from peftlib.report.charts import ALL_ROWS, EACH_SOURCE, KINDS, chart_of, row_choices
 from peftlib.report.palette import DARK, LIGHT
@@ -17,7 +17,7 @@ from peftlib.report.palette import DARK, LIGHT
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        yield build(fake_study.make(tmp_path_factory.mktemp("charted"), patch))
+        yield build_report(fake_study.make(tmp_path_factory.mktemp("charted"), patch))
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def test_losses_on_other_general_texts_are_not_put_side_by_side(tmp_path, monkey
     record = fake_study.record_of("qlora")
     record["evaluation"]["general_text_sha256"] = "0ther"
     fake_study.write_record(study, record)
-    assert build(study).numbers.general_loss == {"base": 3.0, "galore": 3.3}
+    assert build_report(study).numbers.general_loss == {"base": 3.0, "galore": 3.3}
 
 
 def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch):
     study = fake_study.make(tmp_path, monkeypatch, methods=("base",), n=6)
     study.predictions_path("base", 0).unlink()
-    panel = charts(build(study), is_interactive=True)
+    panel = charts(build_report(study), is_interactive=True)
     for kind in KINDS:
         panel.kind.value = kind
         if kind not in ("test loss", "general text loss"):  # these need no answers
@@ -101,7 +101,7 @@ def test_without_a_reader_the_reports_figures_are_shown_in_the_theme(tmp_path, m
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle["text/html"]))
     study = fake_study.make(tmp_path, monkeypatch, n=12)
-    report = build(type(study)(study.folder, study.cfg.replace(theme=theme)))
+    report = build_report(type(study)(study.folder, study.cfg.replace(theme=theme)))
     assert charts(report, is_interactive=False) is None
     figures = report.dark_figures if theme == "dark" else report.figures
     assert shown == [

@@ -19,7 +19,7 @@ from peftlib.notebook.answer_cards import side_by_side
 from peftlib.notebook.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers
 from peftlib.notebook.explorer import explore
 from peftlib.report import charts as report_charts
-from peftlib.report.build import build
+from peftlib.report.build import build_report
 from peftlib.storage import archive
 
 NASTY = '<script>alert("1")</script> & "quoted" <b>bold</b> </div>'
@@ -35,7 +35,7 @@ def no_charts(monkeypatch):
 def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_charts, "charts_of", lambda *_: {})
-        yield build(fake_study.make(tmp_path_factory.mktemp("explored"), patch))
+        yield build_report(fake_study.make(tmp_path_factory.mktemp("explored"), patch))
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_texts_of_a_model_are_shown_and_never_obeyed(tmp_path, monkeypatch):
     monkeypatch.setattr("peftlib.data.load_split", lambda data_dir, split: rows)
     fake_study.write_predictions(study, "qlora", 0, rows, [NASTY, "", *[NASTY + " script more"] * 4])
     fake_study.write_predictions(study, "base", 0, rows, [NASTY] * 6)
-    report = build(study)
+    report = build_report(study)
     pages = [explore(report, is_interactive=False)._repr_html_()]
     explorer = explore(report, is_interactive=True)
     for number in (1, 2, 3):
@@ -320,7 +320,7 @@ def test_long_texts_are_cut_in_the_static_page_alone(tmp_path, monkeypatch):
     study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=6)
     rows = fake_study.made_rows(6)
     fake_study.write_predictions(study, "qlora", 0, rows, ["word " * 5000] * 6)
-    report = build(study)
+    report = build_report(study)
     page = explore(report, is_interactive=False)._repr_html_()
     assert "more characters)" in page and len(page) < 100_000
     assert ("word " * 5000).strip() in text_of(explore(report, is_interactive=True).shown.value)
@@ -334,11 +334,11 @@ def test_a_study_without_answers_says_so(tmp_path, monkeypatch):
     study = fake_study.make(tmp_path, monkeypatch, methods=("base",), n=6)
     study.predictions_path("base", 0).unlink()
     for is_interactive in (True, False):
-        assert "No answers yet" in explore(build(study), is_interactive=is_interactive)._repr_html_()
+        assert "No answers yet" in explore(build_report(study), is_interactive=is_interactive)._repr_html_()
 
 
 def test_a_study_of_base_alone_can_be_explored(tmp_path, monkeypatch):
-    report = build(fake_study.make(tmp_path, monkeypatch, methods=("base",), n=6))
+    report = build_report(fake_study.make(tmp_path, monkeypatch, methods=("base",), n=6))
     assert "Highest score of base" in explore(report, is_interactive=False)._repr_html_()
     explorer = explore(report, is_interactive=True)
     explorer.order.value = GAIN  # over itself: nothing

@@ -34,7 +34,7 @@ split = data.load_split(study.data_dir, "train")
 patch = pytest.MonkeyPatch()
 with patch.context() as only_here:
     only_here.setattr(report_charts, "charts_of", lambda *_: {{}})
-    shown = report.build(fake_study.make(Path({folder!r}), patch, methods=("base", "qlora"), n=6))
+    shown = report.build_report(fake_study.make(Path({folder!r}), patch, methods=("base", "qlora"), n=6))
 print("prepared")
 """
 

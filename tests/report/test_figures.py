@@ -39,7 +39,7 @@ def test_quality_against_memory_shows_the_methods_apart_and_names_base(base, sho
     intervals = {"base": _at(base), "qlora": _at(0.46), "galore": _at(0.47)}
     chart = figures.quality_against_memory(intervals, {"qlora": 3.7, "galore": 4.2})
     axes = chart.axes[0]
-    assert shown in [text.get_text() for text in axes.texts] and f"Base {base:.3f}" in chart.alt
+    assert shown in [text.get_text() for text in axes.texts] and f"base {base:.3f}" in chart.alt
     low, high = axes.get_ylim()
     assert low < 0.45 and high > 0.48 and (low < base < high) == (shown == " base ")
     left, right = axes.get_xlim()

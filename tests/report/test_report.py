@@ -11,11 +11,13 @@ import pytest
 
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json
+from peftlib.core.markdown import escape, table
 from peftlib.evaluation import comparison, metrics, stats
-from peftlib.evaluation import results as scored
 from peftlib.report import build as report
-from peftlib.report.document import Bullets, Heading, Paragraph, Table, markdown_text, to_html, to_markdown
-from peftlib.report.results import COLUMNS
+from peftlib.report import charts, findings
+from peftlib.report.build import COLUMNS
+from peftlib.report.compare import compare_studies
+from peftlib.report.render import render
 
 # As the contract lists them.
 CONTRACT = [
@@ -51,14 +53,15 @@ def monkeymodule():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, monkeymodule):
     """(study, Report) of base, qlora, galore and hybrid; read only."""
+    monkeymodule.setattr("peftlib.report.chart._DPI", 30)  # drawing takes most of the time
     study = fake_study.make(tmp_path_factory.mktemp("built"), monkeymodule)
-    return study, report.build(study)
+    return study, report.build_report(study)
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A study of base and qlora on six rows, to be spoilt. No figures: they are tested on `built`."""
-    monkeypatch.setattr(report.report_charts, "charts_of", lambda *_: {})
+    monkeypatch.setattr(charts, "charts_of", lambda *_: {})
     return fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=6)
 
 
@@ -127,7 +130,7 @@ def test_results_of_the_report_equal_the_file(built):
 def test_the_same_inputs_give_the_same_bytes(built, tmp_path, monkeypatch):
     first, _ = built
     second = fake_study.make(tmp_path, monkeypatch)
-    report.build(second)
+    report.build_report(second)
     names = ["results.csv", "report.md", "report.html"]
     names += [f"figures/{path.name}" for path in sorted(first.figures_dir.iterdir())]
     assert len(names) > 10
@@ -152,11 +155,14 @@ def test_report_holds_the_fields_table_with_base_cut_at_the_median_reference(bui
 def test_findings_are_made_from_the_numbers(built):
     _, shown = built
     said = "\n".join(shown.findings)
-    assert "48 test rows: below 100" in shown.findings[0]
+    assert shown.findings[: len(shown.summary)] == shown.summary and shown.summary[-1].startswith(
+        "Caution, 48 test rows"
+    )
     value = shown.results.set_index("method")["rougeL"]
-    assert f"ROUGE-L from {value['base']:.3f} to {value['qlora']:.3f}" in said
+    assert f"galore has the highest ROUGE-L ({value['galore']:.3f})" in said
+    assert f"ROUGE-L (base {value['base']:.3f})" in said and "with qlora, galore and hybrid" in said
     assert "the gain is more than knowing when to stop" in said
-    assert "Least memory in training: qlora with 1.12 GiB; hybrid 1.77, galore 2.24." in said
+    assert "qlora needs the least memory: 1.12 GiB, hybrid 1.77, galore 2.24;" in said
     assert "base 100%, qlora 0%" in said
 
 
@@ -172,18 +178,35 @@ def test_findings_are_made_from_the_numbers(built):
     ],
 )
 def test_a_method_that_never_stops_is_not_said_to_know_when(low, high, cut_share, said):
-    assert comparison._worth(stats.Interval((low + high) / 2, low, high), cut_share).startswith(said)
+    assert findings.worth(stats.Interval((low + high) / 2, low, high), cut_share).startswith(said)
 
 
 def test_a_winner_that_the_untrained_model_beats_is_not_left_so(built):
-    study, shown = built
-    assert all("The untrained model has more" not in line for line in shown.findings)
-    found = scored.load(study)
-    boot = stats.bootstrap(found.systems())
-    pairs = comparison.pairs_of(found.systems(), boot)
+    _, shown = built
+    assert "the untrained model has a higher" not in shown.summary[0]
+    boot = stats.quiet_bootstrap(shown.study.systems())
+    pairs = comparison.pairs_of(shown.study.systems(), boot)
     boot.value["base"]["rougeL"] = 0.99
-    lines = [line for line in comparison.findings(found, boot, pairs) if line.startswith("Highest")]
-    assert lines[1].startswith("Highest ROUGE-L of the trained methods: ") and lines[1].endswith("has more: 0.990.")
+    told = findings.summary(shown.study, boot, pairs, [], shown.numbers)[0]
+    assert "galore has the highest ROUGE-L" in told and told.endswith(
+        "; the untrained model has a higher ROUGE-L: 0.990."
+    )
+
+
+def test_the_report_opens_with_at_most_five_sentences_that_answer_the_question(built):
+    study, shown = built
+    title, opening = study.report_path.read_text(encoding="utf-8").split("\n\n")[:2]
+    assert title == "# Study made-up" and opening == " ".join(map(escape, shown.summary)) and len(shown.summary) <= 5
+    for word in ("highest ROUGE-L", "the noise", "GiB", "tokens/s", "forgetting", "Caution"):
+        assert word in opening
+
+
+def test_no_table_of_the_report_runs_out_of_the_page(built):
+    study, _ = built
+    for line in study.report_path.read_text(encoding="utf-8").splitlines():
+        assert not line.startswith("|") or line.count("|") <= 9, line  # eight columns
+    page = (study.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<table") == page.count('<div class="wide"><table') > 10 and ".wide { overflow-x: auto; }" in page
 
 
 def test_what_was_forgotten_stands_in_table_and_findings(built):
@@ -203,13 +226,13 @@ def test_evaluations_without_general_text_are_read_and_other_texts_not_compared(
     for name in ("general_loss", "general_tokens", "general_text_sha256"):
         del record["evaluation"][name]
     fake_study.write_record(small, record)
-    shown = report.build(small)
+    shown = report.build_report(small)
     assert list(shown.table["general text loss (change)"]) == ["n/a", "", "3.060"]
     assert not any("general text" in line for line in shown.findings)
     record = fake_study.record_of("base")
     record["evaluation"]["general_text_sha256"] = "0ther"
     fake_study.write_record(small, record)
-    assert list(report.build(small).table["general text loss (change)"]) == ["3.000", "", "3.060"]
+    assert list(report.build_report(small).table["general text loss (change)"]) == ["3.000", "", "3.060"]
 
 
 def test_every_pair_is_compared_and_noise_is_called_noise(built):
@@ -237,7 +260,7 @@ def test_figures_are_written_with_text_for_those_who_cannot_see_them(built):
     assert {"loss", "scores", "rougeL_by_source", "rougeL_against_memory", "memory"} <= set(shown.figures)
     for name, path in shown.figures.items():
         assert path.read_bytes().startswith(b"\x89PNG") and path.with_suffix(".svg").exists()
-        assert len(shown.alt[name]) > 40
+        assert len(shown.alt[name]) > 40 and not re.search(r"[.!?] ", shown.alt[name])  # one sentence
     assert "qlora 1.12 GiB" in shown.alt["memory"]
     page = (study.folder / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == len(shown.figures)
@@ -245,9 +268,9 @@ def test_figures_are_written_with_text_for_those_who_cannot_see_them(built):
 
 
 def test_several_seeds_give_one_table_row_and_their_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.report_charts, "charts_of", lambda *_: {})
+    monkeypatch.setattr(charts, "charts_of", lambda *_: {})
     study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), seeds=(0, 1, 2), n=120)
-    shown = report.build(study)
+    shown = report.build_report(study)
     assert list(shown.table["technique"]) == [
         "base",
         f"base, cut at the median reference length ({shown.study.cut_at_words} words)",
@@ -264,22 +287,22 @@ def test_several_seeds_give_one_table_row_and_their_spread(tmp_path, monkeypatch
 def test_test_rows_are_read_from_the_studys_own_files(make_study, monkeypatch):
     from peftlib import data
 
-    monkeypatch.setattr(report.report_charts, "charts_of", lambda *_: {})
+    monkeypatch.setattr(charts, "charts_of", lambda *_: {})
     study = make_study()
     rows = list(data.load_split(study.data_dir, "test"))
     split_hash = study.manifest()["split_hash"]
     fake_study.write_record(study, fake_study.record_of("base", split_hash=split_hash))
     references = [row["messages"][-1]["content"] for row in rows]
     fake_study.write_predictions(study, "base", 0, rows, references, split_hash=split_hash)
-    report.build(study)
+    report.build_report(study)
     assert (rows_of(study)[0]["bleu4"], rows_of(study)[0]["n_test"]) == ("1", str(len(rows)))
 
 
 def test_what_p_leaves_out_is_said_where_seeds_count(small, tmp_path, monkeypatch):
-    report.build(small)
+    report.build_report(small)
     assert "too few seeds" not in small.report_path.read_text(encoding="utf-8")
     study = fake_study.make(tmp_path / "b", monkeypatch, methods=("base", "qlora"), seeds=(0, 1))
-    report.build(study)
+    report.build_report(study)
     assert "too few seeds" in study.report_path.read_text(encoding="utf-8")
 
 
@@ -293,7 +316,7 @@ def test_stopped_and_failed_runs_are_shown_without_scores(small):
     rows = fake_study.made_rows(6)
     fake_study.write_predictions(small, "galore", 0, rows, fake_study.answers_of(rows, "galore", 0))
 
-    report.build(small)
+    report.build_report(small)
 
     found = {row["method"]: row for row in rows_of(small)}
     for method in ("galore", "hybrid"):
@@ -306,7 +329,7 @@ def test_stopped_and_failed_runs_are_shown_without_scores(small):
 
 def test_a_run_without_predictions_has_empty_scores(small):
     small.predictions_path("qlora", 0).unlink()
-    shown = report.build(small)
+    shown = report.build_report(small)
     assert [row["bleu4"] == "" for row in rows_of(small)] == [False, True]
     assert "No answers yet, so no scores: qlora (seed 0)" in small.report_path.read_text(encoding="utf-8")
     assert len(shown.pairs) == 0 and rows_of(small)[1]["train_loss"] != ""
@@ -315,7 +338,7 @@ def test_a_run_without_predictions_has_empty_scores(small):
 def test_trained_but_never_evaluated_study_has_a_report(small):
     for method in ("base", "qlora"):
         small.predictions_path(method, 0).unlink()
-    shown = report.build(small)
+    shown = report.build_report(small)
     assert shown.samples == [] and len(shown.results) == 2
     assert "n/a" in small.report_path.read_text(encoding="utf-8")
 
@@ -324,7 +347,7 @@ def test_runs_that_were_not_matched_are_named(small):
     record = fake_study.record_of("galore", train_tokens=99, evaluation=None)
     record["config"] = {**record["config"], "batch_size": 4, "galore_rank": 8}
     fake_study.write_record(small, record)
-    notes = report.build(small).notes
+    notes = report.build_report(small).notes
     assert "batch_size: 8 (qlora (seed 0)); 4 (galore (seed 0))" in notes
     assert "train_tokens: 31,234 (qlora (seed 0)); 99 (galore (seed 0))" in notes
     assert not any("galore_rank" in note for note in notes)  # a setting of one method alone
@@ -333,7 +356,7 @@ def test_runs_that_were_not_matched_are_named(small):
 
 def test_different_seed_sets_are_named(small):
     fake_study.write_record(small, fake_study.record_of("galore", seed=1, evaluation=None))
-    assert "seeds: 0 (qlora); 1 (galore)" in report.build(small).notes
+    assert "seeds: 0 (qlora); 1 (galore)" in report.build_report(small).notes
 
 
 def test_the_original_studys_figures_stand_beside_ours_as_quoted(built):
@@ -441,7 +464,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_overwritten(sma
         path.write_text("older", encoding="utf-8")
     spoil(small)
     with pytest.raises(StudyError, match=message):
-        report.build(small)
+        report.build_report(small)
     assert [path.read_text(encoding="utf-8") for path in kept] == ["older", "older"]
     assert not small.figures_dir.exists()
 
@@ -455,17 +478,17 @@ def test_a_test_row_without_a_reference_is_named_and_nothing_is_overwritten(smal
     monkeypatch.setattr("peftlib.data.load_split", lambda data_dir, split: rows)
     small.results_path.write_text("older", encoding="utf-8")
     with pytest.raises(StudyError, match="1 of 6 test rows in .* have no reference, the first 'tulu-1'"):
-        report.build(small)
+        report.build_report(small)
     assert small.results_path.read_text(encoding="utf-8") == "older" and not small.report_path.exists()
 
 
 def test_a_study_without_records_or_data_says_what_to_run(tmp_path, monkeypatch):
     study = fake_study.make(tmp_path, monkeypatch, methods=())
     with pytest.raises(StudyError, match="run 04_eval"):
-        report.build(study)
+        report.build_report(study)
     study.manifest_path.unlink()
     with pytest.raises(StudyError, match="run 01_data first"):
-        report.build(study)
+        report.build_report(study)
 
 
 # Texts of a model are shown, never obeyed
@@ -476,7 +499,7 @@ NASTY = "a | b `code` <script>alert(1)</script> *x* _y_ [l](u) $1$ ~~z~~ \\| &am
 def test_answers_with_markup_stay_in_their_cell(small):
     rows = fake_study.made_rows(6)
     fake_study.write_predictions(small, "qlora", 0, rows, [NASTY] * 6)
-    report.build(small)
+    report.build_report(small)
     text = small.report_path.read_text(encoding="utf-8")
     lines = [line for line in text.split("\n") if line.startswith("| qlora |") and "code" in line]
     assert len(lines) == 6 and len(text.splitlines()) == len(text.split("\n")) - 1
@@ -488,9 +511,9 @@ def test_answers_with_markup_stay_in_their_cell(small):
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
-def test_markdown_text_shows_any_text_as_it_is():
+def test_escaped_markdown_shows_any_text_as_it_is():
     markdown_it = pytest.importorskip("markdown_it")  # comes with what the project installs
-    shown = markdown_it.MarkdownIt("commonmark").enable("table").render(to_markdown([Table(("a",), ((NASTY,),))], None))
+    shown = markdown_it.MarkdownIt("commonmark").enable("table").render(table([("a",), (NASTY,)]))
     cells = []
 
     class Cells(html.parser.HTMLParser):
@@ -504,14 +527,26 @@ def test_markdown_text_shows_any_text_as_it_is():
     Cells().feed(shown.replace("<br>", "<br/>") if "<br>" in shown else shown.replace("&lt;br&gt;", "<br/>"))
     text = "".join(cells).replace("\xa0", " ")
     assert NASTY.replace("\r\n", "\n").replace("\u2028", "\ufffd") in text
+    assert escape("max_length of __init__") == r"max_length of \_\_init\_\_"
 
 
-def test_both_forms_hold_every_block():
-    blocks = [Heading("H"), Paragraph("p | q"), Bullets(("one", "two")), Table(("a", "b"), (("1", "2"),))]
-    assert to_markdown(blocks, None) == "## H\n\np &#124; q\n\n- one\n- two\n\n| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
-    page = to_html(blocks, "a < b")
-    assert "<title>a &lt; b</title>" in page and "<li>two</li>" in page and '<td class="number">2</td>' in page
-    assert markdown_text("max_length of __init__") == r"max_length of \_\_init\_\_"
+BLOCKS = """{% import macros as doc %}{{ doc.heading("H", 2) }}{% call doc.paragraph() %}p |
+q{% endcall %}{% call doc.list() %}{% call doc.item() %}one{% endcall %}{% endcall %}
+{% call doc.table(["a", "b"]) %}{{ doc.row("<", "2") }}{% endcall %}"""
+
+
+def test_both_formats_write_every_block_and_escape_it(tmp_path):
+    (tmp_path / "blocks").write_text(BLOCKS)
+    made = {name: render("blocks", tmp_path, macros=f"{name}.jinja") for name in ("markdown", "page")}
+    assert made["markdown"] == "## H\n\np &#124; q\n\n- one\n\n| a | b |\n|---|---:|\n| &lt; | 2 |\n"
+    for part in (
+        "<h2>H</h2>",
+        "<p>p | q</p>",
+        "<li>one</li>",
+        '<table class="text1">',
+        "<tr><td>&lt;</td><td>2</td></tr>",
+    ):
+        assert part in made["page"]
 
 
 # Two studies
@@ -527,30 +562,29 @@ def two(tmp_path, monkeypatch):
     return first, second
 
 
-def test_studies_are_compared_row_by_row(two, capsys):
-    assert report.compare_cli([str(study.folder) for study in two]) == 0
-    printed = capsys.readouterr().out
+def test_studies_are_compared_row_by_row(two):
+    printed = compare_studies([study.folder for study in two])
     assert "| a/made-up | qlora | 1 | 0." in printed
-    assert re.search(r"\| qlora: b/made-up - a/made-up \| ROUGE-L \| \+0\.\d+ \| \+.* \| higher \|", printed)
-    assert re.search(r"\| base: b/made-up - a/made-up \| ROUGE-L \| \+0\.0000 \| .* \| inside the noise \|", printed)
-    assert "a/made-up -> b/made-up: none" in printed
+    assert re.search(r"\| qlora: b/made-up - a/made-up \| ROUGE-L \| higher \| \+0\.\d+ \| \+", printed)
+    assert re.search(r"\| base: b/made-up - a/made-up \| ROUGE-L \| inside the noise \| \+0\.0000 \| ", printed)
+    assert "From a/made-up to b/made-up: none" in printed
 
 
 def test_studies_that_cannot_be_compared_are_refused(two, tmp_path):
     first, second = two
     with pytest.raises(StudyError, match="two or more different"):
-        report.compare_cli([str(first.folder)] * 2)
+        compare_studies([str(first.folder)] * 2)
     with pytest.raises(StudyError, match=r"nowhere is no study: there is no config\.json"):
-        report.compare_cli([str(first.folder), str(tmp_path / "nowhere")])
+        compare_studies([str(first.folder), str(tmp_path / "nowhere")])
     for method in ("base", "qlora"):
         second.predictions_path(method, 0).unlink()
     with pytest.raises(StudyError, match="no scores in b/made-up: run 04_eval"):
-        report.compare_cli([str(first.folder), str(second.folder)])
+        compare_studies([str(first.folder), str(second.folder)])
     fake_study.write_json(second.manifest_path, {"split_hash": "0ther"})
     for method in ("base", "qlora"):
         fake_study.write_record(second, fake_study.record_of(method, split_hash="0ther"))
     with pytest.raises(StudyError, match="a/made-up has 5f1e0c0ffee0; b/made-up has 0ther"):
-        report.compare_cli([str(first.folder), str(second.folder)])
+        compare_studies([str(first.folder), str(second.folder)])
 
 
 def test_the_report_says_that_a_runs_rates_or_precision_were_changed_midway(small):
@@ -561,7 +595,7 @@ def test_the_report_says_that_a_runs_rates_or_precision_were_changed_midway(smal
         {"step": 12, "what": "plan", "from": "a", "to": "b", "at": "2026-11-26T11:00:00+00:00"},
     ]
     fake_study.write_record(small, {**record, "changes": changed})
-    report.build(small)
+    report.build_report(small)
     text = small.report_path.read_text(encoding="utf-8")
     assert "qlora (seed 0) was not treated as the others: from step 9 on its learning rates were 0.3 times" in text
     assert "qlora (seed 0) went on in fp16 from step 12 on (before: bf16)" in text

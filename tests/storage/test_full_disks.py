@@ -295,6 +295,6 @@ def test_two_reports_at_once_both_end_well(built_study, monkeypatch, tmp_path):
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
     study = Study.existing(finished_study.NAME)
     with ThreadPoolExecutor(3) as pool:
-        reports = list(pool.map(report.build, [study] * 3))
+        reports = list(pool.map(report.build_report, [study] * 3))
     assert len({tuple(r.findings) for r in reports}) == 1
     assert not list(study.folder.rglob("*.writing")) and study.report_path.read_text().startswith("#")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_train import FAST, assert_equal_weights, kept_weights, trained
 
 from peftlib.core.errors import CheckpointError, ModelError
-from peftlib.models.base_weights import BaseWeights
+from peftlib.models.locate import BaseWeights
 from peftlib.storage import delta
 from peftlib.storage.checkpoint import CheckpointDir
 

@@ -1,7 +1,5 @@
 """Nothing that is inf or nan changes a run or is written, in any precision; and the run can go on at other rates."""
 
-import types
-
 import pytest
 import torch
 
@@ -14,8 +12,8 @@ from peftlib.notebook import panel_html
 from peftlib.optim.apollo import ApolloAdamW
 from peftlib.optim.galore import GaLoreAdamW
 from peftlib.report import figures
-from peftlib.report import notes as report_notes
 from peftlib.storage.checkpoint import CheckpointDir
+from peftlib.train import run_record
 from peftlib.train.callbacks import Callback
 from peftlib.train.loop import TrainingRun
 from peftlib.train.step import Stepper
@@ -263,8 +261,7 @@ def test_a_run_goes_on_at_lower_rates_from_its_checkpoint_and_says_so(make_study
     assert rates_of(record) == straight[:2] + [0.25 * rate for rate in straight[2:]]
     [change] = record["changes"]
     assert change.pop("at") and change == {"step": 2, "what": "rate_factor", "from": 1.0, "to": 0.25}
-    found = types.SimpleNamespace(runs=[types.SimpleNamespace(record=record, is_scored=False)], test_rows=[], scored={})
-    told = next(report_notes.limits(found))
+    told = next(run_record.change_sentences(record))
     assert told.startswith("qlora (seed 0) was not treated as the others: from step 2 on its learning rates were 0.25")
 
 

@@ -1,0 +1,175 @@
+"""What a scored study shows, in sentences made from its numbers; an unknown number makes no sentence."""
+
+import math
+
+from peftlib.evaluation import forgetting, stats
+from peftlib.evaluation.comparison import mean_of
+from peftlib.evaluation.results import BASE, BASE_CUT
+
+_RANKED = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
+_BEYOND = {"higher": "higher, beyond the noise,", "lower": "lower, beyond the noise,"}
+
+
+def summary(found, boot, pairs, notes, numbers):
+    """[sentence, ...], at most five: which method is best, by how much, memory and time, forgetting, and cautions.
+
+    found: results.ScoredStudy. boot: stats.Bootstrap, None without scores. pairs: [comparison.Pair, ...]. notes: what was
+    not matched. numbers: charts.Numbers.
+    """
+    told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
+    if not told:
+        told = ["Fewer than two methods are scored, so none can be called better."]
+    return [*told, *_cost(numbers), *_forgetting(found), *_cautions(found, notes)]
+
+
+def details(found, pairs):
+    """[sentence, ...] that neither the summary nor a table tells; arguments as in `summary`."""
+    return [*_against_cut_base(found, pairs), *_losses(found), *_four_bit(found), *_unended(found)]
+
+
+def _best(found, boot, pairs):
+    trained = [method for method in found.scored if method != BASE]
+    if len(trained) < 2:
+        return
+    leads, beaten = {}, []
+    for metric, name in _RANKED.items():
+        first, second = sorted(trained, key=lambda method: -boot.value[method][metric])[:2]
+        value, base = boot.value[first][metric], boot.value.get(BASE, {}).get(metric, 0.0)
+        noise = "inside" if _pair(pairs, metric, first, second).difference.is_noise else "beyond"
+        leads.setdefault((first, second, noise), []).append(f"{name} ({value:.3f})")
+        beaten += [f"; the untrained model has a higher {name}: {base:.3f}"] if base > value else []
+    clauses = (
+        f"{first} has the highest {_listed(scores)}, a lead over {second} {noise} the noise"
+        for (first, second, noise), scores in leads.items()
+    )
+    yield f"Of the trained methods, {'; '.join(clauses)}{''.join(beaten)}."
+
+
+def _against_base(boot, pairs):
+    verdicts, groups = {}, {}
+    for metric in _RANKED:
+        for pair in pairs:
+            if pair.other == BASE and pair.metric == metric:
+                verdicts.setdefault((metric, pair.verdict), []).append(pair.method)
+    for (metric, verdict), methods in verdicts.items():
+        name = f"{_RANKED[metric]} (base {boot.value[BASE][metric]:.3f})"
+        groups.setdefault((verdict, tuple(methods)), []).append(name)
+    clauses = (
+        f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {_BEYOND.get(verdict, verdict)} with {_listed(methods)}"
+        for (verdict, methods), names in groups.items()
+    )
+    if groups:
+        yield f"Compared with the untrained model, {'; '.join(clauses)}."
+
+
+def _cost(numbers):
+    """Memory and speed of training, the best first."""
+    clauses = []
+    memory, speed = numbers.peak_gib, numbers.tokens_per_second
+    if memory:
+        least, *rest = sorted(memory, key=memory.get)
+        more = "".join(f", {method} {memory[method]:.2f}" for method in rest)
+        clauses.append(f"{least} {'needs the least memory:' if rest else 'needs'} {memory[least]:.2f} GiB{more}")
+    if speed:
+        first, *rest = sorted(speed, key=lambda method: -speed[method])
+        more = "".join(f", {method} {_figure(speed[method])}" for method in rest)
+        took = f" ({numbers.train_seconds[first] / 60:,.1f} min)" if first in numbers.train_seconds else ""
+        clauses.append(f"{first} {'is fastest with' if rest else 'reads'} {_figure(speed[first])} tokens/s{took}{more}")
+    if clauses:
+        yield f"In training, {'; '.join(clauses)}."
+
+
+def _forgetting(found):
+    base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
+    parts = list(_changes(found, base, lambda run: run.general))
+    if parts:
+        yield (
+            f"On general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens) a rise of the loss is forgetting, in nats "
+            f"per token: base {base.loss:.3f}, {', '.join(parts)}."
+        )
+
+
+def _changes(found, base, loss_of):
+    """Yield 'method loss (change against base)' of each trained method whose GeneralLoss is known and of the same text."""
+    for method, runs in found.scored.items():
+        loss = forgetting.mean_over([loss_of(run) for run in runs])
+        change = forgetting.change(base, loss)
+        if method != BASE and change is not None:
+            yield f"{method} {loss.loss:.3f} ({change:+.1%})"
+
+
+def _cautions(found, notes):
+    n_rows = len(found.test_rows)
+    cautions = [stats.few_rows_note(n_rows)] if found.scored and n_rows < stats.FEW_ROWS else []
+    cautions += ["the runs were not matched in everything (listed below the result)"] if notes else []
+    if cautions:
+        yield f"Caution, {'; '.join(cautions)}."
+
+
+def _against_cut_base(found, pairs):
+    for method, runs in found.scored.items():
+        pair = _pair(pairs, "rougeL", method, BASE_CUT)
+        if pair is not None:
+            gap = pair.difference
+            yield (
+                f"{method} against base cut at {found.cut_at_words} words, the median reference length: ROUGE-L "
+                f"{gap.value:+z.3f}, 95 % interval {gap.low:+z.3f} to {gap.high:+z.3f}, "
+                f"{worth(gap, mean_of(runs, lambda run: run.truncated_share))}."
+            )
+
+
+def worth(difference, cut_share):
+    """What a difference from the cut base says. cut_share: of the method's own answers that the token limit cut."""
+    verdict = "inside the noise" if difference.is_noise else "higher" if difference.value > 0 else "lower"
+    if cut_share >= 0.5:  # then it has not learnt to stop, and the cut base is spared what lengthens its own answers
+        return (
+            f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "
+            "compares lengths as much as answers"
+        )
+    return {
+        "inside the noise": "inside the noise, so the gain may be no more than knowing when to stop",
+        "higher": "so the gain is more than knowing when to stop",
+        "lower": "so the cut base is the better one",
+    }[verdict]
+
+
+def _losses(found):
+    losses = {method: mean_of(runs, lambda run: run.eval_loss) for method, runs in found.scored.items()}
+    base = losses.pop(BASE, None)
+    parts = [f"{method} {loss:.3f} ({(loss - base) / base:+.1%})" for method, loss in losses.items() if base and loss]
+    if parts:
+        yield (
+            f"Loss on test rows, nats per assistant token: base {base:.3f} (perplexity {math.exp(base):.1f}), "
+            f"{', '.join(parts)}."
+        )
+
+
+def _four_bit(found):
+    base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
+    parts = list(_changes(found, base, lambda run: run.rounded))
+    if parts:
+        yield (
+            "The untrained model's loss on general text with its matrices in 4 bits, as the method holds them: "
+            f"{', '.join(parts)}. That much is lost before training, which may repair a part of it."
+        )
+
+
+def _unended(found):
+    shares = {method: mean_of(runs, lambda run: run.truncated_share) for method, runs in found.scored.items()}
+    if shares:
+        listed = ", ".join(f"{method} {share:.0%}" for method, share in shares.items())
+        yield f"Answers that reached the token limit instead of ending by themselves: {listed}."
+
+
+def _pair(pairs, metric, method, other):
+    """The Pair of two methods in either order, None where there is none."""
+    return next((p for p in pairs if p.metric == metric and {p.method, p.other} == {method, other}), None)
+
+
+def _listed(names):
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _figure(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
