@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Nothing that a target runs may ask a hub; what needs one fails at once and says so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
-.PHONY: demo test test-slow test-browser chaos faults bench-data bench-generate readme badges clean
+.PHONY: demo test test-slow test-browser chaos faults bench-data bench-generate docs readme badges clean
 KILLS := 100
 
 # Made anew whenever what it installs has changed.
@@ -25,6 +25,11 @@ $(KERNELS): $(VENV)/%: tests/kernels/%.txt | $(VENV)/installed
 # JupyterLab and what drives a browser: the other targets do without.
 $(VENV)/browser: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
+
+# What builds the pages of docs/.
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/installed
@@ -56,9 +61,14 @@ bench-data: $(VENV)/installed
 bench-generate: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/bench/generate.py results/bench/generate.json
 
-# What stands between README's markers, from results/.
+# The pages of docs/ as a site in site/; a warning or a dead link fails.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(OFFLINE) $(BIN)/python -m mkdocs build --strict
+	$(OFFLINE) $(BIN)/python -m pytest -q tests/docs
+
+# The tables of README and docs, from results/.
 readme: $(VENV)/installed
-	$(BIN)/python docs/build/update_readme.py
+	$(BIN)/python docs/build/update.py
 
 badges: $(VENV)/installed
 	$(BIN)/python docs/build/update_badges.py

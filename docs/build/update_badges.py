@@ -8,15 +8,24 @@ import sys
 import tomllib
 from pathlib import Path
 
-from peftlib.runner import notebook_io as executed
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import write_text
 from peftlib.core.paths import INSTALL as INSTALL_LINE
+from peftlib.runner import notebook_io as executed
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
 INSTALL = "# Install"  # how the install cell begins
-BADGES_BEGIN, BADGES_END = "<!-- badges -->", "<!-- /badges -->"  # what stands between them in README is written here
+# What stands between `<!-- NAME -->` and `<!-- /NAME -->` of README for these names is written here.
+MARKERS = ("ci", "badges")
+# What each notebook answers and writes.
+_ABOUT = {
+    "01_data": ("what exactly is learned from, and is the test unseen?", "`data/`"),
+    "02_qlora": ("how far do adapters on a 4-bit model get?", "record, PEFT adapter"),
+    "03_galore": ("how far does training every projection get?", "record, model in bf16"),
+    "04_eval": ("which is better on unseen rows, and how sure is that?", "answers, `results.csv`, report, figures"),
+    "05_hybrid": ("does the mixture pay?", "record, weights, the final report"),
+}
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 _KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
 _INSTALL_CELL = """\
@@ -57,10 +66,25 @@ def install_cell(checkout=CHECKOUT):
     return _INSTALL_CELL.format(install=INSTALL, line=INSTALL_LINE.format(extras="{extras}", address=address(checkout)))
 
 
+def ci_badges(checkout=CHECKOUT):
+    """README's badges: continuous integration, Python versions, licence."""
+    place, shields = f"{address(checkout)}/actions/workflows/ci.yml", "https://img.shields.io/badge"
+    return "\n".join(
+        [
+            f"[![Tests]({place}/badge.svg)]({place})",
+            f"[![Python 3.11 to 3.13]({shields}/python-3.11_%7C_3.12_%7C_3.13-blue)](pyproject.toml)",
+            f"[![Licence: Apache-2.0]({shields}/licence-Apache--2.0-blue)](LICENSE)",
+        ]
+    )
+
+
 def badge_table(names, checkout=CHECKOUT):
-    """README's table of the notebooks, markers included."""
-    rows = [f"| [`{name}`](notebooks/{name}.ipynb) | {badge(name, checkout)} |" for name in names]
-    return "\n".join([BADGES_BEGIN, "| notebook | |", "|---|---|", *rows, BADGES_END])
+    """README's table of the notebooks."""
+    rows = [
+        f"| [`{name}`](notebooks/{name}.ipynb) | {' | '.join(_ABOUT[name])} | {badge(name, checkout)} |"
+        for name in names
+    ]
+    return "\n".join(["| notebook | question | writes | open |", "|---|---|---|---|", *rows])
 
 
 def with_address(notebook, name, checkout=CHECKOUT):
@@ -79,11 +103,13 @@ def with_address(notebook, name, checkout=CHECKOUT):
 
 
 def with_badge_table(readme, names, checkout=CHECKOUT):
-    """README's text with the table between its markers written anew. ConfigError: the markers are not there."""
-    pattern = re.compile(re.escape(BADGES_BEGIN) + ".*?" + re.escape(BADGES_END), re.DOTALL)
-    if not pattern.search(readme):
-        raise ConfigError(f"README.md has no lines {BADGES_BEGIN} and {BADGES_END}: put them where the table belongs")
-    return pattern.sub(lambda _: badge_table(names, checkout), readme)
+    """README's text with badges and table between their markers written anew. ConfigError: a marker is missing."""
+    for name, text in zip(MARKERS, (ci_badges(checkout), badge_table(names, checkout))):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(readme):
+            raise ConfigError(f"README.md has no lines <!-- {name} --> and <!-- /{name} -->: put them where it belongs")
+        readme = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", readme)
+    return readme
 
 
 def write_all(checkout=CHECKOUT):

@@ -1,114 +1,80 @@
-"""The data of a study, from sources to the files in its folder."""
+"""Builds the data of a study, from its sources to the files in its folder."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from peftlib.core.errors import StudyError
-from peftlib.core.files import read_json, write_json
-from peftlib.data import card
-from peftlib.data import dedup as near
-from peftlib.data.outcomes import NOTES, REASONS
-from peftlib.data.sampling import Limits, Stream, Tally
-from peftlib.data.shortage import in_proportion, refuse, refuse_empty, refuse_useless, short_line, short_of
+from peftlib.data.dedup import GRAM_WORDS, THRESHOLD
+from peftlib.data.outcomes import (
+    NOTES,
+    REASONS,
+    Tally,
+    in_proportion,
+    require_row_per_split,
+    require_rows,
+    shortfall_line,
+    shortfalls,
+)
+from peftlib.data.sampling import Stream
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
-from peftlib.data.store import MANIFEST, file_hashes, split_hash, standing_manifest, write_rejects, write_split
+from peftlib.data.store import split_hash, standing_manifest, write_data
 from peftlib.data.tokenize import max_chars
-from peftlib.models import chat_template as chat
+from peftlib.models import chat_template
 from peftlib.models.load import tokenizer_sha256
 from peftlib.storage.lock import held
 
-_CODE_VERSION = 2  # raised whenever the same inputs would give other rows
+_CODE_VERSION = 2  # raised when data that were built before must be built again
 _SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
 
 
 def build_data(cfg, folder, log=print):
     """Write train/valid/test.parquet, rejects.jsonl, README.md and, last, manifest.json; returns the manifest.
 
-    Data that stand there already, made from the same inputs, are left as they are.
+    Data in the folder that were made from the same inputs are kept. log: takes progress lines.
     DataError: a source that cannot be read, or that falls short (see allow_short). ConfigError: `sources` is malformed.
     ModelError: no tokenizer. StudyError: the folder cannot be written, or another session works in it.
     """
-    folder = Path(folder)
-    sources = parse_sources(cfg.sources)
+    folder, sources = Path(folder), parse_sources(cfg.sources)
     for source in sources:
         source.check()
     inputs = _inputs(cfg, sources)
     manifest = standing_manifest(folder, inputs)
     if manifest is not None:
-        log(f"data stand already: split {manifest['split_hash']}, made from the same inputs")
+        log(f"data already built: split {manifest['split_hash']}, from the same inputs")
         return manifest
-    wanted = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
-    queues, chosen, tallies = _chosen(cfg, sources, wanted, log)
-    manifest = _manifest(sources, queues, chosen, inputs, wanted)
-    _say(manifest, log)
+
+    asked = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
+    quotas = {(source.name, split): n for source in sources for split, n in asked.items()}
+    shared_out = []
+    while True:  # a second time where a stream ran out and its rows are to be shared out among its splits
+        tallies = {source.name: Tally(log) for source in sources}
+        queues = _read_candidates(cfg, sources, asked, tallies)  # each tokenizes its rows as they are drawn
+        splits = choose(queues, quotas)  # without leaks; a row that is rejected gives way to the next
+        counts = _counts(splits, sources)
+        require_rows(counts, asked, sources, tallies, allow_short=cfg.allow_short)
+        ran_out = [stream for stream in _ran_out(queues, counts, asked) if stream not in shared_out]
+        if not ran_out:
+            break
+        for stream in ran_out:
+            quotas |= _shared_out(stream, counts, asked, log)
+        shared_out += ran_out
+    require_row_per_split(counts, asked, sources, tallies)
+
+    manifest = _manifest(queues, splits, counts, asked, inputs)
+    for line in _remarks(manifest):
+        log(line)
+    examples = [example for tally in tallies.values() for example in tally.examples]
     try:
         with held(folder.parent, "building the data", log=log):
-            _write(folder, manifest, chosen, tallies)
+            return write_data(folder, splits, examples, manifest)
     except OSError as error:
         raise StudyError(
-            f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to another "
-            "place"
+            f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to "
+            "another place"
         ) from error
-    return read_json(folder / MANIFEST)
-
-
-def _chosen(cfg, sources, wanted, log):
-    """(queues, {split: [Row, ...]}, {source: Tally}). DataError: a source falls short, or a split stays empty.
-
-    Where a stream runs out and that is allowed, all is chosen again, with a limit on what each split takes of it.
-    """
-    limits = {(source.name, split): n for source in sources for split, n in wanted.items()}
-    shared_out = []
-    while True:
-        tallies = {source.name: Tally(log) for source in sources}
-        queues = _queues(cfg, sources, wanted, tallies)
-        chosen = choose(queues, limits)
-        counts = {split: {source.name: _count(chosen[split], source.name) for source in sources} for split in SPLITS}
-        short = short_of(counts, wanted)
-        refuse_useless(counts, sources, tallies)
-        if short and not cfg.allow_short:
-            refuse(short, sources, tallies)
-        ran_out = [places for places in _ran_out(queues, counts, wanted) if places not in shared_out]
-        if not ran_out:
-            refuse_empty({split: counts[split] for split in SPLITS if wanted[split]}, sources, tallies)
-            return queues, chosen, tallies
-        for places in ran_out:
-            n_rows = sum(counts[split][source] for source, split in places)
-            log(f"{places[0][0]} runs out after {n_rows:,} rows: they are shared out in the proportions asked")
-            shares = in_proportion(n_rows, {split: wanted[split] for _, split in places})
-            # Training rows are chosen last and take all that is left.
-            limits |= {(source, split): shares[split] for source, split in places if split != "train"}
-        shared_out += ran_out
-
-
-def _ran_out(queues, counts, wanted):
-    """[[(source, split), ...], ...] of the streams that gave fewer rows than their splits want together."""
-    streams = [[place for place, drawn in queues.items() if drawn is queue] for queue in dict.fromkeys(queues.values())]
-    return [
-        places
-        for places in streams
-        if sum(counts[split][source] for source, split in places) < sum(wanted[split] for _, split in places)
-    ]
-
-
-def _say(manifest, log):
-    for name, splits in manifest["short"].items():
-        log(short_line(name, splits))
-    for name, found in manifest["ignored_fields"].items():
-        if found:
-            log(f"{name}: fields that are not used: {', '.join(map(ascii, found))[:300]}")
-
-
-def _write(folder, manifest, chosen, tallies):
-    (folder / MANIFEST).unlink(missing_ok=True)  # it must never stand beside files that it does not describe
-    for split in SPLITS:
-        write_split(folder, split, chosen[split])
-    write_rejects(folder, [example for tally in tallies.values() for example in tally.examples])
-    card.write_card(folder, manifest)
-    write_json(folder / MANIFEST, {**manifest, "files": file_hashes(folder)})
 
 
 def _inputs(cfg, sources):
@@ -119,78 +85,105 @@ def _inputs(cfg, sources):
         "sources": {source.name: source.identity() for source in sources},
         **{name: getattr(cfg, name) for name in fields},
         "tokenizer_sha256": tokenizer_sha256(cfg.model),
-        "template_sha256": chat.TEMPLATE_SHA256,
+        "template_sha256": chat_template.TEMPLATE_SHA256,
     }
 
 
-def _queues(cfg, sources, wanted, tallies):
+def _read_candidates(cfg, sources, asked, tallies):
     """{(source, split): Queue}; splits that draw on the same rows share one."""
     chars = max_chars(cfg.model, cfg.max_length)
     queues = {}
     for source in sources:
         own = {"test": ("test",), "main": ("valid", "train")} if "test" in source.streams else {"main": SPLITS}
         for name, splits in own.items():
-            expected = sum(wanted[split] for split in splits)
-            limits = Limits(rows=int(expected * _SPARE) + 512, chars=chars)
-            stream = Stream(source, name, tallies[source.name], seed=cfg.split_seed, limits=limits)
+            expected = sum(asked[split] for split in splits)
+            sizes = {"n_held": int(expected * _SPARE) + 512, "max_chars": chars}
+            stream = Stream(source, name, tallies[source.name], seed=cfg.split_seed, **sizes)
             queue = Queue(stream, cfg, expected)
             queues |= {(source.name, split): queue for split in splits}
     return queues
 
 
-def _manifest(sources, queues, chosen, inputs, wanted):
-    names = [source.name for source in sources]
-    per_source = {name: [row for rows in chosen.values() for row in rows if row.source == name] for name in names}
-    tallies = {queue.source: queue.tally for queue in queues.values()}
+def _counts(splits, sources):
+    """{split: {source: rows}}."""
+    found = {split: Counter(row.source for row in rows) for split, rows in splits.items()}
+    return {split: {source.name: found[split][source.name] for source in sources} for split in sorted(splits)}
+
+
+def _ran_out(queues, counts, asked):
+    """[[(source, split), ...], ...] of the streams that gave fewer rows than their splits ask for together."""
+    streams = [[key for key, drawn in queues.items() if drawn is queue] for queue in dict.fromkeys(queues.values())]
+    return [
+        stream
+        for stream in streams
+        if sum(counts[split][source] for source, split in stream) < sum(asked[split] for _, split in stream)
+    ]
+
+
+def _shared_out(stream, counts, asked, log):
+    """Quotas that divide the rows of a stream, [(source, split), ...], among its splits in the proportions asked."""
+    n_rows = sum(counts[split][source] for source, split in stream)
+    log(f"{stream[0][0]} runs out after {n_rows:,} rows: they are shared out in the proportions asked")
+    shares = in_proportion(n_rows, {split: asked[split] for _, split in stream})
+    # Training rows are chosen last and take all that is left.
+    return {(source, split): shares[split] for source, split in stream if split != "train"}
+
+
+def _manifest(queues, splits, counts, asked, inputs):
+    """What the data are and how they were made, JSON values. read = chosen + rejected + unused, for each source."""
+    streams = [queue.stream for queue in dict.fromkeys(queues.values())]
+    sources = {stream.source.name: stream.source for stream in streams}
+    names, tallies = list(sources), {stream.source.name: stream.tally for stream in streams}
+    chosen = {name: [row for rows in splits.values() for row in rows if row.source == name] for name in names}
     rejected = {name: dict(sorted(tallies[name].rejected.items())) for name in names}
-    notes = {
-        name: dict(sorted(Counter(note for row in per_source[name] for note in row.notes).items())) for name in names
-    }
-    schemas = defaultdict(dict)
-    for queue in queues.values():
-        schemas[queue.source][queue.stream.name] = queue.stream.schema
-    counts = {split: {name: _count(chosen[split], name) for name in names} for split in sorted(SPLITS)}
+    notes = {name: dict(sorted(Counter(n for row in chosen[name] for n in row.notes).items())) for name in names}
+    schemas = {name: {s.name: s.schema for s in streams if s.source.name == name} for name in names}
     return {
         "counts": counts,
-        "short": short_of(counts, wanted),
+        "short": shortfalls(counts, asked),
         "rejected": rejected,
-        "split_hash": split_hash(chosen),
+        "split_hash": split_hash(splits),
         "read": {name: tallies[name].read for name in names},
-        "unused": {name: tallies[name].read - sum(rejected[name].values()) - len(per_source[name]) for name in names},
+        "unused": {name: tallies[name].read - sum(rejected[name].values()) - len(chosen[name]) for name in names},
         "conversions": notes,
         "ignored_fields": {name: dict(sorted(tallies[name].ignored.items())) for name in names},
-        "tokens": {split: {name: _token_statistics(chosen[split], name) for name in names} for split in sorted(SPLITS)},
+        "tokens": {split: {name: _token_statistics(splits[split], name) for name in names} for split in counts},
         "sources": {
-            s.name: {**s.provenance(), **inputs["sources"][s.name], "schema": schemas[s.name]} for s in sources
+            name: {**source.provenance(), **inputs["sources"][name], "schema": schemas[name]}
+            for name, source in sources.items()
         },
-        "template_sha256": chat.TEMPLATE_SHA256,
-        "template_source": chat.TEMPLATE_SOURCE,
+        "template_sha256": chat_template.TEMPLATE_SHA256,
+        "template_source": chat_template.TEMPLATE_SOURCE,
         "tokenizer_sha256": inputs["tokenizer_sha256"],
-        "near_duplicate": {"jaccard_at_least": near.THRESHOLD, "words_a_gram": near.GRAM_WORDS},
-        "meaning": {
-            "rejected": {
-                reason: text for reason, text in REASONS.items() if any(reason in r for r in rejected.values())
-            },
-            "conversions": {note: text for note, text in NOTES.items() if any(note in n for n in notes.values())},
-        },
+        "near_duplicate": {"jaccard_at_least": THRESHOLD, "words_a_gram": GRAM_WORDS},
+        "meaning": {"rejected": _meaning(REASONS, rejected), "conversions": _meaning(NOTES, notes)},
         "inputs": inputs,
     }
 
 
-def _count(rows, source):
-    return sum(row.source == source for row in rows)
-
-
 def _token_statistics(rows, source):
     """Numbers of tokens of a source's rows in one split; None where there is no row."""
-    lengths = np.array([row.ids.size for row in rows if row.source == source])
-    if not lengths.size:
+    own = [row for row in rows if row.source == source]
+    if not own:
         return None
+    lengths = np.array([row.ids.size for row in own])
     return {
         "total": int(lengths.sum()),
-        "scored": int(sum(row.is_scored.sum() for row in rows if row.source == source)),
+        "scored": int(sum(row.is_scored.sum() for row in own)),
         "shortest": int(lengths.min()),
         "median": float(np.median(lengths)),
         "p95": float(np.percentile(lengths, 95)),
         "longest": int(lengths.max()),
     }
+
+
+def _meaning(texts, counted):
+    return {name: text for name, text in texts.items() if any(name in counts for counts in counted.values())}
+
+
+def _remarks(manifest):
+    """Lines on sources that fell short and fields that were not used."""
+    yield from (shortfall_line(name, splits) for name, splits in manifest["short"].items())
+    for name, found in manifest["ignored_fields"].items():
+        if found:
+            yield f"{name}: fields that are not used: {', '.join(map(ascii, found))[:300]}"

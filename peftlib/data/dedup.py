@@ -1,4 +1,4 @@
-"""Which earlier conversations nearly equal a new one: an exact set-similarity search, so none is missed.
+"""Which earlier conversations nearly equal a new one: an exact set-similarity search that misses none.
 
 Two conversations of Jaccard similarity t or more on their gram sets must share a gram among the first
 n - ceil(t n) + 1 of each in any fixed order of all grams (prefix filtering: Chaudhuri et al. 2006; Bayardo et al. 2007,
@@ -16,9 +16,10 @@ import numpy as np
 
 THRESHOLD = 0.8
 GRAM_WORDS = 5
-# A word is a run of letters and digits to some, what white space parts to others; what is near by either is near.
+# A word is a run of letters and digits by one reading, of all but white space by the other. Near by either is near:
+# each reading alone leaves near-duplicates in Tulu's rows.
 READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
-_SHARE = THRESHOLD / (1 + THRESHOLD)  # of the two sizes' sum must be shared to reach it
+_SHARE = THRESHOLD / (1 + THRESHOLD)  # of the sum of both sizes must be shared to reach the threshold
 _WORDS_REMEMBERED = 500_000
 _COMMON = 3  # conversations of a sample that make a gram common
 _ROUNDING = 1e-9  # a product like 0.8 * 35 must not be rounded up past the whole number it stands for
@@ -38,14 +39,14 @@ def normalised(texts):
 
 
 def prompt_sha256(texts):
-    """SHA-256 of the normalised text of a prompt's turns: it names a prompt in files, so it never changes."""
+    """SHA-256 of the normalised text of a prompt's turns. It names prompts in files, so it never changes."""
     return hashlib.sha256(normalised(texts).encode()).hexdigest()
 
 
 def prompt_key(texts):
-    """Digest that is equal where the prompts of two rows are one, so that they may not stand in two splits.
+    """Digest of a prompt's turns, equal for prompts that may not be in two splits.
 
-    Beside what `normalised` evens out, all kinds of quotes are one here, and so are 'this.' and 'this'. with the stop
+    Beyond what `normalised` evens out, all kinds of quotes count as one, and so do 'this.' and 'this'. with the stop
     inside and outside of the quotes.
     """
     text = normalised(texts).translate(_STRAIGHT_QUOTES)
@@ -57,9 +58,9 @@ def _quotes_first(found):
 
 
 class Grams:
-    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams, one array a reading of 'word'.
+    """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams, one array for each of READINGS.
 
-    sample: turns of some conversations; grams of several of them get the 64th bit, so that they stand last.
+    sample: the turns of some conversations; grams that several of them share get the 64th bit, so that they sort last.
     """
 
     def __init__(self, sample=()):
@@ -69,7 +70,7 @@ class Grams:
             self._common = [_frequent(sets) for sets in zip(*map(self, sample), strict=True)]
 
     def __call__(self, texts):
-        """[(n,) uint64 ascending, n >= 1, for each of READINGS]; texts of fewer than five words are one gram."""
+        """[(n,) uint64 ascending, n >= 1, for each of READINGS] of a conversation; under five words are one gram."""
         text = normalised(texts)
         found = [self._grams(text, reading.findall(text)) for reading in READINGS]
         return [_common_last(grams, common) for grams, common in zip(found, self._common, strict=True)]
@@ -113,13 +114,13 @@ def jaccard(a, b):
 
 
 class NearIndex:
-    """The gram sets added so far, numbered from 0, and the search for those near a new one."""
+    """The conversations added so far, numbered from 0, and the search for those near a new one."""
 
     def __init__(self):
         self._readings = [_SetIndex() for _ in READINGS]
 
     def add(self, grams):
-        """Add what a Grams call gave."""
+        """Add what a Grams call returned."""
         for index, one in zip(self._readings, grams, strict=True):
             index.add(one)
 
@@ -129,21 +130,21 @@ class NearIndex:
 
 
 class _SetIndex:
-    """One reading's sets. _prefix_ends: last gram of each prefix. _lefts: grams behind it."""
+    """The gram sets of one reading."""
 
     def __init__(self):
-        self.sets, self._prefix_ends, self._lefts = [], [], []
+        self._sets, self._prefix_ends, self._lefts = [], [], []  # last gram of each prefix; number of grams behind it
         self._holders = {}  # gram -> number of the set whose prefix holds it, or a list of them
 
     def add(self, grams):
-        number, prefix = len(self.sets), _prefix(grams)
-        self.sets.append(grams)
+        number, prefix = len(self._sets), _prefix(grams)
+        self._sets.append(grams)
         self._prefix_ends.append(int(prefix[-1]))
         self._lefts.append(grams.size - prefix.size)
         for gram in prefix.tolist():
             holders = self._holders.get(gram)
             if holders is None:
-                self._holders[gram] = number
+                self._holders[gram] = number  # most grams have one holder, and a list each would fill the memory
             elif isinstance(holders, list):
                 holders.append(number)
             else:
@@ -152,16 +153,15 @@ class _SetIndex:
     def near(self, grams):
         shared, prefix = Counter(), _prefix(grams).tolist()
         for gram in prefix:
-            holders = self._holders.get(gram)
-            if holders is not None:
-                shared.update(holders if isinstance(holders, list) else (holders,))
-        end, left = prefix[-1], grams.size - len(prefix)
-        for number, n in shared.items():
-            # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.
-            most = n + (left if end <= self._prefix_ends[number] else self._lefts[number])
-            least = _SHARE * (grams.size + self.sets[number].size) - _ROUNDING
-            if most >= least and jaccard(grams, self.sets[number]) >= THRESHOLD:
-                yield number
+            holders = self._holders.get(gram, ())
+            shared.update(holders if isinstance(holders, (list, tuple)) else (holders,))
+        return [number for number, n in shared.items() if self._is_near(grams, prefix, number, n)]
+
+    def _is_near(self, grams, prefix, number, n_shared):
+        # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.
+        left = grams.size - len(prefix) if prefix[-1] <= self._prefix_ends[number] else self._lefts[number]
+        least = _SHARE * (grams.size + self._sets[number].size) - _ROUNDING
+        return n_shared + left >= least and jaccard(grams, self._sets[number]) >= THRESHOLD
 
 
 def _prefix(grams):

@@ -1,6 +1,10 @@
-"""Names for what can happen to a row: why it was rejected, and what its conversion changed."""
+"""What becomes of a source's rows: named reasons for rejection, named conversions, counts, and errors for too few."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from peftlib.core.errors import DataError
 
 REASONS = {
     "not_utf8": "bytes that are not UTF-8: save the file as UTF-8",
@@ -55,18 +59,130 @@ NOTES = {
     "typed_control_tokens": "text that spells a control token, kept and encoded as plain letters",
 }
 
+_EXAMPLES = 5  # rejected rows kept a reason, to look at
+_FIRST_SERVED = ("test", "train", "valid")  # the order in which splits get their first row
+_SHOWN = 3  # reasons of which an error shows a row
+
 
 @dataclass(frozen=True)
 class Broken:
-    """What stands in place of a row that cannot be read. reason: a key of REASONS. excerpt: text that shows it."""
+    """Stands for a row that cannot be read. reason: a key of REASONS. excerpt: text that shows the row."""
 
     reason: str
     excerpt: str
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Stands for a value of a Parquet column that was not read. is_number: it is a number or a time."""
+
+    is_number: bool = False
+
+    def __repr__(self):
+        return "(not read)"
+
+
 class RowRejected(Exception):
-    """One row that cannot be used. reason: a key of REASONS. field: where in the row, such as messages[2].content."""
+    """A row that cannot be used. reason: a key of REASONS. field: where in the row, such as messages[2].content."""
 
     def __init__(self, reason, field=""):
         super().__init__(REASONS[reason])
         self.reason, self.field = reason, field
+
+
+@dataclass
+class Tally:
+    """Counts of one source's rows. log: takes progress lines. ignored: {unused field that may matter: rows with it}."""
+
+    log: Callable = print
+    read: int = 0
+    rejected: Counter = field(default_factory=Counter)
+    ignored: Counter = field(default_factory=Counter)
+    examples: list = field(default_factory=list)  # dicts for rejects.jsonl
+
+    def reject(self, source, reason, *, copies=1, **shown):
+        """Count `copies` rejected rows; the first few of each reason are kept as examples, described by `shown`."""
+        if sum(e["reason"] == reason for e in self.examples) < _EXAMPLES:
+            self.examples.append({"source": source, "reason": reason, **shown})
+        self.rejected[reason] += copies
+
+
+def in_proportion(n_rows, asked):
+    """{split: rows}: n_rows divided in the proportions of `asked`, {split: rows}.
+
+    Every split asked for gets at least one row; where there are too few for that, test is served first, then train.
+    """
+    served = [split for split in _FIRST_SERVED if asked.get(split)]
+    if n_rows <= len(served):
+        return dict.fromkeys(asked, 0) | dict.fromkeys(served[:n_rows], 1)
+    total = sum(asked.values())
+    shares = {split: n_rows * n // total for split, n in asked.items()}
+    by_remainder = sorted(asked, key=lambda split: (-(n_rows * asked[split] % total), -asked[split], split))
+    for split in by_remainder[: n_rows - sum(shares.values())]:
+        shares[split] += 1
+    for split in served:
+        if not shares[split]:
+            shares[max(shares, key=lambda s: (shares[s], s))] -= 1
+            shares[split] = 1
+    return shares
+
+
+def shortfalls(counts, asked):
+    """{source: {split: {"asked", "given"}}} of the sources that lack rows. counts: {split: {source: rows}}."""
+    return {
+        source: {split: {"asked": asked[split], "given": counts[split][source]} for split in sorted(asked)}
+        for source in counts["test"]
+        if any(counts[split][source] < n for split, n in asked.items())
+    }
+
+
+def shortfall_line(source, splits):
+    """One line on a source that lacks rows. splits: a value of shortfalls()."""
+    given = ", ".join(f"{split} {n['given']:,} of {n['asked']:,}" for split, n in splits.items())
+    return f"{source} has fewer rows than asked: {given}"
+
+
+def require_rows(counts, asked, sources, tallies, *, allow_short):
+    """DataError where a source gives no row at all, or, unless that is allowed, fewer than asked.
+
+    counts: {split: {source: rows}}. asked: {split: rows of each source}. tallies: {source: Tally}.
+    """
+    for source in sources:
+        if not any(found[source.name] for found in counts.values()):
+            found = _account(source, tallies[source.name])
+            raise DataError(f"no row can be used. {found}. Give other data, or leave the source out")
+    short = {} if allow_short else shortfalls(counts, asked)
+    if short:
+        lines = [
+            f"{name}: {n['given']} of {n['asked']} {split} rows"
+            for name, splits in short.items()
+            for split, n in splits.items()
+            if n["given"] < n["asked"]
+        ]
+        lines += [_account(source, tallies[source.name]) for source in sources if source.name in short]
+        raise DataError(f"too few rows. {'; '.join(lines)}. Ask for fewer rows, add data, or set allow_short = True")
+
+
+def require_row_per_split(counts, asked, sources, tallies):
+    """DataError where a split that was asked for has no row. Arguments: as for require_rows."""
+    totals = {split: sum(counts[split].values()) for split in asked if asked[split]}
+    empty = sorted(split for split, n in totals.items() if not n)
+    if empty:
+        raise DataError(
+            f"too few rows for one in each split: {sum(totals.values())} can be used, which leaves none for "
+            f"{' and '.join(empty)}. {'; '.join(_account(source, tallies[source.name]) for source in sources)}. "
+            "Add data; only validation may do without (valid_rows = 0)"
+        )
+
+
+def _account(source, tally):
+    """How many rows a source has, why some were rejected, and where the first of these are."""
+    reasons = tally.rejected.most_common()
+    listed = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "none"
+    examples = [
+        f"; {reason} is {REASONS[reason]}, first in row {example['row']} of {source.label(example['stream'])}"
+        f"{example['field'] and ', '}{example['field']}: {example['excerpt'][:100]}"
+        for reason, _ in reasons[:_SHOWN]
+        for example in [e for e in tally.examples if e["reason"] == reason and "row" in e][:1]
+    ]
+    return f"{source.name} has {tally.read:,} rows, rejected: {listed}{''.join(examples)}"

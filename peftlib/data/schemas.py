@@ -1,15 +1,28 @@
-"""Rows of the known schemas as one kind of conversation: alternating user and assistant turns, user first.
+"""The known schemas: which one a file has, and its rows as alternating user and assistant turns, user first.
 
-What cannot be converted is rejected under a named reason; what conversion changes is noted under a named note. Both
-are counted in the manifest, and neither ever happens without its name.
+A row that cannot be converted is rejected under a named reason; what conversion changes is noted under a named note.
+Both are counted in the manifest.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
-from peftlib.data.fields import NUMBERS_THAT_MATTER, ignored_fields, is_empty, is_missing
-from peftlib.data.outcomes import RowRejected
-from peftlib.data.turns import MEDIA_FIELDS, Turn, parsed, plain_text, read_turns, refuse_fields
+from peftlib.core.errors import DataError
+from peftlib.data.outcomes import REASONS, Broken, RowRejected
+from peftlib.data.turns import (
+    MEDIA_FIELDS,
+    NUMBERS_THAT_MATTER,
+    SURROGATE,
+    Turn,
+    is_empty,
+    is_missing,
+    parsed,
+    plain_text,
+    read_turns,
+    refuse_fields,
+    unused_fields,
+)
 
 SCHEMAS = {
     "alpaca": "Alpaca (instruction, input, output)",
@@ -30,15 +43,14 @@ _ANY_FIELDS = (*_SYSTEM_FIELDS, *_TOOL_LISTS, *MEDIA_FIELDS, *_ORIGINS, "dataset
 FIELDS_READ = (*_ALPACA_FIELDS, "messages", "conversations", "prompt", *_PAIR, *_ANY_FIELDS, *NUMBERS_THAT_MATTER)
 
 _CONTROL = re.compile(r"<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image)>")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Conversation:
     """texts: user, assistant, user, ... in turn, each trimmed and not empty, an even number of them.
 
-    notes: keys of NOTES. origin: the row's own id, where it has one. unscored: places in `texts` of answers that are
-    not learned; never the last. ignored: names of fields that were not read and may mean something.
+    notes: keys of NOTES. origin: the row's own id, or ''. unscored: indices in `texts` of answers that are not learned;
+    never the last. ignored: names of unused fields that may matter.
     """
 
     texts: list
@@ -49,11 +61,10 @@ class Conversation:
 
 
 def detect(row):
-    """A key of SCHEMAS by the names of a row's fields, those that are not null first, or None."""
+    """The schema, a key of SCHEMAS, that a row's field names show, or None. Fields that are null count last."""
     if not isinstance(row, dict):
         return None
-    given = {name for name, value in row.items() if value is not None}
-    return _schema_of(given) or _schema_of(row.keys())
+    return _schema_of({name for name, value in row.items() if value is not None}) or _schema_of(row.keys())
 
 
 def _schema_of(names):
@@ -64,30 +75,86 @@ def _schema_of(names):
     return "alpaca" if {"instruction", "output"} <= names else None
 
 
-def is_preference_pair(row):
-    """Whether a row is one for DPO and its like: two answers, one of them to be preferred."""
+def schema_of(numbered, label):
+    """The schema, a key of SCHEMAS, that most of the first rows of a file have.
+
+    numbered: [(row number, row or Broken), ...]. label: where they come from, in words.
+    DataError: none of them is of a known schema; it says what to do.
+    """
+    rows = [row for _, row in numbered]
+    found = Counter(filter(None, map(detect, rows)))
+    if found:
+        return found.most_common(1)[0][0]
+    fields = next((f"fields {', '.join(map(ascii, row))[:200]}" for row in rows if isinstance(row, dict)), "no fields")
+    broken = [(number, row) for number, row in numbered if isinstance(row, Broken)]
+    reasons = Counter(row.reason for _, row in broken)
+    seen = fields + "".join(f"; {n} {reason}: {REASONS[reason]}" for reason, n in reasons.items())
+    lines = [
+        f"{label}: none of its first {len(rows)} rows is of a known schema ({seen})",
+        f"Rows must be one of {'; '.join(SCHEMAS.values())}",
+        *(advice for is_so, advice in _ADVICE if any(map(is_so, rows))),
+        *(f"The first that cannot be read is row {number}: {row.excerpt}" for number, row in broken[:1]),
+    ]
+    raise DataError(". ".join(lines))
+
+
+def _is_preference_pair(row):
     return isinstance(row, dict) and not any(is_empty(row.get(name)) for name in _PAIR)
+
+
+def _is_wrapped(row):
+    values = row.values() if isinstance(row, dict) else ()
+    return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
+
+
+def _is_one_column(row):
+    return isinstance(row, dict) and len(row) == 1 and re.search(r"[;\t|]", str(*row)) is not None
+
+
+def _is_nearly_named(row):
+    return isinstance(row, dict) and detect({str(name).strip().lower(): value for name, value in row.items()})
+
+
+# (whether a row looks so, what to do about it)
+_ADVICE = (
+    (
+        _is_preference_pair,
+        "These are preference pairs (prompt, chosen, rejected), as for DPO: end each row with the chosen answer",
+    ),
+    (_is_wrapped, "A field holds a list of objects: if these are the rows, give that list alone"),
+    (_is_nearly_named, "Names of fields are lower case, without spaces around them"),
+    (lambda row: isinstance(row, list), "A row is a list: give one array of objects, in a file named .json"),
+    (lambda row: row is None or isinstance(row, (str, int, float)), "A row is an object of named fields"),
+    (_is_one_column, "The header holds no comma: commas separate the columns of a CSV file"),
+    (
+        lambda row: isinstance(row, Broken) and row.reason == "not_json",
+        "Each line of JSON Lines is one object, without a comma behind it; an array goes into a file named .json",
+    ),
+)
 
 
 def convert(row, schema):
     """The Conversation of a row. RowRejected: it cannot be one; nothing is guessed."""
     if not isinstance(row, dict):
         raise RowRejected("not_an_object")
-    if is_preference_pair(row):
+    if _is_preference_pair(row):
         raise RowRejected("preference_pair", "chosen, rejected")
-    found = detect(row)
-    if found is None or _TURNS_FIELD.get(found) != _TURNS_FIELD.get(schema):
+    found, field = detect(row), _TURNS_FIELD.get(schema)
+    if found is None or _TURNS_FIELD.get(found) != field:
         raise RowRejected("other_schema", ", ".join(map(str, row))[:200])
     refuse_fields(row, _TOOL_LISTS, "tool_use")
     refuse_fields(row, MEDIA_FIELDS, "not_text_part")
     notes, ignored = set(), set()
-    field = _TURNS_FIELD.get(schema)
     turns = read_turns(row[field], field, notes, ignored) if field else _alpaca_turns(row, notes)
     turns = [*_system_turns(row, turns, notes), *turns]
-    texts, unscored = _conversation(turns, notes, field or "output")
-    if any(_CONTROL.search(text) for text in texts):
+    texts, unscored = _alternating(turns, notes, field or "output")
+    if any(map(_CONTROL.search, texts)):
         notes.add("typed_control_tokens")
-    ignored.update(_ignored(row, field, texts[0]))
+    used = {*_ANY_FIELDS, *((field,) if field else _ALPACA_FIELDS)}
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip() in texts[0]:
+        used.add("prompt")  # the first turn repeats it
+    ignored.update(unused_fields(row, used))
     return Conversation(texts, tuple(sorted(notes)), _origin(row), unscored, tuple(sorted(ignored)))
 
 
@@ -96,12 +163,12 @@ def _alpaca_turns(row, notes):
     context = _optional_text(row, "input")
     if context and not context.strip():
         notes.add("trimmed")
-    question = Turn("user", f"{question}\n\n{context}" if context.strip() else question, "instruction")
-    return [*_history_turns(row.get("history"), notes), question, Turn("assistant", answer, "output")]
+    question = f"{question}\n\n{context}" if context.strip() else question
+    history = _history_turns(row.get("history"), notes)
+    return [*history, Turn("user", question, "instruction"), Turn("assistant", answer, "output")]
 
 
 def _optional_text(row, name):
-    """A text that may be missing."""
     value = row.get(name)
     return "" if is_missing(value) else plain_text(value, name)
 
@@ -116,9 +183,9 @@ def _history_turns(history, notes):
     for i, pair in enumerate(history if isinstance(history, list) else [None]):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowRejected("bad_history", f"history[{i}]")
-        for k, text in enumerate(pair):
+        for k, role in enumerate(("user", "assistant")):
             where = f"history[{i}][{k}]"
-            turns.append(Turn(("user", "assistant")[k], plain_text(text, where), where))
+            turns.append(Turn(role, plain_text(pair[k], where), where))
     notes.add("used_history")
     return turns
 
@@ -126,60 +193,56 @@ def _history_turns(history, notes):
 def _system_turns(row, turns, notes):
     """Turns of the row's own system text, unless it is also the first of its turns."""
     own = [Turn("system", text, name) for name in _SYSTEM_FIELDS if (text := _optional_text(row, name))]
-    told = {turn.text.strip() for turn in turns[:1] if turn.role == "system"}
-    new = [turn for turn in own if turn.text.strip() not in told]
+    known = {turn.text.strip() for turn in turns[:1] if turn.role == "system"}
+    new = [turn for turn in own if turn.text.strip() not in known]
     if len(new) < len(own):
         notes.add("dropped_repeated_system")
     return new
 
 
-def _conversation(turns, notes, field):
-    """(texts, places of unscored ones) of turns in any order; adds to notes. field: what the turns came from."""
+def _alternating(turns, notes, field):
+    """(texts, indices of unscored answers) of turns in any order; adds to notes. field: where the turns come from."""
     n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     system, turns = [turn.text for turn in turns[:n_system]], turns[n_system:]
     for turn in turns:
         if turn.role == "system":
             raise RowRejected("late_system", turn.where)
     turns = _exchanges(turns, notes, field)
-    trimmed = [turn if turn.text == (text := turn.text.strip()) else turn._replace(text=text) for turn in turns]
+    trimmed = [turn._replace(text=turn.text.strip()) for turn in turns]
     if trimmed != turns or any(text != text.strip() for text in filter(str.strip, system)):
         notes.add("trimmed")
-    turns = trimmed
-    for turn in turns:
-        if not turn.text:
-            raise RowRejected("empty_turn", turn.where)
-    turns = _merged(turns, notes)
+    turns = _merged(trimmed, notes)
     texts = [turn.text for turn in turns]
     unscored = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.is_scored)
     if not unscored:
         notes.discard("unscored_turn")  # they were all cut
-    return [_folded(system, notes) + texts[0], *texts[1:]], unscored
+    texts[0] = _system_prefix(system, notes) + texts[0]
+    return texts, unscored
 
 
 def _exchanges(turns, notes, field):
-    """The turns from the first of the user to the last of the assistant that is scored."""
-    start = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
-    end = _end(turns, lambda turn: turn.role == "assistant")
-    if start >= end:
+    """The turns from the first of the user to the last scored one of the assistant."""
+    users = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    scored = [i for i in answers if turns[i].is_scored]
+    if not users or not answers or answers[-1] < users[0]:
         raise RowRejected("no_exchange", field)
-    if start:
-        notes.add("cut_leading_assistant")
-    if end < len(turns):
-        notes.add("cut_trailing_user")
-    scored_end = _end(turns[:end], lambda turn: turn.role == "assistant" and turn.is_scored)
-    if start >= scored_end:
+    if not scored or scored[-1] < users[0]:
         raise RowRejected("nothing_scored", field)
-    if scored_end < end:
-        notes.add("cut_trailing_unscored")
-    return turns[start:scored_end]
-
-
-def _end(turns, is_last):
-    return next((i for i in range(len(turns), 0, -1) if is_last(turns[i - 1])), 0)
+    changes = {
+        "cut_leading_assistant": users[0] > 0,
+        "cut_trailing_user": answers[-1] + 1 < len(turns),
+        "cut_trailing_unscored": scored[-1] < answers[-1],
+    }
+    notes.update(note for note, is_so in changes.items() if is_so)
+    return turns[users[0] : scored[-1] + 1]
 
 
 def _merged(turns, notes):
-    """The turns with neighbours of one role joined."""
+    """The turns with neighbours of one role joined. RowRejected: one is empty, or their weights differ."""
+    for turn in turns:
+        if not turn.text:
+            raise RowRejected("empty_turn", turn.where)
     merged = []
     for turn in turns:
         if merged and turn.role == merged[-1].role:
@@ -191,29 +254,19 @@ def _merged(turns, notes):
     return merged
 
 
-def _folded(system, notes):
-    """What stands before the first user text."""
+def _system_prefix(system, notes):
+    """The system texts as they go before the first user text, as Gemma's template has it."""
     kept = [text.strip() for text in system if text.strip()]
     if len(kept) < len(system):
         notes.add("dropped_empty_system")
-    if not kept:
-        return ""
-    notes.add("folded_system")
-    return "\n\n".join(kept) + "\n\n"
-
-
-def _ignored(row, field, first_text):
-    """Names of the row's fields that were not read; a prompt that the first turn repeats is no news."""
-    used = {*_ANY_FIELDS, *((field,) if field else _ALPACA_FIELDS)}
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt.strip() in first_text:
-        used.add("prompt")
-    return ignored_fields(row, used)
+    if kept:
+        notes.add("folded_system")
+    return "".join(f"{text}\n\n" for text in kept)
 
 
 def _origin(row):
     for name in _ORIGINS:
         value = row.get(name)
-        if isinstance(value, (str, int)) and not _SURROGATE.search(str(value)[:100]):
+        if isinstance(value, (str, int)) and not SURROGATE.search(str(value)[:100]):
             return str(value)[:100]
     return ""

@@ -1,20 +1,45 @@
-"""Where rows come from: the hub at pinned revisions, the bundled sample, or the user's own files."""
+"""Where rows come from: the Hugging Face hub at pinned revisions, the bundled sample, or the user's own files."""
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib.core.errors import ConfigError, DataError
-from peftlib.data.hub import HUB, hub_rows
+from peftlib.core.files import sha256
+from peftlib.data.outcomes import Broken
 from peftlib.data.readers import kind_of, read_rows
 from peftlib.data.schemas import FIELDS_READ
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 _SAMPLE_LICENSE = "Apache-2.0 (written for this project)"
 _FORM = "NAME=WHERE; ... where WHERE is hub, sample, or FILE[,TESTFILE]"
-_PRECEDENCE = ("alpaca", "tulu", "ultrachat")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the hub at one revision. test_split: '' where it has none of its own."""
+
+    id: str
+    revision: str
+    split: str
+    test_split: str
+    license: str
+
+    def label(self, stream):
+        """The stream in words."""
+        return f"{self.id} {self.test_split if stream == 'test' else self.split} at {self.revision[:12]}"
+
+
+HUB = {
+    "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "train", "", "CC BY-NC 4.0"),
+    "tulu": HubSource(
+        "allenai/tulu-v2-sft-mixture", "6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752", "train", "", "ODC-BY 1.0"
+    ),
+    "ultrachat": HubSource(
+        "HuggingFaceH4/ultrachat_200k", "8049631c405ae6576f93f445c6b8166f76f5505a", "train_sft", "test_sft", "MIT"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -40,41 +65,31 @@ class Source:
             kind_of(path)
 
     def rows(self, stream):
-        """Yields (row number, row or reading.Broken) of a stream. DataError: it cannot be read."""
+        """Yields (row number, row or Broken) of a stream. DataError: it cannot be read."""
         return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream], FIELDS_READ)
 
-    def label(self, stream):
-        """The stream in words."""
+    def label(self, stream, *, is_public=False):
+        """The stream in words. is_public: without the folder of a user's own file."""
         if self.where == "hub":
             return HUB[self.name].label(stream)
-        name = self.paths[stream].name if self.where == "sample" else self.paths[stream]
-        return f"the bundled sample {name}" if self.where == "sample" else _encodable(name)
-
-    def _public_label(self, stream):
-        return _encodable(self.paths[stream].name) if self.where == "file" else self.label(stream)
+        path = self.paths[stream]
+        if self.where == "sample":
+            return f"the bundled sample {path.name}"
+        return os.fsencode(path.name if is_public else path).decode(errors="backslashreplace")
 
     def identity(self):
-        """What makes its rows what they are: the hub's revision, or each file's SHA-256.
-
-        DataError: a file cannot be read.
-        """
+        """What decides its rows: the hub's revision, or each file's SHA-256. DiskError: a file cannot be read."""
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
-        try:
-            return {"sha256": {stream: _file_sha256(path) for stream, path in self.paths.items()}}
-        except OSError as error:
-            raise DataError(
-                f"a file of {self.name} cannot be read ({error}): check the path and who may read it"
-            ) from None
+        return {"sha256": {stream: sha256(path) for stream, path in self.paths.items()}}
 
     def provenance(self):
         """What the manifest and the card say of it, JSON values."""
-        own = "rows of their own" if "test" in self.streams else "the same rows, by hash"
-        licence = {"hub": self.where == "hub" and HUB[self.name].license, "sample": _SAMPLE_LICENSE}
+        licences = {"hub": self.where == "hub" and HUB[self.name].license, "sample": _SAMPLE_LICENSE}
         return {
-            "where": {stream: self._public_label(stream) for stream in self.streams},
-            "license": licence.get(self.where, "as its owner says: not known to peftlib"),
-            "test_rows_from": own,
+            "where": {stream: self.label(stream, is_public=True) for stream in self.streams},
+            "license": licences.get(self.where, "as its owner says: not known to peftlib"),
+            "test_rows_from": "rows of their own" if "test" in self.streams else "the same rows, by hash",
         }
 
 
@@ -84,18 +99,17 @@ def parse_sources(text):
     ConfigError: not of the form NAME=WHERE; ..., a name twice, or hub/sample for a name they do not have.
     """
     found = {}
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        name, equals, where = (piece.strip() for piece in part.partition("="))
+    for part in filter(None, map(str.strip, text.split(";"))):
+        name, equals, where = map(str.strip, part.partition("="))
         if not equals or not where or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
             raise ConfigError(f"sources: {part!r} is not of the form {_FORM}")
         if name in found:
-            raise ConfigError(f"sources: {name!r} stands there twice")
+            raise ConfigError(f"sources: {name!r} is given twice")
         found[name] = _source(name, where)
     if not found:
         raise ConfigError(f"sources={text!r} names no source: use {_FORM}")
-    return sorted(
-        found.values(), key=lambda s: _PRECEDENCE.index(s.name) if s.name in _PRECEDENCE else len(_PRECEDENCE)
-    )
+    precedence = [*HUB, *(name for name in found if name not in HUB)]
+    return sorted(found.values(), key=lambda source: precedence.index(source.name))
 
 
 def _source(name, where):
@@ -103,21 +117,36 @@ def _source(name, where):
         if name not in HUB:
             raise ConfigError(f"sources: {name}={where}, but {where} has only {', '.join(HUB)}: give a file")
         return Source(name, where, {"main": SAMPLE / f"{name}.jsonl"} if where == "sample" else {})
+    files = [piece.strip() for piece in where.split(",")]
+    if len(files) > 2 or not all(files):
+        raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
     try:
-        files = [Path(piece.strip()).expanduser() for piece in where.split(",")]
+        paths = [Path(file).expanduser() for file in files]
     except RuntimeError as error:  # ~name of nobody here
         raise ConfigError(f"sources: {name}={where!r}: {error}: give the whole path") from None
-    if len(files) > 2 or not all(piece.strip() for piece in where.split(",")):
-        raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
-    return Source(name, "file", dict(zip(("main", "test"), files, strict=False)))
+    return Source(name, "file", dict(zip(("main", "test"), paths, strict=False)))
 
 
-def _encodable(path):
-    """A path as text that any file can hold: bytes of its name that are not UTF-8 as \\xNN."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+def hub_rows(name, stream):
+    """Streams (row number from 1, row) of a hub source; nothing is kept on disk.
 
+    DataError: the hub cannot be reached, or reading broke off.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
 
-def _file_sha256(path):
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    # The hub client's own error and the base of its HTTP library's, which depends on the client's version.
+    http_errors = [base for base in HfHubHTTPError.__mro__ if base.__name__ in ("HTTPError", "RequestException")]
+    source, number = HUB[name], 0
+    split = source.test_split if stream == "test" else source.split
+    try:
+        rows = load_dataset(source.id, revision=source.revision, split=split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield number, row if isinstance(row, dict) else Broken("not_an_object", ascii(row)[:200])
+    except (OSError, DatasetsError, HfHubHTTPError, *http_errors) as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
+        raise DataError(
+            f"{source.label(stream)} could not be read from the hub after row {number} ({reason}): "
+            f"check the network and run again, or give a file of your own: sources = '{name}=FILE; ...'"
+        ) from error

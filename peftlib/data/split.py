@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftlib.data import dedup as near
+from peftlib.data.dedup import Grams, NearIndex, prompt_key
 from peftlib.data.sampling import content_of
 from peftlib.data.tokenize import tokenize
 
@@ -21,7 +21,7 @@ _SAMPLE = 500  # candidates of a stream that say which grams are common
 @dataclass
 class Row:
     """One usable conversation, cut to length. ids: (T,) int32. is_scored: (T,) bool, all answers that are learned.
-    unscored: places in `texts` of the others."""
+    unscored: indices in `texts` of the other answers."""
 
     source: str
     texts: list
@@ -41,99 +41,103 @@ class Row:
 
 
 class Queue:
-    """The usable rows of one stream in order, tokenized some at a time. expected: rows that will be taken at least."""
+    """Iterator of the usable rows of one stream in order; they are tokenized a batch at a time, as they are drawn.
+
+    expected: rows that will be drawn at least. sample: turns of the first candidates.
+    """
 
     def __init__(self, stream, cfg, expected):
-        self.source, self.tally = stream.source.name, stream.tally
-        self.stream, self.cfg, self.expected = stream, cfg, expected
-        self.taken = 0  # rows of the stream that were looked at
-        self._batches = stream.batches()
-        self._rows = self._usable()
+        self.stream, self._cfg, self._expected = stream, cfg, expected
+        batches = stream.batches()
+        first = next(batches, [])
+        self.sample = [candidate.texts for candidate in first[:_SAMPLE]]
+        self._rows = self._usable(itertools.chain([first], batches))
 
     def __iter__(self):
         return self._rows
 
-    def sample(self):
-        """Turns of the first candidates, none of which is taken thereby."""
-        first = next(self._batches, [])
-        self._batches = itertools.chain([first], self._batches)
-        return [candidate.texts for candidate in first[:_SAMPLE]]
+    def reject(self, reason, **shown):
+        """Count a rejected row of the stream; see Tally.reject."""
+        self.stream.tally.reject(self.stream.source.name, reason, **shown)
 
-    def _usable(self):
-        for batch in self._batches:
+    def _usable(self, batches):
+        taken = 0  # rows of the stream that were looked at
+        for batch in batches:
             at = 0
             while at < len(batch):
                 # Some will be rejected; a twentieth more is cheaper than many small batches.
-                size = max(256, self.expected - self.taken + self.expected // 20)
-                part = batch[at : at + size]
+                part = batch[at : at + max(256, self._expected - taken + self._expected // 20)]
                 at += len(part)
-                tokenized = tokenize(self.cfg.model, part, max_length=self.cfg.max_length, workers=self.cfg.workers)
-                yield from filter(None, map(self._row, part, tokenized))
+                cfg = self._cfg
+                encoded = tokenize(cfg.model, part, max_length=cfg.max_length, workers=cfg.workers)
+                for candidate, tokens in zip(part, encoded, strict=True):
+                    taken += candidate.copies
+                    row = self._row(candidate, *tokens)
+                    if row:
+                        yield row
 
-    def _row(self, candidate, tokenized):
-        self.taken += candidate.copies
+    def _row(self, candidate, ids, is_scored, n_turns):
         shown = {"stream": self.stream.name, "origin": candidate.origin, "excerpt": candidate.texts[0][:200]}
         if candidate.copies > 1:
-            self.tally.reject(self.source, "duplicate", copies=candidate.copies - 1, **shown)
-        kept = len(tokenized.turn_ends)
-        if not kept:
-            self.tally.reject(self.source, "too_long", **shown)
+            self.reject("duplicate", copies=candidate.copies - 1, **shown)
+        if not n_turns:
+            self.reject("too_long", **shown)
             return None
-        notes = candidate.notes if kept == len(candidate.texts) else (*candidate.notes, "cut_to_length")
-        texts = candidate.texts[:kept]
-        unscored = tuple(turn for turn in candidate.unscored if turn < kept)
-        return Row(self.source, texts, notes, candidate.origin, tokenized.ids, tokenized.is_scored, unscored)
+        texts, notes = candidate.texts[:n_turns], candidate.notes
+        if n_turns < len(candidate.texts):
+            notes = (*notes, "cut_to_length")
+        unscored = tuple(turn for turn in candidate.unscored if turn < n_turns)
+        return Row(self.stream.source.name, texts, notes, candidate.origin, ids, is_scored, unscored)
 
 
-class Judge:
-    """Lets rows join a split, or says why not, given all rows that joined one before. sample: see near.Grams."""
+class LeakFilter:
+    """Admits rows to a split, or says which row admitted before they would leak. sample: as for dedup.Grams."""
 
     def __init__(self, sample):
-        self._grams = near.Grams(sample)
-        self._index = near.NearIndex()
-        self._placed = []  # (split, id) by number in the index
-        self._prompts = {}  # normalised prompt of each placed row -> (split, id)
+        self._grams, self._index = Grams(sample), NearIndex()
+        self._admitted = []  # (split, id) by number in the index
+        self._prompts = {}  # prompt_key of each admitted row -> (split, id)
 
-    def objection(self, row, split):
-        """None, and the row has joined; or (reason, id of the row in the way)."""
+    def admit(self, row, split):
+        """Add a row to a split; returns None, or, where it is not admitted, (reason, id of the row in its way)."""
         # Training scores every answer, so each turn's history is a prompt of the row; the last is its own.
-        prompts = [near.prompt_key(row.texts[:n]) for n in range(1, len(row.texts), 2)]
+        prompts = [prompt_key(row.texts[:n]) for n in range(1, len(row.texts), 2)]
         for where, other in (self._prompts[p] for p in prompts if p in self._prompts):
             if where != split:
                 return f"prompt_in_{where}", other
         if prompts[-1] in self._prompts:
             return "prompt_repeated", self._prompts[prompts[-1]][1]
         grams = self._grams(row.texts)
-        near_ones = [self._placed[number] for number in self._index.near(grams)]
-        if near_ones:
-            where, other = min(near_ones, key=lambda holder: SPLITS.index(holder[0]))
+        near = [self._admitted[number] for number in self._index.near(grams)]
+        if near:
+            where, other = min(near, key=lambda holder: SPLITS.index(holder[0]))
             return ("near_duplicate" if where == split else f"near_duplicate_of_{where}"), other
         self._index.add(grams)
-        self._placed.append((split, row.id))
+        self._admitted.append((split, row.id))
         self._prompts[prompts[-1]] = (split, row.id)
         return None
 
 
-def choose(queues, wanted):
-    """{split: [Row, ...]}: fewer of a source than wanted where it runs out.
+def choose(queues, quotas):
+    """{split: [Row, ...]}, fewer of a source than its quota where it runs out. A rejected row is replaced by the next.
 
-    queues: {(source, split): Queue}, one Queue standing for several splits where they share a stream; sources in order
-    of precedence. wanted: {(source, split): rows}.
+    queues: {(source, split): Queue}, one Queue for several splits where they share a stream; sources in order of
+    precedence. quotas: {(source, split): rows}.
     """
-    judge = Judge([texts for queue in dict.fromkeys(queues.values()) for texts in queue.sample()])
-    chosen = {}
+    leaks = LeakFilter([texts for queue in dict.fromkeys(queues.values()) for texts in queue.sample])
+    chosen = {split: [] for split in SPLITS}
     for split in SPLITS:
-        chosen[split] = []
         for source in dict.fromkeys(source for source, _ in queues):
-            chosen[split] += itertools.islice(_accepted(queues[source, split], judge, split), wanted[source, split])
+            rows = _admitted(queues[source, split], leaks, split)
+            chosen[split] += itertools.islice(rows, quotas[source, split])
     return chosen
 
 
-def _accepted(queue, judge, split):
+def _admitted(queue, leaks, split):
     for row in queue:
-        objection = judge.objection(row, split)
-        if objection is None:
+        refusal = leaks.admit(row, split)
+        if refusal is None:
             yield row
         else:
-            reason, other = objection
-            queue.tally.reject(queue.source, reason, split=split, id=row.id, other=other, excerpt=row.texts[0][:200])
+            reason, other = refusal
+            queue.reject(reason, split=split, id=row.id, other=other, excerpt=row.texts[0][:200])

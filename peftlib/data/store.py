@@ -1,23 +1,28 @@
 """The files of a study's data folder: Parquet splits, rejects, and the manifest that is written last."""
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from peftlib.core.errors import StudyError, reading
-from peftlib.core.files import atomic_path, read_json, write_text
+from peftlib.core.files import MANIFEST, atomic_path, read_json, sha256, write_json, write_text
+from peftlib.data.card import write_card
+from peftlib.data.dedup import prompt_sha256
 from peftlib.data.tokenize import as_messages
 
-MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 _MADE_AGAIN = "delete it and run 01_data again, which makes the same rows"
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
-class Rows(Sequence):
-    """A split's rows, each a dict made when it is asked for.
+class Split(Sequence):
+    """The rows of a split, each a dict made when it is asked for.
 
     source, id: str. messages: [{role, content}, ...]. prompt_sha256: str, of the normalised history of the scored
     reply. n_tokens: int. input_ids: list of int. is_scored: list of bool. origin: the row's id in its source, or ''.
@@ -43,65 +48,50 @@ class Rows(Sequence):
 
 
 def load_split(folder, split):
-    """The Rows of a split ('train', 'valid' or 'test'). StudyError: it is not there, or not as the manifest has it."""
-    import io
-
-    from pyarrow import parquet
-
+    """The Split 'train', 'valid' or 'test' of a data folder. StudyError: absent, or not as the manifest lists it."""
     path = Path(folder) / f"{split}.parquet"
     if not path.exists():
         name = path.absolute().parent.parent.name if path.parent.name == "data" else "NAME"
         raise StudyError(f"no {path.name} in {folder}: run 01_data first (python -m peftlib run 01 --study {name})")
     with reading(path, _MADE_AGAIN):
-        content = path.read_bytes()
-        _require_listed(path, content)
-        return Rows(parquet.read_table(io.BytesIO(content)))
+        content, manifest = path.read_bytes(), path.with_name(MANIFEST)
+        listed = read_json(manifest).get("files", {}).get(path.name) if manifest.exists() else None
+        if listed not in (None, hashlib.sha256(content).hexdigest()):
+            raise StudyError(f"{path} is damaged (it is not what {MANIFEST} lists): {_MADE_AGAIN}")
+        return Split(parquet.read_table(io.BytesIO(content)))
 
 
-def _require_listed(path, content):
-    """StudyError where the manifest beside a file has another SHA-256 of it."""
-    manifest = path.with_name(MANIFEST)
-    known = read_json(manifest).get("files", {}).get(path.name) if manifest.exists() else None
-    if known is not None and known != hashlib.sha256(content).hexdigest():
-        raise StudyError(f"{path} is damaged (it is not what {MANIFEST} lists): {_MADE_AGAIN}")
+def write_data(folder, splits, examples, manifest):
+    """Write a data folder whole: splits, rejects, card and, last, the manifest; returns the manifest as written.
 
-
-def write_split(folder, split, rows):
-    """Write the split.Row list of a split as Parquet, whole or not at all."""
-    from pyarrow import parquet
-
-    with atomic_path(Path(folder) / f"{split}.parquet") as beside:
-        parquet.write_table(_table(split, rows), beside, compression="zstd")
+    splits: {split: [split.Row, ...]}. examples: dicts of rejected rows. OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)  # it must never be beside files that it does not describe
+    for split, rows in splits.items():
+        with atomic_path(folder / f"{split}.parquet") as beside:
+            parquet.write_table(_table(split, rows), beside, compression="zstd")
+    write_text(folder / REJECTS, "".join(json.dumps(example, ensure_ascii=True) + "\n" for example in examples))
+    write_card(folder, manifest)
+    write_json(folder / MANIFEST, {**manifest, "files": _file_hashes(folder)})
+    return read_json(folder / MANIFEST)
 
 
 def _table(split, rows):
-    import pyarrow as pa
-
-    from peftlib.data.dedup import prompt_sha256
-
-    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     columns = {
         "source": pa.array([row.source for row in rows], pa.string()),
         "id": pa.array([row.id for row in rows], pa.string()),
-        "messages": pa.array([as_messages(row.texts) for row in rows], messages),
+        "messages": pa.array([as_messages(row.texts) for row in rows], _MESSAGES),
         "prompt_sha256": pa.array([prompt_sha256(row.texts[:-1]) for row in rows], pa.string()),
         "n_tokens": pa.array([row.ids.size for row in rows], pa.int32()),
-        "input_ids": _lists([row.ids for row in rows], np.int32),
-        "is_scored": _lists([scored_in(split, row) for row in rows], np.bool_),
+        "input_ids": pa.array([row.ids for row in rows], pa.list_(pa.int32())),
+        "is_scored": pa.array([_scored_in(split, row) for row in rows], pa.list_(pa.bool_())),
         "origin": pa.array([row.origin for row in rows], pa.string()),
     }
     return pa.table(columns)
 
 
-def _lists(arrays, dtype):
-    import pyarrow as pa
-
-    offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
-    flat = np.concatenate([np.empty(0, dtype), *arrays])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
-
-
-def scored_in(split, row):
+def _scored_in(split, row):
     """(T,) bool: every answer to be learned in train and valid, the last one alone in test."""
     if split != "test":
         return row.is_scored
@@ -109,34 +99,28 @@ def scored_in(split, row):
     return row.is_scored & (np.arange(row.is_scored.size) >= starts[-1])
 
 
-def split_hash(chosen):
-    """16 hex digits over which conversations stand where and in which order; the same on any machine."""
+def split_hash(splits):
+    """16 hex digits over which conversations are in which split, and their order; the same on any machine."""
     digest = hashlib.sha256()
-    for split in sorted(chosen):
-        for row in chosen[split]:
+    for split in sorted(splits):
+        for row in splits[split]:
             digest.update(f"{split}\t{row.source}\t{row.content_sha256}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def write_rejects(folder, examples):
-    """Write the rejected rows that were kept to look at, one JSON object a line."""
-    write_text(Path(folder) / REJECTS, "".join(json.dumps(example, ensure_ascii=True) + "\n" for example in examples))
-
-
-def file_hashes(folder):
-    """{name: SHA-256} of the files beside the manifest."""
+def _file_hashes(folder):
     names = ("train.parquet", "valid.parquet", "test.parquet", REJECTS)
-    return {name: hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() for name in names}
+    return {name: sha256(folder / name) for name in names}
 
 
 def standing_manifest(folder, inputs):
-    """The manifest in `folder` where it was made from just these inputs and its files are as written, else None."""
+    """The manifest in `folder` if it was made from just these inputs and its files are as written, else None."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
     try:
         manifest = read_json(path)
-        is_ours = manifest["inputs"] == inputs and manifest["files"] == file_hashes(folder)
+        is_ours = manifest["inputs"] == inputs and manifest["files"] == _file_hashes(path.parent)
     except (StudyError, KeyError, OSError):
         return None  # of another version, or damaged: made again
     return manifest if is_ours else None

@@ -1,60 +1,43 @@
-"""Candidates as token ids and masks, cut after whole turns, in batches and with worker processes."""
+"""Candidates as token ids and loss masks, cut after whole turns, in batches and with worker processes."""
 
 import contextlib
 import functools
 import os
-from dataclasses import dataclass
 
-import numpy as np
-
-from peftlib.models import chat_template as chat
+from peftlib.models import chat_template
 from peftlib.models.load import load_tokenizer
 
 _ROWS_WORTH_A_WORKER = 400  # starting one costs about as much as tokenizing these
 _BATCH = 64
 _THREADS = "TOKENIZERS_PARALLELISM"
-_COLUMNS = {"ids": "int32", "is_scored": "bool", "turn_ends": "int32"}
-
-
-@dataclass
-class Tokenized:
-    """ids: (T,) int32. is_scored: (T,) bool. turn_ends: ids up to and with each kept turn, the last of
-    them scored; empty where not even the first scored answer fits."""
-
-    ids: np.ndarray
-    is_scored: np.ndarray
-    turn_ends: list
 
 
 def tokenize(model, candidates, *, max_length, workers):
-    """[Tokenized, ...] of candidates, with at most `max_length` ids each.
+    """[(ids, is_scored, n_turns), ...] of candidates, with at most `max_length` ids each.
 
-    model: as in a config; workers open its tokenizer themselves where they do not inherit it. workers: processes, 0 is
-    one per core. The result does not depend on it.
+    ids: (T,) int32. is_scored: (T,) bool. n_turns: turns kept, the last of them scored; 0 where not even the first
+    scored answer fits. model: as in a config. workers: processes, 0 is one per core; they do not change the result.
     """
-    workers = min(workers or os.cpu_count() or 1, 1 + len(candidates) // _ROWS_WORTH_A_WORKER)
-    _tokenizer(model)  # opened before the workers start, so that a fork has it
-    made = _mapped(candidates, workers, {"model": model, "max_length": max_length})
-    return [row for batch in made.data.to_batches() for row in _unpacked(batch)]
-
-
-def _mapped(candidates, workers, settings):
     import datasets
 
-    columns = {name: datasets.List(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
+    workers = min(workers or os.cpu_count() or 1, 1 + len(candidates) // _ROWS_WORTH_A_WORKER)
+    _tokenizer(model)  # opened before the workers start, so that a fork has it
     given = {name: [getattr(candidate, name) for candidate in candidates] for name in ("texts", "unscored")}
+    whole, flag = datasets.Value("int32"), datasets.Value("bool")
+    columns = {"ids": datasets.List(whole), "is_scored": datasets.List(flag), "n_turns": whole}
     with _quiet_workers(datasets):
-        return datasets.Dataset.from_dict(given).map(
+        made = datasets.Dataset.from_dict(given).map(
             _encode_batch,
             batched=True,
             batch_size=_BATCH,
             num_proc=workers if workers > 1 else None,
             remove_columns=list(given),
             features=datasets.Features(columns),
-            fn_kwargs=settings,
+            fn_kwargs={"model": model, "max_length": max_length},
             new_fingerprint=f"peftlib-{os.urandom(8).hex()}",  # else the tokenizer would be hashed for a cache
             keep_in_memory=True,
         )
+    return list(zip(*(made.data.column(name).to_numpy() for name in columns), strict=True))
 
 
 @contextlib.contextmanager
@@ -74,38 +57,20 @@ def _quiet_workers(datasets):
             os.environ[_THREADS] = threads
 
 
-def _unpacked(batch):
-    columns = [batch.column(name) for name in _COLUMNS]
-    flat = [column.flatten().to_numpy(zero_copy_only=False) for column in columns]
-    ends = [np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False)) for column in columns]
-    for i in range(batch.num_rows):
-        ids, is_scored, turn_ends = (
-            values[(end[i - 1] if i else 0) : end[i]] for values, end in zip(flat, ends, strict=True)
-        )
-        yield Tokenized(ids, is_scored, turn_ends.tolist())
-
-
 def _encode_batch(batch, *, model, max_length):
     conversations = [as_messages(texts) for texts in batch["texts"]]
-    columns = {name: [] for name in _COLUMNS}
-    for encoded, unscored in zip(chat.encode_many(_tokenizer(model), conversations), batch["unscored"], strict=True):
-        kept = sum(end <= max_length for end in encoded.turn_ends) // 2 * 2  # whole exchanges
-        while kept and kept - 1 in unscored:  # what follows the last scored answer teaches nothing
-            kept -= 2
-        end = encoded.turn_ends[kept - 1] if kept else 0
-        columns["ids"].append(encoded.input_ids[:end])
-        columns["is_scored"].append(_scored(encoded, unscored)[:end])
-        columns["turn_ends"].append(encoded.turn_ends[:kept])
-    return columns
-
-
-def _scored(encoded, unscored):
-    """The flags of is_scored, without the turns that are not learned."""
-    scored = list(encoded.is_scored)
-    for turn in unscored:
-        start, end = encoded.turn_ends[turn - 1], encoded.turn_ends[turn]
-        scored[start:end] = [False] * (end - start)
-    return scored
+    rows = []
+    encoded = chat_template.encode_many(_tokenizer(model), conversations)
+    for one, unscored in zip(encoded, batch["unscored"], strict=True):
+        n_turns = sum(end <= max_length for end in one.turn_ends) // 2 * 2  # whole exchanges
+        while n_turns and n_turns - 1 in unscored:  # what follows the last scored answer teaches nothing
+            n_turns -= 2
+        for turn in unscored:
+            start, end = one.turn_ends[turn - 1], one.turn_ends[turn]
+            one.is_scored[start:end] = [False] * (end - start)
+        end = one.turn_ends[n_turns - 1] if n_turns else 0
+        rows.append((one.input_ids[:end], one.is_scored[:end], n_turns))
+    return dict(zip(("ids", "is_scored", "n_turns"), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def as_messages(texts):

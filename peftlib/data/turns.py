@@ -1,11 +1,11 @@
-"""Turns of a chat row: who speaks, what is said, and whether an answer is learned."""
+"""Turns of a chat row: who speaks, what is said, whether an answer is learned; and which of its fields are unused."""
 
+import math
 import re
 from typing import NamedTuple
 
-from peftlib.data.fields import ignored_fields, is_empty, is_missing
-from peftlib.data.outcomes import RowRejected
-from peftlib.data.strict_json import RepeatedField, loads
+from peftlib.data.outcomes import RowRejected, Unread
+from peftlib.data.readers import RepeatedField, loads
 
 _ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 _ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard"), "assistant")
@@ -16,12 +16,21 @@ MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 _OTHER_PARTS = ("image_url", "input_audio", *MEDIA_FIELDS)
 _PLAIN = {"role", "from", "content", "value"}  # all that most turns have
 _READ = {*_PLAIN, "weight", "name", *_TOOL_FIELDS, *MEDIA_FIELDS}
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+# Names that say where a row comes from or what it is about, and 'text', the usual name of the rendered turns.
+_ABOUT = re.compile(
+    r"(.*_)?(ids?|idx|index|uuid|hash|sha256|urls?|sources?|dataset|split|lang|language|licen[cs]e|date|time|timestamp"
+    r"|created|updated|created_at|updated_at|model|category|tags?|topic|task|type|quality|difficulty|meta|metadata"
+    r"|author|user|version)|text|__index_level_\d+__|unnamed: \d+",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
+NUMBERS_THAT_MATTER = ("label", "labels", "weight", "weights", "train", "mask", "kto_tag")
 
 
 class Turn(NamedTuple):
-    """role: user, assistant or system. where: its place in the row. is_scored: whether the loss sees it, if it is the
-    assistant's."""
+    """role: user, assistant or system. where: its place in the row. is_scored: an answer that the loss sees."""
 
     role: str
     text: str
@@ -32,8 +41,8 @@ class Turn(NamedTuple):
 def read_turns(items, field, notes, ignored):
     """[Turn, ...] of a list of {role, content} or {from, value}, or of such a list as JSON text.
 
-    field: its name in the row. notes, ignored: sets that take keys of NOTES and names of fields that were not read.
-    RowRejected: it cannot be used.
+    field: its name in the row. notes, ignored: sets that take keys of NOTES and names of unused fields.
+    RowRejected: the list cannot be used.
     """
     if isinstance(items, str):  # a CSV cell holds the list as JSON
         items = parsed(items, field)
@@ -41,37 +50,10 @@ def read_turns(items, field, notes, ignored):
         raise RowRejected("wrong_type", field)
     turns = []
     for i, item in enumerate(items):
-        where = f"{field}[{i}]"
-        turns.append(_turn(item, where, notes))
+        turns.append(_turn(item, f"{field}[{i}]", notes))
         if not item.keys() <= _PLAIN:
-            ignored.update(f"{field}[].{name}" for name in ignored_fields(item, _READ))
+            ignored.update(f"{field}[].{name}" for name in unused_fields(item, _READ))
     return turns
-
-
-def parsed(text, field):
-    """The value of a JSON text in a field. RowRejected: it is none."""
-    try:
-        return loads(text)
-    except RepeatedField as error:
-        raise RowRejected("repeated_field", f"{field}: {error.name}") from None
-    except (ValueError, RecursionError):
-        raise RowRejected("not_json", field) from None
-
-
-def plain_text(value, field):
-    """A text as it is. RowRejected: it is none."""
-    if not isinstance(value, str):
-        raise RowRejected("not_text", field)
-    if _SURROGATE.search(value):
-        raise RowRejected("lone_surrogate", field)
-    return value
-
-
-def refuse_fields(row, names, reason, field=""):
-    """RowRejected, for `reason`: one of the named fields holds something."""
-    for name in names:
-        if name in row and not is_empty(row[name]):
-            raise RowRejected(reason, f"{field}.{name}" if field else name)
 
 
 def _turn(item, where, notes):
@@ -83,7 +65,7 @@ def _turn(item, where, notes):
         refuse_fields(item, MEDIA_FIELDS, "not_text_part", where)
     role = _role(*_one_of(item, "role", "from", where))
     content, place = _one_of(item, "content", "value", where)
-    text = _text(content, place, notes)
+    text = _joined_parts(content, place, notes) if isinstance(content, list) and content else plain_text(content, place)
     if is_plain:
         return Turn(role, text, place)
     if not is_empty(item.get("name")):
@@ -92,7 +74,7 @@ def _turn(item, where, notes):
 
 
 def _one_of(item, name, other, where):
-    """(value, its place) of the one of two fields that holds something."""
+    """(value, its place) of the one of two fields that is given."""
     value, other_value = item.get(name), item.get(other)
     if other_value is None:
         return value, f"{where}.{name}"
@@ -103,30 +85,26 @@ def _one_of(item, name, other, where):
 
 def _role(value, where):
     name = value.strip().lower() if isinstance(value, str) else None
-    if name in _TOOL_ROLES:
-        raise RowRejected("tool_use", where)
     if name not in _ROLES:
-        raise RowRejected("unknown_role", where)
+        raise RowRejected("tool_use" if name in _TOOL_ROLES else "unknown_role", where)
     return _ROLES[name]
 
 
-def _text(value, where, notes):
-    if not isinstance(value, list) or not value:
-        return plain_text(value, where)
+def _joined_parts(parts, where, notes):
+    """The text of a list of text parts, as OpenAI's messages have it."""
     notes.add("joined_parts")
-    return "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
-
-
-def _part(part, where):
-    if not isinstance(part, dict):
-        raise RowRejected("not_text", where)
-    if part.get("type", "text") not in ("text", None) or any(not is_empty(part.get(name)) for name in _OTHER_PARTS):
-        raise RowRejected("not_text_part", where)
-    return plain_text(part.get("text"), f"{where}.text")
+    texts = []
+    for i, part in enumerate(parts):
+        if not isinstance(part, dict):
+            raise RowRejected("not_text", f"{where}[{i}]")
+        if part.get("type", "text") not in ("text", None) or any(not is_empty(part.get(name)) for name in _OTHER_PARTS):
+            raise RowRejected("not_text_part", f"{where}[{i}]")
+        texts.append(plain_text(part.get("text"), f"{where}[{i}].text"))
+    return "\n".join(texts)
 
 
 def _is_scored(weight, role, where, notes):
-    """OpenAI's weight of a message: 0 keeps an answer out of the loss, 1 or none at all is the rule."""
+    """Whether OpenAI's `weight` of a message leaves it in the loss: 0 excludes an answer, 1 is the default."""
     if is_missing(weight):
         return True
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
@@ -138,3 +116,58 @@ def _is_scored(weight, role, where, notes):
     if weight == 0:
         notes.add("unscored_turn")
     return weight == 1
+
+
+def parsed(text, field):
+    """The value of a JSON text in a field. RowRejected: it is not JSON, or names a field twice."""
+    try:
+        return loads(text)
+    except RepeatedField as error:
+        raise RowRejected("repeated_field", f"{field}: {error.name}") from None
+    except (ValueError, RecursionError):
+        raise RowRejected("not_json", field) from None
+
+
+def plain_text(value, field):
+    """`value` unchanged. RowRejected: it is not a text, or holds half a surrogate pair."""
+    if not isinstance(value, str):
+        raise RowRejected("not_text", field)
+    if SURROGATE.search(value):
+        raise RowRejected("lone_surrogate", field)
+    return value
+
+
+def refuse_fields(row, names, reason, field=""):
+    """RowRejected, for `reason`, where one of the named fields is not empty. field: where `row` is in its row."""
+    for name in names:
+        if name in row and not is_empty(row[name]):
+            raise RowRejected(reason, f"{field}.{name}" if field else name)
+
+
+def is_missing(value):
+    """Whether a field is null; pandas writes that as NaN too."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_empty(value):
+    """Whether a field holds nothing: null, white space, or an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip() or value.strip() in ("[]", "{}")
+    return is_missing(value) or value == [] or value == {}
+
+
+def unused_fields(row, used):
+    """Names of a row's fields that are not in `used`, are not empty, and could change what the row means."""
+    return [
+        str(name)
+        for name in row
+        if name not in used and not is_empty(row[name]) and _could_matter(str(name), row[name])
+    ]
+
+
+def _could_matter(name, value):
+    if isinstance(value, str):  # all values of a CSV file are texts
+        is_number = _NUMBER.fullmatch(value.strip())
+    else:
+        is_number = isinstance(value, (bool, int, float)) or (isinstance(value, Unread) and value.is_number)
+    return name.lower() in NUMBERS_THAT_MATTER if is_number else not _ABOUT.fullmatch(name)

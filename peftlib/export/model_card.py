@@ -9,13 +9,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peftlib.core.config import PACKAGED_MODEL
 from peftlib.core.files import gib, read_json, write_text
 from peftlib.core.paths import TORCHAO_MIN
-from peftlib.data.hub import HUB
+from peftlib.data.sources import HUB
 from peftlib.evaluation import forgetting, results, stats
 from peftlib.export.gguf import MODELFILE, gguf_name
 from peftlib.export.redact import hub_base, public_model
 from peftlib.methods import BASE, find
 from peftlib.models.inspect import PROJECTIONS
 from peftlib.models.packaged import PROVENANCE
+from peftlib.models.precision import DTYPES
 from peftlib.models.saved import ATTENTION_FILE, FACTS
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 
@@ -23,7 +24,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _OWN_FILE = "the user's own file, licence unknown"
 _SHARED = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio", "weight_decay")
 _SHARED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
-_TORCH_NAMES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+_TORCH_NAMES = {name: str(dtype) for name, dtype in DTYPES.items()}
 _METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # as the hub calls them
 
 

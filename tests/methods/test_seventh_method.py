@@ -8,12 +8,12 @@ import torch
 
 from peftlib import methods
 from peftlib.core.errors import ConfigError
-from peftlib.export.export import export
+from peftlib.export.export import export_model
 from peftlib.methods import MethodSpec, qlora
 from peftlib.methods.spec import LORA_SETTINGS
 from peftlib.models.inspect import ATTENTION
 from peftlib.models.saved import load_trained
-from peftlib.report import build as report
+from peftlib.report.build import build_report
 from peftlib.report.palette import DARK, LIGHT, marker_of
 from peftlib.train.loop import TrainingRun
 
@@ -57,11 +57,11 @@ def test_a_registered_method_trains_is_scored_reported_and_exported(study, tmp_p
     assert set(record["evaluation"]) >= {"eval_loss", "n_test"}
     assert load_trained(study.weights_dir(NAME, 0))(input_ids=torch.tensor([[2, 30, 31]])).logits.shape == (1, 3, 512)
 
-    found = report.build(study)
+    found = build_report(study)
     assert list(found.results["method"]) == ["base", NAME], "the base first, then in the order of registration"
     assert (study.folder / "report.md").read_text(encoding="utf-8").count(NAME) > 3
 
-    made = export(study, NAME, to=tmp_path / "out", form="adapter")
+    made = export_model(study, NAME, to=tmp_path / "out", form="adapter")
     assert SPEC.description in made.card and "2106.09685" in made.card
     assert "lora_rank" in made.card and (tmp_path / "out" / "adapter_model.safetensors").is_file()
 

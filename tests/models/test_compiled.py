@@ -167,7 +167,7 @@ def test_a_run_loads_no_cache_from_its_study(make_study, monkeypatch, tmp_path):
     loaded, study = [], make_study()
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data))
     run = TrainingRun(study, "lora", log=lambda line: None)
-    run._start()
+    run._build_optimizer()
     mine = run.execution._cache.path
     assert mine.parent == tmp_path / "cache" / "compile"
     content = artifacts("pgo", "k")

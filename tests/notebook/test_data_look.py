@@ -89,7 +89,7 @@ def test_the_command_writes_the_study_and_freezes_it(root, tiny_model, capsys):
     for name in ("train.parquet", "valid.parquet", "test.parquet", "rejects.jsonl", "README.md"):
         assert (root / "mine" / "data" / name).exists()
     assert cli.main(arguments(tiny_model)) == 0
-    assert "data stand already" in capsys.readouterr().out
+    assert "data already built" in capsys.readouterr().out
 
 
 def test_the_command_refuses_a_study_made_otherwise_and_unknown_settings(root, tiny_model):

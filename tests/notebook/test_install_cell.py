@@ -163,7 +163,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "peftlib", "notebooks"):
+    for name in ("pyproject.toml", "setup.py", "requirements.txt", "README.md", "LICENSE", "peftlib", "notebooks"):
         path = CHECKOUT / name
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, source / name)

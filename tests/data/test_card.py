@@ -12,8 +12,7 @@ from peftlib import data
 from peftlib.core.config import resolve
 from peftlib.core.errors import DataError, ModelError, StudyError
 from peftlib.data import card
-from peftlib.data.hub import HUB, hub_rows
-from peftlib.data.sources import parse_sources
+from peftlib.data.sources import HUB, hub_rows, parse_sources
 
 
 def rows(n, start=0):

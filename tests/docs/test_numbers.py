@@ -1,0 +1,186 @@
+"""Numbers in the hand-written prose of README and docs: from results/, or measured once and listed here."""
+
+import re
+import statistics
+
+import pytest
+import update
+from result_tables import Results, best_of_grids, loss_gap, pair_of
+
+R = Results()
+METHODS, BASE = R.reference["methods"], R.reference["methods"]["base"]
+PAGES = {page.name: page for page in update.pages()}
+# Thousands with commas, decimals, and whole percents; no dates, versions or parts of names.
+NUMBER = re.compile(r"(?<![\w.,/-])(?:\d{1,3}(?:,\d{3})+|\d+\.\d+|\d+(?= %))(?![\d.]*[\w/-])")
+
+
+def score(method, metric):
+    return METHODS[method]["scores"][metric]["value"]
+
+
+def mean(method, name):
+    return statistics.fmean(METHODS[method][name])
+
+
+def gib(method):
+    return mean(method, "peak_memory_gib")
+
+
+def bench(**wanted):
+    """The one row of results/bench/methods.json with these values."""
+    [row] = [row for row in R.methods if wanted.items() <= row.items()]
+    return row
+
+
+def checkpoint():
+    return next(row["checkpoint_gib"] for row in R.methods if "checkpoint_gib" in row)
+
+
+def ratio(ours, peer):
+    """Speed of ours over the best of a peer's grid."""
+    for mine, best in best_of_grids(R.methods):
+        for a in (row for row in mine if row["name"] == ours):
+            for b in (row for row in best if row["grid"] == peer):
+                return a["tok_s"] / b["tok_s"]
+
+
+def gain(method, metric, over="over_base"):
+    return METHODS[method][over][metric]["value"]
+
+
+def rise(method):
+    return loss_gap(R, "general_loss", method, "base")["value"]
+
+
+def by_rounding(method):
+    return METHODS[method]["general_loss_nf4"] - BASE["general_loss"][0]
+
+
+# (page, its words with a format for each number, the numbers).
+FROM_RESULTS = [
+    ("README.md", "three seeds, {:,} test rows", [R.reference["n_test"]]),
+    ("README.md", "fp16 within a T4's {} GiB", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3")["cap_gib"]]),
+    ("README.md", "16 rows of {:,} tokens a step", [R.methods[0]["seq"]]),
+    ("README.md", "{:.1f} million tokens", [R.reference["train_tokens"][0] / 1e6]),
+    ("README.md", "not which method is better: {} test rows", [R.demo["rows"]["test"]]),
+    ("memory.md", "16 sequences of {:,} tokens a step", [R.methods[0]["seq"]]),
+    ("memory.md", "only {} GiB usable", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3")["cap_gib"]]),
+    ("memory.md", "for the {:,} training tokens", R.reference["train_tokens"]),
+    ("memory.md", "measured on rows of {:,} tokens, while rows of the study average {:.0f},",
+     [R.methods[0]["seq"], R.reference["tokens_per_row"]]),
+    ("memory.md", "same cap of {} GiB (micro-batch 4 to 32, recomputation on and off; {} settings",
+     [14.5, sum("grid" in row for row in R.methods)]),
+    ("memory.md", "at {:.2f} times its speed", [ratio("qlora_speed", "unsloth")]),
+    ("memory.md", "Our QLoRA is {:.2f} times as fast", [ratio("qlora_speed", "qlora_liger")]),
+    ("memory.md", "our GaLore {:.2f} times as fast", [ratio("galore", "galore8_liger")]),
+    ("memory.md", "at 16 with recomputation it runs {tok_s:,.0f} tokens/s in {peak_gib:.2f} GiB",
+     bench(grid="unsloth", micro_batch=16, checkpointing="on")),
+    ("memory.md", "at micro-batch 4 it runs {tok_s:,.0f} in {peak_gib:.2f} GiB",
+     bench(grid="unsloth", micro_batch=4, checkpointing="on")),
+    ("memory.md", "({matrices} matrices, rank {rank}) GaLore's fast bases hold at least {cold_min:.2%}", R.fp16["energy"]),
+    ("memory.md", "made anew, and at least {warm_min:.2%} when refreshed after {steps_apart} steps", R.fp16["energy"]),
+    ("memory.md", "for these steps holds {stale_min:.0%} at least and {stale_median:.0%} in the median", R.fp16["energy"]),
+    ("reference-study.md", "the same {train:,} training rows, scored on {test:,} test rows", R.reference["rows"]),
+    ("reference-study.md", "| rows | {train:,} training, {valid:,} validation, {test:,} test |", R.reference["rows"]),
+    ("reference-study.md", "| {} steps and {:,} tokens for", [*R.reference["steps"], *R.reference["train_tokens"]]),
+    ("reference-study.md", "BLEU-4 rises from {:.3f} to between {:.3f} (`qlora`) and {:.3f} (`full`)",
+     [score(method, "bleu4") for method in ("base", "qlora", "full")]),
+    ("reference-study.md", "ROUGE-L from {:.3f} to between {:.3f} and {:.3f}.",
+     [score(method, "rougeL") for method in ("base", "qlora", "full")]),
+    ("reference-study.md", "cut at {} words, the median length of a reference, `qlora` still gains {:.3f} ROUGE-L",
+     [R.reference["cut_at_words"], gain("qlora", "rougeL", "over_base_cut")]),
+    ("reference-study.md", "{:.3f} nats per token, followed by `lora` ({:.3f}) and `apollo` ({:.3f})",
+     [mean(m, "eval_loss") for m in ("galore", "lora", "apollo")]),
+    ("reference-study.md", "needs the least, {:.2f} GiB, and `apollo` the most, {:.2f} GiB", [gib("qlora"), gib("apollo")]),
+    ("reference-study.md", "before any training: {:.3f} of {:.3f} for `qlora`", [by_rounding("qlora"), rise("qlora")]),
+    ("reference-study.md", "its test loss is {:.4f} higher", [loss_gap(R, "eval_loss", "hybrid", "qlora")["value"]]),
+    ("reference-study.md", "It needs {:.2f} GiB more than `qlora` and {:.2f} GiB less than `galore`",
+     [gib("hybrid") - gib("qlora"), gib("galore") - gib("hybrid")]),
+    ("reference-study.md", "gains {:.3f} ROUGE-L over the untrained", [gain("qlora", "rougeL")]),
+    ("reference-study.md", "and {:.3f} higher than `galore`'s", [loss_gap(R, "general_loss", "hybrid", "galore")["value"]]),
+    ("reference-study.md", "itself: {:.1%} of its answers hit", [BASE["truncated_share"]]),
+    ("reference-study.md", "cut at {} tokens when you compare", [R.reference["first_look"]["max_new_tokens"]]),
+    ("resume.md", "checkpoint of the 1B has {:.2f} GiB", [checkpoint()]),
+    ("running.md", "{train} training and {test} test rows, {steps} steps", {**R.demo["rows"], "steps": R.demo["steps"]}),
+    ("running.md", "with {} rows the intervals are wide", [R.demo["rows"]["test"]]),
+]  # fmt: skip
+# (page, words) whose numbers are settings, published facts, or were measured by hand at the date the page tells.
+KNOWN = [
+    *((name, words) for name in PAGES for words in ("with 95 % intervals", "are 95 % intervals", "as 95 % intervals",
+      "Python 3.11, 3.12 or 3.13", "Python 3.11, 3.12 and 3.13", "CC BY-NC 4.0")),
+    ("cli.md", "on 1,500 rows"),
+    ("running.md", "on 1,500 rows"),
+    ("running.md", "| 5,000 / 200 / 2,000 |"),
+    ("running.md", "cosine above 0.99 to 4,706 others"),
+    ("data.md", "at least 0.8 on word 5-grams"),
+    ("data.md", "(21,600 rows kept of 26,851 read,"),
+    ("data.md", "3 s from cache, and 1.1 GiB"),
+    ("evaluation.md", "81 to 87 % of the answers"),
+    ("export.md", "torchao 0.10"),
+    ("memory.md", "(torch 2.11)"),
+    ("memory.md", "a step of 3,000 tokens"),
+    ("memory.md", "take 0.07 s. Spread over the steps, the dearest one takes 0.002 s of a step of 0.3 s"),
+    ("memory.md", "Unsloth 2026.10.9"),
+    ("methods.md", "capability 8.0"),
+    ("reference-study.md", "6,000 rows, 300 test rows, one seed"),
+    ("resume.md", "at 0.3 times"),
+    ("resume.md", "less than 2 % of the time"),
+    ("resume.md", "(2.60 float32 weights, 0.70 bases and moments), 2.83 with `moment_bits = 8`, and 1.53 with"),
+    ("resume.md", "A QLoRA checkpoint has 0.15."),
+    ("resume.md", "1,363 faults"),
+]  # fmt: skip
+
+
+def prose(name):
+    """A page's hand-written sentences, one line: without tables between markers, code blocks and link targets."""
+    text = PAGES[name].read_text(encoding="utf-8")
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
+
+
+def filled(words, numbers):
+    made = words.format(**numbers) if isinstance(numbers, dict) else words.format(*numbers)
+    return made.replace("%", " %")
+
+
+@pytest.mark.parametrize("name, words, numbers", FROM_RESULTS, ids=lambda value: str(value)[:40])
+def test_a_number_in_prose_is_the_one_in_results(name, words, numbers):
+    assert filled(words, numbers) in prose(name)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_number_in_prose_has_a_source(name):
+    text = prose(name)
+    told = [filled(words, numbers) for page, words, numbers in FROM_RESULTS if page == name]
+    for words in (*told, *(words for page, words in KNOWN if page == name)):
+        text = text.replace(words, "")
+    left = [
+        text[max(0, found.start() - 40) : found.end() + 15] for found in NUMBER.finditer(re.sub(r"`[^`]*`", "", text))
+    ]
+    assert left == [], "add a line to FROM_RESULTS, or to KNOWN if it is not from results/"
+
+
+def test_the_words_of_the_reference_study_follow_from_its_intervals():
+    def higher(metric, method):
+        return {other for other in R.trained if other != method and is_above(metric, method, other)}
+
+    def is_above(metric, method, other):
+        gap = pair_of(R, metric, method, other)
+        return gap["low"] > 0
+
+    assert higher("bleu4", "full") == {"qlora", "hybrid"} and higher("rougeL", "full") == {"lora", "qlora", "hybrid"}
+    assert higher("bleu4", "galore") >= {"qlora"} and "qlora" not in higher("rougeL", "galore")
+    assert all(pair_of(R, metric, "galore", "lora")["is_noise"] for metric in ("bleu4", "rougeL"))
+    assert pair_of(R, "rougeL", "hybrid", "qlora")["is_noise"]
+    assert loss_gap(R, "general_loss", "hybrid", "qlora")["is_noise"]
+    assert (
+        loss_gap(R, "eval_loss", "hybrid", "qlora")["low"] > 0 < loss_gap(R, "general_loss", "hybrid", "galore")["low"]
+    )
+    assert min(R.trained, key=gib) == "qlora" and max(R.trained, key=gib) == "apollo"
+    assert min(R.trained, key=lambda method: mean(method, "eval_loss")) == min(R.trained, key=rise) == "galore"
+    assert all(loss_gap(R, "general_loss", method, "base")["low"] > 0 for method in R.trained)
+    assert sum(known["sweep"]["from"]["is_at_edge"] for known in R.trained.values()) == 5
+    assert [m for m, gap in R.demo["rougeL_over_base_cut"].items() if not gap["is_noise"]] == ["galore"]
+    for method in ("qlora", "hybrid"):
+        assert by_rounding(method) > 0.5 * rise(method)
