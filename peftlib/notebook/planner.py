@@ -13,9 +13,7 @@ from peftlib.core.gpus import CARDS, card_at_hand, find_card
 from peftlib.core.study import Study
 from peftlib.models.shapes import SHAPES, shape_of
 from peftlib.report.render import folded, plain
-from peftlib.runner import plan_cli
-from peftlib.train import costs
-from peftlib.train.hours import duration
+from peftlib.train import estimate
 
 CHOICES = (
     "model",
@@ -37,13 +35,13 @@ _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind
 class Answer:
     """What the form says to some choices.
 
-    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: costs.Forecast, or None where the
+    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None where the
     model's shape is not to be had. remarks: what else to know, a line each, but for the forecast's own notes.
     """
 
     refused: str = ""
     cfg: Config | None = None
-    forecast: costs.Forecast | None = None
+    forecast: estimate.Forecast | None = None
     remarks: list = field(default_factory=list)
 
 
@@ -72,7 +70,7 @@ def answer(study, choices, card_name=None):
         shape = shape_of(cfg.model)
     except ModelError as error:
         return Answer(cfg=cfg, remarks=[*remarks, f"costs unknown: {error}"])
-    found = costs.forecast(cfg, name, card, shape=shape, manifest=_manifest(study, cfg))
+    found = estimate.forecast(cfg, name, card, shape=shape, manifest=_manifest(study, cfg))
     return Answer(refused=found.refusal, cfg=cfg, forecast=found, remarks=remarks)
 
 
@@ -145,8 +143,8 @@ def _set(cfg):
 
 
 def _texts(cost, gib):
-    method, fits, memory, micro_batch, recompute, rate, _, mark = plan_cli.cells(cost)
-    time = duration(*(3600 * hours for hours in cost.hours)) if cost.hours else ""
+    method, fits, memory, micro_batch, recompute, rate, _, mark = estimate.cells(cost)
+    time = estimate.duration(*(3600 * hours for hours in cost.hours)) if cost.hours else ""
     return method, fits, memory, f"{gib:.1f}", micro_batch, recompute, rate, time, mark
 
 

@@ -14,7 +14,7 @@ from peftlib.notebook.kernel_events import KernelEvents
 from peftlib.report import figures
 from peftlib.report.chart import image
 from peftlib.report.palette import THEMES
-from peftlib.train.callbacks import Watcher
+from peftlib.train.callbacks import Callback
 
 _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
 _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
@@ -45,7 +45,7 @@ def _kernel_with_widgets():
     return running_kernel() if is_watched() else None
 
 
-class Panel(Watcher):
+class Panel(Callback):
     """The state of a run, its losses, a button and the last log lines. As a context manager it takes the run's log."""
 
     def __init__(self, run, kernel):

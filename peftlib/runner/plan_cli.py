@@ -4,10 +4,8 @@ from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError
 from peftlib.core.gpus import card_at_hand, find_card
 from peftlib.models.shapes import shape_of
-from peftlib.train import costs
-from peftlib.train.hours import duration
+from peftlib.train import estimate
 
-HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
 _FULL_PROFILE_GIB = 17  # as env.profile_for_hardware draws the line
 
 
@@ -21,12 +19,10 @@ def lines(gpu, model, overrides, study=None):
         yield f"no --gpu given: planned for a {name}"
     cfg = _config(card, model, overrides, study)
     manifest = study.manifest() if study is not None and study.manifest_path.exists() else None
-    found = costs.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
+    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
     if found.refusal:
         raise ConfigError(found.refusal)
-    yield found.headline
-    yield from _table([HEADER, *map(cells, found.costs)])
-    yield from found.notes()
+    yield from found.lines()
 
 
 def _config(card, model, overrides, study):
@@ -37,31 +33,3 @@ def _config(card, model, overrides, study):
         return study.cfg.replace(**given)
     profile = overrides.get("profile") or ("gpu" if card.gib > _FULL_PROFILE_GIB and card.precision == "bf16" else "t4")
     return resolve(profile, **given)
-
-
-def cells(cost):
-    """A costs.Cost as texts in the order of HEADER; a range where more than one number is possible."""
-    memory = f"{cost.memory_gib:.2f}"
-    if not cost.fits:
-        return (cost.method, "no", memory, "", "", "", "", cost.mark)
-    rate = _span(cost.speed.low, cost.speed.high, _figure)
-    setting = (str(cost.micro_batch), cost.checkpointing)
-    return (cost.method, "yes", memory, *setting, rate, duration(*(3600 * hours for hours in cost.hours)), cost.mark)
-
-
-def _figure(value):
-    """Two digits that count: more would say more than is known."""
-    return f"{float(f'{value:.2g}'):,.0f}"
-
-
-def _span(low, high, form):
-    return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
-
-
-def _table(rows):
-    widths = [max(len(row[at]) for row in rows) for at in range(len(HEADER))]
-    for row in rows:
-        yield "  ".join(
-            cell.ljust(width) if at in (0, 1, 4, 7) else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()

@@ -7,7 +7,7 @@ from peftlib.core.files import write_json, write_text
 from peftlib.core.markdown import table
 from peftlib.models.compile import STEPS_TO_PAY
 from peftlib.runner.suite_jobs import BASE, DONE, jobs_of, only, state_of
-from peftlib.train import hours
+from peftlib.train import estimate
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Assumptions:
 def predict(study, settings, assumed):
     """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...] of every job of a study whose data stand."""
     cfg, manifest = study.cfg, study.manifest()
-    tokens, _, _ = hours.study_tokens(cfg, manifest)
+    tokens, _, _ = estimate.study_tokens(cfg, manifest)
     n_rows = sum(manifest["counts"]["train"].values())
     sibling = study if settings.checked else None
     jobs = jobs_of(
@@ -113,7 +113,7 @@ def document(study, settings, assumed):
     rows = predict(study, settings, assumed)
     return {
         "assumptions": asdict(assumed),
-        "tokens": hours.study_tokens(study.cfg, study.manifest())[2],
+        "tokens": estimate.study_tokens(study.cfg, study.manifest())[2],
         "sweep": {"factors": list(settings.factors), "rows": settings.rows},
         "runs": rows,
         "run_minutes": round(sum(row["minutes"] for row in rows), 1),
