@@ -28,6 +28,7 @@ _API = {
     "run_training": ("peftlib.train.loop", "run_training"),
     "sweep": ("peftlib.train.sweep", "sweep"),
     "evaluate": ("peftlib.evaluation.evaluate", "evaluate"),
+    "evaluate_path": ("peftlib.evaluation.evaluate", "evaluate_path"),
     "ask": ("peftlib.evaluation.generate", "ask"),
     "load_trained": ("peftlib.models.saved", "load_trained"),
     "build_report": ("peftlib.report.build", "build_report"),

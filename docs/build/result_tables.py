@@ -9,7 +9,7 @@ from peftlib.core.config import PROFILES, Config, resolve
 from peftlib.core.files import read_json
 from peftlib.core.gpus import card_of_device, find_card, short_name
 from peftlib.models.shapes import SHAPES
-from peftlib.train import costs
+from peftlib.train import estimate
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
@@ -155,7 +155,7 @@ def t4(results):
     cfg = resolve("t4", model="google/gemma-3-1b-it", memory_gib=T4_GIB)
     tokens = statistics.fmean(results.reference["train_tokens"])
     rows = one_cards_rows(results.methods)
-    forecast = costs.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=rows)
+    forecast = estimate.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=rows)
     yield "method", "micro-batch", "planned GiB", "measured GiB", "measured tokens/s", "on", "hours expected on a T4"
     for found in forecast.costs:
         row = max((row for row in rows if row["method"] == found.method), key=lambda row: row["tok_s"], default={})

@@ -3,7 +3,6 @@
 import shutil
 import statistics
 import time
-import warnings
 
 import pandas as pd
 
@@ -11,7 +10,8 @@ from peftlib import build_report, load_tokenizer
 from peftlib.core.errors import StudyError, writing
 from peftlib.core.files import read_json, write_json
 from peftlib.core.study import Study
-from peftlib.evaluation import comparison, forgetting, metrics, results, stats
+from peftlib.evaluation import comparison, forgetting, results, stats
+from peftlib.evaluation.hf_metrics import score
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import public_config, public_model, without_folders
 
@@ -28,7 +28,7 @@ def take_demo(study, target):
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(study.results_path, target / "results.csv")
     shutil.copyfile(built.figures["scores"], target / "scores.png")
-    boot = _bootstrap(built.study.systems())
+    boot = stats.quiet_bootstrap(built.study.systems())
     trained = [method for method in boot.value if method not in (BASE, BASE_CUT)]
     shown = (BASE, *trained)
     records = {run.record["method"]: run.record for run in built.study.runs if run.is_scored}
@@ -88,7 +88,7 @@ def sibling_of(study):
 def _summary(study, built):
     """What the tables are made from, as a JSON object, but for the pictures and the other precision."""
     found, manifest = built.study, study.manifest()
-    boot = _bootstrap(found.systems())
+    boot = stats.quiet_bootstrap(found.systems())
     runs = {}
     for run in found.runs:
         if run.record["status"] == "ok":
@@ -212,7 +212,7 @@ def _at_limit(found, cfg, limit):
     def scores(answers):
         ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
         cut = tokenizer.batch_decode([row[:limit] for row in ids])
-        return metrics.row_scores(cut, found.references, tokenizer=found.tokenizer).scores()
+        return score(cut, found.references, tokenizer=found.tokenizer)
 
     made = {method: [scores(run.answers) for run in runs] for method, runs in found.scored.items()}
     means = {m: {name: statistics.fmean(s[name] for s in part) for name in stats.METRICS} for m, part in made.items()}
@@ -229,7 +229,7 @@ def _precisions(built, sibling):
             continue
         difference = None
         if other.is_scored and run.is_scored:
-            boot = _bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
+            boot = stats.quiet_bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
             difference = {metric: _interval(boot.difference("fp16", "bf16", metric)) for metric in stats.METRICS}
         reasons = filter(None, (without_folders(one.record.get("evaluation_error")) for one in (other, run)))
         made[run.record["method"]] = {
@@ -301,10 +301,3 @@ def _interval(found):
 
 def _gib(n_bytes):
     return None if n_bytes is None else n_bytes / 2**30
-
-
-def _bootstrap(systems):
-    """stats.bootstrap without its warning of few rows, whose number stands beside the results."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.FewRowsWarning)
-        return stats.bootstrap(systems)

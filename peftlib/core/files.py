@@ -264,15 +264,6 @@ def gib(n_bytes):
     return None if n_bytes is None else n_bytes / GIB
 
 
-def size_text(size_bytes):
-    """A size with a unit that fits, as in 11.1 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"
-
-
 def readable_path(path):
     """A path without what is private to this machine: below the working folder, the checkout or home where it can be."""
     path = Path(path).absolute()
@@ -280,6 +271,15 @@ def readable_path(path):
         if base is not None and path.is_relative_to(base):
             return str(Path(shown) / path.relative_to(base))
     return str(path)
+
+
+def size_text(size_bytes):
+    """A size with a unit that fits, as in 11.1 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} GiB"
 
 
 # Control characters but newline and tab, those of C1, marks that turn the direction of writing, and half characters.

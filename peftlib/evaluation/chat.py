@@ -1,4 +1,4 @@
-"""`python -m peftlib chat`: a conversation with a trained model, on a terminal or from a pipe."""
+"""A conversation with a trained model, on a terminal or from a pipe."""
 
 import sys
 
@@ -8,8 +8,9 @@ from peftlib import data, methods
 from peftlib.core.env import resolve_device
 from peftlib.core.files import allow_odd, visible
 from peftlib.evaluation.evaluate import evaluation_dtype, load_model
-from peftlib.evaluation.results import BASE
-from peftlib.models.chat_template import STOP_IDS, encode_prompt
+from peftlib.evaluation.inference.engines import greedy
+from peftlib.methods import BASE
+from peftlib.models.chat_template import encode_prompt
 
 QUIT, NEW = "/quit", "/new"
 
@@ -33,19 +34,9 @@ class Conversation:
         """The model's answer to one more user turn."""
         self.messages.append({"role": "user", "content": text})
         prompt = torch.tensor([self._prompt()], device=self._model.device)
-        with torch.no_grad():
-            made = self._model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=self._max_new_tokens,
-                do_sample=False,
-                top_k=None,
-                top_p=None,
-                eos_token_id=list(STOP_IDS),
-                pad_token_id=0,
-                streamer=_shown(self._tokenizer),
-            )
-        answer = self._tokenizer.decode(made[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        shown = _shown(self._tokenizer)
+        made = greedy(self._model, prompt, torch.ones_like(prompt), self._max_new_tokens, streamer=shown)
+        answer = self._tokenizer.decode(made[0], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
@@ -58,7 +49,7 @@ class Conversation:
 
 
 def main(study, method, *, seed, max_new_tokens):
-    """Talk until /quit or the end of the input; returns 0. ConfigError, ModelError: no such method, or not trained."""
+    """Chat until /quit or the end of the input; returns 0. ConfigError, ModelError: no such method, or not trained."""
     if method != BASE:
         methods.find(method)
     device = resolve_device(study.cfg.device)
@@ -67,17 +58,17 @@ def main(study, method, *, seed, max_new_tokens):
     print(
         f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
     )
-    talk = Conversation(model, data.load_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
+    conversation = Conversation(model, data.load_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
     allow_odd(sys.stdin, "replace")
     allow_odd(sys.stdout, "backslashreplace")
     for text in _typed():
         if text == QUIT:
             break
         if text == NEW:
-            talk.start_over()
+            conversation.start_over()
             print("(a new conversation)", flush=True)
         elif text:
-            talk.say(text)
+            conversation.say(text)
     return 0
 
 

@@ -1,12 +1,12 @@
-"""The test rows, once, at the end: loss and answers of the saved weights, the same way for every method.
+"""Evaluation of saved weights on the test rows: losses, greedy answers and their scores, the same way for every method.
 
-Beside them the loss on general text, which shows what a method made the model forget.
+The loss on general text is measured too: its rise shows what a method made the model forget.
 """
 
 import contextlib
 import gc
 import math
-import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +15,16 @@ from peftlib import data
 from peftlib import methods as registry
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import PeftlibError, StudyError, writing
+from peftlib.core.errors import ConfigError, PeftlibError, StudyError
 from peftlib.core.files import sha256
+from peftlib.core.limits import require_folder_name
 from peftlib.core.session import Deadline
-from peftlib.evaluation import forgetting
-from peftlib.evaluation.generate import Predictions, answer_rows
+from peftlib.evaluation import external, forgetting
+from peftlib.evaluation.generate import answer_rows
 from peftlib.evaluation.inference.engines import require_vllm, resolve_engine
-from peftlib.evaluation.results import require_unchanged
+from peftlib.evaluation.predictions import Predictions, read_predictions, require_unchanged
+from peftlib.evaluation.results import BASE_CUT
+from peftlib.methods import BASE
 from peftlib.models import identity
 from peftlib.models.locate import locate
 from peftlib.models.saved import export_merged, load_plain, load_rounded, load_trained
@@ -30,81 +33,134 @@ from peftlib.train.batching import Rows, mean_loss
 
 
 def evaluate(study, method, *, log=print):
-    """Test loss, general text loss and answers of a finished run, or of the untrained model ('base'); returns its record.
+    """Evaluate a finished run, or the untrained model ('base'): losses, answers and scores; returns its record.
 
     The saved weights are loaded as one plain merged model, in the precision of `evaluation_dtype`.
     What was done before is not done again: losses, answered rows, a finished evaluation.
     StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session works in the
-    study. ModelError: engine='vllm' and there is no vLLM. Stopped: this session ends soon; what is answered is kept.
+    study. ModelError: engine='vllm' without vLLM. Stopped: this session ends soon; the answers so far are kept.
     """
-    run = f"{method}-s{0 if method == 'base' else study.cfg.seed}"
-    with held(study.folder, f"answering the test rows with {method}", run=run, log=log):
+    seed = 0 if method == BASE else study.cfg.seed
+    with held(study.folder, f"answering the test rows with {method}", run=f"{method}-s{seed}", log=log):
         study.freeze()
-        record = _record_of(study, method)
-        done = record["evaluation"]
-        predictions_path = study.predictions_path(method, record["seed"])
-        if done and done["split_hash"] == record["split_hash"] and predictions_path.exists():
-            require_unchanged(predictions_path, record)
-            if not _add_rounding(study, record, log=log):
-                log(f"{method}: evaluated before, nothing to do")
-            return record
-        if study.cfg.engine == "vllm":
-            require_vllm()
-        if done:  # of answers that are gone: it must not stand beside those that come now before they are all there
-            record["evaluation"] = None
-            records.save(study, record)
-        rows = data.load_split(study.data_dir, "test")
-        device = resolve_device(study.cfg.device)
-        dtype, precision, _ = evaluation_dtype(device)
-        model = load_model(study, method, record["seed"], device=device, dtype=dtype, log=log)
-        losses = _losses(study, record, model, rows, precision=precision, log=log)
-        answers = _answers(study, record, model, rows, log=log)
-        record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
-        record["evaluation"] = {
-            "n_test": len(rows),
-            **losses,
-            **answers,
-            "predictions_sha256": sha256(predictions_path),
-            "max_new_tokens": study.cfg.max_new_tokens,
-            "precision": precision,
-            "device": records.device_name(device),
-        }
-        records.save(study, record)
-        del model
-        gc.collect()
-        _add_rounding(study, record, log=log)
+        record = _record_of(study, method, seed)
+        load = partial(load_model, study, method, seed, log=log)
+        return _evaluate(study, record, load, lambda: _merged_folder(study, method, seed), log=log)
+
+
+def evaluate_path(study, folder, *, name="", log=print):
+    """Evaluate a model that was trained elsewhere like a run of the study, as a row of its own in the report.
+
+    folder: a PEFT adapter of the study's model, as save_pretrained writes it, or a whole transformers model with the
+    same tokenizer. name: of the row; default: the folder's. Returns the record, which says that the model was trained
+    elsewhere; its training figures are None. What was done before is not done again, as in `evaluate`.
+    ConfigError: no such folder, or a name that is a method's or no file's. StudyError: as in `evaluate`, or the name
+    stands for other weights. ModelError: an adapter of another base model, one that cannot be merged, another
+    tokenizer, pickled or damaged files.
+    """
+    model = external.open_folder(Path(folder).expanduser(), study.cfg.model, log=log)
+    name = name or model.folder.name
+    require_folder_name("name", name)
+    if name in (*registry.METHODS, BASE, BASE_CUT) or "-vs-" in name:
+        raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
+    with held(study.folder, f"answering the test rows with {name}", run=f"{name}-s0", log=log):
+        study.freeze()
+        record = _external_record(study, name, model)
+        return _evaluate(study, record, model.load, model.merged_folder, log=log)
+
+
+def _evaluate(study, record, load, merged_folder, *, log):
+    """The stages of an evaluation. load(device=, dtype=): the model. merged_folder(): a context with its folder."""
+    name, cfg = record["method"], study.cfg
+    path = study.predictions_path(name, record["seed"])
+    done = record["evaluation"]
+    if done and done["split_hash"] == record["split_hash"] and path.exists():
+        require_unchanged(path, record)
+        if not _add_rounding(study, record, log=log):
+            log(f"{name}: evaluated before, nothing to do")
         return record
+    if cfg.engine == "vllm":
+        require_vllm()
+    if done:  # its answers are gone, so it must not stand beside new ones before these are complete
+        record["evaluation"] = None
+        records.save(study, record)
+
+    rows = data.load_split(study.data_dir, "test")
+    device = resolve_device(cfg.device)
+    dtype, precision, _ = evaluation_dtype(device)
+    model = load(device=device, dtype=dtype)
+    losses = _losses(study, record, model, rows, precision=precision, log=log)
+    engine = resolve_engine(model, cfg.engine)
+    with contextlib.ExitStack() as stack:
+        if engine == "vllm":  # it reads a folder, and takes the card for itself
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+            model = stack.enter_context(merged_folder())
+        answers = _answers(study, record, model, rows, engine=engine, log=log)
+    _log_scores(name, rows, path, record["split_hash"], log=log)
+    record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
+    record["evaluation"] = {
+        "n_test": len(rows),
+        **losses,
+        **answers,
+        "predictions_sha256": sha256(path),
+        "max_new_tokens": cfg.max_new_tokens,
+        "precision": precision,
+        "device": records.device_name(device),
+    }
+    records.save(study, record)
+    del model
+    gc.collect()
+    _add_rounding(study, record, log=log)
+    return record
 
 
-def _record_of(study, method):
+def _record_of(study, method, seed):
     """The record to fill: a finished run's, or the untrained model's."""
-    split_hash = study.manifest()["split_hash"]
-    seed = 0 if method == "base" else study.cfg.seed
+    path, split_hash = study.record_path(method, seed), study.manifest()["split_hash"]
     record = records.load(study, method, seed)
     if record is None:
-        if method != "base":
+        if method != BASE:
             raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
-        device = resolve_device(study.cfg.device)
-        _, precision, reason = evaluation_dtype(device)
-        base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
-        record = records.new_record(
-            study, method, provenance=base, device=device, precision=precision, precision_reason=reason
-        )
-        record["status"] = "ok"
-    records.require_fields(record, study.record_path(method, seed))
+        record = _new_record(study, BASE)
+    records.require_fields(record, path)
     records.require_ok(record)
     if record["split_hash"] != split_hash:
         raise StudyError(
-            f"{study.record_path(method, seed)} has split_hash {record['split_hash']}, the data {split_hash}: these runs "
+            f"{path} has split_hash {record['split_hash']}, the data {split_hash}: these runs "
             "saw other rows; move the record away and train again, or build the data it was made with"
         )
+    return record
+
+
+def _new_record(study, method):
+    """A finished record without any training."""
+    device = resolve_device(study.cfg.device)
+    _, precision, reason = evaluation_dtype(device)
+    base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
+    how = {"device": device, "precision": precision, "precision_reason": reason}
+    return {**records.new_record(study, method, provenance=base, **how), "status": "ok"}
+
+
+def _external_record(study, name, model):
+    """The record of an external.External: the one that stands, or a new one. StudyError: it is of other weights."""
+    kept = records.load(study, name, 0)
+    if kept is not None:
+        if (kept.get("trained_elsewhere") or {}).get("files") != model.files:
+            raise StudyError(
+                f"{study.record_path(name, 0)} is of other weights than {model.folder}: give this model another name"
+            )
+        return _record_of(study, name, 0)
+    record = {**_new_record(study, name), "seed": 0, "config": {}, **model.record_fields()}
+    del record["run_hash"]  # of settings, which are not known
     return record
 
 
 def _losses(study, record, model, rows, *, precision, log):
     """Losses on test rows and general text, kept in the record as soon as they are known.
 
-    Those of a session that evaluated in another precision are measured anew: the evaluation names one for all.
+    Those of a session that evaluated in another precision are measured again: an evaluation names one for all.
     """
     kept = record.get("losses")
     if kept is not None and kept.get("precision") == precision:
@@ -129,11 +185,36 @@ def _general_loss(study, model, **how):
     return forgetting.general_loss(model, data.load_tokenizer(study.cfg.model), study.cfg, train, **how)
 
 
-def _add_rounding(study, record, *, log):
-    """Put the general text loss of the untrained model, in the 4 bits that the method holds, into the evaluation.
+def _answers(study, record, model, rows, *, engine, log):
+    """Answer the rows that are not answered yet; returns what the record's evaluation says about the answers."""
+    cfg, split_hash = study.cfg, record["split_hash"]
+    seconds, tokens = answer_rows(
+        model,
+        data.load_tokenizer(cfg.model),
+        rows,
+        Predictions(study.predictions_path(record["method"], record["seed"]), split_hash),
+        max_new_tokens=cfg.max_new_tokens,
+        batch=cfg.eval_batch_size,
+        engine=engine,
+        deadline=Deadline(cfg.replace(max_seconds=0.0)),  # max_seconds limits training
+        log=lambda line: log(f"{record['method']}: {line}"),
+    )
+    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
 
-    Returns whether it did. A part of what such a method seems to forget is this rounding, which is there before the
-    first step. It is beside the point of an evaluation: where it cannot be measured as the rest was, that stays as it is.
+
+def _log_scores(name, rows, path, split_hash, *, log):
+    from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
+
+    answers = [row["answer"] for row in read_predictions(path, rows, split_hash)]
+    found = score(answers, [row["messages"][-1]["content"] for row in rows])
+    log(f"{name}: BLEU-4 {found['bleu4']:.4f}, ROUGE-L {found['rougeL']:.4f} on {len(answers)} test rows")
+
+
+def _add_rounding(study, record, *, log):
+    """Record the general text loss of the untrained model in the method's 4 bits; returns whether this was new.
+
+    A part of what a 4-bit method seems to forget is this rounding. Optional: skipped if it cannot be measured in the same
+    precision as the rest.
     """
     done, method = record["evaluation"], record["method"]
     layers = registry.find(method).four_bit if method in registry.METHODS else ()
@@ -142,7 +223,7 @@ def _add_rounding(study, record, *, log):
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
     if not (layers and is_open and done.get("precision") == precision):
         return False
-    loss = _rounding_of_another_seed(study, record)
+    loss = forgetting.rounding_of_another_seed(study.records(), record)
     if loss is None:
         log(f"{method}: general text loss of its 4 bits alone, untrained")
         try:
@@ -157,46 +238,9 @@ def _add_rounding(study, record, *, log):
     return True
 
 
-def _rounding_of_another_seed(study, record):
-    """The loss that another seed's evaluation holds for the same matrices, precisions and text, or None."""
-    for other in study.records():
-        if all(other[name] == record[name] for name in ("method", "precision", "model")) and other["evaluation"]:
-            mine, done = record["evaluation"], other["evaluation"]
-            is_alike = all(done.get(name) == mine[name] for name in ("precision", "general_text_sha256"))
-            if is_alike and done.get(forgetting.ROUNDED_FIELD) is not None:
-                return done[forgetting.ROUNDED_FIELD]
-    return None
-
-
 def _autocast(precision):
     """A bf16 model needs no autocast; fp16 matrices beside a float32 residual do."""
     return "fp16" if precision == "fp16" else "fp32"
-
-
-def _answers(study, record, model, rows, *, log):
-    """Answer what is not answered yet; facts on it for the record."""
-    cfg, method, split_hash = study.cfg, record["method"], record["split_hash"]
-    predictions = Predictions(study.predictions_path(method, record["seed"]), split_hash)
-    tokenizer, engine = data.load_tokenizer(cfg.model), resolve_engine(model, cfg.engine)
-    deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds is of training
-    if engine == "vllm":
-        model = None  # vLLM takes the card for itself
-        gc.collect()
-        torch.cuda.empty_cache()
-    is_merged = model is None
-    with _merged_folder(study, method, record["seed"]) if is_merged else contextlib.nullcontext(model) as answering:
-        seconds, tokens = answer_rows(
-            answering,
-            tokenizer,
-            rows,
-            predictions,
-            max_new_tokens=cfg.max_new_tokens,
-            batch=cfg.eval_batch_size,
-            engine=engine,
-            deadline=deadline,
-            log=lambda line: log(f"{method}: {line}"),
-        )
-    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
 
 
 def evaluation_dtype(device):
@@ -216,21 +260,15 @@ def load_model(study, method, seed, *, device, dtype, log=print):
 
     ModelError: the weights are not those of the run's record, or the base model is not the one it was then.
     """
-    if method == "base":
-        _require_base_of_study(study, log)
+    if method == BASE:
+        found = study.records()
+        for record in [record for record in found if record.get("model_sha256")] or found[:1]:
+            _require_base(study, record, log)
         return load_plain(study.cfg.model, device=device, dtype=dtype)
     record = records.load(study, method, seed)
     if record is not None and record.get("model_sha256"):
         _require_base(study, record, log, is_local=True)  # weights of a whole model are read without their base
     return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype, log=log)
-
-
-def _require_base_of_study(study, log):
-    """ModelError where the untrained model is not the one that the study's runs were made with."""
-    found = study.records()
-    known = [record for record in found if record.get("model_sha256")]
-    for record in known or found[:1]:
-        _require_base(study, record, log)
 
 
 def _require_base(study, record, log, **where):
@@ -241,17 +279,15 @@ def _require_base(study, record, log, **where):
 @contextlib.contextmanager
 def _merged_folder(study, method, seed):
     """A transformers folder (or hub id) of the model that is evaluated, for engines that load it themselves."""
-    if method == "base":
+    if method == BASE:
         yield locate(study.cfg.model)[0]
         return
-    with contextlib.ExitStack() as stack:
-        with writing(tempfile.gettempdir()):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="peftlib-merged-"))
-            merged = export_merged(study.weights_dir(method, seed), Path(folder) / "model")
-        yield merged
+    with external.temporary_model(partial(export_merged, study.weights_dir(method, seed))) as folder:
+        yield folder
 
 
 def trained_methods(study):
     """Names of the methods with a finished run of this session's seed, in the study's order."""
     found = sorted(study.records(), key=lambda record: registry.study_order(record["method"]))
-    return [r["method"] for r in found if r["method"] != "base" and r["seed"] == study.cfg.seed and r["status"] == "ok"]
+    runs = [r for r in found if r["method"] != BASE and not r.get("trained_elsewhere")]
+    return [r["method"] for r in runs if r["seed"] == study.cfg.seed and r["status"] == "ok"]

@@ -1,7 +1,7 @@
-"""What a model still knows of general text: its loss on bundled prose that nobody trains on.
+"""Loss on general text, whose rise shows what a model forgot: bundled prose that nobody trains on.
 
-The text stands in peftlib/evaluation/general, with its source and licence. It is given as plain text after one <bos>, not as a
-conversation, for what was learnt about turns should not count here.
+The text and its source and licence are in peftlib/evaluation/general. A passage is plain text after one <bos>, not a
+conversation, so that what was learnt about turns does not count.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlib.data import dedup as near
+from peftlib.data import dedup
+from peftlib.train.batching import Rows, mean_loss
 
 TEXT_NAME = "CIA World Factbook, country backgrounds"
 ROUNDED_FIELD = "general_loss_nf4"  # of the untrained model with a method's 4-bit matrices, in its evaluation
@@ -20,8 +21,8 @@ _PATH = Path(__file__).parent / "general" / "factbook.jsonl"
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """loss: nats per token, the first of each passage not counted. n_tokens: those counted. text_sha256: 12 hex digits
-    over the token ids that were read, so that losses on other texts are not put side by side."""
+    """loss: nats per token, without the first token of each passage. n_tokens: how many were counted. text_sha256: 12 hex
+    digits over the token ids that were read, so that losses on different texts are never compared."""
 
     loss: float
     n_tokens: int
@@ -29,14 +30,14 @@ class GeneralLoss:
 
 
 def passages():
-    """[text, ...] of the bundled prose, in an order that nobody chose."""
+    """[text, ...] of the bundled prose, in random order."""
     lines = _PATH.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 
 def apart_from(texts, rows):
-    """The texts that the data rules call near none of the rows (with 'messages')."""
-    grams, index = near.Grams(), near.NearIndex()
+    """The texts that are near-duplicates of none of the rows (with 'messages'), see data.dedup."""
+    grams, index = dedup.Grams(), dedup.NearIndex()
     for text in texts:
         index.add(grams([text]))
     too_near = {n for row in rows for n in index.near(grams([turn["content"] for turn in row["messages"]]))}
@@ -44,9 +45,9 @@ def apart_from(texts, rows):
 
 
 def tokenized(tokenizer, texts, *, n_tokens, max_length):
-    """Rows for rows.Rows: a <bos> and a passage's beginning each, up to n_tokens scored tokens in all.
+    """Rows for batching.Rows: each a <bos> and the beginning of a passage, up to n_tokens scored tokens in all.
 
-    Few tokens are spread over several passages, for one subject alone says little.
+    Few tokens are spread over several passages, because one subject alone says little.
     """
     made, left = [], n_tokens
     longest = min(max_length - 1, max(_SHORTEST, -(-n_tokens // max(len(texts), 1))))
@@ -63,10 +64,8 @@ def tokenized(tokenizer, texts, *, n_tokens, max_length):
 def general_loss(model, tokenizer, cfg, train_rows, *, device, precision="fp32"):
     """The GeneralLoss of a model, or None where cfg.general_tokens is 0 or no passage is apart from the training rows.
 
-    precision: of autocast, as in rows.mean_loss.
+    precision: of autocast, as in batching.mean_loss.
     """
-    from peftlib.train.batching import Rows, mean_loss
-
     texts = apart_from(passages(), train_rows) if cfg.general_tokens else []
     made = tokenized(tokenizer, texts, n_tokens=cfg.general_tokens, max_length=cfg.max_length)
     if not made:
@@ -78,25 +77,37 @@ def general_loss(model, tokenizer, cfg, train_rows, *, device, precision="fp32")
 
 
 def record_fields(found):
-    """What a record's evaluation holds of a GeneralLoss or None."""
+    """A GeneralLoss or None as fields of a record's evaluation."""
     values = (None, None, None) if found is None else (found.loss, found.n_tokens, found.text_sha256)
     return dict(zip(_RECORD_FIELDS, values, strict=True))
 
 
 def of_record(record):
-    """The GeneralLoss that a record holds, None where it was not measured (evaluations before it was known, too)."""
+    """The GeneralLoss in a record, None where it was not measured."""
     values = [(record["evaluation"] or {}).get(name) for name in _RECORD_FIELDS]
     return None if None in values else GeneralLoss(*values)
 
 
 def rounded_of(record):
-    """The GeneralLoss of the untrained model in the 4 bits of a record's method; None where unknown or without any."""
+    """The GeneralLoss of the untrained model, rounded to 4 bits as the record's method holds it; None where unknown."""
     found, loss = of_record(record), (record["evaluation"] or {}).get(ROUNDED_FIELD)
     return None if found is None or loss is None else GeneralLoss(loss, found.n_tokens, found.text_sha256)
 
 
+def rounding_of_another_seed(found, record):
+    """The 4-bit loss that a record in `found` holds for the same method, precisions, model and text, or None."""
+    mine = record["evaluation"]
+    for other in found:
+        done = other["evaluation"] or {}
+        is_alike = all(other[name] == record[name] for name in ("method", "precision", "model"))
+        is_alike = is_alike and all(done.get(name) == mine[name] for name in ("precision", "general_text_sha256"))
+        if is_alike and done.get(ROUNDED_FIELD) is not None:
+            return done[ROUNDED_FIELD]
+    return None
+
+
 def in_words(base, record):
-    """A line on what a run did to the loss on general text, beside what its 4 bits alone do; '' where it is unknown."""
+    """A line on how a run changed the loss on general text, and how its 4 bits alone do; '' where unknown."""
     before, after, rounded = of_record(base), of_record(record), rounded_of(record)
     moved, by_rounding = change(before, after), change(before, rounded)
     if moved is None:

@@ -1,25 +1,20 @@
-"""Greedy answers to rows and questions, kept row by row so that a cut session loses little and repeats nothing."""
+"""Greedy answers to test rows and questions. Each is kept at once, so that a cut session repeats little."""
 
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from peftlib.core.errors import Stopped, StudyError
-from peftlib.core.files import append_text, write_text
+from peftlib.core.errors import Stopped
 from peftlib.evaluation.inference.engines import block_rows, generate_batch, generate_rows
-from peftlib.evaluation.predictions import lines_of, parsed
 from peftlib.models.chat_template import STOP_IDS, encode_prompt
 
-_SYNC_SECONDS = 5.0  # between two fsyncs; a crash of the machine, not of the process, loses so much
 _LOG_SECONDS = 2.0
-_TELLING = 0.1  # share of the rows to answer from which on the time left is told
+_ETA_FROM = 0.1  # share of the rows to answer from which on the time left is logged
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text: decoded, without control tokens. n_tokens: its tokens, the stop token not counted. finish_reason: 'stop' or
-    'length'."""
+    """text: decoded, without control tokens. n_tokens: its tokens, without the stop token. finish_reason: 'stop' or
+    'length', where it met the token limit."""
 
     text: str
     n_tokens: int
@@ -49,72 +44,15 @@ def ask(model, tokenizer, questions, *, max_new_tokens):
     return [answer.text for answer in answers]
 
 
-class Predictions:
-    """predictions/<method>-s<seed>.jsonl, one row a line; what a kill left of a line is dropped on opening.
-
-    StudyError: the file holds answers to the rows of another split; it stays as it is.
-    """
-
-    def __init__(self, path, split_hash):
-        self.path = Path(path)
-        self.split_hash = split_hash
-        self.rows = {}
-        self._synced = 0.0
-        lines = lines_of(self.path) if self.path.exists() else []
-        for line in lines:
-            row = parsed(line)
-            if isinstance(row, str):
-                continue  # cut by a kill, or damaged: answered again
-            if row["split_hash"] != split_hash:
-                raise StudyError(
-                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to other "
-                    "rows; move the file away and run again"
-                )
-            self.rows[row["id"]] = row
-        if lines and (len(self.rows) != len(lines) or not self.path.read_bytes().endswith(b"\n")):
-            self._write(self.rows.values())
-
-    def add(self, test_rows, answers):
-        """Append the answers to test rows. They outlive this process at once, the machine after seconds."""
-        made = [
-            {
-                "id": row["id"],
-                "source": row["source"],
-                "prompt_sha256": row["prompt_sha256"],
-                "answer": answer.text,
-                "n_tokens": answer.n_tokens,
-                "finish_reason": answer.finish_reason,
-                "split_hash": self.split_hash,
-            }
-            for row, answer in zip(test_rows, answers, strict=True)
-        ]
-        is_lasting = time.monotonic() - self._synced > _SYNC_SECONDS
-        append_text(self.path, "".join(map(_line, made)), is_lasting=is_lasting)
-        self.rows |= {row["id"]: row for row in made}
-        if is_lasting:
-            self._synced = time.monotonic()
-
-    def complete(self, test_rows):
-        """Put the file in the order of the test rows, which no interruption changes, and drop all other rows."""
-        self.rows = {row["id"]: self.rows[row["id"]] for row in test_rows}
-        self._write(self.rows.values())
-
-    def _write(self, rows):
-        write_text(self.path, "".join(map(_line, rows)))
-
-
-def _line(row):
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def answer_rows(
     model, tokenizer, rows, predictions, *, max_new_tokens, batch=0, engine="auto", deadline=None, log=print
 ):
     """Answer every test row that `predictions` lacks, longest prompts first; then put its file in the rows' order.
 
-    rows: test rows of peftlib.data; the last turn is the reference, the turns before it the prompt. engine, batch:
-    see engines.generate_rows. deadline: a session.Deadline. On a CPU the file of an interrupted run ends equal to an uninterrupted one's, byte by
-    byte; on a GPU answers may differ where two tokens were within rounding of each other.
+    rows: test rows of peftlib.data; the last turn is the reference, the turns before it the prompt. predictions: a
+    predictions.Predictions. engine, batch: see engines.generate_rows. deadline: a session.Deadline.
+    On a CPU the file of an interrupted run equals an uninterrupted one's, byte by byte; on a GPU answers may differ where
+    two tokens were within rounding of each other.
     Returns (seconds of generation, tokens generated) of this call. Stopped: the deadline has passed.
     """
     prompts = {row["id"]: encode_prompt(tokenizer, row["messages"][:-1]) for row in rows}
@@ -127,7 +65,7 @@ def answer_rows(
             row = block[number]
             if row["id"] not in predictions.rows:
                 answer = _answer(tokenizer, ids)
-                predictions.add([row], [answer])
+                predictions.add(row, answer)
                 progress.count(answer)
                 why = deadline and deadline.passed()
                 if why and len(predictions.rows) < len(rows):
@@ -139,7 +77,7 @@ def answer_rows(
 
 
 def _blocks(rows, predictions, size):
-    """Runs of `size` rows that hold an unanswered one, whole; without a size all unanswered rows at once."""
+    """Yield whole blocks of `size` rows that hold an unanswered one; without a size all unanswered rows at once."""
     if size is None:
         missing = [row for row in rows if row["id"] not in predictions.rows]
         yield from [missing] if missing else []
@@ -151,7 +89,7 @@ def _blocks(rows, predictions, size):
 
 
 class _Progress:
-    """Lines of rows answered, tokens a second and time left, at most one every few seconds and one at the end."""
+    """Logs rows answered, tokens a second and time left, every few seconds and at the end."""
 
     def __init__(self, rows, before, log):
         self.rows, self.answered, self.before, self.log = rows, before, before, log
@@ -169,8 +107,8 @@ class _Progress:
         self.logged = now
         spent, made = max(self.spent(), 1e-9), self.answered - self.before
         line = f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s"
-        # Rows are answered side by side, so that the first to end say nothing of the time that all take.
-        if made >= _TELLING * (self.rows - self.before):
+        # Rows are answered side by side, so the first to end do not yet tell how long all take.
+        if made >= _ETA_FROM * (self.rows - self.before):
             left = int(spent / made * (self.rows - self.answered))
             line += f"  ETA {left // 60}:{left % 60:02d}"
         self.log(line)

@@ -1,63 +1,159 @@
-"""The scores as `evaluate.Metric` classes, imported directly: `evaluate.load` would ask a hub and fail without one.
+"""Scoring answers, with `evaluate.Metric` classes of our own: they need no network and load nothing from a hub.
 
-    from peftlib.hf_metrics import AnswerScores
-    AnswerScores().compute(predictions=answers, references=references)["rougeL"]
+    import evaluate
+    from peftlib.evaluation.hf_metrics import Bleu4, RougeL
+    evaluate.combine([Bleu4(), RougeL()]).compute(predictions=answers, references=references)
 
-This module imports `evaluate` (and with it `datasets`), so nothing else of peftlib imports it.
+Importing `evaluate` takes seconds: import this module only where answers are scored.
 """
 
 import datasets
 import evaluate
+import numpy as np
 
-from peftlib.evaluation import metrics
+from peftlib.core.errors import DataError
+from peftlib.evaluation import metrics, rouge
 
-_PAIRS = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+_FEATURES = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+_BLEU_PAPER = "Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU Scores (sacrebleu)"
+_ROUGE_PAPER = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries"
+
+
+def score(predictions, references, *, tokenizer=None):
+    """{metric: value} of answers against one reference each.
+
+    bleu4: corpus BLEU-4 by sacrebleu (tokenizer 13a unless most of the references' letters belong to scripts without
+    spaces, see metrics.bleu_tokenizer), 0-1. rougeL: mean F1, 0-1. chrf: corpus chrF2, 0-1. sample_bleu4: mean over
+    rows of sentence BLEU on whitespace words, as nltk's sentence_bleu with method1 smoothing. sample_rougeL: mean over
+    rows of rouge_score's own ROUGE-L (a-z and 0-9 only). length_ratio: words of the answers over words of the
+    references. empty_share: answers of nothing but whitespace. repetition: mean over answers of the share of 4-grams
+    (whitespace words) that stood in the same answer before. n: rows. bleu_signature, chrf_signature, rouge_variant: how
+    they were made.
+    DataError: no rows, lists of unequal length, or an entry that is no text.
+    """
+    return scored(predictions, references, tokenizer=tokenizer)[0]
+
+
+def scored(predictions, references, *, tokenizer=None):
+    """(what `score` returns, the RowScores that it was made from). DataError: as `score`."""
+    predictions, references = _checked_pairs(predictions, references)
+    parts = [Bleu4(tokenizer), RougeL(), Chrf(), PerSample(), AnswerForm()]
+    found = evaluate.combine(parts).compute(predictions=predictions, references=references)
+    rows = {name: values for part in parts for name, values in part.rows.items()}
+    return {"n": len(predictions), **found}, metrics.RowScores(**rows)
 
 
 class _PairMetric(evaluate.Metric):
-    """An answer and one reference a row; rows are held in memory, nothing is written to a cache."""
+    """A metric of answers and one reference each. After `compute`, `rows` holds {column of RowScores: values}."""
 
-    keys = ()  # what of metrics.score's result it returns
-    description = ""
+    description = citation = ""
 
     def __init__(self, **settings):
         super().__init__(**{"keep_in_memory": True, **settings})
+        self.rows = {}
+
+    def _build_data_dir(self):
+        return ""  # rows are held in memory: no cache folder is needed
 
     def _info(self):
         return evaluate.MetricInfo(
             description=self.description,
-            citation="",
-            inputs_description="predictions, references: lists of text",
-            features=_PAIRS,
+            citation=self.citation,
+            inputs_description="predictions: [answer, ...] as text; references: [text, ...], one for each answer",
+            features=datasets.Features(_FEATURES),
         )
 
     def _compute(self, predictions, references):
-        found = metrics.score(predictions, references)
-        return {key: found[key] for key in self.keys or found}
+        self.rows = {name: np.array(values) for name, values in self.per_row(predictions, references).items()}
+        return metrics.scores_of(self.rows)
 
 
 class Bleu4(_PairMetric):
-    """Corpus BLEU-4 by sacrebleu in 0-1, with its signature."""
+    """{'bleu4': 0-1, 'bleu_signature'}. tokenizer: sacrebleu's; None takes the one that the references need."""
 
-    keys = ("bleu4", "bleu_signature")
-    description = "corpus BLEU-4 by sacrebleu, 0-1"
+    description = "Corpus BLEU-4 by sacrebleu with 'exp' smoothing, 0-1."
+    citation = _BLEU_PAPER
+
+    def __init__(self, tokenizer=None, **settings):
+        super().__init__(**settings)
+        self.tokenizer = tokenizer
+
+    def _compute(self, predictions, references):
+        tokenizer = self.tokenizer or metrics.bleu_tokenizer(references)
+        self.rows = {"bleu": metrics.bleu_counts(predictions, references, tokenizer)}
+        return {**metrics.scores_of(self.rows), "bleu_signature": metrics.bleu_signature(tokenizer)}
 
 
-class Rouge(_PairMetric):
-    """ROUGE-1, -2, -L and -Lsum: mean F1 in 0-1, with the variant named."""
+class RougeL(_PairMetric):
+    """{'rougeL': 0-1, 'rouge_variant'}."""
 
-    keys = ("rouge1", "rouge2", "rougeL", "rougeLsum", "rouge_variant")
-    description = "ROUGE F1 as rouge_score computes it, words of any script, 0-1"
+    description = "Mean F1 over the longest common subsequence of words of any script, 0-1."
+    citation = _ROUGE_PAPER
+
+    def per_row(self, predictions, references):
+        pairs = zip(map(rouge.words, predictions), map(rouge.words, references))
+        return {"rougeL": [rouge.rouge_l(*pair) for pair in pairs]}
+
+    def _compute(self, predictions, references):
+        return {**super()._compute(predictions, references), "rouge_variant": rouge.VARIANT}
 
 
 class Chrf(_PairMetric):
-    """Corpus chrF2 by sacrebleu in 0-1, with its signature."""
+    """{'chrf': 0-1, 'chrf_signature'}."""
 
-    keys = ("chrf", "chrf_signature")
-    description = "corpus chrF2 by sacrebleu, 0-1"
+    description = "Corpus chrF2 by sacrebleu, 0-1."
+    citation = "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation"
+
+    def _compute(self, predictions, references):
+        from sacrebleu.metrics import CHRF
+
+        metric = CHRF()
+        value = metric.corpus_score(predictions, [references]).score / 100
+        return {"chrf": value, "chrf_signature": str(metric.get_signature())}
 
 
-class AnswerScores(_PairMetric):
-    """Everything that `peftlib.evaluation.metrics.score` returns."""
+class PerSample(_PairMetric):
+    """{'sample_bleu4', 'sample_rougeL'}, 0-1: means of each row's own score, as tutorials print them."""
 
-    description = "BLEU-4, ROUGE, chrF, lengths, empty answers and repetition"
+    description = "Means over rows of nltk's sentence BLEU-4 (method1 smoothing) and rouge_score's ROUGE-L (a-z, 0-9)."
+    citation = f"{_BLEU_PAPER}; {_ROUGE_PAPER}"
+
+    def per_row(self, predictions, references):
+        ascii_words = zip(map(rouge.ascii_words, predictions), map(rouge.ascii_words, references))
+        return {
+            "sample_bleu4": [metrics.sentence_bleu(*pair) for pair in zip(predictions, references)],
+            "sample_rougeL": [rouge.rouge_l(*pair) for pair in ascii_words],
+        }
+
+
+class AnswerForm(_PairMetric):
+    """{'length_ratio', 'empty_share', 'repetition'}: whether a model rambles, says nothing or repeats itself."""
+
+    description = "Words of answers over words of references, share of empty answers, mean share of repeated 4-grams."
+
+    def per_row(self, predictions, references):
+        return {
+            "n_words": [len(text.split()) for text in predictions],
+            "n_reference_words": [len(text.split()) for text in references],
+            "repetition": [metrics.repeated_share(text) for text in predictions],
+            "is_empty": [not text.strip() for text in predictions],
+        }
+
+
+def _checked_pairs(predictions, references):
+    """Both as lists of texts. DataError: none, unequal lengths, or an entry that is no text."""
+    for name, texts in (("predictions", predictions), ("references", references)):
+        if isinstance(texts, str):
+            raise DataError(f"{name} is one text: give a list of texts, one a row")
+    predictions, references = list(predictions), list(references)
+    if len(predictions) != len(references):
+        raise DataError(
+            f"{len(predictions)} predictions and {len(references)} references: give one reference for each prediction"
+        )
+    if not predictions:
+        raise DataError("no predictions: nothing to score, generate answers first")
+    for name, texts in (("prediction", predictions), ("reference", references)):
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
+    return predictions, references

@@ -1,6 +1,6 @@
-"""What a difference of scores is worth: bootstrap intervals and paired tests over the same test rows.
+"""Bootstrap confidence intervals and paired significance tests of methods that answered the same test rows.
 
-Scores here are corpus BLEU-4 (from summed statistics) and mean ROUGE-L of one or more runs (seeds) a method.
+The scores are corpus BLEU-4 (from summed statistics) and mean ROUGE-L, of one or more runs (seeds) of each method.
 All methods share each resample's rows, so that differences are paired.
 """
 
@@ -17,9 +17,8 @@ from peftlib.evaluation.metrics import corpus_bleu
 METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 FEW_ROWS = 100
 _CHUNK = 250  # resamples whose row counts are held at once
-_SEED_DRAWS = (
-    50  # of means over seeds with each resample of rows: t of few degrees has far tails, and a draw costs little
-)
+# Means over seeds that are drawn with each resample of rows: Student's t of few degrees has far tails, a draw is cheap.
+_SEED_DRAWS = 50
 
 
 class FewRowsWarning(UserWarning):
@@ -89,11 +88,7 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     owners = [method for method, seeds in runs.items() for _ in seeds]
     stacked = np.hstack([_columns(rows) for seeds in runs.values() for rows in seeds])
     scores = _scores_of_sums(stacked.sum(axis=0, keepdims=True), n_rows)
-    drawn = [
-        _scores_of_sums(_row_counts(n_rows, min(_CHUNK, resamples - start), rng) @ stacked, n_rows)
-        for start in range(0, resamples, _CHUNK)
-    ]
-    drawn = {metric: np.concatenate([part[metric] for part in drawn]) for metric in METRICS}
+    drawn = _scores_of_sums(_resampled_sums(stacked, resamples, rng), n_rows)
     value, replicates = {}, {}
     draws = 1 if max(map(len, runs.values())) == 1 else _SEED_DRAWS
     for method in runs:
@@ -132,8 +127,8 @@ def swap_test(runs, others, metric, *, resamples=2000, seed=0):
     """Two-sided p of a difference by approximate randomization: each row's answers are swapped between methods or not.
 
     runs, others: [RowScores of one seed, ...] of two methods on the same rows, equally many seeds, or one on a side,
-    which then stands against each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1). It is of
-    these runs on other rows; that other seeds might have come out otherwise is in the interval alone.
+    which is then paired with each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1). It is
+    about these runs on other rows; only the interval counts that other seeds might have come out otherwise.
     DataError: several but unequally many seeds, or unequal row counts.
     """
     n_rows = _checked_rows({"first": runs, "second": others})
@@ -158,12 +153,8 @@ def mean_interval(values, *, resamples=2000, seed=0):
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         raise DataError("no rows, so no mean")
-    rng = np.random.default_rng(seed)
-    drawn = [
-        _row_counts(len(values), min(_CHUNK, resamples - start), rng) @ values / len(values)
-        for start in range(0, resamples, _CHUNK)
-    ]
-    return _interval(float(values.mean()), np.concatenate(drawn), len(values), resamples)
+    drawn = _resampled_sums(values, resamples, np.random.default_rng(seed)) / len(values)
+    return _interval(float(values.mean()), drawn, len(values), resamples)
 
 
 def over_seeds(values):
@@ -174,20 +165,8 @@ def over_seeds(values):
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
 
 
-def describe_difference(difference, method, other, metric):
-    """A sentence on score(method) - score(other), which says 'inside the noise' where the interval contains 0."""
-    name = METRICS.get(metric, metric)
-    numbers = f"{difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
-    if difference.is_noise:
-        return (
-            f"{method} and {other} do not differ measurably in {name}: the difference ({numbers}) is inside the noise."
-        )
-    side = "higher" if difference.value > 0 else "lower"
-    return f"{method} scores {side} than {other} in {name} ({numbers})."
-
-
 def few_rows_note(n_rows):
-    """What fewer than 100 rows mean for the intervals, in words."""
+    """A warning about the intervals of fewer than 100 test rows."""
     return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough, and small differences cannot show"
 
 
@@ -225,11 +204,15 @@ def _scores_of_sums(sums, n_rows):
     return {"bleu4": corpus_bleu(sums[..., :10]), "rougeL": sums[..., 10] / n_rows}
 
 
-def _row_counts(n_rows, draws, rng):
-    """(draws, n_rows): how often each resample holds each row."""
-    picked = rng.integers(0, n_rows, size=(draws, n_rows))
-    flat = (picked + np.arange(draws)[:, None] * n_rows).ravel()
-    return np.bincount(flat, minlength=draws * n_rows).reshape(draws, n_rows).astype(np.float64)
+def _resampled_sums(values, resamples, rng):
+    """(resamples, ...) sums of rows that are drawn with replacement. values: (n_rows, ...)."""
+    n_rows, sums = len(values), []
+    for start in range(0, resamples, _CHUNK):
+        draws = min(_CHUNK, resamples - start)
+        picked = rng.integers(0, n_rows, size=(draws, n_rows)) + np.arange(draws)[:, None] * n_rows
+        counts = np.bincount(picked.ravel(), minlength=draws * n_rows).reshape(draws, n_rows)
+        sums.append(counts.astype(np.float64) @ values)
+    return np.concatenate(sums)
 
 
 def _seed_weights(n_seeds, draws, rng):

@@ -15,7 +15,7 @@ from peftlib.notebook.widgets import bundle, can_click
 from peftlib.report import figures
 from peftlib.report.chart import image
 from peftlib.report.palette import LIGHT, THEMES
-from peftlib.train.callbacks import Watcher, clock
+from peftlib.train.callbacks import Callback, clock
 
 _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
 _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
@@ -42,7 +42,7 @@ def train_live(run):
         return run.train([panel])
 
 
-class Panel(Watcher):
+class Panel(Callback):
     """The state of a run, its losses, a button and the last log lines. As a context manager it takes the run's log."""
 
     def __init__(self, run, kernel):

@@ -140,7 +140,8 @@ class ProjectedAdamW(AccumulatingAdamW):
         self._seed = seed
         self._index_groups()
         self._place = {p: i for i, (p, _) in enumerate(self._projected)}
-        for p, group in self._projected:
+        # The smallest first: what its shape allows is what the rank may be.
+        for p, group in sorted(self._projected, key=lambda pair: min(pair[0].shape, default=0)):
             if p.ndim != 2:
                 raise ConfigError(
                     f"a weight of shape {tuple(p.shape)} cannot be projected: only 2-D weights have a basis"

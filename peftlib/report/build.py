@@ -19,7 +19,7 @@ from peftlib.evaluation.metrics import bleu_signature
 from peftlib.methods import BASE
 from peftlib.report import charts, findings
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
-from peftlib.train import changes
+from peftlib.train import run_record
 
 N_SAMPLES = 10
 _ANSWER_CHARACTERS = 700  # of an answer in the report
@@ -282,7 +282,7 @@ def _content(report, pairs, by_source):
         "forgetting": forgetting,
         "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),
-        "changes": [sentence for run in found.runs for sentence in changes.sentences(run.record)],
+        "changes": [sentence for run in found.runs for sentence in run_record.change_sentences(run.record)],
         "versions": versions,
         "longest": _ANSWER_CHARACTERS,
         "gib": gib,

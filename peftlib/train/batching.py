@@ -1,5 +1,7 @@
-"""Tokenized rows as batches, and the mean loss over them."""
+"""Micro-batches: tokenized rows packed into sequences with little padding, and the mean loss over them."""
 
+import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -8,15 +10,17 @@ import torch
 from peftlib.models.inspect import head_weight, hidden_states
 from peftlib.models.losses import IGNORE, chunked_loss_sum, scored_positions
 from peftlib.models.precision import autocast
-from peftlib.train.schedule import pack
+
+_ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square
+_ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a share of a token's other work
 
 
 class Batch(NamedTuple):
     """Rows on a device.
 
-    ids, labels: (B, T) int64; positions: (N,) int64, what losses.scored_positions finds in the labels; places: (B, T)
-    int64, each token's place in its row; documents: (B, T) int64, the number of each token's row; both None on CPUs
-    where each sequence holds one row.
+    ids, labels: (B, T) int64. positions: (N,) int64, what losses.scored_positions finds in the labels. places: (B, T)
+    int64 position ids within each row; documents: (B, T) int64 segment ids. Both are None on CPUs where each sequence
+    holds one row.
     """
 
     ids: torch.Tensor
@@ -26,7 +30,7 @@ class Batch(NamedTuple):
     documents: torch.Tensor | None = None
 
     def to(self, device):
-        """The batch on a device, without waiting for it."""
+        """Copy to a device without waiting for it."""
         if device == "cpu":
             return self
         return Batch(*(t if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))
@@ -45,10 +49,8 @@ class Rows:
         return len(self.ids)
 
     def batch(self, bins, device):
-        """A Batch of bins (lists of row numbers), each a sequence, right-padded to the fullest."""
-        is_gpu = device != "cpu"
-        filled = max(sum(self.lengths[n] for n in rows) for rows in bins)
-        shape = (len(bins), -(-int(filled) // multiple_on(device)) * multiple_on(device))
+        """Build a Batch of bins (lists of row numbers), each one sequence, right-padded to the fullest."""
+        shape = (len(bins), _width(bins, self.lengths, _multiple_on(device)))
         ids, places = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         labels, documents = np.full(shape, IGNORE, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
         for i, rows in enumerate(bins):
@@ -57,40 +59,36 @@ class Rows:
                 part = slice(start, start + self.lengths[n])
                 ids[i, part] = self.ids[n]
                 labels[i, part] = np.where(self.is_scored[n], self.ids[n], IGNORE)
-                labels[i, start] = IGNORE  # nothing stands before a row's first token
+                labels[i, start] = IGNORE  # nothing comes before a row's first token
                 places[i, part] = np.arange(self.lengths[n])
                 documents[i, part] = document
                 start = part.stop
         labels = torch.from_numpy(labels)
         batch = Batch(torch.from_numpy(ids), labels, scored_positions(labels))
-        if is_gpu or any(len(rows) > 1 for rows in bins):
+        if device != "cpu" or any(len(rows) > 1 for rows in bins):
             batch = batch._replace(places=torch.from_numpy(places), documents=torch.from_numpy(documents))
         return batch.to(device)
 
     def batches(self, numbers, tokens, device):
-        """Batches of at most `tokens` padded tokens that hold the given rows, see steps.pack."""
+        """Yield Batches of at most `tokens` padded tokens that together hold the given rows."""
         for bins in self.cut(numbers, tokens, device):
             yield self.batch(bins, device)
 
     def cut(self, numbers, tokens, device):
-        """[[bin, ...], ...]: the bins of each of `batches`.
+        """Yield the bins of each of `batches`: [[row, ...], ...].
 
-        On a GPU they are two where `tokens` allows it, if need be an empty one, for torch.compile compiles once more for a
-        batch of one. A row that takes more than half of `tokens` stays alone: a second one would take memory unplanned.
+        On a GPU a batch has at least two bins where `tokens` allows it, if need be an empty one: torch.compile compiles
+        once more for a batch of one. A row that takes more than half of `tokens` stays alone, because a second bin would
+        take memory that was not planned for.
         """
-        least, multiple = (1 if device == "cpu" else 2), multiple_on(device)
+        least, multiple = (1 if device == "cpu" else 2), _multiple_on(device)
         for bins in pack(numbers, self.lengths, tokens, multiple=multiple, least=least):
-            width = -(-max(sum(int(self.lengths[n]) for n in rows) for rows in bins) // multiple) * multiple
-            yield [*bins, []] if len(bins) < least and least * width <= tokens else bins
-
-
-def multiple_on(device):
-    """Widths on a GPU are multiples of 64: matrix units like round numbers, attention masks need them."""
-    return 1 if device == "cpu" else 64
+            has_room = least * _width(bins, self.lengths, multiple) <= tokens
+            yield [*bins, []] if len(bins) < least and has_room else bins
 
 
 def mean_loss(model, rows, *, device, precision, tokens=2048):
-    """Nats per scored token over all rows, a float; rows are packed into batches of at most `tokens` tokens."""
+    """Mean loss over all Rows in nats per scored token; rows are packed into batches of at most `tokens` tokens."""
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
@@ -101,3 +99,70 @@ def mean_loss(model, rows, *, device, precision, tokens=2048):
             total += loss.double().cpu()
     model.train(was_training)
     return float(total / rows.scored.sum())
+
+
+def pack(rows, lengths, tokens, *, multiple=1, least=1):
+    """Cut some rows into micro-batches of at most `tokens` padded tokens: [[bin, ...], ...], a bin being [row, ...].
+
+    The rows of a bin lie one behind the other in one sequence, so little is padded; all bins of a micro-batch are padded
+    to its fullest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than `tokens` makes
+    a micro-batch of its own. least: bins of a micro-batch, where rows and `tokens` allow it. The summed loss of the rows
+    does not depend on the cut.
+    """
+    order = sorted(rows, key=lambda row: (-lengths[row], row))
+    batches = []
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        bins = _cheapest_bins(order[start : start + _ROWS_AT_ONCE], lengths, tokens // least, multiple, least)
+        at_most = max(1, tokens // _width(bins, lengths, multiple))
+        count = -(-len(bins) // at_most)  # micro-batches of like size, so that none is left with a single bin
+        edges = [round(i * len(bins) / count) for i in range(count + 1)]
+        batches += [bins[start:end] for start, end in itertools.pairwise(edges)]
+    return batches
+
+
+def _multiple_on(device):
+    """What widths are rounded up to: 64 on a GPU, which suits matrix units and attention masks."""
+    return 1 if device == "cpu" else 64
+
+
+def _width(bins, lengths, multiple):
+    return -(-max(sum(int(lengths[row]) for row in rows) for rows in bins) // multiple) * multiple
+
+
+def _cheapest_bins(order, lengths, limit, multiple, least):
+    """First fit at several widths up to `limit`; attention costs a token in proportion to the width, the rest does not."""
+    best, lowest = None, math.inf
+    for width in _candidate_widths([int(lengths[row]) for row in order], limit, least):
+        bins = _first_fit(order, lengths, width)
+        width = _width(bins, lengths, multiple)
+        cost = len(bins) * width * (1 + _ATTENTION_SHARE * width)
+        if best is None or (len(bins) >= least and cost < lowest):
+            best, lowest = bins, cost
+    return best
+
+
+def _candidate_widths(lengths, limit, least):
+    longest, total = lengths[0], sum(lengths)
+    yield longest
+    for count in range(min(least, len(lengths)), len(lengths) + 1):
+        for slack in (1.0, 1.03, 1.08, 1.15):  # rows do not fill a bin exactly
+            width = max(longest, int(slack * total / count) + 1)
+            if width <= limit:
+                yield width
+        if total / count < longest:
+            return  # more bins cannot be narrower
+
+
+def _first_fit(order, lengths, width):
+    """Put each row, longest first, into the first bin that has room."""
+    bins, room = [], []
+    for row in order:
+        length = int(lengths[row])
+        at = next((i for i, left in enumerate(room) if length <= left), None)
+        if at is None:
+            bins.append([row])
+            room.append(width - length)
+        else:
+            bins[at].append(row)
+            room[at] -= length
+    return bins

@@ -1,4 +1,4 @@
-"""How far a run is: the line that its log gets, the Snapshot that its watchers get, and what they may ask for."""
+"""What a run shows while it trains: its log line, and the Snapshot that callbacks get, who may ask it to stop."""
 
 import math
 import time
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from peftlib.storage.mirror import running
-from peftlib.train import memory_model as plan
-from peftlib.train.peak_memory import machine_bytes
+from peftlib.train.placement import memory_limit
 
-_RECENT = 20  # steps over which speed is told
+_RECENT = 20  # steps over which speed is averaged
 _COPY_EVERY_S = 5.0  # seconds between two looks at the copy, which reads the state of every file
 
 
@@ -35,7 +34,7 @@ class Snapshot:
     saved_step: int | None  # of the newest checkpoint
     saved_at: float | None  # time.time() of it, where this session wrote it
     is_saving: bool
-    copy: str | None  # what of the study stands elsewhere, in words; None: it is copied nowhere
+    copy: str | None  # what of the study is copied elsewhere, in words; None: it is copied nowhere
     device: str
     precision: str
 
@@ -45,10 +44,10 @@ class Snapshot:
         return self.status != "running"
 
 
-class Watcher:
-    """Sees a run while it trains; what its methods raise ends the watching, not the training."""
+class Callback:
+    """Watches a run while it trains. A callback that raises is dropped; training goes on."""
 
-    is_dropped = False  # it has raised, and is asked and shown no more
+    is_dropped = False  # it has raised, and is called no more
 
     def wants_numbers(self):
         """Whether to be shown the run after this step; asked after each."""
@@ -62,60 +61,52 @@ class Watcher:
         return False
 
 
-class Watching:
-    """The watchers of a TrainingRun, so that one which raises is told in the log and dropped."""
+class CallbackList:
+    """Calls the callbacks of a TrainingRun; logs and drops one that raises."""
 
-    def __init__(self, run, watchers):
-        self._run, self._watchers = run, list(watchers)
+    def __init__(self, run, callbacks):
+        self._run, self._callbacks = run, list(callbacks)
         self._copy, self._copy_at = None, -math.inf
 
-    def want_numbers(self):
-        """Whether one of them wants to be shown the run now."""
-        return any(self._each(lambda watcher: watcher.wants_numbers()))
-
-    def stop_asked(self):
-        """Whether one of them asks to save and stop."""
-        return any(self._each(lambda watcher: watcher.stop_asked()))
+    def any(self, question):
+        """Whether one of them answers yes to 'wants_numbers' or 'stop_asked'."""
+        return any(self._call(question))
 
     def show(self, status="running"):
         """Show the run to all."""
-        if self._watchers:
-            taken = self._snapshot(status)
-            self._each(lambda watcher: watcher.show(taken))
+        if self._callbacks:
+            self._call("show", self._snapshot(status))
 
-    def _each(self, call):
+    def _call(self, name, *args):
         answers = []
-        for watcher in list(self._watchers):
+        for callback in list(self._callbacks):
             try:
-                answers.append(call(watcher))
-            except Exception as error:  # noqa: BLE001 - whatever a watcher raises must not end training
-                self._watchers.remove(watcher)
-                watcher.is_dropped = True
-                name = type(watcher).__name__
-                self._run.log(f"{name} failed ({type(error).__name__}: {error}) and is left out; training goes on")
+                answers.append(getattr(callback, name)(*args))
+            except Exception as error:  # noqa: BLE001 - whatever a callback raises must not end training
+                self._callbacks.remove(callback)
+                callback.is_dropped = True
+                kind = type(callback).__name__
+                self._run.log(f"{kind} failed ({type(error).__name__}: {error}) and is left out; training goes on")
         return answers
 
     def _snapshot(self, status):
-        run, saved = self._run, self._run.saver.saved
+        run, progress, saved = self._run, self._run.progress, self._run.saver.saved
         history = tuple(run.record["history"])
-        memory, reserved = run.memory.now()
-        is_gpu = run.device == "cuda"
+        memory, reserved, peak = run.memory.now()
         return Snapshot(
             status=status,
             method=run.name,
             seed=run.cfg.seed,
-            step=run.progress.step,
+            step=progress.step,
             planned_steps=run.plan.steps,
             history=history,
             valid_history=tuple(run.record["valid_history"]),
-            **pace(history, run.plan.steps - run.progress.step),
-            skipped_steps=run.progress.skipped_steps,
+            **pace(history, run.plan.steps - progress.step),
+            skipped_steps=progress.skipped_steps,
             memory_bytes=memory,
             reserved_bytes=reserved,
-            peak_memory_bytes=max(
-                run.progress.peak_memory_bytes, run.memory.read()[0] if is_gpu else run.memory.peak_bytes
-            ),
-            memory_limit_bytes=plan.device_bytes(run.cfg) if is_gpu else machine_bytes(),
+            peak_memory_bytes=max(progress.peak_memory_bytes, peak),
+            memory_limit_bytes=memory_limit(run.cfg, run.device),
             saved_step=saved.step,
             saved_at=saved.at,
             is_saving=run.saver.is_writing(),
@@ -133,18 +124,18 @@ class Watching:
 
 
 class Stopwatch:
-    """Seconds of steps: all time from `start` on, whatever the host or the device waits for, until the next start."""
+    """Seconds of steps: all time since `start`, whatever the host or the device waits for, until the next start."""
 
     def __init__(self, device):
         self._device = device
         self.start()
 
     def start(self):
-        """Count from now; what came before since the last lap is not a step's."""
+        """Count from now; the time since the last lap belongs to no step."""
         self._since = time.monotonic()
 
     def lap(self, *, waits=False):
-        """Seconds since the start or the last lap. waits: for the device to be done first."""
+        """Seconds since the start or the last lap. waits: first wait until the device is done."""
         if waits and self._device == "cuda":
             torch.cuda.synchronize()
         now = time.monotonic()
@@ -162,8 +153,8 @@ def pace(history, steps_left):
     return {"tokens_per_second": tokens / seconds, "seconds_left": seconds / len(recent) * steps_left}
 
 
-def line(record, progress, planned_steps):
-    """Where a run stands, in one line. progress: a resume.Progress; the record's history is not empty."""
+def log_line(record, progress, planned_steps):
+    """The log line of a run's last step. progress: run_state.Progress; the record's history is not empty."""
     entry, now = record["history"][-1], pace(record["history"], planned_steps - progress.step)
     skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
     loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"  # of a skipped step

@@ -1,50 +1,41 @@
-"""How a run is laid out on its device: micro-batch, recomputation, compiled layers. None of it changes the result."""
+"""How a run is laid out on its device, and the memory it takes there. None of it changes the result."""
 
 import contextlib
+import os
+import threading
+from pathlib import Path
 
+import psutil
 import torch
 
 from peftlib.core.errors import ConfigError
+from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
-from peftlib.models.compile import CompileCache
 from peftlib.models.inspect import core
 from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
 from peftlib.models.shapes import Shape
-from peftlib.train import memory_model as plan
+from peftlib.train import memory_model
 
 _CPU_MICRO_BATCH = 4
+_SAMPLED_EVERY_S = 0.1
 
 
-@contextlib.contextmanager
-def memory_cap(cfg, device):
-    """Within it this process takes at most cfg.memory_gib of the card, where that is set; then what it could before."""
-    if device != "cuda" or not cfg.memory_gib:
-        yield
-        return
-    before = torch.cuda.get_per_process_memory_fraction()
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * plan.GIB / whole))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(before)
+class ExecutionPlan:
+    """Micro-batch, recomputation and compiled layers of a run; prepares `model` in place.
 
-
-class Placement:
-    """Prepares `model` in place. micro_batch: rows of max_length tokens at once; it may shrink.
-
-    On a GPU with micro_batch_size=0 the planner chooses micro-batch and checkpointing. ConfigError: nothing fits.
+    micro_batch_size: rows of max_length tokens at once; it may shrink. On a GPU with cfg.micro_batch_size=0 the memory
+    model chooses it and the recomputation. steps: of the whole run. ConfigError: nothing fits.
     """
 
     def __init__(self, model, method, cfg, *, device, precision, steps, log):
-        self.model, self.method, self.cfg, self.device, self.log = model, method, cfg, device, log
+        self.model, self.method, self.cfg, self.log = model, method, cfg, log
         self.micro_batch_size = cfg.micro_batch_size or _CPU_MICRO_BATCH
         self.is_compiled, why = compiled.resolve(cfg.compile, device, steps)
-        if device == "cuda":
+        if device == "cuda" and cfg.micro_batch_size == 0:
             self._choose(precision)
         checkpoint_layers(model, self.cfg)
-        self._cache = CompileCache(cache_root() / "compile", log=log)
+        self._cache = compiled.CompileCache(cache_root() / "compile", log=log)
         if self.is_compiled:
             loaded = self._cache.load()
             log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")
@@ -52,24 +43,16 @@ class Placement:
         self._is_first_step = True
 
     def _choose(self, precision):
-        cfg = self.cfg
-        if cfg.micro_batch_size == 0:
-            available = plan.device_bytes(cfg)
-            chosen = plan.choose(
-                Shape.of(core(self.model).config),
-                self.method,
-                cfg,
-                precision=precision,
-                device_bytes=available,
-                is_compiled=self.is_compiled,
-            )
-            self.log(f"plan for {available / plan.GIB:.1f} GiB: {chosen.line()}")
-            self.micro_batch_size = chosen.micro_batch
-            self.cfg = cfg.replace(activation_checkpointing=chosen.checkpointing)
+        shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
+        how = {"precision": precision, "device_bytes": available, "is_compiled": self.is_compiled}
+        chosen = memory_model.choose(shape, self.method, self.cfg, **how)
+        self.log(f"plan for {available / GIB:.1f} GiB: {chosen.line()}")
+        self.micro_batch_size = chosen.micro_batch
+        self.cfg = self.cfg.replace(activation_checkpointing=chosen.checkpointing)
 
     @property
     def facts(self):
-        """What a record holds of it: rows of max_length tokens at once, recomputation, compiled layers or not."""
+        """What the record holds of it."""
         return {
             "micro_batch_size": self.micro_batch_size,
             "activation_checkpointing": self.cfg.activation_checkpointing,
@@ -88,8 +71,8 @@ class Placement:
         """Padded tokens of a micro-batch."""
         return self.micro_batch_size * self.cfg.max_length
 
-    def make_room(self, step, error):
-        """After an out-of-memory error: half the micro-batch, then recomputation. ConfigError: all of that is done."""
+    def shrink_after_oom(self, step, error):
+        """Halve the micro-batch after an out-of-memory error, or recompute. ConfigError: both are done already."""
         if self.micro_batch_size > 1:
             self.micro_batch_size //= 2
         elif self.cfg.activation_checkpointing == "off":
@@ -97,8 +80,8 @@ class Placement:
             checkpoint_layers(self.model, self.cfg)
         else:
             raise ConfigError(
-                f"{self.method} does not fit this GPU even with micro_batch_size=1 and "
-                f"activation_checkpointing={self.cfg.activation_checkpointing}: lower max_length, or take a method that needs less memory"
+                f"{self.method} does not fit this GPU even with micro_batch_size=1 and activation_checkpointing="
+                f"{self.cfg.activation_checkpointing}: lower max_length, or take a method that needs less memory"
             ) from error
         self.log(
             f"out of memory at step {step}: going on with micro_batch_size={self.micro_batch_size}, "
@@ -106,10 +89,102 @@ class Placement:
         )
 
     def after_step(self):
-        """Keep what the session's first step has compiled. Where that fails it is logged: later sessions compile again."""
+        """Save what the session's first step has compiled; a failure is logged, and later sessions compile again."""
         if self._is_first_step and self.is_compiled:
             try:
                 self._cache.save()
             except Exception as error:  # noqa: BLE001 - a cache is never worth a run
                 self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
         self._is_first_step = False
+
+
+def require_one_process():
+    """ConfigError: a launcher (torchrun, accelerate launch) started several processes."""
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_processes > 1:
+        raise ConfigError(
+            f"{n_processes} processes: GaLore frees gradients before they could be exchanged, so peftlib trains on one "
+            "GPU; start one process, and one seed per GPU"
+        )
+
+
+@contextlib.contextmanager
+def memory_cap(cfg, device):
+    """Within it this process takes at most cfg.memory_gib of the card, where that is set; then what it could before."""
+    if device != "cuda" or not cfg.memory_gib:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * GIB / whole))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)
+
+
+def memory_limit(cfg, device):
+    """Bytes that training may take: of the card (all of it, or cfg.memory_gib), else of this machine or its container."""
+    if device == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+        return min(whole, int(cfg.memory_gib * GIB)) if cfg.memory_gib else whole
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    found = [path.read_text(encoding="utf-8").strip() for path in limits if path.is_file()]
+    return min([psutil.virtual_memory().total, *(int(text) for text in found if text.isdigit())])
+
+
+class PeakMemory:
+    """Context manager that measures peak memory; `peak_bytes` and `reserved_bytes` can be read inside and after it.
+
+    On CUDA the peaks are exact: allocated, and reserved from the driver. On CPUs the resident memory of the process tree
+    is sampled ten times a second; `peak_bytes` is its rise since the start, `reserved_bytes` is None.
+    """
+
+    def __init__(self, device):
+        self.device, self.peak_bytes, self.reserved_bytes = device, 0, None
+        self._is_over = threading.Event()
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._start_bytes = self._resident_bytes = _tree_bytes()
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._is_over.set()
+        if self.device == "cuda":
+            self.read()
+        else:
+            self._sampler.join()
+
+    def read(self):
+        """(peak_bytes, reserved_bytes) up to now."""
+        if self.device == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+            self.reserved_bytes = torch.cuda.max_memory_reserved()
+        else:
+            self._resident_bytes = _tree_bytes()
+            self.peak_bytes = max(self.peak_bytes, self._resident_bytes - self._start_bytes)
+        return self.peak_bytes, self.reserved_bytes
+
+    def now(self):
+        """(bytes in use, bytes reserved or None, peak bytes) without a wait: on a CPU resident, at the last look."""
+        if self.device == "cuda":
+            return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), self.read()[0]
+        return self._resident_bytes, None, self.peak_bytes
+
+    def _sample(self):
+        while not self._is_over.wait(_SAMPLED_EVERY_S):
+            self.read()
+
+
+def _tree_bytes():
+    process = psutil.Process()
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += child.memory_info().rss
+    return total

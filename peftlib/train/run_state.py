@@ -1,7 +1,6 @@
-"""A run and its checkpoint: what is kept of it, how it goes on, and a new run from another's weights."""
+"""The checkpoint of a run: what it saves, how it resumes, and how another study's weights begin a new run."""
 
 import contextlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,25 +10,31 @@ from peftlib.core import record as records
 from peftlib.core.config import current_names, differences
 from peftlib.core.env import generator_states, set_generator_states
 from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
+from peftlib.core.json_reading import Map, Maybe, fault
 from peftlib.data.dedup import prompt_key
 from peftlib.models import identity, saved
-from peftlib.models.inspect import trainable
+from peftlib.models.inspect import core, trainable
 from peftlib.models.locate import BaseWeights
+from peftlib.models.shapes import Shape
 from peftlib.storage import delta
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
-from peftlib.train import changes, nonfinite
+from peftlib.train import memory_model, run_record
+from peftlib.train.step import first_nonfinite, require_finite
 
 _SAME = "take the same model, method and ranks"
-# What a checkpoint's state must have; later versions have added to it.
+_STEP = {"step": int, "tokens": float, "seconds": float, "learning_rate": float}
+# Shape of a checkpoint's state; what later versions have added is optional.
 _STATE = {
-    "config": dict,
+    "config": {},
     "run_hash": str,
     "split_hash": str,
-    "progress": dict,
-    "history": list,
-    "valid_history": list,
-    "scaler": dict,
-    "layers": list,
+    "progress": Map(Maybe(float)),
+    "history": [{**_STEP, "loss": Maybe(float), "grad_norm": Maybe(float)}],
+    "valid_history": [{"step": int, "valid_loss": Maybe(float)}],
+    "scaler": {},
+    "layers": [{}],
+    "rate_factor?": float,
+    "changes?": [{}],
 }
 _UNKNOWN_AT_FIRST = ("first_step_s", "peak_reserved_bytes")
 
@@ -47,7 +52,7 @@ class Progress:
     peak_reserved_bytes: int | None = None
 
     def count(self, tokens, seconds, is_skipped):
-        """Take in one more step."""
+        """Add one more step."""
         if self.step == 0:
             self.first_step_s = seconds
         self.step += 1
@@ -57,57 +62,67 @@ class Progress:
 
 
 def checkpoint_of(run):
-    """The Checkpoint of a TrainingRun between two steps; its tensors are the run's own.
+    """Make the Checkpoint of a TrainingRun between two steps; its tensors are the run's own.
 
     NonFiniteLossError: a weight or a part of the optimizer's state (named) is inf or nan.
     """
-    nonfinite.require_finite(
-        nonfinite.tensors_of(run.model, run.optimizer), f"the checkpoint of step {run.progress.step}"
-    )
+    params = trainable(run.model)
+    moments = {
+        f"{key} of {name}": value
+        for name, p in params.items()
+        for key, value in run.optimizer.state.get(p, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+    require_finite(params | moments, f"the checkpoint of step {run.progress.step}")
     state = {
         "method": run.name,
         "config": run.cfg.fields_of("data", "math"),
         "run_hash": run.cfg.run_hash(run.name),
         "split_hash": run.manifest["split_hash"],
-        **_base_of(run),
+        **{name: run.record[name] for name in ("model_sha256", "model_revision")},
         "progress": vars(run.progress),
         "history": run.record["history"],
         "valid_history": run.record["valid_history"],
         "scaler": run.scaler.state_dict(),
         "device": run.record["device"],
-        "plan": run.placement.description,
+        "plan": run.execution.description,
         "layers": run.record["layers"],
         "precision": run.precision,
         "rate_factor": run.rate_factor,
         "changes": run.record["changes"],
     }
-    weights = {name: p.data for name, p in trainable(run.model).items()}
+    weights = {name: p.data for name, p in params.items()}
     return Checkpoint(weights, run.optimizer.state_dict(), state, generator_states())
 
 
-def begin(run):
-    """Take up the newest checkpoint, or start: from another study's weights (cfg.fork), or over after inf or nan.
+def checkpoint_bytes(run):
+    """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the memory model counts it."""
+    weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
+    return weights + memory_model.optimizer_bytes(Shape.of(core(run.model).config), run.name, run.cfg)
 
-    Errors as in `go_on` and `fork`.
+
+def resume_or_start(run):
+    """Resume from the newest checkpoint, or start: from another study's weights (cfg.fork), or over after inf or nan.
+
+    Errors as in `resume_from_checkpoint` and `init_from_study`.
     """
-    if go_on(run):
+    if resume_from_checkpoint(run):
         return
     if run.cfg.fork:
-        fork(run)
+        init_from_study(run)
     failed = records.load(run.study, run.name, run.cfg.seed) or {}
     is_ours = failed.get("run_hash") == run.cfg.run_hash(run.name) and failed.get("status") == "failed"
     if is_ours and (failed.get("error") or "").startswith(NonFiniteLossError.__name__):
-        before = failed.get("rate_factor") or 1.0  # of a run that met inf or nan before its first checkpoint
-        run.rate_factor = before
-        if before != 1.0:
-            changes.note(run, changes.RATE_FACTOR, 1.0, before)
-        changes.set_rate_factor(run, before)
+        run.rate_factor = failed.get("rate_factor") or 1.0  # it met inf or nan before its first checkpoint
+        if run.rate_factor != 1.0:
+            run_record.note_change(run, run_record.RATE_FACTOR, 1.0, run.rate_factor)
+        run_record.set_rate_factor(run, run.rate_factor)
     elif run.cfg.resume_rate_factor != 1.0:
-        run.log("resume_rate_factor is for runs that go on; this one starts, at the study's learning rates")
+        run.log("resume_rate_factor is for resumed runs; this one starts, at the study's learning rates")
 
 
-def go_on(run):
-    """Take up the newest checkpoint that verifies; whether there was one.
+def resume_from_checkpoint(run):
+    """Restore the newest checkpoint that verifies; returns whether there was one.
 
     CheckpointError: it was made with other settings (fields named), layers, or schema version, or holds something else
     than a checkpoint of this run.
@@ -118,35 +133,48 @@ def go_on(run):
     if found is None:
         return False
     where, state = run.checkpoints.folder, found.state
-    with _other_content(where):
-        checked_state(state, run.plan.steps)
+    what = f"the checkpoint in {where}"
+    with _refusing_other_content(where):
+        _require_state(state, run.plan.steps)
     if (state["run_hash"], state["split_hash"]) != (run.cfg.run_hash(run.name), run.manifest["split_hash"]):
         changed = differences(current_names(state["config"]), run.cfg.fields_of("data", "math")) or ["split_hash"]
         raise CheckpointError(
-            f"the checkpoint in {where} was made with other settings: {'; '.join(changed)}. "
-            "Set them back, choose another study name (with fork = this one, it starts from these weights), or delete "
-            "that folder to start over."
+            f"{what} was made with other settings: {'; '.join(changed)}. Set them back, choose another study name "
+            "(with fork = this one, it starts from these weights), or delete that folder to start over."
         )
-    _require_base(state, run, f"the checkpoint in {where}")
-    changes.require_same_architecture(state["layers"], run.record["layers"], where)
-    weights = _fitting(_whole(found.weights, run), run, f"the checkpoint in {where}")
-    with _other_content(where):
+    run_record.require_same_architecture(state["layers"], run.record["layers"], where)
+    weights = _fitting_weights(found.weights, state, run, what)
+    with _refusing_other_content(where):
         run.optimizer.require_state(found.optimizer)
         run.optimizer.load_state_dict(found.optimizer)
         if state["scaler"] and run.scaler.is_enabled():  # empty: of a session without fp16, so this one's starts anew
             run.scaler.load_state_dict(state["scaler"])
         set_generator_states(found.generators)
-    for name, p in trainable(run.model).items():
-        p.data.copy_(weights[name])
+    _load_weights(run, weights)
     run.progress = Progress(**state["progress"])
     run.record.update(history=state["history"], valid_history=state["valid_history"], changes=state.get("changes", []))
-    changes.note_session(run, state)
-    changes.set_rate_factor(run, state.get("rate_factor", 1.0))
+    run_record.note_session(run, state)
+    run_record.set_rate_factor(run, state.get("rate_factor", 1.0))
     return True
 
 
+def init_from_study(run):
+    """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh optimizer.
+
+    StudyError: that study has neither a checkpoint nor finished weights of it, or was trained on rows that are tested or
+    validated here. CheckpointError: the weights do not fit.
+    """
+    other = run.study.folder.parent / run.cfg.fork
+    _refuse_leaked_rows(other, run)
+    weights, where, made_with = _weights_reached(other, run)
+    what = f"fork={run.cfg.fork!r}: what its {run.name} trained"
+    _load_weights(run, _fitting_weights(weights, made_with, run, what))
+    run.record["forked_from"] = where
+    run.log(f"starts from the weights of {where}")
+
+
 @contextlib.contextmanager
-def _other_content(where):
+def _refusing_other_content(where):
     """Turns what follows from a checkpoint that is whole but holds other things into a CheckpointError."""
     try:
         yield
@@ -159,44 +187,32 @@ def _other_content(where):
         ) from error
 
 
-def checked_state(state, steps):
-    """Raise unless a checkpoint's state has the parts that a run goes on from. steps: of the whole run.
+def _require_state(state, steps):
+    """ValueError, TypeError: a part of a checkpoint's state is missing, odd, or out of range. steps: of the whole run."""
+    found = fault(state, _STATE) or fault(state["progress"], {"step": int}, "progress")
+    if found:
+        raise ValueError(found)
+    progress = Progress(**state["progress"])
+    for name, value in vars(progress).items():
+        if value is None and name not in _UNKNOWN_AT_FIRST or value is not None and value < 0:
+            raise ValueError(f"progress.{name} is {value}")
+    if progress.step > steps:
+        raise ValueError(f"progress.step is {progress.step}, the run has {steps} steps")
+    if state.get("rate_factor", 1.0) <= 0:
+        raise ValueError(f"rate_factor is {state['rate_factor']}")
 
-    KeyError, TypeError, ValueError: the part that is missing, of another type, or out of range.
+
+def _fitting_weights(weights, made_with, run, what):
+    """`weights` as {name: tensor}, whole and checked to be those that train here. made_with: what names their base model.
+
+    CheckpointError: another base model, other names or shapes, or inf or nan in one of them.
     """
-    for name, kind in _STATE.items():
-        if not isinstance(state[name], kind):
-            raise TypeError(f"{name} is {state[name]!r:.60}")
-    Progress(**state["progress"])
-    for name, value in state["progress"].items():
-        if not (_is_number(value) and value >= 0 or (value is None and name in _UNKNOWN_AT_FIRST)):
-            raise ValueError(f"progress: {name} is {value!r:.60}")
-    if not (isinstance(state["progress"]["step"], int) and state["progress"]["step"] <= steps):
-        raise ValueError(f"progress: step is {state['progress']['step']}, the run has {steps} steps")
-    if not _is_number(state.get("rate_factor", 1.0)) or state.get("rate_factor", 1.0) <= 0:
-        raise ValueError(f"rate_factor is {state['rate_factor']!r:.60}")
-    for entry in [*state["history"], *state["valid_history"], *state["layers"], *state.get("changes", [])]:
-        if not isinstance(entry, dict):
-            raise TypeError(f"an entry of a list is {entry!r:.60}")
-    for entry in state["history"]:
-        if not all(_is_number(entry[name]) for name in ("step", "tokens", "seconds", "learning_rate")):
-            raise TypeError(f"history: an entry is {entry!r:.120}")
-        if not all(entry[name] is None or _is_number(entry[name]) for name in ("loss", "grad_norm")):
-            raise TypeError(f"history: an entry is {entry!r:.120}")
-    for entry in state["valid_history"]:
-        if not (_is_number(entry["step"]) and (entry["valid_loss"] is None or _is_number(entry["valid_loss"]))):
-            raise TypeError(f"valid_history: an entry is {entry!r:.120}")
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _fitting(weights, run, what):
-    """`weights`, {name: tensor}, if they are those that train here.
-
-    CheckpointError: other names or shapes, or inf or nan in one of them.
-    """
+    identity.require_base(made_with, run.cfg.model, what=what, log=run.log, error=CheckpointError)
+    as_differences = {name: kept for name, kept in weights.items() if isinstance(kept, dict)}
+    base = BaseWeights(run.cfg.model) if as_differences else None  # the first edition wrote such on GPUs
+    for name, parts in as_differences.items():
+        start = base.get(name, torch.float32 if "low" in parts else torch.bfloat16)
+        weights = {**weights, name: delta.restored(name, parts, start)}
     params = trainable(run.model)
     unlike = [name for name in params if name not in weights] + [name for name in weights if name not in params]
     if unlike:
@@ -205,27 +221,27 @@ def _fitting(weights, run, what):
         if weights[name].shape != p.shape:
             shapes = f"{tuple(weights[name].shape)}, here it has {tuple(p.shape)}"
             raise CheckpointError(f"{what}: {name} has the shape {shapes}: {_SAME}")
-    unfit = nonfinite.first_unfit(weights)
+    unfit = first_nonfinite(weights)
     if unfit is not None:
         raise CheckpointError(f"{what}: {unfit} holds inf or nan, so nothing can go on from it: delete it")
     return weights
 
 
-def fork(run):
-    """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh optimizer.
-
-    StudyError: that study has neither a checkpoint nor finished weights of it, or learnt rows that are tested or
-    validated here. CheckpointError: the weights do not fit.
-    """
-    other = run.study.folder.parent / run.cfg.fork
-    _refuse_learnt_rows(other, run)
-    weights, where, made_with = _reached(other, run)
-    _require_base(made_with, run, f"fork={run.cfg.fork!r} ({where})")
-    weights = _fitting(_whole(weights, run), run, f"fork={run.cfg.fork!r}: what its {run.name} trained")
+def _load_weights(run, weights):
     for name, p in trainable(run.model).items():
         p.data.copy_(weights[name])
-    run.record["forked_from"] = where
-    run.log(f"starts from the weights of {where}")
+
+
+def _refuse_leaked_rows(other, run):
+    learnt = set(_prompt_keys(other / "data", "train"))
+    for split in ("test", "valid"):
+        rows = _prompt_keys(run.study.data_dir, split)
+        known = sum(key in learnt for key in rows)
+        if known:
+            raise StudyError(
+                f"fork={run.cfg.fork!r}: {known} of the {len(rows)} {split} rows here were trained on there, so scores "
+                "would mean nothing: give this study the same sources, split_seed and numbers of rows"
+            )
 
 
 def _prompt_keys(folder, split):
@@ -233,59 +249,23 @@ def _prompt_keys(folder, split):
     return [prompt_key([message["content"] for message in messages[:-1]]) for messages in conversations]
 
 
-def _refuse_learnt_rows(other, run):
-    learnt = set(_prompt_keys(other / "data", "train"))
-    for split in ("test", "valid"):
-        rows = _prompt_keys(run.study.data_dir, split)
-        known = sum(key in learnt for key in rows)
-        if known:
-            raise StudyError(
-                f"fork={run.cfg.fork!r}: {known} of the {len(rows)} {split} rows here were trained on there, so scores would "
-                "mean nothing: give this study the same sources, split_seed and numbers of rows"
-            )
-
-
-def _whole(weights, run):
-    """A checkpoint's weights, those that are kept as differences made whole."""
-    if not any(isinstance(kept, dict) for kept in weights.values()):
-        return weights
-    base = BaseWeights(run.cfg.model)
-
-    def whole(name, kept):
-        if not isinstance(kept, dict):
-            return kept
-        return delta.restored(name, kept, base.get(name, torch.float32 if "low" in kept else torch.bfloat16))
-
-    return {name: whole(name, kept) for name, kept in weights.items()}
-
-
-def _reached(folder, run):
+def _weights_reached(folder, run):
     """({name: tensor}, where they come from in words, what names the base model they were made with)."""
-    place = f"{run.name}-s{run.cfg.seed}"
-    checkpoints = CheckpointDir(folder / "checkpoints" / place, keep=1, log=run.log)
+    name = f"{run.name}-s{run.cfg.seed}"
+    checkpoints = CheckpointDir(folder / "checkpoints" / name, keep=1, log=run.log)
     found, _ = checkpoints.newest()
     if found is not None:
-        with _other_content(checkpoints.folder):
-            return found.weights, f"{folder.name}, {place}, step {found.state['progress']['step']}", found.state
-    trained = folder / "weights" / place
+        with _refusing_other_content(checkpoints.folder):
+            return found.weights, f"{folder.name}, {name}, step {found.state['progress']['step']}", found.state
+    trained = folder / "weights" / name
     files = sorted(trained.glob("*.safetensors"))
     if not files:
         raise StudyError(
-            f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {place}: train it there first"
+            f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {name}: train it there first"
         )
     identity.require_weights(trained, saved.record_of(trained), log=run.log)
-    tensors = {name: tensor for path in files for name, tensor in saved.tensors_of(path).items()}
     # PEFT leaves the adapter's name out of what it saves.
-    names = {name.replace(".default", ""): name for name in trainable(run.model)}
-    found = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    chosen = {name: found[name] for name in trainable(run.model) if name in found}
-    return chosen, f"{folder.name}, {place}, finished", saved.facts_of(trained)
-
-
-def _base_of(run):
-    """What tells the base model of a run from another of its name and shapes."""
-    return {name: run.record[name] for name in ("model_sha256", "model_revision")}
-
-
-def _require_base(kept, run, what):
-    identity.require_base(kept, run.cfg.model, what=what, log=run.log, error=CheckpointError)
+    ours = {weight.replace(".default", ""): weight for weight in trainable(run.model)}
+    found = {ours.get(w, w): tensor for path in files for w, tensor in saved.tensors_of(path).items()}
+    chosen = {weight: found[weight] for weight in trainable(run.model) if weight in found}
+    return chosen, f"{folder.name}, {name}, finished", saved.facts_of(trained)

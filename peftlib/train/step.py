@@ -1,31 +1,31 @@
-"""One optimizer step over a list of micro-batches: what training and its benchmark run."""
+"""One optimizer step: forward and backward over micro-batches, the update, and the check that all numbers are finite."""
+
+import math
 
 import torch
 
 from peftlib.core.errors import NonFiniteLossError
-from peftlib.models.inspect import head_weight, hidden_states
+from peftlib.models.inspect import head_weight, hidden_states, trainable
 from peftlib.models.losses import CHUNK, chunked_loss_sum
 from peftlib.models.precision import apply_step, autocast
-from peftlib.train import nonfinite
 
 
 class Stepper:
-    """Backward passes and update of one step; the model is in training mode.
+    """Runs the steps of a model in training mode. The host waits for the device once a step, between backward and update.
 
-    backward: called with each scaled loss. is_compiled: also fuse the loss. The host waits for the device once a step,
-    between the backward passes and the update.
+    loss_settings: of losses.chunked_loss_sum; is_compiled also fuses the loss.
     """
 
-    def __init__(self, model, optimizer, scaler, *, device, precision, backward=torch.Tensor.backward, **loss_settings):
+    def __init__(self, model, optimizer, scaler, *, device, precision, **loss_settings):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.device, self.precision, self.backward = device, precision, backward
+        self.device, self.precision = device, precision
         self.loss_settings = {"chunk": CHUNK, "is_compiled": False, **loss_settings}
 
     def gradients(self, batches, scored, *, seed):
-        """Accumulate over all batches; returns nats per scored token, a 0-dim tensor on the device.
+        """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
 
-        batches: rows.Batch, on the device. scored: tokens that count in the loss, over all batches. seed: of dropout;
-        set anew for each pass over the batches, so that every pass sees the same gradients.
+        batches: batching.Batch, on the device. scored: tokens that count in the loss, over all batches. seed: of
+        dropout; set anew for each pass over the batches, so that every pass sees the same gradients.
         """
         for _ in self.optimizer.basis_passes():
             self._accumulate(batches, scored, seed)
@@ -35,23 +35,64 @@ class Stepper:
         torch.manual_seed(seed)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with autocast(self.device, self.precision):
-                hidden = hidden_states(self.model, batch)
-                loss = chunked_loss_sum(
-                    hidden, head_weight(self.model), batch.labels, positions=batch.positions, **self.loss_settings
-                )
-                loss = loss / scored
-            self.backward(self.scaler.scale(loss))
-            total += loss.detach()
+            total += self.forward_backward(batch, scored)
         return total
 
-    def update(self, loss, *, step=None):
-        """The precision.Applied of the step. loss: what `gradients` returned. step: its number, for the message.
+    def forward_backward(self, batch, scored):
+        """Add one micro-batch's gradients; returns its share of the step's loss, detached."""
+        with autocast(self.device, self.precision):
+            hidden = hidden_states(self.model, batch)
+            loss = chunked_loss_sum(
+                hidden, head_weight(self.model), batch.labels, positions=batch.positions, **self.loss_settings
+            )
+            loss = loss / scored
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
-        NonFiniteLossError: loss, a gradient (named) or their norm is inf or nan, and no loss scale could cure it;
-        weights and optimizer are as they were. With fp16 such a step is skipped instead.
+    def update(self, loss, *, step=None):
+        """Apply the accumulated gradients; returns precision.Applied. loss: from `gradients`. step: for the message.
+
+        NonFiniteLossError: the loss, a gradient (named) or their norm is inf or nan, and no loss scale could cure it;
+        weights and optimizer are unchanged. With fp16 such a step is skipped instead.
         """
         done = apply_step(self.optimizer, self.scaler, loss)
         if not done.is_applied and not self.scaler.is_enabled():
-            raise NonFiniteLossError(nonfinite.cause(self.model, self.optimizer, done, step))
+            raise NonFiniteLossError(_cause(self.model, self.optimizer, done, step))
         return done
+
+
+def _cause(model, optimizer, applied, step):
+    """Name what was not finite in a step that was not applied."""
+    of_step = "" if step is None else f" of step {step}"
+    if not math.isfinite(applied.loss):
+        return f"the loss{of_step} is {applied.loss}"
+    unfit = optimizer.nonfinite_weights()
+    if not unfit:
+        return f"the norm of the gradients{of_step} is {applied.grad_norm}, though each of them is finite"
+    params = trainable(model)
+    numbers = {id(p): (i, name) for i, (name, p) in enumerate(params.items())}
+    # A backward pass runs from the last layer to the first, so the last weight in the model's order is where it began.
+    _, name = max(numbers[id(p)] for p in unfit)
+    return f"the gradient of {name}{of_step} is inf or nan ({len(unfit)} of {len(params)} trained weights have such)"
+
+
+def first_nonfinite(tensors):
+    """Return the name of the first tensor in {name: tensor} that holds inf or nan, or None. Waits once per device."""
+    by_device = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            by_device.setdefault(tensor.device, []).append((name, tensor.detach()))
+    for named in by_device.values():
+        # Minimum and maximum pass a nan on and need no memory, where isfinite() of the whole would make a mask of it.
+        ends = torch.stack([torch.stack(torch.aminmax(tensor)).float() for _, tensor in named])
+        for (name, _), is_finite in zip(named, torch.isfinite(ends).all(1).tolist(), strict=True):
+            if not is_finite:
+                return name
+    return None
+
+
+def require_finite(tensors, what):
+    """NonFiniteLossError for the first of {name: tensor} that holds inf or nan. what: they belong to, for the message."""
+    name = first_nonfinite(tensors)
+    if name is not None:
+        raise NonFiniteLossError(f"{name} holds inf or nan, so {what} was not saved; what was saved before is kept")

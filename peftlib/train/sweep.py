@@ -8,7 +8,7 @@ from peftlib.core.errors import ConfigError, NonFiniteLossError, Stopped
 from peftlib.core.files import copy_tree, read_json, rename, write_json
 from peftlib.core.json_reading import Maybe, require_shape
 from peftlib.core.study import Study
-from peftlib.train.loop import TrainingRun
+from peftlib.train.loop import run_training
 
 FACTORS = (0.3, 1.0, 3.0)
 _TRIED = {"factor": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
@@ -16,12 +16,12 @@ _SHAPE = {"method": str, "rows": int, "steps": int, "seed?": int, "tried": [_TRI
 
 
 def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
-    """Train `method` on the first `rows` of the study's row order at each factor of its rates; returns what was found.
+    """Train `method` on the first `rows` of the study's row order at each factor of its rates; returns the findings.
 
     A method with two rates (the hybrid) has both multiplied. {'method', 'rows', 'steps', 'tried': [{'factor', one
     entry a rate field, 'valid_loss', 'train_loss'}, ...], 'best': the entry of the least validation loss}, also written
     to sweeps/<method>.json. valid_loss is None where the loss became inf or nan. Test rows are never seen. A cut sweep
-    goes on where it stopped.
+    resumes where it stopped.
     ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. StudyError: the
     study has begun with other settings. Stopped: cut, and saved. NonFiniteLossError: no factor led to a finite loss.
     """
@@ -37,7 +37,7 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
     for factor in factors:
         rates = {name: getattr(cfg, name) * factor for name in fields}
         own = {"max_steps": steps, "resume_rate_factor": 1.0}  # a trial that diverges is a finding, not to be saved
-        record = _trained(study, method, cfg.replace(**own, **rates), factor, log)
+        record = _trial(study, method, cfg.replace(**own, **rates), factor, log)
         last = record["valid_history"][-1]["valid_loss"] if record["status"] == "ok" else None
         tried.append({"factor": factor, **rates, "valid_loss": last, "train_loss": record["train_loss"]})
         log(f"{method}, {_shown(rates)}: " + ("not finite" if last is None else f"validation loss {last:.4f}"))
@@ -56,12 +56,12 @@ def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
 
 
 def path_of(study, method):
-    """Where the result of a method's sweep is kept."""
+    """Where the result of a method's sweep is written."""
     return study.folder / "sweeps" / f"{method}.json"
 
 
 def kept(study, method, *, factors=FACTORS, rows=1500):
-    """What an earlier sweep of the same factors and rows found, or None."""
+    """Read what an earlier sweep of the same factors and rows found, or None."""
     path = path_of(study, method)
     found = require_shape(read_json(path), _SHAPE, path) if path.exists() else None
     is_same = found is not None and (found["rows"], [e["factor"] for e in found["tried"]]) == (rows, list(factors))
@@ -74,32 +74,31 @@ def is_at_edge(found):
     return found["best"]["factor"] in (min(factors), max(factors))
 
 
-def _trained(study, method, cfg, factor, log):
-    """The record of one run of the sweep, from its place below the study or made now; 'failed' where it diverged."""
+def _trial(study, method, cfg, factor, log):
+    """The record of one run of the sweep, read or trained now; 'failed' where it diverged. Only the record is kept."""
     small = Study(study.folder / "sweeps" / f"{method}-{factor:g}", cfg)
     record = records.load(small, method, cfg.seed)
-    if record is None or record["run_hash"] != cfg.run_hash(method) or not _is_settled(record):
+    is_settled = record is not None and (record["status"] == "ok" or _has_diverged(record))
+    if not is_settled or record["run_hash"] != cfg.run_hash(method):
         if not small.data_dir.exists():
-            # Beside it first: a cut copy must not pass for the data.
-            beside = small.folder / "data.copying"
+            beside = small.folder / "data.copying"  # a cut copy must not pass for the data
             shutil.rmtree(beside, ignore_errors=True)
             copy_tree(study.data_dir, beside)
             rename(beside, small.data_dir)
         small.freeze()
         try:
-            record = TrainingRun(small, method, log=log).train()
+            record = run_training(small, method, log=log)
         except NonFiniteLossError:
             record = records.load(small, method, cfg.seed)
         if record["status"] == "stopped":
             raise Stopped(f"the sweep of {method} stopped at factor {factor:g}, step {record['steps']}: run it again")
-    for name in ("weights", "checkpoints", "compile", "data"):  # the record is what counts
+    for name in ("weights", "checkpoints", "compile", "data"):
         shutil.rmtree(small.folder / name, ignore_errors=True)
     return record
 
 
-def _is_settled(record):
-    is_diverged = record["status"] == "failed" and (record["error"] or "").startswith(NonFiniteLossError.__name__)
-    return record["status"] == "ok" or is_diverged
+def _has_diverged(record):
+    return record["status"] == "failed" and (record["error"] or "").startswith(NonFiniteLossError.__name__)
 
 
 def _shown(rates):

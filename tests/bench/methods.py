@@ -163,7 +163,7 @@ def measure(setting):
     from peftlib import methods
     from peftlib.core import config
     from peftlib.models.shapes import Shape
-    from peftlib.train import flops
+    from peftlib.train import estimate
     from peftlib.train import memory_model as plan
 
     stepper, model = build(setting)
@@ -206,8 +206,8 @@ def measure(setting):
         return found
     found["tok_s"] = useful / later[len(later) // 2]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting["precision"]]
-    ceiling = flops.matmul_ceiling(stepper.device, dtype)
-    needed = flops.flops_per_token(shape, methods.find(setting["method"]), length=setting["seq"])
+    ceiling = estimate.matmul_ceiling(stepper.device, dtype)
+    needed = estimate.flops_per_token(shape, methods.find(setting["method"]), length=setting["seq"])
     found.update(mfu=found["tok_s"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
     if setting.get("refresh"):
         found.update(_refresh_seconds(stepper.optimizer))

@@ -62,19 +62,21 @@ def margin_where_they_part(model, prompt, plain, ours):
     return float(best[0] - best[1])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_answers_equal_stock_generate_row_by_row(seed):
-    model, (prompts, limits) = stopping_model(seed), uneven(100, seed)
+@pytest.mark.parametrize(
+    ("seed", "rows"), [(0, 40), *(pytest.param(seed, 100, marks=pytest.mark.slow) for seed in range(5))]
+)
+def test_answers_equal_stock_generate_row_by_row(seed, rows):
+    model, (prompts, limits) = stopping_model(seed), uneven(rows, seed)
     plain = [alone(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     ours = dict(decoding.generate_by_slots(model, prompts, limits, slots=13))
-    assert sorted(ours) == list(range(100))
-    others = [i for i in range(100) if ours[i] != plain[i]]
-    assert len(others) <= 0.005 * 100
+    assert sorted(ours) == list(range(rows))
+    others = [i for i in range(rows) if ours[i] != plain[i]]
+    assert len(others) <= 0.005 * rows
     assert all(margin_where_they_part(model, prompts[i], plain[i], ours[i]) <= 1e-3 for i in others)
-    assert 20 < sum(ids[-1] in STOPS for ids in plain) < 80 and len({len(ids) for ids in plain}) > 8
+    assert 0.2 < sum(ids[-1] in STOPS for ids in plain) / rows < 0.8 and len({len(ids) for ids in plain}) > 8
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(1, 0), (1, 1), (5, 64), (40, 0), (40, 1), (40, 8), (40, 40)])
+@pytest.mark.parametrize(("rows", "slots"), [(1, 0), (1, 1), (5, 64), (20, 0), (20, 1), (20, 8), (20, 20)])
 def test_every_row_is_answered_once_whatever_the_slots(rows, slots):
     model, (prompts, limits) = stopping_model(), uneven(rows)
     made = list(decoding.generate_by_slots(model, prompts, limits, slots=slots))
@@ -84,7 +86,7 @@ def test_every_row_is_answered_once_whatever_the_slots(rows, slots):
 
 
 def test_the_pace_of_a_gpu_makes_the_same_answers(monkeypatch):
-    model, (prompts, limits) = stopping_model(), uneven(60)
+    model, (prompts, limits) = stopping_model(), uneven(30)
     by_row = dict(decoding.generate_by_slots(model, prompts, limits, slots=16))
     small = decoding.Pace(prompt_tokens=300, steps=4, places=16, shrink=4)
     monkeypatch.setattr(decoding, "CPU_PACE", small)
@@ -153,17 +155,17 @@ def unmerged(tiny_model, precision):
 
 
 def test_adapters_beside_a_4_bit_model_answer_alike(tiny_model):
-    model, (prompts, limits) = unmerged(tiny_model, "fp32"), uneven(12)
+    model, (prompts, limits) = unmerged(tiny_model, "fp32"), uneven(7, most=8)
     ours = dict(decoding.generate_by_slots(model, prompts, limits, slots=4))
-    assert [ours[i] for i in range(12)] == [alone(model, p, n) for p, n in zip(prompts, limits, strict=True)]
+    assert [ours[i] for i in range(7)] == [alone(model, p, n) for p, n in zip(prompts, limits, strict=True)]
 
 
 def test_a_model_in_autocast_keeps_its_cache_in_that_precision(tiny_model):
-    model, (prompts, limits) = unmerged(tiny_model, "bf16"), uneven(12)
+    model, (prompts, limits) = unmerged(tiny_model, "bf16"), uneven(8, most=12)
     assert decoding._dtype(model) == torch.bfloat16
     ours = dict(decoding.generate_by_slots(model, prompts, limits, slots=4))
     same = [ours[i] == alone(model, p, n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
-    assert sum(same) >= 9  # bf16 rounds by neighbours
+    assert sum(same) >= 6  # bf16 rounds by neighbours
 
 
 def test_a_residual_beyond_fp16_does_not_overflow_in_the_slots(tmp_path):

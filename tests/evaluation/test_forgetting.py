@@ -1,25 +1,50 @@
 """General text: bundled, licensed, apart from what trains, and its loss measured the plain way for base and methods."""
 
+import shutil
 from pathlib import Path
 
 import leaks
 import pytest
 import tiny
 import torch
+from conftest import TINY
 
 from peftlib import data
 from peftlib.core import record
+from peftlib.core.config import resolve
 from peftlib.core.errors import ModelError, StudyError
+from peftlib.core.study import Study
 from peftlib.data.readers import read_rows
 from peftlib.data.schemas import convert, detect
 from peftlib.data.sources import SAMPLE
 from peftlib.evaluation import forgetting
-from peftlib.evaluation.evaluate import _rounding_of_another_seed, evaluate
+from peftlib.evaluation.evaluate import evaluate
 from peftlib.models.identity import provenance_of
 from peftlib.models.load import load_base
 from peftlib.train.loop import TrainingRun
 
 FOLDER = Path(forgetting.__file__).parent / "general"
+# Rates so small that nothing moves: all that a 4-bit method "forgets" is the rounding.
+STILL = {"max_steps": 2, "general_tokens": 150, "lora_learning_rate": 1e-30, "galore_learning_rate": 1e-30}
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tiny_model, built_data, tmp_path_factory):
+    """The folder of a study with a finished qlora run, trained once for this module; nobody writes there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFTLIB_ROOT", str(tmp_path_factory.mktemp("trained")))
+        study = Study.open(resolve("demo", model=str(tiny_model), study="tiny", **TINY, **STILL))
+        shutil.copytree(built_data, study.data_dir)
+        study.freeze()
+        TrainingRun(study, "qlora", log=lambda line: None).train()
+    return study.folder
+
+
+@pytest.fixture
+def trained(make_study, trained_folder, tmp_path):
+    """A study of this test's own in which qlora is trained."""
+    shutil.copytree(trained_folder, tmp_path / "runs" / "tiny")
+    return make_study(**STILL)
 
 
 def as_messages(*texts):
@@ -86,11 +111,9 @@ def test_base_and_a_method_are_measured_on_the_same_text(make_study):
     assert record.load(study, "galore", 0)["evaluation"]["general_tokens"] == 150
 
 
-def test_four_bits_alone_are_measured_on_the_untrained_model(make_study):
-    fields = {"max_steps": 2, "general_tokens": 150, "lora_learning_rate": 1e-30}
-    study, other_seed = make_study(**fields), make_study(**fields, seed=1)
-    for each in (study, other_seed):
-        TrainingRun(each, "qlora", log=lambda line: None).train()
+def test_four_bits_alone_are_measured_on_the_untrained_model(trained, make_study):
+    study, other_seed = trained, make_study(**STILL, seed=1)
+    TrainingRun(other_seed, "qlora", log=lambda line: None).train()
     base, first = (evaluate(study, method, log=lambda line: None)["evaluation"] for method in ("base", "qlora"))
     # adapters that did not move leave the rounded model, so that all that was "forgotten" is the rounding
     assert first["general_loss_nf4"] == pytest.approx(first["general_loss"], rel=1e-6)
@@ -104,10 +127,10 @@ def test_four_bits_alone_are_measured_on_the_untrained_model(make_study):
     )
 
 
-def test_the_rounding_of_a_seed_is_taken_for_its_method_precision_and_text_alone(make_study):
-    study = make_study(max_steps=2, general_tokens=150, lora_learning_rate=1e-30, galore_learning_rate=1e-30)
+def test_the_rounding_of_a_seed_is_taken_for_its_method_precision_and_text_alone(trained):
+    study = trained
+    TrainingRun(study, "hybrid", log=lambda line: None).train()
     for method in ("qlora", "hybrid"):
-        TrainingRun(study, method, log=lambda line: None).train()
         evaluate(study, method, log=lambda line: None)
     qlora, hybrid = (record.load(study, method, 0) for method in ("qlora", "hybrid"))
     for made in (qlora, hybrid):
@@ -116,24 +139,23 @@ def test_the_rounding_of_a_seed_is_taken_for_its_method_precision_and_text_alone
     assert qlora["evaluation"]["general_loss_nf4"] != hybrid["evaluation"]["general_loss_nf4"]
     bare = {**qlora, "seed": 1, "evaluation": {**qlora["evaluation"]}}
     del bare["evaluation"]["general_loss_nf4"]
-    assert _rounding_of_another_seed(study, bare) == qlora["evaluation"]["general_loss_nf4"]
+    assert forgetting.rounding_of_another_seed(study.records(), bare) == qlora["evaluation"]["general_loss_nf4"]
     for changes in (
         {"method": "lora"},
         {"precision": "fp16"},
         {"evaluation": {**bare["evaluation"], "general_text_sha256": "other"}},
         {"evaluation": {**bare["evaluation"], "precision": "bf16"}},
     ):
-        assert _rounding_of_another_seed(study, {**bare, **changes}) is None
+        assert forgetting.rounding_of_another_seed(study.records(), {**bare, **changes}) is None
 
 
 @pytest.mark.parametrize("error", [ModelError("no bitsandbytes"), RuntimeError("CUDA out of memory")])
-def test_an_evaluation_stands_where_the_rounding_cannot_be_measured(make_study, monkeypatch, error):
-    study, lines = make_study(max_steps=2, general_tokens=150), []
+def test_an_evaluation_stands_where_the_rounding_cannot_be_measured(trained, monkeypatch, error):
+    study, lines = trained, []
 
     def fail(*args, **settings):
         raise error
 
-    TrainingRun(study, "qlora", log=lambda line: None).train()
     monkeypatch.setattr("peftlib.evaluation.evaluate.load_rounded", fail)
     done = evaluate(study, "qlora", log=lines.append)["evaluation"]
     assert done["general_loss"] and "general_loss_nf4" not in done and str(error) in lines[-1]
@@ -151,9 +173,8 @@ def test_no_general_text_no_rounding(make_study):
     assert lines[-1] == "qlora: evaluated before, nothing to do" and not any("4 bits" in line for line in lines)
 
 
-def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done_again(make_study):
-    study = make_study(max_steps=2, general_tokens=150)
-    TrainingRun(study, "qlora", log=lambda line: None).train()
+def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done_again(trained):
+    study = trained
     whole = evaluate(study, "qlora", log=lambda line: None)
     old = {**whole, "evaluation": {k: v for k, v in whole["evaluation"].items() if k != "general_loss_nf4"}}
     record.save(study, old)

@@ -9,7 +9,8 @@ from peftlib.core.errors import Stopped, StudyError
 from peftlib.data import load_split
 from peftlib.evaluation import generate
 from peftlib.evaluation.evaluate import evaluate, trained_methods
-from peftlib.evaluation.generate import Answer, Predictions, answer_batch, answer_rows
+from peftlib.evaluation.generate import Answer, answer_batch, answer_rows
+from peftlib.evaluation.predictions import Predictions
 from peftlib.models.chat_template import encode_prompt
 from peftlib.train.loop import TrainingRun
 
@@ -56,11 +57,11 @@ class Dying(Predictions):
 
     left = 2
 
-    def add(self, test_rows, answers):
+    def add(self, test_row, answer):
         if not self.left:
             raise Killed
         self.left -= 1
-        super().add(test_rows, answers)
+        super().add(test_row, answer)
 
 
 @pytest.mark.parametrize(("engine", "batch"), [("auto", 0), ("slots", 1), ("slots", 4), ("plain", 2), ("plain", 3)])
@@ -97,7 +98,7 @@ def test_a_block_cut_in_the_middle_is_answered_by_the_same_batches(monkeypatch):
         {"id": str(i), "source": "s", "prompt_sha256": "", "messages": [{"role": "user", "content": "a" * i}, {}]}
         for i in range(1, 8)
     ]
-    kept = types.SimpleNamespace(rows={"6": {}}, add=lambda rows, answers: None, complete=lambda rows: None)
+    kept = types.SimpleNamespace(rows={"6": {}}, add=lambda row, answer: None, complete=lambda rows: None)
     settings = {"max_new_tokens": 5, "batch": 3, "engine": "plain", "log": lambda line: None}
     answer_rows(tiny.model(), tiny.tokenizer(), rows, kept, **settings)
     assert [len(block) for block in asked] == [3, 3, 1]
@@ -108,14 +109,14 @@ def test_a_block_cut_in_the_middle_is_answered_by_the_same_batches(monkeypatch):
 
 def test_an_answer_with_a_line_separator_is_one_row(tmp_path):
     kept = Predictions(tmp_path / "p.jsonl", "h")
-    kept.add([{"id": "a", "source": "s", "prompt_sha256": "x"}], [Answer("one\u2028two\x85three", 3, "stop")])
+    kept.add({"id": "a", "source": "s", "prompt_sha256": "x"}, Answer("one\u2028two\x85three", 3, "stop"))
     before = kept.path.read_bytes()
     assert Predictions(kept.path, "h").rows == kept.rows and kept.path.read_bytes() == before
 
 
 def test_answers_of_another_split_are_refused_and_stay(tmp_path):
     path = tmp_path / "p.jsonl"
-    Predictions(path, "old").add([{"id": "a", "source": "s", "prompt_sha256": "x"}], [Answer("one", 3, "stop")])
+    Predictions(path, "old").add({"id": "a", "source": "s", "prompt_sha256": "x"}, Answer("one", 3, "stop"))
     before = path.read_text()
     with pytest.raises(StudyError, match="split_hash old, the data new.*move the file away"):
         Predictions(path, "new")

@@ -13,7 +13,6 @@ from peftlib.evaluation import results as scored
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
-from peftlib.evaluation.judging.study import cases_of_study
 from peftlib.report import build as report
 from peftlib.report import charts as report_charts
 
@@ -285,7 +284,7 @@ def test_what_does_not_name_one_judge_and_two_methods_is_refused(study):
     with pytest.raises(StudyError, match="two different methods"):
         judge.in_order(["base", "base"])
     with pytest.raises(StudyError, match=r"no answers of galore \(seed 0\)"):
-        cases_of_study(study, ("base", "galore"), 0, 0)
+        judge.cases_of_study(study, ("base", "galore"), 0, 0)
 
 
 def test_answers_to_other_rows_are_not_judged(study):

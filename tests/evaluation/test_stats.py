@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from peftlib.core.errors import DataError
-from peftlib.evaluation import metrics, stats
+from peftlib.evaluation import hf_metrics, metrics, stats
 
 ROUNDS = 300
 
@@ -47,7 +47,7 @@ def test_same_seed_same_intervals_and_another_seed_others():
 
 
 @pytest.mark.parametrize("metric", ["bleu4", "rougeL"])
-@pytest.mark.parametrize("n_rows", [48, 150])
+@pytest.mark.parametrize("n_rows", [48, pytest.param(150, marks=pytest.mark.slow)])
 def test_interval_covers_the_true_score_near_95_percent(metric, n_rows):
     rng = np.random.default_rng(5)
     large = simulated(rng, 200_000)
@@ -60,7 +60,7 @@ def test_interval_covers_the_true_score_near_95_percent(metric, n_rows):
 
 
 @pytest.mark.parametrize("metric", ["bleu4", "rougeL"])
-@pytest.mark.parametrize("n_rows", [48, 150])
+@pytest.mark.parametrize("n_rows", [48, pytest.param(150, marks=pytest.mark.slow)])
 def test_equal_systems_are_called_equal(metric, n_rows):
     rng = np.random.default_rng(17)
     equal = 0
@@ -100,7 +100,7 @@ def test_swap_test_agrees_with_sacrebleus_paired_test():
 
     answers, references = corpus(80, 1, shared=0.6)
     others = [metrics.cut_words(text, 9) for text in answers]
-    rows, other = (metrics.row_scores(texts, references) for texts in (answers, others))
+    rows, other = (hf_metrics.scored(texts, references)[1] for texts in (answers, others))
     ours = stats.swap_test([other], [rows], "bleu4", resamples=2000)
     _, theirs = PairedTest(
         [("a", answers), ("b", others)], {"BLEU": BLEU(references=[references])}, None, test_type="ar", n_samples=2000
@@ -169,11 +169,11 @@ def test_the_mean_of_one_number_a_row_has_the_intervals_of_a_score():
         stats.mean_interval([])
 
 
-def test_a_difference_is_put_in_words():
-    words = stats.describe_difference(stats.Interval(0.01, -0.002, 0.022), "galore", "qlora", "bleu4")
-    assert "inside the noise" in words and "BLEU-4" in words and "+0.0100" in words
-    words = stats.describe_difference(stats.Interval(-0.03, -0.04, -0.02), "hybrid", "galore", "rougeL")
-    assert words.startswith("hybrid scores lower than galore in ROUGE-L") and "noise" not in words
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(-0.002, 0.022, "inside the noise"), (-0.04, -0.02, "lower"), (0.02, 0.04, "higher")]
+)
+def test_the_verdict_of_a_difference_says_where_it_is_noise(low, high, verdict):
+    assert stats.Interval((low + high) / 2, low, high).verdict == verdict
 
 
 @pytest.mark.parametrize("degrees, exact", [(5, 2.570582), (47, 2.011741), (5999, 1.960364)])
@@ -216,6 +216,7 @@ def test_a_handful_of_rows_gives_an_interval_and_no_crash(n_rows):
     assert found.low <= np.quantile(replicates, 0.02) and found.high >= np.quantile(replicates, 0.98)
 
 
+@pytest.mark.slow
 def test_few_seeds_that_differ_are_covered_too():
     """Seeds apart by far more than rows are: three of them must not promise more than they know."""
     rng = np.random.default_rng(31)

@@ -25,7 +25,6 @@ def build(root, model, data, settings):
     from peftlib.evaluation.evaluate import evaluate
     from peftlib.evaluation.judging import judge
     from peftlib.evaluation.judging import verdicts as judge_verdicts
-    from peftlib.evaluation.judging.study import cases_of_study
     from peftlib.train import sweep
     from peftlib.train.loop import TrainingRun
 
@@ -40,7 +39,7 @@ def build(root, model, data, settings):
         evaluate(study, method, **_QUIET)
     TrainingRun(Study.open(cfg.replace(max_seconds=1e-6)), "apollo", **_QUIET).train()
     sweep.sweep(study, "hybrid", factors=(1.0,), rows=2, **_QUIET)
-    names, cases = cases_of_study(study, ("base", "hybrid"), 0, 0)
+    names, cases = judge.cases_of_study(study, ("base", "hybrid"), 0, 0)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, ("base", "hybrid")), names)
     judge.run(cases, verdicts, Judge(), **_QUIET)
     _report(root)

@@ -10,8 +10,8 @@ from torch.utils._appending_byte_serializer import AppendingByteSerializer
 from peftlib.core.errors import ModelError
 from peftlib.models import compile as compiled
 from peftlib.models.compile import CompileCache
+from peftlib.train.batching import pack
 from peftlib.train.loop import TrainingRun
-from peftlib.train.schedule import pack
 
 # The hybrid has both kinds of layers, fused 4-bit ones and trained ones: the others say in which of them a fault is.
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qlora", "galore")]
@@ -167,10 +167,10 @@ def test_a_run_loads_no_cache_from_its_study(make_study, monkeypatch, tmp_path):
     loaded, study = [], make_study()
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data))
     run = TrainingRun(study, "lora", log=lambda line: None)
-    run._start()
-    mine = run.placement._cache.path
+    run._build_optimizer()
+    mine = run.execution._cache.path
     assert mine.parent == tmp_path / "cache" / "compile"
     content = artifacts("pgo", "k")
     (study.folder / "compile").mkdir()
     (study.folder / "compile" / mine.name).write_bytes(hashlib.sha256(content).digest() + content)
-    assert not run.placement._cache.load() and not loaded
+    assert not run.execution._cache.load() and not loaded

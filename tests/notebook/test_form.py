@@ -15,7 +15,7 @@ from peftlib.models.shapes import SHAPES
 from peftlib.notebook import planner as form
 from peftlib.notebook import session as notebook
 from peftlib.runner import notebooks as runner
-from peftlib.train import costs, hours
+from peftlib.train import estimate
 from peftlib.train import memory_model as plan
 
 
@@ -28,12 +28,13 @@ def fresh(tmp_path, monkeypatch):
 
 def test_every_method_has_memory_time_and_a_mark_and_they_are_the_planners(fresh):
     found = form.answer(fresh, {}, "l4")
-    table = plan.table(SHAPES["gemma-3-1b"], fresh.cfg, precision="bf16", device_bytes=int(CARDS["l4"].gib * plan.GIB))
+    how = {"precision": "bf16", "device_bytes": int(CARDS["l4"].gib * plan.GIB)}
     rows = form.table(found.forecast)
     assert [row["method"] for row in rows] == list(methods.METHODS)
-    for row, planned in zip(rows, table, strict=True):
-        assert row["GiB"] == f"{planned['total_gib']:.2f}" and row["of GiB"] == "22.0"
-        assert row["micro-batch"] == str(planned["micro_batch"]) and row["fits"] == "yes"
+    for row in rows:
+        planned = plan.best_plan(SHAPES["gemma-3-1b"], row["method"], fresh.cfg, **how)
+        assert row["GiB"] == f"{planned.total / plan.GIB:.2f}" and row["of GiB"] == "22.0"
+        assert row["micro-batch"] == str(planned.micro_batch) and row["fits"] == "yes"
         assert row[""] == "estimate" and " to " in row["time"]
     assert found.refused == "" and any("no data yet" in line for line in found.forecast.notes())
 
@@ -78,18 +79,18 @@ def test_a_rank_larger_than_a_layer_refuses_the_methods_that_need_it_by_the_trai
 
 def test_where_nothing_fits_it_says_what_to_change(fresh):
     small = CARDS["t4"].__class__(2.0, 65, 320, "fp16", "Small")
-    found = costs.forecast(resolve("t4", micro_batch_size=16), "small card", small, shape=SHAPES["gemma-3-1b"])
+    found = estimate.forecast(resolve("t4", micro_batch_size=16), "small card", small, shape=SHAPES["gemma-3-1b"])
     assert not any(cost.fits for cost in found.costs)
     assert "on a small card with 2.0 GiB: the least is" in found.refusal
     assert "Set micro_batch_size to 0, lower max_length (now 1024), or take a smaller model" in found.refusal
     too_wide = resolve("t4", lora_rank=10**6, galore_rank=10**6, apollo_rank=10**6)
-    found = costs.forecast(too_wide, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"])
+    found = estimate.forecast(too_wide, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"])
     assert [cost.method for cost in found.costs if cost.fits] == ["full"]
 
 
 def test_a_set_micro_batch_is_what_is_planned_for():
     shape, cfg = SHAPES["gemma-3-1b"], resolve("t4", micro_batch_size=2, activation_checkpointing="on")
-    found = costs.forecast(cfg, "t4", CARDS["t4"], shape=shape)
+    found = estimate.forecast(cfg, "t4", CARDS["t4"], shape=shape)
     set_plan = plan.estimate(shape, "qlora", cfg, precision="fp16", micro_batch=2, checkpointing="on")
     assert found.costs[0].memory_gib == set_plan.total / plan.GIB and found.costs[0].micro_batch == 2
     assert any("0 lets the planner choose" in note for note in found.notes())
@@ -178,7 +179,7 @@ def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):
     ],
 )
 def test_times_have_a_unit_that_fits(seconds, words):
-    assert hours.duration(*seconds) == words
+    assert estimate.duration(*seconds) == words
 
 
 def test_a_live_kernel_gets_widgets_and_papermill_does_not(kernel_of):

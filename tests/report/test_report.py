@@ -12,7 +12,7 @@ import pytest
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json
 from peftlib.core.markdown import escape, table
-from peftlib.evaluation import comparison, metrics, stats
+from peftlib.evaluation import comparison, hf_metrics, metrics, stats
 from peftlib.report import build as report
 from peftlib.report import charts, findings
 from peftlib.report.build import COLUMNS
@@ -146,7 +146,7 @@ def test_report_holds_the_fields_table_with_base_cut_at_the_median_reference(bui
     references = [row["messages"][-1]["content"] for row in fake_study.made_rows(48)]
     assert cut == metrics.median_words(references)
     answers = fake_study.answers_of(fake_study.made_rows(48), "base", 0)
-    expected = metrics.score([metrics.cut_words(answer, cut) for answer in answers], references)
+    expected = hf_metrics.score([metrics.cut_words(answer, cut) for answer in answers], references)
     assert f"{expected['rougeL']:.4f} (" in text
     assert list(shown.table["technique"])[2:] == ["qlora", "galore", "hybrid"]
     assert "Q4_K_M" in text and "sacrebleu, nrefs:1" in text

@@ -13,7 +13,7 @@ from peftlib.core.errors import ConfigError, ModelError
 from peftlib.core.gpus import CARDS, card_of_device, find_card
 from peftlib.models.shapes import SHAPES, Shape, shape_of
 from peftlib.runner.suite_plan import plan_lines
-from peftlib.train import hours
+from peftlib.train import estimate
 from peftlib.train import memory_model as plan
 
 
@@ -34,14 +34,15 @@ def test_a_t4_gets_every_method_with_hours_that_are_marked_as_estimates():
 
 def test_memory_and_micro_batch_are_the_planners():
     cfg = config.resolve("gpu")
-    table = plan.table(SHAPES["gemma-3-1b"], cfg, precision="bf16", device_bytes=int(CARDS["l4"].gib * plan.GIB))
+    how = {"precision": "bf16", "device_bytes": int(CARDS["l4"].gib * plan.GIB)}
     found = rows_of(plan_lines("l4", {}))
-    for row in table:
-        assert found[row["method"]][2:5] == [f"{row['total_gib']:.2f}", str(row["micro_batch"]), row["checkpointing"]]
+    for method in methods.METHODS:
+        best = plan.best_plan(SHAPES["gemma-3-1b"], method, cfg, **how)
+        assert found[method][2:5] == [f"{best.total / plan.GIB:.2f}", str(best.micro_batch), best.checkpointing]
 
 
 def test_the_card_that_was_measured_gets_the_measured_speed():
-    measured = [row for row in hours.measured_rows() if row["method"] == "galore" and row["precision"] == "bf16"]
+    measured = [row for row in estimate.measured_rows() if row["method"] == "galore" and row["precision"] == "bf16"]
     best = max(row["tok_s"] for row in measured if "H200" in row["device"])
     found = rows_of(plan_lines("h200", {"model": "gemma-3-1b"}))["galore"]
     assert found[-1] == "measured speed" and found[5] == f"{float(f'{best:.2g}'):,.0f}"
@@ -54,8 +55,8 @@ def test_a_smaller_micro_batch_than_measured_is_no_measured_speed():
 
 
 def speed(card, method="qlora", shape="gemma-3-1b", rows=None, micro_batch=16):
-    rows = hours.measured_rows() if rows is None else rows
-    return hours.speed(
+    rows = estimate.measured_rows() if rows is None else rows
+    return estimate.speed(
         CARDS[card], SHAPES[shape], method, precision="bf16", length=1024, micro_batch=micro_batch, rows=rows
     )
 
@@ -71,21 +72,21 @@ def test_estimates_follow_the_cards_and_the_model():
 def test_without_any_measurement_the_basis_is_the_published_peak(tmp_path):
     found = speed("l4", rows=[])
     assert found.high / found.low == pytest.approx(4) and "10% to 40% of the card's published 121 TFLOPS" in found.basis
-    assert hours.measured_rows(tmp_path / "none.json") == []
+    assert estimate.measured_rows(tmp_path / "none.json") == []
     (tmp_path / "odd.json").write_text(json.dumps([1, {"method": "qlora"}, {"device": "NVIDIA H200"}]))
-    assert hours.measured_rows(tmp_path / "odd.json") == []
+    assert estimate.measured_rows(tmp_path / "odd.json") == []
 
 
 def test_hours_come_from_the_studys_own_rows(make_study):
     study = make_study()
     manifest = study.manifest()
-    low, high, basis = hours.study_tokens(study.cfg, manifest)
+    low, high, basis = estimate.study_tokens(study.cfg, manifest)
     total = sum(found["total"] for found in manifest["tokens"]["train"].values())
     assert low == high == pytest.approx(total) and "as the study's data have them" in basis
-    assert hours.study_tokens(study.cfg.replace(epochs=3), manifest)[0] == pytest.approx(3 * total)
+    assert estimate.study_tokens(study.cfg.replace(epochs=3), manifest)[0] == pytest.approx(3 * total)
     steps = study.cfg.replace(max_steps=1)
     n_rows = sum(manifest["counts"]["train"].values())
-    assert hours.study_tokens(steps, manifest)[0] == pytest.approx(total / n_rows * steps.batch_size)
+    assert estimate.study_tokens(steps, manifest)[0] == pytest.approx(total / n_rows * steps.batch_size)
     said = "\n".join(plan_lines("t4", {}, study))
     assert f"{n_rows} training rows of" in said
 

@@ -13,7 +13,7 @@ from peftlib.core.errors import LockedError, SchemaError, StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, fault, parse
 from peftlib.core.record import read as read_record
-from peftlib.evaluation.generate import Predictions
+from peftlib.evaluation.predictions import Predictions
 from peftlib.runner.notebook_io import load as load_notebook
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror_state import MirrorState

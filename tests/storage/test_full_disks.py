@@ -22,7 +22,6 @@ from peftlib.core.errors import DiskError, PeftlibError, StudyError, reading, wr
 from peftlib.core.study import Study
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
-from peftlib.evaluation.judging.study import cases_of_study
 from peftlib.report import build as report
 
 ROOM_KIB = (0, 4, 16, 64, 256, 1024)  # left on the disk
@@ -31,7 +30,7 @@ ROOM_KIB = (0, 4, 16, 64, 256, 1024)  # left on the disk
 def _judge_anew(root):
     study = Study.existing(finished_study.NAME)
     methods = ("base", "hybrid")
-    names, cases = cases_of_study(study, methods, 0, 0)
+    names, cases = judge.cases_of_study(study, methods, 0, 0)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, methods), names)
     judge.run(cases, verdicts, finished_study.Judge(), log=lambda line: None)
     return sorted((line["id"], line["order"], line["verdict"]) for line in verdicts.lines)

@@ -13,8 +13,8 @@ from peftlib.optim.apollo import ApolloAdamW
 from peftlib.optim.galore import GaLoreAdamW
 from peftlib.report import figures
 from peftlib.storage.checkpoint import CheckpointDir
-from peftlib.train import callbacks as progress
-from peftlib.train import changes
+from peftlib.train import run_record
+from peftlib.train.callbacks import Callback
 from peftlib.train.loop import TrainingRun
 from peftlib.train.step import Stepper
 
@@ -210,7 +210,7 @@ def test_a_validation_loss_that_is_nan_is_recorded_as_unknown_and_told(make_stud
     monkeypatch.setattr("peftlib.train.loop.mean_loss", lambda *args, **settings: float("nan"))
     lines, shown = [], []
 
-    class Looker(progress.Watcher):
+    class Looker(Callback):
         def show(self, snapshot):
             shown.append(training_panel.ending(snapshot, lines)["text/plain"])
             figures.loss_curves([vars(snapshot)])
@@ -261,7 +261,7 @@ def test_a_run_goes_on_at_lower_rates_from_its_checkpoint_and_says_so(make_study
     assert rates_of(record) == straight[:2] + [0.25 * rate for rate in straight[2:]]
     [change] = record["changes"]
     assert change.pop("at") and change == {"step": 2, "what": "rate_factor", "from": 1.0, "to": 0.25}
-    told = next(changes.sentences(record))
+    told = next(run_record.change_sentences(record))
     assert told.startswith("qlora (seed 0) was not treated as the others: from step 2 on its learning rates were 0.25")
 
 

@@ -43,7 +43,7 @@ def test_a_run_lifts_its_cap_where_it_cannot_even_begin(make_study, card, monkey
         assert card["share"] == 0.25
         raise KeyError("planted")
 
-    monkeypatch.setattr("peftlib.train.loop.Placement", refuse)
+    monkeypatch.setattr("peftlib.train.loop.ExecutionPlan", refuse)
     with pytest.raises(KeyError, match="planted"):
         run.train()
     assert card["share"] == 0.75

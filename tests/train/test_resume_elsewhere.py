@@ -16,8 +16,7 @@ from peftlib.models.inspect import PROJECTIONS, trainable
 from peftlib.models.load import load_base
 from peftlib.storage import checkpoint
 from peftlib.storage.checkpoint import CheckpointDir
-from peftlib.train import changes
-from peftlib.train import run_state as resume
+from peftlib.train import run_record, run_state
 from peftlib.train.loop import TrainingRun
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -58,7 +57,7 @@ def test_a_run_goes_on_in_any_other_precision(make_study, method, precisions):
     assert any("made with precision bf16, here it is fp16: going on, not bit for bit" in line for line in lines)
     four_bit = [line for line in lines if "4-bit weights are quantized from that" in line]
     assert bool(four_bit) == bool(methods.find(method).four_bit)
-    said = list(changes.sentences(record))
+    said = list(run_record.change_sentences(record))
     assert said[0].startswith(f"{method} (seed 0) went on in fp16 from step 1 on (before: bf16)")
 
 
@@ -182,17 +181,17 @@ ODD = {
     "a nan": (with_nan, "holds inf or nan, so nothing can go on from it"),
     "no config hash": (state_without("run_hash"), "does not hold what .*lacks 'run_hash'"),
     "no progress": (state_without("progress"), "does not hold what .*lacks 'progress'"),
-    "progress of text": (state_with(progress="x"), "progress is 'x'"),
-    "unknown progress": (state_with(progress={"steps": 1}), "TypeError.*steps"),
-    "step of text": (state_with(progress={"step": "2"}), "step is '2'"),
-    "a step beyond the end": (state_with(progress={"step": 900}), "step is 900, the run has 6 steps"),
-    "history of numbers": (state_with(history=[1, 2]), "an entry of a list is 1"),
+    "progress of text": (state_with(progress="x"), 'progress is "x", not an object'),
+    "unknown progress": (state_with(progress={"steps": 1}), "progress lacks 'step'"),
+    "step of text": (state_with(progress={"step": "2"}), 'progress.step is "2", not a number'),
+    "a step beyond the end": (state_with(progress={"step": 900}), "progress.step is 900, the run has 6 steps"),
+    "history of numbers": (state_with(history=[1, 2]), "history.0 is 1, not an object"),
     "history without loss": (
         state_with(history=[{"step": 1, "tokens": 1, "seconds": 1.0, "learning_rate": 1.0}]),
         "lacks 'loss'",
     ),
-    "layers of text": (state_with(layers=["x"]), "an entry of a list is 'x'"),
-    "a rate factor of text": (state_with(rate_factor="x"), "rate_factor is 'x'"),
+    "layers of text": (state_with(layers=["x"]), 'layers.0 is "x", not an object'),
+    "a rate factor of text": (state_with(rate_factor="x"), 'rate_factor is "x", not a number'),
 }
 
 
@@ -234,4 +233,4 @@ def test_a_checkpoint_that_memory_does_not_hold_is_not_called_odd(cut, monkeypat
 
 
 def test_what_a_state_must_have_is_what_is_saved(cut):
-    assert set(resume._STATE) <= set(cut[1].newest()[0].state)
+    assert {name.removesuffix("?") for name in run_state._STATE} <= set(cut[1].newest()[0].state)

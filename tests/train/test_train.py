@@ -47,7 +47,11 @@ FAST = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The controls' long runs are left to `make test-slow`.
+STUDIED = [pytest.param(m, marks=() if m in ("qlora", "galore", "hybrid") else pytest.mark.slow) for m in METHODS]
+
+
+@pytest.mark.parametrize("method", STUDIED)
 def test_frozen_weights_stay_and_the_loss_falls_on_repeated_rows(make_study, method):
     study = make_study(epochs=8, lr_scheduler="constant", **FAST)
     run = TrainingRun(study, method, log=lambda line: None)
@@ -82,10 +86,15 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
     assert not any("lm_head" in row["layer"] and row["dtype"] == "nf4" for row in layer_table(run.model))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop_at", [1, 4])
+CUTS = [
+    *((method, 4) for method in METHODS),
+    *(pytest.param(*method.values, 1, marks=method.marks) for method in STUDIED),
+]
+
+
+@pytest.mark.parametrize("method, stop_at", CUTS)
 def test_a_resumed_run_is_bit_equal_to_one_never_stopped(make_study, monkeypatch, method, stop_at):
-    fields = {"lora_dropout": 0.1, "epochs": 2, "eval_steps": 2, "save_steps": 3}
+    fields = {"lora_dropout": 0.1, "epochs": 2, "max_steps": 8, "eval_steps": 2, "save_steps": 3}
     whole = make_study(study="whole", **fields)
     _, straight = trained(whole, method)
     cut = make_study(study="cut", **fields)
@@ -101,7 +110,7 @@ def test_a_resumed_run_is_bit_equal_to_one_never_stopped(make_study, monkeypatch
     assert first.train()["status"] == "stopped"
     torch.manual_seed(99)  # what a new session happens to have drawn must not matter
     _, resumed = trained(make_study(study="cut", **fields), method)
-    assert resumed["steps"] == straight["steps"] == 12
+    assert resumed["steps"] == straight["steps"] == 8
     assert [e["loss"] for e in resumed["history"]] == [e["loss"] for e in straight["history"]]
     assert resumed["valid_history"] == straight["valid_history"]
     assert_equal_weights(kept_weights(whole, method), kept_weights(cut, method))
@@ -187,6 +196,13 @@ def test_a_method_or_rank_that_cannot_be_is_refused(make_study, method, fields, 
         TrainingRun(make_study(**fields), method, log=lambda line: None).train()
 
 
+def test_several_processes_are_refused_before_the_model_is_loaded(make_study, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun and accelerate launch set it
+    monkeypatch.setattr("peftlib.train.loop.load_base", lambda *args, **settings: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="2 processes: .* start one process, and one seed per GPU"):
+        TrainingRun(make_study(), "qlora", log=lambda line: None)
+
+
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, monkeypatch):
     study = make_study(save_steps=2)
     run = TrainingRun(study, "qlora", log=lambda line: None)
@@ -206,14 +222,15 @@ def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, m
     trained(plain, "galore")
     lines = []
     run = TrainingRun(short, "galore", log=lines.append)
-    backward = run.accelerator.backward
+    forward_backward = Stepper.forward_backward
 
-    def full_card(loss):
-        backward(loss)
-        if run.placement.micro_batch_size == 4:
+    def full_card(*args):
+        loss = forward_backward(*args)
+        if run.execution.micro_batch_size == 4:
             raise torch.OutOfMemoryError("planted")
+        return loss
 
-    monkeypatch.setattr(run.accelerator, "backward", full_card)
+    monkeypatch.setattr(Stepper, "forward_backward", full_card)
     run.train()
     assert any("going on with micro_batch_size=2" in line for line in lines)
     assert_equal_weights(kept_weights(plain, "galore"), kept_weights(short, "galore"))
@@ -254,7 +271,7 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
     record = run.train()
     assert record["skipped_steps"] == 1 and record["status"] == "ok"
     assert record["placement"] == {
-        "micro_batch_size": run.placement.micro_batch_size,
+        "micro_batch_size": run.execution.micro_batch_size,
         "activation_checkpointing": "off",
         "is_compiled": False,
     }
@@ -288,10 +305,10 @@ def test_a_card_that_one_row_does_not_fit_recomputes_then_names_the_ways_out(mak
     lines = []
     run = TrainingRun(study, "galore", log=lines.append)
 
-    def full_card(loss):
+    def full_card(*args):
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(run.accelerator, "backward", full_card)
+    monkeypatch.setattr(Stepper, "forward_backward", full_card)
     with pytest.raises(
         ConfigError, match="does not fit this GPU even with micro_batch_size=1 and activation_checkpointing=on: lower"
     ):
@@ -453,7 +470,7 @@ def test_the_record_is_written_before_what_is_optional_and_does_not_depend_on_it
         assert kept["status"] == "ok" and kept["weights_sha256"] and not study.checkpoint_dir("qlora", 0).exists()
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr("peftlib.train.outcome.flops.matmul_ceiling", broken)
+    monkeypatch.setattr("peftlib.train.estimate.matmul_ceiling", broken)
     record = TrainingRun(study, "qlora", log=lines.append).train()
     assert record["status"] == "ok" and record["mfu"] is None
     assert any("was not measured (OutOfMemoryError: planted)" in line for line in lines)

@@ -1,4 +1,4 @@
-"""A decoding step as CUDA graphs, one for each of its shapes: replayed, it costs the host a single launch."""
+"""A decoding step as CUDA graphs, one for each shape: a replay costs the host a single launch."""
 
 import gc
 
@@ -6,10 +6,10 @@ import torch
 
 
 class StepGraphs:
-    """Calls of step(*shape), captured by shape. The step may keep state in tensors that stay where they are.
+    """Calls of step(*shape), captured by shape. The step may keep state in tensors that are not reallocated.
 
-    A shape's first call runs as it is, and what it does counts; it also lets libraries set up outside a capture.
-    Where a capture fails (a library that asks the host something), all later calls run as they are.
+    The first call of a shape runs eagerly, which also lets libraries set up outside a capture. If a capture fails (a
+    library that synchronizes with the host), all later calls run eagerly.
     """
 
     def __init__(self, step):
@@ -29,7 +29,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         collects = gc.isenabled()
-        gc.disable()  # a tensor of another pool that is freed meanwhile would end the capture
+        gc.disable()  # freeing a tensor of another pool would end the capture
         try:
             with torch.cuda.stream(side):
                 graph.capture_begin(*([self.pool] if self.pool else []))

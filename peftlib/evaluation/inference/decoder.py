@@ -1,8 +1,8 @@
-"""Greedy answers to many prompts by continuous batching: who leaves makes room, and no step computes what is done.
+"""Greedy answers to many prompts by continuous batching: a finished row frees its slot at once.
 
-A fixed number of slots in a fixed cache. Prompts are read longest first; a finished row leaves at once and the next
-prompt takes its slot, or, when none waits, the rows that go on close ranks. On a GPU the step is a CUDA graph, stop
-tokens are checked there, and the host asks only every few steps.
+A fixed number of slots in a fixed cache. Prompts are read longest first; the next prompt takes the slot of a finished
+row, or, when none waits, live rows are moved together, so that no compute is spent on completed rows. On a GPU the step
+is a CUDA graph that also checks stop tokens, and the host looks only every few steps.
 """
 
 import gc
@@ -19,17 +19,17 @@ from peftlib.models.chat_template import STOP_IDS
 from peftlib.models.inspect import core
 
 CPU_SLOTS = 128  # a step reads all weights, however many rows share it
-_CPU_CACHE_BYTES = 2 * 2**30  # a fixed number, so that answers do not hang on the memory that happens to be free
+_CPU_CACHE_BYTES = 2 * 2**30  # fixed, so that answers do not depend on the memory that happens to be free
 _MOST_SLOTS = 512
 _FREE_SHARE = 0.8  # of the GPU memory that is free: the rest is for fragments and the driver
-_REFILL_SHARE = 8  # prompts are read when one slot in so many is free: a pass over few costs as much as one over many
+_REFILL_SHARE = 8  # prompts are read once 1/8 of the slots is free: a pass over few costs as much as one over many
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How a device is driven. prompt_tokens: padded tokens of one pass over prompts; steps: between two looks at who
-    is done; places: attention reads a multiple of so many; shrink: a step spans all slots or so many times fewer,
-    again and again, 0 for exactly those that live."""
+    """How a device is driven. prompt_tokens: padded tokens of one pass over prompts. steps: between two checks for
+    finished rows. places: attention reads a multiple of so many cache places. shrink: a step spans all slots, or that
+    divided by a power of `shrink`; 0: exactly the live ones."""
 
     prompt_tokens: int
     steps: int
@@ -37,7 +37,7 @@ class Pace:
     shrink: int
 
 
-CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, shrink=0)  # temporaries of more tokens leave the caches
+CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, shrink=0)  # more tokens at a time leave the processor's caches
 # Each pair of places and span is a graph of its own, whose capture costs as much as dozens of replays.
 GPU_PACE = Pace(prompt_tokens=16384, steps=4, places=256, shrink=4)
 
@@ -46,8 +46,8 @@ def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
     """Yield (number of the prompt, its new token ids) as answers finish, each once.
 
     prompts: lists of token ids, none empty; limits: most new tokens of each. A stop token ends an answer and is its
-    last id. slots: rows of a step, 0 for what the device holds. After an out-of-memory error the slots are halved and
-    rows in flight start again. ModelError: not even one row fits.
+    last id. slots: rows of a step, 0 for as many as fit. After an out-of-memory error the slots are halved and
+    unfinished rows start again. ModelError: not even one row fits.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     slots = min(slots or planned_slots(model, prompts, limits), max(1, len(prompts)))
@@ -73,38 +73,27 @@ def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
 
 
 def planned_slots(model, prompts, limits):
-    """Rows at a time that memory holds if all were as long as the longest; a power of two on a GPU."""
+    """Rows at a time that fit the memory if all were as long as the longest; a power of two on a GPU."""
     parameter = next(model.parameters())
     config, size = core(model).model.config, _dtype(model).itemsize
-    cache = slot_bytes(config, _longest(prompts, limits), size)
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    cache = slot_bytes(config, longest - 1, size)  # the last new token is never read
     if parameter.device.type != "cuda":
         return max(1, min(CPU_SLOTS, _CPU_CACHE_BYTES // cache))
     free, whole = torch.cuda.mem_get_info(parameter.device)
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # younger than Colab's torch
-    share = int(fraction(parameter.device) * whole)  # of runs side by side
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # newer than Colab's torch
+    share = int(fraction(parameter.device) * whole)  # where several runs share the GPU
     reserved, held = torch.cuda.memory_reserved(parameter.device), torch.cuda.memory_allocated(parameter.device)
     free = min(free + reserved - held, share - held)
     row = cache + 2 * config.vocab_size * size
-    room = _FREE_SHARE * free - GPU_PACE.prompt_tokens * _token_bytes(config)
-    return max(1, min(_MOST_SLOTS, _power_of_two_below(max(1, int(room / row)))))
-
-
-def _token_bytes(config):
-    """Bytes that a pass over prompts takes per token at its widest."""
-    return 4 * (8 * config.hidden_size + 4 * config.intermediate_size)
-
-
-def _power_of_two_below(n):
-    return 1 << (n.bit_length() - 1)
-
-
-def _longest(prompts, limits):
-    """Places that the longest row takes: the last new token is never read."""
-    return max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) - 1
+    prompt_token = 4 * (8 * config.hidden_size + 4 * config.intermediate_size)  # bytes of a prompt's token, at most
+    room = _FREE_SHARE * free - GPU_PACE.prompt_tokens * prompt_token
+    slots = max(1, min(_MOST_SLOTS, int(room / row)))
+    return 1 << (slots.bit_length() - 1)
 
 
 def _dtype(model):
-    """Of keys and values: what autocast makes of a product where the model runs in it."""
+    """The dtype of keys and values: autocast's where the model runs in it."""
     device = next(model.parameters()).device.type
     with running_precision(model):
         if torch.is_autocast_enabled(device):
@@ -115,8 +104,8 @@ def _dtype(model):
 class _Decoder:
     """One run over waiting prompts with a fixed number of slots.
 
-    A live slot reads `tokens` at `positions`; its last prompt token is read by its first step, so that prompts need
-    no logits. The first `count` slots take part in a step; done ones among them stand still.
+    A live slot reads `tokens` at `positions`. Its first step reads the last prompt token, so that prompts need no
+    logits. The first `count` slots take part in a step; finished ones among them do not advance.
     """
 
     def __init__(self, model, prompts, limits, waiting, *, slots):
@@ -133,7 +122,7 @@ class _Decoder:
         self.state = torch.zeros((4, slots), dtype=torch.int64, device=device)
         self.tokens, self.positions, self.made, self.most = self.state
         self.done = torch.ones(slots, dtype=torch.bool, device=device)
-        # One column more, where a slot that is done writes what nobody reads.
+        # One column more, into which finished slots write.
         self.answers = torch.zeros((slots, max(limits) + 1), dtype=torch.int64, device=device)
         self.stops = torch.tensor(STOP_IDS, device=device)
         self.step = StepGraphs(self._step) if device.type == "cuda" else self._step
@@ -143,12 +132,12 @@ class _Decoder:
         left = []
         while self.waiting or self.live:
             with running(self.model):  # not around a yield, which would leave the caller in it
-                self._go_on()
-            yield from left  # what the caller does with them it does while the GPU works
-            left = self._leave()
+                self._advance()
+            yield from left  # the caller handles them while the GPU works
+            left = self._free_finished()
         yield from left
 
-    def _go_on(self):
+    def _advance(self):
         """Admit prompts and take some steps; on a GPU without waiting for them."""
         self._admit()
         for _ in range(self.pace.steps):
@@ -157,7 +146,7 @@ class _Decoder:
             self.step(self.count, min(seen, self.cache.length))
 
     def _admit(self):
-        """Give free slots to waiting prompts, if there are enough of either; then close ranks."""
+        """Give free slots to waiting prompts, if there are enough of either; then move live slots together."""
         free = [slot for slot in range(self.slots) if slot not in self.live]
         few = len(free) < max(1, self.slots // _REFILL_SHARE) and len(free) < len(self.waiting)
         if self.waiting and not (few and self.live):
@@ -167,10 +156,10 @@ class _Decoder:
             for slot, number in entered:
                 self.live[slot], self.reach[slot] = number, len(self.prompts[number]) - 1
                 self.waiting.popleft()
-        self._close_ranks()
+        self._compact()
 
     def _read(self, part):
-        """Read prompts [(slot, number), ...] but for their last tokens, and set their slots to go on from there."""
+        """Read the prompts of [(slot, number), ...] up to their last tokens, and set the slots' states."""
         prompts = [self.prompts[number] for _, number in part]
         lengths = [len(prompt) - 1 for prompt in prompts]
         width = max(lengths)
@@ -189,11 +178,11 @@ class _Decoder:
         self.done[slots] = False
 
     def _sent(self, tensor):
-        """The tensor on the device, without waiting for what the device still has to do."""
+        """The tensor on the device, without waiting for the device."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _step(self, count, seen):
-        """One token for each of the first `count` slots. Fixed shapes and no word to the host: a graph can hold it."""
+        """One token for each of the first `count` slots. Fixed shapes and no host synchronization, so a graph can hold it."""
         tokens, positions, done = self.tokens[:count], self.positions[:count], self.done[:count]
         chosen = next_tokens(self.model, self.cache, tokens, positions, seen=seen)
         made = self.made[:count]
@@ -205,8 +194,8 @@ class _Decoder:
         made += goes_on
         done |= (chosen[:, None] == self.stops).any(1) | (made >= self.most[:count])
 
-    def _leave(self):
-        """Free the slots that are done: [(number, new token ids), ...]."""
+    def _free_finished(self):
+        """Free the slots that are done; returns [(number, new token ids), ...]."""
         done = self.done[: self.count].tolist()
         slots = [slot for slot in self.live if done[slot]]
         if not slots:
@@ -217,8 +206,8 @@ class _Decoder:
             del self.reach[slot]
         return [(self.live.pop(slot), ids[:made]) for slot, (made, *ids) in zip(slots, rows, strict=True)]
 
-    def _close_ranks(self):
-        """Let a step span as few slots as hold the live ones, moving those beyond into the gaps."""
+    def _compact(self):
+        """Move live slots into the gaps before them, so that a step spans as few slots as possible."""
         span = self._span(len(self.live))
         if span < self._span(max(self.live) + 1):
             beyond = [slot for slot in self.live if slot >= span]

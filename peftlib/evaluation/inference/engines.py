@@ -1,4 +1,4 @@
-"""What makes answers, behind one call: our continuous batching, transformers' generate, or vLLM."""
+"""Greedy generation behind one call: our continuous batching, transformers' generate, or vLLM."""
 
 import torch
 
@@ -9,7 +9,7 @@ from peftlib.models.inspect import core
 
 _PAD = 0
 _PLAIN_BATCH = 32
-_BLOCK = 2  # batches of slots; what a kill costs at most, and small beside the pause in which the last rows end alone
+_BLOCK = 2  # batches of slots in a block: what a kill costs at most
 
 
 def generate_rows(model, prompts, limits, *, engine="auto", batch=0, log=print):
@@ -28,9 +28,9 @@ def generate_rows(model, prompts, limits, *, engine="auto", batch=0, log=print):
 
 
 def resolve_engine(model, engine):
-    """'slots', 'plain' or 'vllm' for a config's engine: auto takes slots for the text models that they know.
+    """'slots', 'plain' or 'vllm' for a config's engine: auto takes slots for Gemma 3's text model, else plain.
 
-    ModelError: slots are asked for, and the model is another.
+    ModelError: engine='slots' and another model.
     """
     if engine not in ("auto", "slots"):
         return engine
@@ -43,11 +43,11 @@ def resolve_engine(model, engine):
 
 
 def block_rows(model, *, engine="auto", batch=0):
-    """How many rows should be answered by one call, so that a row's answer hangs on those rows alone; None: all.
+    """How many rows one call should answer, so that a row's answer depends on those rows alone; None: all.
 
-    In floating point a row's neighbours change its last digits, and where two tokens are as likely, its answer. On a
-    CPU fixed blocks, redone whole after a kill, keep answers equal to the bit; a GPU does not promise that anyway, and
-    would stand idle at the end of each block.
+    In floating point a row's neighbours change its last digits and, where two tokens are equally likely, its answer. On
+    a CPU fixed blocks, repeated whole after a kill, keep answers equal to the bit; a GPU does not promise that anyway and
+    would idle at the end of each block.
     """
     engine = resolve_engine(model, engine)
     if engine == "plain":
@@ -58,10 +58,7 @@ def block_rows(model, *, engine="auto", batch=0):
 
 
 def generate_plainly(model, prompts, limits, *, batch, order=None):
-    """generate_rows by transformers' generate on left-padded batches, longest prompt first unless `order` is given.
-
-    A batch goes on until all its rows are done.
-    """
+    """generate_rows by transformers' generate on left-padded batches, longest prompts first unless `order` is given."""
     if order is None:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     for at in range(0, len(order), batch):
@@ -80,20 +77,21 @@ def generate_batch(model, prompts, limits):
         mask[i, width - len(prompt) :] = 1
     device = next(model.parameters()).device
     most = torch.tensor(limits, device=device)
+    criteria = [lambda so_far, scores, **kwargs: so_far.shape[1] - width >= most]
+    made = greedy(model, ids.to(device), mask.to(device), max(limits), stopping_criteria=criteria)
+    return [_to_the_stop(row[:limit]) for row, limit in zip(made.tolist(), limits, strict=True)]
+
+
+def greedy(model, ids, mask, max_new_tokens, **settings):
+    """(B, new) token ids by transformers' generate without sampling. ids, mask: (B, T), padded on the left.
+
+    settings: of generate; eos_token_id and pad_token_id are Gemma's unless given.
+    """
+    settings = {"eos_token_id": list(STOP_IDS), "pad_token_id": _PAD, "use_cache": True, **settings}
+    settings |= {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     with torch.no_grad():
-        made = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max(limits),
-            stopping_criteria=[lambda so_far, scores, **kwargs: so_far.shape[1] - width >= most],
-            do_sample=False,
-            top_k=None,
-            top_p=None,
-            eos_token_id=list(STOP_IDS),
-            pad_token_id=_PAD,
-            use_cache=True,
-        )
-    return [_to_the_stop(row[:limit]) for row, limit in zip(made[:, width:].tolist(), limits, strict=True)]
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+    return made[:, ids.shape[1] :]
 
 
 def _to_the_stop(ids):

@@ -1,4 +1,4 @@
-"""Forward passes of a stock Gemma 3 over slots of a cache: prompts without logits, then one token a row."""
+"""Forward passes of a stock Gemma 3 over the slots of a cache: prompts without logits, then one token for each row."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ _ATTENTION = "peftlib_slots"
 
 @contextlib.contextmanager
 def slot_forwards(model):
-    """Within: `model` attends by slot_attention and its norms are one kernel each; afterwards all is as before."""
+    """Temporarily let `model` attend by slot_attention and run each norm as one kernel."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, slot_attention)
@@ -36,7 +36,7 @@ def slot_forwards(model):
 
 @contextlib.contextmanager
 def running(model):
-    """Around forward passes of a model's parts: no gradients, and the autocast that its own forward runs in."""
+    """A context for forward passes of a model's parts: no gradients, and the autocast of its own forward."""
     with torch.no_grad(), running_precision(model), _kernels(model):
         yield
 
@@ -47,7 +47,7 @@ def running_precision(model):
 
 
 def _kernels(model):
-    """On a GPU without cuDNN's attention, which plans anew for each of our many shapes."""
+    """On a GPU, without cuDNN's attention, which plans again for each of our many shapes."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if next(model.parameters()).device.type != "cuda":
@@ -62,8 +62,8 @@ def _norm(self, x):
 def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """(B, T, H, D) attention output, None. query: (B, H, T, D); key, value: (B, H_kv, L, D).
 
-    T is 1: the query heads that share a key head stand as one head's T, so that keys are read once and never copied.
-    Else the prompt attends to itself, causally where no mask is given.
+    For T = 1 the query heads that share a key head become one head's T, so that keys are read once and never copied.
+    Otherwise the prompt attends to itself, causally where no mask is given.
     """
     rows, heads, tokens, width = query.shape
     shared = heads // key.shape[1]
@@ -79,10 +79,10 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, **kw
 
 
 def read_prompts(model, cache, ids, *, slots, lengths):
-    """Fill cache slots with right-padded prompts; no logits are made. ids: (n, T); slots, lengths: (n,), all int64.
+    """Fill cache slots with right-padded prompts, without logits. ids: (n, T); slots, lengths: (n,), all int64.
 
-    No padding mask: a real token never sees what stands to its right, and what padding leaves in the cache is hidden
-    until it is written over.
+    No padding mask: a token never sees what is to its right, and what padding leaves in the cache is hidden until it is
+    overwritten.
     """
     inner = core(model).model
     place = torch.arange(ids.shape[1], device=ids.device)
@@ -101,7 +101,7 @@ def read_prompts(model, cache, ids, *, slots, lengths):
 
 
 def next_tokens(model, cache, tokens, positions, *, seen):
-    """(n,) likeliest next token of the first n slots. tokens, positions: (n,), of the token that is read now."""
+    """(n,) most likely next token of the first n slots. tokens, positions: (n,), of the token that is read now."""
     inner = core(model).model
     hidden = inner(
         input_ids=tokens[:, None],
@@ -110,12 +110,12 @@ def next_tokens(model, cache, tokens, positions, *, seen):
         use_cache=True,
         **{_cache_argument(type(inner)): cache.steps(positions, seen)},
     )
-    # A soft cap on the logits, which some Gemmas have, leaves their order as it is.
+    # A soft cap on the logits, as some Gemmas have, does not change their order.
     logits = core(model).get_output_embeddings()(hidden.last_hidden_state[:, 0])
     return logits.max(-1).indices if logits.device.type == "cpu" else logits.argmax(-1)
 
 
 @functools.cache
 def _cache_argument(kind):
-    """What the forward of a model class calls its cache; transformers 5.24 has renamed it."""
+    """The name of the cache argument in a model class's forward, renamed in transformers 5.24."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

@@ -1,4 +1,4 @@
-"""Keys and values of many rows in fixed memory, each row at a position of its own."""
+"""A key-value cache of fixed size for many rows, each at a position of its own."""
 
 import torch
 
@@ -18,18 +18,18 @@ def _sizes(config, length):
 class SlotCache:
     """Per layer keys and values (slots, heads, tokens kept, width), allocated once.
 
-    A token's place is its position, in a sliding layer its position modulo the window, so that one rule says what a
-    row at position p sees in every layer: the places up to p. Keys carry their rotation, hence their order is free.
-    Handed to a model through `prompts` or `steps`, whose results do what a transformers Cache does in a forward pass;
-    being no subclass of it keeps them apart from that class's changes between releases.
+    A token's place is its position, in a sliding layer its position modulo the window, so that in every layer a row at
+    position p sees the places up to p. Keys carry their rotation, so their order is free. A model gets the results of
+    `prompts` or `steps`, which do what a transformers Cache does in a forward pass; they are no subclass of it, because
+    that class changes between releases.
     """
 
     def __init__(self, config, slots, length, *, dtype, device):
-        shape = (config.num_key_value_heads, config.head_dim)
-        # Zeros, for a hidden place has weight 0 and 0 times an uninitialized NaN would be NaN.
+        heads, width = config.num_key_value_heads, config.head_dim
+        # Zeros: a hidden place has weight 0, and 0 times an uninitialized NaN would be NaN.
         self.keys, self.values = (
-            [torch.zeros((slots, shape[0], size, shape[1]), dtype=dtype, device=device) for size in sizes]
-            for sizes in [_sizes(config, length)] * 2
+            [torch.zeros((slots, heads, size, width), dtype=dtype, device=device) for size in _sizes(config, length)]
+            for _ in range(2)
         )
         self.length, self.window = length, min(config.sliding_window or length, length)
         self.rows = torch.arange(slots, device=device)
@@ -79,7 +79,7 @@ class _Prompts:
         """(n, heads, size, width): at each place of the ring the newest token of a row that belongs there."""
         last = self.lengths[:, None] - 1
         source = last - (last - self.cache.places[:size]) % size
-        source = source.clamp_min(0)  # a place that no token has reached yet; hidden until one does
+        source = source.clamp_min(0)  # no token has reached the place yet; hidden until one does
         return new.gather(2, source[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]))
 
 
@@ -87,9 +87,7 @@ class _Steps:
     def __init__(self, cache, positions, seen):
         self.cache, self.seen = cache, seen
         self.rows = cache.rows[: len(positions)]
-        self.places = {cache.length: positions, cache.window: positions % cache.window}
-        if cache.window == cache.length:
-            self.places = {cache.length: positions}
+        self.places = {cache.window: positions % cache.window, cache.length: positions}  # one key where both are equal
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Keep one token of each row (n, heads, 1, width); returns views of all that the rows may see."""

@@ -1,4 +1,4 @@
-"""Who judges: any OpenAI-compatible endpoint, or a local model by transformers."""
+"""The models that judge: behind any OpenAI-compatible endpoint, or local by transformers."""
 
 import dataclasses
 import ipaddress
@@ -12,11 +12,16 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from peftlib.core.config import PACKAGED_MODEL
+from peftlib.core.env import resolve_device
 from peftlib.core.errors import JudgeError
 from peftlib.core.files import readable_path, visible
-from peftlib.evaluation.judging import replies as judge_replies
-from peftlib.evaluation.judging.http import MOST_BYTES, CallFailed, Poster, TooLarge
-from peftlib.evaluation.judging.replies import NotAnApi, Reply
+from peftlib.evaluation.evaluate import evaluation_dtype
+from peftlib.evaluation.inference.engines import greedy
+from peftlib.evaluation.judging import replies
+from peftlib.evaluation.judging.http import CallFailed, Hopeless, Poster
+from peftlib.evaluation.judging.replies import Reply
+from peftlib.models.load import auto_tokenizer, causal_model
+from peftlib.models.locate import hub_errors, locate, token_for
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHORTEST_SECRET = 8  # characters
@@ -29,24 +34,24 @@ _PATIENCE_S = 600.0  # with one question, its retries and waits included; more w
 
 
 def endpoint_name(url, model):
-    """What verdicts call a model behind an endpoint: another server of the same model is another judge."""
+    """The judge's name in verdicts. The same model on another server is another judge. JudgeError: no usable URL."""
     _check_url(url)
     return f"{model} at {url.rstrip('/')}"
 
 
 def local_name(model):
-    """What verdicts call a local model."""
+    """A local model's name in verdicts."""
     folder = Path(model).expanduser()
     return f"{readable_path(folder) if model != PACKAGED_MODEL and folder.is_dir() else model} (local)"
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible API. The key comes from OPENAI_API_KEY alone and is kept nowhere else.
+    """A model behind an OpenAI-compatible API. The key is read from OPENAI_API_KEY and stored nowhere.
 
-    url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: of one call, from its first byte to its last. retries: of
-    a call that met a timeout, a lost connection, an unreadable answer, 408, 409, 425, 429 or 5xx, with waits that double
-    or are those that the server asks for. counts: {'retried ...': n} so far.
-    JudgeError: the URL is none, holds a secret or would send one in the open, or the package httpx2 is missing.
+    url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: of a whole call. retries: after a timeout, a lost
+    connection, an unreadable answer, 408, 409, 425, 429 or 5xx, with waits that double unless the server asks for longer
+    ones. counts: {'retried ...': n} so far.
+    JudgeError: the URL is malformed, holds a secret or would send one unencrypted, or the package httpx2 is missing.
     """
 
     def __init__(self, url, model, *, timeout_s=60.0, retries=5, sleep=None):
@@ -61,10 +66,10 @@ class Endpoint:
                 f"the endpoint's URL or the model's name holds the key: it belongs into {KEY_VARIABLE} alone"
             )
         self.counts, self._refusals, self._lock = Counter(), 0, threading.Lock()
-        # Names change between servers: the first refusal of one switches to the other form.
+        # Parameter names differ between servers: a refusal switches to the other form.
         self._limit_name, self._settings = "max_tokens", {"temperature": 0}
         place = f"{url.rstrip('/')}/chat/completions"
-        # What runs on this machine needs no proxy, which would read what http:// sends.
+        # No proxy for a server on this machine: it could read what http:// sends.
         self._poster = Poster(place, key=self._key, timeout_s=timeout_s, is_direct=urlsplit(url).scheme == "http")
 
     def ask(self, messages, *, max_tokens):
@@ -82,7 +87,7 @@ class Endpoint:
                     return reply
 
     def stop(self):
-        """Let nobody wait for another try any more: calls that wait end in a JudgeError."""
+        """Stop waiting for retries: calls that wait end in a JudgeError."""
         self._stopped.set()
 
     def _ask_once(self, payload, given):
@@ -90,20 +95,14 @@ class Endpoint:
         try:
             answer = self._poster.post(payload)
             if 200 <= answer.status < 300:
-                reply = judge_replies.read(answer)
+                reply = replies.read(answer)
                 self._refusals = 0
                 return dataclasses.replace(reply, text=self._without_key(reply.text))
-        except TooLarge:
-            raise JudgeError(
-                f"{self.name} answered with more than {MOST_BYTES >> 20} MiB, which no judge has to say: see what runs there"
-            ) from None
-        except NotAnApi:
-            raise JudgeError(
-                f"{self.name} answers, but not as an OpenAI-compatible API does: most URLs end in /v1"
-            ) from None
-        said = self._clean(judge_replies.words(answer))
+        except Hopeless as error:
+            raise JudgeError(f"{self.name} {error}") from None
+        said = self._clean(replies.words(answer))
         self._give_up_if_hopeless(answer, said)
-        if self._is_adapted(judge_replies.wrong_parameter(answer), given):
+        if self._is_adapted(replies.wrong_parameter(answer), given):
             return None
         if answer.status in _REFUSALS:
             return self._refused(said)
@@ -152,17 +151,17 @@ class Endpoint:
             raise JudgeError(f"{self.name} answers with status {status} ({said}), which no other try would change")
 
     def _is_adapted(self, wrong, given):
-        """Whether the parameter of `given` that a server calls wrong can be given otherwise, as it is from now on."""
-        if wrong == "max_tokens" and wrong in given:
+        """Switch to the other form of a parameter that a server refused; returns whether there is one."""
+        if wrong not in ("max_tokens", "temperature") or wrong not in given:
+            return False
+        if wrong == "max_tokens":
             self._limit_name = "max_completion_tokens"
-            return True
-        if wrong == "temperature" and wrong in given:
+        else:
             self._settings = {}
-            return True
-        return False
+        return True
 
     def _without_key(self, text):
-        """Words of a server, some of which repeat the key. A short one is a server's placeholder, and a common word."""
+        """A server's text without the key, which some repeat. A short key is a placeholder and left in."""
         if len(self._key) < _SHORTEST_SECRET:
             return text
         for form in {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]}:
@@ -170,7 +169,7 @@ class Endpoint:
         return text
 
     def _clean(self, text):
-        """Words of a server on one line for a terminal, without the key, shortened."""
+        """A server's text on one line for a terminal, without the key, shortened."""
         return visible(" ".join(self._without_key(text).split()))[:_LONGEST_SAID]  # cut last: no half of a key is left
 
 
@@ -178,11 +177,6 @@ class Local:
     """A local model by transformers, greedy. model: a folder, 'packaged' or a hub id. counts is always empty."""
 
     def __init__(self, model):
-        from peftlib.core.env import resolve_device
-        from peftlib.evaluation.evaluate import evaluation_dtype
-        from peftlib.models.load import auto_tokenizer, causal_model
-        from peftlib.models.locate import hub_errors, locate, token_for
-
         self.name = local_name(model)
         self.counts = Counter()
         device = resolve_device("auto")
@@ -198,27 +192,17 @@ class Local:
 
     def ask(self, messages, *, max_tokens):
         """The Reply to chat messages."""
-        import torch
-
         given = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self._model.device)
-        n_given = given["input_ids"].shape[1]
-        with torch.no_grad():
-            made = self._model.generate(
-                **given,
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                temperature=None,
-                top_k=None,
-                top_p=None,
-                pad_token_id=self._tokenizer.pad_token_id or 0,
-            )
-        reply = made[0, n_given:]
-        return Reply(self._tokenizer.decode(reply, skip_special_tokens=True).strip(), n_given, len(reply))
+        ids, mask = given["input_ids"], given["attention_mask"]
+        stop = self._model.generation_config.eos_token_id
+        pad = self._tokenizer.pad_token_id or 0
+        reply = greedy(self._model, ids, mask, max_tokens, eos_token_id=stop, pad_token_id=pad)[0]
+        return Reply(self._tokenizer.decode(reply, skip_special_tokens=True).strip(), ids.shape[1], len(reply))
 
     def stop(self):
-        """Nothing waits here."""
+        """Nothing to stop."""
 
 
 def _key():

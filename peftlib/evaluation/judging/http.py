@@ -1,4 +1,4 @@
-"""One question to an endpoint over HTTP: over by its deadline and read up to a limit, whatever the server does."""
+"""One HTTP request to an endpoint with a hard deadline and a size limit, whatever the server does."""
 
 import asyncio
 import json
@@ -11,20 +11,20 @@ from urllib.parse import urlsplit
 from peftlib.core.errors import JudgeError
 
 MOST_BYTES = 1 << 20  # of an answer; a judge's are a few kilobytes
-_LONGEST_RETRY_AFTER_S = 32 * 86400.0  # a longer one is a mistake: quotas are renewed by the month
-_MOST_ERROR_BYTES = 1 << 16  # of what comes with an error; the rest is left unread
+_LONGEST_RETRY_AFTER_S = 32 * 86400.0  # a longer one is a mistake: quotas renew monthly
+_MOST_ERROR_BYTES = 1 << 16  # of an error's body; the rest is not read
 
 
 class CallFailed(Exception):
-    """A call without an answer. kind: a short name to count by. retry_after_s: what the server asks for, or None."""
+    """A call without an answer. kind: a short name to count by. said: details. retry_after_s: the server's wish, or None."""
 
     def __init__(self, kind, said, retry_after_s=None):
         super().__init__(said)
         self.kind, self.said, self.retry_after_s = kind, said, retry_after_s
 
 
-class TooLarge(Exception):
-    """An answer beyond MOST_BYTES."""
+class Hopeless(Exception):
+    """An answer after which no retry helps; its text goes on from the judge's name."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def retry_after_s(self):
-        """Seconds to wait before the next try that the server asks for, or None."""
+        """Seconds that the server asks to wait before a retry, or None."""
         asked = self.headers.get("retry-after", "").strip()
         try:
             seconds = float(asked)
@@ -55,7 +55,7 @@ class Answer:
 
 
 class Poster:
-    """Posts JSON to a URL. Nothing is redirected, so that key and texts go where the user said and nowhere else.
+    """Posts JSON to a URL and follows no redirect, so that key and texts go nowhere else.
 
     key: sent as a bearer token; "" sends none. is_direct: not through a proxy that the environment names.
     JudgeError: the package httpx2 is missing.
@@ -64,7 +64,7 @@ class Poster:
     def __init__(self, url, *, key, timeout_s, is_direct):
         self._httpx = _httpx2()
         self.url, self._timeout_s, self._is_direct = url, timeout_s, is_direct
-        # Compressed answers would have to be unpacked before their size is known.
+        # Uncompressed: the size of a compressed answer is only known once it is unpacked.
         self._headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -72,13 +72,13 @@ class Poster:
         }
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
-        # Without TLS nothing is checked against authorities, whose list takes long to load.
+        # The list of certificate authorities takes long to load and is only needed with TLS.
         is_https = urlsplit(url).scheme == "https"
         self._tls = self._httpx.create_ssl_context() if is_https else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def post(self, payload):
-        """The Answer to a JSON value, whatever its status. CallFailed: none in time. TooLarge: more than MOST_BYTES."""
-        loop = asyncio.new_event_loop()  # only a coroutine can be given up at any point, be it a name's look-up
+        """The Answer to a JSON value, whatever its status. CallFailed: none in time. Hopeless: more than MOST_BYTES."""
+        loop = asyncio.new_event_loop()  # only a coroutine can be cancelled at any point, even in a DNS look-up
         try:
             return loop.run_until_complete(self._post(json.dumps(payload).encode("ascii")))
         except TimeoutError:
@@ -90,7 +90,7 @@ class Poster:
             loop.close()
 
     async def _post(self, content):
-        # httpx counts each read by itself, which a server that sends a byte now and then outlives: one clock for all.
+        # httpx's timeout applies to each read, so a server that drips bytes would outlive it: one clock for all.
         async with (
             asyncio.timeout(self._timeout_s),
             self._httpx.AsyncClient(
@@ -115,7 +115,9 @@ async def _read(response, headers):
         n_bytes += len(part)
         if n_bytes > limit:
             if response.is_success:
-                raise TooLarge
+                raise Hopeless(
+                    f"answered with more than {MOST_BYTES >> 20} MiB, no judge's length: see what runs there"
+                )
             break
     return b"".join(parts)[:limit]
 

@@ -1,7 +1,7 @@
 """LLM as a judge: two methods' answers to the same test rows, compared in both orders under one fixed rubric.
 
-Verdicts are kept as they come, in judge/<a>-vs-<b>.jsonl of the study folder, so a cut run goes on where it stopped and
-asks nothing twice. A verdict belongs to its texts, rubric and judge: other answers do not reuse it.
+Verdicts are stored as they come in judge/<a>-vs-<b>.jsonl of the study folder, so that an interrupted run resumes and
+asks nothing twice. A verdict is valid for its texts, rubric and judge only.
 """
 
 import hashlib
@@ -11,9 +11,11 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+from peftlib import data
 from peftlib.core.errors import JudgeError, Stopped, StudyError
 from peftlib.core.session import interrupts
-from peftlib.methods import study_order
+from peftlib.evaluation.predictions import read_predictions
+from peftlib.methods import BASE, study_order
 
 RUBRIC = """\
 You compare two answers to the last user turn of a conversation. Judge only what is written, by these points, the first
@@ -37,7 +39,7 @@ REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
 _REFUSED = -1
 _TRIES_TO_PARSE = 3  # a reply and two reminders
 _LOG_EVERY_S = 10.0
-_LOOK_S = 0.5  # between two looks whether Ctrl-C was pressed
+_POLL_S = 0.5  # between two checks for Ctrl-C
 _CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
 _VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
 _VERDICT_LIKE = re.compile(r"(?i)verdict\W*:")
@@ -54,7 +56,7 @@ class Case:
 
     @property
     def message(self):
-        """The rubric with the conversation and both answers between lines that they cannot hold by chance."""
+        """The rubric, then the conversation and both answers, each framed by lines with a hash of the texts."""
         turns = "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.row["messages"][:-1])
         texts = {"conversation": turns, "answer 1": self.first, "answer 2": self.second}
         mark = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:10]
@@ -63,7 +65,7 @@ class Case:
 
     @property
     def is_identical(self):
-        """Whether both answers are the same text, a tie that nobody need be asked about."""
+        """Whether both answers are the same text: a tie without asking."""
         return self.first == self.second
 
     def key(self, judge):
@@ -74,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a judgement will take. calls: questions not asked before, retries apart. Tokens: estimates."""
+    """The calls and estimated tokens that judging cases will take, without retries."""
 
     cases: list = field(repr=False)
     n_known: int
@@ -84,7 +86,7 @@ class Plan:
     output_tokens: int
 
     def lines(self, *, price_in=None, price_out=None):
-        """The plan in words; prices are per million tokens, in a currency of the caller's."""
+        """Yield the plan in words; prices are per million tokens, in any currency."""
         yield (
             f"{len(self.cases)} comparisons: {self.n_known} judged before, {self.n_identical} of equal answers "
             f"(ties without asking), {len(self.to_ask)} calls to make"
@@ -94,19 +96,19 @@ class Plan:
             f"({_CHARACTERS_PER_TOKEN} characters a token; retries come on top)"
         )
         if price_in is None and price_out is None:
-            yield "cost: not known, for no price was given (--price-in and --price-out, per million tokens)"
+            yield "cost: not known, no price was given (--price-in and --price-out, per million tokens)"
         else:
             cost = cost_of(self.input_tokens, self.output_tokens, price_in, price_out)
             yield f"cost: up to about {cost:.4f}, retries apart, at {price_in or 0:g} in and {price_out or 0:g} out per million tokens"
 
 
 def cost_of(input_tokens, output_tokens, price_in, price_out):
-    """What the tokens cost, prices per million; one that is not given counts as 0."""
+    """Cost of tokens at prices per million; a price of None counts as 0."""
     return (input_tokens * (price_in or 0) + output_tokens * (price_out or 0)) / 1e6
 
 
 def parse_verdict(reply):
-    """1, 2 or 0 (tie) of a reply; None unless its last line is a verdict line and its only one. Nothing is guessed."""
+    """1, 2 or 0 (tie); None unless the reply's last line is its only verdict line. Nothing is guessed."""
     lines = [line.strip() for line in (reply or "").strip().splitlines()]
     if sum(_VERDICT_LIKE.search(line) is not None for line in lines) != 1:
         return None
@@ -115,7 +117,7 @@ def parse_verdict(reply):
 
 
 def in_order(methods):
-    """The two methods in the study's order, so that a pair has one file. StudyError: not two different ones."""
+    """The two methods in the study's order, so that a pair has one file. StudyError: they are not two different ones."""
     if len(set(methods)) != 2 or len(methods) != 2:
         raise StudyError(f"a judge compares two different methods, not {' and '.join(methods) or 'none'}")
     return tuple(sorted(methods, key=study_order))
@@ -133,8 +135,26 @@ def cases_of(rows, answers_a, answers_b, *, n_rows=0):
     ]
 
 
+def cases_of_study(study, methods, seed=0, n_rows=0):
+    """((name of each run), [Case, ...]) of two methods' answers in a study, see cases_of.
+
+    seed: of the runs. StudyError: no answers yet, or answers to other rows.
+    """
+    split_hash = study.manifest()["split_hash"]
+    rows = list(data.load_split(study.data_dir, "test"))
+    names, answers = [], []
+    for method in methods:
+        own = 0 if method == BASE else seed  # an untrained model has no seed
+        path = study.predictions_path(method, own)
+        if not path.exists():
+            raise StudyError(f"no answers of {method} (seed {own}) in {study.folder}: run 04_eval first")
+        answers.append([row["answer"] for row in read_predictions(path, rows, split_hash)])
+        names.append(f"{method}-s{own}")
+    return tuple(names), cases_of(rows, *answers, n_rows=n_rows)
+
+
 def plan(cases, verdicts, judge, *, reply_tokens=REPLY_TOKENS):
-    """The Plan of judging cases of which `verdicts` (a judge_verdicts.Verdicts) may hold some."""
+    """The Plan of judging the cases that `verdicts`, a verdicts.Verdicts, does not hold yet."""
     fresh = _fresh(cases, verdicts, judge, reply_tokens)
     to_ask = [case for case in fresh if not case.is_identical]
     characters = sum(len(case.message) for case in to_ask)
@@ -153,13 +173,13 @@ def _fresh(cases, verdicts, judge, reply_tokens):
 
 
 def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print, require=lambda: None):
-    """Judge every case that `verdicts` lacks, and keep each verdict as it comes; returns {what: count} of this call.
+    """Judge every case that `verdicts` lacks and store each verdict as it comes; returns {what: count} of this call.
 
-    backend: has name, counts, stop() and ask(messages, max_tokens=) -> judge_replies.Reply. reply_tokens: of one reply
-    at most; malformed verdicts of a lower limit are asked for again. parallel: calls at a time. require: raises once
-    another session has the verdicts.
-    JudgeError: the judge cannot be asked; what it said before is kept, and the next run goes on from there.
-    Stopped: Ctrl-C or SIGTERM, after the calls that were under way.
+    backend: has name, counts, stop() and ask(messages, max_tokens=) -> replies.Reply. reply_tokens: the limit of one
+    reply; malformed verdicts of a lower limit are asked for again. parallel: calls at a time. require: raises once
+    another session has taken over the verdicts.
+    JudgeError: the judge cannot be asked; earlier verdicts are kept, and the next run resumes there.
+    Stopped: Ctrl-C or SIGTERM, after the calls in progress.
     """
     counts = dict.fromkeys(("asked", "malformed", "refused", "uncounted", "input_tokens", "output_tokens"), 0)
     fresh = _fresh(cases, verdicts, backend.name, reply_tokens)
@@ -173,7 +193,15 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
                 errors.append(error)
                 continue
             require()
-            _keep(case, backend, found, verdicts, counts)
+            counts["asked"] += 1
+            counts["uncounted"] += None in found["usage"]
+            counts["input_tokens"] += found["usage"][0] or 0
+            counts["output_tokens"] += found["usage"][1] or 0
+            counts["malformed"] += found["verdict"] == "malformed"
+            if found["verdict"] is None:
+                counts["refused"] += 1  # not stored: the next run asks again
+            else:
+                verdicts.add(case, backend.name, **found)
             if time.monotonic() - said > _LOG_EVERY_S or counts["asked"] == len(to_ask):
                 log(f"judged {counts['asked']}/{len(to_ask)}")
                 said = time.monotonic()
@@ -187,13 +215,13 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
 
 
 def _outcomes(backend, cases, parallel, reply_tokens, interrupted):
-    """(case, what _judged found, JudgeError or None) as they come; after an error or interrupt only of what runs."""
+    """Yield (case, what _judged found, JudgeError or None) as they come; after an error or interrupt start no new one."""
     waiting, is_stopped = iter(cases), False
     with ThreadPoolExecutor(parallel) as pool:
         running = {pool.submit(_judged, backend, case, reply_tokens): case for _, case in zip(range(parallel), waiting)}
         try:
             while running:
-                for future in wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED).done:
+                for future in wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED).done:
                     case = running.pop(future)
                     try:
                         yield case, future.result(), None
@@ -210,21 +238,8 @@ def _outcomes(backend, cases, parallel, reply_tokens, interrupted):
                 backend.stop()
 
 
-def _keep(case, backend, found, verdicts, counts):
-    counts["asked"] += 1
-    if None in found["usage"]:
-        counts["uncounted"] += 1
-    counts["input_tokens"] += found["usage"][0] or 0
-    counts["output_tokens"] += found["usage"][1] or 0
-    if found["verdict"] is None:
-        counts["refused"] += 1  # not kept: the next run asks again
-        return
-    counts["malformed"] += found["verdict"] == "malformed"
-    verdicts.add(case, backend.name, **found)
-
-
 def _judged(backend, case, reply_tokens):
-    """What Verdicts.add keeps of one case, as a dict; its verdict is None where the server refuses the request."""
+    """The arguments of Verdicts.add for one case; the verdict is None where the server refuses the request."""
     messages, sent, received = [{"role": "user", "content": case.message}], [], []
     for tries in range(1, _TRIES_TO_PARSE + 1):
         reply = backend.ask(messages, max_tokens=reply_tokens)
@@ -236,7 +251,7 @@ def _judged(backend, case, reply_tokens):
         chosen = parse_verdict(reply.text)
         if chosen is not None:
             break
-        # A judge that answers greedily would say the same again, so it is told what was missing.
+        # A greedy judge would repeat itself, so it is told what was missing.
         turns = [{"role": "assistant", "content": reply.text or "(nothing)"}, {"role": "user", "content": REMINDER}]
         messages = [*messages[:1], *turns]
     winner = {0: "tie", 1: case.order[0], 2: case.order[1], None: "malformed", _REFUSED: None}[chosen]

@@ -1,23 +1,20 @@
-"""What an OpenAI-compatible endpoint answered: one parser for replies of any shape, and for the words of an error."""
+"""Parsing of an OpenAI-compatible endpoint's answers, whatever their shape: replies and error messages."""
 
 import json
 from dataclasses import dataclass
 
-from peftlib.evaluation.judging.http import CallFailed
+from peftlib.evaluation.judging.http import CallFailed, Hopeless
 
 _MOST_TOKENS = 10**9  # of one call; a larger number is no count
-_BROKEN = object()  # in the place of what is no JSON
-_REFUSED = "\n(the model refused to answer)"  # stands last, so that a refusal is never read as a verdict
-
-
-class NotAnApi(Exception):
-    """An answer that no OpenAI-compatible API gives."""
+_NO_API = "answers, but not as an OpenAI-compatible API does: most URLs end in /v1"
+_BROKEN = object()  # instead of a value: it is no JSON
+_REFUSED = "\n(the model refused to answer)"  # put last, so that a refusal is never read as a verdict
 
 
 @dataclass(frozen=True)
 class Reply:
-    """text: what the judge wrote. Tokens: as the server counts them, None where it told no number. is_refused: the
-    server would not take this request, and text says why."""
+    """text: what the judge wrote. Tokens: as the server counts them, None without a count. is_refused: the server rejected
+    the request, and text says why."""
 
     text: str
     input_tokens: int | None = 0
@@ -26,28 +23,28 @@ class Reply:
 
 
 def read(answer):
-    """The Reply in a judge_http.Answer of status 2xx; its text is "" where the server wrote none.
+    """The Reply in an http.Answer of status 2xx; its text is "" where the server wrote none.
 
-    CallFailed: cut, or an error in a good answer's clothes, so another try may do. NotAnApi: no completion at all.
+    CallFailed: cut, or an error sent as a success, so a retry may help. Hopeless: no completion at all.
     """
     made = _json(answer.body)
     if made is _BROKEN:
         if answer.body and (answer.kind not in ("application/json", "") or answer.body.lstrip()[:1] == b"<"):
-            raise NotAnApi
+            raise Hopeless(_NO_API)
         raise CallFailed("unreadable answer", "what came is empty or no whole JSON", answer.retry_after_s)
     if not isinstance(made, dict):
-        raise NotAnApi
+        raise Hopeless(_NO_API)
     if "choices" not in made:
-        if made.get("error"):  # some gateways tell of their upstream's errors so
+        if made.get("error"):  # as some gateways pass on errors
             raise CallFailed("error in an answer", words(answer), answer.retry_after_s)
-        raise NotAnApi
+        raise Hopeless(_NO_API)
     usage = made.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(_text(made["choices"]), _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
 
 
 def words(answer):
-    """What the server said about an error, as it said it."""
+    """The server's own text about an error."""
     made = _json(answer.body)
     told = made.get("error", made) if isinstance(made, dict) else made
     if isinstance(told, dict):
@@ -98,12 +95,12 @@ def _part(part):
 
 
 def _count(value):
-    """Tokens as an int, or None for what is no count."""
+    """A number of tokens as an int, or None if it is not one."""
     if type(value) not in (int, float) or not 0 <= value <= _MOST_TOKENS or value != int(value):
         return None
     return int(value)
 
 
 def _clean(text):
-    """JSON can name half characters, which no file and no terminal takes."""
+    """The text without lone surrogates, which JSON allows and files and terminals do not."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,9 +1,6 @@
 """Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and what they add up to."""
 
-from peftlib import data
-from peftlib.core.errors import StudyError
 from peftlib.evaluation.judging import judge, verdicts
-from peftlib.evaluation.results import BASE, read_predictions
 from peftlib.storage.lock import StudyLock
 
 
@@ -17,7 +14,7 @@ def judge_study(study, methods, name, open_judge, *, seed=0, n_rows=0, dry_run=F
     JudgeError: see judge.run.
     """
     methods = judge.in_order(methods)
-    names, cases = cases_of_study(study, methods, seed, n_rows)
+    names, cases = judge.cases_of_study(study, methods, seed, n_rows)
 
     def plan(kept):
         found = judge.plan(cases, kept, name, reply_tokens=reply_tokens)
@@ -41,21 +38,6 @@ def judge_study(study, methods, name, open_judge, *, seed=0, n_rows=0, dry_run=F
         log("\n".join(verdicts.sentences(verdicts.summary(cases, kept, name, names))))
     shown = f"{path.parent.name}/{path.name}"
     log(f"verdicts: {shown}; in the report: python -m peftlib report --study {study.folder.name}")
-
-
-def cases_of_study(study, methods, seed, n_rows):
-    """((name of each run), [Case, ...]) of two methods' predictions. StudyError: none yet, or of other rows."""
-    split_hash = study.manifest()["split_hash"]
-    rows = list(data.load_split(study.data_dir, "test"))
-    names, answers = [], []
-    for method in methods:
-        own = 0 if method == BASE else seed  # an untrained model has no seed
-        path = study.predictions_path(method, own)
-        if not path.exists():
-            raise StudyError(f"no answers of {method} (seed {own}) in {study.folder}: run 04_eval first")
-        answers.append([row["answer"] for row in read_predictions(path, rows, split_hash)])
-        names.append(f"{method}-s{own}")
-    return tuple(names), judge.cases_of(rows, *answers, n_rows=n_rows)
 
 
 def _what_it_took(counts, price_in, price_out):

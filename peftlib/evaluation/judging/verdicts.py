@@ -1,4 +1,4 @@
-"""Verdicts on disk, and what they say: win rates with intervals, position bias, what could not be read."""
+"""A judge's verdicts on disk, and their summary: win rates with intervals, position bias, malformed replies."""
 
 import errno
 import hashlib
@@ -6,14 +6,15 @@ import json
 import os
 from dataclasses import dataclass, field
 
-from peftlib import SCHEMA_VERSION
 from peftlib.core.errors import StudyError, reading, writing
-from peftlib.core.json_reading import parse
-from peftlib.evaluation import results as scored
+from peftlib.core.files import SCHEMA_VERSION
+from peftlib.core.json_reading import fault, parse
 from peftlib.evaluation import stats
 from peftlib.evaluation.judging.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
+from peftlib.methods import BASE
 
-_FIELDS = ("schema_version", "key", "id", "order", "verdict", "judge", "rubric_sha256", "reply_tokens", "a", "b")
+_TEXTS = ("key", "id", "judge", "rubric_sha256", "a", "b")
+_SHAPE = {**dict.fromkeys(_TEXTS, str), "order": str, "verdict": str, "schema_version": int, "reply_tokens": int}
 _VALUES = ("a", "b", "tie", "malformed")
 _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 
@@ -21,7 +22,7 @@ _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 class Verdicts:
     """judge/<a>-vs-<b>.jsonl, one verdict a line. `names`: of the runs whose answers are compared, ('base-s0', ...).
 
-    A last line that a kill cut does not count; `is_cut` tells of it.
+    A last line that a kill cut does not count; then `is_cut` is True.
     StudyError: any other line that is damaged, or of another schema.
     """
 
@@ -50,7 +51,7 @@ class Verdicts:
         return self._by_key.get(key)
 
     def add(self, case, judge, *, verdict, reply, reply_tokens, tries, usage):
-        """Append one verdict and have the disk keep it, whole or not at all.
+        """Append one verdict and wait until the disk has it, whole or not at all.
 
         usage: (tokens sent, tokens received), reminders included; None for a number that the judge did not tell.
         """
@@ -76,55 +77,52 @@ class Verdicts:
         self.lines.append(line)
         self._by_key[line["key"]] = line
 
-    def _append(self, data):
+    def _append(self, line):
         with writing(self.path):
-            self._append_whole(data)
-
-    def _append_whole(self, data):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab", buffering=0) as out:
-            if self._n_whole is not None:
-                out.truncate(self._n_whole)
-                self._n_whole = None
-            before = os.fstat(out.fileno()).st_size
-            try:
-                if out.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                os.fsync(out.fileno())
-            except OSError:
-                out.truncate(before)  # half a line would spoil the next one
-                raise
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as out:
+                if self._n_whole is not None:
+                    out.truncate(self._n_whole)
+                    self._n_whole = None
+                before = os.fstat(out.fileno()).st_size
+                try:
+                    if out.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    os.fsync(out.fileno())
+                except OSError:
+                    out.truncate(before)  # half a line would spoil the next one
+                    raise
 
 
 def _parsed(path, number, text):
     try:
         line = parse(text.decode("utf-8"))
+        wrong = fault(line, _SHAPE)
+        wrong = wrong and f"is damaged ({wrong})"
     except ValueError as error:
-        raise StudyError(f"{path}: line {number} is damaged ({error}): delete that line; the rest is kept") from None
-    missing = [name for name in _FIELDS if not isinstance(line, dict) or line.get(name) is None]
-    if missing:
-        raise StudyError(f"{path}: line {number} lacks {', '.join(missing)}: delete that line; the rest is kept")
-    odd = [name for name in _FIELDS[1:] if type(line[name]) is not (int if name == "reply_tokens" else str)]
-    if odd:
-        raise StudyError(f"{path}: line {number} has {odd[0]} {line[odd[0]]!r:.60}: delete that line; the rest is kept")
-    if line["schema_version"] != SCHEMA_VERSION or line["verdict"] not in _VALUES or line["order"] not in ORDERS:
-        raise StudyError(
-            f"{path}: line {number} has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict "
-            f"{line['verdict']!r}, which this peftlib does not read: delete that line; the rest is kept"
+        wrong = f"is damaged ({error})"
+    if not wrong and (
+        line["schema_version"] != SCHEMA_VERSION or line["verdict"] not in _VALUES or line["order"] not in ORDERS
+    ):
+        wrong = (
+            f"has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict {line['verdict']!r}, which "
+            "this peftlib does not read"
         )
-    seal = line.pop("seal", None)  # verdicts of before have none
-    if seal is not None and seal != _seal(line):
-        raise StudyError(f"{path}: line {number} is damaged (its SHA-256 differs): delete that line; the rest is kept")
+    if not wrong:
+        seal = line.pop("seal", None)  # older verdicts have none
+        wrong = "is damaged (its SHA-256 differs)" if seal not in (None, _seal(line)) else None
+    if wrong:
+        raise StudyError(f"{path}: line {number} {wrong}: delete that line; the rest is kept")
     return line
 
 
 def _seal(line):
-    """What tells whether a line is as it was written: 16 hex digits over its values."""
+    """16 hex digits over a line's values, which show whether it is as it was written."""
     return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def path_of(study, methods):
-    """Where the verdicts on two methods stand, whatever their order."""
+    """The file of the verdicts on two methods, whatever their order."""
     return study.folder / "judge" / f"{'-vs-'.join(in_order(methods))}.jsonl"
 
 
@@ -153,7 +151,7 @@ class Judged:
 
 
 def summary(cases, verdicts, judge, names):
-    """The Judged of the cases that one judge has a verdict on, or None where it has none."""
+    """The Judged of one judge's verdicts on the cases, or None where there are none."""
     by_row, n_malformed = {}, 0
     for case in cases:
         line = verdicts.get(case.key(judge))
@@ -186,7 +184,7 @@ def summary(cases, verdicts, judge, names):
 
 
 def sentences(judged):
-    """What a Judged says, in words; one that is None says that nothing was judged."""
+    """Yield sentences on a Judged; None means that nothing was judged."""
     if judged is None or judged.win_rate is None:
         yield "no row has a verdict in both orders, so there is no win rate"
     else:
@@ -211,14 +209,14 @@ def findings(judged):
 
 
 def uncounted(study):
-    """One sentence for each verdict file that says less than was asked for: its end is cut, or all of it is gone."""
+    """Yield one sentence for each verdict file that is incomplete: its last line is cut, or it is empty."""
     for path in _paths(study):
         verdicts = Verdicts(path, ())
         if verdicts.is_cut or not len(verdicts):
-            what = (
-                "the last line is cut and does not count" if verdicts.is_cut else "the file is empty and does not count"
+            what = "the last line is cut" if verdicts.is_cut else "the file is empty"
+            yield (
+                f"judge/{path.name}: {what} and does not count; `judge` with the same methods asks again for what is missing."
             )
-            yield f"judge/{path.name}: {what}; `judge` with the same methods asks again for what is missing."
 
 
 def _paths(study):
@@ -228,7 +226,7 @@ def _paths(study):
 def load(study, found):
     """([Judged, ...], number of verdicts left out) of the study's verdict files, against the answers of today.
 
-    found: scored.ScoredStudy. Left out are verdicts on other answers or under another rubric.
+    found: results.ScoredStudy. Left out are verdicts on other answers or under another rubric.
     StudyError: a damaged line.
     """
     made, n_used, n_lines = [], 0, 0
@@ -251,6 +249,6 @@ def load(study, found):
 def _pairs(found, methods):
     """[(run of a, run of b), ...] of scored runs: equal seeds, or every seed where one side has a single run (base)."""
     runs_a, runs_b = (found.scored.get(method, []) for method in methods)
-    if scored.BASE in methods:
+    if BASE in methods:
         return [(a, b) for a in runs_a for b in runs_b]
     return [(a, b) for a in runs_a for b in runs_b if a.record["seed"] == b.record["seed"]]

@@ -4,11 +4,11 @@ import pytest
 
 from peftlib.notebook import training_panel as panel
 from peftlib.storage.checkpoint import CheckpointDir
-from peftlib.train import callbacks as progress
+from peftlib.train import callbacks
 from peftlib.train.loop import TrainingRun
 
 
-class Looker(progress.Watcher):
+class Looker(callbacks.Callback):
     """Keeps what it is shown; asks for numbers after every step, and to stop after one."""
 
     def __init__(self, stop_at=None):
@@ -24,10 +24,10 @@ class Looker(progress.Watcher):
         return self.seen[-1].step == self.stop_at
 
 
-def watched(study, *watchers):
-    """(record, lines of the log) of a run with watchers."""
+def watched(study, *watching):
+    """(record, lines of the log) of a run with callbacks."""
     lines = []
-    return TrainingRun(study, "qlora", log=lines.append).train(watchers), lines
+    return TrainingRun(study, "qlora", log=lines.append).train(watching), lines
 
 
 def test_a_watcher_sees_each_step_it_wants_and_the_end(make_study):
@@ -98,14 +98,14 @@ def test_outside_a_notebook_there_are_plain_lines_and_no_panel(make_study, monke
 def test_the_line_tells_speed_what_is_left_and_what_was_skipped():
     history = [{"step": s, "loss": 2.0, "learning_rate": 1e-3, "tokens": 100, "seconds": 2.0} for s in (1, 2)]
     done = type("Done", (), {"step": 2, "skipped_steps": 1})
-    line = progress.line({"history": history}, done, 102)
+    line = callbacks.log_line({"history": history}, done, 102)
     assert line == "step 2/102  loss 2.0000  lr 1.00e-03  50 tok/s  ETA 3:20  skipped 1"
 
 
 @pytest.fixture
 def snapshot():
     entry = {"step": 12, "loss": 2.5, "learning_rate": 1e-3, "tokens": 10, "seconds": 1.0}
-    return progress.Snapshot(
+    return callbacks.Snapshot(
         status="running",
         method="galore",
         seed=1,

@@ -5,8 +5,7 @@ import fake_trackio
 import pytest
 
 from peftlib.core.errors import ConfigError
-from peftlib.train import callbacks as progress
-from peftlib.train import loggers as trackers
+from peftlib.train import callbacks, loggers
 from peftlib.train.loop import TrainingRun
 
 NAMES = {"loss", "loss_smoothed", "learning_rate", "tokens_per_second", "memory_gib", "validation_loss"}
@@ -73,7 +72,7 @@ def test_another_place_to_log_to_is_refused_in_words(make_study):
 
 def test_nothing_is_logged_unless_asked(make_study):
     run = TrainingRun(make_study(), "qlora", log=lambda line: None)
-    assert trackers.of(run) == [] and run.train()["status"] == "ok"
+    assert loggers.of(run) == [] and run.train()["status"] == "ok"
     assert not (run.study.folder / "logs").exists()
 
 
@@ -84,9 +83,9 @@ def test_a_log_that_cannot_be_written_does_not_end_training(make_study, monkeypa
     def full(self, step, numbers):
         raise OSError("no space")
 
-    monkeypatch.setattr(trackers.TensorBoard, "_write", full)
+    monkeypatch.setattr(loggers.TensorBoard, "_write", full)
     assert run.train()["status"] == "ok"
     assert [line for line in lines if "left out" in line] == [
         "TensorBoard failed (OSError: no space) and is left out; training goes on"
     ]
-    assert issubclass(trackers.TensorBoard, progress.Watcher)
+    assert issubclass(loggers.TensorBoard, callbacks.Callback)

@@ -8,7 +8,7 @@ from peftlib.core import config
 from peftlib.core.errors import ConfigError
 from peftlib.models.shapes import Shape
 from peftlib.train import memory_model as plan
-from peftlib.train.flops import flops_per_token, matmul_ceiling
+from peftlib.train.estimate import flops_per_token, matmul_ceiling
 
 SHAPE_1B = Shape(262144, 1152, 6912, 26, (1024, 256, 256))
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "bench" / "methods.json"
@@ -46,9 +46,11 @@ def test_a_card_too_small_for_any_plan_is_refused_with_the_least_that_would_do()
         ConfigError, match=r"full does not fit 2\.0 GiB in any way: the least is micro_batch_size=1.*Lower"
     ):
         plan.choose(SHAPE_1B, "full", config.resolve("t4"), precision="fp16", device_bytes=2 * plan.GIB)
-    rows = plan.table(SHAPE_1B, config.resolve("t4"), precision="fp16", device_bytes=4 * plan.GIB)
-    assert {row["method"]: row["fits"] for row in rows}["full"] is False
-    assert [row["fits"] for row in rows if row["method"] == "qlora"] == [True]
+    four = {"precision": "fp16", "device_bytes": 4 * plan.GIB}
+    fits = [
+        plan.best_plan(SHAPE_1B, name, config.resolve("t4"), **four).fits(4 * plan.GIB) for name in ("full", "qlora")
+    ]
+    assert fits == [False, True]
 
 
 def test_flops_are_those_counted_by_hand():

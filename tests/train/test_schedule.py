@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from peftlib.train.schedule import StepPlan, pack
+from peftlib.train.batching import pack
+from peftlib.train.schedule import StepPlan
 
 
 def test_each_epoch_takes_every_row_once():

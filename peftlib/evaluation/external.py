@@ -1,0 +1,161 @@
+"""Models that were trained elsewhere, checked and loaded for evaluation: PEFT adapters and whole transformers folders."""
+
+import contextlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peftlib import data
+from peftlib.core.errors import ConfigError, ModelError, writing
+from peftlib.models import identity, saved
+from peftlib.models.chat_template import stop_at
+from peftlib.models.load import auto_tokenizer, peft_calls, readable, refuse_pickles
+from peftlib.models.locate import locate
+from peftlib.models.saved import ADAPTER, ADAPTER_CONFIG, FACTS, facts_of, tensors_of
+
+_MODEL_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class External:
+    """A checked folder. base: the study's model, a config's `model`. is_adapter: PEFT's, else a whole model.
+    files: {name: SHA-256} of its weights."""
+
+    folder: Path
+    base: str
+    is_adapter: bool
+    files: dict
+    log: object
+
+    def record_fields(self):
+        """What a record says about the model beside the scores."""
+        kind = "adapter" if self.is_adapter else "model"
+        fields = {"trained_elsewhere": {"folder": self.folder.name, "kind": kind, "files": self.files}}
+        if self.is_adapter:
+            base = locate(self.base)[1]
+            return {**fields, "model_provenance": f"{base}, with the adapter {self.folder.name} trained elsewhere"}
+        where = {"model": self.folder.name, "model_provenance": "a local folder, trained elsewhere"}
+        return {**fields, **where, "model_sha256": None, "model_revision": None}
+
+    def load(self, *, device, dtype):
+        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or tokenizer."""
+        if (self.folder / FACTS).is_file():
+            return saved.load_trained(self.folder, device=device, dtype=dtype, log=self.log)
+        if self.is_adapter:
+            return _merged(self.folder, self.base, device=device, dtype=dtype)
+        model = saved.load_plain(str(self.folder), device=device, dtype=dtype)
+        n_tokens = len(data.load_tokenizer(self.base))
+        if model.get_input_embeddings().num_embeddings < n_tokens:
+            raise ModelError(f"{self.folder} has no embeddings for all {n_tokens} tokens of the study's tokenizer")
+        return model
+
+    @contextlib.contextmanager
+    def merged_folder(self):
+        """A transformers folder of the model in bf16, for engines that load it themselves."""
+        if not self.is_adapter:
+            yield self.folder
+            return
+
+        def write(folder):
+            self.load(device="cpu", dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
+            data.load_tokenizer(self.base).save_pretrained(folder)
+
+        with temporary_model(write) as made:
+            yield made
+
+
+def open_folder(folder, base, *, log=print):
+    """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in evaluate.evaluate_path."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: give that of a PEFT adapter or of a transformers model")
+    folder = folder.resolve()
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and not (folder / _MODEL_CONFIG).is_file():
+        raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter and no model")
+    refuse_pickles(folder)
+    if (folder / FACTS).is_file() and is_adapter:
+        _require_same_base(folder, facts_of(folder)["model"], base)
+    elif is_adapter:
+        _check_adapter(folder, base)
+    else:
+        _require_same_tokenizer(folder, base)
+    files = {path.name: identity.known_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    if not files:
+        raise ModelError(f"{folder} has no safetensors files, so no weights that can be evaluated")
+    return External(folder, base, is_adapter, files, log)
+
+
+def _check_adapter(folder, base):
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        named, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged ({error})") from None
+    if config.get("auto_map"):
+        raise ModelError(f"{path} names code in auto_map, which peftlib never runs: remove it")
+    if not isinstance(kind, str) or not isinstance(named, str) or not named:
+        raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which tells what it was trained on")
+    if not (folder / ADAPTER).is_file():
+        raise ModelError(f"{folder} has no {ADAPTER}")
+    _require_same_base(folder, named, base)
+
+
+def _require_same_base(folder, named, base):
+    """ModelError unless an adapter's base model `named` has the name or the weights of the study's."""
+    here = locate(base)[0]
+    if named in (base, here):
+        return
+    if Path(named).expanduser().is_dir():
+        found = [identity.base_facts(model)["model_sha256"] for model in (named, base)]
+        if found[0] == found[1]:
+            return
+    raise ModelError(
+        f"the adapter in {folder} was trained on {named}, this study's model is {base}: evaluate it in a study of that "
+        f"model; if the weights are the same, set base_model_name_or_path in {ADAPTER_CONFIG} to {here}"
+    )
+
+
+def _require_same_tokenizer(folder, base):
+    if not (folder / "tokenizer.json").is_file():
+        return  # as model.save_pretrained leaves it; load() checks the number of embeddings
+    if auto_tokenizer(folder).get_vocab() != data.load_tokenizer(base).get_vocab():
+        raise ModelError(f"{folder} has another tokenizer than {base}, so the study's rows cannot be given to it")
+
+
+def _merged(folder, base, *, device, dtype):
+    """The base model with a PEFT adapter merged into it in float32, then brought to `dtype` as load_plain does."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    plain = saved.load_plain(base, device=device, dtype=torch.float32)
+    with peft_calls(), readable(folder):
+        model = PeftModel.from_pretrained(plain, folder)
+        kept = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if not hasattr(model, "merge_and_unload"):
+        kind = model.peft_config["default"].peft_type
+        raise ModelError(f"{folder} holds a {kind} adapter, which cannot be merged into the model's weights")
+    unlike = {name for name in kept.keys() ^ tensors_of(folder / ADAPTER).keys() if "embed_tokens" not in name}
+    if unlike:  # PEFT would leave a tensor that is missing as it was drawn
+        raise ModelError(f"{ADAPTER} in {folder} does not fit {base}: {min(unlike)} is in one of the two alone")
+    merged = model.merge_and_unload()
+    if dtype != torch.float32:
+        rounded = saved.load_plain(base, device=device, dtype=dtype)
+        head = rounded.get_output_embeddings()
+        if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # trained apart from the embedding
+        rounded.load_state_dict(merged.state_dict())
+        merged = rounded
+    return stop_at(merged).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def temporary_model(write):
+    """A folder that write(folder) fills, deleted afterwards. DiskError: the disk does not take it."""
+    with contextlib.ExitStack() as stack:
+        with writing(tempfile.gettempdir()):
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peftlib-merged-"))) / "model"
+            write(made)
+        yield made

@@ -1,0 +1,298 @@
+"""What training costs on a card before anything is trained: memory, micro-batch and hours of every method.
+
+Hours come from speeds measured on that card, else from a range scaled from those of other cards.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peftlib import methods
+from peftlib.core.errors import ConfigError
+from peftlib.core.files import GIB
+from peftlib.core.gpus import card_of_device
+from peftlib.core.paths import shipped
+from peftlib.models.inspect import PROJECTIONS
+from peftlib.models.shapes import SHAPES
+from peftlib.train import memory_model
+
+MEASURED = shipped("results/bench/methods.json")
+HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
+_ALIGNED = "<<>><>><"
+_MEASURED_MODEL = "gemma-3-1b"  # tests/bench/methods.py makes this shape
+_SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling, a slower host
+_SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was measured at all
+
+
+def flops_per_token(shape, method, *, length):
+    """Floating-point operations that a token of training needs, without recomputation.
+
+    shape: the model's Shape. method: a MethodSpec. length: mean tokens of a row; a causal token attends to half of it.
+    """
+    # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight; the frozen
+    # head forward and back; attention forward and twice that back.
+    whole = {leaf for kind, leaves in method.trains.items() if kind != "adapters" for leaf in leaves}
+    projections = sum(
+        2 * rows * columns * (3 if leaf in whole else 2)
+        for leaf, (rows, columns) in zip(PROJECTIONS, shape.matrices(PROJECTIONS), strict=True)
+    )
+    attention = 3 * 2 * 2 * shape.attention[0] * length / 2
+    return shape.layers * (projections + attention) + 2 * 2 * shape.vocabulary * shape.hidden
+
+
+def matmul_ceiling(device, dtype, *, size=None, seconds=0.2):
+    """Measure the operations a second of a large square product on this device: the ceiling that MFU is a share of."""
+    size = size or (8192 if device == "cuda" else 1024)
+    a = torch.randn(size, size, device=device).to(dtype)
+    (a @ a).sum().item()  # the first product also loads the library
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        done += 1
+    return done * 2 * size**3 / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training tokens a second, between low and high; equal where it was measured. basis: where it comes from."""
+
+    low: float
+    high: float
+    basis: str
+
+    @property
+    def is_measured(self):
+        return self.low == self.high
+
+
+def measured_rows(path=MEASURED):
+    """Read the benchmark's rows that hold a speed of one of our methods on a known card; [] where there is no file."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    needed = ("method", "precision", "tok_s", "seq", "device", "micro_batch")
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict)
+        and all(row.get(name) for name in needed)
+        and row["method"] in methods.METHODS
+        and "peer" not in row  # another library's speed
+        and card_of_device(row["device"])
+    ]
+
+
+def speed(card, shape, method, *, precision, length, micro_batch, rows):
+    """The Speed of a method. card: gpus.Card. shape: the model's. length: tokens of a row. rows: measured_rows()."""
+    usable = [row for row in rows if row["precision"] == precision]
+    own = [row for row in usable if row["method"] == method]
+    here = [row for row in own if card_of_device(row["device"]) == card]
+    fitting = [row for row in here if row["micro_batch"] == micro_batch]
+    if fitting and shape == SHAPES[_MEASURED_MODEL]:
+        best = _fastest(fitting)
+        return Speed(best["tok_s"], best["tok_s"], f"measured, {_source(best)}")
+    needed = flops_per_token(shape, methods.find(method), length=length)
+    if not usable:
+        low, high = (share * card.tflops * 1e12 / needed for share in _SHARES)
+        share = f"{_SHARES[0]:.0%} to {_SHARES[1]:.0%}"
+        return Speed(low, high, f"estimate, {share} of the card's published {card.tflops:g} TFLOPS")
+    # Scaled by the ratio of work, and of the cards' arithmetic and bandwidth: the wider range of the two.
+    row = _fastest(here or own or usable)
+    source = card_of_device(row["device"])
+    base = row["tok_s"] * flops_per_token(SHAPES[_MEASURED_MODEL], methods.find(row["method"]), length=row["seq"])
+    ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
+    # A small micro-batch leaves a large card idle, in the worst case in proportion.
+    low = base / needed * min(ratios) / _SLOWER * min(1.0, micro_batch / row["micro_batch"])
+    return Speed(low, base / needed * max(ratios), f"estimate from {_source(row)}")
+
+
+def _fastest(rows):
+    return max(rows, key=lambda row: row["tok_s"])
+
+
+def _source(row):
+    card = card_of_device(row["device"])
+    return (
+        f"{row['method']}'s {row['tok_s']:,.0f} tokens/s on {row['device']} ({row['precision']}, micro-batch "
+        f"{row['micro_batch']}, {row['seq']} tokens a row; {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s)"
+    )
+
+
+def scaling_note(card):
+    """Explain how estimates come from speeds measured elsewhere."""
+    return (
+        f"estimates are scaled from speeds of the {_MEASURED_MODEL} shape by the work of a token and by published figures "
+        f"(this card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s), the faster end by the kinder of the two, the slower "
+        f"end by the other and {_SLOWER:g} times slower still, and slower as the micro-batch is smaller than the measured one"
+    )
+
+
+def study_tokens(cfg, manifest=None):
+    """(fewest, most, basis) training tokens of one run of a study, without padding.
+
+    manifest: data/manifest.json where the data exist; without it rows are taken to be a fifth to all of max_length long.
+    """
+    known = manifest and [found for found in manifest["tokens"]["train"].values() if found]
+    if known:
+        n_rows = sum(manifest["counts"]["train"].values())
+        low = high = sum(found["total"] for found in known) / n_rows
+        basis = f"{n_rows:,} training rows of {low:,.0f} tokens, as the study's data have them"
+    else:
+        n_rows = cfg.train_rows * len([part for part in cfg.sources.split(";") if part.strip()])
+        low, high = cfg.max_length / 5, float(cfg.max_length)
+        basis = f"{n_rows:,} training rows of {low:,.0f} to {high:,.0f} tokens (no data yet)"
+    seen = n_rows * cfg.epochs
+    if cfg.max_steps:
+        seen = min(seen, cfg.max_steps * cfg.batch_size)
+    return seen * low, seen * high, basis
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One method on one card.
+
+    fits: whether it can be trained there. memory_gib: predicted peak of training; where nothing fits, the least.
+    hours: (shortest, longest) of one run, or None. speed: a Speed, or None. refused: why it cannot be trained, or ''.
+    """
+
+    method: str
+    fits: bool
+    memory_gib: float
+    micro_batch: int
+    checkpointing: str
+    speed: Speed | None
+    hours: tuple | None
+    refused: str
+
+    @property
+    def mark(self):
+        """How much a reader may build on the hours, in words; for what does not fit, why."""
+        if not self.fits:
+            return self.refused or "at least this much memory"
+        return "measured speed" if self.speed.is_measured else "estimate"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Every method's Cost on a card of `gib` GiB. tokens: (fewest, most, basis) of one run, as study_tokens."""
+
+    cfg: object
+    card: object
+    card_name: str
+    gib: float
+    precision: str
+    costs: list
+    tokens: tuple
+
+    @property
+    def headline(self):
+        """What is planned for, in a line."""
+        cfg = self.cfg
+        return (
+            f"{cfg.model} on a {self.card_name}: {self.gib:.1f} GiB, {self.precision}, rows of up to {cfg.max_length} "
+            f"tokens, {cfg.batch_size} a step"
+        )
+
+    @property
+    def refusal(self):
+        """Why no method can be trained there and what to change, or ''."""
+        if any(cost.fits for cost in self.costs):
+            return ""
+        least = min((cost for cost in self.costs if not cost.refused), key=lambda cost: cost.memory_gib, default=None)
+        if least is None:
+            return f"no method trains {self.cfg.model} as set: {self.costs[0].refused}"
+        change = "Set micro_batch_size to 0, lower" if self.cfg.micro_batch_size else "Lower"
+        return (
+            f"no method trains {self.cfg.model} on a {self.card_name} with {self.gib:.1f} GiB: the least is "
+            f"{least.method} with {least.memory_gib:.1f} GiB. {change} max_length (now {self.cfg.max_length}), or take a "
+            "smaller model or a larger card"
+        )
+
+    def notes(self):
+        """Yield what the numbers rest on, a line each."""
+        yield f"memory: the planner's prediction of training, held below {memory_model.HEADROOM:.0%} of the card"
+        yield f"hours: one run of one seed, training alone, {self.tokens[2]}; answering the test rows comes on top"
+        if self.cfg.micro_batch_size:
+            yield f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose what fits"
+        bases = dict.fromkeys(cost.speed.basis for cost in self.costs if cost.speed)
+        for basis in bases:
+            names = [cost.method for cost in self.costs if cost.speed and cost.speed.basis == basis]
+            yield f"{', '.join(names)}: {basis}"
+        if any(basis.startswith("estimate from") for basis in bases):
+            yield scaling_note(self.card)
+
+    def lines(self):
+        """Yield headline, table and notes as lines of text."""
+        rows = [HEADER, *map(cells, self.costs)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        yield self.headline
+        for row in rows:
+            aligned = zip(row, _ALIGNED, widths, strict=True)
+            yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in aligned).rstrip()
+        yield from self.notes()
+
+
+def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
+    """The Forecast of a config on a card. card: gpus.Card. shape: of cfg.model. manifest: of the data, if they exist.
+
+    rows: speeds to go by, measured_rows() where not given.
+    """
+    precision = card.precision if cfg.precision == "auto" else cfg.precision
+    gib = min(card.gib, cfg.memory_gib) if cfg.memory_gib else card.gib
+    tokens = study_tokens(cfg, manifest)
+    rows = measured_rows() if rows is None else rows
+    costs = []
+    for method in methods.METHODS:
+        plan = memory_model.best_plan(shape, method, cfg, precision=precision, device_bytes=int(gib * GIB))
+        refused, found, hours = _rank_refusal(shape, method, cfg), None, None
+        fits = plan.fits(int(gib * GIB)) and not refused
+        if fits:
+            how = {"precision": precision, "length": cfg.max_length, "micro_batch": plan.micro_batch, "rows": rows}
+            found = speed(card, shape, method, **how)
+            hours = tokens[0] / found.high / 3600, tokens[1] / found.low / 3600
+        size = plan.total / GIB
+        costs.append(Cost(method, fits, size, plan.micro_batch, plan.checkpointing, found, hours, refused))
+    return Forecast(cfg, card, card_name, gib, precision, costs, tokens)
+
+
+def _rank_refusal(shape, method, cfg):
+    """What the method's own checks would say of its ranks, or ''."""
+    try:
+        methods.find(method).require_ranks(cfg, shape.matrices)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def cells(cost):
+    """A Cost as texts in the order of HEADER; a range where more than one number is possible."""
+    memory = f"{cost.memory_gib:.2f}"
+    if not cost.fits:
+        return (cost.method, "no", memory, "", "", "", "", cost.mark)
+    ends = dict.fromkeys(f"{_two_digits(value):,.0f}" for value in (cost.speed.low, cost.speed.high))
+    time_ = duration(*(3600 * hours for hours in cost.hours))
+    return (cost.method, "yes", memory, str(cost.micro_batch), cost.checkpointing, " to ".join(ends), time_, cost.mark)
+
+
+def duration(low_s, high_s):
+    """'20 s to 3 min', two digits that count, nothing below 1 s; 'about 2 h' where both ends read the same."""
+    low, high = _time_text(low_s), _time_text(high_s)
+    if low == high:
+        return f"about {low}"
+    return f"{low.split()[0]} to {high}" if low.split()[1] == high.split()[1] else f"{low} to {high}"
+
+
+def _time_text(seconds):
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size or unit == "s":
+            return f"{max(1.0, _two_digits(seconds / size)):g} {unit}"
+
+
+def _two_digits(value):
+    return float(f"{value:.2g}")

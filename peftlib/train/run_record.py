@@ -1,0 +1,174 @@
+"""The record of a run: what changed between its sessions, and at the end the saved weights and final numbers."""
+
+from collections import Counter
+from datetime import UTC, datetime
+
+from peftlib.core import record as records
+from peftlib.core.errors import CheckpointError, writing
+from peftlib.core.files import sha256
+from peftlib.models.inspect import core, count_parameters, trainable
+from peftlib.models.precision import DTYPES
+from peftlib.models.saved import save_trained, settings_digests
+from peftlib.models.shapes import Shape
+from peftlib.train import estimate
+from peftlib.train.step import require_finite
+
+RATE_FACTOR = "rate_factor"
+
+
+def describe(run):
+    """Record what trains and at which peak rates, and log it."""
+    trained, total = count_parameters(run.model)
+    rates = run.peak_rates  # one a parameter group
+    run.record.update(
+        trainable_params=trained,
+        total_params=total,
+        planned_steps=run.plan.steps,
+        learning_rate=rates[0],
+        learning_rate_2=rates[1] if len(rates) > 1 else None,
+    )
+    step, steps = run.progress.step, run.plan.steps
+    start = f"goes on at step {step} of {steps}" if step else f"starts, {steps} steps"
+    shown = " and ".join(f"{rate * run.rate_factor:g}" for rate in sorted(set(rates), reverse=True))
+    run.log(
+        f"{run.name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
+        f"peak rate {shown}, {run.precision} ({run.precision_reason}), {run.record['device']}"
+    )
+
+
+def note_change(run, what, before, now):
+    """Add a change to the record, with its step and time."""
+    change = {"step": run.progress.step, "what": what, "from": before, "to": now}
+    run.record["changes"].append(change | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def note_session(run, state):
+    """Compare this session with the one that wrote a checkpoint, whose state is given; note and log differences."""
+    ours = {"precision": run.precision, "device": run.record["device"], "plan": run.execution.description}
+    for what, now in ours.items():
+        before = state.get(what, now)  # older versions did not save their precision
+        if before != now:
+            note_change(run, what, before, now)
+            run.log(f"the checkpoint was made with {what} {before}, here it is {now}: going on, not bit for bit")
+    if state.get("precision", run.precision) != run.precision:
+        four_bit = "; 4-bit weights are quantized from that, alike where the model's files hold 16 bits"
+        run.log(
+            f"frozen weights are read in {run.precision}{four_bit if run.method.four_bit else ''}; trained weights and "
+            "optimizer state stay as they were"
+        )
+
+
+def set_rate_factor(run, before):
+    """Set the factor on the study's learning rates: cfg.resume_rate_factor, or `before` where that is 1.
+
+    It multiplies the study's rates, not those of the session before, so giving it twice changes nothing.
+    """
+    asked = run.cfg.resume_rate_factor
+    run.rate_factor = before if asked == 1.0 else asked
+    if run.rate_factor != before:
+        note_change(run, RATE_FACTOR, before, run.rate_factor)
+        run.log(
+            f"learning rates are {run.rate_factor:g} times the study's from step {run.progress.step} on "
+            f"(resume_rate_factor); before {before:g}"
+        )
+
+
+def require_same_architecture(kept, ours, where):
+    """CheckpointError unless two layer tables agree in names, classes, numbers of weights, 4-bit form and what trains.
+
+    The dtypes of the rest may differ, as two cards do.
+    """
+    before, now = _architecture(kept), _architecture(ours)
+    if before != now:
+        missing, new = (", ".join(sorted(a - b)) or "fewer" for a, b in ((before, now), (now, before)))
+        raise CheckpointError(
+            f"the model's layers are {new}, those of the checkpoint in {where} {missing}: take the model and versions it "
+            "was made with"
+        )
+
+
+def _architecture(layers):
+    """{a description for each kind of layer}; rows that differ in dtype alone are summed."""
+    count, weights = Counter(), Counter()
+    for row in layers:
+        form = "in 4 bits" if row.get("dtype") == "nf4" else "plain"
+        kind = f"{row.get('layer')} ({row.get('class')!r}, {form}, {'trains' if row.get('trains') else 'frozen'}"
+        count[kind] += row.get("count", 0)
+        weights[kind] += row.get("weights", 0)
+    return {f"{kind}, {count[kind]} with {weights[kind]:,} weights)" for kind in count}
+
+
+def change_sentences(record):
+    """Yield what a report has to say about a run whose rates or precision changed on the way."""
+    run = f"{record['method']} (seed {record['seed']})"
+    for change in record.get("changes") or ():
+        if change["what"] == RATE_FACTOR:
+            yield (
+                f"{run} was not treated as the others: from step {change['step']} on its learning rates were "
+                f"{change['to']:g} times the study's (before: {change['from']:g} times)."
+            )
+        elif change["what"] == "precision":
+            yield (
+                f"{run} went on in {change['to']} from step {change['step']} on (before: {change['from']}), so its "
+                "memory and speed are of both."
+            )
+
+
+def save_weights(run):
+    """Save the trained weights and put their digests into the record; answers of earlier weights are deleted.
+
+    NonFiniteLossError: a trained weight holds inf or nan; then nothing is written.
+    """
+    require_finite(trainable(run.model), "the trained model")
+    facts = {
+        "method": run.name,
+        "model": run.cfg.model,
+        "model_sha256": run.record["model_sha256"],
+        "model_revision": run.record["model_revision"],
+        "four_bit": list(run.method.four_bit),
+        "precision": run.precision,
+        "run_hash": run.cfg.run_hash(run.name),
+        "split_hash": run.manifest["split_hash"],
+        "seed": run.cfg.seed,
+    }
+    run.study.predictions_path(run.name, run.cfg.seed).unlink(missing_ok=True)
+    with writing(run.weights_dir):
+        save_trained(run.model, run.tokenizer, run.weights_dir, facts)
+    run.record["weights_sha256"] = {path.name: sha256(path) for path in sorted(run.weights_dir.glob("*.safetensors"))}
+    run.record["settings_sha256"] = settings_digests(run.weights_dir)
+
+
+def finalise(run):
+    """Write the final numbers to the record; once a run is complete its checkpoints are deleted. MFU comes last."""
+    done, record = run.progress, run.record
+    record |= {name: value for name, value in vars(done).items() if name != "step"}
+    losses = [entry["loss"] for entry in record["history"][-max(1, run.plan.steps // 10) :]]
+    losses = [loss for loss in losses if loss is not None]  # a skipped step may have none
+    record.update(
+        steps=done.step,
+        saves=run.saver.saves,  # of this session
+        save_stall_seconds=run.saver.stall_seconds,
+        placement=run.execution.facts,
+        rate_factor=run.rate_factor,
+        train_loss=sum(losses) / len(losses) if losses else None,
+        tokens_per_second=done.train_tokens / done.train_seconds if done.train_seconds else None,
+    )
+    records.save(run.study, record)
+    if record["status"] == "ok":
+        run.checkpoints.remove()
+    if record["tokens_per_second"]:
+        try:
+            _measure_mfu(run)
+        except RuntimeError as error:  # a card that is full, or broken by what ended the run
+            run.log(f"the share of the device's speed was not measured ({type(error).__name__}: {error})")
+        else:
+            records.save(run.study, record)
+
+
+def _measure_mfu(run):
+    """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
+    needed = estimate.flops_per_token(
+        Shape.of(core(run.model).config), run.method, length=float(run.rows.lengths.mean())
+    )
+    ceiling = estimate.matmul_ceiling(run.device, DTYPES[run.precision])
+    run.record.update(mfu=run.record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
