@@ -141,11 +141,13 @@ class _Pace:
 def facts(snapshot):
     """{name: value in words} of a callbacks.Snapshot, in the order to show them."""
     speed, left = snapshot.tokens_per_second, None if snapshot.is_over else snapshot.seconds_left
+    loss = snapshot.history[-1]["loss"] if snapshot.history else None
+    valid_loss = snapshot.valid_history[-1]["valid_loss"] if snapshot.valid_history else None
     found = {
         "speed": None if speed is None else f"{speed:,.0f} tokens/s",
         "time left": None if left is None else clock(left),
-        "loss": f"{snapshot.history[-1]['loss']:.4f}" if snapshot.history else None,
-        "validation": f"{snapshot.valid_history[-1]['valid_loss']:.4f}" if snapshot.valid_history else None,
+        "loss": None if loss is None else f"{loss:.4f}",
+        "validation": None if valid_loss is None else f"{valid_loss:.4f}",  # None: it was not finite
         "memory": memory_words(snapshot),
         "checkpoint": checkpoint_words(snapshot),
         "copy": snapshot.copy or "none, only this disk has it",
