@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import sys
@@ -116,6 +117,22 @@ def finished(make_study, finished_before, tmp_path_factory):
         return study
 
     return make
+
+
+@pytest.fixture(scope="session")
+def kernel_of():
+    """kernel_of(name) -> (KernelManager, client) of one kernel a version, which all tests share; see front_end.started."""
+    from front_end import started
+
+    with contextlib.ExitStack() as stack:
+        made = {}
+
+        def get(name):
+            if name not in made:
+                made[name] = stack.enter_context(started(name))
+            return made[name]
+
+        yield get
 
 
 @pytest.fixture(scope="session")

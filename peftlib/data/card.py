@@ -56,3 +56,15 @@ def push_to_hub(folder, repo_id, *, token=None, private=True):
         repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=["*.parquet", "*.json", CARD]
     )
     return str(address)
+
+
+def summary(manifest):
+    """Counts, rejects and conversions of a manifest as lines of text."""
+    lines = [f"split {manifest['split_hash']}"]
+    for name in manifest["sources"]:
+        counts = ", ".join(f"{split} {manifest['counts'][split][name]:,}" for split in ("train", "valid", "test"))
+        lines.append(f"{name}: {counts}; read {manifest['read'][name]:,}, not needed {manifest['unused'][name]:,}")
+        for kind in ("rejected", "conversions"):
+            named = ", ".join(f"{key} {n:,}" for key, n in manifest[kind][name].items())
+            lines.append(f"  {kind}: {named or 'none'}")
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""What the notebooks' cells call and show; `from peftlib.notebook import NAME` loads it when it is used."""
+
+import importlib
+
+# {public name: (module, its name there)}
+_API = {
+    "study_form": ("peftlib.notebook.planner", "study_form"),
+    "browse": ("peftlib.notebook.dataset", "browse"),
+    "mask_text": ("peftlib.notebook.dataset", "mask_text"),
+    "kept_chart": ("peftlib.report.data_figures", "kept_chart"),
+    "length_chart": ("peftlib.report.data_figures", "length_chart"),
+    "train_live": ("peftlib.notebook.training_panel", "train_live"),
+    "loss_curves": ("peftlib.report.figures", "loss_curves"),
+    "THEMES": ("peftlib.report.palette", "THEMES"),
+    "side_by_side": ("peftlib.notebook.answer_cards", "side_by_side"),
+    "trained_methods": ("peftlib.evaluation.evaluate", "trained_methods"),
+    "show_charts": ("peftlib.notebook.charts", "show_charts"),
+    "explore": ("peftlib.notebook.explorer", "explore"),
+    "ask_box": ("peftlib.notebook.ask", "ask_box"),
+    "ExportPreview": ("peftlib.export.export", "Preview"),
+}
+__all__ = list(_API)
+
+
+def __getattr__(name):
+    if name not in _API:
+        raise AttributeError(f"module 'peftlib.notebook' has no attribute {name!r}")
+    module, there = _API[name]
+    found = globals()[name] = getattr(importlib.import_module(module), there)
+    return found

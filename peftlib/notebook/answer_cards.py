@@ -3,19 +3,28 @@
 Colours mix with the page's own text colour, so that no theme needs to be known. All texts are escaped.
 """
 
+import difflib
 import html
+import re
+import unicodedata
+from itertools import groupby
 
+from peftlib.evaluation import rouge
 from peftlib.notebook.answers import METRICS
-from peftlib.notebook.worddiff import SAME, marked
 from peftlib.report.palette import LIGHT
 
+SAME, OTHER = "same", "other"
+_WORD = re.compile("um*|l[lm]*")  # on first letters of rouge.kind_of: unspaced, mark, letter
+_EMPTY = '<span class="pl-note">(empty)</span>'
 _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 # Blue and orange differ with every common colour blindness; the lines below say the same without colour.
 STYLE = """<style>
 .pl-rows { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; max-width: 100%; box-sizing: border-box; }
 .pl-rows * { box-sizing: border-box; }
-.pl-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 10px; margin: 8px 0; }
-.pl-card { border: 1px solid rgba(127,127,127,.45); border-top-width: 4px; border-radius: 6px; padding: 8px 12px; min-width: 0; }
+.pl-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14.5rem), 1fr)); gap: 10px; }
+.pl-cards { margin: 8px 0; }
+.pl-card { border: 1px solid rgba(127,127,127,.45); border-top-width: 4px; border-radius: 6px; }
+.pl-card { padding: 8px 12px; min-width: 0; }
 .pl-rows .pl-card h4 { margin: 0; font-size: 14px; font-weight: 600; line-height: 1.5; }
 .pl-text { white-space: pre-wrap; margin: 6px 0 0; }
 .pl-note { opacity: .78; font-size: 12.5px; }
@@ -24,9 +33,9 @@ STYLE = """<style>
 .pl-rows u { text-decoration: underline dotted 1.5px #d55e00; text-underline-offset: 3px; }
 </style>"""
 LEGEND = (
-    '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other words. '
-    "ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace with nltk's "
-    "smoothing (method1), for most rows share no four words with their reference.</div>"
+    '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other '
+    "words. ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace "
+    "with nltk's smoothing (method1), for most rows share no four words with their reference.</div>"
 )
 
 
@@ -40,14 +49,8 @@ def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit
     reference = answers.references[at]
     cards = [_card("reference", "", "what the data hold", _cut(reference, limit))]
     for name in names:
-        cards.append(
-            _card(
-                name,
-                theme.color_of(answers.method_of(name)),
-                _facts(answers, at, name, against),
-                _answer(answers.runs[name].answers[at], reference, limit, is_marked),
-            )
-        )
+        body = _answer(answers.runs[name].answers[at], reference, limit, is_marked)
+        cards.append(_card(name, theme.color_of(answers.method_of(name)), _facts(answers, at, name, against), body))
     return f'{head}{_prompt(answers.prompts[at], limit)}<div class="pl-cards">{"".join(cards)}</div>'
 
 
@@ -62,7 +65,7 @@ def answer_card(name, color, facts, text):
 
 
 class StaticRows:
-    """HTML for a notebook, and the same in short for who reads plain text."""
+    """HTML for a notebook, and the same in short for readers of plain text."""
 
     def __init__(self, parts, text):
         self._parts, self._text = parts, text
@@ -75,16 +78,13 @@ class StaticRows:
 
 
 def side_by_side(questions, answers):
-    """The StaticRows of some questions with their answers, line breaks kept. answers: {name: [text of each question]}."""
+    """The StaticRows of questions with their answers, line breaks kept. answers: {name: [one text a question]}."""
     parts, said = [], []
     for at, question in enumerate(questions):
         cards = [_card(name, "", "", _cut(texts[at], None) or _EMPTY) for name, texts in answers.items()]
         parts.append(f'<b>{html.escape(question)}</b><div class="pl-cards">{"".join(cards)}</div>')
         said.append("\n".join([f"> {question}", *(f"{name}: {texts[at]}" for name, texts in answers.items())]))
     return StaticRows(parts, "\n\n".join(said))
-
-
-_EMPTY = '<span class="pl-note">(empty)</span>'
 
 
 def _card(name, color, facts, body):
@@ -98,7 +98,8 @@ def _prompt(text, limit):
     if len(text) <= _FOLDED and "\n" not in text.strip():
         return body
     first = html.escape(text.strip().split("\n")[0][:90])
-    return f'<details><summary>{first} ... <span class="pl-note">(all {len(text):,} characters)</span></summary>{body}</details>'
+    note = f'<span class="pl-note">(all {len(text):,} characters)</span>'
+    return f"<details><summary>{first} ... {note}</summary>{body}</details>"
 
 
 def _facts(answers, at, name, against):
@@ -137,3 +138,31 @@ def _cut(text, limit):
 def _rest(text, limit):
     rest = 0 if limit is None else len(text) - limit
     return f' <span class="pl-note">... ({rest:,} more characters)</span>' if rest > 0 else ""
+
+
+def marked(answer, reference):
+    """[(SAME or OTHER, text), ...] whose texts join to the answer.
+
+    Words are ROUGE's (any script, case and punctuation do not count); what stands between two words belongs to the
+    one before it. Longest common runs first (difflib), so that a phrase stays in one piece.
+    """
+    spans, wanted = _spans(answer), [_key(reference[a:b]) for a, b in _spans(reference)]
+    own = [_key(answer[a:b]) for a, b in spans]
+    blocks = difflib.SequenceMatcher(None, wanted, own, autojunk=False).get_matching_blocks()
+    shared = {at for block in blocks for at in range(block.b, block.b + block.size)}
+    starts = [0, *(a for a, _ in spans[1:])] if spans else []
+    ends = [*starts[1:], len(answer)]
+    words = [(SAME if at in shared else OTHER, answer[a:b]) for at, (a, b) in enumerate(zip(starts, ends))]
+    if not words and answer:
+        return [(OTHER, answer)]
+    return [(kind, "".join(text for _, text in run)) for kind, run in groupby(words, key=lambda word: word[0])]
+
+
+def _key(word):
+    return unicodedata.normalize("NFC", word).lower()
+
+
+def _spans(text):
+    """[(start, end), ...] of the words in a text, as rouge.words finds them."""
+    kinds = "".join(rouge.kind_of(character)[0] for character in text)
+    return [found.span() for found in _WORD.finditer(kinds)]

@@ -1,9 +1,9 @@
 """The test rows of a scored study with every run's answer: found, ordered and written out by their scores."""
 
 import csv
-import io
 
 import numpy as np
+import pandas as pd
 
 from peftlib.evaluation.results import BASE, prompt_text
 
@@ -34,7 +34,7 @@ class Answers:
 
     @property
     def trained(self):
-        """Names of the runs that are not the untrained model."""
+        """Names of the runs of trained methods."""
         return [name for name, run in self.runs.items() if run.record["method"] != BASE]
 
     def method_of(self, name):
@@ -46,66 +46,63 @@ class Answers:
         return getattr(self.runs[name].rows, _COLUMNS[metric])
 
     def chosen(self, *, source=None, text="", order=FILE, metric="rougeL", name=None, other=None):
-        """Positions of rows: of one source or all (None), which hold a text, in one of ORDERS.
+        """Indices of rows: of one source or all (None), which hold a text, in one of ORDERS.
 
         text: looked for in prompt, reference and answers, whatever its case. name, other: runs; scores are name's,
         gains and losses those of name over other. Equal ones stay in file order.
         """
-        places = np.flatnonzero(self._source_of == source) if source is not None else np.arange(len(self))
+        found = np.flatnonzero(self._source_of == source) if source is not None else np.arange(len(self))
         wanted = text.strip().casefold()
         if wanted:
-            places = np.array([at for at in places if self._holds(at, wanted)], dtype=int)
+            found = np.array([at for at in found if self._holds(at, wanted)], dtype=int)
         if order == FILE:
-            return places
+            return found
         values = self.scores(name, metric)
         if order in (GAIN, LOSS):
             values = values - self.scores(other, metric)
-        values = values[places]
-        return places[np.argsort(-values if order in (HIGHEST, GAIN) else values, kind="stable")]
+        values = values[found]
+        return found[np.argsort(-values if order in (HIGHEST, GAIN) else values, kind="stable")]
 
     def _holds(self, at, wanted):
         texts = (self.prompts[at], self.references[at], *(run.answers[at] for run in self.runs.values()))
         return any(wanted in text.casefold() for text in texts)
 
     def notable(self, metric="rougeL"):
-        """{position: {why: [run, ...]}}: each trained run's largest gain over base, its median and its largest loss,
+        """{index: {why: [run, ...]}}: each trained run's largest gain over base, its median and its largest loss,
         or the smallest where no row lost or none gained.
 
         Without the untrained model: its highest, its median and its lowest score.
         """
         base = next((name for name in self.runs if name not in self.trained), None)
-        found = {}
+        notable = {}
         for name in self.trained or list(self.runs):
             up, down = (GAIN, LOSS) if base not in (None, name) else (HIGHEST, LOWEST)
-            places = self.chosen(order=up, metric=metric, name=name, other=base)
+            ranked = self.chosen(order=up, metric=metric, name=name, other=base)
             typical = "typical gain" if up == GAIN else "typical score"
             if up == GAIN:
-                gains = self.scores(name, metric)[places] - self.scores(base, metric)[places]
+                gains = self.scores(name, metric)[ranked] - self.scores(base, metric)[ranked]
                 up, down = GAIN if gains[0] > 0 else "smallest loss", LOSS if gains[-1] < 0 else "smallest gain"
-            for at, why in ((0, up), (len(places) // 2, typical), (-1, down)):
-                found.setdefault(int(places[at]), {}).setdefault(why, []).append(name)
-        return found
+            for at, why in ((0, up), (len(ranked) // 2, typical), (-1, down)):
+                notable.setdefault(int(ranked[at]), {}).setdefault(why, []).append(name)
+        return notable
 
-    def to_csv(self, places, names):
-        """CSV text of some rows, in that order, with the answers and scores of some runs; texts never are formulas."""
-        out = io.StringIO()
+    def to_csv(self, found, names):
+        """CSV text of the rows with these indices, in that order, with the answers and scores of some runs.
+
+        No cell is a formula to a spreadsheet.
+        """
+        columns = {name: [_as_text(self.rows[at][name]) for at in found] for name in ("source", "id")}
+        columns["prompt"] = [_as_text(self.prompts[at]) for at in found]
+        columns["reference"] = [_as_text(self.references[at]) for at in found]
+        for name in names:
+            run = self.runs[name]
+            columns[f"{name} answer"] = [_as_text(run.answers[at]) for at in found]
+            for label, metric in (("rougeL", "rougeL"), ("row_bleu4", "bleu4")):
+                columns[f"{name} {label}"] = [f"{score:.6f}" for score in self.scores(name, metric)[list(found)]]
+            columns[f"{name} n_tokens"] = [run.n_tokens[at] for at in found]
+            columns[f"{name} finish_reason"] = [run.finish_reasons[at] for at in found]
         # All quoted: a lone carriage return would else begin a new row, and with it a formula.
-        writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        parts = ("answer", "rougeL", "row_bleu4", "n_tokens", "finish_reason")
-        writer.writerow(
-            ["source", "id", "prompt", "reference", *(f"{name} {part}" for name in names for part in parts)]
-        )
-        for at in places:
-            row = self.rows[at]
-            cells = [cell for name in names for cell in self._cells(name, at)]
-            texts = (row["source"], row["id"], self.prompts[at], self.references[at])
-            writer.writerow([*map(_as_text, texts), *cells])
-        return out.getvalue()
-
-    def _cells(self, name, at):
-        run = self.runs[name]
-        scores = (f"{self.scores(name, metric)[at]:.6f}" for metric in METRICS)
-        return [_as_text(run.answers[at]), *scores, run.n_tokens[at], run.finish_reasons[at]]
+        return pd.DataFrame(columns).to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
 
 
 def _as_text(cell):

@@ -5,16 +5,16 @@ import time
 from dataclasses import dataclass
 
 import psutil
+import torch
 
-from peftlib import data
 from peftlib.core.env import resolve_device
 from peftlib.evaluation.evaluate import evaluation_dtype, load_model, trained_methods
 from peftlib.evaluation.generate import answer_batch
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
+from peftlib.models.load import load_tokenizer
 from peftlib.notebook.answer_cards import answer_card, page
-from peftlib.notebook.session import can_click
-from peftlib.notebook.widget_display import Shown
+from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look
 from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
@@ -36,7 +36,7 @@ class Reply:
 class Models:
     """The saved models of a study, loaded one by one; several stay loaded where memory allows.
 
-    log: told in a sentence what is done.
+    log: called with a sentence on what is being done.
     """
 
     def __init__(self, study, log=print):
@@ -61,54 +61,37 @@ class Models:
                 prompt = encode_prompt(self._tokenizer, [{"role": "user", "content": question}])
                 [answer] = answer_batch(model, self._tokenizer, [prompt], max_new_tokens=max_new_tokens)
                 yield Reply(method, answer, None, time.monotonic() - started)
-            except Exception as error:  # noqa: BLE001  whatever it is, the other answers are worth having
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other answers are worth having
                 yield Reply(method, None, f"{type(error).__name__}: {error}", None)
             model = None
-            self._make_room()
+            largest = max((sum(p.nbytes for p in model.parameters()) for model in self._loaded.values()), default=0)
+            if self._free_bytes() < _FREE_TIMES * largest:
+                self.close()
 
     def close(self):
-        """Give back the memory of all models."""
+        """Free the memory of all models."""
         self._loaded.clear()
-        self._free()
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def _model(self, method, at):
-        key = method, self._written(method)
+        facts = self._study.weights_dir(method, self._study.cfg.seed) / "peftlib.json"
+        key = method, facts.stat().st_mtime_ns if facts.exists() else None
         if key not in self._loaded:
             self._loaded = {k: model for k, model in self._loaded.items() if k[0] != method}  # older weights
             self.log(f"loading {at}")
-            self._tokenizer = self._tokenizer or data.load_tokenizer(self._study.cfg.model)
-            dtype = evaluation_dtype(self._device)[0]
-            how = {"device": self._device, "dtype": dtype, "log": self.log}
+            self._tokenizer = self._tokenizer or load_tokenizer(self._study.cfg.model)
+            how = {"device": self._device, "dtype": evaluation_dtype(self._device)[0], "log": self.log}
             self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
         return self._loaded[key]
 
-    def _written(self, method):
-        facts = self._study.weights_dir(method, self._study.cfg.seed) / "peftlib.json"
-        return facts.stat().st_mtime_ns if facts.exists() else None
-
-    def _make_room(self):
-        """Drop all models unless the free memory holds another one easily."""
-        n_bytes = max((sum(p.nbytes for p in model.parameters()) for model in self._loaded.values()), default=0)
-        if self._free_bytes() < _FREE_TIMES * n_bytes:
-            self.close()
-
     def _free_bytes(self):
-        if self._device != "cuda":
-            return psutil.virtual_memory().available
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-
-    def _free(self):
-        gc.collect()
-        if self._device == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0] if self._device == "cuda" else psutil.virtual_memory().available
 
 
 def ask_box(study, *, is_interactive=None):
-    """What a notebook cell shows to ask all models of a study: an AskBox; where nobody can click, a printed sentence."""
+    """Show in a cell a box to ask all models of a study; where nobody can click, print a sentence about it."""
     if can_click() if is_interactive is None else is_interactive:
         return AskBox(study)
     print(f"In Jupyter or Colab this cell asks {', '.join([BASE, *trained_methods(study)])} what you type.")
@@ -121,26 +104,19 @@ class AskBox(Shown):
     instead = "a box to ask all models (run the cell to see it)"
 
     def __init__(self, study):
-        self._models = Models(study, self._say)
-        self._theme = THEMES[study.cfg.theme]
-        self._make_widgets(study.cfg.max_new_tokens)
-
-    def _make_widgets(self, max_new_tokens):
         import ipywidgets as w
 
-        self.question = w.Textarea(value=_QUESTION, description="question", style={"description_width": "4.5rem"})
-        self.question.layout = w.Layout(width="40rem", max_width="calc(100% - 4px)")
-        self.tokens = w.BoundedIntText(value=max_new_tokens, min=1, max=_MOST_TOKENS, description="at most")
-        self.tokens.layout.width, self.tokens.style.description_width = "10rem", "4.5rem"
-        small = w.Layout(width="auto")
-        names = self._models.names
-        self.methods = {name: w.Checkbox(value=True, description=name, indent=False, layout=small) for name in names}
+        self._models = Models(study, self._say)
+        self._theme = THEMES[study.cfg.theme]
+        limit = {"value": study.cfg.max_new_tokens, "min": 1, "max": _MOST_TOKENS}
+        self.question = w.Textarea(value=_QUESTION, description="question", **look("40rem"))
+        self.tokens = w.BoundedIntText(description="at most", **limit, **look("10rem"))
+        self.methods = checkboxes(self._models.names)
         self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")
         self.status, self.shown = w.Label(), w.HTML()
-        line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px", align_items="center")
-        settings = w.Box([self.tokens, w.Label("tokens"), *self.methods.values()], layout=line)
-        action = w.Box([self.button, self.status], layout=line)
-        self.box = w.VBox([self.question, settings, action, self.shown], layout=w.Layout(max_width="100%"))
+        settings = w.Box([self.tokens, w.Label("tokens"), *self.methods.values()], layout=LINE)
+        action = w.Box([self.button, self.status], layout=LINE)
+        self.box = w.VBox([self.question, settings, action, self.shown], layout={"max_width": "100%"})
         self.button.on_click(self._ask)
 
     def _say(self, text):

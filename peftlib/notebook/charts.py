@@ -1,8 +1,6 @@
 """A study's charts in a notebook: to pick by what is measured and on which rows, where somebody can click."""
 
-from peftlib.notebook.downloads import CSV, PNG, link
-from peftlib.notebook.session import can_click
-from peftlib.notebook.widget_display import Shown
+from peftlib.notebook.widgets import CSV, LINE, PNG, Shown, can_click, link, look
 from peftlib.report.chart import bundle, image
 from peftlib.report.charts import KINDS, chart_of, row_choices
 from peftlib.report.palette import THEMES
@@ -10,8 +8,8 @@ from peftlib.report.palette import THEMES
 _STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory")  # of a report's figures
 
 
-def charts(report, *, is_interactive=None):
-    """What a notebook cell shows of a report.Report: a ChartPanel, or its main figures where nobody can click.
+def show_charts(report, *, is_interactive=None):
+    """Show a report.Report's charts in a cell: a ChartPanel, or its main figures where nobody can click.
 
     is_interactive: None finds out.
     """
@@ -33,28 +31,20 @@ class ChartPanel(Shown):
     instead = "charts (run the cell to see them)"
 
     def __init__(self, report):
-        self._report = report
-        self._is_changing = False
-        self._make_widgets()
-        self._show()
-
-    def _make_widgets(self):
         import ipywidgets as w
 
-        wide = {
-            "style": {"description_width": "4.5rem"},
-            "layout": w.Layout(width="19rem", max_width="calc(100% - 4px)"),
-        }
+        self._report, self._is_changing = report, False
+        wide = look("19rem")
         self.kind = w.Dropdown(options=KINDS, description="show", **wide)
-        self.rows = w.Dropdown(options=row_choices(self._report.numbers, KINDS[0]), description="of", **wide)
-        self.theme = w.Dropdown(options=list(THEMES), value=self._report.theme, description="theme", **wide)
+        self.rows = w.Dropdown(options=row_choices(report.numbers, KINDS[0]), description="of", **wide)
+        self.theme = w.Dropdown(options=list(THEMES), value=report.theme, description="theme", **wide)
         self.shown, self.download = w.HTML(), w.HTML()
-        line = w.Layout(flex_flow="row wrap", grid_gap="4px 10px")
-        controls = w.Box([self.kind, self.rows, self.theme], layout=line)
-        self.box = w.VBox([controls, self.shown, self.download], layout=w.Layout(max_width="100%"))
+        controls = w.Box([self.kind, self.rows, self.theme], layout=LINE)
+        self.box = w.VBox([controls, self.shown, self.download], layout={"max_width": "100%"})
         self.kind.observe(self._change_kind, "value")
         for widget in (self.rows, self.theme):
             widget.observe(self._show, "value")
+        self._show()
 
     def _change_kind(self, change):
         choices, wanted = row_choices(self._report.numbers, self.kind.value), self.rows.value

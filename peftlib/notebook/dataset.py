@@ -1,7 +1,9 @@
-"""Rows to look at, with what the loss sees marked: widgets for who sits before them, a static table where nobody does."""
+"""Rows of a split in a notebook, with the tokens that the loss scores marked: widgets, or a static table."""
 
 import html
 from itertools import groupby
+
+from peftlib.notebook.widgets import can_click
 
 _SCORED = "background:#fff2b3;color:#000;border-bottom:2px solid #b58900"
 _READ = "opacity:.65"  # of the page's own colour, light or dark
@@ -34,44 +36,33 @@ def mask_html(row, tokenizer):
     return f'<p><b>{name}</b></p><div style="white-space:pre-wrap;overflow-wrap:anywhere">{parts}</div>'
 
 
-def static_table(rows, tokenizer, per_source=2):
-    """HTML of the first rows of each source."""
-    names = rows.column("source")
-    shown = [i for name in dict.fromkeys(names) for i in _places(names, name)[:per_source]]
-    cells = "".join(f'<tr><td style="text-align:left">{mask_html(rows[i], tokenizer)}</td></tr>' for i in shown)
-    return f"{_LEGEND}<table>{cells}</table>"
-
-
-def _places(names, name):
-    return [i for i, found in enumerate(names) if found == name]
-
-
 def browse(rows, tokenizer, *, is_interactive=None):
-    """What a notebook cell shows of a split: widgets to pick source and row, or a static table.
+    """Show a split in a cell: widgets to pick source and row, or a table of each source's first two rows.
 
-    rows: data.load_split(...). is_interactive: None finds out whether somebody is there to click.
+    rows: as load_split gives them. is_interactive: None finds out whether somebody is there to click.
     """
-    from peftlib.notebook.session import can_click
-
+    names, of_source = rows.column("source"), {}
+    for at, name in enumerate(names):
+        of_source.setdefault(name, []).append(at)
     if can_click() if is_interactive is None else is_interactive:
-        return _widgets(rows, tokenizer)
+        return _widgets(rows, tokenizer, of_source)
     from IPython.display import HTML
 
-    return HTML(static_table(rows, tokenizer))
+    shown = (at for found in of_source.values() for at in found[:2])
+    cells = "".join(f'<tr><td style="text-align:left">{mask_html(rows[at], tokenizer)}</td></tr>' for at in shown)
+    return HTML(f"{_LEGEND}<table>{cells}</table>")
 
 
-def _widgets(rows, tokenizer):
+def _widgets(rows, tokenizer, of_source):
     import ipywidgets
 
-    names = rows.column("source")
-    places = {name: _places(names, name) for name in dict.fromkeys(names)}
-    source = ipywidgets.Dropdown(options=list(places), description="source")
-    number = ipywidgets.BoundedIntText(value=0, min=0, max=len(places[source.value]) - 1, description="row")
+    source = ipywidgets.Dropdown(options=list(of_source), description="source")
+    number = ipywidgets.BoundedIntText(value=0, min=0, max=len(of_source[source.value]) - 1, description="row")
     shown = ipywidgets.HTML()
 
     def show(change=None):
-        number.max = len(places[source.value]) - 1  # a larger value is brought down to it
-        shown.value = _LEGEND + mask_html(rows[places[source.value][number.value]], tokenizer)
+        number.max = len(of_source[source.value]) - 1  # a larger value is brought down to it
+        shown.value = _LEGEND + mask_html(rows[of_source[source.value][number.value]], tokenizer)
 
     source.observe(show, "value")
     number.observe(show, "value")

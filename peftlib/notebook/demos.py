@@ -1,5 +1,6 @@
-"""What the notebooks show of the methods on real numbers: NF4's levels, a merged adapter, GaLore's directions, memory,
-and what a bootstrap interval is. Charts carry `alt`, as in figures.
+"""The notebooks' demonstrations on real numbers: NF4's levels, a merged adapter, GaLore's directions, memory.
+
+Charts carry `alt`, as in report.figures.
 """
 
 from dataclasses import dataclass, field
@@ -31,14 +32,18 @@ _HATCHES = {"weights": "", "optimizer": "//", "gradients": "..", "activations": 
 class FourBit:
     """A weight matrix through NF4, by hand and by bitsandbytes.
 
-    levels: (16,). scaled: (blocks, 64), each weight over the largest of its block. by_hand, by_library: matrices.
+    levels: (16,). scaled: (blocks, 64), each weight over the largest of its block. by_library: a matrix, as by_hand.
     """
 
     weight: torch.Tensor = field(repr=False)
     levels: torch.Tensor = field(repr=False)
     scaled: torch.Tensor = field(repr=False)
-    by_hand: torch.Tensor = field(repr=False)
     by_library: torch.Tensor = field(repr=False)
+
+    @property
+    def by_hand(self):
+        """The weight with each number at the nearest NF4 level, times its block's scale."""
+        return self.nearest(self.levels)
 
     def error(self, restored):
         """Relative L2 distance of another matrix from the weight."""
@@ -47,11 +52,12 @@ class FourBit:
     def nearest(self, levels):
         """The weight with each number at the nearest of `levels`, times its block's scale."""
         scales = self.weight.reshape(-1, BLOCK).abs().amax(1, keepdim=True)
-        return (levels[_places(self.scaled, levels)] * scales).reshape(self.weight.shape)
+        at = torch.bucketize(self.scaled, (levels[1:] + levels[:-1]) / 2)
+        return (levels[at] * scales).reshape(self.weight.shape)
 
 
 def one_weight(model, ending="layers.0.mlp.up_proj.weight"):
-    """(name, (m, n) float32) of one matrix as a model's files hold it. model: as in a config. ModelError: not to be had."""
+    """(name, (m, n) float32) of one matrix in a model's files. model: as in a config. ModelError: no such tensor."""
     from peftlib.models.locate import BaseWeights, hub_errors
 
     with hub_errors(model):
@@ -82,18 +88,12 @@ def in_four_bits(weight):
     scales = blocks.abs().amax(1, keepdim=True)
     scaled = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)
     packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
-    by_hand = (levels[_places(scaled, levels)] * scales).reshape(weight.shape)
-    return FourBit(weight, levels, scaled, by_hand, functional.dequantize_4bit(packed, state))
+    return FourBit(weight, levels, scaled, functional.dequantize_4bit(packed, state))
 
 
 def bits_per_weight(*, is_doubled=True):
     """4 bits and a weight's part of its block's scale: 32 bits, or 8 and a part of 32 under double quantization."""
     return 4 + ((8 + 32 / _SCALES) if is_doubled else 32) / BLOCK
-
-
-def _places(scaled, levels):
-    """The number of the nearest level of each value."""
-    return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
 
 
 def level_chart(found, name="a weight matrix", theme=LIGHT):
@@ -114,7 +114,7 @@ def level_chart(found, name="a weight matrix", theme=LIGHT):
 
 
 def merged(layer):
-    """W + alpha/r B A, (m, n) float32, of a PEFT LoRA layer; W is dequantized where it is held in 4 bits.
+    """W + alpha/r B A, (m, n) float32, of a PEFT LoRA layer; a W in 4 bits is dequantized first.
 
     With DoRA each row is brought to its trained length.
     """
@@ -141,7 +141,7 @@ def first_adapted(model):
 
 
 def captured_energy(run, layers, *, rows=4):
-    """How much of a gradient its best basis keeps, before training. run: a train.TrainingRun.
+    """The share of each gradient that its best basis keeps, before training. run: a train.TrainingRun.
 
     layers: layer numbers. Returns [{layer, projection, shape, kept, by_chance}, ...] for the gradients of the first
     `rows` training rows: the share of the squared Frobenius norm inside the leading galore_rank directions, and
@@ -213,7 +213,7 @@ def memory_parts(shape, cfg, names, *, precision="bf16"):
 
 
 def memory_chart(parts, theme=LIGHT):
-    """memory_parts as bars: what of a GPU's memory each method fills with what, in GiB. Parts do not peak together."""
+    """memory_parts as stacked bars in GiB. The parts do not all peak at the same time."""
     chart = Chart(7.0, 1.4 + 0.45 * len(parts), theme)
     axes = add_axes(chart, "GiB on a GPU, as planned", "", grid="x")
     left = np.zeros(len(parts))

@@ -1,10 +1,9 @@
-"""A widget's messages while its cell still runs: they are taken off the kernel's shell channel between two steps.
+"""Receive a widget's messages while its cell still runs: they are taken off the kernel's shell channel between steps.
 
-A kernel reads its shell channel only between cells, so a click on a button would wait for the end of the training that
-it should stop. A second thread for the training would not do: signals, and with them the interrupt button, reach the main
-thread alone, and CUDA graphs want one thread. The package jupyter_ui_poll (1.1.0) is built on Kernel.do_one_iteration, which
-ipykernel 7 does not have: it then sees no message at all. So this module does it for both. Messages of other kinds,
-above all cells that wait, go to the kernel as they would have come, in their order: it keeps them until the cell ends.
+A kernel reads its shell channel only between cells, so a click would wait for the end of the training that it should
+stop. Training in a second thread is no way out: signals, and with them the interrupt button, reach the main thread
+alone, and CUDA graphs want one thread. jupyter_ui_poll (1.1.0) needs Kernel.do_one_iteration, which ipykernel 7 does not
+have. Other messages, above all waiting cells, reach the kernel in order: it keeps them until the cell ends.
 """
 
 import asyncio
@@ -16,14 +15,14 @@ _COMM = ("comm_msg", "comm_close")
 
 
 class KernelEvents:
-    """Of the running kernel, the messages of some comms. poll() belongs in the main thread, inside a running cell."""
+    """The running kernel's messages for some comms. Call poll() in the main thread, inside a running cell."""
 
     def __init__(self, kernel, comm_ids):
         self._kernel, self._comm_ids = kernel, set(comm_ids)
         self._stream = _shell_messages(kernel)
 
     def poll(self):
-        """Handle what has come for the comms; waits for nothing."""
+        """Handle the messages that have arrived for the comms, without waiting."""
         if not self._stream.socket.poll(0, zmq.POLLIN):
             return
         usual = self._stream._recv_callback  # there is no public way to ask for it

@@ -1,6 +1,6 @@
-"""The study form: what a choice costs on a GPU before anything is trained, for who can click and for who cannot.
+"""The study form: what a choice of settings costs on a GPU before anything is trained.
 
-It changes nothing: it shows the lines for the parameters cell, and the command, that make a choice real.
+It changes nothing: it shows the lines for the parameters cell, and the command, that apply a choice.
 """
 
 import html
@@ -12,21 +12,13 @@ from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.gpus import CARDS, card_at_hand, find_card
 from peftlib.core.study import Study
 from peftlib.models.shapes import SHAPES, shape_of
+from peftlib.notebook.widgets import can_click, look
 from peftlib.report.render import folded, plain
 from peftlib.train import estimate
 
-CHOICES = (
-    "model",
-    "train_rows",
-    "max_length",
-    "epochs",
-    "batch_size",
-    "lora_rank",
-    "galore_rank",
-    "moment_bits",
-    "galore_weights",
-)
-COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")
+CHOICES = ("model", "train_rows", "max_length", "epochs", "batch_size")
+CHOICES += ("lora_rank", "galore_rank", "moment_bits", "galore_weights")
+COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")  # of the table
 _WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one
 _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind in ("it", "pt")))
 
@@ -35,8 +27,8 @@ _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind
 class Answer:
     """What the form says to some choices.
 
-    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None where the
-    model's shape is not to be had. remarks: what else to know, a line each, but for the forecast's own notes.
+    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None if the
+    model's shape is unknown. remarks: what else to know, a line each, but for the forecast's own notes.
     """
 
     refused: str = ""
@@ -46,19 +38,17 @@ class Answer:
 
 
 def study_form(study, *, is_interactive=None):
-    """What a notebook cell shows: widgets to try choices on, or the plan of the study's config as a DataFrame.
+    """Show in a cell: widgets to try choices on, or the plan of the study's config as a DataFrame.
 
     study: as notebook.setup gives it. is_interactive: None finds out whether somebody is there to click.
     """
-    from peftlib.notebook.session import can_click
-
     if can_click() if is_interactive is None else is_interactive:
         return _widgets(study)
     return _static(study)
 
 
 def answer(study, choices, card_name=None):
-    """The Answer to {field: value} on a card of peftlib.core.gpus, None for the one at hand. ConfigError: no such card."""
+    """The Answer to {field: value} on a card of core.gpus; None: the one in this machine. ConfigError: no such card."""
     try:
         cfg = study.cfg.replace(**choices)
     except PeftlibError as error:
@@ -81,13 +71,14 @@ def parameter_lines(cfg):
 
 def command(cfg):
     """The command that runs all notebooks with this config."""
-    fields = [word for name, value in _set(cfg).items() for word in ("-p", name, str(value))]
+    fields = [word for name, value in _set(cfg).items() for word in ("-p", f"{name}={value}")]
     return shlex.join(["python", "-m", "peftlib", "run", "--profile", cfg.profile, "--study", cfg.study, *fields])
 
 
 def table(forecast):
     """[{column of COLUMNS: text}, ...], a row a method."""
-    return [dict(zip(COLUMNS, _texts(cost, forecast.gib), strict=True)) for cost in forecast.costs]
+    rows = map(estimate.cells, forecast.costs)
+    return [dict(zip(COLUMNS, (*row[:3], f"{forecast.gib:.1f}", *row[3:]), strict=True)) for row in rows]
 
 
 def as_html(found):
@@ -109,7 +100,7 @@ def as_html(found):
 
 
 def _of_a_free_study(study, cfg, remarks):
-    """cfg, or, where the study's data stand and fix other values, cfg under the name of a study that is not there yet."""
+    """cfg; where existing data or runs fix other values, cfg under the name of a new study, which `remarks` says."""
     try:
         return Study.open(cfg).cfg
     except StudyError as error:
@@ -131,7 +122,7 @@ def _card(name, remarks):
 
 
 def _manifest(study, cfg):
-    """The manifest of standing data where cfg would train on them, else None."""
+    """The manifest of the study's data if they exist and cfg would train on them, else None."""
     same = cfg.fields_of("data") == study.cfg.fields_of("data") and cfg.model == study.cfg.model
     return study.manifest() if same and study.manifest_path.exists() and study.config_path.exists() else None
 
@@ -142,21 +133,14 @@ def _set(cfg):
     return {name: value for name, value in vars(cfg).items() if value != plain[name]}
 
 
-def _texts(cost, gib):
-    method, fits, memory, micro_batch, recompute, rate, _, mark = estimate.cells(cost)
-    time = estimate.duration(*(3600 * hours for hours in cost.hours)) if cost.hours else ""
-    return method, fits, memory, f"{gib:.1f}", micro_batch, recompute, rate, time, mark
-
-
 def _html_table(forecast):
     head = "".join(f"<th>{column}</th>" for column in ("method", "fits", "memory", *COLUMNS[4:]))
-    head = f"<tr>{head}</tr>"
-    rows = []
+    rows = [f"<tr>{head}</tr>"]
     for cost, row in zip(forecast.costs, table(forecast), strict=True):
         bar = _bar(cost.memory_gib / forecast.gib, f"{row['GiB']} of {row['of GiB']} GiB")
         cells = "".join(f"<td>{html.escape(row[column])}</td>" for column in COLUMNS[4:])
         rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{bar}</td>{cells}</tr>")
-    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{head}{"".join(rows)}</table>'
+    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{"".join(rows)}</table>'
 
 
 def _bar(share, text):
@@ -178,13 +162,13 @@ def _static(study):
 
 
 def _widgets(study):
-    import ipywidgets
+    import ipywidgets as w
 
-    inputs = {name: _input(ipywidgets, name, getattr(study.cfg, name)) for name in CHOICES}
+    inputs = {name: _input(w, name, getattr(study.cfg, name)) for name in CHOICES}
     here = card_at_hand()
     names = [(f"{name} (here)" if here and name == here[0] else name, name) for name in CARDS]
-    gpu = ipywidgets.Dropdown(options=names, value=here[0] if here else _WITHOUT_GPU, **_look("GPU"))
-    shown = ipywidgets.HTML()
+    gpu = w.Dropdown(description="GPU", options=names, value=here[0] if here else _WITHOUT_GPU, **look("25em", "12em"))
+    shown = w.HTML()
 
     def show(change=None):
         choices = {name: widget.value for name, widget in inputs.items()}
@@ -193,19 +177,14 @@ def _widgets(study):
     for widget in (*inputs.values(), gpu):
         widget.observe(show, "value")
     show()
-    layout = ipywidgets.Layout(flex_flow="row wrap")
-    return ipywidgets.VBox([ipywidgets.HBox([gpu, *inputs.values()], layout=layout), shown])
+    return w.VBox([w.HBox([gpu, *inputs.values()], layout={"flex_flow": "row wrap"}), shown])
 
 
-def _input(ipywidgets, name, value):
+def _input(w, name, value):
+    given = {"description": name, "value": value, **look("25em", "12em")}
     choices = Config.__dataclass_fields__[name].metadata["choices"]
     if choices:
-        return ipywidgets.Dropdown(options=choices, value=value, **_look(name))
+        return w.Dropdown(options=choices, **given)
     if name == "model":
-        options = tuple(dict.fromkeys((value, *_MODELS)))
-        return ipywidgets.Combobox(options=options, value=value, continuous_update=False, **_look(name))
-    return ipywidgets.IntText(value=value, **_look(name))  # unbounded: the config's own words refuse what cannot be
-
-
-def _look(name):
-    return {"description": name, "style": {"description_width": "12em"}, "layout": {"width": "25em"}}
+        return w.Combobox(options=tuple(dict.fromkeys((value, *_MODELS))), continuous_update=False, **given)
+    return w.IntText(**given)  # unbounded: the config's own words refuse what cannot be

@@ -1,7 +1,6 @@
-"""The two ends of a notebook: `setup` reads its parameters and opens the study, `finish` says that it came to its end."""
+"""Open and close a notebook: `setup` reads its parameters and opens the study, `finish` says what was written."""
 
 import ast
-import importlib.util
 import os
 import re
 import textwrap
@@ -59,10 +58,12 @@ def setup(name, *, drive=None):
     StudyLock(output_root() / named.study, name).require_free()
     study = Study.resolve(**given)
     _require_data(name, study)
+    from transformers import set_seed  # not before the packages were found sound
+
     cfg = study.cfg
     device = resolve_device(cfg.device)
     precision, reason = training_precision(device, cfg.precision)
-    seed_everything(cfg.seed)
+    set_seed(cfg.seed)
     print(f"{name}, study {cfg.study}, profile {cfg.profile}")
     print(compact(cfg))
     print(f"device     {device_name(device)}")
@@ -167,28 +168,6 @@ def headless():
     """
     _ipython()
     return not is_watched()
-
-
-def can_click():
-    """Whether somebody looks at a notebook that can show widgets; False outside a notebook and in headless runs."""
-    if importlib.util.find_spec("ipywidgets") is None:
-        return False
-    try:
-        return not headless()
-    except ConfigError:  # no notebook at all
-        return False
-
-
-def seed_everything(seed):
-    """Seed Python's, NumPy's and torch's generators, the last one on every device."""
-    import random
-
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def compact(cfg):

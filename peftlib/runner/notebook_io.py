@@ -1,4 +1,4 @@
-"""Executed copies of notebooks: what they say about how they ended, and what is taken out of them before they are kept."""
+"""Notebook files: reading and writing them, how an executed copy ended, and what is removed before it is kept."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from peftlib.core.paths import PACKAGE
 from peftlib.notebook.session import last_words
 
 SIZE_LIMIT_BYTES = 500_000
+FAILED = "failed"  # of a notebook's endings; notebook.session has the others
 _WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
 _OUTPUT = {"output_type": str, "data?": {}}
 _SHAPE = {"cells": [{"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}], "metadata": {}}
@@ -93,7 +94,7 @@ def tidy(notebook, studies_root):
 
 
 def _private_text(studies_root):
-    """[(pattern, replacement)] of tokens, then of paths that say something about this machine only, longer ones first."""
+    """[(pattern, replacement)] of tokens, then of this machine's own paths, longer ones first."""
     paths = {str(studies_root): "runs", str(PACKAGE.parent): ".", sys.prefix: "[python]", str(Path.home()): "~"}
     longer_first = sorted(((p, r) for p, r in paths.items() if len(p) > 1), key=lambda pair: -len(pair[0]))
     return [

@@ -1,21 +1,25 @@
-"""Headless runs: which notebooks, in which order, and which of them are finished already."""
+"""Run notebooks headless, in their order, skipping those that are finished."""
 
 import contextlib
+import os
 import queue
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from peftlib.core import paths as places
+from peftlib.core import paths
 from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
+from peftlib.core.files import readable_path
 from peftlib.core.study import Study
-from peftlib.notebook.session import FINISHED, NOTEBOOKS, literals, readable_path
-from peftlib.runner import notebook_io as executed
-from peftlib.runner.execute import Execution, Stage, environment
+from peftlib.notebook.session import FINISHED, NOTEBOOKS, STOPPED, literals, state_hash
+from peftlib.runner import notebook_io
+from peftlib.runner.execute import Execution, environment
+from peftlib.runner.notebook_io import FAILED
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import restore
 
@@ -24,13 +28,50 @@ SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
 _SIGNALS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One notebook of a run: its file, the study that its parameters name, and the parameters to inject."""
+
+    name: str
+    source: Path
+    study: Study
+    parameters: dict
+
+    @property
+    def copy(self):
+        """Path of the executed notebook once it is finished."""
+        return self._beside("")
+
+    @property
+    def running(self):
+        return self._beside(".running")
+
+    @property
+    def state(self):
+        return state_hash(self.name, self.study.cfg)
+
+    def keep(self, copy, status):
+        """Save an executed copy under its status; only a finished one replaces a finished one. Returns the path."""
+        target = self.copy if status == FINISHED else self._beside(f".{status}")
+        copy["metadata"].setdefault("papermill", {})["output_path"] = target.name
+        notebook_io.save(target, copy)
+        for mark in (".running", f".{FAILED}", f".{STOPPED}"):
+            if self._beside(mark) != target:
+                self._beside(mark).unlink(missing_ok=True)
+        return target
+
+    def _beside(self, mark):
+        seed = self.study.cfg.seed
+        return self.study.notebooks_dir / f"{self.name}{f'-s{seed}' if seed else ''}{mark}.ipynb"
+
+
 def plan(wanted, overrides, notebooks_dir=None):
     """[Stage, ...] in the notebooks' order.
 
     wanted: numbers or names, none for all. overrides: {field: value}, 'profile' included.
     ConfigError: unknown notebook, field or value. StudyError: a study folder made with another config.
     """
-    folder = Path(notebooks_dir) if notebooks_dir else places.shipped("notebooks")
+    folder = Path(notebooks_dir) if notebooks_dir else paths.shipped("notebooks")
     found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
         raise ConfigError(f"no notebooks in {folder}: give their folder by --notebooks")
@@ -70,20 +111,20 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
 
 
 def unfinished_reason(stage):
-    """Why a notebook has to be run, in words, or None if its executed copy stands for the present state."""
+    """Why a notebook has to be run, in words, or None if its executed copy is up to date."""
     if not stage.copy.exists():
         return "not finished yet"
-    copy = executed.load(stage.copy)
-    status, state, wrote = executed.ending(copy) or (None, None, ())
+    copy = notebook_io.load(stage.copy)
+    status, state, wrote = notebook_io.ending(copy) or (None, None, ())
     if (status, state) != (FINISHED, stage.state):
         return "its settings have changed"
-    if executed.code_of(copy) != executed.code_of(executed.load(stage.source)):
+    if notebook_io.code_of(copy) != notebook_io.code_of(notebook_io.load(stage.source)):
         return "its cells have changed"
     gone = [path for path in wrote if not (stage.study.folder / path).exists()]
     if gone:
         return f"{gone[0]} is gone"
     for earlier in _read_by(stage):
-        if earlier.exists() and executed.ended_at(executed.load(earlier)) > executed.ended_at(copy):
+        if earlier.exists() and notebook_io.ended_at(notebook_io.load(earlier)) > notebook_io.ended_at(copy):
             return f"{earlier.stem} was run after it"
     return None
 
@@ -112,9 +153,9 @@ def _selected(wanted, found):
 def _stage(name, source, overrides):
     """The notebook with its own parameters under the overrides, resolved as its kernel will resolve them."""
     given = {}
-    for cell in executed.load(source)["cells"]:
-        if "parameters" in executed.tags_of(cell):
-            given |= literals(executed.source_of(cell))
+    for cell in notebook_io.load(source)["cells"]:
+        if "parameters" in notebook_io.tags_of(cell):
+            given |= literals(notebook_io.source_of(cell))
     given |= overrides
     if given.get("profile") in (None, "auto"):
         given["profile"] = _profile_of_this_machine()
@@ -124,7 +165,7 @@ def _stage(name, source, overrides):
 
 
 def _copy(stage):
-    """Put the executed copy on the study's remote too; the kernel, whose mirror did the rest, is gone."""
+    """Upload the executed copy to the study's remote; the kernel has uploaded the rest."""
     mirror = restore(stage.study.folder)
     if mirror is not None:
         mirror.flush()
@@ -134,7 +175,9 @@ def _copy(stage):
 def _profile_of_this_machine():
     # In a process of its own: a CUDA context in the runner would take memory from the notebooks for the whole run.
     code = "from peftlib.core.env import profile_for_hardware; print(profile_for_hardware())"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
+    asked = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment()}, check=False
+    )
     if asked.returncode:
         last_line = (asked.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConfigError(f"profile='auto' could not be resolved here, give one by --profile ({last_line})")

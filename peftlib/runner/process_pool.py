@@ -1,4 +1,4 @@
-"""Child processes side by side, each in a place of its own (a GPU or a share of one), their lines with names in front."""
+"""Child processes side by side, each on a worker (a GPU or a share of one), their output line by line."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ _LAST_LINES = 15  # of a child that died, to tell why
 
 @dataclass(frozen=True)
 class Task:
-    """name: in front of its lines. argv: of the process. env: what its environment has beside this process's."""
+    """name: printed before each of its lines. argv: of the process. env: added to this process's environment."""
 
     name: str
     argv: tuple
@@ -26,7 +26,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ending:
-    """code: the exit code, negative for a signal. is_cut: it was asked to stop. tail: its last lines. seconds: it ran."""
+    """code: exit code, negative for a signal. is_cut: it was asked to stop. tail: its last lines. seconds: it ran."""
 
     task: Task
     code: int
@@ -35,15 +35,15 @@ class Ending:
     seconds: float
 
 
-def run(next_task, ended, *, places, why_stop, log, grace_s=GRACE_S, heartbeat_s=HEARTBEAT_S):
-    """Keep every place busy until there is nothing to do or a reason to stop; returns that reason, or None.
+def run(next_task, ended, *, workers, why_stop, log, grace_s=GRACE_S, heartbeat_s=HEARTBEAT_S):
+    """Keep every worker busy until there is nothing to do or a reason to stop; returns that reason, or None.
 
-    next_task() -> a Task, or None while there is none to start. ended(Ending): called in this thread. places: [{variable:
-    value}, ...] of environments. why_stop() -> None, or why to stop: then each child gets SIGTERM, and SIGKILL after
-    grace_s. However this ends, no child is left.
+    next_task() -> a Task, or None while there is none to start. ended(Ending): called in this thread.
+    workers: [{variable: value}, ...], the environment of each. why_stop() -> None, or why to stop: then each child gets
+    SIGTERM, and SIGKILL after grace_s. However this ends, no child is left.
     """
     lines = queue.SimpleQueue()
-    free, running = list(places), {}
+    free, running = list(workers), {}
     reason, kill_at, last_line = None, None, time.monotonic()
     try:
         while True:
@@ -70,7 +70,7 @@ def run(next_task, ended, *, places, why_stop, log, grace_s=GRACE_S, heartbeat_s
                 child = running.pop(name)
                 child.reader.join(timeout=5.0)
                 _print_lines(lines, log, wait_s=0.0)
-                free.append(child.place)
+                free.append(child.worker)
                 ended(child.ending(is_cut=reason is not None))
     finally:
         for child in running.values():
@@ -80,13 +80,13 @@ def run(next_task, ended, *, places, why_stop, log, grace_s=GRACE_S, heartbeat_s
 class _Child:
     """A process that runs, and the thread that reads its lines."""
 
-    def __init__(self, task, place, lines):
-        self.task, self.place = task, place
+    def __init__(self, task, worker, lines):
+        self.task, self.worker = task, worker
         self.started = time.monotonic()
         self.tail = collections.deque(maxlen=_LAST_LINES)
         self.process = subprocess.Popen(
             task.argv,
-            env={**os.environ, **task.env, **place, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **task.env, **worker, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""`python -m peftlib reference`: a whole study by one command, run again after every cut until it says that all is done.
+"""A whole study by one command, `peftlib reference`, run again after every cut until it says that all is done.
 
 Data, a sweep of learning rates a method, training and evaluation of every method and seed, the report. Runs are child
 processes, side by side on all visible GPUs; what stands is not made again.
@@ -15,10 +15,10 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.files import copy_tree, rename
 from peftlib.core.session import interrupts
 from peftlib.core.study import Study
-from peftlib.methods import METHODS
-from peftlib.runner import process_pool as side_by_side
+from peftlib.methods import BASE, METHODS
+from peftlib.runner import process_pool
 from peftlib.runner.execute import environment
-from peftlib.runner.suite_jobs import BASE, DONE, FAILED, jobs_of, only, state_of
+from peftlib.runner.suite_jobs import DONE, FAILED, jobs_of, only, state_of
 from peftlib.runner.suite_worker import STOPPED_CODE, Work
 from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
@@ -47,20 +47,79 @@ class Settings:
     is_again: bool = False
     has_report: bool = True
 
+    @classmethod
+    def of(
+        cls, given, *, methods=None, seeds="0", factors="none", only="", again=False, precision_check=None, **others
+    ):
+        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be.
+
+        precision_check: methods, 'none', '' for PRECISION_CHECKED; None decides by the profile and the hardware.
+        """
+        known = (BASE, *METHODS)
+        names = known if methods is None else tuple(methods.replace(",", " ").split())
+        strange = [name for name in names if name not in known]
+        if strange or not names:
+            raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(known)}")
+        if others.get("at_once", 1) < 1 or others.get("minutes", 0) < 0:
+            raise ConfigError(f"--at-once {others['at_once']}, --minutes {others['minutes']:g}: use positive numbers")
+        return cls(
+            given,
+            names,
+            seeds=_numbers("--seeds", seeds, int),
+            factors=() if factors == "none" else _numbers("--factors", factors, float),
+            checked=_checked(precision_check, names, given),
+            names=tuple(filter(None, only.split(","))),
+            is_again=again,
+            **others,
+        )
+
+    def jobs(self, study, *, sibling=None):
+        """[Job, ...] of a study, and of its sibling in the other precision, in the order in which they start."""
+        checked = self.checked if sibling else ()
+        return jobs_of(study, self.methods, self.seeds, sibling=sibling, checked=checked, has_sweeps=bool(self.factors))
+
+
+def _checked(asked, methods, given):
+    """Methods to run in OTHER_PRECISION as well. asked: as in Settings.of."""
+    if asked is not None:
+        names = tuple(asked.replace(",", " ").split())
+        names = () if names == ("none",) else names or tuple(name for name in PRECISION_CHECKED if name in methods)
+        strange = [name for name in names if name not in methods]
+        if strange:
+            raise ConfigError(f"--precision-check {' '.join(strange)}: not among --methods {' '.join(methods)}")
+        return names
+    import torch
+
+    # By the profile, not by the card: asking that would take memory of a GPU in this process.
+    is_bf16 = given.get("precision", "auto") in ("auto", "bf16") and given["profile"] == "gpu"
+    is_gpu = given.get("device", "auto") != "cpu" and torch.cuda.device_count() > 0
+    return tuple(name for name in PRECISION_CHECKED if name in methods) if is_bf16 and is_gpu else ()
+
+
+def _numbers(name, text, kind):
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} {text!r}: use numbers with commas between, such as 0,1,2") from None
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ConfigError(f"{name} {text!r}: each number once, none below 0")
+    return found
+
 
 def run(settings, *, log=print, why_stop=None):
-    """Go on with the study as far as it gets; the exit code: 0 all is done, 1 something failed, UNFINISHED_CODE cut.
+    """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, UNFINISHED_CODE if cut.
 
     why_stop() -> None, or why to stop now: asked beside the time limit and signals.
     LockedError: another session works in the study. StudyError, ConfigError: it does not fit the settings.
     """
     started = time.monotonic()
+    ends_at = started + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else None
     study = _with_data(settings, log)
+    sibling = _sibling(study, settings)
     with contextlib.ExitStack() as stack:
-        sibling = _sibling(study, settings)
         for folder in [study.folder] + ([sibling.folder] if sibling else []):
             stack.enter_context(held(folder, "python -m peftlib reference", log=log))
-        session = _Session(study, sibling, settings, log)
+        session = _Session(study, sibling, settings, log, ends_at)
         interrupted = stack.enter_context(interrupts())
 
         def why():
@@ -68,40 +127,32 @@ def run(settings, *, log=print, why_stop=None):
                 return "interrupted"
             if why_stop is not None and (asked := why_stop()):
                 return asked
-            over = settings.minutes and time.monotonic() - started > 60 * settings.minutes - side_by_side.GRACE_S
-            return f"minutes={settings.minutes:g} are nearly over" if over else None
+            is_over = ends_at is not None and time.monotonic() > ends_at
+            return f"minutes={settings.minutes:g} are nearly over" if is_over else None
 
-        session.ends_at = started + 60 * settings.minutes - side_by_side.GRACE_S if settings.minutes else None
-        reason = side_by_side.run(session.next_task, session.ended, places=session.places, why_stop=why, log=log)
+        workers = session.workers
+        reason = process_pool.run(session.next_task, session.ended, workers=workers, why_stop=why, log=log)
         return session.close(reason)
 
 
 class _Session:
-    """What of the study is left, while this command works on it."""
+    """The jobs of one command: which wait, which have started, and how they ended."""
 
-    def __init__(self, study, sibling, settings, log):
+    def __init__(self, study, sibling, settings, log, ends_at):
         self.study, self.settings, self.log = study, settings, log
-        self.places = places_of(study.cfg, settings.at_once)
-        checked = settings.checked if sibling else ()
-        self.all = jobs_of(
-            study,
-            settings.methods,
-            settings.seeds,
-            sibling=sibling,
-            checked=checked,
-            has_sweeps=bool(settings.factors),
-        )
+        self.workers = workers_of(study.cfg, settings.at_once)
+        self.all = settings.jobs(study, sibling=sibling)
         self.studies = [study] + ([sibling] if sibling else [])
         self.environments = {found.folder: child_environment(found.folder) for found in self.studies}
         self.chosen = only(self.all, settings.names)
         self.started = {}  # name -> Job
         self.died = {}  # name -> what happened to a child that left no record of it
-        self.ends_at = None
+        self.ends_at = ends_at
         self.adopt()
         self.waiting = [job for job in self._with_sweeps() if self._is_left(job)]
 
     def _with_sweeps(self):
-        """The chosen jobs, with the sweeps that they need."""
+        """The chosen jobs and the sweeps that they need."""
         needed = {job.method for job in self.chosen if job.method != BASE}
         return [job for job in self.all if job in self.chosen or (job.is_sweep and job.method in needed)]
 
@@ -125,7 +176,7 @@ class _Session:
                     study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
 
     def next_task(self):
-        """The next side_by_side.Task that can be started, or None."""
+        """The next process_pool.Task that can be started, or None."""
         if self.ends_at is not None and time.monotonic() > self.ends_at - _ROOM_S:
             return None
         job = next((job for job in self.waiting if self._is_ready(job)), None)
@@ -137,23 +188,14 @@ class _Session:
         given = {**settings.given, "study": job.study.folder.name}
         if job.study is not self.study:
             given["precision"] = OTHER_PRECISION
-        work = Work(
-            given,
-            job.method,
-            job.seed,
-            job.is_sweep,
-            settings.factors,
-            settings.rows,
-            settings.at_once if self.places[0] else 1,
-        )
+        at_once = settings.at_once if self.workers[0] else 1
+        work = Work(given, job.method, job.seed, job.is_sweep, settings.factors, settings.rows, at_once)
         argv = (sys.executable, "-m", "peftlib.runner.suite_worker", work.text())
-        return side_by_side.Task(job.name, argv, {**environment(), **self.environments[job.study.folder]})
+        return process_pool.Task(job.name, argv, {**environment(), **self.environments[job.study.folder]})
 
     def _is_ready(self, job):
-        return job.is_sweep or job.method == BASE or not self.settings.factors or self._has_rates(job)
-
-    def _has_rates(self, job):
-        return job.method in job.study.adopted_rates()
+        needs_rates = not job.is_sweep and job.method != BASE and self.settings.factors
+        return not needs_rates or job.method in job.study.adopted_rates()
 
     def ended(self, ending):
         """Take in how a child ended."""
@@ -170,7 +212,11 @@ class _Session:
         states = {job: self.state(job) for job in self.all}
         is_all = all(state.status in (DONE, FAILED) for state in states.values())
         if is_all and self.settings.has_report and not reason:
-            self._report()
+            from peftlib import build_report
+
+            for study in self.studies:
+                self.log(f"report of {study.folder.name}")
+                build_report(study)
         for line in table(states, self.died):
             self.log(line)
         failed = [job.name for job in self.chosen if states[job].status == FAILED] + list(self.died)
@@ -183,32 +229,19 @@ class _Session:
             self.log("all is done" if self.chosen == self.all else "all that was chosen is done")
         return 1 if failed else UNFINISHED_CODE if left else 0
 
-    def _report(self):
-        from peftlib.report import build as report
-
-        for study in self.studies:
-            self.log(f"report of {study.folder.name}")
-            report.build_report(study)
-
 
 def table(states, died):
-    """Lines: one a job, with what is known of it."""
+    """Yield the table of {job: State} as lines. died: {job's name: what happened to a child that left no record}."""
     yield f"{'run':<18} {'status':<8} {'steps':>6} {'train min':>10} {'answer min':>11}  "
     for job, state in states.items():
-        numbers = "".join(
-            f" {'' if value is None else form.format(value):>{width}}"
-            for value, form, width in (
-                (state.steps, "{}", 6),
-                (state.train_minutes, "{:.1f}", 10),
-                (state.evaluate_minutes, "{:.1f}", 11),
-            )
-        )
-        status = "died" if job.name in died else state.status
-        yield f"{job.name:<18} {status:<8}{numbers}  {died.get(job.name, state.detail)[:120]}".rstrip()
+        steps = "" if state.steps is None else state.steps
+        minutes = ["" if m is None else f"{m:.1f}" for m in (state.train_minutes, state.evaluate_minutes)]
+        status, detail = ("died", died[job.name]) if job.name in died else (state.status, state.detail)
+        yield f"{job.name:<18} {status:<8} {steps:>6} {minutes[0]:>10} {minutes[1]:>11}  {detail[:120]}".rstrip()
 
 
-def places_of(cfg, at_once):
-    """[{variable: value}, ...]: environments of the places for runs: each visible GPU so often, or the CPU once."""
+def workers_of(cfg, at_once):
+    """[{variable: value}, ...], the environment of each worker: every visible GPU at_once times, or the CPU once."""
     if cfg.device == "cpu":
         return [{}]
     import torch
@@ -224,7 +257,7 @@ def places_of(cfg, at_once):
 
 
 def _with_data(settings, log):
-    """The study, whose data stand and whose config is frozen."""
+    """The study with its data built and its config frozen."""
     from peftlib.data import build_data
     from peftlib.models.locate import locate
 
@@ -244,7 +277,7 @@ def _with_data(settings, log):
 
 
 def _sibling(study, settings):
-    """The study in which the checked methods run in the other precision, made where it is not there; or None."""
+    """The study in which the checked methods run in OTHER_PRECISION, created on first use; None without such."""
     if not settings.checked:
         return None
     cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)

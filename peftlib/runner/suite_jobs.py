@@ -1,20 +1,19 @@
-"""The runs of a reference study: which there are, how far each is, and which can be started next."""
+"""The runs of a whole study: which there are, and how far each is."""
 
 from dataclasses import dataclass
 
-from peftlib import methods as registry
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
+from peftlib.methods import BASE, find
 from peftlib.train import sweep
 
-BASE = "base"
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sweep of a method, or the training and evaluation of one method and seed. suffix: of a sibling study's runs."""
+    """One sweep of a method, or training and evaluation of one method and seed. suffix: of a sibling study's runs."""
 
     study: Study
     method: str
@@ -24,7 +23,7 @@ class Job:
 
     @property
     def name(self):
-        """As it stands in front of its lines: sweep-galore, galore-s1, galore-s0-fp16."""
+        """Such as sweep-galore, galore-s1 or galore-s0-fp16; printed before its lines."""
         return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}{self.suffix}"
 
 
@@ -41,14 +40,14 @@ class State:
 
 
 def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True):
-    """[Job, ...] in the order in which they are best started: sweeps, base, then seed after seed.
+    """[Job, ...] in starting order: sweeps, base, then seed after seed.
 
     sibling: the study of the other precision, in which the methods of `checked` run once. ConfigError: a method that is
     not known.
     """
     for method in [*methods, *checked]:
         if method != BASE:
-            registry.find(method)
+            find(method)
     trained = [method for method in methods if method != BASE]
     jobs = [Job(study, method, is_sweep=True) for method in trained if has_sweeps]
     jobs += [Job(study, BASE)] if BASE in methods else []
@@ -71,7 +70,7 @@ def only(jobs, names):
 
 
 def state_of(job, *, factors, rows):
-    """The State of a job, from what stands in its study's folder."""
+    """The State of a job, read from its study's folder."""
     if job.is_sweep:
         found = sweep.kept(job.study, job.method, factors=factors, rows=rows)
         return State(OPEN) if found is None else State(DONE, f"factor {found['best']['factor']:g}", found["steps"])

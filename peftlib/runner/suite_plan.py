@@ -1,18 +1,46 @@
-"""How many minutes each run of a reference study is thought to take: written down before it is run."""
+"""What work costs before it is done: the methods on a card, and each run of a whole study."""
 
 from dataclasses import asdict, dataclass
 
-from peftlib import methods
-from peftlib.core.files import write_json, write_text
-from peftlib.core.markdown import table
+from peftlib.core.config import resolve
+from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.files import write_json
+from peftlib.core.gpus import card_at_hand, find_card
+from peftlib.core.study import Study
+from peftlib.methods import BASE, METHODS
 from peftlib.models.compile import STEPS_TO_PAY
-from peftlib.runner.suite_jobs import BASE, DONE, jobs_of, only, state_of
+from peftlib.models.shapes import shape_of
+from peftlib.runner.suite_jobs import DONE, only, state_of
 from peftlib.train import estimate
+
+_FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
+
+
+def plan_lines(gpu, given, study=None):
+    """Yield which method fits a GPU, in which micro-batch and for how long, as lines of text.
+
+    gpu: a name in core.gpus; None for the one here, or a t4, which is said. given: {field: value} of the config.
+    study: a Study whose config and data to plan for. ConfigError: an unknown GPU or setting, or a card on which no
+    method fits. ModelError: the model's shape cannot be had.
+    """
+    name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
+    if gpu is None:
+        yield f"no --gpu given: planned for a {name}"
+    if study is not None:
+        cfg = study.cfg.replace(**{field: value for field, value in given.items() if field != "profile"})
+    else:
+        is_large = card.gib > _FULL_PROFILE_GIB and card.precision == "bf16"
+        cfg = resolve(**{"profile": "gpu" if is_large else "t4", **given})
+    manifest = study.manifest() if study is not None and study.manifest_path.exists() else None
+    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
+    if found.refusal:
+        raise ConfigError(found.refusal)
+    yield from found.lines()
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the minutes rest on. Speeds: one run alone on a GPU. slower: times that each run takes longer beside others."""
+    """What predicted minutes rest on: speeds of one run alone on a GPU, and how much runs slow each other."""
 
     tokens_per_second: float = 35_000  # of training, short rows packed, compiled: bound by launches
     eager_share: float = 0.5  # of that speed, where a run is too short to be compiled (sweeps)
@@ -22,77 +50,71 @@ class Assumptions:
     answer_tokens_per_second: float = 28_000
     answer_tokens: float = 110.0  # of a test row
     test_loss_s: float = 20.0
-    slower: float = 1.25
+    slower: float = 1.25  # times, beside other runs on the same GPU
     gpus: int = 2
     at_once: int = 2
 
 
 def predict(study, settings, assumed):
-    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...] of every job of a study whose data stand."""
+    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...], one a job of a study with data."""
     cfg, manifest = study.cfg, study.manifest()
     tokens, _, _ = estimate.study_tokens(cfg, manifest)
-    n_rows = sum(manifest["counts"]["train"].values())
-    sibling = study if settings.checked else None
-    jobs = jobs_of(
-        study,
-        settings.methods,
-        settings.seeds,
-        sibling=sibling,
-        checked=settings.checked,
-        has_sweeps=bool(settings.factors),
-    )
+    n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
+    answers = sum(manifest["counts"]["test"].values()) * assumed.answer_tokens
+    jobs = settings.jobs(study, sibling=study if settings.checked else None)
+    n_checks = len(settings.checked)
     found = []
     for at, job in enumerate(jobs):
-        is_check = bool(settings.checked) and at >= len(jobs) - len(settings.checked)
+        train, evaluate = 0.0, assumed.test_loss_s + answers / assumed.answer_tokens_per_second
         if job.is_sweep:
-            share = min(1.0, settings.rows / (n_rows * cfg.epochs))
-            train = len(settings.factors) * _train_s(
-                job.method, tokens * share, settings.rows / cfg.batch_size, assumed
-            )
-            evaluate = 0.0
-        else:
-            train = (
-                0.0
-                if job.method == BASE
-                else _train_s(job.method, tokens, n_rows * cfg.epochs / cfg.batch_size, assumed)
-            )
-            answers = sum(manifest["counts"]["test"].values()) * assumed.answer_tokens
-            evaluate = assumed.test_loss_s + answers / assumed.answer_tokens_per_second
-        seconds = assumed.start_s + train + evaluate
-        found.append(
-            {
-                "run": job.name + ("-fp16" if is_check else ""),
-                "method": job.method,
-                "seed": None if job.is_sweep else job.seed,
-                "train_s": round(train, 1),
-                "evaluate_s": round(evaluate, 1),
-                "minutes": round(seconds / 60, 2),
-            }
-        )
+            share, steps = min(1.0, settings.rows / n_seen), settings.rows / cfg.batch_size
+            train, evaluate = len(settings.factors) * _train_s(job.method, tokens * share, steps, assumed), 0.0
+        elif job.method != BASE:
+            train = _train_s(job.method, tokens, n_seen / cfg.batch_size, assumed)
+        minutes = round((assumed.start_s + train + evaluate) / 60, 2)
+        row = {"run": job.name + ("-fp16" if at >= len(jobs) - n_checks else ""), "method": job.method}
+        row |= {"seed": None if job.is_sweep else job.seed}
+        found.append(row | {"train_s": round(train, 1), "evaluate_s": round(evaluate, 1), "minutes": minutes})
     return found
 
 
 def _train_s(method, tokens, steps, assumed):
     if steps < STEPS_TO_PAY:
         return tokens / (assumed.tokens_per_second * assumed.eager_share)
-    has_adapters = "adapters" in methods.find(method).trains  # their first step compiles longest
+    has_adapters = "adapters" in METHODS[method].trains  # whose first step compiles longest
     first = assumed.first_step_adapters_s if has_adapters else assumed.first_step_s
     return first + tokens / assumed.tokens_per_second
 
 
 def wall_minutes(rows, assumed):
-    """Minutes of the whole: the rows' minutes, dealt out to the places in their order, each `slower` beside others."""
-    places = [0.0] * (assumed.gpus * assumed.at_once)
+    """Minutes by the clock: each row goes to the worker that is free first, and is `slower` beside others."""
+    workers = [0.0] * (assumed.gpus * assumed.at_once)
     slower = assumed.slower if assumed.at_once > 1 else 1.0
     for row in rows:
-        places[places.index(min(places))] += row["minutes"] * slower
-    return max(places)
+        workers[workers.index(min(workers))] += row["minutes"] * slower
+    return max(workers)
+
+
+def show(settings, assumed, folder=None):
+    """Print the unfinished jobs of a study with their predicted minutes; with a folder, write plan.json there as well.
+
+    settings: suite.Settings. assumed: {field: value} of Assumptions. StudyError: the study has no data yet.
+    """
+    study, assumed = Study.resolve(**settings.given), Assumptions(**assumed)
+    if not study.manifest_path.exists():
+        raise StudyError(
+            f"--dry-run counts the rows of study {study.cfg.study!r}, which has no data yet: the command without "
+            "--dry-run builds them first, and so does `python -m peftlib data` with the same --study, --source and -p"
+        )
+    print("\n".join(lines(study, settings, assumed)))
+    if folder is not None:
+        write_json(folder / "plan.json", document(study, settings, assumed))
 
 
 def lines(study, settings, assumed):
-    """What is left of the study, and the predicted minutes of it. StudyError: no data yet."""
+    """Yield the runs of a study with predicted minutes and status, then the total of the unfinished ones."""
     made = document(study, settings, assumed)
-    jobs = jobs_of(study, settings.methods, settings.seeds, has_sweeps=bool(settings.factors))
+    jobs = settings.jobs(study)
     states = {job.name: state_of(job, factors=settings.factors, rows=settings.rows) for job in jobs}
     chosen = {job.name for job in only(jobs, settings.names)}
     yield f"{'run':<18} {'predicted min':>13}  now"
@@ -102,10 +124,9 @@ def lines(study, settings, assumed):
         is_left = (not settings.names or row["run"] in chosen) and (state is None or state.status != DONE)
         left += [row] if is_left else []
         yield f"{row['run']:<18} {row['minutes']:>13.1f}  {state.status if state else ''}".rstrip()
-    yield (
-        f"left: {sum(row['minutes'] for row in left):.0f} minutes of runs, {wall_minutes(left, assumed):.0f} by the clock "
-        f"on {assumed.gpus} GPU{'s' * (assumed.gpus != 1)} with {assumed.at_once} run{'s' * (assumed.at_once != 1)} on each"
-    )
+    gpus, runs = (f"{n} {what}{'s' * (n != 1)}" for n, what in ((assumed.gpus, "GPU"), (assumed.at_once, "run")))
+    minutes = f"{sum(row['minutes'] for row in left):.0f} minutes of runs"
+    yield f"left: {minutes}, {wall_minutes(left, assumed):.0f} by the clock on {gpus} with {runs} on each"
 
 
 def document(study, settings, assumed):
@@ -119,70 +140,3 @@ def document(study, settings, assumed):
         "run_minutes": round(sum(row["minutes"] for row in rows), 1),
         "wall_minutes": round(wall_minutes(rows, assumed), 1),
     }
-
-
-def keep(study, settings, assumed, folder):
-    """Write plan.json and plan.md below a folder."""
-    made = document(study, settings, assumed)
-    write_json(folder / "plan.json", made)
-    write_text(folder / "plan.md", text(made))
-
-
-def text(plan):
-    """plan.json as Markdown."""
-    return "\n".join(
-        [
-            "# Predicted minutes of the reference study",
-            "",
-            _about(plan),
-            "",
-            *_table(plan),
-            "",
-            _together(plan),
-            "",
-            _basis(plan),
-            "",
-        ]
-    )
-
-
-def _table(plan):
-    by_method = {}
-    for row in plan["runs"]:
-        kind = "sweep" if row["seed"] is None else "fp16" if row["run"].endswith("-fp16") else f"seed {row['seed']}"
-        by_method.setdefault(row["method"], {})[kind] = row["minutes"]
-    kinds = list(dict.fromkeys(kind for found in by_method.values() for kind in found))
-    kinds.sort(key=lambda kind: (kind == "fp16", kind != "sweep"))
-    body = [
-        [method, *(f"{found[kind]:.1f}" if kind in found else "" for kind in kinds), f"{sum(found.values()):.1f}"]
-        for method, found in by_method.items()
-    ]
-    return [table([["method", *kinds, "together"], *body])]
-
-
-def _about(plan):
-    return (
-        f"Written before it was run, for {plan['tokens']}. Minutes of one run alone on a GPU, start, training, loss and "
-        "answers of the test rows together:"
-    )
-
-
-def _together(plan):
-    assumed = plan["assumptions"]
-    return (
-        f"Together {plan['run_minutes']:.0f} minutes of runs; by the clock {plan['wall_minutes']:.0f} minutes on "
-        f"{assumed['gpus']} GPUs with {assumed['at_once']} runs on each, each {assumed['slower']:g} times slower than alone."
-    )
-
-
-def _basis(plan):
-    assumed, sweep = plan["assumptions"], plan["sweep"]
-    return (
-        f"Assumed, from what was measured on an H100 with the 1B shape: training at {assumed['tokens_per_second']:,.0f} "
-        "useful tokens a second (packed real lengths; the 1B reached 25,800, bound by launches, with 26 layers against "
-        f"18), a share of {assumed['eager_share']:g} of it in sweeps, which are too short to be compiled; a first step "
-        f"with compiling of {assumed['first_step_s']:.0f} s (galore, full, apollo) or "
-        f"{assumed['first_step_adapters_s']:.0f} s (qlora, hybrid, lora); {assumed['start_s']:.0f} s for start and "
-        f"loading; answers of {assumed['answer_tokens']:.0f} tokens at {assumed['answer_tokens_per_second']:,.0f} a second; "
-        f"{assumed['test_loss_s']:.0f} s for the losses. A sweep is {len(sweep['factors'])} trials on {sweep['rows']:,} rows."
-    )

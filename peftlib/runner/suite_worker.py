@@ -1,9 +1,8 @@
-"""One run of a reference study in a process of its own; `python -m peftlib reference` starts it.
+"""One run of a whole study in a process of its own; `peftlib reference` starts it.
 
 python -m peftlib.runner.suite_worker JSON, the text of a Work.
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
@@ -15,11 +14,14 @@ import time
 from dataclasses import dataclass
 
 from peftlib.core import record as records
+from peftlib.core.env import resolve_device, training_precision
 from peftlib.core.errors import LockedError, PeftlibError, Stopped, StudyError
 from peftlib.core.study import Study
+from peftlib.methods import BASE
 
-STOPPED_CODE = 75  # cut, and saved: the same work goes on from there
+STOPPED_CODE = 75  # cut, and saved: the same work resumes from there
 FAILED_CODE = 1
+_CODES = {"ok": 0, "stopped": STOPPED_CODE}
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,27 @@ class Work:
 
 
 def perform(work, *, log=print):
-    """Do the work as far as it gets; the exit code. What fails is in the run's record, with its reason."""
+    """Do the work; returns the exit code. A failure is written to the run's record with its reason."""
     study = Study.resolve(**{**work.given, "seed": work.seed})
-    study = Study(study.folder, _share(study.cfg, work.at_once))
+    study = Study(study.folder, _with_memory_share(study.cfg, work.at_once))
     try:
         if work.is_sweep:
             from peftlib.train.sweep import sweep
 
             sweep(study, work.method, factors=tuple(work.factors), rows=work.rows, log=log)
             return 0
-        return _run(study, work, log)
+        if work.method == BASE:
+            if (records.load(study, BASE, 0) or {}).get("status") == "failed":
+                study.record_path(BASE, 0).unlink()  # nothing of it can be resumed
+            return _evaluate(study, work, log)
+        return _train(study, work, log) or _evaluate(study, work, log)
     except (LockedError, Stopped) as error:
         log(f"{type(error).__name__}: {error}")
         return STOPPED_CODE if isinstance(error, Stopped) else FAILED_CODE
 
 
-def _share(cfg, at_once):
-    """The config with this run's part of the GPU's memory as its limit, where several share it."""
-    from peftlib.core.env import resolve_device
-
+def _with_memory_share(cfg, at_once):
+    """The config with this run's part of the GPU's memory as its limit, where several runs share it."""
     if at_once == 1 or resolve_device(cfg.device) != "cuda":
         return cfg
     import torch
@@ -69,18 +73,10 @@ def _share(cfg, at_once):
     return cfg.replace(memory_gib=mine)
 
 
-def _run(study, work, log):
-    if work.method != "base":
-        status = _trained(study, work, log)
-        if status != "ok":
-            return STOPPED_CODE if status == "stopped" else FAILED_CODE
-    elif (records.load(study, "base", 0) or {}).get("status") == "failed":
-        study.record_path("base", 0).unlink()  # nothing of it can be gone on from
-    return _evaluated(study, work, log)
+def _train(study, work, log):
+    """Train to the end; the exit code."""
+    import torch
 
-
-def _trained(study, work, log):
-    """Train to the end; the record's status."""
     from peftlib.train.loop import TrainingRun
 
     try:
@@ -90,18 +86,16 @@ def _trained(study, work, log):
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's result, and the others go on
         log(f"failed: {type(error).__name__}: {error}")
         _record_failure(study, work, error)
-        return "failed"
+        return FAILED_CODE
     if record["status"] == "ok" and "side_by_side" not in record:
         records.save(study, {**record, "side_by_side": work.at_once})
     gc.collect()
-    with contextlib.suppress(ImportError):
-        import torch
-
-        torch.cuda.empty_cache()
-    return record["status"]
+    torch.cuda.empty_cache()
+    return _CODES.get(record["status"], FAILED_CODE)
 
 
-def _evaluated(study, work, log):
+def _evaluate(study, work, log):
+    """Answer and score the test rows; the exit code."""
     from peftlib.evaluation.evaluate import evaluate
 
     try:
@@ -110,31 +104,29 @@ def _evaluated(study, work, log):
         raise
     except Exception as error:  # noqa: BLE001 - as above
         log(f"evaluation failed: {type(error).__name__}: {error}")
-        _record_failure(study, work, error, is_of_evaluation=True)
+        record = records.load(study, work.method, work.seed)
+        if record is None:
+            _record_failure(study, work, error)
+        else:
+            records.save(study, {**record, "evaluation_error": f"{type(error).__name__}: {error}"})
         return FAILED_CODE
     if record.pop("evaluation_error", None):
         records.save(study, record)
     return 0
 
 
-def _record_failure(study, work, error, *, is_of_evaluation=False):
-    from peftlib.core.env import resolve_device, training_precision
+def _record_failure(study, work, error):
     from peftlib.models.identity import provenance_of
 
-    said = f"{type(error).__name__}: {error}"
     record = records.load(study, work.method, work.seed)
-    if is_of_evaluation and record is not None:
-        records.save(study, {**record, "evaluation_error": said})
-        return
     if record is None or record["status"] == "ok":
         device = resolve_device(study.cfg.device)
         precision, reason = training_precision(device, study.cfg.precision)
         adopted = study.with_rates_of(work.method)
-        base = provenance_of(adopted.cfg.model, adopted.records(), study=adopted.folder.name)
-        record = records.new_record(
-            adopted, work.method, provenance=base, device=device, precision=precision, precision_reason=reason
-        )
-    records.save(study, {**record, "status": "failed", "error": said})
+        how = {"device": device, "precision": precision, "precision_reason": reason}
+        how["provenance"] = provenance_of(adopted.cfg.model, adopted.records(), study=adopted.folder.name)
+        record = records.new_record(adopted, work.method, **how)
+    records.save(study, {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
 
 
 def _end_with(parent):

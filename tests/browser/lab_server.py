@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from peftlib.notebook import session as notebook
+from peftlib.runner.execute import end_tree
 from peftlib.runner.notebook_io import load, save, source_of, tags_of
-from peftlib.runner.papermill_worker import end_tree
 
 CHECKOUT = Path(notebook.__file__).resolve().parents[2]
 KERNEL_6 = "ipykernel6"

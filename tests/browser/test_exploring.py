@@ -57,8 +57,8 @@ def opened(request, lab, fields, finished_study):
         for words in (
             "# Parameters",
             "setup(",
-            "report.build_report(study)",
-            "charts(shown)",
+            "build_report(study)",
+            "show_charts(shown)",
             "explore(shown)",
             "ask_box(",
         ):
@@ -99,7 +99,7 @@ def test_the_form_of_01_says_what_a_choice_costs_or_why_it_cannot_be(lab, fields
 
 def test_the_charts_show_what_is_chosen_in_words_too(opened):
     with opened.watched():
-        panel = opened.cell("charts(shown)")
+        panel = opened.cell("show_charts(shown)")
         first = alt_text(panel)
         assert re.match(r"Scores on the test rows\. .*qlora ROUGE-L 0\.\d{3}", first), first
         panel.choose("of", "tulu")

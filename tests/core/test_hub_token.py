@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftlib.__main__ import main
+from peftlib.cli import main
 from peftlib.core import hub_token, session
 from peftlib.core.errors import ModelError
 from peftlib.runner import notebook_io as executed

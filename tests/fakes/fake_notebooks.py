@@ -4,9 +4,9 @@ import json
 
 PARAMETERS = '# Parameters\nprofile = "demo"\nstudy = "auto"\nlora_rank = None'
 OPEN = """\
-from peftlib.config import resolve
-from peftlib.notebook import executed_parameters, finish
-from peftlib.study import Study
+from peftlib.core.config import resolve
+from peftlib.notebook.session import executed_parameters, finish
+from peftlib.core.study import Study
 
 study = Study.open(resolve(**executed_parameters(In)))
 study.folder.mkdir(parents=True, exist_ok=True)"""

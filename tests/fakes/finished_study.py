@@ -10,7 +10,7 @@ from unittest import mock
 
 import psutil
 
-from peftlib.__main__ import main
+from peftlib.cli import main
 from peftlib.core.config import resolve
 from peftlib.core.errors import PeftlibError
 from peftlib.core.files import read_json

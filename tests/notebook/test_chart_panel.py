@@ -1,12 +1,13 @@
 """The chart panel draws what is picked; where nobody can click the report's own figures stand."""
 
 import base64
+import dataclasses
 import re
 
 import fake_study
 import pytest
 
-from peftlib.notebook.charts import charts
+from peftlib.notebook.charts import show_charts
 from peftlib.report import charts as report_charts
 from peftlib.report.build import build_report
 from peftlib.report.chart import image
@@ -22,7 +23,7 @@ def report(tmp_path_factory):
 
 @pytest.fixture
 def panel(report):
-    return charts(report, is_interactive=True)
+    return show_charts(report, is_interactive=True)
 
 
 def alt_of(panel):
@@ -89,7 +90,7 @@ def test_losses_on_other_general_texts_are_not_put_side_by_side(tmp_path, monkey
 def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch):
     study = fake_study.make(tmp_path, monkeypatch, methods=("base",), n=6)
     study.predictions_path("base", 0).unlink()
-    panel = charts(build_report(study), is_interactive=True)
+    panel = show_charts(build_report(study), is_interactive=True)
     for kind in KINDS:
         panel.kind.value = kind
         if kind not in ("test loss", "general text loss"):  # these need no answers
@@ -97,12 +98,11 @@ def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_without_a_reader_the_reports_figures_are_shown_in_the_theme(tmp_path, monkeypatch, capsys, theme):
+def test_without_a_reader_the_reports_figures_are_shown_in_the_theme(report, monkeypatch, capsys, theme):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle["text/html"]))
-    study = fake_study.make(tmp_path, monkeypatch, n=12)
-    report = build_report(type(study)(study.folder, study.cfg.replace(theme=theme)))
-    assert charts(report, is_interactive=False) is None
+    report = dataclasses.replace(report, theme=theme)
+    assert show_charts(report, is_interactive=False) is None
     figures = report.dark_figures if theme == "dark" else report.figures
     assert shown == [
         image(figures[name].read_bytes(), report.alt[name])

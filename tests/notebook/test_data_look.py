@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from peftlib import data
+from peftlib import cli, data
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import read_json
 from peftlib.notebook import dataset as browse
 from peftlib.report import data_figures as figures
-from peftlib.runner import data_cli as cli
+from peftlib.runner.console import sized_as_full_study
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def root(tmp_path, monkeypatch):
 
 def arguments(tiny_model, *more):
     sizes = ["--train", "12", "--valid", "2", "--test", "4", "--seed", "5", "-p", "workers", "1"]
-    return ["--study", "mine", "-p", "model", str(tiny_model), *sizes, "--source", "alpaca=sample", *more]
+    return ["data", "--study", "mine", "-p", "model", str(tiny_model), *sizes, "--source", "alpaca=sample", *more]
 
 
 def test_the_command_writes_the_study_and_freezes_it(root, tiny_model, capsys):
-    assert cli.main(arguments(tiny_model)) == 0
+    assert cli.call(arguments(tiny_model)) == 0
     said = capsys.readouterr().out
     manifest = read_json(root / "mine" / "data" / "manifest.json")
     assert f"split {manifest['split_hash']}" in said and "alpaca: train 12, valid 2, test 4" in said
@@ -88,22 +88,27 @@ def test_the_command_writes_the_study_and_freezes_it(root, tiny_model, capsys):
     assert (frozen["sources"], frozen["split_seed"], frozen["max_length"]) == ("alpaca=sample", 5, 1024)
     for name in ("train.parquet", "valid.parquet", "test.parquet", "rejects.jsonl", "README.md"):
         assert (root / "mine" / "data" / name).exists()
-    assert cli.main(arguments(tiny_model)) == 0
+    assert cli.call(arguments(tiny_model)) == 0
     assert "data already built" in capsys.readouterr().out
 
 
 def test_the_command_refuses_a_study_made_otherwise_and_unknown_settings(root, tiny_model):
-    cli.main(arguments(tiny_model))
+    cli.call(arguments(tiny_model))
     with pytest.raises(StudyError, match="train_rows: 12 -> 13"):
-        cli.main(arguments(tiny_model, "--train", "13"))
+        cli.call(arguments(tiny_model, "--train", "13"))
     with pytest.raises(ConfigError, match="'lenght' is not a setting"):
-        cli.main(arguments(tiny_model, "-p", "lenght", "3"))
+        cli.call(arguments(tiny_model, "-p", "lenght", "3"))
 
 
 def test_row_counts_on_the_command_line_bring_the_full_studys_other_settings():
-    cfg = resolve(
-        **cli._given(cli._parser().parse_args(["--study", "x", "--train", "5000", "--test", "2000"]), is_new=True)
-    )
+    cfg = resolve("demo", **sized_as_full_study({"study": "x", "train_rows": 5000, "test_rows": 2000}))
     assert (cfg.valid_rows, cfg.max_length) == (200, 1024)
-    plain = resolve("demo", **cli._given(cli._parser().parse_args(["--study", "x", "--profile", "demo"]), is_new=True))
-    assert (plain.train_rows, plain.valid_rows, plain.max_length) == (64, 8, 256)
+    assert sized_as_full_study({"train_rows": 500})["valid_rows"] == 20
+
+
+def test_a_profile_brings_its_own_sizes(root, tiny_model):
+    cli.call(
+        ["data", "--study", "mine", "--profile", "demo", "-p", f"model={tiny_model}", "-p", "workers=1", "--train=3"]
+    )
+    frozen = read_json(root / "mine" / "config.json")["config"]
+    assert (frozen["train_rows"], frozen["valid_rows"], frozen["max_length"]) == (3, 8, 256)

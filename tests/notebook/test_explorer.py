@@ -14,7 +14,7 @@ import pytest
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.metrics import sentence_bleu
 from peftlib.notebook import answers as answers_module
-from peftlib.notebook import downloads
+from peftlib.notebook import widgets
 from peftlib.notebook.answer_cards import side_by_side
 from peftlib.notebook.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers
 from peftlib.notebook.explorer import explore
@@ -291,7 +291,7 @@ def test_other_cells_of_the_csv_are_as_they_are(explorer):
 
 
 def test_a_csv_too_large_for_a_link_is_written_into_the_study(report, explorer, monkeypatch):
-    monkeypatch.setattr(downloads, "LINK_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(widgets, "LINK_LIMIT_BYTES", 1000)
     explorer.csv.click()
     path = report.folder / "answers.download.csv"
     assert len(list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))) == 48

@@ -2,15 +2,13 @@
 
 import html
 import shlex
-from pathlib import Path
 
 import pytest
-from jupyter_client.manager import start_new_kernel
+from front_end import INSTALLED
 
-from peftlib import __main__ as command_line
-from peftlib import methods
+from peftlib import cli, methods
 from peftlib.core import gpus as cards
-from peftlib.core.config import from_text, resolve
+from peftlib.core.config import resolve
 from peftlib.core.gpus import CARDS
 from peftlib.core.study import Study
 from peftlib.models.shapes import SHAPES
@@ -108,14 +106,14 @@ def test_a_model_that_is_not_to_be_had_leaves_the_rest_of_the_form(fresh):
 @pytest.mark.parametrize(
     "choices", [{}, {"train_rows": 12, "galore_weights": "bf16", "epochs": 3}, {"sources": "a b=x;c=y"}]
 )
-def test_lines_and_command_give_just_that_config(fresh, choices):
+def test_lines_and_command_give_just_that_config(fresh, choices, monkeypatch):
     cfg = form.answer(fresh, choices).cfg
     assert cfg == fresh.cfg.replace(**choices)
     assert resolve(**notebook.literals("\n".join(form.parameter_lines(cfg)))) == cfg
-    args = command_line._parser().parse_args(shlex.split(form.command(cfg))[3:])
-    given = {name: from_text(name, text) for name, text in args.p}
-    assert resolve(args.profile, study=args.study, **given) == cfg
-    assert runner.plan([], {"profile": args.profile, "study": args.study, **given})[0].study.cfg == cfg
+    planned = []
+    monkeypatch.setattr(runner, "run", planned.extend)
+    assert cli.main(shlex.split(form.command(cfg))[3:]) == 0
+    assert planned[0].study.cfg == cfg
 
 
 def test_where_data_stand_they_give_the_hours_and_a_choice_they_fix_makes_a_new_study(make_study):
@@ -164,7 +162,7 @@ def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):
     widgets["lora_rank"].value = 0
     assert "Not possible:" in shown.value and "lora_rank=0" in shown.value and "<pre" not in shown.value
     widgets["lora_rank"].value = 32
-    assert "Not possible" not in shown.value and "-p lora_rank 32" in shown.value
+    assert "Not possible" not in shown.value and "-p lora_rank=32" in shown.value
     widgets["model"].value = "somewhere/else"
     assert "costs unknown" in shown.value
     assert fresh.cfg == resolve("t4") and not fresh.folder.exists()
@@ -184,22 +182,15 @@ def test_times_have_a_unit_that_fits(seconds, words):
     assert estimate.duration(*seconds) == words
 
 
-def test_a_live_kernel_gets_widgets_and_papermill_does_not(fresh, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(form.__file__).resolve().parents[2]))
-    source = "from peftlib.notebook.planner import study_form\nfrom peftlib.core.study import Study\nstudy_form(Study.resolve(profile='demo'))"
-    manager, client = start_new_kernel(kernel_name="python3")
-    try:
-        for is_watched, kind in ((True, "application/vnd.jupyter.widget-view+json"), (False, "text/html")):
-            shown = []
-            client.execute_interactive(
-                source,
-                allow_stdin=is_watched,
-                timeout=120,
-                output_hook=lambda message, shown=shown: shown.append(message["content"]),
-            )
-            kinds = {kind for content in shown for kind in content.get("data", {})}
-            assert kind in kinds, shown
-            assert is_watched or not any("widget" in kind for kind in kinds)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+def test_a_live_kernel_gets_widgets_and_papermill_does_not(kernel_of):
+    source = (
+        "from peftlib import Study\nfrom peftlib.notebook import study_form\nstudy_form(Study.resolve(profile='demo'))"
+    )
+    _, client = kernel_of(INSTALLED)
+    for is_watched, kind in ((True, "application/vnd.jupyter.widget-view+json"), (False, "text/html")):
+        shown = []
+        hear = {"output_hook": lambda message, shown=shown: shown.append(message["content"])}
+        client.execute_interactive(source, allow_stdin=is_watched, timeout=120, **hear)
+        kinds = {kind for content in shown for kind in content.get("data", {})}
+        assert kind in kinds, shown
+        assert is_watched or not any("widget" in kind for kind in kinds)

@@ -190,7 +190,8 @@ def test_the_installed_package_carries_all_that_is_no_module(wheel):
 
 
 def test_an_installed_copy_runs_its_own_notebooks_and_writes_below_the_working_folder(wheel, tmp_path):
-    said = "from peftlib import env, runner; print(env.output_root()); print(*(s.source for s in runner.plan([], {"
+    said = "from peftlib.core import env; from peftlib.runner import notebooks as runner; print(env.output_root()); "
+    said += "print(*(s.source for s in runner.plan([], {"
     asked = [sys.executable, "-c", said + "'profile': 'demo'})), sep='\\n')"]
     environment = {name: value for name, value in os.environ.items() if name != "PEFTLIB_ROOT"}
     done = subprocess.run(

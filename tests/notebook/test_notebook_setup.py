@@ -10,6 +10,7 @@ from jupyter_client.manager import start_new_kernel
 
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.files import readable_path
 from peftlib.core.study import Study
 from peftlib.notebook import session as notebook
 
@@ -154,10 +155,10 @@ def test_compact_names_every_field_and_what_differs_from_the_profile():
 def test_paths_are_shown_below_the_working_folder_or_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert notebook.readable_path(tmp_path / "runs" / "demo") == "runs/demo"
-    assert notebook.readable_path(CHECKOUT / "runs" / "demo") == "runs/demo"
-    assert notebook.readable_path("/home/someone/runs") == "~/runs"
-    assert notebook.readable_path("/elsewhere") == "/elsewhere"
+    assert readable_path(tmp_path / "runs" / "demo") == "runs/demo"
+    assert readable_path(CHECKOUT / "runs" / "demo") == "runs/demo"
+    assert readable_path("/home/someone/runs") == "~/runs"
+    assert readable_path("/elsewhere") == "/elsewhere"
 
 
 def test_plain_papermill_runs_a_notebook_keeps_bars_out_and_never_asks_for_drive(study, tmp_path, monkeypatch):

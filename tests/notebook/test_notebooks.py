@@ -17,7 +17,7 @@ import update_badges as badges
 from conftest import TINY
 from IPython.core.inputtransformer2 import TransformerManager
 
-from peftlib import __main__ as command_line
+from peftlib import cli as command_line
 from peftlib.core.config import resolve
 from peftlib.notebook import session as notebook
 from peftlib.runner import notebook_io as executed

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import TINY
-from front_end import INSTALLED, OTHERS, FrontEnd, started
+from front_end import INSTALLED, OTHERS, FrontEnd
 
 from peftlib.core import record as records
 from peftlib.storage.checkpoint import CheckpointDir
@@ -13,12 +13,12 @@ from peftlib.storage.checkpoint import CheckpointDir
 STEPS = {"epochs": 3, "eval_steps": 4}  # 18 steps
 # A step of known length, so that there is time to press the button.
 OPEN = """
-import os, time, torch
+import os, time, torch, warnings
+warnings.resetwarnings()  # other tests in this kernel make errors of some
 torch.set_num_threads(1)
 os.environ["PEFTLIB_ROOT"] = {root!r}
-from peftlib.study import Study
-from peftlib.train import TrainingRun
-from peftlib.panel import train_live
+from peftlib import Study, TrainingRun
+from peftlib.notebook import train_live
 run = TrainingRun(Study.resolve(profile="demo", study="tiny", **{fields!r}), "qlora")
 step, pause = run._step, {pause}
 run._step = lambda: (time.sleep(pause), step())
@@ -33,10 +33,8 @@ def trains(message):
 
 
 @pytest.fixture(scope="module", params=[INSTALLED, *OTHERS])
-def kernel(request):
-    """(KernelManager, client) of a new kernel."""
-    with started(request.param) as made:
-        yield made
+def kernel(request, kernel_of):
+    return kernel_of(request.param)
 
 
 @pytest.fixture
@@ -47,7 +45,7 @@ def front_end(kernel, make_study):
     made.study, made.interrupt = make_study(**STEPS), manager.interrupt_kernel
     fields = {**TINY, **STEPS, "model": made.study.cfg.model}
     made.opening = lambda pause: OPEN.format(fields=fields, pause=pause, root=os.environ["PEFTLIB_ROOT"])
-    assert "opened" in made.ended(made.opening(pause=0.4))
+    assert "opened" in made.ended(made.opening(pause=0.25))
     made.heard.clear()
     return made
 

@@ -8,9 +8,9 @@ import re
 
 import pytest
 from conftest import TINY
-from front_end import INSTALLED, FrontEnd, started
+from front_end import INSTALLED, FrontEnd
 
-from peftlib.notebook.widget_display import VIEW
+from peftlib.notebook.widgets import VIEW
 
 PREPARE = """
 if "patch" in globals():
@@ -21,29 +21,23 @@ warnings.filterwarnings("error", "(?s).*([Uu]nrecognized|deprecated)", Deprecati
 from pathlib import Path
 import fake_study, pytest, torch
 torch.set_num_threads(1)
-from peftlib import data, report, report_charts
-from peftlib.ask_all import ask_box
-from peftlib.chart_panel import charts
-from peftlib.data.browse import browse
-from peftlib.explorer import explore
-from peftlib.form import study_form
-from peftlib.study import Study
+from peftlib import Study, build_report, load_split, load_tokenizer
+from peftlib.notebook import ask_box, browse, explore, show_charts, study_form
+from peftlib.report import charts as report_charts
 os.environ["PEFTLIB_ROOT"] = {root!r}
 study = Study.resolve(profile="demo", study="tiny", **{fields!r})
-split = data.load_split(study.data_dir, "train")
+split = load_split(study.data_dir, "train")
 patch = pytest.MonkeyPatch()
 with patch.context() as only_here:
     only_here.setattr(report_charts, "charts_of", lambda *_: {{}})
-    shown = report.build_report(fake_study.make(Path({folder!r}), patch, methods=("base", "qlora"), n=6))
+    shown = build_report(fake_study.make(Path({folder!r}), patch, methods=("base", "qlora"), n=6))
 print("prepared")
 """
 
 
 @pytest.fixture(scope="module", params=[INSTALLED, "colab_kernel"])
-def kernel(request):
-    """(KernelManager, client) of a new kernel."""
-    with started(request.param) as made:
-        yield made
+def kernel(request, kernel_of):
+    return kernel_of(request.param)
 
 
 @pytest.fixture
@@ -145,7 +139,7 @@ def test_every_choice_of_the_form_is_answered(page):
 
 
 def test_rows_are_browsed_by_source_and_number(page):
-    page.show("browse(split, data.load_tokenizer(study.cfg.model))")
+    page.show("browse(split, load_tokenizer(study.cfg.model))")
     first = page.html()
     page.change("row", value=1)
     second = page.html()
@@ -154,7 +148,7 @@ def test_rows_are_browsed_by_source_and_number(page):
 
 
 def test_every_choice_of_the_charts_draws(page):
-    assert page.show("charts(shown)") == "charts (run the cell to see them)"
+    assert page.show("show_charts(shown)") == "charts (run the cell to see them)"
     pictures = {page.html()}
     for control, label in (("show", "BLEU-4"), ("of", "tulu"), ("theme", "dark")):
         page.pick(control, label)

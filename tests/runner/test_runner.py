@@ -11,7 +11,7 @@ import fake_notebooks
 import psutil
 import pytest
 
-from peftlib import __main__ as command_line
+from peftlib import cli as command_line
 from peftlib.runner import notebook_io as executed
 from peftlib.runner import notebooks as runner
 

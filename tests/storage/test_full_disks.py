@@ -16,7 +16,7 @@ import torch
 from fault_disk import FaultDisk
 from safetensors.torch import save_file
 
-from peftlib.__main__ import main
+from peftlib.cli import main
 from peftlib.core import files
 from peftlib.core.errors import DiskError, PeftlibError, StudyError, reading, writing
 from peftlib.core.study import Study
@@ -40,7 +40,7 @@ def _plan_kept(root):
     finished_study.call(
         "reference", "--study", finished_study.NAME, "--profile", "demo", "--dry-run", "--keep-plan", root / "plan"
     )
-    return (root / "plan" / "plan.md").read_text()
+    return (root / "plan" / "plan.json").read_text()
 
 
 # {name: (what to take away below the study so that the command has something to write, the command)}
@@ -243,9 +243,9 @@ def test_errors_that_are_no_disks_stay_what_they_are(tmp_path):
 
 
 def test_the_last_net_names_a_path_and_lets_bugs_through(monkeypatch, capsys):
-    monkeypatch.setattr("peftlib.__main__._call", lambda argv: Path("/no/such/place").read_text())
+    monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: Path("/no/such/place").read_text())
     assert main(["plan"]) == 2 and "/no/such/place cannot be used (No such file" in capsys.readouterr().err
-    monkeypatch.setattr("peftlib.__main__._call", lambda argv: {}["a bug"])
+    monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: {}["a bug"])
     with pytest.raises(KeyError):
         main(["plan"])
 

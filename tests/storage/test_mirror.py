@@ -510,7 +510,7 @@ def test_sealed_files_show_their_damage(tmp_path):
 def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
     study, remote, tmp_path, monkeypatch, capsys
 ):
-    from peftlib import __main__ as command_line
+    from peftlib import cli as command_line
     from peftlib.core.config import resolve
     from peftlib.core.study import Study
 

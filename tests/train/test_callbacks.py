@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 
-from peftlib.notebook import panel_html
 from peftlib.notebook import training_panel as panel
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.train import callbacks
@@ -86,7 +85,7 @@ def test_a_run_that_fails_shows_so(make_study):
     with pytest.raises(ZeroDivisionError):
         run.train([looker])
     assert looker.seen[-1].status == "failed" and looker.seen[-1].step == 2
-    assert "failed after step 2 of 6" in panel_html.summary(looker.seen[-1])
+    assert "failed after step 2 of 6" in panel.summary(looker.seen[-1])
 
 
 def test_outside_a_notebook_there_are_plain_lines_and_no_panel(make_study, monkeypatch):
@@ -131,7 +130,7 @@ def snapshot():
 
 
 def test_the_facts_are_words_with_units(snapshot):
-    assert panel_html.facts(snapshot) == {
+    assert panel.facts(snapshot) == {
         "speed": "1,234 tokens/s",
         "time left": "1:15",
         "loss": "2.5000",
@@ -144,12 +143,12 @@ def test_the_facts_are_words_with_units(snapshot):
 
 
 def test_the_state_is_escaped_and_its_bars_tell_progress_and_a_card_that_is_nearly_full(snapshot):
-    shown = panel_html.state(snapshot)
+    shown = panel.state(snapshot)
     assert "&lt;Drive&gt;" in shown and "<Drive>" not in shown
     assert "width:25.0%;height:100%;background:#d55e00" in shown  # 12 of 48 steps in the method's colour
     assert "width:93.8%" in shown  # reserved
     roomy = dataclasses.replace(snapshot, reserved_bytes=7 << 30, method="qlora")
-    assert "#d55e00" not in panel_html.state(roomy)
+    assert "#d55e00" not in panel.state(roomy)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_the_state_is_escaped_and_its_bars_tell_progress_and_a_card_that_is_near
     ],
 )
 def test_what_stays_is_the_last_state_and_every_line_in_html_and_in_text(snapshot, status, words):
-    left = panel_html.ending(dataclasses.replace(snapshot, status=status), ["line 1 <b>", "line 2"])
+    left = panel.ending(dataclasses.replace(snapshot, status=status), ["line 1 <b>", "line 2"])
     assert set(left) == {"text/html", "text/plain"}
     assert words in left["text/html"] and words in left["text/plain"]
     assert "line 1 &lt;b&gt;\nline 2" in left["text/html"] and "line 1 <b>\nline 2" in left["text/plain"]

@@ -8,7 +8,7 @@ from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.models.inspect import trainable
 from peftlib.models.precision import apply_step, loss_scaler
-from peftlib.notebook import panel_html
+from peftlib.notebook import training_panel
 from peftlib.optim.apollo import ApolloAdamW
 from peftlib.optim.galore import GaLoreAdamW
 from peftlib.report import figures
@@ -212,7 +212,7 @@ def test_a_validation_loss_that_is_nan_is_recorded_as_unknown_and_told(make_stud
 
     class Looker(Callback):
         def show(self, snapshot):
-            shown.append(panel_html.ending(snapshot, lines)["text/plain"])
+            shown.append(training_panel.ending(snapshot, lines)["text/plain"])
             figures.loss_curves([vars(snapshot)])
 
     looker = Looker()

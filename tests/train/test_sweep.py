@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from peftlib.__main__ import main
+from peftlib.cli import main
 from peftlib.core.errors import ConfigError, NonFiniteLossError, Stopped, StudyError
 from peftlib.core.study import Study
 from peftlib.train.loop import TrainingRun

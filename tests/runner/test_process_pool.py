@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from peftlib.runner import process_pool as side_by_side
+from peftlib.runner import process_pool
 from peftlib.runner.process_pool import Task
 
 STUBBORN = (
@@ -22,12 +22,12 @@ def child(name, code, **env):
 def played():
     """played(tasks, **settings) -> (reason, {name: Ending}, lines) of running them."""
 
-    def play(tasks, *, places=({},), why_stop=lambda lines: None, **settings):
+    def play(tasks, *, workers=({},), why_stop=lambda lines: None, **settings):
         waiting, endings, lines = list(tasks), {}, []
-        reason = side_by_side.run(
+        reason = process_pool.run(
             lambda: waiting.pop(0) if waiting else None,
             lambda ending: endings.update({ending.task.name: ending}),
-            places=places,
+            workers=workers,
             why_stop=lambda: why_stop(lines),
             log=lines.append,
             **settings,
@@ -50,7 +50,7 @@ def test_lines_have_names_in_front_and_a_failing_child_stops_no_other(played):
 
 def test_each_place_has_one_child_at_a_time(played):
     code = "import os, time; print(os.environ['GPU'], time.time()); time.sleep(0.5); print('end', time.time())"
-    _, endings, _ = played([child(f"r{n}", code) for n in range(4)], places=[{"GPU": "0"}, {"GPU": "1"}])
+    _, endings, _ = played([child(f"r{n}", code) for n in range(4)], workers=[{"GPU": "0"}, {"GPU": "1"}])
     spans = {"0": [], "1": []}
     for ending in endings.values():
         (place, start), (_, end) = (line.split() for line in ending.tail.splitlines())
@@ -67,7 +67,7 @@ def test_a_reason_to_stop_asks_the_children_and_kills_the_deaf(played):
     good = child("good", "import time; print('up', flush=True); time.sleep(60)")
     tasks = [good, child("deaf", STUBBORN), child("never", "print('started')")]
     started = time.monotonic()
-    reason, endings, _ = played(tasks, places=[{}, {}], why_stop=why, grace_s=1.0)
+    reason, endings, _ = played(tasks, workers=[{}, {}], why_stop=why, grace_s=1.0)
     assert reason == "time is over" and time.monotonic() - started < 50
     assert endings["good"].code == -15 and endings["deaf"].code == -9
     assert all(ending.is_cut for ending in endings.values()) and "never" not in endings

@@ -6,13 +6,13 @@ import re
 import pytest
 import tiny
 
-from peftlib import __main__ as command_line
+from peftlib import cli as command_line
 from peftlib import methods
 from peftlib.core import config
 from peftlib.core.errors import ConfigError, ModelError
 from peftlib.core.gpus import CARDS, card_of_device, find_card
 from peftlib.models.shapes import SHAPES, Shape, shape_of
-from peftlib.runner import plan_cli
+from peftlib.runner.suite_plan import plan_lines
 from peftlib.train import estimate
 from peftlib.train import memory_model as plan
 
@@ -23,7 +23,7 @@ def rows_of(lines):
 
 
 def test_a_t4_gets_every_method_with_hours_that_are_marked_as_estimates():
-    said = list(plan_cli.lines("T4", None, {}))
+    said = list(plan_lines("T4", {}))
     assert said[0].startswith("google/gemma-3-1b-it on a t4: 14.6 GiB, fp16, rows of up to 1024 tokens, 16 a step")
     found = rows_of(said)
     assert list(found) == list(methods.METHODS)
@@ -35,7 +35,7 @@ def test_a_t4_gets_every_method_with_hours_that_are_marked_as_estimates():
 def test_memory_and_micro_batch_are_the_planners():
     cfg = config.resolve("gpu")
     how = {"precision": "bf16", "device_bytes": int(CARDS["l4"].gib * plan.GIB)}
-    found = rows_of(plan_cli.lines("l4", None, {}))
+    found = rows_of(plan_lines("l4", {}))
     for method in methods.METHODS:
         best = plan.best_plan(SHAPES["gemma-3-1b"], method, cfg, **how)
         assert found[method][2:5] == [f"{best.total / plan.GIB:.2f}", str(best.micro_batch), best.checkpointing]
@@ -44,13 +44,13 @@ def test_memory_and_micro_batch_are_the_planners():
 def test_the_card_that_was_measured_gets_the_measured_speed():
     measured = [row for row in estimate.measured_rows() if row["method"] == "galore" and row["precision"] == "bf16"]
     best = max(row["tok_s"] for row in measured if "H200" in row["device"])
-    found = rows_of(plan_cli.lines("h200", "gemma-3-1b", {}))["galore"]
+    found = rows_of(plan_lines("h200", {"model": "gemma-3-1b"}))["galore"]
     assert found[-1] == "measured speed" and found[5] == f"{float(f'{best:.2g}'):,.0f}"
-    assert rows_of(plan_cli.lines("h200", "packaged", {}))["galore"][-1] == "estimate"  # another model's speed
+    assert rows_of(plan_lines("h200", {"model": "packaged"}))["galore"][-1] == "estimate"  # another model's speed
 
 
 def test_a_smaller_micro_batch_than_measured_is_no_measured_speed():
-    found = rows_of(plan_cli.lines("h200", None, {"memory_gib": 4.0}))["hybrid"]
+    found = rows_of(plan_lines("h200", {"memory_gib": 4.0}))["hybrid"]
     assert int(found[3]) < 16 and found[-1] == "estimate"
 
 
@@ -87,7 +87,7 @@ def test_hours_come_from_the_studys_own_rows(make_study):
     steps = study.cfg.replace(max_steps=1)
     n_rows = sum(manifest["counts"]["train"].values())
     assert estimate.study_tokens(steps, manifest)[0] == pytest.approx(total / n_rows * steps.batch_size)
-    said = "\n".join(plan_cli.lines("t4", None, {}, study))
+    said = "\n".join(plan_lines("t4", {}, study))
     assert f"{n_rows} training rows of" in said
 
 
@@ -109,7 +109,7 @@ def test_the_command_prints_the_table_for_a_study_and_settings(make_study, capsy
 )  # fmt: skip
 def test_what_cannot_be_planned_is_named(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path))
-    assert command_line.main(["plan", *words]) == command_line.ERROR_CODE
+    assert command_line.main(["plan", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 

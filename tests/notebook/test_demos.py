@@ -13,20 +13,20 @@ from peftlib.methods import find
 from peftlib.models.inspect import PROJECTIONS, named_weights
 from peftlib.models.load import load_base
 from peftlib.models.shapes import SHAPES
-from peftlib.notebook import demos as lesson
+from peftlib.notebook import demos
 from peftlib.train import memory_model as plan
 from peftlib.train.loop import TrainingRun
 
 
 @pytest.fixture(scope="module")
 def found():
-    return lesson.in_four_bits(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
+    return demos.in_four_bits(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
 
 
 def test_levels_by_quantiles_are_bitsandbytes_levels():
     from bitsandbytes import functional
 
-    torch.testing.assert_close(lesson.nf4_levels(), functional.get_4bit_type("nf4", device="cpu"), atol=1e-6, rtol=0)
+    torch.testing.assert_close(demos.nf4_levels(), functional.get_4bit_type("nf4", device="cpu"), atol=1e-6, rtol=0)
 
 
 def test_four_bits_by_hand_are_bitsandbytes_own(found):
@@ -50,13 +50,13 @@ def test_bits_are_those_of_what_bitsandbytes_holds():
         packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=is_doubled)
         held = packed.numel() + state.absmax.numel() * state.absmax.element_size()
         held += state.state2.absmax.numel() * 4 if is_doubled else 0
-        assert lesson.bits_per_weight(is_doubled=is_doubled) == pytest.approx(8 * held / weight.numel())
+        assert demos.bits_per_weight(is_doubled=is_doubled) == pytest.approx(8 * held / weight.numel())
 
 
 def test_kept_energy_is_the_share_of_the_largest_singular_values(make_study):
     study = make_study(galore_rank=4)
     run = TrainingRun(study, "galore", log=str)
-    rows = lesson.captured_energy(run, [0], rows=2)
+    rows = demos.captured_energy(run, [0], rows=2)
     assert [row["projection"] for row in rows] == list(PROJECTIONS) and {row["layer"] for row in rows} == {0}
     for row in load_split(study.data_dir, "train")[:2]:
         ids = torch.tensor([row["input_ids"]])
@@ -74,73 +74,73 @@ def test_kept_energy_is_the_share_of_the_largest_singular_values(make_study):
 def test_a_zero_block_stays_zero():
     weight = torch.zeros(2, 64)
     weight[1] = torch.linspace(-1, 1, 64)
-    found = lesson.in_four_bits(weight)
+    found = demos.in_four_bits(weight)
     assert found.by_hand[0].abs().max() == 0 and torch.isfinite(found.scaled).all()
 
 
 def test_one_matrix_comes_as_the_models_files_hold_it(tiny_model, tmp_path):
-    name, weight = lesson.one_weight(str(tiny_model))
+    name, weight = demos.one_weight(str(tiny_model))
     assert name == "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(weight, tiny.model().state_dict()[name].float())
     with pytest.raises(ModelError, match="no tensor that ends in nothing"):
-        lesson.one_weight(str(tiny_model), "nothing")
+        demos.one_weight(str(tiny_model), "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError):
-        lesson.one_weight(str(tmp_path / "empty"))
+        demos.one_weight(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("method, fields", [("qlora", {}), ("lora", {}), ("lora", {"lora_use_dora": True})])
 def test_a_merged_layer_gives_what_the_adapter_gives_beside_it(tiny_model, method, fields):
     cfg = config.resolve("demo", model=str(tiny_model), lora_rank=4, **fields)
     base = load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=find(method).four_bit)
-    name, layer = lesson.first_adapted(find(method).prepare(base, cfg))
+    name, layer = demos.first_adapted(find(method).prepare(base, cfg))
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(5, layer.in_features)
     with torch.no_grad():
         beside, without = layer(x), layer.base_layer(x)
-        torch.testing.assert_close(beside, x @ lesson.merged(layer).T, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(beside, x @ demos.merged(layer).T, atol=1e-4, rtol=1e-3)
     assert (beside - without).abs().max() > 0.1, "the adapter does something"
     assert name.endswith("layers.0.self_attn.q_proj")
 
 
 def test_a_model_without_adapters_has_none_to_merge():
     with pytest.raises(ModelError, match="no layer has a LoRA adapter"):
-        lesson.first_adapted(tiny.model())
+        demos.first_adapted(tiny.model())
 
 
 def test_galores_change_has_the_rank_of_its_bases_together():
-    seen = lesson.moved_directions(shape=(20, 30), rank=3, gap=4, steps=12)
+    seen = demos.moved_directions(shape=(20, 30), rank=3, gap=4, steps=12)
     assert seen == [(step, 3 * -(-step // 4)) for step in range(1, 13)]
-    assert lesson.direction_chart(seen, rank=3, gap=4).alt.endswith("3 after step 4, 6 after step 8, 9 after step 12.")
+    assert demos.direction_chart(seen, rank=3, gap=4).alt.endswith("3 after step 4, 6 after step 8, 9 after step 12.")
 
 
 def test_memory_parts_are_the_planners_and_stand_in_the_charts_words():
     cfg, shape = config.resolve("t4"), SHAPES["gemma-3-1b"]
-    parts = lesson.memory_parts(shape, cfg, ("qlora", "galore", "hybrid"))
+    parts = demos.memory_parts(shape, cfg, ("qlora", "galore", "hybrid"))
     assert parts["galore"] == plan.estimate(shape, "galore", cfg, precision="bf16", micro_batch=4, checkpointing="on")
     assert parts["qlora"].weights < parts["hybrid"].weights < parts["galore"].weights
-    alt = lesson.memory_chart(parts).alt
+    alt = demos.memory_chart(parts).alt
     assert all(f"{name}: weights {found.weights / plan.GIB:.2f}" in alt for name, found in parts.items())
 
 
 def test_resampled_means_give_about_the_interval_of_stats():
     values = np.random.default_rng(1).uniform(size=200)
-    means = lesson.resampled_means(values)
+    means = demos.resampled_means(values)
     interval = stats.mean_interval(values)
     assert len(means) == 2000 and means.mean() == pytest.approx(values.mean(), abs=0.005)
     assert np.quantile(means, [0.025, 0.975]) == pytest.approx([interval.low, interval.high], abs=0.01)
-    assert np.array_equal(means, lesson.resampled_means(values))
-    assert "2,000 resampled means of ROUGE-L" in lesson.resampling_chart(means, (interval.low, interval.high)).alt
+    assert np.array_equal(means, demos.resampled_means(values))
+    assert "2,000 resampled means of ROUGE-L" in demos.resampling_chart(means, (interval.low, interval.high)).alt
 
 
 def test_every_chart_can_be_drawn_and_says_what_it_shows(found, tmp_path):
-    seen = lesson.moved_directions(steps=10)
-    parts = lesson.memory_parts(SHAPES["gemma-3-270m"], config.resolve("demo"), ("qlora", "hybrid"))
+    seen = demos.moved_directions(steps=10)
+    parts = demos.memory_parts(SHAPES["gemma-3-270m"], config.resolve("demo"), ("qlora", "hybrid"))
     charts = {
-        "levels": lesson.level_chart(found, "a matrix"),
-        "directions": lesson.direction_chart(seen, rank=4, gap=5),
-        "memory": lesson.memory_chart(parts),
-        "means": lesson.resampling_chart(lesson.resampled_means([0.1, 0.5, 0.9]), (0.1, 0.9)),
+        "levels": demos.level_chart(found, "a matrix"),
+        "directions": demos.direction_chart(seen, rank=4, gap=5),
+        "memory": demos.memory_chart(parts),
+        "means": demos.resampling_chart(demos.resampled_means([0.1, 0.5, 0.9]), (0.1, 0.9)),
     }
     for name, chart in charts.items():
         chart.savefig(tmp_path / f"{name}.png")

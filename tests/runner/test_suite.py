@@ -8,16 +8,14 @@ import shutil
 import pytest
 from conftest import TINY
 
-from peftlib.__main__ import main
+from peftlib import cli
+from peftlib.cli import main
 from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
-from peftlib.runner import process_pool as side_by_side
-from peftlib.runner import suite_plan as reference_plan
-from peftlib.runner import suite_worker as reference_child
+from peftlib.runner import process_pool, suite, suite_plan, suite_worker
 from peftlib.runner.process_pool import Ending
-from peftlib.runner.reference_cli import _parser, settings_of
-from peftlib.runner.suite import UNFINISHED_CODE, Settings, places_of, run
+from peftlib.runner.suite import UNFINISHED_CODE, Settings, run, workers_of
 from peftlib.runner.suite_jobs import jobs_of, only, state_of
 from peftlib.storage.lock import StudyLock
 
@@ -26,9 +24,9 @@ from peftlib.storage.lock import StudyLock
 def settings(tiny_model, make_study):
     """settings(**changes): two methods, two seeds, a sweep of two rates, in a study whose data stand."""
 
-    def made(name="tiny", **changes):
-        fields = {**TINY, "model": str(tiny_model), "train_rows": 4}
-        make_study(study=name)
+    def made(name="tiny", max_steps=2, **changes):
+        fields = {**TINY, "model": str(tiny_model), "max_steps": max_steps}
+        make_study(study=name, max_steps=max_steps)
         given = {"profile": "demo", "study": name, **fields}
         chosen = {"methods": ("base", "qlora", "galore"), "seeds": (0, 1), "factors": (0.3, 1.0), "rows": 4}
         return Settings(given, **{**chosen, **changes})
@@ -40,17 +38,18 @@ def settings(tiny_model, make_study):
 def in_this_process(monkeypatch):
     """Children's work done one after another in this process, under the environment that they would have."""
 
-    def play(next_task, ended, *, places, why_stop, log):
+    def play(next_task, ended, *, workers, why_stop, log):
         while (reason := why_stop()) is None and (task := next_task()) is not None:
             with monkeypatch.context() as patched:
-                for name, value in {**task.env, **places[0]}.items():
+                for name, value in {**task.env, **workers[0]}.items():
                     patched.setitem(os.environ, name, value)
-                work = reference_child.Work(**json.loads(task.argv[-1]))
-                code = reference_child.perform(work, log=lambda line, name=task.name: log(f"{name} | {line}"))
+                work = suite_worker.Work(**json.loads(task.argv[-1]))
+                code = suite_worker.perform(work, log=lambda line, name=task.name: log(f"{name} | {line}"))
             ended(Ending(task, code, is_cut=False, tail="", seconds=1.0))
         return reason
 
-    monkeypatch.setattr(side_by_side, "run", play)
+    monkeypatch.setattr(process_pool, "run", play)
+    monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
 
 
 def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_process):
@@ -59,7 +58,7 @@ def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_proc
     assert lines[-1] == "all is done"
     study = Study.resolve(study="tiny", profile="demo")
     records = {f"{r['method']}-s{r['seed']}": r for r in study.records()}
-    assert list(records) == ["base-s0", "qlora-s0", "qlora-s1", "galore-s0", "galore-s1"]
+    assert set(records) == {"base-s0", "qlora-s0", "qlora-s1", "galore-s0", "galore-s1"}
     assert all(record["status"] == "ok" and record["evaluation"] for record in records.values())
     assert study.report_path.exists() and len(study.results_path.read_text().splitlines()) == 6
     for method, field in (("qlora", "lora_learning_rate"), ("galore", "galore_learning_rate")):
@@ -167,8 +166,8 @@ def test_the_other_precision_runs_once_in_a_study_beside(settings, in_this_proce
 
 @pytest.mark.slow
 def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
-    assert run(settings("whole", has_report=False), log=str) == 0
-    asked, lines, seen = settings("cut", has_report=False), [], set()
+    assert run(settings("whole", max_steps=0, has_report=False), log=str) == 0
+    asked, lines, seen = settings("cut", max_steps=0, has_report=False), [], set()
 
     def cut():
         """Once in a sweep, once in each of two runs."""
@@ -213,19 +212,32 @@ def test_runs_are_named_and_chosen(make_study):
 
 def test_a_place_for_each_share_of_each_gpu(make_study, monkeypatch):
     cfg = make_study().cfg
-    assert places_of(cfg, 3) == [{}]  # device='cpu'
+    assert workers_of(cfg, 3) == [{}]  # device='cpu'
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("os.cpu_count", lambda: 32)
-    found = places_of(cfg.replace(device="auto"), 2)
+    found = workers_of(cfg.replace(device="auto"), 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in found] == ["0", "1", "0", "1"]
     assert {place["OMP_NUM_THREADS"] for place in found} == {"8"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places_of(cfg.replace(device="auto"), 1)] == ["5", "GPU-a"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in workers_of(cfg.replace(device="auto"), 1)] == ["5", "GPU-a"]
 
 
-def test_arguments_become_settings():
-    args = "--study x --methods base,qlora galore --seeds 0,3 --factors none -p max_steps 5 --source alpaca=a.jsonl"
-    found = settings_of(_parser().parse_args(args.split()))
+@pytest.fixture
+def settings_of(monkeypatch):
+    """settings_of(words) -> the suite.Settings that a command line leads to."""
+    found = []
+    monkeypatch.setattr(suite, "run", lambda settings, log: found.append(settings))
+
+    def made(words):
+        cli.call(["reference", *words.split()])
+        return found.pop()
+
+    return made
+
+
+def test_arguments_become_settings(settings_of):
+    words = "--study x --methods base,qlora galore --seeds 0,3 --factors none -p max_steps 5 --source alpaca=a.jsonl"
+    found = settings_of(words)
     assert found.given == {"profile": "gpu", "study": "x", "sources": "alpaca=a.jsonl", "max_steps": 5}
     assert (found.methods, found.seeds, found.factors, found.checked) == (("base", "qlora", "galore"), (0, 3), (), ())
     for words, message in (
@@ -237,7 +249,7 @@ def test_arguments_become_settings():
         ("--methods base --precision-check qlora", "not among --methods base"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            settings_of(_parser().parse_args(words.split()))
+            settings_of(words)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +262,9 @@ def test_arguments_become_settings():
         ("--precision-check none", ()),
     ],
 )
-def test_which_methods_run_in_the_other_precision_too(monkeypatch, words, checked):
+def test_which_methods_run_in_the_other_precision_too(monkeypatch, settings_of, words, checked):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert settings_of(_parser().parse_args(words.split())).checked == checked
+    assert settings_of(words).checked == checked
 
 
 def test_the_plan_follows_from_its_assumptions(make_study, tmp_path, capsys):
@@ -260,18 +272,16 @@ def test_the_plan_follows_from_its_assumptions(make_study, tmp_path, capsys):
     asked = Settings({}, ("base", "qlora", "galore"), (0, 1), factors=(1.0, 3.0), rows=6)
     n_tokens = sum(found["total"] for found in study.manifest()["tokens"]["train"].values())
     n_test = sum(study.manifest()["counts"]["test"].values())
-    assumed = reference_plan.Assumptions(tokens_per_second=100.0, answer_tokens_per_second=50.0, gpus=1, at_once=1)
-    rows = {row["run"]: row for row in reference_plan.predict(study, asked, assumed)}
+    assumed = suite_plan.Assumptions(tokens_per_second=100.0, answer_tokens_per_second=50.0, gpus=1, at_once=1)
+    rows = {row["run"]: row for row in suite_plan.predict(study, asked, assumed)}
     assert rows["qlora-s1"]["train_s"] == pytest.approx(n_tokens / 50, abs=0.1)  # too few steps to be compiled
     assert rows["sweep-galore"]["train_s"] == pytest.approx(2 * n_tokens / 2 / 50, abs=0.1)  # 6 of 12 rows, twice
     assert rows["base-s0"]["train_s"] == 0.0
     assert rows["base-s0"]["evaluate_s"] == pytest.approx(20 + n_test * 110 / 50, abs=0.1)
     together = sum(row["minutes"] for row in rows.values())
-    assert reference_plan.wall_minutes(rows.values(), assumed) == pytest.approx(together)
-    reference_plan.keep(study, asked, assumed, tmp_path)
-    kept = read_json(tmp_path / "plan.json")
-    assert reference_plan.text(kept) == (tmp_path / "plan.md").read_text() and "| qlora |" in reference_plan.text(kept)
+    assert suite_plan.wall_minutes(rows.values(), assumed) == pytest.approx(together)
     words = "reference --study tiny --profile demo --dry-run --tokens-per-second 100 --seeds 0 --only galore-s0"
-    assert main(words.split()) == 0
+    assert main([*words.split(), "--keep-plan", str(tmp_path)]) == 0
+    assert "qlora-s0" in [row["run"] for row in read_json(tmp_path / "plan.json")["runs"]]
     assert "left: " in capsys.readouterr().out
     assert not (study.folder / "records").exists()

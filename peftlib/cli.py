@@ -1,0 +1,299 @@
+"""The command line: `peftlib COMMAND`, or `python -m peftlib COMMAND`. Each command imports what it needs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from peftlib.core.config import resolve
+from peftlib.core.env import output_root
+from peftlib.core.errors import ConfigError
+from peftlib.core.study import Study
+from peftlib.runner import console
+from peftlib.runner.console import given_settings, require_numbers, say, sized_as_full_study, study_of
+from peftlib.storage.mirror import open_study
+
+app = typer.Typer(
+    help="QLoRA, GaLore and a layer-wise hybrid compared on Gemma 3. `peftlib COMMAND --help` shows examples.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# What several commands share is said in one way.
+Name = Annotated[str, Option("--study", metavar="NAME", help="study folder")]
+AnyName = Annotated[str | None, Option("--study", metavar="NAME", help="study folder; default: the profile's name")]
+Profile = Annotated[str | None, Option(help="demo, t4, gpu or auto; default: by the hardware")]
+Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a setting; repeatable")]
+Seed = Annotated[int, Option(min=0, help="of the run")]
+Method = Annotated[str, Argument(metavar="METHOD", help="such as qlora; `peftlib plan` lists all")]
+Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
+_WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
+Sources = Annotated[list[str] | None, Option("--source", metavar="NAME=WHERE", help=_WHERE)]
+Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows a source")]
+Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
+
+
+def _command(*examples):
+    """Register a function as a command whose --help ends with examples."""
+    return app.command(epilog="\b\nExamples:\n" + "\n".join(f"  peftlib {example}" for example in examples))
+
+
+@_command("run --profile demo", "run 01 02_qlora --study first -p lora_rank=8", "run --study second --fork first")
+def run(
+    notebooks: Annotated[list[str] | None, Argument(metavar="NOTEBOOK", help="such as 01 02_qlora")] = None,
+    profile: Profile = None,
+    study: AnyName = None,
+    seed: Annotated[int | None, Option(help="of the runs; default: the notebooks'")] = None,
+    fork: Annotated[str | None, Option(metavar="STUDY", help="begin with the weights of this study's runs")] = None,
+    settings: Settings = None,
+    folder: Annotated[str | None, Option("--notebooks", metavar="DIR", help="default: peftlib's own")] = None,
+):
+    """Execute the notebooks in order, skipping what is finished."""
+    from peftlib.runner import notebooks as runner
+
+    given = given_settings(settings, profile=profile, study=study, seed=seed, fork=fork)
+    return runner.run(runner.plan(notebooks or [], given, folder))
+
+
+@_command("data --study mine --source alpaca=rows.jsonl --train 5000 --test 2000", "data --study first --profile t4")
+def data(
+    study: Name,
+    profile: Profile = None,
+    source: Sources = None,
+    train: Rows = None,
+    valid: Rows = None,
+    test: Rows = None,
+    split_seed: Annotated[int | None, Option("--split-seed", "--seed", help="another one draws other rows")] = None,
+    settings: Settings = None,
+):
+    """Build the train, valid and test rows of a study and freeze its settings.
+
+    With --train or --test and without --profile, max_length and the share of validation rows are those of the full
+    study, and the model that of the hardware's profile.
+    """
+    sizes = {"train_rows": train, "valid_rows": valid, "test_rows": test, "split_seed": split_seed}
+    given = given_settings(settings, source=source, study=study, **sizes)
+    is_new = not (output_root() / resolve(profile, study=study).study / "config.json").exists()
+    if is_new and profile is None and (train or test):
+        given = sized_as_full_study(given)
+    found = study_of({"profile": profile, **given})
+    from peftlib import build_data
+    from peftlib.data.card import summary
+
+    print(f"study {found.cfg.study}, profile {found.cfg.profile}, model {found.cfg.model}, in {found.folder}")
+    print("  ".join(f"{name}={value!r}" for name, value in found.cfg.fields_of("data").items()))
+    manifest = build_data(found.cfg, found.data_dir)
+    found.freeze()
+    print(summary(manifest))
+
+
+@_command("train qlora --study first", "train galore --study first --seed 1 -p max_seconds=3600")
+def train(method: Method, study: AnyName = None, profile: Profile = None, seed: Seed = 0, settings: Settings = None):
+    """Train one method on a study's rows, or resume a run that was cut."""
+    found = study_of(given_settings(settings, profile=profile, study=study, seed=seed))
+    from peftlib import run_training
+
+    record = run_training(found, method)
+    steps = f"{record['steps']} of {record['planned_steps']} steps"
+    print(f"{method}, seed {seed}: {record['status']}, {steps}, {(record['train_seconds'] or 0) / 60:.1f} min")
+    return 0 if record["status"] == "ok" else console.STOPPED_CODE
+
+
+@_command("evaluate base --study first", "evaluate qlora --study first", "evaluate --path my-adapter --study first")
+def evaluate(
+    study: Name,
+    method: Annotated[str | None, Argument(metavar="METHOD", help="a trained method, or base")] = None,
+    path: Annotated[Path | None, Option(metavar="FOLDER", help="instead: an adapter or model made elsewhere")] = None,
+    name: Annotated[str, Option(help="of the model in FOLDER; default: the folder's name")] = "",
+    seed: Seed = 0,
+):
+    """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
+    if (method is None) == (path is None):
+        raise ConfigError("name one model: a METHOD, or --path FOLDER")
+    found = open_study(study)
+    found = Study(found.folder, found.cfg.replace(seed=seed))
+    from peftlib.evaluation import evaluate as evaluation
+
+    record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path, name=name)
+    loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
+    print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows")
+
+
+@_command("report --study first")
+def report(study: Name):
+    """Write results.csv, report.md, report.html and the figures of a study again."""
+    found = open_study(study)
+    from peftlib import build_report
+    from peftlib.core.files import readable_path
+
+    built = build_report(found)
+    pages = (found.results_path, found.report_path, found.report_path.with_suffix(".html"))
+    print("\n".join(readable_path(path) for path in (*pages, *built.figures.values())))
+
+
+@_command("compare first second", "compare runs/first runs/second")
+def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, two or more")]):
+    """Compare studies that were evaluated on the same test rows."""
+    from peftlib import compare_studies
+
+    print(compare_studies(studies), end="")
+
+
+@_command(
+    "judge --study first --methods base qlora --endpoint http://127.0.0.1:8000/v1 --model judge-model --dry-run",
+    "judge --study first --methods qlora galore --local packaged --rows 20",
+)
+def judge(
+    study: Name,
+    methods: Annotated[tuple[str, str], Option(metavar="A B", help="such as: base qlora")],
+    seed: Seed = 0,
+    rows: Annotated[int, Option(min=0, metavar="N", help="so many test rows; 0: all")] = 0,
+    endpoint: Annotated[str | None, Option(metavar="URL", help="OpenAI-compatible; mostly ends in /v1")] = None,
+    model: Annotated[str | None, Option(metavar="M", help="that the endpoint serves")] = None,
+    local: Annotated[str | None, Option(metavar="MODEL", help="instead: a folder, 'packaged' or a hub id")] = None,
+    dry_run: Flag = False,
+    price_in: Price = None,
+    price_out: Price = None,
+    parallel: Annotated[int, Option(min=1, metavar="N", help="calls at a time")] = 4,
+    reply_tokens: Annotated[int, Option(min=1, metavar="N", help="of a reply; more for a judge that thinks")] = 300,
+    timeout: Annotated[float, Option(metavar="SECONDS", help="of one call in all")] = 60.0,
+    retries: Annotated[int, Option(min=0, metavar="N", help="of a call that failed")] = 5,
+):
+    """Have a language model compare two methods' answers to the same test rows, in both orders.
+
+    An endpoint's key is read from the environment variable OPENAI_API_KEY and stored nowhere.
+    """
+    require_numbers({"--timeout": timeout or -1, "--price-in": price_in or 0, "--price-out": price_out or 0})
+    if (endpoint is None) == (local is None):
+        raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
+    if endpoint is not None and model is None:
+        raise ConfigError("--endpoint needs --model, the name under which the server knows its model")
+    from peftlib.evaluation.judging.backends import Endpoint, Local, endpoint_name, local_name
+    from peftlib.evaluation.judging.study import judge_study
+
+    def open_judge():
+        return Local(local) if local else Endpoint(endpoint, model, timeout_s=timeout, retries=retries)
+
+    known_as = local_name(local) if local else endpoint_name(endpoint, model)
+    how = {"seed": seed, "n_rows": rows, "reply_tokens": reply_tokens, "parallel": 1 if local else parallel, "log": say}
+    how |= {"price_in": price_in, "price_out": price_out, "dry_run": dry_run}
+    judge_study(open_study(study), methods, known_as, open_judge, **how)
+
+
+@_command("chat galore --study first", "chat base --study first --max-new-tokens 100")
+def chat(
+    method: Method, study: Name, seed: Seed = 0, max_new_tokens: Annotated[int, Option(help="of an answer")] = 256
+):
+    """Talk to a trained model, or to base; /new starts over, /quit ends."""
+    found = open_study(study)
+    found.cfg.replace(max_new_tokens=max_new_tokens)  # refuses what is out of range
+    from peftlib.evaluation.chat import main as talk
+
+    return talk(found, method, seed=seed, max_new_tokens=max_new_tokens)
+
+
+@_command("export galore --study first --to exported/", "export qlora --study first --form gguf --to hf://USER/REPO")
+def export(
+    method: Method,
+    study: Name,
+    to: Annotated[str, Option(metavar="WHERE", help="a folder, or hf://USER/REPO (made private)")],
+    seed: Seed = 0,
+    form: Annotated[str, Option(help="adapter, merged (one model in bf16) or gguf")] = "adapter",
+    quant: Annotated[str, Option(help="of a GGUF file: q8_0, f16 or bf16")] = "q8_0",
+    public: Annotated[bool, Option("--public", help="a repository made now may be seen by everyone")] = False,
+    dry_run: Flag = False,
+):
+    """Export a trained model with its model card to a folder or the hub."""
+    found = open_study(study)
+    from peftlib import export_model
+    from peftlib.export.export import lines_of
+
+    how = {"seed": seed, "to": to, "form": form, "quant": quant, "private": not public, "dry_run": dry_run}
+    print("\n".join(lines_of(export_model(found, method, **how), dry_run=dry_run)))
+
+
+@_command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")
+def plan(
+    gpu: Annotated[str | None, Option(help="t4, l4, a100, h100 ...; default: the one here, else a t4")] = None,
+    model: Annotated[str | None, Option(help="'packaged', gemma-3-1b, a folder or a hub id")] = None,
+    study: AnyName = None,
+    profile: Profile = None,
+    settings: Settings = None,
+):
+    """Say which method fits a GPU, in which micro-batch, and for how many hours."""
+    given = given_settings(settings, profile=profile, model=model)
+    found = open_study(study) if study else None
+    from peftlib.runner.suite_plan import plan_lines
+
+    for line in plan_lines(gpu, given, found):
+        print(line)
+
+
+@_command("sweep qlora galore --study first", "sweep hybrid --study first --factor 0.5 --factor 2 --rows 800")
+def sweep(
+    study: Name,
+    methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all")] = None,
+    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: 0.3, 1 and 3")] = None,
+    rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
+):
+    """Try learning rates of a study's methods on its validation rows."""
+    found = open_study(study)
+    from peftlib.methods import METHODS
+    from peftlib.train import sweep as trials
+
+    for method in methods or METHODS:
+        trials.sweep(found, method, factors=factor or trials.FACTORS, rows=rows)
+
+
+@_command("reference --study big --at-once 3", "reference --study small --profile t4 --methods qlora,galore --dry-run")
+def reference(
+    study: Name = "reference",
+    profile: Annotated[str, Option(help="demo, t4 or gpu")] = "gpu",
+    source: Sources = None,
+    settings: Settings = None,
+    methods: Annotated[str | None, Option(metavar="A,B,...", help="default: base and all methods")] = None,
+    seeds: Annotated[str, Option(help="of every method but base")] = "0,1,2",
+    factors: Annotated[str, Option(help="of the rates that a sweep tries, or none")] = "0.3,1,3",
+    sweep_rows: Annotated[int, Option(help="training rows of each trial")] = 1500,
+    precision_check: Annotated[
+        str | None,
+        Option(metavar="A,B,...", help="run these in fp16 too, in study NAME-fp16, or none; '': the main three"),
+    ] = None,
+    minutes: Annotated[float, Option(help="save and stop before so many are over; 0: no limit")] = 0.0,
+    at_once: Annotated[int, Option(help="runs side by side on each GPU")] = 1,
+    only: Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")] = "",
+    again: Annotated[bool, Option("--again", help="try what failed once more")] = False,
+    no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
+    dry_run: Flag = False,
+    tokens_per_second: Annotated[float | None, Option(help="for --dry-run: of one training run on a GPU")] = None,
+    keep_plan: Annotated[Path | None, Option(metavar="DIR", help="for --dry-run: write plan.json there")] = None,
+    gpus: Annotated[int | None, Option(help="for --dry-run: GPUs to plan for; default: 2")] = None,
+):
+    """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
+
+    Runs go side by side on all GPUs.
+    """
+    given = given_settings(settings, source=source, profile=profile, study=study)
+    from peftlib.runner import suite, suite_plan
+
+    how = {"methods": methods, "seeds": seeds, "factors": factors, "rows": sweep_rows, "only": only, "again": again}
+    how |= {"minutes": minutes, "at_once": at_once, "has_report": not no_report, "precision_check": precision_check}
+    chosen = suite.Settings.of(given, **how)
+    if not dry_run:
+        return suite.run(chosen, log=say)
+    assumed = {"tokens_per_second": tokens_per_second, "gpus": gpus, "at_once": at_once}
+    return suite_plan.show(chosen, {name: value for name, value in assumed.items() if value is not None}, keep_plan)
+
+
+def call(argv):
+    """Run one command; returns its exit code. Errors come through; ConfigError: words that no command takes."""
+    return console.call(app, argv)
+
+
+def main(argv=None):
+    """Run one command of the process's arguments, or of `argv`; returns its exit code."""
+    return console.main(app, sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,69 @@
+"""What the notebooks' widgets share, under ipywidgets 7 (Colab) and 8: how they are shown, and links that save a file.
+
+Only version 8 gives widgets `_repr_mimebundle_`; version 7 offers no way to put other text beside them. The bundle that
+a front end needs is the same for both.
+"""
+
+import base64
+import html
+import importlib.util
+
+from peftlib.core.files import readable_path, write_text
+from peftlib.core.session import is_watched
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow
+CSV, PNG = "text/csv", "image/png"
+LINE = {"flex_flow": "row wrap", "grid_gap": "4px 10px", "align_items": "center"}  # layout of a line of controls
+
+
+def can_click():
+    """Whether somebody looks at this notebook and it can show widgets; False outside notebooks and in headless runs."""
+    return importlib.util.find_spec("ipywidgets") is not None and is_watched()
+
+
+def bundle(widget, text):
+    """{MIME type: content} that shows a widget, and `text` where no widget can be shown."""
+    return {VIEW: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}, "text/plain": text}
+
+
+class Shown:
+    """A class whose instances a notebook shows as their `box`, a widget; `instead` is the text beside it."""
+
+    def _repr_mimebundle_(self, **given):
+        return bundle(self.box, self.instead)
+
+
+def look(width, label_width="4.5rem"):
+    """Style and layout of a labelled control, as keyword arguments."""
+    layout = {"width": width, "max_width": "calc(100% - 4px)"}
+    return {"style": {"description_width": label_width}, "layout": layout}
+
+
+def checkboxes(labels):
+    """{label: a ticked Checkbox}."""
+    import ipywidgets
+
+    small = {"value": True, "indent": False, "layout": {"width": "auto"}}
+    return {label: ipywidgets.Checkbox(description=label, **small) for label in labels}
+
+
+def link(name, content, kind):
+    """HTML of a link that saves `content` (bytes of MIME type `kind`) as `name`.
+
+    The file is in the link itself, as a data: address: no path has to be within the browser's reach, JupyterLab leaves
+    such links alone, VS Code opens a save dialog, and no kernel on Colab or Kaggle is asked.
+    """
+    name, address = html.escape(name), f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<a style="text-decoration:underline" download="{name}" href="{address}">Download {name}</a>'
+
+
+def offer_csv(folder, name, text):
+    """HTML of a link to a CSV file; a file too large for a link is written to `folder`, and the HTML says where."""
+    content = text.encode()
+    if len(content) <= LINK_LIMIT_BYTES:
+        return link(name, content, CSV)
+    path = folder / name
+    write_text(path, text)
+    size = f"{len(content) / 2**20:.1f} MiB"
+    return f"{html.escape(name)} has {size}, too much for a link. It is written: {html.escape(readable_path(path))}"

@@ -1,0 +1,134 @@
+"""What the commands share: settings from words, one-line errors, exit codes, and the first edition's spellings."""
+
+import math
+import os
+import signal
+import stat
+import sys
+
+import typer
+
+from peftlib.core.config import PROFILES, from_text, resolve
+from peftlib.core.env import output_root
+from peftlib.core.errors import ConfigError, PeftlibError, disk_error
+from peftlib.core.study import Study
+from peftlib.storage import mirror
+
+ERROR_CODE = 2  # of a command that was refused
+STOPPED_CODE = 3  # of work that was cut and saved: the same command resumes it
+
+
+def given_settings(settings, *, source=None, **options):
+    """{field: value} of the options that are set and of -p NAME=VALUE."""
+    given = {name: value for name, value in options.items() if value is not None}
+    given |= {"sources": "; ".join(source)} if source else {}
+    for text in settings or []:
+        name, has_value, value = text.partition("=")
+        if not has_value:
+            raise ConfigError(f"-p {text}: give a setting as NAME=VALUE, or as NAME VALUE")
+        given[name] = from_text(name, value)
+    return given
+
+
+def study_of(given):
+    """The study that settings name, brought from its remote if it has one."""
+    mirror.open_mirror(output_root() / resolve(**given).study)
+    return Study.resolve(**given)
+
+
+def sized_as_full_study(given):
+    """Settings with the full study's lengths and row counts where they are not given, validation rows in proportion."""
+    full = PROFILES["t4"]
+    given = {**{name: full[name] for name in ("train_rows", "test_rows", "max_length", "max_new_tokens")}, **given}
+    return {"valid_rows": round(full["valid_rows"] / full["train_rows"] * given["train_rows"]), **given}
+
+
+def require_numbers(options):
+    """ConfigError: an option's number is below 0, infinite or not a number. options: {name: number}."""
+    for name, number in options.items():
+        if not 0 <= number < math.inf:
+            raise ConfigError(f"{name} {number:g} is out of range")
+
+
+def say(line):
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def main(app, argv):
+    """Run one command; returns its exit code. A PeftlibError is printed as one line, without a traceback."""
+    try:
+        code = call(app, argv)
+        for line in mirror.flush_all():
+            print(line)
+        sys.stdout.flush()
+        return code
+    except PeftlibError as error:
+        return _refused(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        _leave_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        known = disk_error(error) or _fault_of_output(error)
+        if known is None:  # a bug, or the network: its traceback tells where
+            raise
+        return _refused(known)
+
+
+def call(app, argv):
+    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors come through."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("peftlib", in_todays_words(argv)) as context:
+            return command.invoke(context) or 0
+    except typer.Exit as done:  # of --help
+        return done.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own have it; their class depends on its version
+            raise
+        raise ConfigError(" ".join(error.format_message().split())) from None
+
+
+def in_todays_words(argv):
+    """A command line of the first edition (`-p NAME VALUE`, `--method M`, `--methods A B C`) as it is written now."""
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*words, word, *rest]
+        if word in ("-p", "--set") and len(rest) > 1 and "=" not in rest[0]:
+            rest[:2] = [f"{rest[0]}={rest[1]}"]
+        if word == "--method":  # now a plain argument
+            continue
+        words.append(word)
+        if word in ("--methods", "--precision-check") and words[0] == "reference":
+            n_values = next((n for n, value in enumerate(rest) if value.startswith("-")), len(rest))
+            words.append(",".join(rest[:n_values]))
+            del rest[:n_values]
+    return words
+
+
+def _refused(error):
+    print(f"error: {error}", file=sys.stderr)
+    return ERROR_CODE
+
+
+def _fault_of_output(error):
+    """The DiskError if standard output is a file on a full disk, else None.
+
+    Writes to standard output are the only ones whose errors carry no path.
+    """
+    try:
+        mode = os.fstat(sys.stdout.fileno()).st_mode
+    except (OSError, ValueError):  # no file at all, as under a test
+        return None
+    if error.errno is None or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or sys.stdout.isatty():
+        return None
+    _leave_output()
+    return disk_error(OSError(error.errno, error.strerror, "standard output"))
+
+
+def _leave_output():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
