@@ -181,7 +181,7 @@ def test_another_base_is_refused_by_all_who_use_it(make_study, own_base, tmp_pat
     for use in [*used, *uses_of_base]:
         with pytest.raises(ModelError, match=both):
             use()
-    with pytest.raises(CheckpointError, match=rf"the one of fork='tiny' \(tiny, {method}-s0, finished\)"):
+    with pytest.raises(CheckpointError, match=rf"than the one of fork='tiny': what its {method} trained: SHA-256"):
         TrainingRun(forked, method, log=quiet).train()
 
 
