@@ -58,12 +58,10 @@ def setup(name, *, drive=None):
     StudyLock(output_root() / named.study, name).require_free()
     study = Study.resolve(**given)
     _require_data(name, study)
-    from transformers import set_seed  # not before the packages were found sound
-
     cfg = study.cfg
     device = resolve_device(cfg.device)
     precision, reason = training_precision(device, cfg.precision)
-    set_seed(cfg.seed)
+    seed_everything(cfg.seed)
     print(f"{name}, study {cfg.study}, profile {cfg.profile}")
     print(compact(cfg))
     print(f"device     {device_name(device)}")
@@ -168,6 +166,18 @@ def headless():
     """
     _ipython()
     return not is_watched()
+
+
+def seed_everything(seed):
+    """Seed Python's, NumPy's and torch's generators, the last one on every device."""
+    import random
+
+    import numpy
+    import torch  # transformers.set_seed would load bitsandbytes too, which prints
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def compact(cfg):
