@@ -6,11 +6,11 @@ Importing it is free: no torch, GPU check, download, seed or folder creation hap
 import importlib
 from typing import TYPE_CHECKING
 
-from peftlib.core import aliases
+from peftlib.core.paths import install_aliases
 
 __version__ = "0.2.0"
 SCHEMA_VERSION = 1  # of every JSON file in a study folder
-aliases.install()
+install_aliases()
 
 # {public name: (module, its name there)}
 _API = {

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from peftlib.core.config import PROFILES, Config, resolve
 from peftlib.core.files import read_json
-from peftlib.core.gpus import card_of_device, find_card, short_name
-from peftlib.models.shapes import SHAPES
+from peftlib.models.shapes import SHAPES, card_of_device, find_card, short_name
 from peftlib.train import estimate
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"

@@ -1,10 +1,14 @@
-"""Where the package and the repository's other files are, and the address that both are installed from.
+"""Where the package and the repository's other files are, the address of both, and import paths of the first edition.
 
 In a checkout the notebooks and results lie beside the package. pyproject.toml maps them into the wheel under the same
 names, so that a `pip install` of the address brings them too.
 """
 
+import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
+import sys
 import tomllib
 from pathlib import Path
 
@@ -38,3 +42,21 @@ def address():
 def install_line(*extras):
     """The line that a cell runs to get peftlib with these extras, without a restart."""
     return INSTALL.format(extras=",".join(extras), address=address())
+
+
+# Named by model cards that the first edition published.
+ALIASES = {"peftlib.trained": "peftlib.models.saved", "peftlib.packaged": "peftlib.models.packaged"}
+
+
+class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name in ALIASES else None
+
+    def exec_module(self, module):
+        sys.modules[module.__name__] = importlib.import_module(ALIASES[module.__name__])
+
+
+def install_aliases():
+    """Let the old paths be imported; what they stand for is loaded only then."""
+    if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AliasFinder())

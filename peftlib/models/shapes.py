@@ -1,10 +1,11 @@
-"""Shapes of well-known models, for planning without the network."""
+"""GPUs by their makers' published figures, and shapes of well-known models: for planning without the network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftlib.core.config import PACKAGED_MODEL
-from peftlib.core.errors import ModelError
+from peftlib.core.errors import ConfigError, ModelError
+from peftlib.core.files import GIB
 from peftlib.models.locate import hub_errors, locate, token_for
 
 
@@ -68,3 +69,67 @@ def shape_of(model):
     except (AttributeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"model={model!r} has no config as Gemma's ({reason}): its memory cannot be planned") from None
+
+
+@dataclass(frozen=True)
+class Card:
+    """gib: what the driver leaves of its memory. tflops: 16-bit matrix products, dense, float32 sums, published peak.
+    gb_per_s: published memory bandwidth. device: how torch calls it (a part of the name)."""
+
+    gib: float
+    tflops: float
+    gb_per_s: float
+    precision: str  # of training: bf16 from compute capability 8.0
+    device: str
+
+
+CARDS = {
+    "t4": Card(14.6, 65, 320, "fp16", "T4"),
+    "v100": Card(15.7, 125, 900, "fp16", "V100"),
+    "l4": Card(22.0, 121, 300, "bf16", "L4"),
+    "a10g": Card(22.0, 70, 600, "bf16", "A10G"),
+    "rtx3090": Card(23.5, 71, 936, "bf16", "RTX 3090"),
+    "rtx4090": Card(23.5, 165, 1008, "bf16", "RTX 4090"),
+    "a100": Card(39.4, 312, 1555, "bf16", "A100-SXM4-40GB"),
+    "l40s": Card(44.4, 362, 864, "bf16", "L40S"),
+    "a100-80": Card(79.1, 312, 2039, "bf16", "A100-SXM4-80GB"),
+    "h100": Card(79.1, 989, 3350, "bf16", "H100"),
+    "h200": Card(139.8, 989, 4800, "bf16", "H200"),
+}
+_ALIASES = {"a100-40": "a100", "a100-40gb": "a100", "a100-80gb": "a100-80", "a10": "a10g", "3090": "rtx3090"}
+_ALIASES |= {"4090": "rtx4090"}
+
+
+def find_card(name):
+    """(name, Card) of a GPU, upper case or lower. ConfigError: not known, with those that are."""
+    key = name.strip().lower().replace(" ", "").replace("_", "-")
+    key = _ALIASES.get(key, key)
+    if key not in CARDS:
+        raise ConfigError(f"--gpu {name!r} is not known: use {', '.join(CARDS)}")
+    return key, CARDS[key]
+
+
+def card_of_device(device):
+    """The Card that torch's name of a device means, or None."""
+    words = (device or "").replace("NVIDIA", " ").split()
+    return next((card for card in CARDS.values() if set(card.device.split()) <= set(words)), None)
+
+
+def short_name(device):
+    """'H100' of torch's 'NVIDIA H100 80GB HBM3', 'T4' of 'Tesla T4'."""
+    words = [word for word in device.split() if word not in ("NVIDIA", "Tesla", "GeForce")]
+    return " ".join(words[:2] if words[:1] == ["RTX"] else words[:1])
+
+
+def card_at_hand():
+    """(name in CARDS, Card with this machine's memory) of the GPU here; None: there is none, or it is not listed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    card = card_of_device(seen.name)
+    if card is None:
+        return None
+    name = next(name for name, known in CARDS.items() if known is card)
+    return name, replace(card, gib=seen.total_memory / GIB)

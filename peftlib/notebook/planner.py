@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
 from peftlib.core.errors import ModelError, PeftlibError, StudyError
-from peftlib.core.gpus import CARDS, card_at_hand, find_card
 from peftlib.core.study import Study
-from peftlib.models.shapes import SHAPES, shape_of
+from peftlib.models.shapes import CARDS, SHAPES, card_at_hand, find_card, shape_of
 from peftlib.notebook.widgets import can_click, look
 from peftlib.report.render import folded, plain
 from peftlib.train import estimate

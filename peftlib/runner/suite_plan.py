@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import write_json
-from peftlib.core.gpus import card_at_hand, find_card
 from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS
 from peftlib.models.compile import STEPS_TO_PAY
-from peftlib.models.shapes import shape_of
+from peftlib.models.shapes import card_at_hand, find_card, shape_of
 from peftlib.runner.suite_jobs import DONE, only, state_of
 from peftlib.train import estimate
 

@@ -13,10 +13,9 @@ import torch
 from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
-from peftlib.core.gpus import card_of_device
 from peftlib.core.paths import shipped
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.models.shapes import SHAPES
+from peftlib.models.shapes import SHAPES, card_of_device
 from peftlib.train import memory_model
 
 MEASURED = shipped("results/bench/methods.json")

@@ -13,10 +13,10 @@ from result_tables import RESULTS, Results, make_all, one_cards_rows
 
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json, write_json
-from peftlib.core.gpus import short_name
 from peftlib.core.study import Study
 from peftlib.export.redact import without_folders
 from peftlib.methods import METHODS as ALL
+from peftlib.models.shapes import short_name
 
 METHODS = ("base", "qlora", "galore", "hybrid")
 SWEEP = {

@@ -7,11 +7,10 @@ import pytest
 from front_end import INSTALLED
 
 from peftlib import cli, methods
-from peftlib.core import gpus as cards
 from peftlib.core.config import resolve
-from peftlib.core.gpus import CARDS
 from peftlib.core.study import Study
-from peftlib.models.shapes import SHAPES
+from peftlib.models import shapes as cards
+from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.notebook import planner as form
 from peftlib.notebook import session as notebook
 from peftlib.runner import notebooks as runner

@@ -10,8 +10,7 @@ from peftlib import cli as command_line
 from peftlib import methods
 from peftlib.core import config
 from peftlib.core.errors import ConfigError, ModelError
-from peftlib.core.gpus import CARDS, card_of_device, find_card
-from peftlib.models.shapes import SHAPES, Shape, shape_of
+from peftlib.models.shapes import CARDS, SHAPES, Shape, card_of_device, find_card, shape_of
 from peftlib.runner.suite_plan import plan_lines
 from peftlib.train import estimate
 from peftlib.train import memory_model as plan
