@@ -121,7 +121,8 @@ def finished(make_study, finished_before, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kernel_of():
-    """kernel_of(name) -> (KernelManager, client) of one kernel a version, which all tests share; see front_end.started."""
+    """kernel_of(name) -> (KernelManager, client) of one kernel a version, which all tests share; see
+    front_end.started."""
     from front_end import started
 
     with contextlib.ExitStack() as stack:

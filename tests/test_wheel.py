@@ -42,7 +42,8 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(wheel, tmp_path_factory):
-    """run(program, *args) -> its output, in an environment that holds the wheel and, behind it, this one's libraries."""
+    """run(program, *args) -> its output, in an environment that holds the wheel and, behind it, this one's
+    libraries."""
     folder = tmp_path_factory.mktemp("clean")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PEFTLIB"))}
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)

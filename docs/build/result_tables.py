@@ -171,7 +171,8 @@ def t4(results):
 
 
 def one_cards_rows(rows):
-    """Our fp16 rows under a T4's cap, of the card that measured the most methods: speeds of two cards do not compare."""
+    """Our fp16 rows under a T4's cap, of the card that measured the most methods: speeds of two cards do not
+    compare."""
     usable = [row for row in rows if _is_t4_like(row)]
     methods = {}
     for row in usable:

@@ -183,7 +183,8 @@ def _pairs(frame):
 
 
 def _over_seeds(found):
-    """[{'what', 'method', 'other', interval}, ...] of losses, every pair of methods of which several seeds are known."""
+    """[{'what', 'method', 'other', interval}, ...] of losses, every pair of methods of which several seeds are
+    known."""
     scored = found.scored.items()
     values = {"eval_loss": {method: [run.eval_loss for run in runs] for method, runs in scored}}
     texts = {run.general.text_sha256 for _, runs in scored for run in runs if run.general}

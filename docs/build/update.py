@@ -1,8 +1,9 @@
 """Writes the tables of README and docs from results/: `make readme`.
 
-A table stands between the markers `<!-- NAME -->` and `<!-- /NAME -->`; result_tables.py says what its rows are. The prose
-around it is written by hand, and tests/docs/test_numbers.py checks the numbers in it. `--take STUDY` first copies a finished
-study's results into results/demo, `--take-reference STUDY` those of a reference study into results/reference.
+A table stands between the markers `<!-- NAME -->` and `<!-- /NAME -->`; result_tables.py says what its rows are. The
+prose around it is written by hand, and tests/docs/test_numbers.py checks the numbers in it. `--take STUDY` first
+copies a finished study's results into results/demo, `--take-reference STUDY` those of a reference study into
+results/reference.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Writes what opens a notebook elsewhere: badges, install cells and metadata of the notebooks, and README's badge table.
+"""Writes what opens a notebook elsewhere: badges, install cells and metadata of the notebooks, and README's badge
+table.
 
 The address stands once, as `Repository` under [project.urls] of pyproject.toml. `make badges` calls this.
 """

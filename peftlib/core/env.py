@@ -53,7 +53,8 @@ def training_precision(device, asked="auto"):
 def output_root():
     """Folder on the local disk that holds the studies.
 
-    PEFTLIB_ROOT, else runs/ of the checkout or, for a copy that pip installed, of the working folder (/content on Colab).
+    PEFTLIB_ROOT, else runs/ of the checkout or, for a copy that pip installed, of the working folder (/content on
+    Colab).
     """
     named = os.environ.get("PEFTLIB_ROOT")
     if named:

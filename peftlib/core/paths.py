@@ -13,8 +13,8 @@ import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# In the install cell, and in messages. pip would compile all of transformers, a third of the time; Python compiles what it
-# imports.
+# In the install cell, and in messages. pip would compile all of transformers, a third of the time; Python compiles what
+# it imports.
 INSTALL = '%pip install -q --no-compile "peftlib[{extras}] @ git+{address}"'
 TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
 

@@ -23,8 +23,8 @@ def host():
 def seconds_left(session_hours=0.0):
     """Seconds until work should be saved and stopped, or None where nothing ends the session.
 
-    session_hours: the longest session; 0 takes the host's own. Counted on Colab and Kaggle from the start of the machine's
-    first process, which is the session's, elsewhere from the start of this one.
+    session_hours: the longest session; 0 takes the host's own. Counted on Colab and Kaggle from the start of the
+    machine's first process, which is the session's, elsewhere from the start of this one.
     """
     hours = session_hours or _HOURS.get(host(), 0.0)
     if not hours:

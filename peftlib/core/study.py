@@ -59,8 +59,8 @@ class Study:
 
     @classmethod
     def open(cls, cfg):
-        """The study named in cfg. StudyError: its folder holds other data, or runs of other mathematics (fields named), or
-        there is no study of the name in cfg.fork.
+        """The study named in cfg. StudyError: its folder holds other data, or runs of other mathematics (fields
+        named), or there is no study of the name in cfg.fork.
 
         Nothing is written; `freeze` does that once the data stand.
         """
@@ -88,7 +88,8 @@ class Study:
         """The study of a folder that exists, with the config it was made with.
 
         on_open: called with the folder before it is read, such as storage.mirror.open_mirror, which brings the study
-        from its remote and copies it from then on. ConfigError: no name of a folder. StudyError: there is no such study.
+        from its remote and copies it from then on. ConfigError: no name of a folder. StudyError: there is no such
+        study.
         """
         require_folder_name("study", name)
         folder = output_root() / name

@@ -213,8 +213,8 @@ def _log_scores(name, rows, path, split_hash, *, log):
 def _add_rounding(study, record, *, log):
     """Record the general text loss of the untrained model in the method's 4 bits; returns whether this was new.
 
-    A part of what a 4-bit method seems to forget is this rounding. Optional: skipped if it cannot be measured in the same
-    precision as the rest.
+    A part of what a 4-bit method seems to forget is this rounding. Optional: skipped if it cannot be measured in the
+    same precision as the rest.
     """
     done, method = record["evaluation"], record["method"]
     layers = registry.find(method).four_bit if method in registry.METHODS else ()

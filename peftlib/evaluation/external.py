@@ -1,4 +1,5 @@
-"""Models that were trained elsewhere, checked and loaded for evaluation: PEFT adapters and whole transformers folders."""
+"""Models that were trained elsewhere, checked and loaded for evaluation: PEFT adapters and whole transformers
+folders."""
 
 import contextlib
 import json
@@ -41,7 +42,8 @@ class External:
         return {**fields, **where, "model_sha256": None, "model_revision": None}
 
     def load(self, *, device, dtype):
-        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or tokenizer."""
+        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or
+        tokenizer."""
         if (self.folder / FACTS).is_file():
             return saved.load_trained(self.folder, device=device, dtype=dtype, log=self.log)
         if self.is_adapter:
@@ -68,7 +70,8 @@ class External:
 
 
 def open_folder(folder, base, *, log=print):
-    """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in evaluate.evaluate_path."""
+    """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in
+    evaluate.evaluate_path."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give that of a PEFT adapter or of a transformers model")
     folder = folder.resolve()

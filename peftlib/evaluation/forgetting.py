@@ -21,8 +21,8 @@ _PATH = Path(__file__).parent / "general" / "factbook.jsonl"
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """loss: nats per token, without the first token of each passage. n_tokens: how many were counted. text_sha256: 12 hex
-    digits over the token ids that were read, so that losses on different texts are never compared."""
+    """loss: nats per token, without the first token of each passage. n_tokens: how many were counted. text_sha256: 12
+    hex digits over the token ids that were read, so that losses on different texts are never compared."""
 
     loss: float
     n_tokens: int

@@ -51,8 +51,8 @@ def answer_rows(
 
     rows: test rows of peftlib.data; the last turn is the reference, the turns before it the prompt. predictions: a
     predictions.Predictions. engine, batch: see engines.generate_rows. deadline: a session.Deadline.
-    On a CPU the file of an interrupted run equals an uninterrupted one's, byte by byte; on a GPU answers may differ where
-    two tokens were within rounding of each other.
+    On a CPU the file of an interrupted run equals an uninterrupted one's, byte by byte; on a GPU answers may differ
+    where two tokens were within rounding of each other.
     Returns (seconds of generation, tokens generated) of this call. Stopped: the deadline has passed.
     """
     prompts = {row["id"]: encode_prompt(tokenizer, row["messages"][:-1]) for row in rows}

@@ -45,7 +45,8 @@ class Predictions:
             self._write(self.rows.values())
 
     def add(self, test_row, answer):
-        """Append the generate.Answer to a test row. A kill of the process loses none, a crash of the machine seconds."""
+        """Append the generate.Answer to a test row. A kill of the process loses none, a crash of the machine
+        seconds."""
         row = {
             **{name: test_row[name] for name in ("id", "source", "prompt_sha256")},
             "answer": answer.text,

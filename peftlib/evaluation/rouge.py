@@ -1,8 +1,9 @@
-"""ROUGE-L as rouge_score computes it, with words of any script and a longest common subsequence fast enough for 6,000 rows.
+"""ROUGE-L as rouge_score computes it, with words of any script and a longest common subsequence fast enough for 6,000
+rows.
 
 rouge_score drops every character outside a-z and 0-9, so that Russian or Chinese text scores 0. Here a word is a run of
-letters, digits and marks of any script, or one character of a script written without spaces. On ASCII text the words are
-rouge_score's own, and so are the scores (tested to 1e-12). No stemming. Lin 2004, "ROUGE: A Package for Automatic
+letters, digits and marks of any script, or one character of a script written without spaces. On ASCII text the words
+are rouge_score's own, and so are the scores (tested to 1e-12). No stemming. Lin 2004, "ROUGE: A Package for Automatic
 Evaluation of Summaries".
 """
 

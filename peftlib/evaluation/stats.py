@@ -72,10 +72,10 @@ class Bootstrap:
 def bootstrap(runs, *, resamples=2000, seed=0):
     """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
 
-    A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample is
-    taken 50 times, with the mean over a method's seeds from Student's t around it, for each method by itself. Intervals
-    are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and by one
-    standard error of the tail that the resamples estimate. Deterministic in `seed`.
+    A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample
+    is taken 50 times, with the mean over a method's seeds from Student's t around it, for each method by itself.
+    Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and
+    by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
     Warns (FewRowsWarning) below 100 rows.
     DataError: fewer than 1,000 resamples, no runs, or runs of unequal row counts.
     """

@@ -85,8 +85,8 @@ def _converter():
 def write_gguf(merged, folder, *, quant, name):
     """Write model-QUANT.gguf and Ollama's Modelfile into `folder`, from a merged transformers folder; returns the file.
 
-    Chat template and both stop ids are inside. `merged` is changed: a tokenizer.model is added. name: of the model, kept
-    in the file. ModelError: the converter failed, or its file lacks what it should hold.
+    Chat template and both stop ids are inside. `merged` is changed: a tokenizer.model is added. name: of the model,
+    kept in the file. ModelError: the converter failed, or its file lacks what it should hold.
     """
     script = require_converter(quant)
     _add_tokenizer_model(Path(merged))
@@ -125,7 +125,8 @@ def _add_tokenizer_model(merged):
 
 
 def _sentencepiece(tokenizer):
-    """A tokenizer.json as SentencePiece's model, serialized: pieces in the order of their ids, scores from the merges."""
+    """A tokenizer.json as SentencePiece's model, serialized: pieces in the order of their ids, scores from the
+    merges."""
     from sentencepiece import sentencepiece_model_pb2 as pb
 
     model, kind = pb.ModelProto(), pb.ModelProto.SentencePiece

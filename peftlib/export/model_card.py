@@ -30,7 +30,8 @@ _METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # as the hub calls them
 
 @dataclass(frozen=True)
 class Scores:
-    """run: the results.Run. base: the untrained model's, or None. boot: stats.Bootstrap of both, None without answers."""
+    """run: the results.Run. base: the untrained model's, or None. boot: stats.Bootstrap of both, None without
+    answers."""
 
     run: results.Run
     base: results.Run

@@ -87,7 +87,8 @@ class HubTarget:
         return self._api
 
     def require_free(self, identity):
-        """ModelError: it holds anything but an export of this run in this form, is public, no token, or the hub refuses."""
+        """ModelError: it holds anything but an export of this run in this form, is public, no token, or the hub
+        refuses."""
         with self._explained():
             if not self.api.repo_exists(self.repository, repo_type="model"):
                 return
@@ -122,7 +123,8 @@ class HubTarget:
         return str(url)
 
     def _require_private(self):
-        """ModelError: everybody can read the repository, and that was not asked for. create_repo leaves an existing one."""
+        """ModelError: everybody can read the repository, and that was not asked for. create_repo leaves an existing
+        one."""
         if self._private and is_public(self.api, self.repository):
             raise ModelError(
                 f"{self} is public, so everybody could read the export: make it private in its settings on the hub, choose "

@@ -2,8 +2,8 @@
 
 A kernel reads its shell channel only between cells, so a click would wait for the end of the training that it should
 stop. Training in a second thread is no way out: signals, and with them the interrupt button, reach the main thread
-alone, and CUDA graphs want one thread. jupyter_ui_poll (1.1.0) needs Kernel.do_one_iteration, which ipykernel 7 does not
-have. Other messages, above all waiting cells, reach the kernel in order: it keeps them until the cell ends.
+alone, and CUDA graphs want one thread. jupyter_ui_poll (1.1.0) needs Kernel.do_one_iteration, which ipykernel 7 does
+not have. Other messages, above all waiting cells, reach the kernel in order: it keeps them until the cell ends.
 """
 
 import asyncio

@@ -69,7 +69,8 @@ def kept_chart(manifest, theme=LIGHT):
 
 
 def _stack(axes, labels, parts, looks):
-    """Horizontal bars of stacked parts with a legend above. parts: {name: (labels,) widths}; looks: {name: of its bar}."""
+    """Horizontal bars of stacked parts with a legend above. parts: {name: (labels,) widths}; looks: {name: of its
+    bar}."""
     left = np.zeros(len(labels))
     for name, widths in parts.items():
         axes.barh(labels, widths, left=left, edgecolor=axes.figure.theme.paper, label=name, **looks[name])

@@ -1,4 +1,5 @@
-"""Charts of a study, each with one sentence for those who cannot see it. A method keeps its colour and marker everywhere.
+"""Charts of a study, each with one sentence for those who cannot see it. A method keeps its colour and marker
+everywhere.
 
 Functions return a `chart.Chart` in the theme asked for. intervals: {method: {metric: stats.Interval}}.
 """
@@ -17,7 +18,8 @@ _RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 
 
 def loss_curves(records, theme=LIGHT):
-    """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation points."""
+    """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation
+    points."""
     chart = Chart(theme=theme)
     axes = add_axes(chart, "optimizer step", "loss (nats per assistant token)")
     records = sorted(records, key=lambda record: (_order(record["method"]), record["seed"]))
@@ -64,7 +66,8 @@ def smoothed(values, share=0.1):
 
 
 def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
-    """One panel a metric, a bar a method with its 95 % interval. rows: name of the source if only its rows are scored."""
+    """One panel a metric, a bar a method with its 95 % interval. rows: name of the source if only its rows are
+    scored."""
     chart = Chart(6.0, 3.3, theme=theme)
     methods = sorted(intervals, key=_order)
     panels = chart.subplots(1, len(metrics), squeeze=False)[0]

@@ -13,8 +13,8 @@ _BEYOND = {"higher": "higher, beyond the noise,", "lower": "lower, beyond the no
 def summary(found, boot, pairs, notes, numbers):
     """[sentence, ...], at most five: which method is best, by how much, memory and time, forgetting, and cautions.
 
-    found: results.ScoredStudy. boot: stats.Bootstrap, None without scores. pairs: [comparison.Pair, ...]. notes: what was
-    not matched. numbers: charts.Numbers.
+    found: results.ScoredStudy. boot: stats.Bootstrap, None without scores. pairs: [comparison.Pair, ...]. notes: what
+    was not matched. numbers: charts.Numbers.
     """
     told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
     if not told:
@@ -90,7 +90,8 @@ def _forgetting(found):
 
 
 def _changes(found, base, loss_of):
-    """Yield 'method loss (change against base)' of each trained method whose GeneralLoss is known and of the same text."""
+    """Yield 'method loss (change against base)' of each trained method whose GeneralLoss is known and of the same
+    text."""
     for method, runs in found.scored.items():
         loss = forgetting.mean_over([loss_of(run) for run in runs])
         change = forgetting.change(base, loss)

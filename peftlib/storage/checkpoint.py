@@ -32,8 +32,9 @@ _BESIDE = ".writing-"
 class Checkpoint:
     """What a run needs to resume.
 
-    weights: {name: tensor} of what trains; one of the first edition may hold the parts that delta.restored reads instead
-    of a tensor. optimizer: its state dict. state: JSON values of the loop. generators: see env.generator_states.
+    weights: {name: tensor} of what trains; one of the first edition may hold the parts that delta.restored reads
+    instead of a tensor. optimizer: its state dict. state: JSON values of the loop. generators: see
+    env.generator_states.
     """
 
     weights: dict
@@ -64,7 +65,8 @@ class CheckpointDir:
         self.finish(step)
 
     def begin(self, step, checkpoint):
-        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as in `save`."""
+        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as in
+        `save`."""
         with self._errors_of(step) as beside:
             remove_tree(beside)
             beside.mkdir(parents=True)

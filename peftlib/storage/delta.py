@@ -1,4 +1,5 @@
-"""Checkpoints of the first edition may hold weights as differences from the model's files. They are read, never written.
+"""Checkpoints of the first edition may hold weights as differences from the model's files. They are read, never
+written.
 
 The bits of a weight and of its first value were XORed: `high` has the upper halves, compressed, `low` a float32's lower
 ones as they are; `start_crc` and `shape` are those of the first value.

@@ -17,7 +17,8 @@ PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a
 
 
 def is_public(api, repository, repo_type="model"):
-    """Whether everybody can read a repository of the hub; one that does not exist is not public. Errors: as the hub's."""
+    """Whether everybody can read a repository of the hub; one that does not exist is not public. Errors: as the
+    hub's."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -42,9 +43,9 @@ def as_os_errors():
 class HubRemote:
     """Archives NAME.tar with their listings NAME.json below a study's folder of a repository.
 
-    repository: 'USER/REPO', made private where it does not exist; a public one is refused unless PEFTLIB_MIRROR_PUBLIC=1.
-    Both files come in one commit. Network and hub errors are raised as OSError. api: a huggingface_hub.HfApi, for tests.
-    ModelError: no token.
+    repository: 'USER/REPO', made private where it does not exist; a public one is refused unless
+    PEFTLIB_MIRROR_PUBLIC=1. Both files come in one commit. Network and hub errors are raised as OSError. api: a
+    huggingface_hub.HfApi, for tests. ModelError: no token.
     """
 
     has_locks = False  # a commit for each heartbeat would be a commit a minute

@@ -17,8 +17,8 @@ _SHAPE = {"remote": str, "origin": str, "serials": Map(int), "copied": Map([list
 class MirrorState:
     """What this folder, or another process in it, has uploaded to a remote or restored from it.
 
-    origin: this folder's mark in what it uploads. copied: {unit: fingerprint of the files that the remote has}. serials:
-    {unit: serial of the upload that this folder's files are as new as}.
+    origin: this folder's mark in what it uploads. copied: {unit: fingerprint of the files that the remote has}.
+    serials: {unit: serial of the upload that this folder's files are as new as}.
     """
 
     def __init__(self, folder, remote):

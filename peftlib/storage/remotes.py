@@ -44,7 +44,8 @@ def remote_of(study_name):
 
 
 def mount_drive():
-    """Mount Google Drive, which asks its owner for permission; where it is refused, work goes on with the local disk alone.
+    """Mount Google Drive, which asks its owner for permission; where it is refused, work goes on with the local disk
+    alone.
 
     ConfigError: this is not Colab.
     """
@@ -151,14 +152,15 @@ class FolderRemote:
 
     @property
     def doubt(self):
-        """What is not known about a copy before it is flushed, in words; '' where a copy is there once it is written."""
+        """What is not known about a copy before it is flushed, in words; '' where a copy is there once it is
+        written."""
         return _UPLOADING if self.is_drive else ""
 
     def flush(self):
         """Have Drive upload what its mount still holds back; returns the doubt that is left, as `doubt`.
 
-        Colab can do it only by unmounting Drive for the whole machine, so not in a headless run, nor where somebody else
-        has mounted it.
+        Colab can do it only by unmounting Drive for the whole machine, so not in a headless run, nor where somebody
+        else has mounted it.
         """
         if not self.is_drive or not _mounted_by_us or not _can_ask_colab():
             return self.doubt

@@ -19,9 +19,9 @@ _OLD_S = 86400.0  # after which a workspace without a lock, of an earlier peftli
 class Workspace:
     """Context manager that yields an empty folder `new` in a hidden folder of `parent`; both are gone after the block.
 
-    target: name in `parent` that `replace` gives to `new`, for which nobody else builds meanwhile; None: none. what: the
-    work, place: its goal, both in words. tidies: remove what killed processes left beside it. log: told what they left.
-    LockedError: another process builds for the same target.
+    target: name in `parent` that `replace` gives to `new`, for which nobody else builds meanwhile; None: none. what:
+    the work, place: its goal, both in words. tidies: remove what killed processes left beside it. log: told what they
+    left. LockedError: another process builds for the same target.
     """
 
     def __init__(self, parent, *, target, what, place, tidies, prefix=".exporting-", log=print):
@@ -84,7 +84,8 @@ class Workspace:
             self._log(f"removed {found}, which an interrupted export had left")
 
     def _tidy(self, folder):
-        """Empty a workspace whose lock is held, and put back what was to be replaced; returns whether it held anything."""
+        """Empty a workspace whose lock is held, and put back what was to be replaced; returns whether it held
+        anything."""
         new, old, target = (folder / name for name in (_NEW, _OLD, _TARGET))
         is_used = new.exists() or old.exists()
         if old.exists() and new.exists():  # cut between the two renames

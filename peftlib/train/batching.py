@@ -78,8 +78,8 @@ class Rows:
         """Yield the bins of each of `batches`: [[row, ...], ...].
 
         On a GPU a batch has at least two bins where `tokens` allows it, if need be an empty one: torch.compile compiles
-        once more for a batch of one. A row that takes more than half of `tokens` stays alone, because a second bin would
-        take memory that was not planned for.
+        once more for a batch of one. A row that takes more than half of `tokens` stays alone, because a second bin
+        would take memory that was not planned for.
         """
         least, multiple = (1 if device == "cpu" else 2), _multiple_on(device)
         for bins in pack(numbers, self.lengths, tokens, multiple=multiple, least=least):
@@ -104,10 +104,10 @@ def mean_loss(model, rows, *, device, precision, tokens=2048):
 def pack(rows, lengths, tokens, *, multiple=1, least=1):
     """Cut some rows into micro-batches of at most `tokens` padded tokens: [[bin, ...], ...], a bin being [row, ...].
 
-    The rows of a bin lie one behind the other in one sequence, so little is padded; all bins of a micro-batch are padded
-    to its fullest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than `tokens` makes
-    a micro-batch of its own. least: bins of a micro-batch, where rows and `tokens` allow it. The summed loss of the rows
-    does not depend on the cut.
+    The rows of a bin lie one behind the other in one sequence, so little is padded; all bins of a micro-batch are
+    padded to its fullest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than
+    `tokens` makes a micro-batch of its own. least: bins of a micro-batch, where rows and `tokens` allow it. The summed
+    loss of the rows does not depend on the cut.
     """
     order = sorted(rows, key=lambda row: (-lengths[row], row))
     batches = []
@@ -130,7 +130,8 @@ def _width(bins, lengths, multiple):
 
 
 def _cheapest_bins(order, lengths, limit, multiple, least):
-    """First fit at several widths up to `limit`; attention costs a token in proportion to the width, the rest does not."""
+    """First fit at several widths up to `limit`; attention costs a token in proportion to the width, the rest does
+    not."""
     best, lowest = None, math.inf
     for width in _candidate_widths([int(lengths[row]) for row in order], limit, least):
         bins = _first_fit(order, lengths, width)

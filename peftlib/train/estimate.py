@@ -135,7 +135,8 @@ def scaling_note(card):
 def study_tokens(cfg, manifest=None):
     """(fewest, most, basis) training tokens of one run of a study, without padding.
 
-    manifest: data/manifest.json where the data exist; without it rows are taken to be a fifth to all of max_length long.
+    manifest: data/manifest.json where the data exist; without it rows are taken to be a fifth to all of max_length
+    long.
     """
     known = manifest and [found for found in manifest["tokens"]["train"].values() if found]
     if known:

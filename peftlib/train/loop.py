@@ -33,7 +33,8 @@ _LOWER = 0.3  # what the advice after inf or nan multiplies the learning rates b
 
 
 def run_training(study, method, *, callbacks=(), log=print):
-    """Train one method and seed of a study, or resume it; returns its record. Arguments and errors as in TrainingRun."""
+    """Train one method and seed of a study, or resume it; returns its record. Arguments and errors as in
+    TrainingRun."""
     return TrainingRun(study, method, log=log).train(callbacks)
 
 

@@ -124,7 +124,8 @@ def memory_cap(cfg, device):
 
 
 def memory_limit(cfg, device):
-    """Bytes that training may take: of the card (all of it, or cfg.memory_gib), else of this machine or its container."""
+    """Bytes that training may take: of the card (all of it, or cfg.memory_gib), else of this machine or its
+    container."""
     if device == "cuda":
         whole = torch.cuda.get_device_properties(0).total_memory
         return min(whole, int(cfg.memory_gib * GIB)) if cfg.memory_gib else whole
@@ -136,8 +137,8 @@ def memory_limit(cfg, device):
 class PeakMemory:
     """Context manager that measures peak memory; `peak_bytes` and `reserved_bytes` can be read inside and after it.
 
-    On CUDA the peaks are exact: allocated, and reserved from the driver. On CPUs the resident memory of the process tree
-    is sampled ten times a second; `peak_bytes` is its rise since the start, `reserved_bytes` is None.
+    On CUDA the peaks are exact: allocated, and reserved from the driver. On CPUs the resident memory of the process
+    tree is sampled ten times a second; `peak_bytes` is its rise since the start, `reserved_bytes` is None.
     """
 
     def __init__(self, device):

@@ -159,10 +159,11 @@ def resume_from_checkpoint(run):
 
 
 def init_from_study(run):
-    """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh optimizer.
+    """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh
+    optimizer.
 
-    StudyError: that study has neither a checkpoint nor finished weights of it, or was trained on rows that are tested or
-    validated here. CheckpointError: the weights do not fit.
+    StudyError: that study has neither a checkpoint nor finished weights of it, or was trained on rows that are tested
+    or validated here. CheckpointError: the weights do not fit.
     """
     other = run.study.folder.parent / run.cfg.fork
     _refuse_leaked_rows(other, run)
@@ -188,7 +189,8 @@ def _refusing_other_content(where):
 
 
 def _require_state(state, steps):
-    """ValueError, TypeError: a part of a checkpoint's state is missing, odd, or out of range. steps: of the whole run."""
+    """ValueError, TypeError: a part of a checkpoint's state is missing, odd, or out of range. steps: of the whole
+    run."""
     found = fault(state, _STATE) or fault(state["progress"], {"step": int}, "progress")
     if found:
         raise ValueError(found)
@@ -203,7 +205,8 @@ def _require_state(state, steps):
 
 
 def _fitting_weights(weights, made_with, run, what):
-    """`weights` as {name: tensor}, whole and checked to be those that train here. made_with: what names their base model.
+    """`weights` as {name: tensor}, whole and checked to be those that train here. made_with: what names their base
+    model.
 
     CheckpointError: another base model, other names or shapes, or inf or nan in one of them.
     """

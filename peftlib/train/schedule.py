@@ -1,4 +1,5 @@
-"""Which rows make up which optimizer step, and at which learning rate: pure functions, so a resume needs no data state."""
+"""Which rows make up which optimizer step, and at which learning rate: pure functions, so a resume needs no data
+state."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""One optimizer step: forward and backward over micro-batches, the update, and the check that all numbers are finite."""
+"""One optimizer step: forward and backward over micro-batches, the update, and the check that all numbers are
+finite."""
 
 import math
 
@@ -11,7 +12,8 @@ from peftlib.models.precision import apply_step, autocast
 
 
 class Stepper:
-    """Runs the steps of a model in training mode. The host waits for the device once a step, between backward and update.
+    """Runs the steps of a model in training mode. The host waits for the device once a step, between backward and
+    update.
 
     loss_settings: of losses.chunked_loss_sum; is_compiled also fuses the loss.
     """
@@ -92,7 +94,8 @@ def first_nonfinite(tensors):
 
 
 def require_finite(tensors, what):
-    """NonFiniteLossError for the first of {name: tensor} that holds inf or nan. what: they belong to, for the message."""
+    """NonFiniteLossError for the first of {name: tensor} that holds inf or nan. what: they belong to, for the
+    message."""
     name = first_nonfinite(tensors)
     if name is not None:
         raise NonFiniteLossError(f"{name} holds inf or nan, so {what} was not saved; what was saved before is kept")

@@ -137,7 +137,8 @@ def shuffled(value, rng):
 
 
 def planted(files, test_messages, folder):
-    """The files, with variants of PLANTED test rows among Tulu's: half repeat the prompt, half nearly the whole text."""
+    """The files, with variants of PLANTED test rows among Tulu's: half repeat the prompt, half nearly the whole
+    text."""
     rng = random.Random(0)
     long = [m for m in test_messages if len(" ".join(turn["content"] for turn in m).split()) > 60]
     chosen = rng.sample(long, PLANTED)

@@ -77,7 +77,8 @@ class Bench:
         self.results = []
 
     def measure(self, model, engine, *, batch, rows, seconds=None):
-        """{rows, useful_tokens, seconds, tok_s, answers, ...} of one engine; plain stops at a batch's end after `seconds`.
+        """{rows, useful_tokens, seconds, tok_s, answers, ...} of one engine; plain stops at a batch's end after
+        `seconds`.
 
         rows: their numbers, in file order.
         """

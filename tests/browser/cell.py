@@ -104,7 +104,8 @@ class Cell:
         return self.parts(".jupyter-widgets") != []
 
     def problems(self):
-        """What a reader sees in its outputs that should not be: errors, text in a widget's place, figures without words."""
+        """What a reader sees in its outputs that should not be: errors, text in a widget's place, figures without
+        words."""
         found = [f"an error: {error[0]}" for error in map(_ERROR.match, self.texts()) if error]
         found += [f"instead of a widget or figure: {text[0].strip()}" for text in _FALLBACK.finditer(self.text)]
         return found + ["a figure without alt text" for alt in self.alt_texts() if not alt]

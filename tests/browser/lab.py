@@ -82,7 +82,8 @@ class Lab:
             self._click("lm-Menu-itemLabel", title)
 
     def wait(self, condition, what, seconds=PATIENCE_S):
-        """What `condition()` returns, once that is true. AssertionError: not in `seconds`, or a dialog is in the way."""
+        """What `condition()` returns, once that is true. AssertionError: not in `seconds`, or a dialog is in the
+        way."""
 
         def is_so(driver):
             dialogs = driver.find_elements(By.CSS_SELECTOR, ".jp-Dialog")

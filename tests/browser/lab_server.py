@@ -40,8 +40,8 @@ def missing():
 class LabServer:
     """A running JupyterLab, as a context manager, with all that it reads and writes below `folder`.
 
-    folder: a new one; `notebooks` in it is what the browser sees, `runs` is PEFTLIB_ROOT. `url`: its address; `token`: what
-    lets one in. AssertionError: it does not start; its log is named.
+    folder: a new one; `notebooks` in it is what the browser sees, `runs` is PEFTLIB_ROOT. `url`: its address; `token`:
+    what lets one in. AssertionError: it does not start; its log is named.
     """
 
     def __init__(self, folder):

@@ -1,7 +1,7 @@
 """README's pictures of the notebooks, from a finished study of the demo: python tests/browser/pictures.py STUDY FOLDER
 
-STUDY: its folder, such as runs/demo. A copy of it is opened in a JupyterLab of its own, and 02_qlora trains once more, to
-be looked at half way. Needs what `make test-browser` needs.
+STUDY: its folder, such as runs/demo. A copy of it is opened in a JupyterLab of its own, and 02_qlora trains once more,
+to be looked at half way. Needs what `make test-browser` needs.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""What a reader can turn and press: the study form of 01, and the charts, the explorer and the ask-all box of 04 and 05."""
+"""What a reader can turn and press: the study form of 01, and the charts, the explorer and the ask-all box of 04 and
+05."""
 
 import random
 import re
@@ -28,7 +29,8 @@ def fields(tiny_model):
 
 @pytest.fixture(scope="module")
 def finished_study(lab, fields, built_data):
-    """All methods trained and scored, then given answers that share words with the references, as a tiny model's do not."""
+    """All methods trained and scored, then given answers that share words with the references, as a tiny model's do
+    not."""
     study = Study(lab.server.runs / fields["study"], config.resolve(**fields))
     shutil.copytree(built_data, study.data_dir)
     study.freeze()

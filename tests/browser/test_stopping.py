@@ -45,7 +45,8 @@ def started(cell):
 
 
 def require_whole_checkpoint(checkpoints, cell):
-    """The step at which the cell says that it stopped, of which a checkpoint that verifies stands; no widget is left."""
+    """The step at which the cell says that it stopped, of which a checkpoint that verifies stands; no widget is
+    left."""
     step = int(cell.wait_for(rf"stopped: (\d+) of {STEPS} steps")[1])
     kept, skipped = checkpoints.newest()
     assert 0 < step < STEPS and skipped == [] and kept.state["progress"]["step"] == step

@@ -140,7 +140,8 @@ def test_a_study_of_the_first_edition_is_read_under_todays_names():
 
 
 def test_hashes_are_those_of_the_first_edition():
-    """Taken at cab2098, before settings were renamed: a standing study's checkpoints and notebooks are known by them."""
+    """Taken at cab2098, before settings were renamed: a standing study's checkpoints and notebooks are known by
+    them."""
     found = {(p, m): config.resolve(p).run_hash(m) for p in ("demo", "t4") for m in ("qlora", "galore")}
     assert found == {
         ("demo", "qlora"): "7b544b7f9108",

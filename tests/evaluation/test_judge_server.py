@@ -1,4 +1,5 @@
-"""The judge against a real OpenAI-compatible server (`transformers serve`), with faults planted by a proxy before it."""
+"""The judge against a real OpenAI-compatible server (`transformers serve`), with faults planted by a proxy before
+it."""
 
 import contextlib
 import json

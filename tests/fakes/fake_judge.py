@@ -27,8 +27,9 @@ def completion(text, *, sent=100, received=10):
 
 class Server:
     """`requests`: bodies and headers as they came. `faults`: what becomes of the next requests, in order; a status,
-    'timeout', 'reset', 'malformed', 'empty', 'cut' (no JSON), 'page' (HTML), or None for none. `verdict`: the text to a request's body; with `upstream`
-    the request is passed on first, and verdict(body) replaces the text that came back."""
+    'timeout', 'reset', 'malformed', 'empty', 'cut' (no JSON), 'page' (HTML), or None for none. `verdict`: the text to
+    a request's body; with `upstream` the request is passed on first, and verdict(body) replaces the text that came
+    back."""
 
     def __init__(self, verdict, *, upstream=None, faults=(), hang_s=1.0, param=None):
         self.verdict, self.upstream, self.hang_s, self.param = verdict, upstream, hang_s, param

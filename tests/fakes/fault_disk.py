@@ -1,4 +1,5 @@
-"""A disk that fails on request: every operation that peftlib.core.files does below a folder is counted, and one goes wrong."""
+"""A disk that fails on request: every operation that peftlib.core.files does below a folder is counted, and one goes
+wrong."""
 
 import builtins
 import contextlib
@@ -18,8 +19,8 @@ class Died(BaseException):
 class FaultDisk:
     """Counts operations below `folder`; operation number `at` (from 0) goes wrong as `kind` says, once.
 
-    kind: a name in ERRORS, which is raised, or one of DEATHS: the process ends there, and what was being written is cut to
-    half, to nothing, has one bit flipped, or is not there, as an unflushed disk may leave it.
+    kind: a name in ERRORS, which is raised, or one of DEATHS: the process ends there, and what was being written is
+    cut to half, to nothing, has one bit flipped, or is not there, as an unflushed disk may leave it.
     """
 
     def __init__(self, folder, *, at=None, kind=None):

@@ -80,7 +80,8 @@ def put(path, **tensors):
 
 
 def plant(folder, monkeypatch, names=("config.json", "tokenizer_config.json"), **fields):
-    """Code in a folder that would leave a file, wanted by its configs; a question at the terminal would be answered yes."""
+    """Code in a folder that would leave a file, wanted by its configs; a question at the terminal would be answered
+    yes."""
     ran = folder.parent / "ran"
     (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
     code = {name: f"theirs.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")} | {

@@ -24,7 +24,8 @@ def trained_before():
 
 @pytest.fixture
 def trained(make_study, trained_before):
-    """trained(method, **fields) -> (model, its folder, study), made once for all tests that ask for the same; to read."""
+    """trained(method, **fields) -> (model, its folder, study), made once for all tests that ask for the same; to
+    read."""
 
     def train(method, **fields):
         asked = (method, *sorted(fields.items()))

@@ -1,5 +1,6 @@
-"""The parameters cells as Colab's forms: `name = value  # @param ...`, as colab.research.google.com/notebooks/forms.ipynb
-has them. Colab writes what is chosen into the line, so the line must stay one that everything else reads."""
+"""The parameters cells as Colab's forms: `name = value  # @param ...`, as
+colab.research.google.com/notebooks/forms.ipynb has them. Colab writes what is chosen into the line, so the line must
+stay one that everything else reads."""
 
 import ast
 import itertools

@@ -77,7 +77,8 @@ with StudyLock(sys.argv[1], "training qlora", settle_s=float(sys.argv[2])):
 
 @pytest.mark.parametrize("settle_s", [0.0, 0.01])
 def test_a_forked_child_that_outlives_its_killed_session_holds_no_lock(tmp_path, settle_s):
-    """As a worker of a process pool does. settle_s: as for a folder on Drive, whose lock is kept on this machine's disk."""
+    """As a worker of a process pool does. settle_s: as for a folder on Drive, whose lock is kept on this machine's
+    disk."""
     process = _start(FORKED, tmp_path, settle_s)
     try:
         assert process.stdout.readline() == "held\n"

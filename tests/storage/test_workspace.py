@@ -1,4 +1,5 @@
-"""What is made for a place has one maker at a time, and a killed one leaves nothing that stays and takes nothing away."""
+"""What is made for a place has one maker at a time, and a killed one leaves nothing that stays and takes nothing
+away."""
 
 import os
 import subprocess

@@ -1,8 +1,8 @@
 """Runs notebooks inside the place that colab_place.py builds: a kernel of google.colab's each, the cells as they are.
 
-A cell that begins with `# Install` is timed, and packages that it changed are told. Between notebooks the studies on the
-local disk are deleted, as each notebook that a badge opens has a machine of its own; Drive, which a folder stands for,
-brings them back. Ends with a line a notebook: cells that passed, cells that failed, seconds.
+A cell that begins with `# Install` is timed, and packages that it changed are told. Between notebooks the studies on
+the local disk are deleted, as each notebook that a badge opens has a machine of its own; Drive, which a folder stands
+for, brings them back. Ends with a line a notebook: cells that passed, cells that failed, seconds.
 """
 
 import importlib.metadata

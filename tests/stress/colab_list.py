@@ -1,4 +1,5 @@
-"""Colab's own list of packages, as published, to the versions that tests/notebook/test_install_cell.py holds our requirements against.
+"""Colab's own list of packages, as published, to the versions that tests/notebook/test_install_cell.py holds our
+requirements against.
 
 python tests/stress/colab_list.py [FILE_OR_URL]    writes tests/kernels/colab-packages.txt and says what has changed
 """
@@ -17,7 +18,8 @@ _WHEEL = re.compile(r"/[\w.]+-(\d[\w.]*?)(?:\+[\w.]+)?-[\w.]+-[\w.]+-[\w.]+\.whl
 
 
 def versions(frozen):
-    """{name: version} of `pip freeze` for `pip install -c`: NAME==VERSION and wheels' addresses, the rest is not on PyPI."""
+    """{name: version} of `pip freeze` for `pip install -c`: NAME==VERSION and wheels' addresses, the rest is not on
+    PyPI."""
     found = {}
     for line in frozen.splitlines():
         name, _, version = line.partition("==")

@@ -1,14 +1,16 @@
-"""A place like Colab's machine, in a folder: Debian with Colab's Python and packages, in which the five notebooks are run as they are.
+"""A place like Colab's machine, in a folder: Debian with Colab's Python and packages, in which the five notebooks are
+run as they are.
 
     python tests/stress/colab_place.py build PLACE [--colabtools FOLDER]    once, as root: ten minutes and 14 GB
     python tests/stress/colab_place.py run PLACE [--notebooks 01 02]        the cells in order, then a summary
     python tests/stress/colab_place.py test PLACE [ARGUMENTS OF PYTEST]     the tests under Colab's Python and packages
-    python tests/stress/colab_place.py shell PLACE COMMAND ...              anything else there, peftlib installed as on Colab
+    python tests/stress/colab_place.py shell PLACE COMMAND ...              anything else there, peftlib installed as
+    on Colab
 
-Packages come in the versions that Colab publishes (tests/kernels/colab-packages.txt, see colab_list.py; --constraints names
-another list), the kernel is the one of google.colab. Every run works in an overlay on the place, which stays as it was
-built. The notebooks install from the repository's public address, which git is told to find in this checkout's HEAD.
-What is missing: a GPU, Google Drive (a folder stands for it), and the page.
+Packages come in the versions that Colab publishes (tests/kernels/colab-packages.txt, see colab_list.py; --constraints
+names another list), the kernel is the one of google.colab. Every run works in an overlay on the place, which stays as
+it was built. The notebooks install from the repository's public address, which git is told to find in this checkout's
+HEAD. What is missing: a GPU, Google Drive (a folder stands for it), and the page.
 """
 
 import argparse

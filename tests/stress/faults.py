@@ -2,8 +2,8 @@
 
     python tests/stress/faults.py [--short]     # --short: a fifth of the cases
 
-For each operation of saving a checkpoint, and of copying it to a remote: an error (ENOSPC, EIO, errno 107), or the end of
-the process with the file cut, empty, flipped or gone; then damage at rest; then a real file system that is full (a
+For each operation of saving a checkpoint, and of copying it to a remote: an error (ENOSPC, EIO, errno 107), or the end
+of the process with the file cut, empty, flipped or gone; then damage at rest; then a real file system that is full (a
 small tmpfs, as root). After each, a new session must find the newest whole checkpoint, save on, and find that.
 The last line is '<n> cases, <c> crashes, <l> lost good checkpoints'.
 """

@@ -1,7 +1,7 @@
 """Twenty steps of every method on the tiny model give the losses that they gave when these histories were written.
 
-A refactoring must not move them. `PEFTLIB_GOLDEN=write pytest tests/train/test_golden.py` writes them anew, for a change that
-is meant to. Compared within 1e-3: other processors and versions of torch round differently.
+A refactoring must not move them. `PEFTLIB_GOLDEN=write pytest tests/train/test_golden.py` writes them anew, for a
+change that is meant to. Compared within 1e-3: other processors and versions of torch round differently.
 """
 
 import json

@@ -13,7 +13,8 @@ STEPS = list(range(1, 13))
 
 
 def cut_and_gone_on(make_study, report_to):
-    """The study and record of a run that dies in step 6 of 12, two steps after its last checkpoint, and is run again."""
+    """The study and record of a run that dies in step 6 of 12, two steps after its last checkpoint, and is run
+    again."""
     study = make_study(epochs=2, save_steps=4, eval_steps=5, report_to=report_to)
     run = TrainingRun(study, "qlora", log=lambda line: None)
     step = run._step

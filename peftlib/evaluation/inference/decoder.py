@@ -182,7 +182,8 @@ class _Decoder:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _step(self, count, seen):
-        """One token for each of the first `count` slots. Fixed shapes and no host synchronization, so a graph can hold it."""
+        """One token for each of the first `count` slots. Fixed shapes and no host synchronization, so a graph can hold
+        it."""
         tokens, positions, done = self.tokens[:count], self.positions[:count], self.done[:count]
         chosen = next_tokens(self.model, self.cache, tokens, positions, seen=seen)
         made = self.made[:count]

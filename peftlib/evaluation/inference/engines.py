@@ -46,8 +46,8 @@ def block_rows(model, *, engine="auto", batch=0):
     """How many rows one call should answer, so that a row's answer depends on those rows alone; None: all.
 
     In floating point a row's neighbours change its last digits and, where two tokens are equally likely, its answer. On
-    a CPU fixed blocks, repeated whole after a kill, keep answers equal to the bit; a GPU does not promise that anyway and
-    would idle at the end of each block.
+    a CPU fixed blocks, repeated whole after a kill, keep answers equal to the bit; a GPU does not promise that anyway
+    and would idle at the end of each block.
     """
     engine = resolve_engine(model, engine)
     if engine == "plain":

@@ -49,8 +49,8 @@ class Endpoint:
     """A model behind an OpenAI-compatible API. The key is read from OPENAI_API_KEY and stored nowhere.
 
     url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: of a whole call. retries: after a timeout, a lost
-    connection, an unreadable answer, 408, 409, 425, 429 or 5xx, with waits that double unless the server asks for longer
-    ones. counts: {'retried ...': n} so far.
+    connection, an unreadable answer, 408, 409, 425, 429 or 5xx, with waits that double unless the server asks for
+    longer ones. counts: {'retried ...': n} so far.
     JudgeError: the URL is malformed, holds a secret or would send one unencrypted, or the package httpx2 is missing.
     """
 

@@ -16,7 +16,8 @@ _MOST_ERROR_BYTES = 1 << 16  # of an error's body; the rest is not read
 
 
 class CallFailed(Exception):
-    """A call without an answer. kind: a short name to count by. said: details. retry_after_s: the server's wish, or None."""
+    """A call without an answer. kind: a short name to count by. said: details. retry_after_s: the server's wish, or
+    None."""
 
     def __init__(self, kind, said, retry_after_s=None):
         super().__init__(said)

@@ -117,7 +117,8 @@ def parse_verdict(reply):
 
 
 def in_order(methods):
-    """The two methods in the study's order, so that a pair has one file. StudyError: they are not two different ones."""
+    """The two methods in the study's order, so that a pair has one file. StudyError: they are not two different
+    ones."""
     if len(set(methods)) != 2 or len(methods) != 2:
         raise StudyError(f"a judge compares two different methods, not {' and '.join(methods) or 'none'}")
     return tuple(sorted(methods, key=study_order))
@@ -215,7 +216,8 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
 
 
 def _outcomes(backend, cases, parallel, reply_tokens, interrupted):
-    """Yield (case, what _judged found, JudgeError or None) as they come; after an error or interrupt start no new one."""
+    """Yield (case, what _judged found, JudgeError or None) as they come; after an error or interrupt start no new
+    one."""
     waiting, is_stopped = iter(cases), False
     with ThreadPoolExecutor(parallel) as pool:
         running = {pool.submit(_judged, backend, case, reply_tokens): case for _, case in zip(range(parallel), waiting)}

@@ -13,8 +13,8 @@ _REFUSED = "\n(the model refused to answer)"  # put last, so that a refusal is n
 
 @dataclass(frozen=True)
 class Reply:
-    """text: what the judge wrote. Tokens: as the server counts them, None without a count. is_refused: the server rejected
-    the request, and text says why."""
+    """text: what the judge wrote. Tokens: as the server counts them, None without a count. is_refused: the server
+    rejected the request, and text says why."""
 
     text: str
     input_tokens: int | None = 0

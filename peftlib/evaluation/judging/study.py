@@ -1,4 +1,5 @@
-"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and what they add up to."""
+"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and what they add up
+to."""
 
 from peftlib.evaluation.judging import judge, verdicts
 from peftlib.storage.lock import StudyLock
@@ -6,7 +7,8 @@ from peftlib.storage.lock import StudyLock
 
 def judge_study(study, methods, name, open_judge, *, seed=0, n_rows=0, dry_run=False, reply_tokens=judge.REPLY_TOKENS,
                 parallel=1, price_in=None, price_out=None, log=print):  # fmt: skip
-    """Have a judge compare the answers of two methods, as far as it has not before; with dry_run only say what that takes.
+    """Have a judge compare the answers of two methods, as far as it has not before; with dry_run only say what that
+    takes.
 
     name: what verdicts call the judge. open_judge() -> a backends.Endpoint or Local, called where there is something to
     ask. n_rows: so many test rows, 0 for all. price_in, price_out: of a million tokens.
