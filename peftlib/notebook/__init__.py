@@ -12,7 +12,7 @@ _API = {
     "train_live": ("peftlib.notebook.training_panel", "train_live"),
     "loss_curves": ("peftlib.report.figures", "loss_curves"),
     "THEMES": ("peftlib.report.palette", "THEMES"),
-    "side_by_side": ("peftlib.notebook.answer_cards", "side_by_side"),
+    "side_by_side": ("peftlib.notebook.answers", "side_by_side"),
     "trained_methods": ("peftlib.evaluation.evaluate", "trained_methods"),
     "show_charts": ("peftlib.notebook.charts", "show_charts"),
     "explore": ("peftlib.notebook.explorer", "explore"),

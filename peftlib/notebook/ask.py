@@ -13,7 +13,7 @@ from peftlib.evaluation.generate import answer_batch
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
-from peftlib.notebook.answer_cards import answer_card, page
+from peftlib.notebook.answers import answer_card, page
 from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look
 from peftlib.report.palette import THEMES
 

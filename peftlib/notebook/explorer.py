@@ -3,8 +3,7 @@
 import html
 
 from peftlib.evaluation.results import BASE
-from peftlib.notebook.answer_cards import LEGEND, StaticRows, page, row_html
-from peftlib.notebook.answers import FILE, GAIN, LOSS, METRICS, ORDERS, Answers
+from peftlib.notebook.answers import FILE, GAIN, LEGEND, LOSS, METRICS, ORDERS, Answers, StaticRows, page, row_html
 from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look, offer_csv
 from peftlib.report.palette import THEMES
 

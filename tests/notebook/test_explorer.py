@@ -15,8 +15,7 @@ from peftlib.evaluation import results as scored
 from peftlib.evaluation.metrics import sentence_bleu
 from peftlib.notebook import answers as answers_module
 from peftlib.notebook import widgets
-from peftlib.notebook.answer_cards import side_by_side
-from peftlib.notebook.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers
+from peftlib.notebook.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers, side_by_side
 from peftlib.notebook.explorer import explore
 from peftlib.report import charts as report_charts
 from peftlib.report.build import build_report
