@@ -38,6 +38,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed $(KERNELS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed

@@ -249,8 +249,8 @@ def read_json(path, *, is_sealed=False):
     if version != SCHEMA_VERSION:
         writer = f" ({value['written_by']})" if "written_by" in value else ""
         raise SchemaError(
-            f"{path} has schema_version {version!r}, this is peftlib {__version__} with {SCHEMA_VERSION}: resume with that "
-            f"version{writer}, or start anew under another study name"
+            f"{path} has schema_version {version!r}, this is peftlib {__version__} with {SCHEMA_VERSION}: resume with "
+            f"that version{writer}, or start anew under another study name"
         )
     return value
 

@@ -31,8 +31,8 @@ _COLAB_REFUSALS = {
     "left, switch on 'Notebook access' beside it, and run this cell again",
     "SecretNotFoundError": f"Colab has no secret {NAME}: click the key icon on the left, add one of this name, and "
     "switch on its 'Notebook access'",
-    "TimeoutException": f"Colab's page did not answer when it was asked for the secret {NAME}: run this cell again with "
-    "the page open, or take one of the other ways",
+    "TimeoutException": f"Colab's page did not answer when it was asked for the secret {NAME}: run this cell again "
+    "with the page open, or take one of the other ways",
 }
 
 
@@ -124,8 +124,8 @@ def _of_secrets(problems):
             return (kaggle_secrets.UserSecretsClient().get_secret(NAME) or "").strip()
         except Exception as error:  # noqa: BLE001  no module, no such secret, not attached, no network
             problems.append(
-                f"Kaggle's secret {NAME} could not be read ({type(error).__name__}): under Add-ons > Secrets add it and "
-                "tick it for this notebook, with Internet on"
+                f"Kaggle's secret {NAME} could not be read ({type(error).__name__}): under Add-ons > Secrets add it "
+                "and tick it for this notebook, with Internet on"
             )
     elif _is_colab() and not is_watched():
         # userdata.get needs a kernel and its page: elsewhere it fails with an AttributeError, or waits for nobody.

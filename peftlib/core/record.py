@@ -37,7 +37,10 @@ _OUTCOME = {
         }
     ),
 }
-_LATER = "total_params first_step_s mfu matmul_tflops skipped_steps saves save_stall_seconds forked_from placement rate_factor"
+_LATER = (
+    "total_params first_step_s mfu matmul_tflops skipped_steps saves save_stall_seconds forked_from "
+    "placement rate_factor"
+)
 _OUTCOME_NAMES = [name.removesuffix("?") for name in _OUTCOME]
 _NEEDED = [
     "method",

@@ -44,8 +44,8 @@ def frozen_of(path):
         resolve(found["profile"], **found["config"])
     except ConfigError as error:
         raise StudyError(
-            f"{path} cannot be used ({error}): it is damaged, or of another peftlib; put it right, or delete it and run "
-            "01_data with the settings that the study was made with"
+            f"{path} cannot be used ({error}): it is damaged, or of another peftlib; put it right, or delete it and "
+            "run 01_data with the settings that the study was made with"
         ) from None
     return found
 

@@ -124,7 +124,7 @@ def _source(name, where):
         paths = [Path(file).expanduser() for file in files]
     except RuntimeError as error:  # ~name of nobody here
         raise ConfigError(f"sources: {name}={where!r}: {error}: give the whole path") from None
-    return Source(name, "file", dict(zip(("main", "test"), paths, strict=False)))
+    return Source(name, "file", dict(zip(("main", "test"), paths)))
 
 
 def hub_rows(name, stream):

@@ -55,8 +55,8 @@ def unmatched(runs):
     finished = [run for run in runs if run.record["method"] != BASE and run.record["status"] == "ok"]
     trained = [run for run in finished if not run.is_external]
     found = [
-        f"{run.record['method']} was trained elsewhere: its data, settings and steps are unknown, and it may have seen the "
-        "test rows"
+        f"{run.record['method']} was trained elsewhere: its data, settings and steps are unknown, and it may have seen "
+        "the test rows"
         for run in finished
         if run.is_external
     ]

@@ -37,8 +37,8 @@ class Predictions:
                 continue  # cut by a kill, or damaged: answered again
             if row["split_hash"] != split_hash:
                 raise StudyError(
-                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to other "
-                    "rows; move the file away and run again"
+                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to "
+                    "other rows; move the file away and run again"
                 )
             self.rows[row["id"]] = row
         if lines and (len(self.rows) != len(lines) or not self.path.read_bytes().endswith(b"\n")):

@@ -57,8 +57,8 @@ def require_converter(quant):
     missing += [_SCRIPT] if script is None else []
     if missing:
         raise ModelError(
-            f"form='gguf' needs {', '.join(missing)}: pip install {_PACKAGE} sentencepiece protobuf, or set LLAMA_CPP to the folder "
-            "of a llama.cpp checkout"
+            f"form='gguf' needs {', '.join(missing)}: pip install {_PACKAGE} sentencepiece protobuf, or set LLAMA_CPP "
+            "to the folder of a llama.cpp checkout"
         )
     return script
 

@@ -127,8 +127,8 @@ class HubTarget:
         one."""
         if self._private and is_public(self.api, self.repository):
             raise ModelError(
-                f"{self} is public, so everybody could read the export: make it private in its settings on the hub, choose "
-                "another place, or say --public (private=False) if that is meant"
+                f"{self} is public, so everybody could read the export: make it private in its settings on the hub, "
+                "choose another place, or say --public (private=False) if that is meant"
             )
 
     @contextlib.contextmanager

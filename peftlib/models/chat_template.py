@@ -108,7 +108,7 @@ def _turns(messages):
 
 def _joined(turns, bodies, lead, newline):
     ids, scored, ends = [BOS], [False], []
-    for (head, _), body in zip(turns, bodies, strict=False):  # `bodies` goes on with the next conversation
+    for (head, _), body in zip(turns, bodies):  # `bodies` goes on with the next conversation
         # The template tokenizes role line and text as one; the role line's tokens are the first `lead` of them, as a
         # trimmed text cannot begin with a newline that would merge with the line's own.
         own = lead[head]

@@ -40,14 +40,15 @@ def require_sound_packages(modules=None, version=importlib.metadata.version):
         if loaded and installed and Version(loaded) != Version(installed):
             menu = {"colab": "Runtime > Restart session", "kaggle": "Run > Restart & clear cell outputs"}.get(host())
             raise ModelError(
-                f"{name} {loaded} was loaded before {installed} was installed, and the two do not mix: restart the session "
-                f"({menu or 'the kernel'}) and run the cells from the top, nothing before the install cell"
+                f"{name} {loaded} was loaded before {installed} was installed, and the two do not mix: restart the "
+                f"session ({menu or 'the kernel'}) and run the cells from the top, nothing before the install cell"
             )
     torchao = _installed("torchao", version)
     if torchao and Version(torchao) < Version(TORCHAO_MIN):
         raise ModelError(
             f"torchao {torchao} is installed, and PEFT works with none older than {TORCHAO_MIN}: run "
-            f'%pip install -q "torchao>={TORCHAO_MIN}" in a cell, or %pip uninstall -y torchao, and go on (no restart needed)'
+            f'%pip install -q "torchao>={TORCHAO_MIN}" in a cell, or %pip uninstall -y torchao, and go on '
+            "(no restart needed)"
         )
 
 
@@ -97,6 +98,6 @@ def where_data_come_from(name, study):
     line = "%run -m peftlib " + shlex.join(["data", "--profile", cfg.profile, "--study", cfg.study, *fields])
     kept = _DRIVE.format(name=name) if host() == "colab" else _KAGGLE_KEEPS.format(root=study.folder.parent)
     return (
-        f"Every notebook that is opened by its badge has a machine of its own. Make the data here, by this line in a cell:\n"
-        f"    {line}\n{kept}Then run this cell again."
+        f"Every notebook that is opened by its badge has a machine of its own. Make the data here, by this line in a "
+        f"cell:\n    {line}\n{kept}Then run this cell again."
     )

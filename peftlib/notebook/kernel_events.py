@@ -20,6 +20,7 @@ class KernelEvents:
     def __init__(self, kernel, comm_ids):
         self._kernel, self._comm_ids = kernel, set(comm_ids)
         self._stream = _shell_messages(kernel)
+        self._tasks = set()
 
     def poll(self):
         """Handle the messages that have arrived for the comms, without waiting."""
@@ -44,7 +45,9 @@ class KernelEvents:
                 return
         waiting = usual(frames)
         if inspect.isawaitable(waiting):  # ipykernel 7: a task that waits for the cell's lock
-            asyncio.ensure_future(waiting)
+            task = asyncio.ensure_future(waiting)
+            self._tasks.add(task)  # asyncio itself keeps no reference
+            task.add_done_callback(self._tasks.discard)
 
     def _handle(self, idents, message):
         kernel = self._kernel

@@ -84,8 +84,8 @@ def _forgetting(found):
     parts = list(_changes(found, base, lambda run: run.general))
     if parts:
         yield (
-            f"On general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens) a rise of the loss is forgetting, in nats "
-            f"per token: base {base.loss:.3f}, {', '.join(parts)}."
+            f"On general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens) a rise of the loss is forgetting, in "
+            f"nats per token: base {base.loss:.3f}, {', '.join(parts)}."
         )
 
 

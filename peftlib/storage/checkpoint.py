@@ -194,8 +194,8 @@ def _content(path):
         odd = _odd_part(tensors)
     except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory is "
-            "free"
+            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory "
+            "is free"
         ) from error
     except Exception as error:  # noqa: BLE001 - what reading foreign bytes raises has no common class
         odd = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}"

@@ -93,7 +93,8 @@ def _parents_lock(folder):
         owner = read(path)
         if owner is None or owner["token"] != token or _is_free(path):
             raise LockedError(
-                f"the session that started this one has lost its lock on {path.parent.name}: stopping without further writes"
+                f"the session that started this one has lost its lock on {path.parent.name}: stopping without "
+                f"further writes"
             )
 
     return require

@@ -22,7 +22,10 @@ from peftlib.storage.hub import HubRemote
 DRIVE = Path("/content/drive")
 _BLOCK = 4 << 20  # bytes copied at once
 DRIVE_LIMIT_BYTES = 12 << 30  # of a free Drive's 15 GB; mail and photos share it
-_UPLOADING = "Colab uploads it in the background, so keep this runtime for some minutes, or see at drive.google.com that it is there"
+_UPLOADING = (
+    "Colab uploads it in the background, so keep this runtime for some minutes, or see at "
+    "drive.google.com that it is there"
+)
 _mounted_by_us = False  # whether this process has mounted Drive
 
 

@@ -126,9 +126,10 @@ def _source(row):
 def scaling_note(card):
     """Explain how estimates come from speeds measured elsewhere."""
     return (
-        f"estimates are scaled from speeds of the {_MEASURED_MODEL} shape by the work of a token and by published figures "
-        f"(this card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s), the faster end by the kinder of the two, the slower "
-        f"end by the other and {_SLOWER:g} times slower still, and slower as the micro-batch is smaller than the measured one"
+        f"estimates are scaled from speeds of the {_MEASURED_MODEL} shape by the work of a token and by published "
+        f"figures (this card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s), the faster end by the kinder of the "
+        f"two, the slower end by the other and {_SLOWER:g} times slower still, and slower as the micro-batch is smaller "
+        "than the measured one"
     )
 
 
@@ -210,8 +211,8 @@ class Forecast:
         change = "Set micro_batch_size to 0, lower" if self.cfg.micro_batch_size else "Lower"
         return (
             f"no method trains {self.cfg.model} on a {self.card_name} with {self.gib:.1f} GiB: the least is "
-            f"{least.method} with {least.memory_gib:.1f} GiB. {change} max_length (now {self.cfg.max_length}), or take a "
-            "smaller model or a larger card"
+            f"{least.method} with {least.memory_gib:.1f} GiB. {change} max_length (now {self.cfg.max_length}), or take "
+            "a smaller model or a larger card"
         )
 
     def notes(self):
@@ -219,7 +220,10 @@ class Forecast:
         yield f"memory: the planner's prediction of training, held below {memory_model.HEADROOM:.0%} of the card"
         yield f"hours: one run of one seed, training alone, {self.tokens[2]}; answering the test rows comes on top"
         if self.cfg.micro_batch_size:
-            yield f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose what fits"
+            yield (
+                f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose "
+                f"what fits"
+            )
         bases = dict.fromkeys(cost.speed.basis for cost in self.costs if cost.speed)
         for basis in bases:
             names = [cost.method for cost in self.costs if cost.speed and cost.speed.basis == basis]

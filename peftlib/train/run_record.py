@@ -82,8 +82,8 @@ def require_same_architecture(kept, ours, where):
     if before != now:
         missing, new = (", ".join(sorted(a - b)) or "fewer" for a, b in ((before, now), (now, before)))
         raise CheckpointError(
-            f"the model's layers are {new}, those of the checkpoint in {where} {missing}: take the model and versions it "
-            "was made with"
+            f"the model's layers are {new}, those of the checkpoint in {where} {missing}: take the model and versions "
+            "it was made with"
         )
 
 

@@ -196,7 +196,7 @@ def _require_state(state, steps):
         raise ValueError(found)
     progress = Progress(**state["progress"])
     for name, value in vars(progress).items():
-        if value is None and name not in _UNKNOWN_AT_FIRST or value is not None and value < 0:
+        if (value is None and name not in _UNKNOWN_AT_FIRST) or (value is not None and value < 0):
             raise ValueError(f"progress.{name} is {value}")
     if progress.step > steps:
         raise ValueError(f"progress.step is {progress.step}, the run has {steps} steps")

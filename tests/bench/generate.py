@@ -293,7 +293,7 @@ def _margin(model, prompt, plain, ours):
     """Between plain generate's two best logits where ours first differs."""
     import torch
 
-    at = next(i for i, (a, b) in enumerate(zip(plain, ours, strict=False)) if a != b)
+    at = next(i for i, (a, b) in enumerate(zip(plain, ours)) if a != b)
     ids = torch.tensor([prompt + plain[:at]], device=model.device)
     with torch.no_grad():
         best = model(ids, logits_to_keep=1).logits[0, -1].float().topk(2).values

@@ -185,7 +185,9 @@ def tokens(colab, monkeypatch, tmp_path):
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "token-of-the-old-variable")
     Path(".env").write_text("HF_TOKEN=token-of-the-file.with+signs")
     (tmp_path / "login").write_text("token-of-the-login")
-    return [colab.answer, *(f"token-of-the-{place}" for place in ("environment", "old-variable", "login"))] + [
+    return [
+        colab.answer,
+        *(f"token-of-the-{place}" for place in ("environment", "old-variable", "login")),
         "token-of-the-file.with+signs",
         LONG,
         "hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6.x_y-z",

@@ -163,7 +163,7 @@ def planted_variant(rng, row, kind):
     if kind == "opening":
         turns = [question, *(text(rng) for _ in range(3))]
     roles = ("user", "assistant", "user", "assistant")
-    messages = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, turns)]
     return {"dataset": "planted", "id": "planted", "messages": messages}
 
 

@@ -56,7 +56,7 @@ def alone(model, prompt, limit):
 
 def margin_where_they_part(model, prompt, plain, ours):
     """How far apart plain generate's two best logits are at the first token in which ours differs."""
-    at = next(i for i, (a, b) in enumerate(zip(plain, ours, strict=False)) if a != b)
+    at = next(i for i, (a, b) in enumerate(zip(plain, ours)) if a != b)
     with torch.no_grad():
         best = model(torch.tensor([prompt + plain[:at]])).logits[0, -1].topk(2).values
     return float(best[0] - best[1])

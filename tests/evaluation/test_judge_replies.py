@@ -96,7 +96,7 @@ def test_any_answer_is_a_reply_or_a_named_error(monkeypatch, status, kind, wait,
     assert isinstance(reply, Reply) and reply.is_refused == (status in (400, 413, 422))
     assert KEY not in reply.text and reply.text.encode("utf-8") is not None
     for n in (reply.input_tokens, reply.output_tokens):
-        assert n is None or type(n) is int and 0 <= n <= 10**9
+        assert n is None or (type(n) is int and 0 <= n <= 10**9)
     assert judge.parse_verdict(reply.text) in (None, 0, 1, 2)
 
 

@@ -141,7 +141,10 @@ def test_another_session_in_the_study_is_refused(settings):
 
 def test_a_cut_command_says_what_is_left(settings, in_this_process):
     lines, asked = [], settings(has_report=False)
-    stop = lambda: "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
+
+    def stop():
+        return "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
+
     assert run(asked, log=lines.append, why_stop=stop) == UNFINISHED_CODE
     assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command goes on" in lines
     lines.clear()

@@ -207,7 +207,10 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, mo
     study = make_study(save_steps=2)
     run = TrainingRun(study, "qlora", log=lambda line: None)
     gradients = Stepper.gradients
-    spoil = lambda *args, **kw: gradients(*args, **kw) * (float("nan") if run.progress.step == 3 else 1)
+
+    def spoil(*args, **kw):
+        return gradients(*args, **kw) * (float("nan") if run.progress.step == 3 else 1)
+
     monkeypatch.setattr(Stepper, "gradients", spoil)
     with pytest.raises(NonFiniteLossError, match="loss of step 4 is nan.*learning rate.*checkpoint is kept"):
         run.train()

@@ -150,7 +150,7 @@ class _Decoder:
         free = [slot for slot in range(self.slots) if slot not in self.live]
         few = len(free) < max(1, self.slots // _REFILL_SHARE) and len(free) < len(self.waiting)
         if self.waiting and not (few and self.live):
-            entered = list(zip(free, self.waiting, strict=False))
+            entered = list(zip(free, self.waiting))
             for part in _parts(entered, self.prompts, self.pace.prompt_tokens):
                 self._read(part)
             for slot, number in entered:

@@ -31,8 +31,11 @@ Write at most three sentences that compare the answers. Then end with one line, 
 VERDICT: 1
 VERDICT: 2
 VERDICT: TIE
-for the first answer is better, the second answer is better, or neither is."""
-REMINDER = "That did not end with one verdict line. Reply with one line and nothing else: VERDICT: 1, VERDICT: 2 or VERDICT: TIE"
+for the first answer is better, the second answer is better, or neither is."""  # noqa: E501
+REMINDER = (
+    "That did not end with one verdict line. Reply with one line and nothing else: VERDICT: 1, "
+    "VERDICT: 2 or VERDICT: TIE"
+)
 RUBRIC_SHA256 = hashlib.sha256(f"{RUBRIC}\n{REMINDER}".encode()).hexdigest()
 ORDERS = ("ab", "ba")
 REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
@@ -99,7 +102,10 @@ class Plan:
             yield "cost: not known, no price was given (--price-in and --price-out, per million tokens)"
         else:
             cost = cost_of(self.input_tokens, self.output_tokens, price_in, price_out)
-            yield f"cost: up to about {cost:.4f}, retries apart, at {price_in or 0:g} in and {price_out or 0:g} out per million tokens"
+            yield (
+                f"cost: up to about {cost:.4f}, retries apart, at {price_in or 0:g} in and {price_out or 0:g} "
+                f"out per million tokens"
+            )
 
 
 def cost_of(input_tokens, output_tokens, price_in, price_out):
@@ -243,7 +249,7 @@ def _outcomes(backend, cases, parallel, reply_tokens, interrupted):
 def _judged(backend, case, reply_tokens):
     """The arguments of Verdicts.add for one case; the verdict is None where the server refuses the request."""
     messages, sent, received = [{"role": "user", "content": case.message}], [], []
-    for tries in range(1, _TRIES_TO_PARSE + 1):
+    for tries in range(1, _TRIES_TO_PARSE + 1):  # noqa: B007  (counted below)
         reply = backend.ask(messages, max_tokens=reply_tokens)
         sent.append(reply.input_tokens)
         received.append(reply.output_tokens)

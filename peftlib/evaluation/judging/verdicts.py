@@ -105,8 +105,8 @@ def _parsed(path, number, text):
         line["schema_version"] != SCHEMA_VERSION or line["verdict"] not in _VALUES or line["order"] not in ORDERS
     ):
         wrong = (
-            f"has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict {line['verdict']!r}, which "
-            "this peftlib does not read"
+            f"has schema_version {line['schema_version']!r}, order {line['order']!r} and verdict {line['verdict']!r}, "
+            "which this peftlib does not read"
         )
     if not wrong:
         seal = line.pop("seal", None)  # older verdicts have none
@@ -195,7 +195,9 @@ def sentences(judged):
             f"{judged.n_rows} rows, a tie counts half): "
             + ("inside the noise" if is_noise else "better" if rate.value > 0.5 else "worse")
         )
-        yield f"rows won {judged.wins}, tied {judged.ties} ({judged.n_identical} of equal answers), lost {judged.losses}"
+        yield (
+            f"rows won {judged.wins}, tied {judged.ties} ({judged.n_identical} of equal answers), lost {judged.losses}"
+        )
     if judged is not None and judged.position_bias is not None:
         first = "" if judged.first_share is None else f"; of its choices {judged.first_share:.0%} were the first answer"
         yield f"position bias: {judged.position_bias:.1%} of rows judged by place alone{first}"
@@ -215,7 +217,8 @@ def uncounted(study):
         if verdicts.is_cut or not len(verdicts):
             what = "the last line is cut" if verdicts.is_cut else "the file is empty"
             yield (
-                f"judge/{path.name}: {what} and does not count; `judge` with the same methods asks again for what is missing."
+                f"judge/{path.name}: {what} and does not count; `judge` with the same methods asks again for "
+                f"what is missing."
             )
 
 
