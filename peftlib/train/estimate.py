@@ -128,8 +128,8 @@ def scaling_note(card):
     return (
         f"estimates are scaled from speeds of the {_MEASURED_MODEL} shape by the work of a token and by published "
         f"figures (this card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s), the faster end by the kinder of the "
-        f"two, the slower end by the other and {_SLOWER:g} times slower still, and slower as the micro-batch is smaller "
-        "than the measured one"
+        f"two, the slower end by the other and {_SLOWER:g} times slower still, and slower as the micro-batch is "
+        "smaller than the measured one"
     )
 
 
