@@ -39,6 +39,7 @@ test: $(VENV)/installed $(KERNELS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed

@@ -118,7 +118,7 @@ def evaluate(
     found = Study(found.folder, found.cfg.replace(seed=seed))
     from peftlib.evaluation import evaluate as evaluation
 
-    record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path, name=name)
+    record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path or "", name=name)
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
     print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows")
 
@@ -212,7 +212,7 @@ def export(
     from peftlib import export_model
     from peftlib.export.export import lines_of
 
-    how = {"seed": seed, "to": to, "form": form, "quant": quant, "private": not public, "dry_run": dry_run}
+    how: dict = {"seed": seed, "to": to, "form": form, "quant": quant, "private": not public, "dry_run": dry_run}
     print("\n".join(lines_of(export_model(found, method, **how), dry_run=dry_run)))
 
 
@@ -280,12 +280,12 @@ def reference(
     given = given_settings(settings, source=source, profile=profile, study=study)
     from peftlib.runner import suite, suite_plan
 
-    how = {"methods": methods, "seeds": seeds, "factors": factors, "rows": sweep_rows, "only": only, "again": again}
-    how |= {"minutes": minutes, "at_once": at_once, "has_report": not no_report, "precision_check": precision_check}
-    chosen = suite.Settings.of(given, **how)
+    how: dict = {"methods": methods, "seeds": seeds, "factors": factors, "rows": sweep_rows, "only": only}
+    how |= {"again": again, "minutes": minutes, "at_once": at_once, "has_report": not no_report}
+    chosen = suite.Settings.of(given, precision_check=precision_check, **how)
     if not dry_run:
         return suite.run(chosen, log=say)
-    assumed = {"tokens_per_second": tokens_per_second, "gpus": gpus, "at_once": at_once}
+    assumed: dict = {"tokens_per_second": tokens_per_second, "gpus": gpus, "at_once": at_once}
     return suite_plan.show(chosen, {name: value for name, value in assumed.items() if value is not None}, keep_plan)
 
 

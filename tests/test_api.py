@@ -1,5 +1,6 @@
 """The public API: what `from peftlib import ...` offers, and what it costs."""
 
+import inspect
 import subprocess
 import sys
 
@@ -14,6 +15,10 @@ def test_every_public_name_exists_and_says_what_it_is(name):
     assert name in dir(peftlib)
     if callable(found):
         assert found.__doc__
+    if inspect.isfunction(found):
+        hints = inspect.signature(found)
+        assert hints.return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not inspect.Parameter.empty for p in hints.parameters.values())
 
 
 def test_importing_the_package_loads_no_heavy_library():

@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from peftlib.core.env import profile_for_hardware
 from peftlib.core.errors import ConfigError
@@ -181,7 +182,7 @@ _STUDY = {
     "general_tokens": 16384,  # all of the text
 }
 # Only what differs from the field defaults above stands here.
-PROFILES = {
+PROFILES: dict[str, dict[str, Any]] = {
     "demo": {
         # For 24 steps: adapters start at zero and must get somewhere, GaLore's full weights must not overshoot.
         "lora_learning_rate": 1e-3,
@@ -197,7 +198,7 @@ PROFILES = {
 }
 
 
-def resolve(profile="auto", **overrides):
+def resolve(profile: str | None = "auto", **overrides: Any) -> Config:
     """The config of a profile with some fields overridden; None leaves the profile's value.
 
     A name of the first edition (`RENAMED`) is taken with a FutureWarning.

@@ -17,7 +17,7 @@ _CHECKOUT = PACKAGE.parent
 MASK = "[token]"
 _LEAST_CHARACTERS = 8  # a shorter "token" is none, and masking it would hit ordinary text
 _FORM = r"\bhf_[A-Za-z0-9]{30,}\b|\bhf_oauth_[\w.~+/=-]{20,}"  # of the hub's own tokens, wherever they come from
-_given = set()  # what this process was given: a secret is known from nowhere else
+_given: set[str] = set()  # what this process was given: a secret is known from nowhere else
 
 _ADVICE = (
     f"set the environment variable {NAME}, or put a line {NAME}=... into a file .env in the working folder, or run "

@@ -1,7 +1,9 @@
 """A study folder: the place of each file, and the frozen config that keeps its runs comparable."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftlib.core import record as records
 from peftlib.core.config import Config, current_names, differences, first_names, resolve, short_hash
@@ -58,7 +60,7 @@ class Study:
     cfg: Config
 
     @classmethod
-    def open(cls, cfg):
+    def open(cls, cfg: Config) -> "Study":
         """The study named in cfg. StudyError: its folder holds other data, or runs of other mathematics (fields
         named), or there is no study of the name in cfg.fork.
 
@@ -71,7 +73,7 @@ class Study:
         return study
 
     @classmethod
-    def resolve(cls, **given):
+    def resolve(cls, **given: Any) -> "Study":
         """The study that settings name: what they leave open comes from its folder where it stands, else the profile.
 
         given: fields of Config as in config.resolve, None where open. ConfigError, StudyError: see there and `open`.
@@ -84,7 +86,7 @@ class Study:
         return cls.open(cfg)
 
     @classmethod
-    def existing(cls, name, *, on_open=None):
+    def existing(cls, name: str, *, on_open: Callable[[Path], object] | None = None) -> "Study":
         """The study of a folder that exists, with the config it was made with.
 
         on_open: called with the folder before it is read, such as storage.mirror.open_mirror, which brings the study
@@ -124,7 +126,7 @@ class Study:
         places = (self.folder / name for name in ("records", "checkpoints", "sweeps"))
         return any(path.is_file() for place in places for path in place.rglob("*")) or bool(self.adopted_rates())
 
-    def freeze(self):
+    def freeze(self) -> None:
         """Write config.json, or write it anew while nothing has run. StudyError: as in open."""
         self._require_same()
         frozen = self.cfg.study_fields()
@@ -189,7 +191,7 @@ class Study:
     def predictions_path(self, method, seed):
         return self.folder / "predictions" / f"{method}-s{seed}.jsonl"
 
-    def manifest(self):
+    def manifest(self) -> dict[str, Any]:
         """data/manifest.json as a dict. StudyError: 01_data has not finished here."""
         if not (self.manifest_path.exists() and self.config_path.exists()):
             raise StudyError(
@@ -198,7 +200,7 @@ class Study:
             )
         return require_shape(read_json(self.manifest_path), _MANIFEST, self.manifest_path)
 
-    def records(self):
+    def records(self) -> list[dict[str, Any]]:
         """[record, ...] of every run in the folder, by method's name and seed."""
         found = [records.read(path) for path in (self.folder / "records").glob("*.json")]
         return sorted(found, key=lambda record: (record["method"], record["seed"]))

@@ -1,10 +1,13 @@
 """Builds the data of a study, from its sources to the files in its folder."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from peftlib.core.config import Config
 from peftlib.core.errors import StudyError
 from peftlib.data.dedup import GRAM_WORDS, THRESHOLD
 from peftlib.data.outcomes import (
@@ -30,7 +33,7 @@ _CODE_VERSION = 2  # raised when data that were built before must be built again
 _SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
 
 
-def build_data(cfg, folder, log=print):
+def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = print) -> dict[str, Any]:
     """Write train/valid/test.parquet, rejects.jsonl, README.md and, last, manifest.json; returns the manifest.
 
     Data in the folder that were made from the same inputs are kept. log: takes progress lines.

@@ -47,7 +47,7 @@ class Split(Sequence):
         return self._columns[name].to_pylist()
 
 
-def load_split(folder, split):
+def load_split(folder: str | Path, split: str) -> Split:
     """The Split 'train', 'valid' or 'test' of a data folder. StudyError: absent, or not as the manifest lists it."""
     path = Path(folder) / f"{split}.parquet"
     if not path.exists():

@@ -9,7 +9,15 @@ from peftlib.data.readers import RepeatedField, loads
 
 _ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 _ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard"), "assistant")
-_TOOL_ROLES = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation")
+_TOOL_ROLES: tuple[str, ...] = (
+    "tool",
+    "function",
+    "function_call",
+    "function_response",
+    "tool_call",
+    "tool_response",
+    "observation",
+)
 _TOOL_ROLES += ("ipython",)
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")

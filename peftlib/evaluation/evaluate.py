@@ -6,8 +6,10 @@ The loss on general text is measured too: its rise shows what a method made the 
 import contextlib
 import gc
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from peftlib.core.errors import ConfigError, PeftlibError, StudyError
 from peftlib.core.files import sha256
 from peftlib.core.limits import require_folder_name
 from peftlib.core.session import Deadline
+from peftlib.core.study import Study
 from peftlib.evaluation import external, forgetting
 from peftlib.evaluation.generate import answer_rows
 from peftlib.evaluation.inference.engines import require_vllm, resolve_engine
@@ -32,7 +35,7 @@ from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
 
 
-def evaluate(study, method, *, log=print):
+def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print) -> dict[str, Any]:
     """Evaluate a finished run, or the untrained model ('base'): losses, answers and scores; returns its record.
 
     The saved weights are loaded as one plain merged model, in the precision of `evaluation_dtype`.
@@ -48,7 +51,9 @@ def evaluate(study, method, *, log=print):
         return _evaluate(study, record, load, lambda: _merged_folder(study, method, seed), log=log)
 
 
-def evaluate_path(study, folder, *, name="", log=print):
+def evaluate_path(
+    study: Study, folder: str | Path, *, name: str = "", log: Callable[[str], object] = print
+) -> dict[str, Any]:
     """Evaluate a model that was trained elsewhere like a run of the study, as a row of its own in the report.
 
     folder: a PEFT adapter of the study's model, as save_pretrained writes it, or a whole transformers model with the

@@ -1,7 +1,9 @@
 """Greedy answers to test rows and questions. Each is kept at once, so that a cut session repeats little."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peftlib.core.errors import Stopped
 from peftlib.evaluation.inference.engines import block_rows, generate_batch, generate_rows
@@ -34,7 +36,7 @@ def _answer(tokenizer, ids):
     return Answer(text, len(kept), "stop" if has_stop else "length")
 
 
-def ask(model, tokenizer, questions, *, max_new_tokens):
+def ask(model: Any, tokenizer: Any, questions: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """[text, ...]: the model's answer to each question, asked as a first user turn."""
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
     was_training = model.training

@@ -23,11 +23,11 @@ class Run:
     """One record and, where it was evaluated, its answers in the order of the test rows and their scores."""
 
     record: dict
-    answers: list = field(default=None, repr=False)  # of text
-    rows: metrics.RowScores = field(default=None, repr=False)
-    scores: dict = field(default=None, repr=False)  # as hf_metrics.score returns
-    n_tokens: list = field(default=None, repr=False)  # of each answer
-    finish_reasons: list = field(default=None, repr=False)  # 'stop', or 'length' where it met the limit
+    answers: list | None = field(default=None, repr=False)  # of text
+    rows: metrics.RowScores | None = field(default=None, repr=False)
+    scores: dict | None = field(default=None, repr=False)  # as hf_metrics.score returns
+    n_tokens: list | None = field(default=None, repr=False)  # of each answer
+    finish_reasons: list | None = field(default=None, repr=False)  # 'stop', or 'length' where it met the limit
 
     @property
     def name(self):

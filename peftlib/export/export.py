@@ -2,13 +2,16 @@
 
 import html
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftlib import methods
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, ModelError, StudyError, writing
 from peftlib.core.files import copy_tree, read_json, size_text, write_json, write_text
+from peftlib.core.study import Study
 from peftlib.export import gguf, model_card
 from peftlib.export.redact import public_config, public_model
 from peftlib.export.targets import MARKER, target_of
@@ -30,8 +33,18 @@ class Exported:
 
 
 def export_model(
-    study, method, *, to, seed=0, form="adapter", quant="q8_0", private=True, dry_run=False, api=None, log=print
-):
+    study: Study,
+    method: str,
+    *,
+    to: str | Path,
+    seed: int = 0,
+    form: str = "adapter",
+    quant: str = "q8_0",
+    private: bool = True,
+    dry_run: bool = False,
+    api: Any = None,
+    log: Callable[[str], object] = print,
+) -> Exported:
     """Export one finished run with its model card, the study's config and the run's record; returns the Exported.
 
     to: a folder, or hf://USER/REPO, which gets one commit and is private unless private=False. A folder or repository

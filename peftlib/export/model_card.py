@@ -22,7 +22,15 @@ from peftlib.report.render import UNKNOWN, interval_text, render, shown
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _OWN_FILE = "the user's own file, licence unknown"
-_SHARED = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio", "weight_decay")
+_SHARED: tuple[str, ...] = (
+    "batch_size",
+    "epochs",
+    "max_steps",
+    "max_length",
+    "lr_scheduler",
+    "warmup_ratio",
+    "weight_decay",
+)
 _SHARED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
 _TORCH_NAMES = {name: str(dtype) for name, dtype in DTYPES.items()}
 _METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # as the hub calls them

@@ -11,7 +11,7 @@ LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "lora_u
 GALORE_SETTINGS = ("galore_rank", "galore_update_interval", "galore_scale", "galore_weights", "galore_on_refresh")
 _RANK_FIELDS = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank"}
 
-METHODS = {}  # {name: MethodSpec} in study order
+METHODS: dict[str, "MethodSpec"] = {}  # {name: MethodSpec} in study order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from peftlib.core.errors import ModelError
 from peftlib.core.files import sha256, write_text
@@ -19,8 +20,8 @@ from peftlib.models.packaged import cache_root
 _SETTLED_NS = 2_000_000_000
 _WORTH_KEEPING_BYTES = 64 << 20  # smaller models are hashed faster than a note of them is found
 _BLOCK = 1 << 20
-_KNOWN = {}  # stamps of files -> digest, of this process
-_LOGGED = set()  # what was logged as unchecked, of this process
+_KNOWN: dict[Any, str] = {}  # stamps of files -> digest, of this process
+_LOGGED: set[str] = set()  # what was logged as unchecked, of this process
 
 
 def known_sha256(path):

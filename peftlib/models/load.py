@@ -10,6 +10,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def guard_four_bit(model, four_bit):
             raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
 
 
-def load_tokenizer(model):
+def load_tokenizer(model: str | Path) -> Any:
     """Tokenizer of 'packaged', a hub id or a folder, with the bundled chat template.
 
     ModelError: not to be had (gated, unknown, no network), damaged, or not a Gemma 3 tokenizer.

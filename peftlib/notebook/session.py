@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from peftlib.core.config import differences, first_names, resolve, short_hash
@@ -33,7 +34,7 @@ _LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state 
 _WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
 
 
-def setup(name, *, drive=None):
+def setup(name: str, *, drive: bool | None = None) -> Study:
     """The opened Study of the parameters cell; prints config, device, precision and folder, and seeds the generators.
 
     name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, which is mounted
@@ -83,7 +84,7 @@ def _require_data(name, study):
         raise StudyError("\n".join(filter(None, [str(error), hosted.where_data_come_from(name, study)]))) from None
 
 
-def finish(study, name, wrote, status="ok"):
+def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "ok") -> None:
     """Print what the notebook wrote and what comes next; the last line is the one that the runner looks for.
 
     wrote: paths inside the study folder. status: a record's; anything but 'ok' says that the work stopped before its

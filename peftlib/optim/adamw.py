@@ -1,5 +1,6 @@
 """AdamW that owns the end of an accumulation: unscale, norm, infs, clipping."""
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -25,8 +26,13 @@ class Accumulating:
     """
 
     max_grad_norm = 0.0
-    _fit_norms = MappingProxyType({})  # weight -> norm of a gradient that step() does not apply but a basis rests on
-    _norms = ((), None)  # the weights of the last accumulation, and the norms of what was summed for each
+    _fit_norms: Mapping[Tensor, Tensor] = MappingProxyType(
+        {}
+    )  # weight -> norm of a gradient that step() does not apply but a basis rests on
+    _norms: tuple[Sequence[Tensor], Tensor | None] = (
+        (),
+        None,
+    )  # the weights of the last accumulation, and the norms of what was summed for each
 
     def basis_passes(self):
         """Yields once for each backward pass over the whole step that has to come before the real one."""

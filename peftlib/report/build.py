@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from peftlib.core.files import gib, write_text
+from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, rouge, stats
 from peftlib.evaluation.judging import verdicts
 from peftlib.evaluation.metrics import bleu_signature
@@ -83,7 +84,7 @@ class Report:
         return [*self.summary, *self.details]
 
 
-def build_report(study):
+def build_report(study: Study) -> Report:
     """Score the study's runs, write its results.csv, report.md, report.html and figures; returns the Report.
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).

@@ -1,5 +1,6 @@
 """Studies side by side that answered the same test rows."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from peftlib.core.config import differences, resolve
@@ -12,7 +13,7 @@ from peftlib.evaluation.comparison import mean_of
 from peftlib.report.render import render
 
 
-def compare_studies(studies):
+def compare_studies(studies: Iterable[str | Path]) -> str:
     """Markdown that compares two or more studies: scores, differences to the first one, settings that differ.
 
     studies: folders, or names under the output root. StudyError: a folder that is no study, the same one twice, one

@@ -23,7 +23,7 @@ SMALL_FILES_S = 60.0  # seconds between two copies of the small files, which cha
 LOOK_S = 300.0  # seconds between two looks at a remote to which nothing was copied
 FLUSH_S = 900.0  # seconds that the end of a notebook waits for the last copies
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0  # after an error, doubled each time
-_RUNNING = {}  # study folder -> its Mirror: a process has one for each
+_RUNNING: dict[Path, "Mirror"] = {}  # study folder -> its Mirror: a process has one for each
 
 
 def restore(folder, *, log=print):

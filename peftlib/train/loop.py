@@ -3,6 +3,8 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from peftlib.core.env import resolve_device, seed_of, training_precision
 from peftlib.core.errors import NonFiniteLossError
 from peftlib.core.files import sha256
 from peftlib.core.session import Deadline, interrupts
+from peftlib.core.study import Study
 from peftlib.models import compile as compiled
 from peftlib.models.identity import provenance_of
 from peftlib.models.inspect import core, layer_table
@@ -23,7 +26,7 @@ from peftlib.storage.lock import held
 from peftlib.storage.saver import Saver, require_space
 from peftlib.train import loggers, run_record, run_state
 from peftlib.train.batching import Rows, mean_loss
-from peftlib.train.callbacks import CallbackList, Stopwatch, log_line
+from peftlib.train.callbacks import Callback, CallbackList, Stopwatch, log_line
 from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap, require_one_process
 from peftlib.train.schedule import StepPlan, learning_rate_factor
 from peftlib.train.step import Stepper
@@ -32,7 +35,9 @@ _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
 _LOWER = 0.3  # what the advice after inf or nan multiplies the learning rates by
 
 
-def run_training(study, method, *, callbacks=(), log=print):
+def run_training(
+    study: Study, method: str, *, callbacks: Iterable[Callback] = (), log: Callable[[str], object] = print
+) -> dict[str, Any]:
     """Train one method and seed of a study, or resume it; returns its record. Arguments and errors as in
     TrainingRun."""
     return TrainingRun(study, method, log=log).train(callbacks)
@@ -46,7 +51,7 @@ class TrainingRun:
     installed, or several processes.
     """
 
-    def __init__(self, study, method, *, log=print):
+    def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
         self._given, self.study = study, study.with_rates_of(method)
         self.cfg, self.name, self.log = self.study.cfg, method, log
         self.method = methods.find(method)
@@ -72,7 +77,7 @@ class TrainingRun:
         if four_bit:
             guard_four_bit(self.model, four_bit)
 
-    def train(self, callbacks=()):
+    def train(self, callbacks: Iterable[Callback] = ()) -> dict[str, Any]:
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
 
         callbacks: callbacks.Callback objects that see the run while it trains, and may ask it to save and stop.

@@ -1,6 +1,8 @@
 """A small learning-rate sweep per method, scored on the validation rows and kept beside the study."""
 
 import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from peftlib import methods
 from peftlib.core import record as records
@@ -15,7 +17,14 @@ _TRIED = {"factor": float, "valid_loss": Maybe(float), "train_loss?": Maybe(floa
 _SHAPE = {"method": str, "rows": int, "steps": int, "seed?": int, "tried": [_TRIED], "best": _TRIED}
 
 
-def sweep(study, method, *, factors=FACTORS, rows=1500, log=print):
+def sweep(
+    study: Study,
+    method: str,
+    *,
+    factors: Sequence[float] = FACTORS,
+    rows: int = 1500,
+    log: Callable[[str], object] = print,
+) -> dict[str, Any]:
     """Train `method` on the first `rows` of the study's row order at each factor of its rates; returns the findings.
 
     A method with two rates (the hybrid) has both multiplied. {'method', 'rows', 'steps', 'tried': [{'factor', one
