@@ -134,6 +134,7 @@ def test_nothing_private_dead_or_decorative(cells):
             assert not re.search(r"pip install|^\s*[!%]|/home/|/content/|/tmp/", source, re.MULTILINE)
 
 
+# Two minutes: the tests that use it are slow; `make demo` runs the five notebooks in every check all the same.
 @pytest.fixture(scope="module")
 def headless(tiny_model, tmp_path_factory):
     """A study folder after three commands: 01 and 02 cut by a time limit, all five, and all five again."""
@@ -154,12 +155,14 @@ def headless(tiny_model, tmp_path_factory):
     return {"folder": root / "tiny", "cut": cut, "full": full, "results": results, "again": run()}
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_02_and_the_same_command_goes_on(headless):
     assert headless["cut"]["code"] == 3, headless["cut"]["said"]
     assert "02_qlora stopped at its time limit" in headless["cut"]["said"]
     assert "01_data: finished before, skipped" in headless["full"]["said"]
 
 
+@pytest.mark.slow
 def test_all_five_run_headless_with_small_clean_copies(headless):
     assert headless["full"]["code"] == 0, headless["full"]["said"]
     copies = {path.stem: path for path in (headless["folder"] / "notebooks").iterdir()}
@@ -173,6 +176,7 @@ def test_all_five_run_headless_with_small_clean_copies(headless):
         assert str(headless["folder"]) not in text
 
 
+@pytest.mark.slow
 def test_every_headless_cell_shows_something(headless):
     # What a copy may not hold is taken out of it: a cell that showed only a widget would now show nothing.
     for path in (headless["folder"] / "notebooks").iterdir():
@@ -182,6 +186,7 @@ def test_every_headless_cell_shows_something(headless):
                 assert cell["outputs"], f"{path.stem} shows nothing after {source}"
 
 
+@pytest.mark.slow
 def test_results_have_the_contracts_columns_and_a_row_for_each_method(headless):
     rows = list(csv.DictReader(headless["results"].decode().splitlines()))
     assert ", ".join(rows[0]) == COLUMNS
@@ -196,6 +201,7 @@ def test_results_have_the_contracts_columns_and_a_row_for_each_method(headless):
     assert all(float(row["train_loss"]) > 0 and int(float(row["trainable_params"])) > 0 for row in trained)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_changes_nothing(headless):
     assert headless["again"]["code"] == 0, headless["again"]["said"]
     assert headless["again"]["said"].count("finished before, skipped") == len(NAMES)
@@ -203,6 +209,7 @@ def test_the_same_command_again_trains_nothing_and_changes_nothing(headless):
     assert (headless["folder"] / "results.csv").read_bytes() == headless["results"]
 
 
+@pytest.mark.slow
 def test_the_report_command_writes_the_same_results(headless, monkeypatch, capsys):
     monkeypatch.setenv("PEFTLIB_ROOT", str(headless["folder"].parent))
     assert command_line.main(["report", "--study", "tiny"]) == 0
@@ -211,6 +218,7 @@ def test_the_report_command_writes_the_same_results(headless, monkeypatch, capsy
     assert (headless["folder"] / "results.csv").read_bytes() == headless["results"]
 
 
+@pytest.mark.slow
 def test_the_token_is_nowhere_in_the_study(headless):
     for path in headless["folder"].rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path

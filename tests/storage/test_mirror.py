@@ -527,7 +527,7 @@ def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
         found = mirror.open_study("mine")
         (found.folder / "records" / "new.json").write_text("{}")
 
-    monkeypatch.setattr(command_line, "_call", work)
+    monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: work(argv))
     command_line.main(["report", "--study", "mine"])
     assert "all of the study is on" in capsys.readouterr().out
     third = Mirror(tmp_path / "third" / "mine", storage.remote_of("mine"))
