@@ -124,7 +124,7 @@ class StudyLock:
         self._acquire_local()
         try:
             self._clear_if_left_behind()
-            write_json(self.path, self._owner | {"heartbeat": time.time()})
+            self._write_first()
             if self.settle_s:
                 time.sleep(self.settle_s)
                 self._look()
@@ -135,6 +135,23 @@ class StudyLock:
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
         return self
+
+    def _write_first(self):
+        """Write the lock file, unless another machine has just done so: a network folder may know no system locks."""
+        beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
+        write_json(beside, self._owner | {"heartbeat": time.time()})
+        try:
+            os.link(beside, self.path)
+        except FileExistsError:
+            owner = read(self.path)
+            if owner is not None:
+                self._refuse(owner)
+            os.replace(beside, self.path)
+        except OSError:  # a file system without hard links, as Drive's
+            os.replace(beside, self.path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
 
     def __exit__(self, *exc):
         self._is_over.set()

@@ -331,3 +331,22 @@ def test_children_stop_once_another_session_has_the_study(tmp_path):
 def test_only_the_holder_lets_children_in(holder, tmp_path):
     with pytest.raises(LockedError, match="not this process's"):
         child_environment(tmp_path)
+
+
+def test_of_two_machines_that_start_at_once_without_system_locks_one_is_refused(tmp_path, monkeypatch):
+    first, second = StudyLock(tmp_path, "first"), StudyLock(tmp_path, "second")
+    for lock in (first, second):  # a network folder that knows no system locks
+        monkeypatch.setattr(lock, "_acquire_local", lambda: None)
+        monkeypatch.setattr(lock, "_release_local", lambda: None)
+    # The other machine writes its lock after this one has seen that there is none.
+    monkeypatch.setattr(second, "_clear_if_left_behind", lambda: first._write_first())
+    with pytest.raises(LockedError, match="in use by .*first"):
+        second.__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock.json"]
+
+
+def test_a_file_system_without_hard_links_is_locked_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(PermissionError(1, "no hard links here")))
+    with StudyLock(tmp_path, "work"):
+        assert json.loads((tmp_path / "lock.json").read_text())["what"] == "work"
+    assert list(tmp_path.iterdir()) == []
