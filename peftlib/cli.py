@@ -33,7 +33,7 @@ Method = Annotated[str, Argument(metavar="METHOD", help="such as qlora; `peftlib
 Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
 _WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
 Sources = Annotated[list[str] | None, Option("--source", metavar="NAME=WHERE", help=_WHERE)]
-Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows a source")]
+Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
 
 

@@ -51,11 +51,13 @@ class Config:
 
     model: str = setting(PACKAGED_MODEL, "math", "hub id, local folder, or 'packaged' (Gemma 3 270M from PyPI)")
     sources: str = setting(_SAMPLES, "data", "NAME=WHERE; ...  WHERE is hub, sample, or FILE[,TESTFILE]")
-    train_rows: int = setting(64, "data", "rows a source", low=1)
-    valid_rows: int = setting(8, "data", "rows a source", low=0)
-    test_rows: int = setting(16, "data", "rows a source", low=1)
+    train_rows: int = setting(64, "data", "rows per source", low=1)
+    valid_rows: int = setting(8, "data", "rows per source", low=0)
+    test_rows: int = setting(16, "data", "rows per source", low=1)
     split_seed: int = setting(0, "data", "orders the candidates of each source", low=0, high=_MOST)
-    allow_short: bool = setting(False, "data", "share out a source that runs out in the proportions asked")
+    allow_short: bool = setting(
+        False, "data", "if a source has too few rows, divide them among the splits in the requested proportions"
+    )
     max_length: int = setting(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
 
     epochs: int = setting(1, "math", "passes over the training rows", low=1)
@@ -66,19 +68,21 @@ class Config:
     lr_scheduler: str = setting("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = setting(0.05, "math", "share of the steps", low=0.0, high=0.5)
     weight_decay: float = setting(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
-    max_grad_norm: float = setting(1.0, "math", "L2 norm of what is applied; 0 is no clipping", low=0.0)
+    max_grad_norm: float = setting(
+        1.0, "math", "clip the gradient norm (of what is applied) to this; 0 is no clipping", low=0.0
+    )
 
     lora_rank: int = setting(16, "math", "columns of each adapter", low=1)
-    lora_alpha: int = setting(32, "math", "adapter scale times rank", low=1)
+    lora_alpha: int = setting(32, "math", "LoRA alpha; the scale is alpha / rank", low=1)
     lora_dropout: float = setting(0.0, "math", "share of adapter inputs dropped", low=0.0, high=0.9)
     lora_init: str = setting(
         "default", "math", "adapters' start; default: B zero", choices=("default", "gaussian", "pissa", "pissa_niter_4")
     )
-    lora_use_rslora: bool = setting(False, "math", "adapter scale is alpha / sqrt(rank) (rsLoRA)")
+    lora_use_rslora: bool = setting(False, "math", "rsLoRA: the scale is alpha / sqrt(rank)")
     lora_use_dora: bool = setting(False, "math", "train each row's length apart from its direction (DoRA; slower)")
     lora_learning_rate: float = setting(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
     galore_rank: int = setting(128, "math", "columns kept of each gradient's basis", low=1)
-    galore_update_interval: int = setting(200, "math", "steps between two bases of one layer", low=1)
+    galore_update_interval: int = setting(200, "math", "steps between two refreshes of a projection", low=1)
     galore_scale: float = setting(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
     galore_learning_rate: float = setting(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 

@@ -1,4 +1,4 @@
-"""Candidates into test, valid and train: exact numbers, no leak, in a fixed order of precedence.
+"""Assign candidates to test, valid and train: exact numbers, no leak, in a fixed order of precedence.
 
 Test rows are chosen before valid rows and these before train rows, each split source by source. A candidate that comes
 too near to a row chosen before is rejected, and the next candidate of its source takes its place.
@@ -43,7 +43,7 @@ class Row:
 class Queue:
     """Iterator of the usable rows of one stream in order; they are tokenized a batch at a time, as they are drawn.
 
-    expected: rows that will be drawn at least. sample: turns of the first candidates.
+    expected: the least number of rows that will be drawn. sample: turns of the first candidates.
     """
 
     def __init__(self, stream, cfg, expected):

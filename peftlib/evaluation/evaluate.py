@@ -230,7 +230,7 @@ def _add_rounding(study, record, *, log):
         return False
     loss = forgetting.rounding_of_another_seed(study.records(), record)
     if loss is None:
-        log(f"{method}: general text loss of its 4 bits alone, untrained")
+        log(f"{method}: loss on general text of the untrained model in NF4")
         try:
             _require_base(study, record, log)
             model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)

@@ -80,7 +80,9 @@ def _nf4(precision, kept_plain):
 
 
 def guard_four_bit(model, four_bit):
-    """Keep CPUs from repacking 4-bit weights in place at the first eval() forward, which would change later losses.
+    """Require that the named projections, and they alone, are 4-bit; also keep CPUs from repacking them.
+
+    At the first eval() forward a CPU would repack 4-bit weights in place, which changes later losses.
 
     ModelError: a projection that should be 4-bit is not, or one that should not be is; lm_head is 4-bit or untied.
     """

@@ -53,12 +53,12 @@ COLUMNS = tuple(_COLUMNS)
 
 @dataclass(frozen=True)
 class Report:
-    """results: results.csv as a DataFrame. table: the field's table, one row a method, texts. per_source, pairs,
-    scores: DataFrames of numbers. summary: at most five sentences; details, findings: sentences, findings all of them.
-    figures, dark_figures: {name: PNG path}. alt: {name: text}. numbers: of the charts. samples: dicts of source, id,
-    prompt, reference and one answer a method. notes: what was not matched. judged: [verdicts.Judged, ...].
-    n_other_verdicts: verdicts on other answers or under another rubric. study: the ScoredStudy. folder: of the study.
-    theme: 'light' or 'dark', as its notebooks show charts."""
+    """results: results.csv as a DataFrame. table: before and after training, one row per method, texts. per_source,
+    pairs, scores: DataFrames of numbers. summary: at most five sentences; details, findings: sentences, findings all
+    of them. figures, dark_figures: {name: PNG path}. alt: {name: text}. numbers: of the charts. samples: dicts of
+    source, id, prompt, reference and one answer a method. notes: differences in setup that limit the comparison.
+    judged: [verdicts.Judged, ...]. n_other_verdicts: verdicts on other answers or under another rubric. study: the
+    ScoredStudy. folder: of the study. theme: 'light' or 'dark', as its notebooks show charts."""
 
     results: pd.DataFrame
     table: pd.DataFrame

@@ -121,7 +121,7 @@ def _against_cut_base(found, pairs):
 
 def worth(difference, cut_share):
     """What a difference from the cut base says. cut_share: of the method's own answers that the token limit cut."""
-    verdict = "inside the noise" if difference.is_noise else "higher" if difference.value > 0 else "lower"
+    verdict = difference.verdict
     if cut_share >= 0.5:  # then it has not learnt to stop, and the cut base is spared what lengthens its own answers
         return (
             f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "

@@ -117,7 +117,7 @@ class Mirror:
         try:
             listing = self.remote.listing()
         except OSError as error:
-            self.log(f"{self.remote} cannot be read ({_said(error)}): going on with what is here")
+            self.log(f"{self.remote} cannot be read ({_reason(error)}): going on with what is here")
             return
         # The small files come last: a record must not say more than what is here.
         units = sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))
@@ -138,7 +138,7 @@ class Mirror:
                     self.remote.fetch(name, facts, fetched)
                     names = archive.unpack(fetched, self.folder)
             except OSError as error:
-                self.log(f"{self.remote}: {name} not used ({_said(error)})")
+                self.log(f"{self.remote}: {name} not used ({_reason(error)})")
                 continue
             self.log(f"restored {unit} from {self.remote} ({len(names)} files, {facts['bytes'] / 2**20:.0f} MiB)")
             files = archive.units_of(self.folder).get(unit, [])
@@ -155,7 +155,7 @@ class Mirror:
             listing = self.remote.listing()
             free = self.remote.free_bytes()
         except OSError as error:
-            self.log(f"{self.remote} cannot be read ({_said(error)}): its free space is not known")
+            self.log(f"{self.remote} cannot be read ({_reason(error)}): its free space is not known")
             return
         free += sum(facts["bytes"] for _, facts in archive.newest_first(f"checkpoint-{run}", listing))
         if 2 * checkpoint_bytes > free:
@@ -246,7 +246,7 @@ class Mirror:
             self.busy_with = None
 
     def _fail(self, unit, error, pause):
-        said = _said(error)
+        said = _reason(error)
         if self._failures.get(unit, ("",))[0] != said:
             self.log(f"{self.remote}: {unit} could not be copied ({said}). Work goes on; {self.remote.remedy(error)}")
         self._failures[unit] = (said, time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE_S))
@@ -255,7 +255,7 @@ class Mirror:
 
     def _put(self, unit):
         files = archive.units_of(self.folder).get(unit, [])
-        print_of_files = archive.fingerprint(self.folder, files)
+        files_fingerprint = archive.fingerprint(self.folder, files)
         known = archive.newest_first(unit, self.remote.listing())
         newest = known[0][1] if known else {"serial": 0, "origin": self._state.origin}
         if newest["origin"] != self._state.origin and newest["serial"] > self._state.serials.get(unit, 0):
@@ -267,7 +267,7 @@ class Mirror:
         with archive.pinned(self.folder, files) as pairs:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
             self.remote.put(self._slot(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
-        self._state.keep(unit, serial, print_of_files)
+        self._state.keep(unit, serial, files_fingerprint)
         self._look_at = 0.0
         self._doubt = self.remote.doubt
         if unit == "study":
@@ -275,7 +275,7 @@ class Mirror:
 
     def _slot(self, unit, known):
         """The archive to write: a free one of the unit's slots, else the oldest."""
-        # Data can be made again, and of weights the checkpoint still stands while they are written.
+        # Data can be made again, and the checkpoint is kept until the weights are copied.
         slots = self.keep + 1 if unit.startswith("checkpoint-") else 2 if unit == "study" else 1
         names = [f"{unit}.{slot}" for slot in range(slots)]
         taken = [name for name, _ in known if name in names]
@@ -296,5 +296,5 @@ class Mirror:
                     self.remote.drop(name)
 
 
-def _said(error):
+def _reason(error):
     return error.strerror or str(error)

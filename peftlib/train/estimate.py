@@ -6,6 +6,7 @@ Hours come from speeds measured on that card, else from a range scaled from thos
 import json
 import time
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -88,13 +89,13 @@ def measured_rows(path=MEASURED):
 
 
 def speed(card, shape, method, *, precision, length, micro_batch, rows):
-    """The Speed of a method. card: gpus.Card. shape: the model's. length: tokens of a row. rows: measured_rows()."""
+    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows()."""
     usable = [row for row in rows if row["precision"] == precision]
     own = [row for row in usable if row["method"] == method]
     here = [row for row in own if card_of_device(row["device"]) == card]
     fitting = [row for row in here if row["micro_batch"] == micro_batch]
     if fitting and shape == SHAPES[_MEASURED_MODEL]:
-        best = _fastest(fitting)
+        best = max(fitting, key=itemgetter("tok_s"))
         return Speed(best["tok_s"], best["tok_s"], f"measured, {_source(best)}")
     needed = flops_per_token(shape, methods.find(method), length=length)
     if not usable:
@@ -102,17 +103,13 @@ def speed(card, shape, method, *, precision, length, micro_batch, rows):
         share = f"{_SHARES[0]:.0%} to {_SHARES[1]:.0%}"
         return Speed(low, high, f"estimate, {share} of the card's published {card.tflops:g} TFLOPS")
     # Scaled by the ratio of work, and of the cards' arithmetic and bandwidth: the wider range of the two.
-    row = _fastest(here or own or usable)
+    row = max(here or own or usable, key=itemgetter("tok_s"))
     source = card_of_device(row["device"])
     base = row["tok_s"] * flops_per_token(SHAPES[_MEASURED_MODEL], methods.find(row["method"]), length=row["seq"])
     ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
     # A small micro-batch leaves a large card idle, in the worst case in proportion.
     low = base / needed * min(ratios) / _SLOWER * min(1.0, micro_batch / row["micro_batch"])
     return Speed(low, base / needed * max(ratios), f"estimate from {_source(row)}")
-
-
-def _fastest(rows):
-    return max(rows, key=lambda row: row["tok_s"])
 
 
 def _source(row):
@@ -126,10 +123,9 @@ def _source(row):
 def scaling_note(card):
     """Explain how estimates come from speeds measured elsewhere."""
     return (
-        f"estimates are scaled from speeds of the {_MEASURED_MODEL} shape by the work of a token and by published "
-        f"figures (this card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s), the faster end by the kinder of the "
-        f"two, the slower end by the other and {_SLOWER:g} times slower still, and slower as the micro-batch is "
-        "smaller than the measured one"
+        f"estimates scale speeds of the {_MEASURED_MODEL} shape by the work per token and by published figures (this "
+        f"card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s): the fast end by the better ratio, the slow end by "
+        f"{_SLOWER:g} times the worse one, and slower still where the micro-batch is smaller than the measured one"
     )
 
 

@@ -112,7 +112,7 @@ class TrainingRun:
         return self.record
 
     def finished_record(self):
-        """The record of an earlier end of this very run whose weights are still whole, or None."""
+        """The record of this run if it has already finished and its weights are intact, else None."""
         record = records.load(self.study, self.name, self.cfg.seed)
         hashes = {"run_hash": self.cfg.run_hash(self.name), "split_hash": self.manifest["split_hash"]}
         if record is None or record["status"] != "ok" or any(record[name] != kept for name, kept in hashes.items()):
@@ -233,7 +233,7 @@ class TrainingRun:
             raise NonFiniteLossError(
                 f"{error} ({self.precision}, learning rate {rate:g}). The step was not applied. {kept}: run again with "
                 f"lower learning rates, by resume_rate_factor = {lower} in the notebook's parameters or `python -m "
-                f"peftlib run --study {self.study.folder.name} -p resume_rate_factor {lower}`, or with precision='fp32'"
+                f"peftlib run --study {self.study.folder.name} -p resume_rate_factor={lower}`, or with precision='fp32'"
             ) from None
 
     def _log_step(self, is_last):
@@ -275,7 +275,7 @@ class TrainingRun:
         self._watch.start()
 
     def _settle(self):
-        """Count the device's remaining work on the last step; later time belongs to no step until the watch starts."""
+        """Wait for the device, add that time to the last step, and stop the clock until it is started again."""
         rest = self._watch.lap(waits=True)
         self.progress.train_seconds += rest
         self.record["history"][-1]["seconds"] += rest

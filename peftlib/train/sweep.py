@@ -59,7 +59,7 @@ def sweep(
     edge = " (at the edge of what was tried: try further)" if is_at_edge(found) else ""
     log(f"{method}: best {_shown({name: best[name] for name in fields})}{edge}")
     if best["factor"] != 1:
-        given = " ".join(f"-p {name} {best[name]:g}" for name in fields)
+        given = " ".join(f"-p {name}={best[name]:g}" for name in fields)
         log(f"to train with it: {given}, in a study in which nothing was trained yet")
     return found
 

@@ -120,7 +120,9 @@ def test_four_bits_alone_are_measured_on_the_untrained_model(trained, make_study
     assert first["general_loss_nf4"] != pytest.approx(base["general_loss"], rel=1e-6) and "general_loss_nf4" not in base
     lines = []
     second = evaluate(other_seed, "qlora", log=lines.append)["evaluation"]
-    assert second["general_loss_nf4"] == first["general_loss_nf4"] and not any("4 bits alone" in line for line in lines)
+    assert second["general_loss_nf4"] == first["general_loss_nf4"] and not any(
+        "untrained model in NF4" in line for line in lines
+    )
     kept = record.load(study, "qlora", 0)
     assert forgetting.rounded_of(kept) == forgetting.GeneralLoss(
         first["general_loss_nf4"], 150, kept["evaluation"]["general_text_sha256"]
@@ -181,7 +183,7 @@ def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done
     assert forgetting.rounded_of(old) is None
     lines = []
     again = evaluate(study, "qlora", log=lines.append)
-    assert again == whole and len(lines) == 1 and "4 bits alone" in lines[0]
+    assert again == whole and len(lines) == 1 and "untrained model in NF4" in lines[0]
     assert evaluate(study, "qlora", log=lines.append) == whole and "nothing to do" in lines[-1]
 
 

@@ -127,5 +127,5 @@ def _httpx2():
     try:
         import httpx2
     except ImportError:
-        raise JudgeError("an endpoint needs the package httpx2: pip install 'peftlib[judge]', or use --local") from None
+        raise JudgeError("an endpoint needs the package httpx2: pip install 'httpx2>=2.10', or use --local") from None
     return httpx2
