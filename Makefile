@@ -53,9 +53,10 @@ test-browser: $(VENV)/browser $(VENV)/ipykernel6
 chaos: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/stress/chaos.py --kills $(KILLS)
 
-# A fault at every write, rename, flush and deletion of checkpoints and their copies.
+# A fault at every write, rename, flush and deletion of checkpoints and their copies, and every damage to a study.
 faults: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/stress/faults.py
+	$(OFFLINE) PEFTLIB_DAMAGES=all $(BIN)/python -m pytest -q -m slow tests/storage/test_damaged_studies.py
 
 bench-data: $(VENV)/installed
 	$(OFFLINE) $(BIN)/python tests/bench/data.py
