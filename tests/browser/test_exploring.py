@@ -11,6 +11,8 @@ from conftest import TINY
 
 from peftlib import data
 from peftlib.core import config
+from peftlib.core import record as records
+from peftlib.core.files import sha256
 from peftlib.core.study import Study
 from peftlib.evaluation.evaluate import evaluate
 from peftlib.train.loop import TrainingRun
@@ -41,6 +43,9 @@ def finished_study(lab, fields, built_data):
         evaluate(study, method, log=lambda line: None)
         answers = [answer_to(row, method) for row in rows]
         fake_study.write_predictions(study, method, 0, rows, answers, split_hash=study.manifest()["split_hash"])
+        record = records.load(study, method, 0)
+        record["evaluation"]["predictions_sha256"] = sha256(study.predictions_path(method, 0))
+        records.save(study, record)
     return study
 
 
@@ -91,7 +96,7 @@ def test_the_form_of_01_says_what_a_choice_costs_or_why_it_cannot_be(lab, fields
         form.wait_for(r"google/gemma-3-1b-it on a a100")
         form.enter("lora_rank", 7)
         form.wait_for(r"lora_rank = 7\b")
-        form.wait_for(r"-p lora_rank 7\b")
+        form.wait_for(r"-p lora_rank=7\b")
         form.enter("lora_rank", 0)
         form.wait_for("Not possible: lora_rank=0 is out of range: use 1 or more")
         form.enter("lora_rank", 100_000)
@@ -103,7 +108,7 @@ def test_the_charts_show_what_is_chosen_in_words_too(opened):
     with opened.watched():
         panel = opened.cell("show_charts(shown)")
         first = alt_text(panel)
-        assert re.match(r"Scores on the test rows\. .*qlora ROUGE-L 0\.\d{3}", first), first
+        assert re.match(r"Scores on the test rows: .*qlora ROUGE-L 0\.\d{3}", first), first
         panel.choose("of", "tulu")
         panel.wait_for_alt(r"test rows of tulu.*qlora ROUGE-L")
         assert panel.links() == ["ROUGE_L_tulu.png", "results.csv"]
