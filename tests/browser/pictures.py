@@ -41,7 +41,7 @@ def take(lab, study, folder):
     with lab.opened(lab.server.put("02_qlora", fields={"profile": "demo", "study": "again"})) as opened:
         _run_to(opened, "train_live(", folder / "panel.png", _HALF_WAY)
     with lab.opened(lab.server.put("04_eval", fields={"profile": "demo", "study": "demo"})) as opened:
-        _run_to(opened, "charts(", folder / "charts.png", "")
+        _run_to(opened, "show_charts(", folder / "charts.png", "")
         _run_to(opened, "explore(", folder / "explorer.png", "reference")
 
 

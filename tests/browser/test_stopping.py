@@ -75,7 +75,7 @@ def test_the_interrupt_button_saves_and_the_cell_goes_on_when_run_again(training
 
 def test_the_panels_button_saves_lets_waiting_cells_run_and_the_cell_goes_on_when_run_again(training):
     opened, cell, checkpoints = training
-    behind = opened.cell("figures.loss_curves([record]")
+    behind = opened.cell("loss_curves([record]")
     before = started(cell)
     before_behind = behind.start()
     assert (cell.prompt, behind.prompt) == ("[*]:", "[*]:")
@@ -84,6 +84,7 @@ def test_the_panels_button_saves_lets_waiting_cells_run_and_the_cell_goes_on_whe
     step = require_whole_checkpoint(checkpoints, cell)
     behind.wait_until_over(before_behind)
     assert (
-        behind.alt_texts()[0].startswith("Loss from the first to the last training step.") and behind.problems() == []
+        behind.alt_texts()[0].startswith("Loss from the first to the last training step: qlora")
+        and behind.problems() == []
     )
     require_it_goes_on(cell, step)
