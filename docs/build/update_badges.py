@@ -23,7 +23,7 @@ MARKERS = ("ci", "badges")
 _ABOUT = {
     "01_data": ("what exactly is learned from, and is the test unseen?", "`data/`"),
     "02_qlora": ("how far do adapters on a 4-bit model get?", "record, PEFT adapter"),
-    "03_galore": ("how far does training every projection get?", "record, model in bf16"),
+    "03_galore": ("how far does training every linear layer get?", "record, model in bf16"),
     "04_eval": ("which is better on unseen rows, and how sure is that?", "answers, `results.csv`, report, figures"),
     "05_hybrid": ("does the mixture pay?", "record, weights, the final report"),
 }

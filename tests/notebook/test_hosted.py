@@ -91,6 +91,7 @@ def test_torchaos_own_warning_is_not_in_the_readers_way(at, monkeypatch, tmp_pat
     (package / "__init__.py").write_text('"""A regex: re:language\\.layers"""\n')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.delitem(sys.modules, "torchao", raising=False)  # the real one, which PEFT has imported
     ask = [sys.executable, "-W", "always", "-c", "import torchao"]
     at("")
     hosted.compile_torchao()

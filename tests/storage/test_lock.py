@@ -66,7 +66,8 @@ def test_a_killed_session_leaves_a_lock_that_the_next_takes_at_once(holder, tmp_
 
 
 FORKED = """
-import os, sys, time
+import os, sys, time, warnings
+warnings.simplefilter("ignore")  # from Python 3.12 on of a fork beside threads
 from peftlib.storage.lock import StudyLock
 with StudyLock(sys.argv[1], "training qlora", settle_s=float(sys.argv[2])):
     print("held" if os.fork() else "forked", flush=True)

@@ -250,12 +250,12 @@ def rates_of(record):
 def test_a_run_goes_on_at_lower_rates_from_its_checkpoint_and_says_so(make_study):
     straight = rates_of(run_of(make_study(study="straight"), "qlora").train())
     fields = {"study": "diverged", "save_steps": 1}
-    assert "resume_rate_factor 0.3" in failing(make_study(**fields), at=3)
+    assert "resume_rate_factor=0.3" in failing(make_study(**fields), at=3)
     lowered = make_study(**fields, resume_rate_factor=0.25, max_seconds=1e-9)
     lines = []
     record = run_of(lowered, "qlora", lines).train()  # one step, then cut
     assert record["steps"] == 3 and any("0.25 times the study's from step 2 on" in line for line in lines)
-    assert "resume_rate_factor 0.075" in failing(make_study(**fields), at=5)  # without the setting, at the same rates
+    assert "resume_rate_factor=0.075" in failing(make_study(**fields), at=5)  # without the setting, at the same rates
     record = run_of(make_study(**fields, resume_rate_factor=0.25), "qlora").train()  # again: not multiplied twice
     assert record["status"] == "ok" and record["rate_factor"] == 0.25
     assert rates_of(record) == straight[:2] + [0.25 * rate for rate in straight[2:]]
