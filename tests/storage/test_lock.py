@@ -70,7 +70,7 @@ import os, sys, time, warnings
 warnings.simplefilter("ignore")  # from Python 3.12 on of a fork beside threads
 from peftlib.storage.lock import StudyLock
 with StudyLock(sys.argv[1], "training qlora", settle_s=float(sys.argv[2])):
-    print("held" if os.fork() else "forked", flush=True)
+    os.write(1, b"held\\n" if os.fork() else b"forked\\n")  # whole lines, whoever is first
     time.sleep(60)
 """
 
