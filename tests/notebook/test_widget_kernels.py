@@ -18,6 +18,7 @@ if "patch" in globals():
 import os, warnings
 # What a version does not know of a widget or its layout it takes with a warning, and its front end drops it.
 warnings.filterwarnings("error", "(?s).*([Uu]nrecognized|deprecated)", DeprecationWarning)
+warnings.filterwarnings("ignore", ".*utcnow", DeprecationWarning)  # the kernel's own, from Python 3.12 on
 from pathlib import Path
 import fake_study, pytest, torch
 torch.set_num_threads(1)
