@@ -16,9 +16,6 @@ PREPARE = """
 if "patch" in globals():
     patch.undo()  # of the test before, in the same kernel
 import os, warnings
-# What a version does not know of a widget or its layout it takes with a warning, and its front end drops it.
-warnings.filterwarnings("error", "(?s).*([Uu]nrecognized|deprecated)", DeprecationWarning)
-warnings.filterwarnings("ignore", ".*utcnow", DeprecationWarning)  # the kernel's own, from Python 3.12 on
 from pathlib import Path
 import fake_study, pytest, torch
 torch.set_num_threads(1)
@@ -32,6 +29,9 @@ patch = pytest.MonkeyPatch()
 with patch.context() as only_here:
     only_here.setattr(report_charts, "charts_of", lambda *_: {{}})
     shown = build_report(fake_study.make(Path({folder!r}), patch, methods=("base", "qlora"), n=6))
+# What a version does not know of a widget or its layout it takes with a warning, and its front end drops it. Not before: what is imported above may warn too.
+warnings.filterwarnings("error", "(?s).*([Uu]nrecognized|deprecated)", DeprecationWarning)
+warnings.filterwarnings("ignore", ".*utcnow", DeprecationWarning)  # the kernel's own, from Python 3.12 on
 print("prepared")
 """
 
