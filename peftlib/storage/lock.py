@@ -181,7 +181,7 @@ class StudyLock:
     def _acquire_local(self):
         """Take the system's lock. LockedError: another process or thread of this machine holds it."""
         owner = None
-        for _ in range(20):
+        for attempt in range(20):
             with writing(self.path):
                 try:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +191,9 @@ class StudyLock:
                     continue  # the session before removed the folder with its lock
                 except Timeout:
                     owner = read(self.path)
-            if owner is not None and is_of_this_machine(owner):
+            if owner is not None and is_of_this_machine(owner) and attempt >= 3:
                 break
-            time.sleep(0.1)  # it is just being taken or given back
+            time.sleep(0.1)  # it is just being taken or given back, or its owner is being killed
         if owner is not None:
             self._refuse(owner)
         raise LockedError(f"{self.path} changes hands all the time: several sessions want {self._place} at once")
