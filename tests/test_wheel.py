@@ -1,6 +1,5 @@
 """The wheel: built from a copy of the checkout, installed into a clean environment, used far from any checkout."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,7 +21,6 @@ PARTS = (
     "notebooks",
     "results/bench",
 )
-needs_cli = pytest.mark.skipif(importlib.util.find_spec("peftlib.cli") is None, reason="peftlib.cli is not there yet")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +83,6 @@ def test_an_installed_copy_finds_its_own_files(run):
     assert run("python", "-c", code).split() == ["None", "True", "True"]
 
 
-@needs_cli
 def test_the_console_script_helps_and_plans_without_a_checkout(run):
     assert "reference" in run("peftlib", "--help")
     planned = run("peftlib", "plan", "--gpu", "t4", "--model", "gemma-3-1b")

@@ -47,7 +47,7 @@ def study_form(study, *, is_interactive=None):
 
 
 def answer(study, choices, card_name=None):
-    """The Answer to {field: value} on a card of core.gpus; None: the one in this machine. ConfigError: no such card."""
+    """The Answer to {field: value} on a card of models.shapes; None: the one here. ConfigError: no such card."""
     try:
         cfg = study.cfg.replace(**choices)
     except PeftlibError as error:

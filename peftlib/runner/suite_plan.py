@@ -18,7 +18,7 @@ _FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
 def plan_lines(gpu, given, study=None):
     """Yield which method fits a GPU, in which micro-batch and for how long, as lines of text.
 
-    gpu: a name in core.gpus; None for the one here, or a t4, which is said. given: {field: value} of the config.
+    gpu: a name in shapes.CARDS; None for the one here, or a t4, which is said. given: {field: value} of the config.
     study: a Study whose config and data to plan for. ConfigError: an unknown GPU or setting, or a card on which no
     method fits. ModelError: the model's shape cannot be had.
     """

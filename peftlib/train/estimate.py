@@ -239,7 +239,7 @@ class Forecast:
 
 
 def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
-    """The Forecast of a config on a card. card: gpus.Card. shape: of cfg.model. manifest: of the data, if they exist.
+    """The Forecast of a config on a card. card: shapes.Card. shape: of cfg.model. manifest: of the data, if they exist.
 
     rows: speeds to go by, measured_rows() where not given.
     """

@@ -1,7 +1,6 @@
 """README and docs: tables from results/, links, length, and that README's Python runs."""
 
 import dataclasses
-import importlib
 import json
 import re
 import runpy
@@ -11,11 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import typer
 import update
 from conftest import TINY
 from result_tables import RESULTS, Results, ends, make_all
 
 import peftlib
+from peftlib import cli
 from peftlib.core.errors import StudyError
 
 PAGES = update.pages()
@@ -120,11 +121,6 @@ def test_pages_of_the_package_name_modules_that_exist():
 @pytest.fixture(scope="module")
 def commands():
     """{name: click command} of the command line."""
-    typer = pytest.importorskip("typer")
-    try:
-        cli = importlib.import_module("peftlib.cli")
-    except ModuleNotFoundError:
-        pytest.skip("peftlib.cli is not there yet")
     return typer.main.get_command(cli.app).commands
 
 

@@ -6,8 +6,8 @@ import re
 import fake_judge
 import fake_study
 import pytest
+from fake_judge import judged, lines_of
 
-from peftlib import cli
 from peftlib.core.errors import ConfigError, JudgeError, StudyError
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.judging import judge
@@ -47,17 +47,6 @@ def shorter(body):
 def call(study, url, *more):
     words = ["--study", "x", "--methods", "qlora", "base", "--endpoint", url, "--model", "m", *more]
     return judged(study, words)
-
-
-def judged(study, words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "open_study", lambda name: study)
-        return cli.call(["judge", *words])
-
-
-def lines_of(study):
-    text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 @pytest.mark.parametrize(

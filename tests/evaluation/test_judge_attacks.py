@@ -11,8 +11,8 @@ from email.utils import formatdate
 import fake_judge
 import fake_study
 import pytest
+from fake_judge import judged, lines_of
 
-from peftlib import cli
 from peftlib.core.errors import ConfigError, JudgeError, LockedError, Stopped
 from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint, endpoint_name
@@ -33,17 +33,6 @@ def study(tmp_path, monkeypatch):
 def call(study, url, *more):
     words = ["--study", "x", "--methods", "base", "qlora", "--endpoint", url, "--model", "m", *more]
     return judged(study, words)
-
-
-def judged(study, words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "open_study", lambda name: study)
-        return cli.call(["judge", *words])
-
-
-def lines_of(study):
-    text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def drip(connection, data, *, every_s=0.05):

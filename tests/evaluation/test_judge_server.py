@@ -2,7 +2,6 @@
 it."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import fake_judge
 import fake_study
 import pytest
 import tiny
+from fake_judge import judged, lines_of
 
-from peftlib import cli
 from peftlib.core.errors import JudgeError
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.models.chat_template import set_template
@@ -91,17 +90,6 @@ def call(study, url, model, *more):
         *more,
     ]
     return judged(study, words)
-
-
-def judged(study, words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "open_study", lambda name: study)
-        return cli.call(["judge", *words])
-
-
-def lines_of(study):
-    text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def test_a_real_server_that_says_no_verdict_is_counted_as_such(served, study, capsys):

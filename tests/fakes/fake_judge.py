@@ -10,6 +10,10 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from peftlib import cli
+
 
 def completion(text, *, sent=100, received=10):
     """A chat completion as OpenAI-compatible servers answer it."""
@@ -152,3 +156,16 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def judged(study, words):
+    """The exit code of the judge command on a study. ConfigError and others: as the command raises them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "open_study", lambda name: study)
+        return cli.call(["judge", *words])
+
+
+def lines_of(study):
+    """[verdict, ...] that a study has of base against qlora."""
+    text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
