@@ -17,7 +17,12 @@ from peftlib.models.inspect import core
 STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-_CODE = ("layers.py", "losses.py", "compile.py")  # what shapes compiled code; activation checkpointing is in layers
+_CODE = (
+    "attention.py",
+    "layers.py",
+    "losses.py",
+    "compile.py",
+)  # what shapes compiled code; activation checkpointing is in layers
 
 
 def resolve(asked, device, steps):
@@ -46,8 +51,6 @@ def compile_layers(model, *, backend="inductor"):
     stays outside, and a layer's hooks run between the compiled pieces.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    # Else a layer with our FourBitProduct is traced anew in every session, which took 53 s on an H100 where 8 s do.
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # A first layer whose input needs no gradient would be compiled apart from the others.
     core(model).get_input_embeddings().register_forward_hook(_with_gradient)
     for layer in core(model).model.layers:

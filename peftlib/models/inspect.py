@@ -25,10 +25,16 @@ def hidden_states(model, batch):
     """(B, T, D) last hidden states, after the final norm, of a batching.Batch.
 
     No padding mask: attention is causal, so a real token never sees the padding to its right. Rows packed into one
-    sequence do not see each other and count their positions from 0.
+    sequence do not see each other and count their positions from 0; a flat batch needs attention.use_kernel for it.
     """
     inner, packed = core(model).model, {}
-    if batch.documents is not None:
+    if batch.cu_seqlens is not None:
+        packed = {
+            "position_ids": batch.places,
+            "attention_mask": {"full_attention": None, "sliding_attention": None},
+            "cu_seqlens": batch.cu_seqlens,
+        }
+    elif batch.documents is not None:
         packed = {
             "position_ids": batch.places,
             "attention_mask": packed_masks(batch.documents, inner.config.sliding_window),

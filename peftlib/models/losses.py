@@ -7,29 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from peftlib.models.inspect import head_weight, hidden_states
+
 IGNORE = -100  # label of a position that is not scored, torch's own default
 CHUNK = 256  # positions whose logits are held at once
 _FP16_LIFT = 1024.0  # exact power of two that keeps small probabilities above fp16's smallest number
 
 
 def chunked_loss_sum(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, positions=None, chunk=CHUNK, is_compiled=False
+    hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor, *, chunk=CHUNK, is_compiled=False
 ) -> Tensor:
     """Sum over the scored positions of the cross-entropy, in nats, float32, 0-dim.
 
-    hidden: (B, T, D), any float dtype; head: (V, D), the output embedding, in whose dtype the products run; labels:
-    (B, T), unshifted: position t is scored by the hidden state of t - 1, and IGNORE is not scored. Divide by the
-    step's number of scored tokens. positions: (N,) int64, what `scored_positions` finds; given, the host need not
-    wait for the device to count them. is_compiled: let torch.compile fuse a chunk's softmax.
+    hidden: (B, T, D), any float dtype; head: (V, D), the output embedding, in whose dtype the products run; positions,
+    targets: (N,) int64, what `next_tokens` finds. A target of IGNORE counts nothing. Divide by the step's number of
+    scored tokens. is_compiled: let torch.compile fuse a chunk's softmax.
 
     Only scored positions reach the head, `chunk` of them at a time. For a frozen head the gradient is made in the
     forward pass, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), so the logits are made once; a trained head
     makes them again in the backward pass. Not torch's linear_cross_entropy, whose bf16 loss was seen wrong on CPUs.
     """
-    if positions is None:
-        positions = scored_positions(labels)
     rows = hidden.flatten(0, 1).index_select(0, positions)  # (N, D)
-    targets = labels.flatten().index_select(0, positions + 1)
     if torch.is_grad_enabled() and head.requires_grad:
         total = 0.0 * rows.float().sum()  # keeps the graph where nothing is scored
         for part, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True):
@@ -38,10 +36,20 @@ def chunked_loss_sum(
     return _FrozenHeadLoss.apply(rows, head, targets, chunk, is_compiled)
 
 
-def scored_positions(labels: Tensor) -> Tensor:
-    """(N,) int64 places in the flattened (B, T) hidden states whose next token is scored."""
+def batch_loss_sum(model, batch, **settings) -> Tensor:
+    """chunked_loss_sum of a model over a batching.Batch. settings: its chunk and is_compiled."""
+    hidden = hidden_states(model, batch)
+    return chunked_loss_sum(hidden, head_weight(model), batch.positions, batch.targets, **settings)
+
+
+def next_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions, targets) of (B, T) unshifted labels, (N,) int64 each, without those that are IGNORE.
+
+    The hidden state at positions[i] of the flattened (B, T) predicts targets[i], the label of the token after it.
+    """
     is_scored = F.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
-    return is_scored.flatten().nonzero().squeeze(1)
+    positions = is_scored.flatten().nonzero().squeeze(1)
+    return positions, labels.flatten().index_select(0, positions + 1)
 
 
 def _logits_loss(rows, head, targets):
@@ -76,22 +84,24 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def _chunk_loss(rows, head, wanted, wants_grad):
     """(loss, its slope with respect to the logits, lifted, in the head's dtype) of (c, D) rows and (c, 1) targets."""
     log_p = F.log_softmax(F.linear(rows.to(head.dtype), head), dim=-1, dtype=torch.float32)
-    loss = -log_p.gather(1, wanted).sum()
+    counts, wanted = (wanted != IGNORE).float(), wanted.clamp_min(0)
+    loss = -(log_p.gather(1, wanted) * counts).sum()
     if not wants_grad:
         return loss, None
     slope = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
-    return loss, slope.mul_(_lift(head)).to(head.dtype)
+    return loss, slope.mul_(counts * _lift(head)).to(head.dtype)
 
 
 def _chunk_loss_to_fuse(rows, head, wanted, wants_grad):
     """_chunk_loss in a form that a compiler turns into two passes over the logits and no float32 copy of them."""
     logits = F.linear(rows.to(head.dtype), head).float()
     log_z = logits.logsumexp(-1, keepdim=True)
-    loss = (log_z - logits.gather(1, wanted)).sum()
+    counts = (wanted != IGNORE).float()
+    loss = ((log_z - logits.gather(1, wanted.clamp_min(0))) * counts).sum()
     if not wants_grad:
         return loss, None
     is_wanted = torch.arange(head.shape[0], device=head.device) == wanted
-    return loss, (((logits - log_z).exp() - is_wanted.float()) * _lift(head)).to(head.dtype)
+    return loss, (((logits - log_z).exp() - is_wanted.float()) * (counts * _lift(head))).to(head.dtype)
 
 
 @functools.cache

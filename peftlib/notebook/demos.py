@@ -11,8 +11,8 @@ import torch
 
 from peftlib.core.errors import ModelError
 from peftlib.data.store import load_split
-from peftlib.models.inspect import PROJECTIONS, head_weight, hidden_states, named_weights
-from peftlib.models.losses import chunked_loss_sum
+from peftlib.models.inspect import PROJECTIONS, named_weights
+from peftlib.models.losses import batch_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
 from peftlib.report.chart import Chart, add_axes, title
@@ -154,7 +154,7 @@ def captured_energy(run, layers, *, rows=4):
         if any(f"layers.{layer}." in name for layer in layers)
     }
     with autocast(run.device, run.precision):
-        loss = chunked_loss_sum(hidden_states(run.model, batch), head_weight(run.model), batch.labels)
+        loss = batch_loss_sum(run.model, batch)
     grads = torch.autograd.grad(loss, list(weights.values()))
     return [
         {

@@ -7,43 +7,53 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peftlib.models.inspect import head_weight, hidden_states
-from peftlib.models.losses import IGNORE, chunked_loss_sum, scored_positions
+from peftlib.models.losses import IGNORE, batch_loss_sum, next_tokens
 from peftlib.models.precision import autocast
 
 _ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square
+_ROWS_MULTIPLE = 32  # to which the number of a flat batch's rows is padded
 _ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a share of a token's other work
 
 
 class Batch(NamedTuple):
     """Rows on a device.
 
-    ids, labels: (B, T) int64. positions: (N,) int64, what losses.scored_positions finds in the labels. places: (B, T)
-    int64 position ids within each row; documents: (B, T) int64 segment ids. Both are None on CPUs where each sequence
-    holds one row.
+    ids: (B, T) int64. positions, targets: (N,) int64, what losses.next_tokens finds; targets of IGNORE are padding.
+    places: (B, T) int64 position ids within each row. Rows packed with masks have documents: (B, T) int64 segment ids.
+    A flat batch has B = 1 and cu_seqlens: (R + 1,) int32, where each row begins and ends; its padding is a row of its
+    own. All three are None on CPUs where each sequence holds one row.
     """
 
     ids: torch.Tensor
-    labels: torch.Tensor
     positions: torch.Tensor
+    targets: torch.Tensor
     places: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+
+    def pinned(self):
+        """A copy in the host's pinned memory, from which a GPU copies without a wait."""
+        return Batch(*(t if t is None else t.pin_memory() for t in self))
 
     def to(self, device):
         """Copy to a device without waiting for it."""
         if device == "cpu":
             return self
-        return Batch(*(t if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self.pinned()))
 
 
 class Rows:
-    """Tokenized rows. lengths: (N,) tokens; scored: (N,) tokens that count in the loss."""
+    """Tokenized rows. lengths: (N,) tokens; scored: (N,) tokens that count in the loss.
 
-    def __init__(self, rows):
+    is_flat: `batches` are flat, for attention without masks (models/attention.py).
+    """
+
+    def __init__(self, rows, *, is_flat=False):
         self.ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
         self.is_scored = [np.asarray(row["is_scored"], dtype=bool) for row in rows]
         self.lengths = np.array([len(ids) for ids in self.ids])
         self.scored = np.array([mask.sum() for mask in self.is_scored])
+        self.is_flat = is_flat
 
     def __len__(self):
         return len(self.ids)
@@ -63,16 +73,48 @@ class Rows:
                 places[i, part] = np.arange(self.lengths[n])
                 documents[i, part] = document
                 start = part.stop
-        labels = torch.from_numpy(labels)
-        batch = Batch(torch.from_numpy(ids), labels, scored_positions(labels))
+        batch = Batch(torch.from_numpy(ids), *next_tokens(torch.from_numpy(labels)))
         if device != "cpu" or any(len(rows) > 1 for rows in bins):
             batch = batch._replace(places=torch.from_numpy(places), documents=torch.from_numpy(documents))
         return batch.to(device)
 
+    def flat_batch(self, rows):
+        """Build a flat Batch of rows, on the host, padded to one of few sizes so that shapes repeat."""
+        edges = np.cumsum([0, *(self.lengths[n] for n in rows)])
+        total = int(edges[-1])
+        size, count = padded_size(total), -(-len(rows) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        ids, places = np.zeros((1, size), dtype=np.int64), np.zeros((1, size), dtype=np.int64)
+        ids[0, :total] = np.concatenate([self.ids[n] for n in rows])
+        places[0, :total] = np.concatenate([np.arange(self.lengths[n]) for n in rows])
+        before = [start + self.is_scored[n][1:].nonzero()[0] for start, n in zip(edges[:-1], rows, strict=True)]
+        before = np.concatenate(before)
+        positions = np.zeros(padded_size(len(before)), dtype=np.int64)
+        targets = np.full(len(positions), IGNORE, dtype=np.int64)
+        positions[: len(before)], targets[: len(before)] = before, ids[0, before + 1]
+        cu_seqlens = np.full(count + 2, size, dtype=np.int32)
+        cu_seqlens[: len(edges)] = edges
+        made = (ids, positions, targets, places, None, cu_seqlens)
+        return Batch(*(t if t is None else torch.from_numpy(t) for t in made))
+
     def batches(self, numbers, tokens, device):
-        """Yield Batches of at most `tokens` padded tokens that together hold the given rows."""
+        """Yield Batches of at most `tokens` tokens (padded, where they are not flat) that together hold the rows."""
+        if self.is_flat:
+            for rows in self.cut_flat(numbers, tokens):
+                yield self.flat_batch(rows).to(device)
+            return
         for bins in self.cut(numbers, tokens, device):
             yield self.batch(bins, device)
+
+    def cut_flat(self, numbers, tokens):
+        """The rows of each of `batches`, flat: [[row, ...], ...], of about equal numbers of tokens."""
+        order = sorted(numbers, key=lambda row: (-self.lengths[row], row))
+        total, longest = int(self.lengths[order].sum()), int(self.lengths[order[0]])
+        count = -(-total // tokens)
+        for slack in (1.0, 1.02, 1.05, 1.1):
+            bins = _first_fit(order, self.lengths, max(longest, min(tokens, int(slack * total / count) + 1)))
+            if len(bins) == count:
+                return bins
+        return _first_fit(order, self.lengths, max(longest, tokens))
 
     def cut(self, numbers, tokens, device):
         """Yield the bins of each of `batches`: [[row, ...], ...].
@@ -94,11 +136,16 @@ def mean_loss(model, rows, *, device, precision, tokens=2048):
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), autocast(device, precision):
         for batch in rows.batches(range(len(rows)), tokens, device):
-            hidden = hidden_states(model, batch)
-            loss = chunked_loss_sum(hidden, head_weight(model), batch.labels, positions=batch.positions)
+            loss = batch_loss_sum(model, batch)
             total += loss.double().cpu()
     model.train(was_training)
     return float(total / rows.scored.sum())
+
+
+def padded_size(n):
+    """The number of tokens that a flat batch of n is padded to: sixteen sizes between two powers of two, from 128."""
+    step = max(128, 1 << max(0, (n - 1).bit_length() - 5))
+    return max(1, -(-n // step)) * step
 
 
 def pack(rows, lengths, tokens, *, multiple=1, least=1):

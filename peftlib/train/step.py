@@ -6,8 +6,8 @@ import math
 import torch
 
 from peftlib.core.errors import NonFiniteLossError
-from peftlib.models.inspect import head_weight, hidden_states, trainable
-from peftlib.models.losses import CHUNK, chunked_loss_sum
+from peftlib.models.inspect import trainable
+from peftlib.models.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 
 
@@ -43,11 +43,7 @@ class Stepper:
     def forward_backward(self, batch, scored):
         """Add one micro-batch's gradients; returns its share of the step's loss, detached."""
         with autocast(self.device, self.precision):
-            hidden = hidden_states(self.model, batch)
-            loss = chunked_loss_sum(
-                hidden, head_weight(self.model), batch.labels, positions=batch.positions, **self.loss_settings
-            )
-            loss = loss / scored
+            loss = batch_loss_sum(self.model, batch, **self.loss_settings) / scored
         self.scaler.scale(loss).backward()
         return loss.detach()
 

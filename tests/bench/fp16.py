@@ -76,8 +76,8 @@ def energies(study_name, model, *, apart=100):
     import torch
 
     from peftlib import data
-    from peftlib.models.inspect import PROJECTIONS, head_weight, hidden_states, named_weights
-    from peftlib.models.losses import chunked_loss_sum
+    from peftlib.models.inspect import PROJECTIONS, named_weights
+    from peftlib.models.losses import batch_loss_sum
     from peftlib.models.precision import autocast
     from peftlib.optim import subspace as basis
     from peftlib.train.batching import Rows
@@ -92,7 +92,7 @@ def energies(study_name, model, *, apart=100):
         batch = rows.batch([[n] for n in numbers], run.device)
         weights = named_weights(run.model, PROJECTIONS)
         with autocast(run.device, run.precision):
-            loss = chunked_loss_sum(hidden_states(run.model, batch), head_weight(run.model), batch.labels)
+            loss = batch_loss_sum(run.model, batch)
         made = torch.autograd.grad(loss, list(weights.values()))
         return [basis.turned(grad.float()) for grad in made]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peftlib.models.losses import IGNORE, chunked_loss_sum
+from peftlib.models.losses import IGNORE, chunked_loss_sum, next_tokens
 
 
 def case(dtype, scored_share=0.5):
@@ -24,7 +24,7 @@ def test_chunked_loss_and_gradients_equal_plain_logits(dtype, chunk, is_head_tra
     logits = F.linear(hidden, head).float()
     plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     wanted = torch.autograd.grad(plain, leaves)
-    ours = chunked_loss_sum(hidden, head, labels, chunk=chunk)
+    ours = chunked_loss_sum(hidden, head, *next_tokens(labels), chunk=chunk)
     got = torch.autograd.grad(ours, leaves)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
     # a bf16 head gradient is summed over chunks in bf16, so it may differ by roundings
@@ -37,7 +37,7 @@ def test_chunked_loss_and_gradients_equal_plain_logits(dtype, chunk, is_head_tra
 def test_unscored_positions_get_no_gradient(is_head_trained):
     hidden, head, labels = case(torch.float32)
     head.requires_grad_(is_head_trained)
-    chunked_loss_sum(hidden, head, labels).backward()
+    chunked_loss_sum(hidden, head, *next_tokens(labels)).backward()
     unscored = labels[:, 1:] == IGNORE
     assert hidden.grad[:, :-1][unscored].abs().max() == 0
     assert hidden.grad[:, -1].abs().max() == 0
@@ -47,7 +47,7 @@ def test_unscored_positions_get_no_gradient(is_head_trained):
 def test_a_batch_with_nothing_scored_is_zero_and_can_be_differentiated(is_head_trained):
     hidden, head, labels = case(torch.float32)
     head.requires_grad_(is_head_trained)
-    loss = chunked_loss_sum(hidden, head, torch.full_like(labels, IGNORE))
+    loss = chunked_loss_sum(hidden, head, *next_tokens(torch.full_like(labels, IGNORE)))
     loss.backward()
     assert loss == 0 and hidden.grad.abs().max() == 0
 
@@ -57,6 +57,6 @@ def test_an_fp16_head_keeps_the_gradient_of_improbable_words():
     hidden = torch.randn(1, 3, 16, generator=g).requires_grad_()
     head = torch.randn(60000, 16, generator=g) / 8
     labels = torch.tensor([[IGNORE, 5, 7]])
-    exact = torch.autograd.grad(chunked_loss_sum(hidden, head, labels), hidden)[0]
-    half = torch.autograd.grad(chunked_loss_sum(hidden, head.half(), labels), hidden)[0]
+    exact = torch.autograd.grad(chunked_loss_sum(hidden, head, *next_tokens(labels)), hidden)[0]
+    half = torch.autograd.grad(chunked_loss_sum(hidden, head.half(), *next_tokens(labels)), hidden)[0]
     assert (half - exact).norm() <= 2e-3 * exact.norm()

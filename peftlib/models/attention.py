@@ -1,0 +1,185 @@
+"""Attention over packed rows without masks: one flat sequence and the cumulative lengths of its rows.
+
+Two kernels of torch know where a row begins: varlen attention (FlashAttention 2, Dao 2023, arXiv:2307.08691; compute
+capability 8.0 and newer) and the memory-efficient one (Rabe and Staats 2021, arXiv:2112.05682), which a T4 has too.
+Each is tried on a few short rows before it is used; where none is right, rows are packed with masks.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlib.models.inspect import core
+from peftlib.models.precision import DTYPES
+
+_TOLERANCE = 0.02  # relative L2 distance of outputs and gradients in 16 bits; a wrong mask is off by far more
+_LENGTHS, _WINDOW = (3, 45, 16), 8  # of the rows that a kernel is tried on
+
+
+def _varlen(query, key, value, cu_seqlens, window, scale):
+    from torch.nn.attention.varlen import varlen_attn
+
+    key, value = (_repeated(t, query.shape[1]) for t in (key, value))
+    longest = query.shape[0]  # an upper bound that needs no wait for the device
+    window_size = (window - 1 if window else -1, 0)
+    return varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window_size
+    )
+
+
+def _efficient(query, key, value, cu_seqlens, window, scale):
+    key, value = (_repeated(t, query.shape[1]) for t in (key, value))
+    return torch.ops.peftlib.efficient_attention(query, key, value, cu_seqlens, window or 0, scale)[0]
+
+
+KERNELS = {"varlen": _varlen, "efficient": _efficient}  # best first
+
+
+def _repeated(t, heads):
+    """(T, K, D) with each of the K heads repeated for the query heads that share it."""
+    length, kept, width = t.shape
+    return t[:, :, None].expand(length, kept, heads // kept, width).reshape(length, heads, width)
+
+
+@torch.library.custom_op("peftlib::efficient_attention", mutates_args=())
+def efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(output (T, H, D), log-sum-exp of the scores) of causal attention within rows; window 0 is no window."""
+    longest = query.shape[0]
+    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        query[None], key[None], value[None], None, cu_seqlens, cu_seqlens, longest, longest, 0.0, 1, True,
+        scale=scale, window_size=window or None,
+    )  # fmt: skip
+    return out[0].clone(memory_format=torch.contiguous_format), lse
+
+
+@efficient_attention.register_fake
+def _(query, key, value, cu_seqlens, window, scale):
+    rows, aligned = cu_seqlens.shape[0] - 1, -(-query.shape[0] // 32) * 32
+    return torch.empty_like(query), query.new_empty((rows, query.shape[1], aligned), dtype=torch.float32)
+
+
+@torch.library.custom_op("peftlib::efficient_attention_backward", mutates_args=())
+def efficient_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of efficient_attention's query, key and value."""
+    longest, unused = query.shape[0], torch.zeros((), dtype=torch.int64, device=query.device)
+    found = torch.ops.aten._efficient_attention_backward(
+        grad[None].contiguous(), query[None], key[None], value[None], None, out[None], cu_seqlens, cu_seqlens, longest,
+        longest, lse, 0.0, unused, unused, 1, False, scale=scale, window_size=window or None,
+    )  # fmt: skip
+    return tuple(t[0].clone(memory_format=torch.contiguous_format) for t in found[:3])
+
+
+@efficient_attention_backward.register_fake
+def _(grad, query, key, value, out, lse, cu_seqlens, window, scale):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx, inputs, output):
+    query, key, value, cu_seqlens, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+
+
+def _efficient_gradients(ctx, grad, _):
+    grads = torch.ops.peftlib.efficient_attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
+    return (*grads, None, None, None)
+
+
+efficient_attention.register_autograd(_efficient_gradients, setup_context=_keep)
+
+
+def _interface(name):
+    """transformers' attention function that runs a kernel on packed rows, and SDPA where no cumulative lengths come."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    kernel = KERNELS[name]
+
+    def attend(module, query, key, value, attention_mask, *, scaling, sliding_window=None, cu_seqlens=None, **settings):
+        if cu_seqlens is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+        flat = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))  # each (T, heads, D)
+        return kernel(*flat, cu_seqlens, sliding_window, scaling)[None], None
+
+    return attend
+
+
+def use_kernel(model, name):
+    """Let a model attend by one of KERNELS where its call passes `cu_seqlens`; the result is that of masks."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", _interface(name))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", sdpa_mask)
+    core(model).set_attn_implementation(f"peftlib_{name}")
+
+
+def choose_kernel(model, *, device, precision):
+    """(name, reason) of the first of KERNELS that this device runs rightly; name is None where rows need masks."""
+    if device != "cuda":
+        return None, "no GPU"
+    reasons = []
+    for name in KERNELS:
+        try:
+            fault = _fault(name, core(model).config, DTYPES[precision])
+        except Exception as error:  # noqa: BLE001 - kernels refuse cards, dtypes and head sizes by errors of any kind
+            fault = " ".join(str(error).split())[:120] or type(error).__name__
+        if fault is None:
+            return name, "; ".join(reasons)
+        reasons.append(f"{name}: {fault}")
+    return None, "; ".join(reasons)
+
+
+def _fault(name, config, dtype, device="cuda"):
+    """What is wrong with a kernel's output or gradients on three short rows, or None."""
+    draw = torch.Generator(device).manual_seed(0)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    total, scale = sum(_LENGTHS), config.head_dim**-0.5
+    given = [torch.randn(total, n, config.head_dim, generator=draw, device=device).to(dtype) for n in heads]
+    cu_seqlens = torch.tensor([0, *_LENGTHS], device=device).cumsum(0).to(torch.int32)
+    for window in (None, _WINDOW):
+        found, wanted = (
+            _outputs(call, given, cu_seqlens, window, scale) for call in (KERNELS[name], attention_by_rows)
+        )
+        for one, two in zip(found, wanted, strict=True):
+            distance = float((one - two).norm() / two.norm())
+            if not distance < _TOLERANCE:
+                return f"differs from plain attention by {distance:.2g}"
+    return None
+
+
+def _outputs(kernel, given, cu_seqlens, window, scale):
+    """The output of a kernel and the gradients of its square's sum, each in float32."""
+    given = [t.detach().clone().requires_grad_() for t in given]
+    with torch.enable_grad():
+        out = kernel(*given, cu_seqlens, window, scale)
+        grads = torch.autograd.grad(out.float().square().sum(), given)
+    return [t.detach().float() for t in (out, *grads)]
+
+
+def attention_by_rows(query, key, value, cu_seqlens, window, scale):
+    """What the kernels compute, by SDPA one row at a time: (T, H, D) of query (T, H, D), key and value (T, K, D).
+
+    cu_seqlens: (rows + 1,) int32. window: tokens, itself included, that a token sees; None for all before it.
+    """
+    key, value = (_repeated(t, query.shape[1]) for t in (key, value))
+    edges, parts = cu_seqlens.tolist(), []
+    for start, end in itertools.pairwise(edges):
+        rows = [t[start:end].transpose(0, 1) for t in (query, key, value)]
+        position = torch.arange(end - start, device=query.device)
+        back = position[:, None] - position
+        seen = (back >= 0) & (back < (window or end))
+        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(parts)
