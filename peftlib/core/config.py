@@ -110,6 +110,9 @@ class Config:
     compile: str = setting(
         "auto", "run", "torch.compile by layer; auto: where Triton is", choices=("auto", "on", "off")
     )
+    cuda_graphs: str = setting(
+        "auto", "run", "run the steps by CUDA graphs; auto: where rows need no masks", choices=("auto", "off")
+    )
     memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
     max_seconds: float = setting(
         0.0, "run", "wall clock of a training call, then save and stop; 0 is no limit", low=0.0

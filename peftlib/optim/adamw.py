@@ -5,7 +5,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from peftlib.core.env import require_bitsandbytes, seed_of
 from peftlib.core.errors import CheckpointError, ConfigError
@@ -26,6 +25,7 @@ class Accumulating:
     """
 
     max_grad_norm = 0.0
+    keeps_buffers = False  # zero gradients in place: captured kernels find them where they were
     _fit_norms: Mapping[Tensor, Tensor] = MappingProxyType(
         {}
     )  # weight -> norm of a gradient that step() does not apply but a basis rests on
@@ -37,6 +37,17 @@ class Accumulating:
     def basis_passes(self):
         """Yields once for each backward pass over the whole step that has to come before the real one."""
         return iter(())
+
+    def gather_refreshes(self):
+        """Have as few kinds of steps as the optimizer can; most have one."""
+
+    def is_steady(self):
+        """Whether the next backward pass does what every one does, so that it can be captured."""
+        return True
+
+    def zero_grad(self, set_to_none=True):
+        """Drop the gradients, or zero them where `keeps_buffers`."""
+        super().zero_grad(set_to_none and not self.keeps_buffers)
 
     @torch.no_grad()
     def finish_accumulation(self, scale=1.0) -> tuple[Tensor, Tensor]:
@@ -105,33 +116,69 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One AdamW update from the gradients that finish_accumulation left."""
+        self.begin_step()
         for group in self.param_groups:
-            self._step_plain(group)
+            for members in self._of_one_age(group):
+                self.move(group, members, self.rates_of(group, members).to(members[0].device))
 
-    def _step_plain(self, group):
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                moments.fresh(self.state[p], p, bits=32)
-        if not params:
-            return
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+    def begin_step(self):
+        """Create missing states, and count the step."""
+        for group in self.param_groups:
+            for p in self._with_gradient(group):
+                state = self.state[p] or self._new_state(p, group)
+                state["step"] += 1
+
+    def _with_gradient(self, group):
+        return [p for p in group["params"] if p.grad is not None]
+
+    def _new_state(self, p, group):
+        return moments.fresh(self.state[p], p, bits=32)
+
+    def _of_one_age(self, group):
+        """The weights of a group that have a gradient, in lists of the same step count: mostly one list."""
+        ages = {}
+        for p in self._with_gradient(group):
+            ages.setdefault(int(self.state[p]["step"]), []).append(p)
+        return ages.values()
+
+    def rates_of(self, group, members):
+        """(3,) float32: eps, minus the step size, and the factor of weight decay, with Adam's bias correction in the
+        first two. members: weights of one step count."""
+        beta1, beta2 = group["betas"]
+        count = int(self.state[members[0]]["step"])
+        debias = (1 - beta2**count) ** 0.5
+        size = group["lr"] * debias / (1 - beta1**count)
+        return torch.tensor([group["eps"] * debias, -size, 1 - group["lr"] * group["weight_decay"]])
+
+    def can_capture(self):
+        """Whether the whole update is device work that `rates_of` alone changes from step to step."""
+        return all(
+            all(map(self.state.get, group["params"])) and len(self._of_one_age(group)) == 1
+            for group in self.param_groups
         )
+
+    def move(self, group, members, rates):
+        """Move `members` of a group, whose states exist, by their gradients. rates: `rates_of`, on their device."""
+        directions = self._adam([self.state[p] for p in members], [p.grad for p in members], group, rates[0])
+        if group["weight_decay"]:
+            torch._foreach_mul_(members, rates[2])
+        torch._foreach_mul_(directions, rates[1])
+        torch._foreach_add_(members, directions)
+
+    def _adam(self, states, grads, group, eps):
+        """Adam's directions, a list; the moments of `states` move on by `grads`. eps: 0-dim, on their device."""
+        beta1, beta2 = group["betas"]
+        means = [moments.read(state, "exp_avg") for state in states]
+        squares = [moments.read(state, "exp_avg_sq") for state in states]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        for state, mean, square in zip(states, means, squares, strict=True):
+            moments.write(state, "exp_avg", mean)
+            moments.write(state, "exp_avg_sq", square)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, eps)
+        return list(torch._foreach_div(means, roots))
 
 
 class ProjectedAdamW(AccumulatingAdamW):

@@ -26,39 +26,36 @@ class ApolloAdamW(ProjectedAdamW):
         super().__init__(params, rank_field="apollo_rank", seed=seed, **settings)
         self._drawn = {}  # weight -> (block of steps, its projection)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update from the gradients that finish_accumulation left."""
-        for group in self.param_groups:
-            if "rank" not in group:
-                self._step_plain(group)
-                continue
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_scaled(p, group)
+    def can_capture(self):
+        """A projection is drawn anew on the host."""
+        return False
 
-    def _step_scaled(self, p, group):
+    def _new_state(self, p, group):
+        if "rank" not in group:
+            return super()._new_state(p, group)
+        low = torch.empty(group["rank"], max(p.shape), device="meta")
+        state = moments.fresh(self.state[p], low, bits=32, device=p.device)
+        state["update_norm"] = torch.full((), torch.inf, device=p.device)  # nothing to grow from yet
+        return state
+
+    def move(self, group, members, rates):
+        """As AdamW for plain groups; a projected weight moves along its gradient, each channel scaled."""
+        if "rank" not in group:
+            super().move(group, members, rates)
+            return
+        for p in members:
+            self._move_scaled(p, group, rates)
+
+    def _move_scaled(self, p, group, rates):
         grad, state = turned(p.grad).float(), self.state[p]
-        done = int(state["step"]) if state else 0
-        low = self.projection(p, group, done) @ grad  # (r, n)
-        if not state:
-            moments.fresh(state, low, bits=32)
-            state["update_norm"] = torch.full((), torch.inf, device=p.device)  # nothing to grow from yet
-        beta1, beta2 = group["betas"]
-        state["step"] += 1
-        t = done + 1
-        state["exp_avg"].lerp_(low, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        debias = (1 - beta2**t) ** 0.5
-        adam = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"] * debias)
+        low = self.projection(p, group, int(state["step"]) - 1) @ grad  # (r, n)
+        (adam,) = self._adam([state], [low], group, rates[0])
         update = grad * (adam.norm(dim=0) / (low.norm(dim=0) + 1e-8))
         norm = update.norm()
         allowed = (norm / (state["update_norm"] + 1e-8) / _GROWTH).clamp_min(1.0)
         state["update_norm"] = norm / allowed
-        update.mul_(group["scale"] ** 0.5 / allowed)
-        weight = turned(p)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.sub_(update, alpha=group["lr"] * debias / (1 - beta1**t))
+        update.mul_(rates[1] * group["scale"] ** 0.5 / allowed)
+        turned(p).mul_(rates[2]).add_(update)
 
     def _state_shapes(self, p, group):
         return {**super()._state_shapes(p, group), **({"update_norm": ()} if "rank" in group else {})}

@@ -6,6 +6,8 @@ scale * P @ adam(R). The projection is linear, so micro-batches are summed as R 
 the backward pass that made it. A weight whose basis is due keeps its summed G until finish_accumulation.
 """
 
+import contextlib
+
 import torch
 
 from peftlib.core.env import require_bitsandbytes
@@ -23,6 +25,7 @@ from peftlib.optim.subspace import (
     turned,
 )
 
+_REFRESH_STEPS, _STEPS_BETWEEN = 8, 25  # of a gap, where refreshes are gathered: so many at most, so far apart at least
 _NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
 
@@ -77,9 +80,10 @@ class GaLoreAdamW(ProjectedAdamW):
         self.on_refresh, self.moment_bits, self.reference = on_refresh, moment_bits, reference
         self.whole_gradient_bytes = whole_gradient_bytes
         count = len(self._projected)
-        is_spread = stagger and not reference
+        self._is_spread = stagger and not reference
         self._phase = {  # weight -> the step of its gap at which its basis is due
-            p: i * group["update_gap"] // count if is_spread else 0 for i, (p, group) in enumerate(self._projected)
+            p: i * group["update_gap"] // count if self._is_spread else 0
+            for i, (p, group) in enumerate(self._projected)
         }
         self._full = {}  # weight -> summed (m, n) gradient, where a basis is due
         self._low = {}  # weight -> summed (r, n) gradient
@@ -134,16 +138,18 @@ class GaLoreAdamW(ProjectedAdamW):
             self._full[p] = grad.to(torch.float32, copy=True)
             return
         basis = self.state[p]["basis"] if basis is None else basis
-        if p in self._low:
-            self._low[p].addmm_(basis.T, grad.float())
-        else:
-            self._low[p] = basis.T @ grad.float()
+        with _tensor_cores(is_on=not self.reference):
+            if p in self._low:
+                self._low[p].addmm_(basis.T, grad.float())
+            else:
+                self._low[p] = basis.T @ grad.float()
 
     def _accumulated(self):
         whole = dict(self._full)
         self._fit_due()
         for p, grad in whole.items():
-            self._low[p] = self._pending[p].T @ grad
+            low = self._pending[p].T @ grad
+            self._low[p] = self._low[p].copy_(low) if p in self._low else low
         self._full.clear()
         plain = [(p, p.grad) for group in self.param_groups if "rank" not in group for p in group["params"]]
         return [*self._low.items(), *((p, grad) for p, grad in plain if grad is not None)]
@@ -177,80 +183,94 @@ class GaLoreAdamW(ProjectedAdamW):
             bases = leading_space(torch.stack(grams), torch.stack(starts), steps)
             self._pending.update((p, basis.clone()) for p, basis in zip(params, bases, strict=True))
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update from what finish_accumulation left; adopts the pending bases."""
-        for group in self.param_groups:
-            if "rank" not in group:
-                self._step_plain(group)
-                continue
-            ready = [p for p in group["params"] if p in self._low]
-            for p in ready:
-                if p in self._pending:
-                    self._adopt(self.state[p], self._pending[p], self._low[p])
-            for part in _parts(ready, _NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
-                self._step_projected(part, group)
+    def begin_step(self):
+        """Create missing states, adopt the pending bases, and count the step."""
+        super().begin_step()
+        for p, basis in self._pending.items():
+            self._adopt(self.state[p], basis)
 
-    def _step_projected(self, params, group):
-        """weight = decay * weight - size * scale * basis @ update; in reference mode the decay comes last."""
-        updates, sizes = self._adam([self.state[p] for p in params], [self._low[p] for p in params], group)
-        decay = 1 - group["lr"] * group["weight_decay"]
-        before, after = (1.0, decay) if self.reference else (decay, 1.0)
-        for p, update, size in zip(params, updates, sizes, strict=True):
-            weight, basis, alpha = turned(p), self.state[p]["basis"], -size * group["scale"]
-            if p.dtype == torch.float32:
-                weight.addmm_(basis, update, beta=before, alpha=alpha)
-                if after != 1.0:
-                    weight.mul_(after)
-            else:
-                exact = torch.addmm(weight.float(), basis, update, beta=before, alpha=alpha).mul_(after)
-                # A generator that depends on seed, weight and step alone, so that it needs no saved state.
-                noise = torch.Generator(p.device).manual_seed(self._seed_of(p, int(self.state[p]["step"])))
-                weight.copy_(moments.round_stochastically(exact, noise))
+    def _with_gradient(self, group):
+        if "rank" not in group:
+            return super()._with_gradient(group)
+        return [p for p in group["params"] if p in self._low]
 
-    def _adam(self, states, grads, group):
-        """(directions, step sizes) of Adam, lists; the moments of `states` move on by `grads`."""
-        beta1, beta2 = group["betas"]
-        for state in states:
-            state["step"] += 1
-        counts = [int(state["step"]) for state in states]
-        debias = [(1 - beta2**t) ** 0.5 for t in counts]
-        means = [moments.read(state, "exp_avg") for state in states]
-        squares = [moments.read(state, "exp_avg_sq") for state in states]
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        for state, mean, square in zip(states, means, squares, strict=True):
-            moments.write(state, "exp_avg", mean)
-            moments.write(state, "exp_avg_sq", square)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, [group["eps"] * (1.0 if self.reference else d) for d in debias])
-        directions = torch._foreach_div(means, roots)
-        return directions, [group["lr"] * d / (1 - beta1**t) for d, t in zip(debias, counts, strict=True)]
+    def _new_state(self, p, group):
+        if "rank" not in group:
+            return super()._new_state(p, group)
+        return moments.fresh(self.state[p], self._low[p], bits=self.moment_bits)
 
-    def _step_plain(self, group):
-        if not self.reference:
-            super()._step_plain(group)
+    def _adopt(self, state, basis):
+        if "basis" not in state:
+            state["basis"] = basis
             return
-        for p in group["params"]:
-            if p.grad is not None:
-                state = self.state[p] or moments.fresh(self.state[p], p.grad, bits=32)
-                (update,), (size,) = self._adam([state], [p.grad], group)
-                p.sub_(update, alpha=size).mul_(1 - group["lr"] * group["weight_decay"])
-
-    def _adopt(self, state, basis, low):
-        if not state:
-            moments.fresh(state, low, bits=self.moment_bits)
-        elif self.on_refresh == "project":
+        if self.on_refresh == "project":
             turn = basis.T @ state["basis"]
             moments.write(state, "exp_avg", turn @ moments.read(state, "exp_avg"))
             moments.write(state, "exp_avg_sq", turn.square() @ moments.read(state, "exp_avg_sq"))
-        state["basis"] = basis
+        state["basis"].copy_(basis)
+
+    def rates_of(self, group, members):
+        """As for AdamW; in reference mode eps has no bias correction."""
+        rates = super().rates_of(group, members)
+        if self.reference:
+            rates[0] = group["eps"]
+        return rates
+
+    def gather_refreshes(self):
+        """Spread the refreshes over few steps of a gap instead of all: the other steps are then alike (`is_steady`)."""
+        for i, (p, group) in enumerate(self._projected):
+            count = max(1, min(_REFRESH_STEPS, group["update_gap"] // _STEPS_BETWEEN))
+            place = i * count // len(self._projected)
+            self._phase[p] = place * group["update_gap"] // count if self._is_spread else 0
+
+    def is_steady(self):
+        """False where a basis is due, whose weight keeps its whole gradient."""
+        return all(p in self._low and not self._is_due(p, group) for p, group in self._projected)
+
+    def can_capture(self):
+        """Stochastic rounding draws from a generator of each step."""
+        return super().can_capture() and all(p.dtype == torch.float32 for p, _ in self._projected)
+
+    def move(self, group, members, rates):
+        """weight = decay * weight - size * scale * basis @ update; in reference mode the decay comes last."""
+        if "rank" not in group:
+            self._move_plain(group, members, rates)
+            return
+        for part in _parts(members, _NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
+            updates = self._adam([self.state[p] for p in part], [self._low[p] for p in part], group, rates[0])
+            torch._foreach_mul_(updates, rates[1])
+            for p, update in zip(part, updates, strict=True):
+                self._move_projected(p, update, group, rates[2])
+
+    def _move_projected(self, p, update, group, decay):
+        exact = turned(p if p.dtype == torch.float32 else p.float())
+        if group["weight_decay"] and not self.reference:
+            exact.mul_(decay)
+        with _tensor_cores(is_on=not self.reference):
+            exact.addmm_(self.state[p]["basis"], update, alpha=group["scale"])
+        if group["weight_decay"] and self.reference:
+            exact.mul_(decay)
+        if p.dtype != torch.float32:
+            # A generator that depends on seed, weight and step alone, so that it needs no saved state.
+            noise = torch.Generator(p.device).manual_seed(self._seed_of(p, int(self.state[p]["step"])))
+            turned(p).copy_(moments.round_stochastically(exact, noise))
+
+    def _move_plain(self, group, members, rates):
+        if not self.reference:
+            super().move(group, members, rates)
+            return
+        updates = self._adam([self.state[p] for p in members], [p.grad for p in members], group, rates[0])
+        torch._foreach_mul_(updates, rates[1])
+        torch._foreach_add_(members, updates)
+        torch._foreach_mul_(members, rates[2])
 
     def _drop_gradients(self):
         super().zero_grad(True)
         self._full.clear()
-        self._low.clear()
+        if self.keeps_buffers and self._low:
+            torch._foreach_zero_(list(self._low.values()))
+        else:
+            self._low.clear()
 
     def zero_grad(self, set_to_none=True):
         """Drop what was accumulated, plain and projected, and bases not yet adopted."""
@@ -258,6 +278,17 @@ class GaLoreAdamW(ProjectedAdamW):
         self._pending.clear()
         self._fit_norms.clear()
         self._held = None
+
+
+@contextlib.contextmanager
+def _tensor_cores(*, is_on):
+    """Within it a GPU computes float32 products in TF32: gradients of 16-bit products have no more digits than that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if is_on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _parts(items, limit, *, size=lambda p: 4 * p.numel()):

@@ -9,17 +9,18 @@ _BLOCK = 256
 _SMALLEST = 4096  # numbers; below it the scales would eat what 8 bits save (bitsandbytes' own limit)
 
 
-def fresh(state, like: Tensor, *, bits):
+def fresh(state, like: Tensor, *, bits, device=None):
     """Fill an empty state with a step count (on the CPU) and zero moments of the shape of `like`; returns it.
 
+    device: of the moments, where it is not that of `like`.
     bits: 32, or 8 for bitsandbytes' dynamic blockwise quantization (Dettmers et al. 2022, arXiv:2110.02861): the
     first moment signed, the second unsigned, a float32 scale for each 256 numbers.
     """
     state["step"] = torch.zeros((), dtype=torch.float32)
     for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        state[name] = torch.zeros(like.shape, dtype=torch.float32, device=device or like.device)
         if bits == 8 and like.numel() >= _SMALLEST:
-            _quantize(state, name, state[name])
+            state[name], state[f"{name}_scale"] = _quantized(name, state[name])
     return state
 
 
@@ -33,16 +34,19 @@ def read(state, name) -> Tensor:
 
 
 def write(state, name, value: Tensor):
-    """Keep a new value of the moment in the form that it has."""
-    if state[name].dtype == torch.uint8:
-        _quantize(state, name, value)
-    else:
-        state[name] = value
+    """Keep a new value of the moment in the form and in the tensors that it has."""
+    kept = state[name]
+    if kept.dtype == torch.uint8:
+        numbers, scales = _quantized(name, value)
+        kept.copy_(numbers)
+        state[f"{name}_scale"].copy_(scales)
+    elif kept is not value:
+        kept.copy_(value)
 
 
-def _quantize(state, name, value):
+def _quantized(name, value):
     code = _code(name, value.device)  # first: it imports bitsandbytes, which registers the operator
-    state[name], state[f"{name}_scale"] = torch.ops.bitsandbytes.quantize_blockwise(value.contiguous(), code, _BLOCK)
+    return torch.ops.bitsandbytes.quantize_blockwise(value.contiguous(), code, _BLOCK)
 
 
 @functools.cache

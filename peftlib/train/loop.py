@@ -139,7 +139,11 @@ class TrainingRun:
         self._open.enter_context(memory_cap(cfg, self.device))
         where = {"device": self.device, "precision": self.precision}
         self.execution = ExecutionPlan(self.model, self.name, cfg, **where, steps=self.plan.steps, log=self.log)
-        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **where, is_compiled=self.execution.is_compiled)
+        self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
+        how = {**where, "is_compiled": self.execution.is_compiled, "log": self.log}
+        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
+        if self.execution.is_graphed:
+            self.stepper.use_graphs(self.execution.tokens)
 
     def _resume(self):
         """Open the record, and restore the newest checkpoint if there is any."""

@@ -11,6 +11,7 @@ import torch
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
+from peftlib.models.attention import choose_kernel, use_kernel
 from peftlib.models.inspect import core
 from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
@@ -35,6 +36,14 @@ class ExecutionPlan:
         if device == "cuda" and cfg.micro_batch_size == 0:
             self._choose(precision)
         checkpoint_layers(model, self.cfg)
+        self.attention, why_masks = choose_kernel(model, device=device, precision=precision)
+        if self.attention:
+            use_kernel(model, self.attention)
+        self.is_graphed = self.attention is not None and cfg.cuda_graphs == "auto"
+        if device == "cuda":
+            how = "without masks" if self.attention else "with masks"
+            reason = f" ({why_masks})" if why_masks else ""
+            log(f"packs rows {how}{reason}{', runs steps by CUDA graphs' if self.is_graphed else ''}")
         self._cache = compiled.CompileCache(cache_root() / "compile", log=log)
         if self.is_compiled:
             loaded = self._cache.load()
@@ -57,6 +66,8 @@ class ExecutionPlan:
             "micro_batch_size": self.micro_batch_size,
             "activation_checkpointing": self.cfg.activation_checkpointing,
             "is_compiled": self.is_compiled,
+            "attention": self.attention or "masks",
+            "is_graphed": self.is_graphed,
         }
 
     @property

@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward over micro-batches, the update, and the check that all numbers are
 finite."""
 
+import contextlib
 import math
 
 import torch
@@ -9,19 +10,25 @@ from peftlib.core.errors import NonFiniteLossError
 from peftlib.models.inspect import trainable
 from peftlib.models.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
+from peftlib.train.graphs import CaptureError, StepGraphs, brief
 
 
 class Stepper:
     """Runs the steps of a model in training mode. The host waits for the device once a step, between backward and
     update.
 
-    loss_settings: of losses.chunked_loss_sum; is_compiled also fuses the loss.
+    loss_settings: of losses.chunked_loss_sum; is_compiled also fuses the loss. log: called where CUDA graphs fail.
     """
 
-    def __init__(self, model, optimizer, scaler, *, device, precision, **loss_settings):
+    def __init__(self, model, optimizer, scaler, *, device, precision, log=print, **loss_settings):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.device, self.precision = device, precision
         self.loss_settings = {"chunk": CHUNK, "is_compiled": False, **loss_settings}
+        self.graphs, self.log = None, log
+
+    def use_graphs(self, tokens):
+        """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
+        self.graphs = StepGraphs(self, tokens=tokens)
 
     def gradients(self, batches, scored, *, seed):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
@@ -29,16 +36,29 @@ class Stepper:
         batches: batching.Batch, on the device. scored: tokens that count in the loss, over all batches. seed: of
         dropout; set anew for each pass over the batches, so that every pass sees the same gradients.
         """
-        for _ in self.optimizer.basis_passes():
-            self._accumulate(batches, scored, seed)
-        return self._accumulate(batches, scored, seed)
+        try:
+            with self._stream():
+                for _ in self.optimizer.basis_passes():
+                    self._accumulate(batches, scored, seed)
+                return self._accumulate(batches, scored, seed)
+        except CaptureError as error:
+            self.graphs = None
+            self.log(f"CUDA graphs are not used ({brief(error)}): training goes on without them")
+            self.optimizer.zero_grad()
+            return self.gradients(batches, scored, seed=seed)
+
+    def _stream(self):
+        return self.graphs.on_stream() if self.graphs else contextlib.nullcontext()
 
     def _accumulate(self, batches, scored, seed):
         torch.manual_seed(seed)
         total = torch.zeros((), device=self.device)
+        if self.graphs:
+            self.graphs.total.zero_()
         for batch in batches:
-            total += self.forward_backward(batch, scored)
-        return total
+            if not (self.graphs and self.graphs.forward_backward(batch, scored)):
+                total += self.forward_backward(batch, scored)
+        return total + self.graphs.total if self.graphs else total
 
     def forward_backward(self, batch, scored):
         """Add one micro-batch's gradients; returns its share of the step's loss, detached."""
@@ -53,7 +73,12 @@ class Stepper:
         NonFiniteLossError: the loss, a gradient (named) or their norm is inf or nan, and no loss scale could cure it;
         weights and optimizer are unchanged. With fp16 such a step is skipped instead.
         """
-        done = apply_step(self.optimizer, self.scaler, loss)
+        # GradScaler keeps books about the optimizer itself.
+        optimizer = self.graphs if self.graphs and not self.scaler.is_enabled() else self.optimizer
+        with self._stream():
+            done = apply_step(optimizer, self.scaler, loss)
+        if self.graphs:
+            self.graphs.end_step()
         if not done.is_applied and not self.scaler.is_enabled():
             raise NonFiniteLossError(_cause(self.model, self.optimizer, done, step))
         return done

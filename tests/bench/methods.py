@@ -40,13 +40,16 @@ PEER_GRID = {
     "qlora_liger": ("qlora", [(4, "off"), (8, "off"), (16, "on"), (32, "on")]),
     "galore8_liger": ("galore", [(4, "off"), (4, "on"), (8, "on"), (16, "on"), (32, "on")]),
 }
-MIXED = [["packed", 4], ["random", 4], ["packed", 8], ["random", 8], ["packed", 16], ["random", 16]]
+MIXED, MIXED_STEPS = [["packed", 8], ["packed", 16]], 48
 DEFAULTS = {
     "precision": "bf16",
     "cap_gib": 0.0,
     "micro_batch": 4,
     "checkpointing": "off",
     "compile": "auto",
+    "graphs": True,
+    "masks": False,  # pack rows with masks, as on a card without the kernels
+    "recomputed": None,  # layers, where checkpointing is on; None: all
     "chunk": 256,
     "seq": TOKENS,
     "steps": 7,
@@ -124,6 +127,7 @@ def build(setting):
     from peftlib import methods
     from peftlib.core import config
     from peftlib.models import compile as compiled
+    from peftlib.models.attention import choose_kernel, use_kernel
     from peftlib.models.layers import checkpoint_layers
     from peftlib.models.load import load_base
     from peftlib.models.precision import loss_scaler
@@ -139,7 +143,10 @@ def build(setting):
     method = methods.find(setting["method"])
     base = load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.four_bit)
     model = method.prepare(base, cfg)
-    checkpoint_layers(model, cfg)
+    checkpoint_layers(model, cfg, setting["recomputed"])
+    kernel, why = choose_kernel(model, device=device, precision=setting["precision"])
+    if kernel and not setting["masks"]:
+        use_kernel(model, kernel)
     is_compiled, _ = compiled.resolve(setting["compile"], device, steps=10**6)
     if is_compiled:
         compiled.compile_layers(model)
@@ -153,7 +160,11 @@ def build(setting):
         chunk=setting["chunk"],
         is_compiled=is_compiled,
     )
-    return stepper, model
+    print("attention", kernel, why)
+    is_flat = kernel is not None and not setting["masks"]
+    if is_flat and setting["graphs"]:
+        stepper.use_graphs(setting["micro_batch"] * setting["seq"])
+    return stepper, model, is_flat
 
 
 def measure(setting):
@@ -166,7 +177,7 @@ def measure(setting):
     from peftlib.train import estimate
     from peftlib.train import memory_model as plan
 
-    stepper, model = build(setting)
+    stepper, model, is_flat = build(setting)
     shape = Shape.of(model.config)
     cfg = config.resolve("gpu", max_length=setting["seq"], **setting["fields"])
     planned = plan.estimate(
@@ -180,7 +191,7 @@ def measure(setting):
         chunk=setting["chunk"],
     )
     found = {"weights_gib": _allocated(), "predicted_gib": planned.total / 2**30}
-    batches, scored, useful = _batches(setting, model.config.vocab_size, stepper.device)
+    batches, scored, useful = _batches(setting, model.config.vocab_size, stepper.device, is_flat)
     seconds = []
     for step in range(setting["steps"]):
         _wait(stepper.device)
@@ -214,44 +225,63 @@ def measure(setting):
     if setting.get("saving"):
         found.update(_saving(stepper, model, batches, scored))
     if setting.get("mixed"):
-        found.update(_mixed(setting, stepper, model.config.vocab_size))
+        found.update(_mixed(setting, stepper, model.config.vocab_size, is_flat))
     if setting.get("profile"):
         _profile(stepper, batches, scored)
     return found
 
 
-def _mixed(setting, stepper, vocabulary):
+def _mixed(setting, stepper, vocabulary, is_flat):
     """Useful tokens a second over steps of 16 rows of real lengths: packed, or in random order padded to the longest.
 
-    Both hold at most micro_batch x seq tokens in a pass. Steps are taken twice and timed the second time, for the first
-    sight of a shape costs what a long run pays once.
+    A pass holds at most micro_batch x seq tokens. Steps are taken twice and timed the second time, for the first sight
+    of a shape costs what a long run pays once.
     """
     from peftlib.train.batching import Rows
     from peftlib.train.schedule import StepPlan
 
     lengths = json.loads(Path(os.environ["BENCH_LENGTHS"]).read_text())["lengths"]
-    rows = Rows(_random_rows(lengths, vocabulary, prompt_share=0.3))
+    rows = Rows(_random_rows(lengths, vocabulary, prompt_share=0.3), is_flat=is_flat)
     plan = StepPlan(len(rows), SEQUENCES, 1, seed=0)
     found = {}
     for way, micro_batch in setting["mixed"]:
         seconds = useful = padded = 0
-        for turn, step in itertools.product(range(2), range(16)):
+        for turn, step in itertools.product(range(2), range(MIXED_STEPS)):
             numbers = plan.rows_of(step)
-            _wait(stepper.device)
-            started = time.perf_counter()
+            if step == 0:
+                _wait(stepper.device)
+                started = time.perf_counter()
             if way == "packed":
                 batches = list(rows.batches(numbers, micro_batch * setting["seq"], stepper.device))
             else:
                 cut = [numbers[i : i + micro_batch] for i in range(0, len(numbers), micro_batch)]
                 batches = [rows.batch([[n] for n in part], stepper.device) for part in cut]
             stepper.update(stepper.gradients(batches, int(rows.scored[numbers].sum()), seed=step))
-            _wait(stepper.device)
             if turn:
-                seconds += time.perf_counter() - started
                 useful += int(rows.lengths[numbers].sum())
                 padded += sum(batch.ids.numel() for batch in batches)
-        found[f"{way}_{micro_batch}"] = {"useful_tok_s": useful / seconds, "padded_share": 1 - useful / padded}
+        _wait(stepper.device)
+        seconds = time.perf_counter() - started
+        kernels = _kernel_seconds(stepper, batches, int(rows.scored[numbers].sum()))
+        found[f"{way}_{micro_batch}"] = {
+            "useful_tok_s": useful / seconds,
+            "padded_share": 1 - useful / padded,
+            "step_s": seconds / MIXED_STEPS,
+            "kernels_s": kernels,  # of the last step alone
+        }
     return {"mixed_found": found}
+
+
+def _kernel_seconds(stepper, batches, scored):
+    """(seconds of kernels, of the wall) of a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        started = time.perf_counter()
+        stepper.update(stepper.gradients(batches, scored, seed=0))
+        _wait(stepper.device)
+        wall = time.perf_counter() - started
+    return sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6, wall
 
 
 def _cache_counts():
@@ -296,11 +326,11 @@ def _saving(stepper, model, batches, scored):
     }
 
 
-def _batches(setting, vocabulary, device):
+def _batches(setting, vocabulary, device, is_flat):
     """(batches, scored tokens, useful tokens) of one step."""
     from peftlib.train.batching import Rows
 
-    rows = Rows(_random_rows([setting["seq"]] * SEQUENCES, vocabulary))
+    rows = Rows(_random_rows([setting["seq"]] * SEQUENCES, vocabulary), is_flat=is_flat)
     batches = list(rows.batches(range(SEQUENCES), setting["micro_batch"] * setting["seq"], device))
     return batches, int(rows.scored.sum()), int(rows.lengths.sum())
 
