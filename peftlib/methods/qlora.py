@@ -3,7 +3,7 @@
 from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
 from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, named_weights, trainable
-from peftlib.models.layers import fuse_adapters
+from peftlib.models.kernels.adapters import fuse_adapters
 from peftlib.models.load import peft_calls
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 

@@ -13,14 +13,16 @@ from peftlib.core import record
 from peftlib.core.errors import ModelError
 from peftlib.core.files import atomic_path
 from peftlib.models.inspect import core
+from peftlib.models.layers import sum_norm_gradients
 
 STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _CODE = (
-    "attention.py",
+    "kernels/attention.py",
+    "kernels/adapters.py",
     "layers.py",
-    "losses.py",
+    "kernels/losses.py",
     "compile.py",
 )  # what shapes compiled code; activation checkpointing is in layers
 
@@ -50,6 +52,8 @@ def compile_layers(model, *, backend="inductor"):
     By layer, not whole: all layers share two compiled forms (sliding and full attention), gradient checkpointing
     stays outside, and a layer's hooks run between the compiled pieces.
     """
+    sum_norm_gradients(model)
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # that of sum_norm_gradients
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     # A first layer whose input needs no gradient would be compiled apart from the others.
     core(model).get_input_embeddings().register_forward_hook(_with_gradient)

@@ -1,154 +1,14 @@
-"""How layers run in training: fused 4-bit adapters, fp16's guarded MLP, and activation checkpointing."""
+"""How layers run in training: fp16's guarded MLP, gradients of norms, and activation checkpointing."""
 
 import functools
 import types
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from peftlib.core.errors import ConfigError
-from peftlib.models.inspect import core, is_four_bit
+from peftlib.models.inspect import core
 
 _FP16_PRODUCT = 1024.0  # largest MLP product that enters down_proj in fp16: leaves a factor 64 for the sum over it
-
-
-def fuse_adapters(model):
-    """Let linear layers with one plain adapter run as one operator, `peftlib::adapted_product`; returns how many.
-
-    PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece. The
-    result is PEFT's, and parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep
-    PEFT's forward.
-    """
-    from peft.tuners.lora import Linear
-    from peft.tuners.lora.bnb import Linear4bit
-
-    fused = 0
-    for module in model.modules():
-        if isinstance(module, Linear | Linear4bit) and list(module.lora_A) == ["default"]:
-            if module.lora_variant or module.base_layer.bias is not None:
-                continue
-            _fuse(module)
-            fused += 1
-    return fused
-
-
-def _fuse(module):
-    from bitsandbytes.functional import dequantize_blockwise
-
-    weight = module.base_layer.weight
-    module.frozen, module.frozen_scales, module.frozen_format = None, None, (0, "", *weight.shape)
-    module.compute_dtype = getattr(module.base_layer, "compute_dtype", weight.dtype)
-    if is_four_bit(weight):
-        state = weight.quant_state
-        scales = state.absmax
-        if state.nested:
-            scales = dequantize_blockwise(scales, state.state2).float() + state.offset
-        # Plain tensors beside the parameter, which is a subclass that compilers stop at; they share its memory.
-        module.frozen, module.frozen_scales = weight.data.as_subclass(torch.Tensor), scales
-        module.frozen_format = (state.blocksize, state.quant_type, *state.shape)
-    module.forward = types.MethodType(_adapted_forward, module)
-
-
-def _adapted_forward(self, x):
-    if self.disable_adapters or self.merged:
-        return type(self).forward(self, x)
-    is_mixed = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if is_mixed else self.compute_dtype
-    inputs = x.to(dtype)
-    dropout = self.lora_dropout["default"]
-    dropped = dropout(inputs) if self.training and isinstance(dropout, torch.nn.Dropout) else None
-    down = self.lora_A["default"].weight.to(dtype)
-    up = (self.lora_B["default"].weight * self.scaling["default"]).to(dtype)
-    frozen = self.base_layer.weight.to(dtype) if self.frozen is None else self.frozen
-    product, _ = torch.ops.peftlib.adapted_product(
-        inputs, dropped, frozen, self.frozen_scales, down, up, *self.frozen_format
-    )
-    return product if is_mixed else product.to(x.dtype)
-
-
-@torch.library.custom_op("peftlib::adapted_product", mutates_args=())
-def adapted_product(
-    x: Tensor,
-    dropped: Tensor | None,
-    frozen: Tensor,
-    scales: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    blocksize: int,
-    quant_type: str,
-    out: int,
-    inner: int,
-) -> tuple[Tensor, Tensor]:
-    """(x W^T + (x down^T) up^T, x down^T) for a frozen W (out, inner), which is dequantized again for the gradients.
-
-    x: (..., inner); dropped: what the adapter gets in place of x, or None. frozen: W, or its packed uint8 with scales:
-    (blocks,) float32. down: (r, inner), up: (out, r), scaled. The second result is (tokens, r). Opaque to
-    torch.compile, which would trace the dequantization of every layer anew.
-    """
-    flat = x.flatten(0, -2)
-    low = (flat if dropped is None else dropped.flatten(0, -2)) @ down.T
-    product = F.linear(flat, _weight(frozen, scales, blocksize, quant_type, out, inner, x.dtype))
-    product.addmm_(low, up.T)  # in place: the product is large, and a sum beside it would be a copy
-    return product.view(*x.shape[:-1], out), low
-
-
-@adapted_product.register_fake
-def _(x, dropped, frozen, scales, down, up, blocksize, quant_type, out, inner):
-    return x.new_empty((*x.shape[:-1], out)), x.new_empty((x.numel() // inner, down.shape[0]))
-
-
-@torch.library.custom_op("peftlib::adapted_product_backward", mutates_args=())
-def adapted_product_backward(
-    grad: Tensor,
-    x: Tensor,
-    dropped: Tensor | None,
-    low: Tensor,
-    frozen: Tensor,
-    scales: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    blocksize: int,
-    quant_type: str,
-    out: int,
-    inner: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dropped (empty where it is None), down and up."""
-    flat = grad.flatten(0, -2)
-    grad_low = flat @ up
-    grad_x = flat @ _weight(frozen, scales, blocksize, quant_type, out, inner, grad.dtype)
-    given, grad_dropped = (x, grad_x.new_empty(0)) if dropped is None else (dropped, grad_low @ down)
-    if dropped is None:
-        grad_x.addmm_(grad_low, down)
-    else:
-        grad_dropped = grad_dropped.view(x.shape)
-    return grad_x.view(x.shape), grad_dropped, grad_low.T @ given.flatten(0, -2), flat.T @ low
-
-
-@adapted_product_backward.register_fake
-def _(grad, x, dropped, low, frozen, scales, down, up, blocksize, quant_type, out, inner):
-    grad_dropped = x.new_empty(0) if dropped is None else x.new_empty(x.shape)
-    return x.new_empty(x.shape), grad_dropped, torch.empty_like(down), torch.empty_like(up)
-
-
-def _keep(ctx, inputs, output):
-    x, dropped, frozen, scales, down, up, *ctx.format = inputs
-    ctx.save_for_backward(x, dropped, output[1], frozen, scales, down, up)
-
-
-def _gradients(ctx, grad, _):
-    saved = ctx.saved_tensors  # checkpointing lets them be read once
-    grads = torch.ops.peftlib.adapted_product_backward(grad, *saved, *ctx.format)
-    return (grads[0], None if saved[1] is None else grads[1], None, None, grads[2], grads[3], None, None, None, None)
-
-
-adapted_product.register_autograd(_gradients, setup_context=_keep)
-
-
-def _weight(frozen, scales, blocksize, quant_type, out, inner, dtype):
-    if scales is None:
-        return frozen
-    return torch.ops.bitsandbytes.dequantize_4bit(frozen, scales, blocksize, quant_type, [out, inner], dtype)
 
 
 def guard_products(model):
@@ -244,3 +104,40 @@ class _Offloaded(torch.autograd.Function):
             made = ctx.layer(hidden)
         torch.autograd.backward(made, grad)
         return None, hidden.grad
+
+
+def sum_norm_gradients(model):
+    """Sum the gradients of trained norms by a kernel of their own: a compiled layer would take a thread a column."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("RMSNorm") and weight is not None and weight.requires_grad:
+            module.forward = types.MethodType(_norm_forward, module)
+
+
+def _norm_forward(self, x):
+    return _Scaled.apply(self._norm(x.float()), 1.0 + self.weight.float()).type_as(x)
+
+
+class _Scaled(torch.autograd.Function):
+    """normed * scale, over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, normed, scale):
+        ctx.save_for_backward(normed, scale)
+        return normed * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale = ctx.saved_tensors
+        return grad * scale, torch.ops.peftlib.column_sum((grad * normed).flatten(0, -2))
+
+
+@torch.library.custom_op("peftlib::column_sum", mutates_args=())
+def column_sum(x: torch.Tensor) -> torch.Tensor:
+    """(D,) sums over the rows of (N, D)."""
+    return x.sum(0)
+
+
+@column_sum.register_fake
+def _(x):
+    return x.new_empty(x.shape[1])

@@ -14,7 +14,8 @@ from peftlib.core.files import read_json, rename, sync_tree, write_json, write_t
 from peftlib.models import identity
 from peftlib.models.chat_template import stop_at
 from peftlib.models.inspect import core, trainable
-from peftlib.models.layers import fuse_adapters, keep_residual_in_float32
+from peftlib.models.kernels.adapters import fuse_adapters
+from peftlib.models.layers import keep_residual_in_float32
 from peftlib.models.load import (
     auto_tokenizer,
     causal_model,

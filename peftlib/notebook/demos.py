@@ -12,7 +12,7 @@ import torch
 from peftlib.core.errors import ModelError
 from peftlib.data.store import load_split
 from peftlib.models.inspect import PROJECTIONS, named_weights
-from peftlib.models.losses import batch_loss_sum
+from peftlib.models.kernels.losses import batch_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
 from peftlib.report.chart import Chart, add_axes, title

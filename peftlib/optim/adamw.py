@@ -47,7 +47,12 @@ class Accumulating:
 
     def zero_grad(self, set_to_none=True):
         """Drop the gradients, or zero them where `keeps_buffers`."""
-        super().zero_grad(set_to_none and not self.keeps_buffers)
+        if not self.keeps_buffers:
+            super().zero_grad(set_to_none)
+            return
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
 
     @torch.no_grad()
     def finish_accumulation(self, scale=1.0) -> tuple[Tensor, Tensor]:
@@ -123,10 +128,8 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
 
     def begin_step(self):
         """Create missing states, and count the step."""
-        for group in self.param_groups:
-            for p in self._with_gradient(group):
-                state = self.state[p] or self._new_state(p, group)
-                state["step"] += 1
+        moved = [(p, group) for group in self.param_groups for p in self._with_gradient(group)]
+        torch._foreach_add_([(self.state[p] or self._new_state(p, group))["step"] for p, group in moved], 1)
 
     def _with_gradient(self, group):
         return [p for p in group["params"] if p.grad is not None]
@@ -142,13 +145,14 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         return ages.values()
 
     def rates_of(self, group, members):
-        """(3,) float32: eps, minus the step size, and the factor of weight decay, with Adam's bias correction in the
-        first two. members: weights of one step count."""
+        """(3,) float32: factor on the root of the second moment, minus the step size, factor of weight decay.
+
+        With Adam's bias correction. members: weights of one step count.
+        """
         beta1, beta2 = group["betas"]
         count = int(self.state[members[0]]["step"])
-        debias = (1 - beta2**count) ** 0.5
-        size = group["lr"] * debias / (1 - beta1**count)
-        return torch.tensor([group["eps"] * debias, -size, 1 - group["lr"] * group["weight_decay"]])
+        factor, size = (1 - beta2**count) ** -0.5, group["lr"] / (1 - beta1**count)
+        return torch.tensor([factor, -size, 1 - group["lr"] * group["weight_decay"]])
 
     def can_capture(self):
         """Whether the whole update is device work that `rates_of` alone changes from step to step."""
@@ -165,8 +169,8 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         torch._foreach_mul_(directions, rates[1])
         torch._foreach_add_(members, directions)
 
-    def _adam(self, states, grads, group, eps):
-        """Adam's directions, a list; the moments of `states` move on by `grads`. eps: 0-dim, on their device."""
+    def _adam(self, states, grads, group, factor):
+        """Adam's directions, a list; the moments of `states` move on by `grads`. factor: as in `rates_of`, 0-dim."""
         beta1, beta2 = group["betas"]
         means = [moments.read(state, "exp_avg") for state in states]
         squares = [moments.read(state, "exp_avg_sq") for state in states]
@@ -177,7 +181,8 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
             moments.write(state, "exp_avg", mean)
             moments.write(state, "exp_avg_sq", square)
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, eps)
+        torch._foreach_mul_(roots, factor)
+        torch._foreach_add_(roots, group["eps"])
         return list(torch._foreach_div(means, roots))
 
 

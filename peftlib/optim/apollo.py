@@ -50,11 +50,11 @@ class ApolloAdamW(ProjectedAdamW):
         grad, state = turned(p.grad).float(), self.state[p]
         low = self.projection(p, group, int(state["step"]) - 1) @ grad  # (r, n)
         (adam,) = self._adam([state], [low], group, rates[0])
-        update = grad * (adam.norm(dim=0) / (low.norm(dim=0) + 1e-8))
+        update = grad * (rates[0] * adam.norm(dim=0) / (low.norm(dim=0) + 1e-8))  # without the bias correction
         norm = update.norm()
         allowed = (norm / (state["update_norm"] + 1e-8) / _GROWTH).clamp_min(1.0)
         state["update_norm"] = norm / allowed
-        update.mul_(rates[1] * group["scale"] ** 0.5 / allowed)
+        update.mul_(rates[1] / rates[0] * group["scale"] ** 0.5 / allowed)
         turned(p).mul_(rates[2]).add_(update)
 
     def _state_shapes(self, p, group):

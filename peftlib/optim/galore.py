@@ -210,10 +210,10 @@ class GaLoreAdamW(ProjectedAdamW):
         state["basis"].copy_(basis)
 
     def rates_of(self, group, members):
-        """As for AdamW; in reference mode eps has no bias correction."""
+        """As for AdamW; in reference mode eps is added before the bias correction."""
         rates = super().rates_of(group, members)
         if self.reference:
-            rates[0] = group["eps"]
+            rates[:2] = torch.stack((torch.ones(()), rates[1] / rates[0]))
         return rates
 
     def gather_refreshes(self):

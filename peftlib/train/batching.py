@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from peftlib.models.losses import IGNORE, batch_loss_sum, next_tokens
+from peftlib.models.kernels.losses import IGNORE, batch_loss_sum, next_tokens
 from peftlib.models.precision import autocast
 
 _ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square

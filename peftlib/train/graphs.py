@@ -10,7 +10,7 @@ import contextlib
 import torch
 
 from peftlib.models.inspect import core, head_weight, hidden_states
-from peftlib.models.losses import chunked_loss_sum
+from peftlib.models.kernels.losses import chunked_loss_sum
 from peftlib.models.precision import DTYPES, autocast
 from peftlib.train.batching import Batch, padded_size
 
@@ -45,7 +45,7 @@ class StepGraphs:
         self._one, self._share, self.total = (torch.ones((), device="cuda") for _ in range(3))
         self._rates = torch.zeros(len(self._optimizer.param_groups), 3, device="cuda")
         self._seen = self._updates = 0
-        self._can_capture_update, self._is_alike = True, False
+        self._can_capture_update, self._is_alike, self._is_zeroed = True, False, False
         self.reset()
 
     def reset(self):
@@ -142,11 +142,11 @@ class StepGraphs:
         try:
             # Relaxed: the first use of a kernel loads it.
             graph.capture_begin(pool=self._pools[pool], capture_error_mode="relaxed")
-            try:
-                result = call(*args)
-            finally:
-                graph.capture_end()
+            result = call(*args)
+            graph.capture_end()
         except Exception as error:
+            with contextlib.suppress(RuntimeError):  # says again that the capture has failed
+                graph.capture_end()
             self.reset()
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -168,7 +168,8 @@ class StepGraphs:
 
     def step(self):
         """As the optimizer's, captured likewise."""
-        if not (self._is_alike and self._can_capture_update):
+        self._is_zeroed = self._is_alike and self._can_capture_update
+        if not self._is_zeroed:
             self._optimizer.step()
             return
         self._optimizer.begin_step()
@@ -185,6 +186,7 @@ class StepGraphs:
     def _run_moves(self):
         for group, rates in zip(self._optimizer.param_groups, self._rates, strict=True):
             self._optimizer.move(group, group["params"], rates)
+        self._optimizer.zero_grad()
 
     def _capture_update(self, call):
         """(graph, result) of a part of the update, or None where it cannot be captured; then none of it will be."""
@@ -197,12 +199,14 @@ class StepGraphs:
         return None
 
     def zero_grad(self):
-        """As the optimizer's."""
-        self._optimizer.zero_grad()
+        """As the optimizer's; a captured update has done it."""
+        if not self._is_zeroed:
+            self._optimizer.zero_grad()
 
     def end_step(self):
         """Count a step, after its update; the device has gone through its passes."""
         self._updates += 1
+        self._is_zeroed = False
         self._discarded.clear()
 
 

@@ -10,7 +10,7 @@ from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.models.losses import CHUNK
+from peftlib.models.kernels.losses import CHUNK
 
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
 HEADROOM = 0.92  # of the card: the allocator's fragments and what the driver keeps

@@ -11,8 +11,8 @@ import torch
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
-from peftlib.models.attention import choose_kernel, use_kernel
 from peftlib.models.inspect import core
+from peftlib.models.kernels.attention import choose_kernel, use_kernel
 from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
 from peftlib.models.shapes import Shape

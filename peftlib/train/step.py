@@ -8,9 +8,11 @@ import torch
 
 from peftlib.core.errors import NonFiniteLossError
 from peftlib.models.inspect import trainable
-from peftlib.models.losses import CHUNK, batch_loss_sum
+from peftlib.models.kernels.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train.graphs import CaptureError, StepGraphs, brief
+
+_CAPTURE_FAILURES = 8  # of a run, after which it goes on without CUDA graphs
 
 
 class Stepper:
@@ -24,7 +26,7 @@ class Stepper:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.device, self.precision = device, precision
         self.loss_settings = {"chunk": CHUNK, "is_compiled": False, **loss_settings}
-        self.graphs, self.log = None, log
+        self.graphs, self.log, self._failures = None, log, 0
 
     def use_graphs(self, tokens):
         """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
@@ -36,27 +38,36 @@ class Stepper:
         batches: batching.Batch, on the device. scored: tokens that count in the loss, over all batches. seed: of
         dropout; set anew for each pass over the batches, so that every pass sees the same gradients.
         """
-        try:
-            with self._stream():
-                for _ in self.optimizer.basis_passes():
-                    self._accumulate(batches, scored, seed)
-                return self._accumulate(batches, scored, seed)
-        except CaptureError as error:
+        with self._stream():
+            try:
+                return self._passes(batches, scored, seed)
+            except CaptureError as error:
+                self._count_failure(error)
+                self.optimizer.zero_grad()
+                return self._passes(batches, scored, seed, is_captured=False)
+
+    def _passes(self, batches, scored, seed, *, is_captured=True):
+        for _ in self.optimizer.basis_passes():
+            self._accumulate(batches, scored, seed, is_captured)
+        return self._accumulate(batches, scored, seed, is_captured)
+
+    def _count_failure(self, error):
+        """A shape that torch.compile has not seen cannot be captured; once this step has run, it can."""
+        self._failures += 1
+        if self._failures > _CAPTURE_FAILURES:
             self.graphs = None
             self.log(f"CUDA graphs are not used ({brief(error)}): training goes on without them")
-            self.optimizer.zero_grad()
-            return self.gradients(batches, scored, seed=seed)
 
     def _stream(self):
         return self.graphs.on_stream() if self.graphs else contextlib.nullcontext()
 
-    def _accumulate(self, batches, scored, seed):
+    def _accumulate(self, batches, scored, seed, is_captured):
         torch.manual_seed(seed)
         total = torch.zeros((), device=self.device)
         if self.graphs:
             self.graphs.total.zero_()
         for batch in batches:
-            if not (self.graphs and self.graphs.forward_backward(batch, scored)):
+            if not (is_captured and self.graphs and self.graphs.forward_backward(batch, scored)):
                 total += self.forward_backward(batch, scored)
         return total + self.graphs.total if self.graphs else total
 

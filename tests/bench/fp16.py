@@ -77,7 +77,7 @@ def energies(study_name, model, *, apart=100):
 
     from peftlib import data
     from peftlib.models.inspect import PROJECTIONS, named_weights
-    from peftlib.models.losses import batch_loss_sum
+    from peftlib.models.kernels.losses import batch_loss_sum
     from peftlib.models.precision import autocast
     from peftlib.optim import subspace as basis
     from peftlib.train.batching import Rows

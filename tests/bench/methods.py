@@ -127,7 +127,7 @@ def build(setting):
     from peftlib import methods
     from peftlib.core import config
     from peftlib.models import compile as compiled
-    from peftlib.models.attention import choose_kernel, use_kernel
+    from peftlib.models.kernels.attention import choose_kernel, use_kernel
     from peftlib.models.layers import checkpoint_layers
     from peftlib.models.load import load_base
     from peftlib.models.precision import loss_scaler

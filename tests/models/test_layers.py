@@ -6,9 +6,10 @@ from peftlib import methods
 from peftlib.core import config
 from peftlib.core.errors import ModelError
 from peftlib.models.inspect import PROJECTIONS, core, trainable
-from peftlib.models.layers import checkpoint_layers, fuse_adapters, guard_products
+from peftlib.models.kernels.adapters import fuse_adapters
+from peftlib.models.kernels.losses import batch_loss_sum
+from peftlib.models.layers import checkpoint_layers, guard_products
 from peftlib.models.load import guard_four_bit, load_base
-from peftlib.models.losses import batch_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.train.batching import Rows
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peftlib.models.losses import IGNORE, chunked_loss_sum, next_tokens
+from peftlib.models.kernels.losses import IGNORE, chunked_loss_sum, next_tokens
 
 
 def case(dtype, scored_share=0.5):

@@ -7,7 +7,7 @@ import torch
 
 from peftlib.core import config
 from peftlib.models import compile as compiled
-from peftlib.models import losses
+from peftlib.models.kernels import losses
 from peftlib.train import placement
 from peftlib.train.loop import TrainingRun
 
@@ -58,7 +58,7 @@ def test_a_compile_cache_that_cannot_be_written_costs_a_line(make_study, monkeyp
     monkeypatch.setattr(compiled.CompileCache, "load", lambda self: None)
     monkeypatch.setattr(compiled, "resolve", lambda *args: (True, "planted"))
     monkeypatch.setattr(compiled, "compile_layers", lambda model: model)
-    monkeypatch.setattr("peftlib.models.losses._compiled_chunk_loss", lambda: losses._chunk_loss)
+    monkeypatch.setattr("peftlib.models.kernels.losses._compiled_chunk_loss", lambda: losses._chunk_loss)
     lines = []
     record = TrainingRun(make_study(max_steps=2), "qlora", log=lines.append).train()
     assert record["status"] == "ok" and record["placement"]["is_compiled"]
