@@ -124,7 +124,8 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         self.begin_step()
         for group in self.param_groups:
             for members in self._of_one_age(group):
-                self.move(group, members, self.rates_of(group, members).to(members[0].device))
+                rates = self.rates_of(group, self.count_of(members[0]))
+                self.move(group, members, rates.to(members[0].device))
 
     def begin_step(self):
         """Create missing states, and count the step."""
@@ -141,16 +142,19 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         """The weights of a group that have a gradient, in lists of the same step count: mostly one list."""
         ages = {}
         for p in self._with_gradient(group):
-            ages.setdefault(int(self.state[p]["step"]), []).append(p)
+            ages.setdefault(self.count_of(p), []).append(p)
         return ages.values()
 
-    def rates_of(self, group, members):
+    def count_of(self, p):
+        """How many updates a weight has had."""
+        return int(self.state[p]["step"])
+
+    def rates_of(self, group, count):
         """(3,) float32: factor on the root of the second moment, minus the step size, factor of weight decay.
 
-        With Adam's bias correction. members: weights of one step count.
+        With the bias correction of Adam's update number `count`.
         """
         beta1, beta2 = group["betas"]
-        count = int(self.state[members[0]]["step"])
         factor, size = (1 - beta2**count) ** -0.5, group["lr"] / (1 - beta1**count)
         return torch.tensor([factor, -size, 1 - group["lr"] * group["weight_decay"]])
 

@@ -209,9 +209,9 @@ class GaLoreAdamW(ProjectedAdamW):
             moments.write(state, "exp_avg_sq", turn.square() @ moments.read(state, "exp_avg_sq"))
         state["basis"].copy_(basis)
 
-    def rates_of(self, group, members):
+    def rates_of(self, group, count):
         """As for AdamW; in reference mode eps is added before the bias correction."""
-        rates = super().rates_of(group, members)
+        rates = super().rates_of(group, count)
         if self.reference:
             rates[:2] = torch.stack((torch.ones(()), rates[1] / rates[0]))
         return rates

@@ -123,7 +123,17 @@ class StepGraphs:
         return hidden
 
     def _run_backward(self, hidden):
-        hidden.backward(self._grad[:, : hidden.shape[1]].to(hidden.dtype))
+        """Backward; plain gradients are added to what is there by one kernel instead of one for each."""
+        plain = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        sums = [p.grad for p in plain]
+        for p in plain:
+            p.grad = None
+        try:
+            hidden.backward(self._grad[:, : hidden.shape[1]].to(hidden.dtype))
+            torch._foreach_add_(sums, [p.grad for p in plain])
+        finally:
+            for p, total in zip(plain, sums, strict=True):
+                p.grad = total
 
     def _run_loss(self, count):
         hidden = self._hidden.detach().requires_grad_()
@@ -172,15 +182,17 @@ class StepGraphs:
         if not self._is_zeroed:
             self._optimizer.step()
             return
-        self._optimizer.begin_step()
         groups = self._optimizer.param_groups
-        self._rates.copy_(torch.stack([self._optimizer.rates_of(group, group["params"]) for group in groups]))
+        counts = [1 + self._optimizer.count_of(group["params"][0]) for group in groups]
+        rates = [self._optimizer.rates_of(group, n) for group, n in zip(groups, counts, strict=True)]
+        self._rates.copy_(torch.stack(rates))
         if self._move is None:
             self._move = self._capture_update(self._run_moves)
         if self._move:
             self._move[0].replay()
         else:
             self._run_moves()
+        self._optimizer.begin_step()  # while the device works
 
     @torch.no_grad()
     def _run_moves(self):

@@ -1,7 +1,7 @@
 """Adapters on frozen layers, 4-bit or plain, as one operator: what PEFT computes in many small steps."""
 
+import itertools
 import types
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from peftlib.models.inspect import is_four_bit
 
-_SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other with one input
+_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other with one input
 
 
 def fuse_adapters(model):
-    """Let linear layers with one plain adapter run as one operator, `peftlib::adapted_products`; returns how many.
+    """Let linear layers with one plain adapter run as one operator, `peftlib::adapted_product`; returns how many.
 
     PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece. The
     result is PEFT's, and parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep
-    PEFT's forward. Layers that get the same input share the operator, whose small products then are fewer.
+    PEFT's forward. Layers that get the same input become one product: their weights then lie side by side in memory.
     """
     fused = 0
     for parent in model.modules():
         children = dict(parent.named_children())
-        for names in _SHARED:
-            if all(_can_fuse(children.get(name)) for name in names):
+        for names in _ALIKE:
+            if all(_can_fuse(children.get(name)) and not _drops(children[name]) for name in names):
                 fused += _fuse([children.pop(name) for name in names])
         fused += sum(_fuse([module]) for module in children.values() if _can_fuse(module))
     return fused
@@ -42,189 +42,176 @@ def _can_fuse(module):
     )
 
 
+def _drops(module):
+    return isinstance(module.lora_dropout["default"], torch.nn.Dropout)
+
+
 def _fuse(modules):
-    shared = _Shared(modules)
+    fused = _Fused(modules)
     for module in modules:
-        module.shared = shared
+        module.fused = fused
         module.forward = types.MethodType(_adapted_forward, module)
     return len(modules)
-
-
-class _Shared:
-    """Adapted layers that get the same input, one call after the other: the first call computes all products."""
-
-    def __init__(self, modules):
-        self.modules, self.weights = modules, [_frozen(module) for module in modules]
-        self.given, self.made = None, ()  # the input and the products that wait for their call
-
-    def product(self, module, x):
-        if self.given is x and self.made:
-            found, *self.made = self.made
-        elif module is self.modules[0] and not self._drops():
-            found, *self.made = self._products(x, range(len(self.modules)))
-        else:
-            (found,), self.made = self._products(x, [self.modules.index(module)]), ()
-        self.given = x if self.made else None
-        return found
-
-    def _drops(self):
-        return any(module.training and _dropout(module) for module in self.modules)
-
-    def _products(self, x, numbers):
-        modules, weights = [self.modules[i] for i in numbers], [self.weights[i] for i in numbers]
-        is_mixed = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if is_mixed else weights[0].dtype
-        inputs = x.to(dtype)
-        dropout = _dropout(modules[0]) if modules[0].training else None
-        down = torch.cat([module.lora_A["default"].weight for module in modules]).to(dtype)
-        ups = [(module.lora_B["default"].weight * module.scaling["default"]).to(dtype) for module in modules]
-        frozen = [
-            module.base_layer.weight.to(dtype) if weight.packed is None else weight.packed
-            for module, weight in zip(modules, weights, strict=True)
-        ]
-        *products, _ = torch.ops.peftlib.adapted_products(
-            inputs,
-            None if dropout is None else dropout(inputs),
-            frozen,
-            [weight.scales for weight in weights if weight.scales is not None],
-            down,
-            ups,
-            weights[0].blocksize,
-            weights[0].quant_type,
-        )
-        return products if is_mixed else [product.to(x.dtype) for product in products]
-
-
-def _dropout(module):
-    dropout = module.lora_dropout["default"]
-    return dropout if isinstance(dropout, torch.nn.Dropout) else None
-
-
-class _Frozen(NamedTuple):
-    """What of a base weight the operator needs: as it is, or packed in 4 bits with (blocks,) float32 scales."""
-
-    dtype: torch.dtype
-    packed: Tensor | None = None
-    scales: Tensor | None = None
-    blocksize: int = 0
-    quant_type: str = ""
-
-
-def _frozen(module):
-    from bitsandbytes.functional import dequantize_blockwise
-
-    weight = module.base_layer.weight
-    if not is_four_bit(weight):
-        return _Frozen(weight.dtype)
-    state = weight.quant_state
-    scales = state.absmax
-    if state.nested:
-        scales = dequantize_blockwise(scales, state.state2).float() + state.offset
-    # A plain tensor beside the parameter, which is a subclass that compilers stop at; they share its memory.
-    packed = weight.data.as_subclass(torch.Tensor)
-    return _Frozen(module.base_layer.compute_dtype, packed, scales, state.blocksize, state.quant_type)
 
 
 def _adapted_forward(self, x):
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x)
-    return self.shared.product(self, x)
+    return self.fused.product(self, x)
 
 
-@torch.library.custom_op("peftlib::adapted_products", mutates_args=())
-def adapted_products(
+class _Fused:
+    """Adapted layers that get the same input, one call after the other: the first call computes all products."""
+
+    def __init__(self, modules):
+        self.modules, self.frozen = modules, _side_by_side([module.base_layer for module in modules])
+        self.sizes = [module.base_layer.out_features for module in modules]
+        self.given, self.waiting = None, ()  # the input, and the products whose call is still to come
+
+    def product(self, module, x):
+        if module is not self.modules[0] and (self.given is not x or not self.waiting):  # called alone
+            return self._products(x)[self.modules.index(module)]
+        if module is self.modules[0]:
+            self.waiting = self._products(x)
+        found, *self.waiting = self.waiting
+        self.given = x if self.waiting else None
+        return found
+
+    def _products(self, x):
+        frozen, is_mixed = self.frozen, torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if is_mixed else frozen.dtype
+        inputs = x.to(dtype)
+        dropout = self.modules[0].lora_dropout["default"]
+        drops = self.modules[0].training and _drops(self.modules[0])
+        downs = [module.lora_A["default"].weight for module in self.modules]
+        ups = [module.lora_B["default"].weight * module.scaling["default"] for module in self.modules]
+        product, _ = torch.ops.peftlib.adapted_product(
+            inputs,
+            dropout(inputs) if drops else None,
+            frozen.weight if frozen.scales is not None else frozen.weight.to(dtype),
+            frozen.scales,
+            torch.cat(downs).to(dtype),
+            _block_diagonal(ups).to(dtype),
+            frozen.blocksize,
+            frozen.quant_type,
+        )
+        return (product if is_mixed else product.to(x.dtype)).split(self.sizes, -1)
+
+
+def _block_diagonal(blocks):
+    """(sum of rows, sum of columns) with the blocks on its diagonal."""
+    ends = list(itertools.accumulate(block.shape[1] for block in blocks))
+    return torch.cat(
+        [F.pad(block, (end - block.shape[1], ends[-1] - end)) for block, end in zip(blocks, ends, strict=True)]
+    )
+
+
+class _Frozen(NamedTuple):
+    """Weights (out, in) one below the other: plain, or packed uint8 in 4 bits with (blocks,) float32 scales."""
+
+    weight: Tensor
+    dtype: torch.dtype
+    scales: Tensor | None = None
+    blocksize: int = 0
+    quant_type: str = ""
+
+
+def _side_by_side(layers):
+    """The _Frozen of some layers, whose weights become parts of it."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    # Plain tensors beside the parameters, which may be of a subclass that compilers stop at; they share memory.
+    parts = [layer.weight.data.as_subclass(torch.Tensor) for layer in layers]
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+        layer.weight.data = part
+    if not is_four_bit(layers[0].weight):
+        return _Frozen(whole, whole.dtype)
+    scales = []
+    for layer in layers:
+        state = layer.weight.quant_state
+        nested = state.nested and dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+        scales.append(nested if state.nested else state.absmax)
+    return _Frozen(whole, layers[0].compute_dtype, torch.cat(scales), state.blocksize, state.quant_type)
+
+
+@torch.library.custom_op("peftlib::adapted_product", mutates_args=())
+def adapted_product(
     x: Tensor,
     dropped: Tensor | None,
-    frozen: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    frozen: Tensor,
+    scales: Tensor | None,
     down: Tensor,
-    ups: Sequence[Tensor],
+    up: Tensor,
     blocksize: int,
     quant_type: str,
-) -> list[Tensor]:
-    """[x W^T + (x down^T) up^T for each W (out, inner), frozen, and its adapter], and last x down^T, (tokens, r).
+) -> tuple[Tensor, Tensor]:
+    """(x W^T + (x down^T) up^T, x down^T) for a frozen W (out, in), which is dequantized again for the gradients.
 
-    x: (..., inner); dropped: what the adapters get in place of x, or None. frozen: W, or its packed uint8 where there
-    are scales: (blocks,) float32; it is dequantized again for the gradients. down: (r, inner), the adapters' one below
-    the other; ups: (out, their part of r), scaled. Opaque to torch.compile, which would trace each dequantization.
+    x: (..., in); dropped: what the adapter gets in place of x, or None. frozen: W, or its packed uint8 where there are
+    scales: (blocks,) float32. down: (r, in); up: (out, r), scaled. The second result is (tokens, r). Opaque to
+    torch.compile, which would trace the dequantization of every layer.
     """
     flat = x.flatten(0, -2)
-    low, products = (flat if dropped is None else dropped.flatten(0, -2)) @ down.T, []
-    for i, (part, up) in enumerate(zip(_parts(low, ups), ups, strict=True)):
-        product = F.linear(flat, _weight(frozen, scales, i, up, down, blocksize, quant_type))
-        product.addmm_(part, up.T)  # in place: the product is large, and a sum beside it would be a copy
-        products.append(product.view(*x.shape[:-1], up.shape[0]))
-    return [*products, low]
+    low = (flat if dropped is None else dropped.flatten(0, -2)) @ down.T
+    product = F.linear(flat, _weight(frozen, scales, down, up, blocksize, quant_type))
+    product.addmm_(low, up.T)  # in place: the product is large, and a sum beside it would be a copy
+    return product.view(*x.shape[:-1], up.shape[0]), low
 
 
-@adapted_products.register_fake
-def _(x, dropped, frozen, scales, down, ups, blocksize, quant_type):
+@adapted_product.register_fake
+def _(x, dropped, frozen, scales, down, up, blocksize, quant_type):
     low = x.new_empty((x.numel() // down.shape[1], down.shape[0]))
-    return [*(x.new_empty((*x.shape[:-1], up.shape[0])) for up in ups), low]
+    return x.new_empty((*x.shape[:-1], up.shape[0])), low
 
 
-@torch.library.custom_op("peftlib::adapted_products_backward", mutates_args=())
-def adapted_products_backward(
-    grads: Sequence[Tensor],
+@torch.library.custom_op("peftlib::adapted_product_backward", mutates_args=())
+def adapted_product_backward(
+    grad: Tensor,
     x: Tensor,
     dropped: Tensor | None,
     low: Tensor,
-    frozen: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    frozen: Tensor,
+    scales: Tensor | None,
     down: Tensor,
-    ups: Sequence[Tensor],
+    up: Tensor,
     blocksize: int,
     quant_type: str,
-) -> list[Tensor]:
-    """Gradients of x, dropped (empty where it is None), down and each of ups."""
-    flats = [grad.flatten(0, -2) for grad in grads]
-    grad_low = torch.cat([flat @ up for flat, up in zip(flats, ups, strict=True)], 1)
-    grad_x = flats[0] @ _weight(frozen, scales, 0, ups[0], down, blocksize, quant_type)
-    for i in range(1, len(flats)):
-        grad_x.addmm_(flats[i], _weight(frozen, scales, i, ups[i], down, blocksize, quant_type))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dropped (empty where it is None), down and up."""
+    flat = grad.flatten(0, -2)
+    grad_low = flat @ up
+    grad_x = flat @ _weight(frozen, scales, down, up, blocksize, quant_type)
     given, grad_dropped = x, grad_x.new_empty(0)
     if dropped is None:
         grad_x.addmm_(grad_low, down)
     else:
         given, grad_dropped = dropped, (grad_low @ down).view(x.shape)
-    grad_ups = [flat.T @ part for flat, part in zip(flats, _parts(low, ups), strict=True)]
-    return [grad_x.view(x.shape), grad_dropped, grad_low.T @ given.flatten(0, -2), *grad_ups]
+    return grad_x.view(x.shape), grad_dropped, grad_low.T @ given.flatten(0, -2), flat.T @ low
 
 
-@adapted_products_backward.register_fake
-def _(grads, x, dropped, low, frozen, scales, down, ups, blocksize, quant_type):
+@adapted_product_backward.register_fake
+def _(grad, x, dropped, low, frozen, scales, down, up, blocksize, quant_type):
     grad_dropped = x.new_empty(0) if dropped is None else x.new_empty(x.shape)
-    return [x.new_empty(x.shape), grad_dropped, torch.empty_like(down), *map(torch.empty_like, ups)]
+    return x.new_empty(x.shape), grad_dropped, torch.empty_like(down), torch.empty_like(up)
 
 
 def _keep(ctx, inputs, output):
-    x, dropped, frozen, scales, down, ups, *ctx.format = inputs
-    ctx.sizes = len(frozen), len(scales), len(ups)
-    ctx.save_for_backward(x, dropped, output[-1], *frozen, *scales, down, *ups)
+    x, dropped, frozen, scales, down, up, *ctx.format = inputs
+    ctx.save_for_backward(x, dropped, output[1], frozen, scales, down, up)
 
 
-def _gradients(ctx, grads):
-    x, dropped, low, *rest = ctx.saved_tensors  # read once: checkpointing allows no more
-    n_frozen, n_scales, _ = ctx.sizes
-    frozen, scales = rest[:n_frozen], rest[n_frozen : n_frozen + n_scales]
-    down, *ups = rest[n_frozen + n_scales :]
-    found = torch.ops.peftlib.adapted_products_backward(
-        list(grads[:-1]), x, dropped, low, frozen, scales, down, ups, *ctx.format
-    )
-    grad_x, grad_dropped, grad_down, *grad_ups = found
-    nothing = [None] * n_frozen, [None] * n_scales
-    return grad_x, None if dropped is None else grad_dropped, *nothing, grad_down, grad_ups, None, None
+def _gradients(ctx, grad, _):
+    saved = ctx.saved_tensors  # read once: checkpointing allows no more
+    grads = torch.ops.peftlib.adapted_product_backward(grad, *saved, *ctx.format)
+    return grads[0], None if saved[1] is None else grads[1], None, None, grads[2], grads[3], None, None
 
 
-adapted_products.register_autograd(_gradients, setup_context=_keep)
+adapted_product.register_autograd(_gradients, setup_context=_keep)
 
 
-def _parts(low, ups):
-    return low.split([up.shape[1] for up in ups], 1)
-
-
-def _weight(frozen, scales, i, up, down, blocksize, quant_type):
-    if not scales:
-        return frozen[i]
+def _weight(frozen, scales, down, up, blocksize, quant_type):
+    if scales is None:
+        return frozen
     shape = [up.shape[0], down.shape[1]]
-    return torch.ops.bitsandbytes.dequantize_4bit(frozen[i], scales[i], blocksize, quant_type, shape, down.dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(frozen, scales, blocksize, quant_type, shape, down.dtype)
