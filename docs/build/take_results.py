@@ -28,7 +28,7 @@ def take_demo(study, target):
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(study.results_path, target / "results.csv")
     shutil.copyfile(built.figures["scores"], target / "scores.png")
-    boot = stats.quiet_bootstrap(built.study.systems())
+    boot = stats.bootstrap(built.study.systems())
     trained = [method for method in boot.value if method not in (BASE, BASE_CUT)]
     shown = (BASE, *trained)
     records = {run.record["method"]: run.record for run in built.study.runs if run.is_scored}
@@ -88,7 +88,7 @@ def sibling_of(study):
 def _summary(study, built):
     """What the tables are made from, as a JSON object, but for the pictures and the other precision."""
     found, manifest = built.study, study.manifest()
-    boot = stats.quiet_bootstrap(found.systems())
+    boot = stats.bootstrap(found.systems())
     runs = {}
     for run in found.runs:
         if run.record["status"] == "ok":
@@ -230,7 +230,7 @@ def _precisions(built, sibling):
             continue
         difference = None
         if other.is_scored and run.is_scored:
-            boot = stats.quiet_bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
+            boot = stats.bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
             difference = {metric: _interval(boot.difference("fp16", "bf16", metric)) for metric in stats.METRICS}
         reasons = filter(None, (without_folders(one.record.get("evaluation_error")) for one in (other, run)))
         made[run.record["method"]] = {

@@ -10,6 +10,7 @@ Importing `evaluate` takes seconds: import this module only where answers are sc
 import datasets
 import evaluate
 import numpy as np
+from sacrebleu.metrics import CHRF
 
 from peftlib.core.errors import DataError
 from peftlib.evaluation import metrics, rouge
@@ -36,11 +37,27 @@ def score(predictions, references, *, tokenizer=None):
 
 def scored(predictions, references, *, tokenizer=None):
     """(what `score` returns, the RowScores that it was made from). DataError: as `score`."""
-    predictions, references = _checked_pairs(predictions, references)
+    predictions, references = _texts("prediction", predictions), _texts("reference", references)
+    if len(predictions) != len(references):
+        counts = f"{len(predictions)} predictions and {len(references)} references"
+        raise DataError(f"{counts}: give one reference for each prediction")
     parts = [Bleu4(tokenizer), RougeL(), Chrf(), PerSample(), AnswerForm()]
     found = evaluate.combine(parts).compute(predictions=predictions, references=references)
     rows = {name: values for part in parts for name, values in part.rows.items()}
     return {"n": len(predictions), **found}, metrics.RowScores(**rows)
+
+
+def _texts(name, given):
+    """A list of texts. DataError: none, or something else."""
+    if isinstance(given, str):
+        raise DataError(f"{name}s are one text: give a list of texts, one a row")
+    texts = list(given)
+    if not texts:
+        raise DataError(f"no {name}s: nothing to score, generate answers first")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
+    return texts
 
 
 class _PairMetric(evaluate.Metric):
@@ -64,8 +81,17 @@ class _PairMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        self.rows = {name: np.array(values) for name, values in self.per_row(predictions, references).items()}
-        return metrics.scores_of(self.rows)
+        columns = self.per_row(predictions, references)
+        self.rows = {name: np.array(values) for name, values in columns.items()}
+        return {**metrics.scores_of(self.rows), **self.of_corpus(predictions, references)}
+
+    def per_row(self, predictions, references):
+        """{column of RowScores: one number a row}."""
+        return {}
+
+    def of_corpus(self, predictions, references):
+        """{name: value} that does not follow from the rows' numbers."""
+        return {}
 
 
 class Bleu4(_PairMetric):
@@ -78,10 +104,12 @@ class Bleu4(_PairMetric):
         super().__init__(**settings)
         self.tokenizer = tokenizer
 
-    def _compute(self, predictions, references):
+    def per_row(self, predictions, references):
         tokenizer = self.tokenizer or metrics.bleu_tokenizer(references)
-        self.rows = {"bleu": metrics.bleu_counts(predictions, references, tokenizer)}
-        return {**metrics.scores_of(self.rows), "bleu_signature": metrics.bleu_signature(tokenizer)}
+        return {"bleu": metrics.bleu_counts(predictions, references, tokenizer)}
+
+    def of_corpus(self, predictions, references):
+        return {"bleu_signature": metrics.bleu_signature(self.tokenizer or metrics.bleu_tokenizer(references))}
 
 
 class RougeL(_PairMetric):
@@ -91,11 +119,10 @@ class RougeL(_PairMetric):
     citation = _ROUGE_PAPER
 
     def per_row(self, predictions, references):
-        pairs = zip(map(rouge.words, predictions), map(rouge.words, references))
-        return {"rougeL": [rouge.rouge_l(*pair) for pair in pairs]}
+        return {"rougeL": list(map(rouge.rouge_l, map(rouge.words, predictions), map(rouge.words, references)))}
 
-    def _compute(self, predictions, references):
-        return {**super()._compute(predictions, references), "rouge_variant": rouge.VARIANT}
+    def of_corpus(self, predictions, references):
+        return {"rouge_variant": rouge.VARIANT}
 
 
 class Chrf(_PairMetric):
@@ -104,9 +131,7 @@ class Chrf(_PairMetric):
     description = "Corpus chrF2 by sacrebleu, 0-1."
     citation = "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation"
 
-    def _compute(self, predictions, references):
-        from sacrebleu.metrics import CHRF
-
+    def of_corpus(self, predictions, references):
         metric = CHRF()
         value = metric.corpus_score(predictions, [references]).score / 100
         return {"chrf": value, "chrf_signature": str(metric.get_signature())}
@@ -119,10 +144,10 @@ class PerSample(_PairMetric):
     citation = f"{_BLEU_PAPER}; {_ROUGE_PAPER}"
 
     def per_row(self, predictions, references):
-        ascii_words = zip(map(rouge.ascii_words, predictions), map(rouge.ascii_words, references))
+        ascii_words = map(rouge.ascii_words, predictions), map(rouge.ascii_words, references)
         return {
-            "sample_bleu4": [metrics.sentence_bleu(*pair) for pair in zip(predictions, references)],
-            "sample_rougeL": [rouge.rouge_l(*pair) for pair in ascii_words],
+            "sample_bleu4": list(map(metrics.sentence_bleu, predictions, references)),
+            "sample_rougeL": list(map(rouge.rouge_l, *ascii_words)),
         }
 
 
@@ -135,25 +160,6 @@ class AnswerForm(_PairMetric):
         return {
             "n_words": [len(text.split()) for text in predictions],
             "n_reference_words": [len(text.split()) for text in references],
-            "repetition": [metrics.repeated_share(text) for text in predictions],
-            "is_empty": [not text.strip() for text in predictions],
+            "repetition": list(map(metrics.repeated_share, predictions)),
+            "empty_share": [not text.strip() for text in predictions],
         }
-
-
-def _checked_pairs(predictions, references):
-    """Both as lists of texts. DataError: none, unequal lengths, or an entry that is no text."""
-    for name, texts in (("predictions", predictions), ("references", references)):
-        if isinstance(texts, str):
-            raise DataError(f"{name} is one text: give a list of texts, one a row")
-    predictions, references = list(predictions), list(references)
-    if len(predictions) != len(references):
-        raise DataError(
-            f"{len(predictions)} predictions and {len(references)} references: give one reference for each prediction"
-        )
-    if not predictions:
-        raise DataError("no predictions: nothing to score, generate answers first")
-    for name, texts in (("prediction", predictions), ("reference", references)):
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
-    return predictions, references
