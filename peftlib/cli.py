@@ -120,7 +120,9 @@ def evaluate(
 
     record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path or "", name=name)
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
-    print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows")
+    scored_on = (record.get("trained_elsewhere") or {}).get("scored_on")
+    base = f", on {scored_on}" if scored_on else ""
+    print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows{base}")
 
 
 @_command("report --study first")

@@ -8,7 +8,7 @@ from peftlib.methods import BASE
 
 # Settings of one method alone: they may differ between methods without making them unequal.
 _OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "seed")
-_RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")
+_RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")  # of the record
 PAIR_COLUMNS = ("metric", "method", "other", "difference", "low", "high", "p", "verdict")
 
 
@@ -54,19 +54,12 @@ def unmatched(runs):
     """
     finished = [run for run in runs if run.record["method"] != BASE and run.record["status"] == "ok"]
     trained = [run for run in finished if not run.is_external]
-    found = [
-        f"{run.record['method']} was trained elsewhere: its data, settings and steps are unknown, and it may have seen "
-        "the test rows"
-        for run in finished
-        if run.is_external
-    ]
-    settings = dict.fromkeys(name for run in trained for name in run.record["config"])
-    for name in settings:
-        if not name.startswith(_OWN_SETTINGS) and name not in ("study", "profile", "device", "precision"):
+    found = [_elsewhere(run.record) for run in finished if run.is_external]
+    for name in dict.fromkeys(name for run in trained for name in run.record["config"]):
+        if not name.startswith(_OWN_SETTINGS) and name not in ("study", "profile", *_RUN_FACTS):
             found += _differing(name, trained, lambda run, name=name: run.record["config"].get(name))
     for name in _RUN_FACTS:
-        if name not in settings or name in ("device", "precision"):
-            found += _differing(name, trained, lambda run, name=name: run.record[name])
+        found += _differing(name, trained, lambda run, name=name: run.record[name])
     seeds = {}
     for run in trained:
         seeds.setdefault(run.record["method"], []).append(run.record["seed"])
@@ -76,6 +69,12 @@ def unmatched(runs):
     for name in ("max_new_tokens", "precision", "device"):
         found += _differing(f"{name} of evaluation", scored, lambda run, name=name: run.record["evaluation"].get(name))
     return found
+
+
+def _elsewhere(record):
+    scored_on = record["trained_elsewhere"].get("scored_on")
+    found = f"{record['method']} was trained elsewhere{(scored_on and f' and scored on {scored_on}') or ''}"
+    return f"{found}: its data, settings and steps are unknown, and it may have seen the test rows"
 
 
 def _differing(name, runs, value_of):

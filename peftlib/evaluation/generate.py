@@ -59,35 +59,26 @@ def answer_rows(
     """
     prompts = {row["id"]: encode_prompt(tokenizer, row["messages"][:-1]) for row in rows}
     ordered = sorted(rows, key=lambda row: (-len(prompts[row["id"]]), row["id"]))
+    size = block_rows(model, engine=engine, batch=batch)
+    if size is None:  # then a row's answer may depend on its neighbours anyway
+        ordered = [row for row in ordered if row["id"] not in predictions.rows]
     progress = _Progress(len(rows), len(predictions.rows), log)
-    for block in _blocks(ordered, predictions, block_rows(model, engine=engine, batch=batch)):
-        asked = [prompts[row["id"]] for row in block]
-        limits = [max_new_tokens] * len(block)
+    for block in (ordered[at : at + (size or len(rows))] for at in range(0, len(ordered), size or len(rows))):
+        if all(row["id"] in predictions.rows for row in block):
+            continue
+        asked, limits = [prompts[row["id"]] for row in block], [max_new_tokens] * len(block)
         for number, ids in generate_rows(model, asked, limits, engine=engine, batch=batch, log=log):
             row = block[number]
-            if row["id"] not in predictions.rows:
-                answer = _answer(tokenizer, ids)
-                predictions.add(row, answer)
-                progress.count(answer)
-                why = deadline and deadline.passed()
-                if why and len(predictions.rows) < len(rows):
-                    raise Stopped(
-                        f"{why}: {len(predictions.rows)} of {len(rows)} rows are answered and kept; run again"
-                    )
+            if row["id"] in predictions.rows:
+                continue
+            answer = _answer(tokenizer, ids)
+            predictions.add(row, answer)
+            progress.count(answer)
+            why = deadline and deadline.passed()
+            if why and len(predictions.rows) < len(rows):
+                raise Stopped(f"{why}: {len(predictions.rows)} of {len(rows)} rows are answered and kept; run again")
     predictions.complete(rows)
     return progress.spent(), progress.tokens
-
-
-def _blocks(rows, predictions, size):
-    """Yield whole blocks of `size` rows that hold an unanswered one; without a size all unanswered rows at once."""
-    if size is None:
-        missing = [row for row in rows if row["id"] not in predictions.rows]
-        yield from [missing] if missing else []
-        return
-    for at in range(0, len(rows), size):
-        block = rows[at : at + size]
-        if any(row["id"] not in predictions.rows for row in block):
-            yield block
 
 
 class _Progress:

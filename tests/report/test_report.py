@@ -408,10 +408,6 @@ def missing_field(study):
     fake_study.write_record(study, record)
 
 
-def unknown_status(study):
-    fake_study.write_record(study, fake_study.record_of("qlora", status="done"))
-
-
 def twin(study):
     path = study.record_path("qlora", 0)
     path.with_name("qlora-copy.json").write_bytes(path.read_bytes())
@@ -446,17 +442,16 @@ def spoilt(**changes):
     [
         (other_split, r"split_hash differs.*manifest\.json has 5f1e0c0ffee0.*qlora-s0\.json has 0ther"),
         (missing_field, r"qlora-s0\.json lacks train_tokens"),
-        (unknown_status, r"qlora-s0\.json has status 'done'"),
-        (twin, r"both qlora of seed 0"),
+        (twin, r"qlora-copy\.json is a copy of another record: both are qlora \(seed 0\)"),
         (damaged_record, r"qlora-s0\.json is damaged"),
-        (row_missing, r"qlora-s0\.jsonl: 1 of 6 test rows are not answered, the first 'alpaca-0'"),
+        (row_missing, r"qlora-s0\.jsonl: 5 answers, not one to each of the 6 test rows.*'alpaca-0'"),
         (damaged_line, r"qlora-s0\.jsonl: line 6 is damaged"),
-        (line_twice, r"qlora-s0\.jsonl: line 7 answers row 'ultrachat-5' a second time"),
+        (line_twice, r"qlora-s0\.jsonl: 7 answers, not one to each of the 6 test rows"),
         (spoilt(split_hash="0ther"), r"qlora-s0\.jsonl: line 3 has split_hash 0ther.*5f1e0c0ffee0"),
-        (spoilt(id="elsewhere-1"), r"qlora-s0\.jsonl: 1 of 6 answers are to other rows, the first 'elsewhere-1'"),
-        (spoilt(prompt_sha256="00"), r"qlora-s0\.jsonl: 1 answers are to another prompt, the first to row 'alpaca-3'"),
-        (spoilt(answer=None), r"qlora-s0\.jsonl: line 3 lacks answer"),
-        (spoilt(answer=7), r"qlora-s0\.jsonl: line 3 has the answer 7, no text"),
+        (spoilt(id="elsewhere-1"), r"qlora-s0\.jsonl: 6 answers, not one to each.*'alpaca-3'"),
+        (spoilt(prompt_sha256="00"), r"qlora-s0\.jsonl: 6 answers, not one to each.* and prompts.*'alpaca-3'"),
+        (spoilt(answer=None), r"qlora-s0\.jsonl: line 3 is damaged \(it lacks 'answer'"),
+        (spoilt(answer=7), r"qlora-s0\.jsonl: line 3 is damaged \(answer is 7, not text"),
     ],
 )
 def test_what_does_not_belong_together_is_refused_and_nothing_is_overwritten(small, spoil, message):
@@ -468,19 +463,6 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_overwritten(sma
         report.build_report(small)
     assert [path.read_text(encoding="utf-8") for path in kept] == ["older", "older"]
     assert not small.figures_dir.exists()
-
-
-@pytest.mark.parametrize(
-    "last", [{"role": "user", "content": "a question"}, {"role": "assistant", "content": " "}, {"role": "assistant"}]
-)
-def test_a_test_row_without_a_reference_is_named_and_nothing_is_overwritten(small, monkeypatch, last):
-    rows = fake_study.made_rows(6)
-    rows[1]["messages"] = [*rows[1]["messages"][:-1], last]
-    monkeypatch.setattr("peftlib.data.load_split", lambda data_dir, split: rows)
-    small.results_path.write_text("older", encoding="utf-8")
-    with pytest.raises(StudyError, match="1 of 6 test rows in .* have no reference, the first 'tulu-1'"):
-        report.build_report(small)
-    assert small.results_path.read_text(encoding="utf-8") == "older" and not small.report_path.exists()
 
 
 def test_a_study_without_records_or_data_says_what_to_run(tmp_path, monkeypatch):
