@@ -72,7 +72,7 @@ def evaluate_path(
         study.freeze()
         if model.scored_on:
             log(f"{name}: scored on {model.scored_on}")
-        return _evaluate(study, _external_record(study, name, model), model.load, log=log)
+        return _evaluate(study, _record_of(study, name, 0, model), model.load, log=log)
 
 
 def _evaluate(study, record, load, *, log):
@@ -103,7 +103,7 @@ def _evaluate(study, record, load, *, log):
             gc.collect()
             torch.cuda.empty_cache()
         answers = _answers(study, record, model, rows, engine=engine, log=log)
-    _log_scores(name, rows, path, record["split_hash"], log=log)
+    _log_scores(study, record, rows, log=log)
     record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
     record["evaluation"] = {
         "n_test": len(rows),
@@ -121,14 +121,16 @@ def _evaluate(study, record, load, *, log):
     return record
 
 
-def _record_of(study, method, seed):
-    """The record to fill: a finished run's, or the untrained model's."""
-    path, split_hash = study.record_path(method, seed), study.manifest()["split_hash"]
-    record = records.load(study, method, seed)
+def _record_of(study, name, seed, model=None):
+    """The record to fill: a finished run's, or the untrained model's or an External's, new where there is none."""
+    path, split_hash = study.record_path(name, seed), study.manifest()["split_hash"]
+    record = records.load(study, name, seed)
     if record is None:
-        if method != BASE:
-            raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
-        record = _new_record(study, BASE)
+        if name != BASE and model is None:
+            raise StudyError(f"no record of {name} (seed {seed}) in {study.folder}: train it first")
+        record = _new_record(study, name, model)
+    elif model is not None and (record.get("trained_elsewhere") or {}).get("files") != model.files:
+        raise StudyError(f"{path} is of other weights than {model.folder}: give this model another name")
     records.require_fields(record, path)
     records.require_ok(record)
     if record["split_hash"] != split_hash:
@@ -139,26 +141,16 @@ def _record_of(study, method, seed):
     return record
 
 
-def _new_record(study, method):
+def _new_record(study, name, model):
     """A finished record without any training."""
     device = resolve_device(study.cfg.device)
     _, precision, reason = evaluation_dtype(device)
     base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
     how = {"device": device, "precision": precision, "precision_reason": reason}
-    return {**records.new_record(study, method, provenance=base, **how), "status": "ok"}
-
-
-def _external_record(study, name, model):
-    """The record of an external.External: the one that stands, or a new one. StudyError: it is of other weights."""
-    kept = records.load(study, name, 0)
-    if kept is not None:
-        if (kept.get("trained_elsewhere") or {}).get("files") != model.files:
-            raise StudyError(
-                f"{study.record_path(name, 0)} is of other weights than {model.folder}: give this model another name"
-            )
-        return _record_of(study, name, 0)
-    record = {**_new_record(study, name), "seed": 0, "config": {}, **model.record_fields()}
-    del record["run_hash"]  # of settings, which are not known
+    record = {**records.new_record(study, name, provenance=base, **how), "status": "ok"}
+    if model is not None:
+        record |= {"seed": 0, "config": {}, **model.record_fields()}
+        del record["run_hash"]  # of settings, which are not known
     return record
 
 
@@ -205,12 +197,14 @@ def _answers(study, record, model, rows, *, engine, log):
     return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
 
 
-def _log_scores(name, rows, path, split_hash, *, log):
+def _log_scores(study, record, rows, *, log):
     from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
 
-    answers = [row["answer"] for row in read_predictions(path, rows, split_hash)]
+    path = study.predictions_path(record["method"], record["seed"])
+    answers = [row["answer"] for row in read_predictions(path, rows, record["split_hash"])]
     found = score(answers, [row["messages"][-1]["content"] for row in rows])
-    log(f"{name}: BLEU-4 {found['bleu4']:.4f}, ROUGE-L {found['rougeL']:.4f} on {len(answers)} test rows")
+    scores = f"BLEU-4 {found['bleu4']:.4f}, ROUGE-L {found['rougeL']:.4f}"
+    log(f"{record['method']}: {scores} on {len(answers)} test rows")
 
 
 def _add_rounding(study, record, *, log):
@@ -226,17 +220,14 @@ def _add_rounding(study, record, *, log):
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
     if not (layers and is_open and done.get("precision") == precision):
         return False
-    loss = forgetting.rounding_of_another_seed(study.records(), record)
-    if loss is None:
-        log(f"{method}: loss on general text of the untrained model in NF4")
-        try:
-            _require_base(study, record, log)
-            model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
-            loss = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
-        except (PeftlibError, RuntimeError, OSError) as error:
-            log(f"{method}: not measured, and nothing rests on it: {error}")
-            return False
-    done[forgetting.ROUNDED_FIELD] = loss
+    log(f"{method}: loss on general text of the untrained model in NF4")
+    try:
+        _require_base(study, record, log)
+        model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
+        done[forgetting.ROUNDED_FIELD] = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
+    except (PeftlibError, RuntimeError, OSError) as error:
+        log(f"{method}: not measured, and nothing rests on it: {error}")
+        return False
     records.save(study, record)
     return True
 

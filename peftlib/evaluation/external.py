@@ -46,8 +46,7 @@ class External:
         return {"trained_elsewhere": fields, **where}
 
     def load(self, *, device, dtype):
-        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or
-        tokenizer."""
+        """One plain merged model in eval mode. ModelError: damaged, or unfit for the study's model or tokenizer."""
         if (self.folder / FACTS).is_file():
             return saved.load_trained(self.folder, device=device, dtype=dtype, log=self.log)
         if self.scored_on:
@@ -93,7 +92,7 @@ def _check_adapter(folder, base):
         raise ModelError(f"{path} is damaged ({error})") from None
     if config.get("auto_map"):
         raise ModelError(f"{path} names code in auto_map, which peftlib never runs: remove it")
-    if not isinstance(kind, str) or not isinstance(named, str) or not named:
+    if not (isinstance(kind, str) and isinstance(named, str) and named):
         raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which tells what it was trained on")
     if not (folder / ADAPTER).is_file():
         raise ModelError(f"{folder} has no {ADAPTER}")

@@ -93,18 +93,6 @@ def rounded_of(record):
     return None if found is None or loss is None else replace(found, loss=loss)
 
 
-def rounding_of_another_seed(found, record):
-    """The 4-bit loss that a record in `found` holds for the same method, precisions, model and text, or None."""
-
-    def facts(run):
-        done = run["evaluation"] or {}
-        same = [run[name] for name in ("method", "precision", "model")]
-        return same + [done.get(name) for name in ("precision", "general_text_sha256")]
-
-    known = [rounded_of(other) for other in found if facts(other) == facts(record)]
-    return next((rounded.loss for rounded in known if rounded), None)
-
-
 def in_words(base, record):
     """A line on how a run changed the loss on general text, and how its 4 bits alone do; '' where unknown."""
     before, after, rounded = of_record(base), of_record(record), rounded_of(record)

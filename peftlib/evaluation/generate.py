@@ -86,7 +86,8 @@ class _Progress:
 
     def __init__(self, rows, before, log):
         self.rows, self.answered, self.before, self.log = rows, before, before, log
-        self.tokens, self.started, self.logged = 0, time.monotonic(), time.monotonic()
+        self.tokens, self.started = 0, time.monotonic()
+        self.logged = self.started
 
     def spent(self):
         return time.monotonic() - self.started
@@ -94,14 +95,11 @@ class _Progress:
     def count(self, answer):
         self.answered += 1
         self.tokens += answer.n_tokens
-        now = time.monotonic()
-        if now - self.logged < _LOG_SECONDS and self.answered < self.rows:
+        if time.monotonic() - self.logged < _LOG_SECONDS and self.answered < self.rows:
             return
-        self.logged = now
-        spent, made = max(self.spent(), 1e-9), self.answered - self.before
-        line = f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s"
+        self.logged = time.monotonic()
+        spent, share = max(self.spent(), 1e-9), (self.answered - self.before) / max(self.rows - self.before, 1)
         # Rows are answered side by side, so the first to end do not yet tell how long all take.
-        if made >= _ETA_FROM * (self.rows - self.before):
-            left = int(spent / made * (self.rows - self.answered))
-            line += f"  ETA {left // 60}:{left % 60:02d}"
-        self.log(line)
+        left = int(spent / share - spent)
+        eta = f"  ETA {left // 60}:{left % 60:02d}" if share >= _ETA_FROM else ""
+        self.log(f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s{eta}")

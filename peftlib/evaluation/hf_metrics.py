@@ -73,43 +73,33 @@ class _PairMetric(evaluate.Metric):
         return ""  # rows are held in memory: no cache folder is needed
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description=self.description,
-            citation=self.citation,
-            inputs_description="predictions: [answer, ...] as text; references: [text, ...], one for each answer",
-            features=datasets.Features(_FEATURES),
-        )
+        inputs = "predictions: [answer, ...] as text; references: [text, ...], one for each answer"
+        how = {"inputs_description": inputs, "features": datasets.Features(_FEATURES)}
+        return evaluate.MetricInfo(description=self.description, citation=self.citation, **how)
 
     def _compute(self, predictions, references):
-        columns = self.per_row(predictions, references)
+        columns, of_corpus = self.measure(predictions, references)
         self.rows = {name: np.array(values) for name, values in columns.items()}
-        return {**metrics.scores_of(self.rows), **self.of_corpus(predictions, references)}
+        return {**metrics.scores_of(self.rows), **of_corpus}
 
-    def per_row(self, predictions, references):
-        """{column of RowScores: one number a row}."""
-        return {}
-
-    def of_corpus(self, predictions, references):
-        """{name: value} that does not follow from the rows' numbers."""
-        return {}
+    def measure(self, predictions, references):
+        """({column of RowScores: one number a row}, {name: value} that does not follow from these)."""
+        raise NotImplementedError
 
 
 class Bleu4(_PairMetric):
     """{'bleu4': 0-1, 'bleu_signature'}. tokenizer: sacrebleu's; None takes the one that the references need."""
 
-    description = "Corpus BLEU-4 by sacrebleu with 'exp' smoothing, 0-1."
-    citation = _BLEU_PAPER
+    description, citation = "Corpus BLEU-4 by sacrebleu with 'exp' smoothing, 0-1.", _BLEU_PAPER
 
     def __init__(self, tokenizer=None, **settings):
         super().__init__(**settings)
         self.tokenizer = tokenizer
 
-    def per_row(self, predictions, references):
+    def measure(self, predictions, references):
         tokenizer = self.tokenizer or metrics.bleu_tokenizer(references)
-        return {"bleu": metrics.bleu_counts(predictions, references, tokenizer)}
-
-    def of_corpus(self, predictions, references):
-        return {"bleu_signature": metrics.bleu_signature(self.tokenizer or metrics.bleu_tokenizer(references))}
+        counts = metrics.bleu_counts(predictions, references, tokenizer)
+        return {"bleu": counts}, {"bleu_signature": metrics.bleu_signature(tokenizer)}
 
 
 class RougeL(_PairMetric):
@@ -118,11 +108,9 @@ class RougeL(_PairMetric):
     description = "Mean F1 over the longest common subsequence of words of any script, 0-1."
     citation = _ROUGE_PAPER
 
-    def per_row(self, predictions, references):
-        return {"rougeL": list(map(rouge.rouge_l, map(rouge.words, predictions), map(rouge.words, references)))}
-
-    def of_corpus(self, predictions, references):
-        return {"rouge_variant": rouge.VARIANT}
+    def measure(self, predictions, references):
+        scores = map(rouge.rouge_l, map(rouge.words, predictions), map(rouge.words, references))
+        return {"rougeL": list(scores)}, {"rouge_variant": rouge.VARIANT}
 
 
 class Chrf(_PairMetric):
@@ -131,10 +119,10 @@ class Chrf(_PairMetric):
     description = "Corpus chrF2 by sacrebleu, 0-1."
     citation = "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation"
 
-    def of_corpus(self, predictions, references):
+    def measure(self, predictions, references):
         metric = CHRF()
         value = metric.corpus_score(predictions, [references]).score / 100
-        return {"chrf": value, "chrf_signature": str(metric.get_signature())}
+        return {}, {"chrf": value, "chrf_signature": str(metric.get_signature())}
 
 
 class PerSample(_PairMetric):
@@ -143,12 +131,10 @@ class PerSample(_PairMetric):
     description = "Means over rows of nltk's sentence BLEU-4 (method1 smoothing) and rouge_score's ROUGE-L (a-z, 0-9)."
     citation = f"{_BLEU_PAPER}; {_ROUGE_PAPER}"
 
-    def per_row(self, predictions, references):
-        ascii_words = map(rouge.ascii_words, predictions), map(rouge.ascii_words, references)
-        return {
-            "sample_bleu4": list(map(metrics.sentence_bleu, predictions, references)),
-            "sample_rougeL": list(map(rouge.rouge_l, *ascii_words)),
-        }
+    def measure(self, predictions, references):
+        bleu = map(metrics.sentence_bleu, predictions, references)
+        rouge_l = map(rouge.rouge_l, map(rouge.ascii_words, predictions), map(rouge.ascii_words, references))
+        return {"sample_bleu4": list(bleu), "sample_rougeL": list(rouge_l)}, {}
 
 
 class AnswerForm(_PairMetric):
@@ -156,10 +142,11 @@ class AnswerForm(_PairMetric):
 
     description = "Words of answers over words of references, share of empty answers, mean share of repeated 4-grams."
 
-    def per_row(self, predictions, references):
-        return {
+    def measure(self, predictions, references):
+        columns = {
             "n_words": [len(text.split()) for text in predictions],
             "n_reference_words": [len(text.split()) for text in references],
             "repetition": list(map(metrics.repeated_share, predictions)),
             "empty_share": [not text.strip() for text in predictions],
         }
+        return columns, {}

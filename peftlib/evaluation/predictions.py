@@ -9,15 +9,8 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import append_text, read_text, sha256, write_text
 
 _SYNC_SECONDS = 5.0  # between two fsyncs: what a crash of the machine, not of the process, may lose
-_SHAPE = {
-    "id": str,
-    "source": str,
-    "prompt_sha256": str,
-    "answer": str,
-    "n_tokens": int,
-    "finish_reason": ("stop", "length"),
-    "split_hash": str,
-}
+_TEXTS = dict.fromkeys(("id", "source", "prompt_sha256", "answer", "split_hash"), str)
+_SHAPE = {**_TEXTS, "n_tokens": int, "finish_reason": ("stop", "length")}
 
 
 class Predictions:
@@ -45,8 +38,7 @@ class Predictions:
             self._write()
 
     def add(self, test_row, answer):
-        """Append the generate.Answer to a test row. A kill of the process loses none, a crash of the machine
-        seconds."""
+        """Append a generate.Answer. A kill of the process loses none, a crash of the machine those of seconds."""
         row = {
             **{name: test_row[name] for name in ("id", "source", "prompt_sha256")},
             "answer": answer.text,

@@ -30,7 +30,7 @@ class Run:
 
     @property
     def name(self):
-        return _name_of(self.record)
+        return f"{self.record['method']} (seed {self.record['seed']})"
 
     @property
     def is_scored(self):
@@ -115,10 +115,6 @@ def load(study):
     return ScoredStudy(test_rows, references, runs, split_hash, tokenizer, cut_at, base_cut)
 
 
-def _name_of(record):
-    return f"{record['method']} (seed {record['seed']})"
-
-
 def prompt_text(row):
     """The prompt of a test row: its only turn before the reference, or all of them with their roles."""
     turns = row["messages"][:-1]
@@ -134,7 +130,7 @@ def _records_of(study, split_hash):
     for path, record in found.items():
         require_fields(record, path)
         if path != study.record_path(record["method"], record["seed"]):
-            raise StudyError(f"{path} is a copy of another record: both are {_name_of(record)}; delete it")
+            raise StudyError(f"{path} is a copy of another record: both are {Run(record).name}; delete it")
     hashes = {study.manifest_path: split_hash, **{path: record["split_hash"] for path, record in found.items()}}
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{path} has {value}" for path, value in hashes.items())
