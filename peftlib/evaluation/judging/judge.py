@@ -19,10 +19,8 @@ from peftlib.evaluation.predictions import read_predictions
 from peftlib.methods import BASE, study_order
 
 RUBRIC = (Path(__file__).parent / "rubric.txt").read_text(encoding="utf-8").strip()
-REMINDER = (
-    "That did not end with one verdict line. Reply with one line and nothing else: VERDICT: 1, "
-    "VERDICT: 2 or VERDICT: TIE"
-)
+_CHOICE = "VERDICT: 1, VERDICT: 2 or VERDICT: TIE"
+REMINDER = f"That did not end with one verdict line. Reply with one line and nothing else: {_CHOICE}"
 RUBRIC_SHA256 = hashlib.sha256(f"{RUBRIC}\n{REMINDER}".encode()).hexdigest()
 ORDERS = ("ab", "ba")
 REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
@@ -83,17 +81,14 @@ def in_order(methods):
 
 def cases_of(rows, answers_a, answers_b, *, n_rows=0):
     """[Case, ...]: both orders of each test row, or of the `n_rows` whose prompts have the smallest hashes."""
-    order = range(len(rows))
+    picked = range(len(rows))
     if n_rows:
-        order = sorted(order, key=lambda i: (rows[i]["prompt_sha256"], rows[i]["id"]))[:n_rows]
-    return [
-        Case(rows[i], name, *((answers_a[i], answers_b[i]) if name == "ab" else (answers_b[i], answers_a[i])))
-        for i in order
-        for name in ORDERS
-    ]
+        picked = sorted(picked, key=lambda i: (rows[i]["prompt_sha256"], rows[i]["id"]))[:n_rows]
+    shown = {"ab": (answers_a, answers_b), "ba": (answers_b, answers_a)}
+    return [Case(rows[i], order, *(answers[i] for answers in shown[order])) for i in picked for order in ORDERS]
 
 
-def cases_of_study(study, methods, seed=0, n_rows=0):
+def cases_of_study(study, methods, seed, n_rows=0):
     """((name of each run), [Case, ...]) of two methods' answers in a study, see cases_of.
 
     seed: of the runs. StudyError: no answers yet, or answers to other rows.

@@ -1,5 +1,6 @@
-"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and what they add up
-to."""
+"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and their sum."""
+
+import contextlib
 
 from peftlib.evaluation.judging import judge, verdicts
 from peftlib.storage.lock import StudyLock
@@ -7,39 +8,33 @@ from peftlib.storage.lock import StudyLock
 _CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
 
 
-def judge_study(study, methods, backend, *, seed=0, n_rows=0, reply_tokens=judge.REPLY_TOKENS, parallel=1, prices=(None,
-                None), dry_run=False, log=print):  # fmt: skip
+def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, prices=(None, None), parallel=1,
+                dry_run=False, log=print):  # fmt: skip
     """Have a judge compare the answers of two methods, as far as it has not before.
 
     backend: a backends.Endpoint or Local. n_rows: so many test rows, 0 for all. prices: of a million tokens sent and
-    received, None where unknown. dry_run: only say what it takes.
+    received, None where unknown. dry_run: only say what it takes. The rest: see judge.run.
     StudyError: no predictions of a method, or of other rows. LockedError: another session judges these methods.
     JudgeError: see judge.run.
     """
     methods = judge.in_order(methods)
     names, cases = judge.cases_of_study(study, methods, seed, n_rows)
-
-    def plan(kept):
+    doing, what = f"judging {methods[0]} against {methods[1]}", "-vs-".join(methods)
+    place = f"the judging of {what} in study {study.folder.name!r}"
+    # Two that judge at once would ask, and pay, twice.
+    lock = StudyLock(study.folder, doing, name=f"judge-{what}-lock.json", place=place)
+    with contextlib.nullcontext() if dry_run else lock:
+        kept = verdicts.Verdicts(verdicts.path_of(study, methods), names)
         found = judge.open_cases(cases, kept, backend.name, reply_tokens)
         log(f"{methods[0]} against {methods[1]}, judged by {backend.name}")
         log("\n".join(_plan(len(cases), found, reply_tokens, prices)))
-        return found
-
-    path = verdicts.path_of(study, methods)
-    if dry_run:
-        plan(verdicts.Verdicts(path, names))
-        return
-    what = "-vs-".join(methods)
-    doing, where = f"judging {methods[0]} against {methods[1]}", f"the judging of {what} in study {study.folder.name!r}"
-    # Two that judge at once would ask, and pay, twice.
-    with StudyLock(study.folder, doing, name=f"judge-{what}-lock.json", place=where) as lock:
-        kept = verdicts.Verdicts(path, names)
-        if plan(kept):
+        if dry_run:
+            return
+        if found:
             how = {"reply_tokens": reply_tokens, "parallel": parallel, "log": log, "require": lock.require}
             log("\n".join(_what_it_took(judge.run(cases, kept, backend, **how), backend.counts, prices)))
         log("\n".join(verdicts.sentences(verdicts.summary(cases, kept, backend.name, names))))
-    shown = f"{path.parent.name}/{path.name}"
-    log(f"verdicts: {shown}; in the report: python -m peftlib report --study {study.folder.name}")
+    log(f"verdicts: judge/{kept.path.name}; in the report: python -m peftlib report --study {study.folder.name}")
 
 
 def _plan(n_cases, found, reply_tokens, prices):
@@ -47,14 +42,10 @@ def _plan(n_cases, found, reply_tokens, prices):
     to_ask = [case for case in found if not case.is_identical]
     sent = sum(len(case.message) for case in to_ask) // _CHARACTERS_PER_TOKEN
     received = len(to_ask) * reply_tokens
-    yield (
-        f"{n_cases} comparisons: {n_cases - len(found)} judged before, {len(found) - len(to_ask)} of equal answers "
-        f"(ties without asking), {len(to_ask)} calls to make"
-    )
-    yield (
-        f"about {sent:,} tokens to send and at most {received:,} to receive ({_CHARACTERS_PER_TOKEN} characters a "
-        "token; retries come on top)"
-    )
+    known, equal = n_cases - len(found), f"{len(found) - len(to_ask)} of equal answers (ties without asking)"
+    yield f"{n_cases} comparisons: {known} judged before, {equal}, {len(to_ask)} calls to make"
+    how = f"({_CHARACTERS_PER_TOKEN} characters a token; retries come on top)"
+    yield f"about {sent:,} tokens to send and at most {received:,} to receive {how}"
     if prices == (None, None):
         yield "cost: not known, no price was given (--price-in and --price-out, per million tokens)"
     else:
