@@ -183,17 +183,11 @@ def _general_loss(study, model, **how):
 def _answers(study, record, model, rows, *, engine, log):
     """Answer the rows that are not answered yet; returns what the record's evaluation says about the answers."""
     cfg, split_hash = study.cfg, record["split_hash"]
-    seconds, tokens = answer_rows(
-        model,
-        data.load_tokenizer(cfg.model),
-        rows,
-        Predictions(study.predictions_path(record["method"], record["seed"]), split_hash),
-        max_new_tokens=cfg.max_new_tokens,
-        batch=cfg.eval_batch_size,
-        engine=engine,
-        deadline=Deadline(cfg.replace(max_seconds=0.0)),  # max_seconds limits training
-        log=lambda line: log(f"{record['method']}: {line}"),
-    )
+    kept = Predictions(study.predictions_path(record["method"], record["seed"]), split_hash)
+    deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds limits training
+    how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine, "deadline": deadline}
+    how["log"] = lambda line: log(f"{record['method']}: {line}")
+    seconds, tokens = answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how)
     return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
 
 
@@ -273,9 +267,8 @@ def _require_base(study, record, log, **where):
 @contextlib.contextmanager
 def _written(model, tokenizer):
     """A transformers folder of a model in bf16, for engines that load it themselves; deleted afterwards."""
-    with contextlib.ExitStack() as stack:
-        with writing(tempfile.gettempdir()):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="peftlib-merged-"))
+    with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
+        with writing(folder):
             model.to(torch.bfloat16).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         del model  # the card's memory goes with the last name for it

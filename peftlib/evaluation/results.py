@@ -47,10 +47,6 @@ class Run:
         return self.finish_reasons and self.finish_reasons.count("length") / len(self.finish_reasons)
 
     @property
-    def chrf(self):
-        return self.scores and self.scores["chrf"]
-
-    @property
     def eval_loss(self):
         """Nats per assistant token on the test rows, or None."""
         return self.record["eval_loss"]

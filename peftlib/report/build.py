@@ -188,7 +188,7 @@ def _score_frame(found):
             "method": run.record["method"],
             "seed": run.record["seed"],
             **run.rows.scores(),
-            "chrf": run.chrf,
+            "chrf": run.scores["chrf"],
             "truncated_share": run.truncated_share,
             "eval_loss": run.eval_loss,
         }
