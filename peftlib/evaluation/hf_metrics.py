@@ -21,16 +21,10 @@ _ROUGE_PAPER = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries
 
 
 def score(predictions, references, *, tokenizer=None):
-    """{metric: value} of answers against one reference each.
+    """{metric: value} of answers against one reference each: what all metrics below give, and n, the number of rows.
 
-    bleu4: corpus BLEU-4 by sacrebleu (tokenizer 13a unless most of the references' letters belong to scripts without
-    spaces, see metrics.bleu_tokenizer), 0-1. rougeL: mean F1, 0-1. chrf: corpus chrF2, 0-1. sample_bleu4: mean over
-    rows of sentence BLEU on whitespace words, as nltk's sentence_bleu with method1 smoothing. sample_rougeL: mean over
-    rows of rouge_score's own ROUGE-L (a-z and 0-9 only). length_ratio: words of the answers over words of the
-    references. empty_share: answers of nothing but whitespace. repetition: mean over answers of the share of 4-grams
-    (whitespace words) that stood in the same answer before. n: rows. bleu_signature, chrf_signature, rouge_variant: how
-    they were made.
-    DataError: no rows, lists of unequal length, or an entry that is no text.
+    tokenizer: of corpus BLEU; None takes 13a, or what references in scripts without spaces need, see
+    metrics.bleu_tokenizer. DataError: no rows, lists of unequal length, or an entry that is no text.
     """
     return scored(predictions, references, tokenizer=tokenizer)[0]
 
@@ -138,7 +132,10 @@ class PerSample(_PairMetric):
 
 
 class AnswerForm(_PairMetric):
-    """{'length_ratio', 'empty_share', 'repetition'}: whether a model rambles, says nothing or repeats itself."""
+    """{'length_ratio', 'empty_share', 'repetition'}: whether a model rambles, says nothing or repeats itself.
+
+    repetition: mean over answers of the share of 4-grams (whitespace words) that stood in the same answer before.
+    """
 
     description = "Words of answers over words of references, share of empty answers, mean share of repeated 4-grams."
 

@@ -15,7 +15,6 @@ from peftlib.evaluation import rouge
 
 _ORDER = 4
 _EPSILON = 0.1  # nltk's SmoothingFunction().method1
-_DEFAULT_TOKENIZER = "13a"
 _MEANS = ("rougeL", "sample_bleu4", "sample_rougeL", "empty_share", "repetition")  # scores that are a column's mean
 
 
@@ -112,11 +111,11 @@ def bleu_tokenizer(references):
     text = "".join(references)
     unspaced = rouge.UNSPACED.findall(text)
     if 2 * len(unspaced) <= sum(map(str.isalpha, text)):
-        return _DEFAULT_TOKENIZER
+        return "13a"
     return "zh" if all("\u3400" <= character <= "\u9fff" for character in unspaced) else "char"
 
 
-def bleu_signature(tokenizer=_DEFAULT_TOKENIZER):
+def bleu_signature(tokenizer):
     """sacrebleu's signature of the BLEU used here, with its version."""
     metric = _sacrebleu(tokenizer)
     metric.corpus_score(["a"], [["a"]])  # the number of references enters the signature with the first score
