@@ -120,7 +120,9 @@ def evaluate(
 
     record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path or "", name=name)
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
-    print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows")
+    scored_on = (record.get("trained_elsewhere") or {}).get("scored_on")
+    base = f", on {scored_on}" if scored_on else ""
+    print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows{base}")
 
 
 @_command("report --study first")
@@ -172,16 +174,12 @@ def judge(
         raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
     if endpoint is not None and model is None:
         raise ConfigError("--endpoint needs --model, the name under which the server knows its model")
-    from peftlib.evaluation.judging.backends import Endpoint, Local, endpoint_name, local_name
+    from peftlib.evaluation.judging.backends import Endpoint, Local
     from peftlib.evaluation.judging.study import judge_study
 
-    def open_judge():
-        return Local(local) if local else Endpoint(endpoint, model, timeout_s=timeout, retries=retries)
-
-    known_as = local_name(local) if local else endpoint_name(endpoint, model)
+    backend = Local(local) if local else Endpoint(endpoint, model, timeout_s=timeout, retries=retries)
     how = {"seed": seed, "n_rows": rows, "reply_tokens": reply_tokens, "parallel": 1 if local else parallel, "log": say}
-    how |= {"price_in": price_in, "price_out": price_out, "dry_run": dry_run}
-    judge_study(open_study(study), methods, known_as, open_judge, **how)
+    judge_study(open_study(study), methods, backend, prices=(price_in, price_out), dry_run=dry_run, **how)
 
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")

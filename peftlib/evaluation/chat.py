@@ -16,7 +16,7 @@ QUIT, NEW = "/quit", "/new"
 
 
 class Conversation:
-    """Turns with one model. say(text) prints the answer while it is made, and returns it.
+    """Turns with one model, [{role, content}, ...] in `messages`.
 
     limit: tokens of history and answer together; the oldest exchanges are left out beyond it.
     """
@@ -26,26 +26,20 @@ class Conversation:
         self._limit = limit or model.config.get_text_config().max_position_embeddings
         self.messages = []
 
-    def start_over(self):
-        """Forget what was said."""
-        self.messages = []
-
     def say(self, text):
-        """The model's answer to one more user turn."""
+        """Print the model's answer to one more user turn while it is made, and return it."""
         self.messages.append({"role": "user", "content": text})
-        prompt = torch.tensor([self._prompt()], device=self._model.device)
+        ids = encode_prompt(self._tokenizer, self.messages)
+        while len(ids) + self._max_new_tokens > self._limit and len(self.messages) > 1:
+            self.messages = self.messages[2:]
+            ids = encode_prompt(self._tokenizer, self.messages)
+        kept = ids[-max(1, self._limit - self._max_new_tokens) :]  # of one turn that is too long, its end
+        prompt = torch.tensor([kept], device=self._model.device)
         shown = _shown(self._tokenizer)
         made = greedy(self._model, prompt, torch.ones_like(prompt), self._max_new_tokens, streamer=shown)
         answer = self._tokenizer.decode(made[0], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": answer})
         return answer
-
-    def _prompt(self):
-        ids = encode_prompt(self._tokenizer, self.messages)
-        while len(ids) + self._max_new_tokens > self._limit and len(self.messages) > 1:
-            self.messages = self.messages[2:]
-            ids = encode_prompt(self._tokenizer, self.messages)
-        return ids[-max(1, self._limit - self._max_new_tokens) :]
 
 
 def main(study, method, *, seed, max_new_tokens):
@@ -55,9 +49,8 @@ def main(study, method, *, seed, max_new_tokens):
     device = resolve_device(study.cfg.device)
     dtype = evaluation_dtype(device)[0]
     model = load_model(study, method, seed, device=device, dtype=dtype)
-    print(
-        f"{method} of study {study.cfg.study} (seed {0 if method == BASE else seed}). {NEW} starts over, {QUIT} ends."
-    )
+    seed = 0 if method == BASE else seed
+    print(f"{method} of study {study.cfg.study} (seed {seed}). {NEW} starts over, {QUIT} ends.")
     conversation = Conversation(model, data.load_tokenizer(study.cfg.model), max_new_tokens=max_new_tokens)
     allow_odd(sys.stdin, "replace")
     allow_odd(sys.stdout, "backslashreplace")
@@ -65,7 +58,7 @@ def main(study, method, *, seed, max_new_tokens):
         if text == QUIT:
             break
         if text == NEW:
-            conversation.start_over()
+            conversation.messages = []
             print("(a new conversation)", flush=True)
         elif text:
             conversation.say(text)
@@ -85,21 +78,15 @@ def _shown(tokenizer):
 
 def _typed():
     """Lines of the input, each trimmed. What comes from a pipe is shown, for nobody sees it being typed."""
-    if sys.stdin is None:  # closed, as by `<&-`
-        return
-    if sys.stdin.isatty():
-        while True:
-            try:
-                yield _whole(input("> "))
-            except EOFError:
-                print()
-                return
-    for line in sys.stdin:
-        text = _whole(line)
-        print(f"> {visible(text)}", flush=True)
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    while sys.stdin is not None:  # it is None when closed, as by `<&-`
+        try:
+            line = input("> " if is_terminal else "")
+        except EOFError:
+            print(end="\n" if is_terminal else "")
+            return
+        # Some terminals let half characters through, which no tokenizer takes.
+        text = line.encode("utf-8", "replace").decode("utf-8").strip()
+        if not is_terminal:
+            print(f"> {visible(text)}", flush=True)
         yield text
-
-
-def _whole(line):
-    """A line trimmed, without the half characters that some terminals let through and no tokenizer takes."""
-    return line.encode("utf-8", "replace").decode("utf-8").strip()

@@ -8,7 +8,7 @@ from peftlib.methods import BASE
 
 # Settings of one method alone: they may differ between methods without making them unequal.
 _OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "seed")
-_RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")
+_RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")  # of the record
 PAIR_COLUMNS = ("metric", "method", "other", "difference", "low", "high", "p", "verdict")
 
 
@@ -28,8 +28,8 @@ class Pair:
 
     def row(self):
         """{column: value} by PAIR_COLUMNS."""
-        found = self.difference
-        values = (self.metric, self.method, self.other, found.value, found.low, found.high, self.p, self.verdict)
+        gap = self.difference
+        values = (self.metric, self.method, self.other, gap.value, gap.low, gap.high, self.p, gap.verdict)
         return dict(zip(PAIR_COLUMNS, values))
 
 
@@ -54,19 +54,12 @@ def unmatched(runs):
     """
     finished = [run for run in runs if run.record["method"] != BASE and run.record["status"] == "ok"]
     trained = [run for run in finished if not run.is_external]
-    found = [
-        f"{run.record['method']} was trained elsewhere: its data, settings and steps are unknown, and it may have seen "
-        "the test rows"
-        for run in finished
-        if run.is_external
-    ]
-    settings = dict.fromkeys(name for run in trained for name in run.record["config"])
-    for name in settings:
-        if not name.startswith(_OWN_SETTINGS) and name not in ("study", "profile", "device", "precision"):
-            found += _differing(name, trained, lambda run, name=name: run.record["config"].get(name))
+    found = [_elsewhere(run.record) for run in finished if run.is_external]
+    for name in dict.fromkeys(name for run in trained for name in run.record["config"]):
+        if not name.startswith(_OWN_SETTINGS) and name not in ("study", "profile", *_RUN_FACTS):
+            found += _differing(name, [(run, run.record["config"].get(name)) for run in trained])
     for name in _RUN_FACTS:
-        if name not in settings or name in ("device", "precision"):
-            found += _differing(name, trained, lambda run, name=name: run.record[name])
+        found += _differing(name, [(run, run.record[name]) for run in trained])
     seeds = {}
     for run in trained:
         seeds.setdefault(run.record["method"], []).append(run.record["seed"])
@@ -74,17 +67,23 @@ def unmatched(runs):
         found.append("seeds: " + "; ".join(f"{', '.join(map(str, sorted(s)))} ({m})" for m, s in seeds.items()))
     scored = [run for run in runs if run.is_scored]
     for name in ("max_new_tokens", "precision", "device"):
-        found += _differing(f"{name} of evaluation", scored, lambda run, name=name: run.record["evaluation"].get(name))
+        found += _differing(f"{name} of evaluation", [(run, run.record["evaluation"].get(name)) for run in scored])
     return found
 
 
-def _differing(name, runs, value_of):
+def _elsewhere(record):
+    scored_on = record["trained_elsewhere"].get("scored_on")
+    found = f"{record['method']} was trained elsewhere" + (f" and scored on {scored_on}" if scored_on else "")
+    return f"{found}: its data, settings and steps are unknown, and it may have seen the test rows"
+
+
+def _differing(name, values):
+    """['name: value (runs); value (runs)'] of (run, value) pairs, [] where all values are equal."""
     groups = {}
-    for run in runs:
-        groups.setdefault(value_of(run), []).append(run.name)
-    if len(groups) < 2:
-        return []
-    return [f"{name}: " + "; ".join(f"{_shown(value)} ({', '.join(names)})" for value, names in groups.items())]
+    for run, value in values:
+        groups.setdefault(value, []).append(run.name)
+    shown = "; ".join(f"{_shown(value)} ({', '.join(names)})" for value, names in groups.items())
+    return [f"{name}: {shown}"] if len(groups) > 1 else []
 
 
 def _shown(value):

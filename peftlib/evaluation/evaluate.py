@@ -6,6 +6,7 @@ The loss on general text is measured too: its rise shows what a method made the 
 import contextlib
 import gc
 import math
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from peftlib import data
 from peftlib import methods as registry
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import ConfigError, PeftlibError, StudyError
+from peftlib.core.errors import ConfigError, PeftlibError, StudyError, writing
 from peftlib.core.files import sha256
 from peftlib.core.limits import require_folder_name
 from peftlib.core.session import Deadline
@@ -29,8 +30,7 @@ from peftlib.evaluation.predictions import Predictions, read_predictions, requir
 from peftlib.evaluation.results import BASE_CUT
 from peftlib.methods import BASE
 from peftlib.models import identity
-from peftlib.models.locate import locate
-from peftlib.models.saved import export_merged, load_plain, load_rounded, load_trained
+from peftlib.models.saved import load_plain, load_rounded, load_trained
 from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
 
@@ -47,8 +47,7 @@ def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print)
     with held(study.folder, f"answering the test rows with {method}", run=f"{method}-s{seed}", log=log):
         study.freeze()
         record = _record_of(study, method, seed)
-        load = partial(load_model, study, method, seed, log=log)
-        return _evaluate(study, record, load, lambda: _merged_folder(study, method, seed), log=log)
+        return _evaluate(study, record, partial(load_model, study, method, seed, log=log), log=log)
 
 
 def evaluate_path(
@@ -58,7 +57,8 @@ def evaluate_path(
 
     folder: a PEFT adapter of the study's model, as save_pretrained writes it, or a whole transformers model with the
     same tokenizer. name: of the row; default: the folder's. Returns the record, which says that the model was trained
-    elsewhere; its training figures are None. What was done before is not done again, as in `evaluate`.
+    elsewhere, and on which base an adapter was scored; its training figures are None. What was done before is not done
+    again, as in `evaluate`.
     ConfigError: no such folder, or a name that is a method's or no file's. StudyError: as in `evaluate`, or the name
     stands for other weights. ModelError: an adapter of another base model, one that cannot be merged, another
     tokenizer, pickled or damaged files.
@@ -70,16 +70,17 @@ def evaluate_path(
         raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
     with held(study.folder, f"answering the test rows with {name}", run=f"{name}-s0", log=log):
         study.freeze()
-        record = _external_record(study, name, model)
-        return _evaluate(study, record, model.load, model.merged_folder, log=log)
+        if model.scored_on:
+            log(f"{name}: scored on {model.scored_on}")
+        return _evaluate(study, _record_of(study, name, 0, model), model.load, log=log)
 
 
-def _evaluate(study, record, load, merged_folder, *, log):
-    """The stages of an evaluation. load(device=, dtype=): the model. merged_folder(): a context with its folder."""
+def _evaluate(study, record, load, *, log):
+    """The stages of an evaluation. load(device=, dtype=): the model, plain and merged."""
     name, cfg = record["method"], study.cfg
     path = study.predictions_path(name, record["seed"])
     done = record["evaluation"]
-    if done and done["split_hash"] == record["split_hash"] and path.exists():
+    if done and path.exists():
         require_unchanged(path, record)
         if not _add_rounding(study, record, log=log):
             log(f"{name}: evaluated before, nothing to do")
@@ -98,12 +99,11 @@ def _evaluate(study, record, load, merged_folder, *, log):
     engine = resolve_engine(model, cfg.engine)
     with contextlib.ExitStack() as stack:
         if engine == "vllm":  # it reads a folder, and takes the card for itself
-            del model
+            model = stack.enter_context(_written(model, data.load_tokenizer(cfg.model)))
             gc.collect()
             torch.cuda.empty_cache()
-            model = stack.enter_context(merged_folder())
         answers = _answers(study, record, model, rows, engine=engine, log=log)
-    _log_scores(name, rows, path, record["split_hash"], log=log)
+    _log_scores(study, record, rows, log=log)
     record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
     record["evaluation"] = {
         "n_test": len(rows),
@@ -121,14 +121,16 @@ def _evaluate(study, record, load, merged_folder, *, log):
     return record
 
 
-def _record_of(study, method, seed):
-    """The record to fill: a finished run's, or the untrained model's."""
-    path, split_hash = study.record_path(method, seed), study.manifest()["split_hash"]
-    record = records.load(study, method, seed)
+def _record_of(study, name, seed, model=None):
+    """The record to fill: a finished run's, or the untrained model's or an External's, new where there is none."""
+    path, split_hash = study.record_path(name, seed), study.manifest()["split_hash"]
+    record = records.load(study, name, seed)
     if record is None:
-        if method != BASE:
-            raise StudyError(f"no record of {method} (seed {seed}) in {study.folder}: train it first")
-        record = _new_record(study, BASE)
+        if name != BASE and model is None:
+            raise StudyError(f"no record of {name} (seed {seed}) in {study.folder}: train it first")
+        record = _new_record(study, name, model)
+    elif model is not None and (record.get("trained_elsewhere") or {}).get("files") != model.files:
+        raise StudyError(f"{path} is of other weights than {model.folder}: give this model another name")
     records.require_fields(record, path)
     records.require_ok(record)
     if record["split_hash"] != split_hash:
@@ -139,26 +141,16 @@ def _record_of(study, method, seed):
     return record
 
 
-def _new_record(study, method):
+def _new_record(study, name, model):
     """A finished record without any training."""
     device = resolve_device(study.cfg.device)
     _, precision, reason = evaluation_dtype(device)
     base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
     how = {"device": device, "precision": precision, "precision_reason": reason}
-    return {**records.new_record(study, method, provenance=base, **how), "status": "ok"}
-
-
-def _external_record(study, name, model):
-    """The record of an external.External: the one that stands, or a new one. StudyError: it is of other weights."""
-    kept = records.load(study, name, 0)
-    if kept is not None:
-        if (kept.get("trained_elsewhere") or {}).get("files") != model.files:
-            raise StudyError(
-                f"{study.record_path(name, 0)} is of other weights than {model.folder}: give this model another name"
-            )
-        return _record_of(study, name, 0)
-    record = {**_new_record(study, name), "seed": 0, "config": {}, **model.record_fields()}
-    del record["run_hash"]  # of settings, which are not known
+    record = {**records.new_record(study, name, provenance=base, **how), "status": "ok"}
+    if model is not None:
+        record |= {"seed": 0, "config": {}, **model.record_fields()}
+        del record["run_hash"]  # of settings, which are not known
     return record
 
 
@@ -170,15 +162,13 @@ def _losses(study, record, model, rows, *, precision, log):
     kept = record.get("losses")
     if kept is not None and kept.get("precision") == precision:
         return kept
-    device, name = resolve_device(study.cfg.device), record["method"]
-    log(f"{name}: loss on {len(rows)} test rows")
-    how = {"device": device, "precision": _autocast(precision)}
-    loss = mean_loss(model, Rows(rows), **how)
-    general = _general_loss(study, model, **how)
-    measured = {"eval_loss": loss, **forgetting.record_fields(general)}
+    log(f"{record['method']}: loss on {len(rows)} test rows")
+    how = {"device": resolve_device(study.cfg.device), "precision": _autocast(precision)}
+    measured = {"eval_loss": mean_loss(model, Rows(rows), **how)}
+    measured |= forgetting.record_fields(_general_loss(study, model, **how))
     for field, value in measured.items():
         if isinstance(value, float) and not math.isfinite(value):
-            log(f"{name}: {field} is {value}: recorded as unknown")
+            log(f"{record['method']}: {field} is {value}: recorded as unknown")
             measured[field] = None
     record["losses"] = {**measured, "precision": precision}
     records.save(study, record)
@@ -193,26 +183,22 @@ def _general_loss(study, model, **how):
 def _answers(study, record, model, rows, *, engine, log):
     """Answer the rows that are not answered yet; returns what the record's evaluation says about the answers."""
     cfg, split_hash = study.cfg, record["split_hash"]
-    seconds, tokens = answer_rows(
-        model,
-        data.load_tokenizer(cfg.model),
-        rows,
-        Predictions(study.predictions_path(record["method"], record["seed"]), split_hash),
-        max_new_tokens=cfg.max_new_tokens,
-        batch=cfg.eval_batch_size,
-        engine=engine,
-        deadline=Deadline(cfg.replace(max_seconds=0.0)),  # max_seconds limits training
-        log=lambda line: log(f"{record['method']}: {line}"),
-    )
+    kept = Predictions(study.predictions_path(record["method"], record["seed"]), split_hash)
+    deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds limits training
+    how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine, "deadline": deadline}
+    how["log"] = lambda line: log(f"{record['method']}: {line}")
+    seconds, tokens = answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how)
     return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
 
 
-def _log_scores(name, rows, path, split_hash, *, log):
+def _log_scores(study, record, rows, *, log):
     from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
 
-    answers = [row["answer"] for row in read_predictions(path, rows, split_hash)]
+    path = study.predictions_path(record["method"], record["seed"])
+    answers = [row["answer"] for row in read_predictions(path, rows, record["split_hash"])]
     found = score(answers, [row["messages"][-1]["content"] for row in rows])
-    log(f"{name}: BLEU-4 {found['bleu4']:.4f}, ROUGE-L {found['rougeL']:.4f} on {len(answers)} test rows")
+    scores = f"BLEU-4 {found['bleu4']:.4f}, ROUGE-L {found['rougeL']:.4f}"
+    log(f"{record['method']}: {scores} on {len(answers)} test rows")
 
 
 def _add_rounding(study, record, *, log):
@@ -228,17 +214,14 @@ def _add_rounding(study, record, *, log):
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
     if not (layers and is_open and done.get("precision") == precision):
         return False
-    loss = forgetting.rounding_of_another_seed(study.records(), record)
-    if loss is None:
-        log(f"{method}: loss on general text of the untrained model in NF4")
-        try:
-            _require_base(study, record, log)
-            model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
-            loss = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
-        except (PeftlibError, RuntimeError, OSError) as error:
-            log(f"{method}: not measured, and nothing rests on it: {error}")
-            return False
-    done[forgetting.ROUNDED_FIELD] = loss
+    log(f"{method}: loss on general text of the untrained model in NF4")
+    try:
+        _require_base(study, record, log)
+        model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
+        done[forgetting.ROUNDED_FIELD] = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
+    except (PeftlibError, RuntimeError, OSError) as error:
+        log(f"{method}: not measured, and nothing rests on it: {error}")
+        return False
     records.save(study, record)
     return True
 
@@ -282,12 +265,13 @@ def _require_base(study, record, log, **where):
 
 
 @contextlib.contextmanager
-def _merged_folder(study, method, seed):
-    """A transformers folder (or hub id) of the model that is evaluated, for engines that load it themselves."""
-    if method == BASE:
-        yield locate(study.cfg.model)[0]
-        return
-    with external.temporary_model(partial(export_merged, study.weights_dir(method, seed))) as folder:
+def _written(model, tokenizer):
+    """A transformers folder of a model in bf16, for engines that load it themselves; deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
+        with writing(folder):
+            model.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        del model  # the card's memory goes with the last name for it
         yield folder
 
 

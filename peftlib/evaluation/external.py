@@ -1,16 +1,14 @@
 """Models that were trained elsewhere, checked and loaded for evaluation: PEFT adapters and whole transformers
 folders."""
 
-import contextlib
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from peftlib import data
-from peftlib.core.errors import ConfigError, ModelError, writing
+from peftlib.core.errors import ConfigError, ModelError
 from peftlib.models import identity, saved
 from peftlib.models.chat_template import stop_at
 from peftlib.models.load import auto_tokenizer, peft_calls, readable, refuse_pickles
@@ -18,35 +16,40 @@ from peftlib.models.locate import locate
 from peftlib.models.saved import ADAPTER, ADAPTER_CONFIG, FACTS, facts_of, tensors_of
 
 _MODEL_CONFIG = "config.json"
+# PEFT's files do not say in which precision the base was while an adapter was trained.
+_UNQUANTIZED = "the unquantized base (an adapter that was trained on a 4-bit base may score otherwise there)"
+_ROUNDED = "the base with its 4-bit matrices dequantized, as it was trained"
 
 
 @dataclass(frozen=True)
 class External:
-    """A checked folder. base: the study's model, a config's `model`. is_adapter: PEFT's, else a whole model.
-    files: {name: SHA-256} of its weights."""
+    """A checked folder. base: the study's model, a config's `model`. scored_on: what an adapter is merged into, in
+    words; '' for a whole model. files: {name: SHA-256} of its weights."""
 
     folder: Path
     base: str
-    is_adapter: bool
+    scored_on: str
     files: dict
     log: object
 
     def record_fields(self):
         """What a record says about the model beside the scores."""
-        kind = "adapter" if self.is_adapter else "model"
-        fields = {"trained_elsewhere": {"folder": self.folder.name, "kind": kind, "files": self.files}}
-        if self.is_adapter:
-            base = locate(self.base)[1]
-            return {**fields, "model_provenance": f"{base}, with the adapter {self.folder.name} trained elsewhere"}
-        where = {"model": self.folder.name, "model_provenance": "a local folder, trained elsewhere"}
-        return {**fields, **where, "model_sha256": None, "model_revision": None}
+        kind = "adapter" if self.scored_on else "model"
+        fields = {"folder": self.folder.name, "kind": kind, "files": self.files, "scored_on": self.scored_on}
+        if self.scored_on:
+            where = {
+                "model_provenance": f"{locate(self.base)[1]}, with the adapter {self.folder.name} trained elsewhere"
+            }
+        else:
+            where = {"model": self.folder.name, "model_provenance": "a local folder, trained elsewhere"}
+            where |= {"model_sha256": None, "model_revision": None}
+        return {"trained_elsewhere": fields, **where}
 
     def load(self, *, device, dtype):
-        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or
-        tokenizer."""
+        """One plain merged model in eval mode. ModelError: damaged, or unfit for the study's model or tokenizer."""
         if (self.folder / FACTS).is_file():
             return saved.load_trained(self.folder, device=device, dtype=dtype, log=self.log)
-        if self.is_adapter:
+        if self.scored_on:
             return _merged(self.folder, self.base, device=device, dtype=dtype)
         model = saved.load_plain(str(self.folder), device=device, dtype=dtype)
         n_tokens = len(data.load_tokenizer(self.base))
@@ -54,41 +57,30 @@ class External:
             raise ModelError(f"{self.folder} has no embeddings for all {n_tokens} tokens of the study's tokenizer")
         return model
 
-    @contextlib.contextmanager
-    def merged_folder(self):
-        """A transformers folder of the model in bf16, for engines that load it themselves."""
-        if not self.is_adapter:
-            yield self.folder
-            return
-
-        def write(folder):
-            self.load(device="cpu", dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
-            data.load_tokenizer(self.base).save_pretrained(folder)
-
-        with temporary_model(write) as made:
-            yield made
-
 
 def open_folder(folder, base, *, log=print):
     """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in
     evaluate.evaluate_path."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give that of a PEFT adapter or of a transformers model")
-    folder = folder.resolve()
+    folder, scored_on = folder.resolve(), ""
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / _MODEL_CONFIG).is_file():
         raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter and no model")
     refuse_pickles(folder)
-    if (folder / FACTS).is_file() and is_adapter:
-        _require_same_base(folder, facts_of(folder)["model"], base)
+    if is_adapter and (folder / FACTS).is_file():
+        facts = facts_of(folder)
+        _require_same_base(folder, facts["model"], base)
+        scored_on = _ROUNDED if facts["four_bit"] else "the unquantized base, as it was trained"
     elif is_adapter:
         _check_adapter(folder, base)
+        scored_on = _UNQUANTIZED
     else:
         _require_same_tokenizer(folder, base)
     files = {path.name: identity.known_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     if not files:
         raise ModelError(f"{folder} has no safetensors files, so no weights that can be evaluated")
-    return External(folder, base, is_adapter, files, log)
+    return External(folder, base, scored_on, files, log)
 
 
 def _check_adapter(folder, base):
@@ -100,7 +92,7 @@ def _check_adapter(folder, base):
         raise ModelError(f"{path} is damaged ({error})") from None
     if config.get("auto_map"):
         raise ModelError(f"{path} names code in auto_map, which peftlib never runs: remove it")
-    if not isinstance(kind, str) or not isinstance(named, str) or not named:
+    if not (isinstance(kind, str) and isinstance(named, str) and named):
         raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which tells what it was trained on")
     if not (folder / ADAPTER).is_file():
         raise ModelError(f"{folder} has no {ADAPTER}")
@@ -112,10 +104,9 @@ def _require_same_base(folder, named, base):
     here = locate(base)[0]
     if named in (base, here):
         return
-    if Path(named).expanduser().is_dir():
-        found = [identity.base_facts(model)["model_sha256"] for model in (named, base)]
-        if found[0] == found[1]:
-            return
+    is_here = Path(named).expanduser().is_dir()
+    if is_here and identity.base_facts(named)["model_sha256"] == identity.base_facts(base)["model_sha256"]:
+        return
     raise ModelError(
         f"the adapter in {folder} was trained on {named}, this study's model is {base}: evaluate it in a study of that "
         f"model; if the weights are the same, set base_model_name_or_path in {ADAPTER_CONFIG} to {here}"
@@ -152,13 +143,3 @@ def _merged(folder, base, *, device, dtype):
         rounded.load_state_dict(merged.state_dict())
         merged = rounded
     return stop_at(merged).eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def temporary_model(write):
-    """A folder that write(folder) fills, deleted afterwards. DiskError: the disk does not take it."""
-    with contextlib.ExitStack() as stack:
-        with writing(tempfile.gettempdir()):
-            made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peftlib-merged-"))) / "model"
-            write(made)
-        yield made

@@ -6,7 +6,8 @@ conversation, so that what was learnt about turns does not count.
 
 import hashlib
 import json
-from dataclasses import dataclass
+import statistics
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from peftlib.data import dedup
@@ -31,8 +32,7 @@ class GeneralLoss:
 
 def passages():
     """[text, ...] of the bundled prose, in random order."""
-    lines = _PATH.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+    return [json.loads(line)["text"] for line in _PATH.read_text(encoding="utf-8").splitlines()]
 
 
 def apart_from(texts, rows):
@@ -78,8 +78,7 @@ def general_loss(model, tokenizer, cfg, train_rows, *, device, precision="fp32")
 
 def record_fields(found):
     """A GeneralLoss or None as fields of a record's evaluation."""
-    values = (None, None, None) if found is None else (found.loss, found.n_tokens, found.text_sha256)
-    return dict(zip(_RECORD_FIELDS, values, strict=True))
+    return dict(zip(_RECORD_FIELDS, (None, None, None) if found is None else astuple(found)))
 
 
 def of_record(record):
@@ -91,19 +90,7 @@ def of_record(record):
 def rounded_of(record):
     """The GeneralLoss of the untrained model, rounded to 4 bits as the record's method holds it; None where unknown."""
     found, loss = of_record(record), (record["evaluation"] or {}).get(ROUNDED_FIELD)
-    return None if found is None or loss is None else GeneralLoss(loss, found.n_tokens, found.text_sha256)
-
-
-def rounding_of_another_seed(found, record):
-    """The 4-bit loss that a record in `found` holds for the same method, precisions, model and text, or None."""
-    mine = record["evaluation"]
-    for other in found:
-        done = other["evaluation"] or {}
-        is_alike = all(other[name] == record[name] for name in ("method", "precision", "model"))
-        is_alike = is_alike and all(done.get(name) == mine[name] for name in ("precision", "general_text_sha256"))
-        if is_alike and done.get(ROUNDED_FIELD) is not None:
-            return done[ROUNDED_FIELD]
-    return None
+    return None if found is None or loss is None else replace(found, loss=loss)
 
 
 def in_words(base, record):
@@ -113,16 +100,15 @@ def in_words(base, record):
     if moved is None:
         return ""
     line = f"{record['method']}: general text loss {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
-    if by_rounding is None:
-        return line
-    return f"{line}; untrained, in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})"
+    same_bits = f"untrained, in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})" if rounded else ""
+    return "; ".join(filter(None, (line, same_bits)))
 
 
 def mean_over(losses):
     """The mean GeneralLoss of several seeds, None where any is unknown or they are not of the same text."""
     if not losses or None in losses or len({found.text_sha256 for found in losses}) > 1:
         return None
-    return GeneralLoss(sum(found.loss for found in losses) / len(losses), losses[0].n_tokens, losses[0].text_sha256)
+    return replace(losses[0], loss=statistics.fmean(found.loss for found in losses))
 
 
 def change(before, after):

@@ -59,35 +59,26 @@ def answer_rows(
     """
     prompts = {row["id"]: encode_prompt(tokenizer, row["messages"][:-1]) for row in rows}
     ordered = sorted(rows, key=lambda row: (-len(prompts[row["id"]]), row["id"]))
+    size = block_rows(model, engine=engine, batch=batch)
+    if size is None:  # then a row's answer may depend on its neighbours anyway
+        ordered = [row for row in ordered if row["id"] not in predictions.rows]
     progress = _Progress(len(rows), len(predictions.rows), log)
-    for block in _blocks(ordered, predictions, block_rows(model, engine=engine, batch=batch)):
-        asked = [prompts[row["id"]] for row in block]
-        limits = [max_new_tokens] * len(block)
+    for block in (ordered[at : at + (size or len(rows))] for at in range(0, len(ordered), size or len(rows))):
+        if all(row["id"] in predictions.rows for row in block):
+            continue
+        asked, limits = [prompts[row["id"]] for row in block], [max_new_tokens] * len(block)
         for number, ids in generate_rows(model, asked, limits, engine=engine, batch=batch, log=log):
             row = block[number]
-            if row["id"] not in predictions.rows:
-                answer = _answer(tokenizer, ids)
-                predictions.add(row, answer)
-                progress.count(answer)
-                why = deadline and deadline.passed()
-                if why and len(predictions.rows) < len(rows):
-                    raise Stopped(
-                        f"{why}: {len(predictions.rows)} of {len(rows)} rows are answered and kept; run again"
-                    )
+            if row["id"] in predictions.rows:
+                continue
+            answer = _answer(tokenizer, ids)
+            predictions.add(row, answer)
+            progress.count(answer)
+            why = deadline and deadline.passed()
+            if why and len(predictions.rows) < len(rows):
+                raise Stopped(f"{why}: {len(predictions.rows)} of {len(rows)} rows are answered and kept; run again")
     predictions.complete(rows)
     return progress.spent(), progress.tokens
-
-
-def _blocks(rows, predictions, size):
-    """Yield whole blocks of `size` rows that hold an unanswered one; without a size all unanswered rows at once."""
-    if size is None:
-        missing = [row for row in rows if row["id"] not in predictions.rows]
-        yield from [missing] if missing else []
-        return
-    for at in range(0, len(rows), size):
-        block = rows[at : at + size]
-        if any(row["id"] not in predictions.rows for row in block):
-            yield block
 
 
 class _Progress:
@@ -95,7 +86,8 @@ class _Progress:
 
     def __init__(self, rows, before, log):
         self.rows, self.answered, self.before, self.log = rows, before, before, log
-        self.tokens, self.started, self.logged = 0, time.monotonic(), time.monotonic()
+        self.tokens, self.started = 0, time.monotonic()
+        self.logged = self.started
 
     def spent(self):
         return time.monotonic() - self.started
@@ -103,14 +95,11 @@ class _Progress:
     def count(self, answer):
         self.answered += 1
         self.tokens += answer.n_tokens
-        now = time.monotonic()
-        if now - self.logged < _LOG_SECONDS and self.answered < self.rows:
+        if time.monotonic() - self.logged < _LOG_SECONDS and self.answered < self.rows:
             return
-        self.logged = now
-        spent, made = max(self.spent(), 1e-9), self.answered - self.before
-        line = f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s"
+        self.logged = time.monotonic()
+        spent, share = max(self.spent(), 1e-9), (self.answered - self.before) / max(self.rows - self.before, 1)
         # Rows are answered side by side, so the first to end do not yet tell how long all take.
-        if made >= _ETA_FROM * (self.rows - self.before):
-            left = int(spent / made * (self.rows - self.answered))
-            line += f"  ETA {left // 60}:{left % 60:02d}"
-        self.log(line)
+        left = int(spent / share - spent)
+        eta = f"  ETA {left // 60}:{left % 60:02d}" if share >= _ETA_FROM else ""
+        self.log(f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s{eta}")

@@ -10,6 +10,7 @@ Importing `evaluate` takes seconds: import this module only where answers are sc
 import datasets
 import evaluate
 import numpy as np
+from sacrebleu.metrics import CHRF
 
 from peftlib.core.errors import DataError
 from peftlib.evaluation import metrics, rouge
@@ -20,27 +21,37 @@ _ROUGE_PAPER = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries
 
 
 def score(predictions, references, *, tokenizer=None):
-    """{metric: value} of answers against one reference each.
+    """{metric: value} of answers against one reference each: what all metrics below give, and n, the number of rows.
 
-    bleu4: corpus BLEU-4 by sacrebleu (tokenizer 13a unless most of the references' letters belong to scripts without
-    spaces, see metrics.bleu_tokenizer), 0-1. rougeL: mean F1, 0-1. chrf: corpus chrF2, 0-1. sample_bleu4: mean over
-    rows of sentence BLEU on whitespace words, as nltk's sentence_bleu with method1 smoothing. sample_rougeL: mean over
-    rows of rouge_score's own ROUGE-L (a-z and 0-9 only). length_ratio: words of the answers over words of the
-    references. empty_share: answers of nothing but whitespace. repetition: mean over answers of the share of 4-grams
-    (whitespace words) that stood in the same answer before. n: rows. bleu_signature, chrf_signature, rouge_variant: how
-    they were made.
-    DataError: no rows, lists of unequal length, or an entry that is no text.
+    tokenizer: of corpus BLEU; None takes 13a, or what references in scripts without spaces need, see
+    metrics.bleu_tokenizer. DataError: no rows, lists of unequal length, or an entry that is no text.
     """
     return scored(predictions, references, tokenizer=tokenizer)[0]
 
 
 def scored(predictions, references, *, tokenizer=None):
     """(what `score` returns, the RowScores that it was made from). DataError: as `score`."""
-    predictions, references = _checked_pairs(predictions, references)
+    predictions, references = _texts("prediction", predictions), _texts("reference", references)
+    if len(predictions) != len(references):
+        counts = f"{len(predictions)} predictions and {len(references)} references"
+        raise DataError(f"{counts}: give one reference for each prediction")
     parts = [Bleu4(tokenizer), RougeL(), Chrf(), PerSample(), AnswerForm()]
     found = evaluate.combine(parts).compute(predictions=predictions, references=references)
     rows = {name: values for part in parts for name, values in part.rows.items()}
     return {"n": len(predictions), **found}, metrics.RowScores(**rows)
+
+
+def _texts(name, given):
+    """A list of texts. DataError: none, or something else."""
+    if isinstance(given, str):
+        raise DataError(f"{name}s are one text: give a list of texts, one a row")
+    texts = list(given)
+    if not texts:
+        raise DataError(f"no {name}s: nothing to score, generate answers first")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
+    return texts
 
 
 class _PairMetric(evaluate.Metric):
@@ -56,32 +67,33 @@ class _PairMetric(evaluate.Metric):
         return ""  # rows are held in memory: no cache folder is needed
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description=self.description,
-            citation=self.citation,
-            inputs_description="predictions: [answer, ...] as text; references: [text, ...], one for each answer",
-            features=datasets.Features(_FEATURES),
-        )
+        inputs = "predictions: [answer, ...] as text; references: [text, ...], one for each answer"
+        how = {"inputs_description": inputs, "features": datasets.Features(_FEATURES)}
+        return evaluate.MetricInfo(description=self.description, citation=self.citation, **how)
 
     def _compute(self, predictions, references):
-        self.rows = {name: np.array(values) for name, values in self.per_row(predictions, references).items()}
-        return metrics.scores_of(self.rows)
+        columns, of_corpus = self.measure(predictions, references)
+        self.rows = {name: np.array(values) for name, values in columns.items()}
+        return {**metrics.scores_of(self.rows), **of_corpus}
+
+    def measure(self, predictions, references):
+        """({column of RowScores: one number a row}, {name: value} that does not follow from these)."""
+        raise NotImplementedError
 
 
 class Bleu4(_PairMetric):
     """{'bleu4': 0-1, 'bleu_signature'}. tokenizer: sacrebleu's; None takes the one that the references need."""
 
-    description = "Corpus BLEU-4 by sacrebleu with 'exp' smoothing, 0-1."
-    citation = _BLEU_PAPER
+    description, citation = "Corpus BLEU-4 by sacrebleu with 'exp' smoothing, 0-1.", _BLEU_PAPER
 
     def __init__(self, tokenizer=None, **settings):
         super().__init__(**settings)
         self.tokenizer = tokenizer
 
-    def _compute(self, predictions, references):
+    def measure(self, predictions, references):
         tokenizer = self.tokenizer or metrics.bleu_tokenizer(references)
-        self.rows = {"bleu": metrics.bleu_counts(predictions, references, tokenizer)}
-        return {**metrics.scores_of(self.rows), "bleu_signature": metrics.bleu_signature(tokenizer)}
+        counts = metrics.bleu_counts(predictions, references, tokenizer)
+        return {"bleu": counts}, {"bleu_signature": metrics.bleu_signature(tokenizer)}
 
 
 class RougeL(_PairMetric):
@@ -90,12 +102,9 @@ class RougeL(_PairMetric):
     description = "Mean F1 over the longest common subsequence of words of any script, 0-1."
     citation = _ROUGE_PAPER
 
-    def per_row(self, predictions, references):
-        pairs = zip(map(rouge.words, predictions), map(rouge.words, references))
-        return {"rougeL": [rouge.rouge_l(*pair) for pair in pairs]}
-
-    def _compute(self, predictions, references):
-        return {**super()._compute(predictions, references), "rouge_variant": rouge.VARIANT}
+    def measure(self, predictions, references):
+        scores = map(rouge.rouge_l, map(rouge.words, predictions), map(rouge.words, references))
+        return {"rougeL": list(scores)}, {"rouge_variant": rouge.VARIANT}
 
 
 class Chrf(_PairMetric):
@@ -104,12 +113,10 @@ class Chrf(_PairMetric):
     description = "Corpus chrF2 by sacrebleu, 0-1."
     citation = "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation"
 
-    def _compute(self, predictions, references):
-        from sacrebleu.metrics import CHRF
-
+    def measure(self, predictions, references):
         metric = CHRF()
         value = metric.corpus_score(predictions, [references]).score / 100
-        return {"chrf": value, "chrf_signature": str(metric.get_signature())}
+        return {}, {"chrf": value, "chrf_signature": str(metric.get_signature())}
 
 
 class PerSample(_PairMetric):
@@ -118,42 +125,25 @@ class PerSample(_PairMetric):
     description = "Means over rows of nltk's sentence BLEU-4 (method1 smoothing) and rouge_score's ROUGE-L (a-z, 0-9)."
     citation = f"{_BLEU_PAPER}; {_ROUGE_PAPER}"
 
-    def per_row(self, predictions, references):
-        ascii_words = zip(map(rouge.ascii_words, predictions), map(rouge.ascii_words, references))
-        return {
-            "sample_bleu4": [metrics.sentence_bleu(*pair) for pair in zip(predictions, references)],
-            "sample_rougeL": [rouge.rouge_l(*pair) for pair in ascii_words],
-        }
+    def measure(self, predictions, references):
+        bleu = map(metrics.sentence_bleu, predictions, references)
+        rouge_l = map(rouge.rouge_l, map(rouge.ascii_words, predictions), map(rouge.ascii_words, references))
+        return {"sample_bleu4": list(bleu), "sample_rougeL": list(rouge_l)}, {}
 
 
 class AnswerForm(_PairMetric):
-    """{'length_ratio', 'empty_share', 'repetition'}: whether a model rambles, says nothing or repeats itself."""
+    """{'length_ratio', 'empty_share', 'repetition'}: whether a model rambles, says nothing or repeats itself.
+
+    repetition: mean over answers of the share of 4-grams (whitespace words) that stood in the same answer before.
+    """
 
     description = "Words of answers over words of references, share of empty answers, mean share of repeated 4-grams."
 
-    def per_row(self, predictions, references):
-        return {
+    def measure(self, predictions, references):
+        columns = {
             "n_words": [len(text.split()) for text in predictions],
             "n_reference_words": [len(text.split()) for text in references],
-            "repetition": [metrics.repeated_share(text) for text in predictions],
-            "is_empty": [not text.strip() for text in predictions],
+            "repetition": list(map(metrics.repeated_share, predictions)),
+            "empty_share": [not text.strip() for text in predictions],
         }
-
-
-def _checked_pairs(predictions, references):
-    """Both as lists of texts. DataError: none, unequal lengths, or an entry that is no text."""
-    for name, texts in (("predictions", predictions), ("references", references)):
-        if isinstance(texts, str):
-            raise DataError(f"{name} is one text: give a list of texts, one a row")
-    predictions, references = list(predictions), list(references)
-    if len(predictions) != len(references):
-        raise DataError(
-            f"{len(predictions)} predictions and {len(references)} references: give one reference for each prediction"
-        )
-    if not predictions:
-        raise DataError("no predictions: nothing to score, generate answers first")
-    for name, texts in (("prediction", predictions), ("reference", references)):
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
-    return predictions, references
+        return columns, {}

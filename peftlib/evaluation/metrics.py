@@ -15,15 +15,7 @@ from peftlib.evaluation import rouge
 
 _ORDER = 4
 _EPSILON = 0.1  # nltk's SmoothingFunction().method1
-_DEFAULT_TOKENIZER = "13a"
-# {score: the column of RowScores that it is the mean of}
-_MEANS = {
-    "rougeL": "rougeL",
-    "sample_bleu4": "sample_bleu4",
-    "sample_rougeL": "sample_rougeL",
-    "empty_share": "is_empty",
-    "repetition": "repetition",
-}
+_MEANS = ("rougeL", "sample_bleu4", "sample_rougeL", "empty_share", "repetition")  # scores that are a column's mean
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class RowScores:
 
     bleu: (n, 10), see bleu_counts. rougeL, sample_bleu4, sample_rougeL: (n,) F1 or score, 0-1.
     n_words, n_reference_words: (n,) words by whitespace. repetition: (n,) share of 4-grams seen before in the answer.
-    is_empty: (n,) answer of nothing but whitespace.
+    empty_share: (n,) 1 for an answer of nothing but whitespace.
     """
 
     bleu: np.ndarray
@@ -42,7 +34,7 @@ class RowScores:
     n_words: np.ndarray
     n_reference_words: np.ndarray
     repetition: np.ndarray
-    is_empty: np.ndarray
+    empty_share: np.ndarray
 
     def __len__(self):
         return len(self.rougeL)
@@ -59,7 +51,7 @@ class RowScores:
 def scores_of(rows):
     """{name: value} of the scores that follow from {column of RowScores: values}, whichever columns are there."""
     found = {"bleu4": float(corpus_bleu(rows["bleu"].sum(axis=0)))} if "bleu" in rows else {}
-    found |= {name: float(np.mean(rows[column])) for name, column in _MEANS.items() if column in rows}
+    found |= {name: float(np.mean(rows[name])) for name in _MEANS if name in rows}
     if "n_words" in rows:
         found["length_ratio"] = float(rows["n_words"].sum() / max(rows["n_reference_words"].sum(), 1))
     return found
@@ -116,18 +108,14 @@ def bleu_tokenizer(references):
     13a takes a Chinese, Japanese or Thai clause for one word, and BLEU-4 of such text is then 0. Only references
     decide, so that all methods of a comparison get the same one.
     """
-    letters = unspaced = han = 0
-    for character in (c for text in references for c in text):
-        letters += character.isalpha()
-        if not character.isascii() and rouge.is_unspaced(character):
-            unspaced += 1
-            han += "\u3400" <= character <= "\u9fff"
-    if unspaced * 2 <= letters:
-        return _DEFAULT_TOKENIZER
-    return "zh" if han == unspaced else "char"
+    text = "".join(references)
+    unspaced = rouge.UNSPACED.findall(text)
+    if 2 * len(unspaced) <= sum(map(str.isalpha, text)):
+        return "13a"
+    return "zh" if all("\u3400" <= character <= "\u9fff" for character in unspaced) else "char"
 
 
-def bleu_signature(tokenizer=_DEFAULT_TOKENIZER):
+def bleu_signature(tokenizer):
     """sacrebleu's signature of the BLEU used here, with its version."""
     metric = _sacrebleu(tokenizer)
     metric.corpus_score(["a"], [["a"]])  # the number of references enters the signature with the first score
@@ -148,12 +136,8 @@ def median_words(references):
 
 def cut_words(text, n_words):
     """The text up to the end of its n-th whitespace word, its inner whitespace unchanged; whole where shorter."""
-    if n_words <= 0:
-        return ""
-    for position, match in enumerate(re.finditer(r"\S+", text), start=1):
-        if position == n_words:
-            return text[: match.end()]
-    return text
+    ends = [0, *(word.end() for word in re.finditer(r"\S+", text))]
+    return text[: ends[n_words]] if n_words < len(ends) else text
 
 
 def _sacrebleu(tokenizer):

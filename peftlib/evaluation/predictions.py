@@ -4,20 +4,13 @@ import json
 import time
 from pathlib import Path
 
+from peftlib.core import json_reading
 from peftlib.core.errors import StudyError
 from peftlib.core.files import append_text, read_text, sha256, write_text
-from peftlib.core.json_reading import fault, parse
 
 _SYNC_SECONDS = 5.0  # between two fsyncs: what a crash of the machine, not of the process, may lose
-_SHAPE = {
-    "id": str,
-    "source": str,
-    "prompt_sha256": str,
-    "answer": str,
-    "n_tokens": int,
-    "finish_reason": ("stop", "length"),
-    "split_hash": str,
-}
+_TEXTS = dict.fromkeys(("id", "source", "prompt_sha256", "answer", "split_hash"), str)
+_SHAPE = {**_TEXTS, "n_tokens": int, "finish_reason": ("stop", "length")}
 
 
 class Predictions:
@@ -32,8 +25,8 @@ class Predictions:
         self.rows = {}
         self._synced = 0.0
         lines = _lines_of(self.path) if self.path.exists() else []
-        for row in map(_parsed, lines):
-            if isinstance(row, str):
+        for row, fault in map(_parsed, lines):
+            if fault:
                 continue  # cut by a kill, or damaged: answered again
             if row["split_hash"] != split_hash:
                 raise StudyError(
@@ -42,11 +35,10 @@ class Predictions:
                 )
             self.rows[row["id"]] = row
         if lines and (len(self.rows) != len(lines) or not self.path.read_bytes().endswith(b"\n")):
-            self._write(self.rows.values())
+            self._write()
 
     def add(self, test_row, answer):
-        """Append the generate.Answer to a test row. A kill of the process loses none, a crash of the machine
-        seconds."""
+        """Append a generate.Answer. A kill of the process loses none, a crash of the machine those of seconds."""
         row = {
             **{name: test_row[name] for name in ("id", "source", "prompt_sha256")},
             "answer": answer.text,
@@ -63,10 +55,10 @@ class Predictions:
     def complete(self, test_rows):
         """Rewrite the file in the order of the test rows, whatever the order they were answered in; drop other rows."""
         self.rows = {row["id"]: self.rows[row["id"]] for row in test_rows}
-        self._write(self.rows.values())
+        self._write()
 
-    def _write(self, rows):
-        write_text(self.path, "".join(map(_line, rows)))
+    def _write(self):
+        write_text(self.path, "".join(map(_line, self.rows.values())))
 
 
 def _line(row):
@@ -83,54 +75,37 @@ def require_unchanged(path, record):
 def read_predictions(path, test_rows, split_hash):
     """[prediction, ...] in the order of the test rows.
 
-    StudyError: a damaged line, a missing field, another split, a row twice, rows that are missing, unknown, or of
-    another prompt.
+    StudyError: a damaged line, or answers that are not one to each test row of this split and prompt.
     """
-    found = {}
+    found = []
     for number, line in enumerate(_lines_of(path), start=1):
-        row = _parsed(line)
-        if isinstance(row, str):
-            raise _wrong(path, f"line {number} {row}")
+        row, fault = _parsed(line)
+        if fault:
+            raise _wrong(path, f"line {number} is damaged ({fault})")
         if row["split_hash"] != split_hash:
             raise _wrong(path, f"line {number} has split_hash {row['split_hash']}, the test rows have {split_hash}")
-        if row["id"] in found:
-            raise _wrong(path, f"line {number} answers row {row['id']!r} a second time")
-        found[row["id"]] = row
-    known = {row["id"]: row["prompt_sha256"] for row in test_rows}
-    unknown, missing = [i for i in found if i not in known], [i for i in known if i not in found]
-    if unknown:
-        raise _wrong(path, f"{len(unknown)} of {len(found)} answers are to other rows, the first {unknown[0]!r}")
-    if missing:
-        raise _wrong(path, f"{len(missing)} of {len(known)} test rows are not answered, the first {missing[0]!r}")
-    other = [i for i in known if found[i]["prompt_sha256"] != known[i]]
-    if other:
-        raise _wrong(path, f"{len(other)} answers are to another prompt, the first to row {other[0]!r}")
-    return [found[row["id"]] for row in test_rows]
+        found.append(row)
+    known, by_id = {row["id"]: row["prompt_sha256"] for row in test_rows}, {row["id"]: row for row in found}
+    unlike = sorted(known.items() ^ {(name, row["prompt_sha256"]) for name, row in by_id.items()})
+    if unlike or len(found) != len(known):
+        named = f"; the first that differs is {unlike[0][0]!r}" if unlike else ""
+        raise _wrong(path, f"{len(found)} answers, not one to each of the {len(known)} test rows and prompts{named}")
+    return [by_id[name] for name in known]
 
 
 def _lines_of(path):
     """The lines of a file as texts, without their ends. StudyError: it is not UTF-8."""
-    try:
-        text = read_text(path)
-    except StudyError as error:
-        raise _wrong(path, str(error.__cause__)) from None
     # Not splitlines: an answer may hold U+2028 and other characters that it takes for line ends.
-    return text.removesuffix("\n").split("\n")
+    return read_text(path).removesuffix("\n").split("\n")
 
 
 def _parsed(line):
-    """One answer as a dict, or in words what is wrong with the line, to follow 'line 3'."""
+    """(one answer as a dict, what is wrong with it in words or None)."""
     try:
-        row = parse(line)
+        row = json_reading.parse(line)
     except ValueError as error:
-        return f"is damaged ({error})"
-    missing = [name for name in _SHAPE if not isinstance(row, dict) or row.get(name) is None]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    if not isinstance(row["answer"], str):
-        return f"has the answer {row['answer']!r}, no text"
-    found = fault(row, _SHAPE)
-    return f"is damaged ({found})" if found else row
+        return None, str(error)
+    return row, json_reading.fault(row, _SHAPE)
 
 
 def _wrong(path, what):

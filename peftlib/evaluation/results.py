@@ -15,7 +15,6 @@ from peftlib.evaluation.predictions import read_predictions, require_unchanged
 from peftlib.methods import BASE, study_order
 
 BASE_CUT = "base (cut)"  # base's answers cut at the median reference length
-_STATUSES = ("ok", "stopped", "failed")
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class Run:
     def truncated_share(self):
         """Share of the answers that met the token limit, or None."""
         return self.finish_reasons and self.finish_reasons.count("length") / len(self.finish_reasons)
-
-    @property
-    def chrf(self):
-        return self.scores and self.scores["chrf"]
 
     @property
     def eval_loss(self):
@@ -106,28 +101,14 @@ def load(study):
     split_hash = study.manifest()["split_hash"]
     records = _records_of(study, split_hash)
     test_rows = list(data.load_split(study.data_dir, "test"))
-    references = _references_of(test_rows, study.data_dir)
+    references = [row["messages"][-1]["content"] for row in test_rows]
     tokenizer = metrics.bleu_tokenizer(references)
     score = partial(scored, references=references, tokenizer=tokenizer)
     runs = [_run(study, record, test_rows, score) for record in records]
     cut_at = metrics.median_words(references)
     base = next((run for run in runs if run.record["method"] == BASE and run.is_scored), None)
-    base_cut = None
-    if base is not None:
-        cut = [metrics.cut_words(answer, cut_at) for answer in base.answers]
-        base_cut = score(cut)[1]
+    base_cut = base and score([metrics.cut_words(answer, cut_at) for answer in base.answers])[1]
     return ScoredStudy(test_rows, references, runs, split_hash, tokenizer, cut_at, base_cut)
-
-
-def _references_of(test_rows, folder):
-    """[text, ...]: the last turn of each test row. StudyError: a row without one."""
-    lacking = [row["id"] for row in test_rows if not _has_reference(row["messages"])]
-    if lacking:
-        raise StudyError(
-            f"{len(lacking)} of {len(test_rows)} test rows in {folder} have no reference, the first {lacking[0]!r}: "
-            "nothing was written; build the data again (01_data)"
-        )
-    return [row["messages"][-1]["content"] for row in test_rows]
 
 
 def prompt_text(row):
@@ -136,34 +117,24 @@ def prompt_text(row):
     return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
 
 
-def _has_reference(messages):
-    last = messages[-1] if messages else {}
-    return last.get("role") == "assistant" and isinstance(last.get("content"), str) and bool(last["content"].strip())
-
-
 def _records_of(study, split_hash):
-    """[record, ...], base first. StudyError: none, a missing field, a twin, or one of another split."""
+    """[record, ...], base first. StudyError: none, a missing field, a copy, or one of another split."""
     paths = sorted((study.folder / "records").glob("*.json"))
     if not paths:
         raise StudyError(f"no records in {study.folder / 'records'}: run 04_eval, or train a method, first")
-    found, hashes = {}, {str(study.manifest_path): split_hash}
-    for path in paths:
-        record = read_record(path)
+    found = {path: read_record(path) for path in paths}
+    for path, record in found.items():
         require_fields(record, path)
-        if record["status"] not in _STATUSES:
-            raise StudyError(f"{path} has status {record['status']!r}: use {', '.join(_STATUSES)}")
-        key = (record["method"], record["seed"])
-        if key in found:
-            raise StudyError(f"{path} and {found[key][0]} are both {key[0]} of seed {key[1]}: delete one")
-        found[key], hashes[str(path)] = (path, record), record["split_hash"]
+        if path != study.record_path(record["method"], record["seed"]):
+            raise StudyError(f"{path} is a copy of another record: both are {Run(record).name}; delete it")
+    hashes = {study.manifest_path: split_hash, **{path: record["split_hash"] for path, record in found.items()}}
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{path} has {value}" for path, value in hashes.items())
         raise StudyError(
             f"not of the same test rows, so not comparable: split_hash differs: {listed}. "
             "Train and evaluate these methods again on one split, or use another study name."
         )
-    records = [record for _, record in found.values()]
-    return sorted(records, key=lambda record: (study_order(record["method"]), record["seed"]))
+    return sorted(found.values(), key=lambda record: (study_order(record["method"]), record["seed"]))
 
 
 def _run(study, record, test_rows, score):

@@ -9,68 +9,30 @@ Evaluation of Summaries".
 
 import re
 import unicodedata
-from functools import lru_cache
+
+import regex
 
 VARIANT = "F1, mean over rows, of the whole text; words: rouge_score's on ASCII, any script beyond it; no stemmer"
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
-# First and last code point of the scripts that put no space between words.
-_UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3005, 0x3007),  # ideographic iteration mark and zero
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x3400, 0x4DBF),  # Han, extension A
-    (0x4E00, 0x9FFF),  # Han
-    (0xF900, 0xFAFF),  # Han, compatibility
-    (0xFF66, 0xFF9D),  # half-width Katakana
-    (0x20000, 0x3FFFF),  # Han, extensions B and later
+# Thai, Lao, Myanmar, Khmer, Hiragana, Katakana and Han put no space between words.
+_SCRIPTS = (
+    r"\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3005-\u3007\u3040-\u30FF\u3400-\u4DBF\u4E00-\u9FFF\uF900-\uFAFF"
+    r"\uFF66-\uFF9D\U00020000-\U0003FFFF"
 )
+_UNSPACED, _LETTER = rf"[[{_SCRIPTS}]&&[\p{{L}}\p{{N}}]]", rf"[[\p{{L}}\p{{N}}]--[{_SCRIPTS}]]"
+UNSPACED = regex.compile(_UNSPACED, regex.V1)  # one character of these scripts
+WORD = regex.compile(rf"{_UNSPACED}\p{{M}}*|{_LETTER}(?:{_LETTER}|\p{{M}})*", regex.V1)
 
 
 def words(text):
     """[word, ...] in lower case; equal to rouge_score's default tokenizer where the text is ASCII."""
     text = text.lower()
-    if text.isascii():
-        return _ASCII_WORD.findall(text)
-    found, run, is_after_one = [], [], False
-    for character in unicodedata.normalize("NFC", text):
-        kind = kind_of(character)
-        if kind == "letter" or (kind == "mark" and run):
-            run.append(character)
-            is_after_one = False
-            continue
-        if run:
-            found.append("".join(run))
-            run = []
-        if kind == "unspaced":
-            found.append(character)
-        elif kind == "mark" and is_after_one:
-            found[-1] += character  # a vowel sign belongs to the character before it
-        is_after_one = kind == "unspaced" or (kind == "mark" and is_after_one)
-    return [*found, "".join(run)] if run else found
+    return _ASCII_WORD.findall(text) if text.isascii() else WORD.findall(unicodedata.normalize("NFC", text))
 
 
 def ascii_words(text):
     """[word, ...] of a-z and 0-9 in lower case: rouge_score's default tokenizer."""
     return _ASCII_WORD.findall(text.lower())
-
-
-def is_unspaced(character):
-    """True for a letter of a script written without spaces between words (Han, Kana, Thai, Lao, Khmer, Myanmar)."""
-    return kind_of(character) == "unspaced"
-
-
-@lru_cache(maxsize=4096)
-def kind_of(character):
-    """'letter' (or digit), 'mark' (on the letter before it), 'unspaced' (a word by itself), or 'gap'."""
-    category = unicodedata.category(character)[0]
-    if category == "M":
-        return "mark"
-    if category not in "LN":
-        return "gap"
-    point = ord(character)
-    return "unspaced" if any(low <= point <= high for low, high in _UNSPACED) else "letter"
 
 
 def rouge_l(prediction, reference):

@@ -6,7 +6,6 @@ All methods share each resample's rows, so that differences are paired.
 
 import math
 import statistics
-import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +18,6 @@ FEW_ROWS = 100
 _CHUNK = 250  # resamples whose row counts are held at once
 # Means over seeds that are drawn with each resample of rows: Student's t of few degrees has far tails, a draw is cheap.
 _SEED_DRAWS = 50
-
-
-class FewRowsWarning(UserWarning):
-    """Intervals were asked for on fewer test rows than they can be trusted on."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,6 @@ class Bootstrap:
 
     n_rows: int
     resamples: int
-    n_seeds: dict
     value: dict = field(repr=False)
     replicates: dict = field(repr=False)
 
@@ -76,14 +70,9 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     is taken 50 times, with the mean over a method's seeds from Student's t around it, for each method by itself.
     Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and
     by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
-    Warns (FewRowsWarning) below 100 rows.
-    DataError: fewer than 1,000 resamples, no runs, or runs of unequal row counts.
+    DataError: no runs, or runs of unequal row counts.
     """
     n_rows = _checked_rows(runs)
-    if resamples < 1000:
-        raise DataError(f"resamples={resamples} is too few for a 95 % interval: use 1000 or more")
-    if n_rows < FEW_ROWS:
-        warnings.warn(few_rows_note(n_rows), FewRowsWarning, stacklevel=2)
     rng = np.random.default_rng(seed)
     owners = [method for method, seeds in runs.items() for _ in seeds]
     stacked = np.hstack([_columns(rows) for seeds in runs.values() for rows in seeds])
@@ -93,34 +82,10 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     draws = 1 if max(map(len, runs.values())) == 1 else _SEED_DRAWS
     for method in runs:
         mine = [column for column, owner in enumerate(owners) if owner == method]
-        weights = _seed_weights(len(mine), resamples * draws, rng).reshape(resamples, draws, -1)
-        value[method] = {metric: float(scores[metric][0, mine].mean()) for metric in METRICS}
-        replicates[method] = {
-            metric: (drawn[metric][:, None, mine] * weights).sum(axis=-1).ravel() for metric in METRICS
-        }
-    n_seeds = {method: len(seeds) for method, seeds in runs.items()}
-    return Bootstrap(n_rows, resamples, n_seeds, value, replicates)
-
-
-def quiet_bootstrap(runs):
-    """bootstrap(runs) without FewRowsWarning, for reports, which say in their own words where rows are few."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FewRowsWarning)
-        return bootstrap(runs)
-
-
-def seeds_difference(values, others, *, resamples=20_000, seed=0):
-    """95 % Interval of mean(values) - mean(others), numbers of one seed each; seeds are all that varies.
-
-    Each mean is drawn from Student's t around it (Behrens-Fisher); a side with one value stands as it is.
-    DataError: no values on a side, or one on both, of which nothing says how far seeds are apart.
-    """
-    if not values or not others or max(len(values), len(others)) < 2:
-        raise DataError(f"{len(values)} and {len(others)} seeds: an interval over seeds needs two on a side")
-    rng = np.random.default_rng(seed)
-    drawn = [_seed_weights(len(side), resamples, rng) @ np.asarray(side, dtype=np.float64) for side in (values, others)]
-    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
-    return Interval(statistics.fmean(values) - statistics.fmean(others), float(low), float(high))
+        weights = seed_weights(len(mine), resamples * draws, rng).reshape(resamples, draws, -1)
+        value[method] = {name: float(scores[name][0, mine].mean()) for name in METRICS}
+        replicates[method] = {name: (drawn[name][:, None, mine] * weights).sum(axis=-1).ravel() for name in METRICS}
+    return Bootstrap(n_rows, resamples, value, replicates)
 
 
 def swap_test(runs, others, metric, *, resamples=2000, seed=0):
@@ -157,12 +122,18 @@ def mean_interval(values, *, resamples=2000, seed=0):
     return _interval(float(values.mean()), drawn, len(values), resamples)
 
 
-def over_seeds(values):
-    """(mean, standard deviation over seeds or None with fewer than two, count) of the known values; None if none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
+def seed_weights(n_seeds, draws, rng):
+    """(draws, n_seeds) weights that sum to 1, under which a mean over seeds has Student's t around it.
+
+    Drawing k seeds with replacement shows only (k - 1) / k of their mean's variance, and of three seeds nothing of how
+    badly three numbers tell a variance; with t of k - 1 degrees of freedom the interval holds what it promises.
+    """
+    if n_seeds == 1:
+        return np.ones((draws, 1))
+    normal = rng.standard_normal((draws, n_seeds))
+    chi = rng.chisquare(n_seeds - 1, size=(draws, 1)) / (n_seeds - 1)
+    apart = normal - normal.mean(axis=1, keepdims=True)
+    return 1 / n_seeds + apart / np.sqrt(n_seeds * (n_seeds - 1) * chi)
 
 
 def few_rows_note(n_rows):
@@ -213,20 +184,6 @@ def _resampled_sums(values, resamples, rng):
         counts = np.bincount(picked.ravel(), minlength=draws * n_rows).reshape(draws, n_rows)
         sums.append(counts.astype(np.float64) @ values)
     return np.concatenate(sums)
-
-
-def _seed_weights(n_seeds, draws, rng):
-    """(draws, n_seeds) weights that sum to 1, under which a mean over seeds has Student's t around it.
-
-    Drawing k seeds with replacement shows only (k - 1) / k of their mean's variance, and of three seeds nothing of how
-    badly three numbers tell a variance; with t of k - 1 degrees of freedom the interval holds what it promises.
-    """
-    if n_seeds == 1:
-        return np.ones((draws, 1))
-    normal = rng.standard_normal((draws, n_seeds))
-    chi = rng.chisquare(n_seeds - 1, size=(draws, 1)) / (n_seeds - 1)
-    apart = normal - normal.mean(axis=1, keepdims=True)
-    return 1 / n_seeds + apart / np.sqrt(n_seeds * (n_seeds - 1) * chi)
 
 
 def _gap(sums, other, metric, n_rows):

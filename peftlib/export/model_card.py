@@ -73,7 +73,7 @@ def scores_of(study, method, seed):
     run = next(r for r in found.runs if (r.record["method"], r.record["seed"]) == (method, seed))
     base = next((r for r in found.runs if r.record["method"] == BASE and r.is_scored), None)
     runs = {r.record["method"]: [r.rows] for r in (base, run) if r is not None}
-    boot = stats.quiet_bootstrap(runs) if run.is_scored else None
+    boot = stats.bootstrap(runs) if run.is_scored else None
     return Scores(run, base, boot, len(found.test_rows), tuple(found.sources), found.cut_at_words)
 
 

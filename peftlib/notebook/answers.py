@@ -7,7 +7,6 @@ pages. All texts are escaped.
 import csv
 import difflib
 import html
-import re
 import unicodedata
 from itertools import groupby
 
@@ -25,7 +24,6 @@ FILE, HIGHEST, LOWEST, GAIN, LOSS = "file order", "highest score", "lowest score
 ORDERS = (FILE, HIGHEST, LOWEST, GAIN, LOSS)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 SAME, OTHER = "same", "other"
-_WORD = re.compile("um*|l[lm]*")  # on first letters of rouge.kind_of: unspaced, mark, letter
 _EMPTY = '<span class="pl-note">(empty)</span>'
 _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 # Blue and orange differ with every common colour blindness; the lines below say the same without colour.
@@ -270,5 +268,4 @@ def _key(word):
 
 def _spans(text):
     """[(start, end), ...] of the words in a text, as rouge.words finds them."""
-    kinds = "".join(rouge.kind_of(character)[0] for character in text)
-    return [found.span() for found in _WORD.finditer(kinds)]
+    return [found.span() for found in rouge.WORD.finditer(text)]

@@ -95,7 +95,7 @@ def build_report(study: Study) -> Report:
     # Score: intervals over all rows and over each source's.
     rows = [_result_row(run) for run in found.runs]
     systems = found.systems()
-    boot = stats.quiet_bootstrap(systems) if systems else None
+    boot = stats.bootstrap(systems) if systems else None
     by_source = _by_source(found)
     # Compare: every two methods, and what was not equal between them.
     pairs = comparison.pairs_of(systems, boot) if boot else []
@@ -164,7 +164,7 @@ def _by_source(found):
     made = {}
     for source in found.sources if found.scored else ():
         systems = {method: [run.rows.subset(names == source) for run in runs] for method, runs in found.scored.items()}
-        made[source] = stats.quiet_bootstrap(systems)
+        made[source] = stats.bootstrap(systems)
     return made
 
 
@@ -188,7 +188,7 @@ def _score_frame(found):
             "method": run.record["method"],
             "seed": run.record["seed"],
             **run.rows.scores(),
-            "chrf": run.chrf,
+            "chrf": run.scores["chrf"],
             "truncated_share": run.truncated_share,
             "eval_loss": run.eval_loss,
         }

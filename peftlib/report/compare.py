@@ -27,7 +27,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
         name: results.load(Study(folder, resolve("demo", study=folder.name))) for name, folder in zip(names, folders)
     }
     _require_same_rows(found)
-    boot = stats.quiet_bootstrap(
+    boot = stats.bootstrap(
         {
             f"{name}: {method}": [run.rows for run in runs]
             for name, study in found.items()

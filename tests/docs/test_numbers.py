@@ -5,7 +5,9 @@ import statistics
 
 import pytest
 import update
-from result_tables import Results, best_of_grids, loss_gap, pair_of
+from bench_tables import best_of_grids
+from cells import loss_gap, pair_of
+from result_tables import Results
 
 R = Results()
 METHODS, BASE = R.reference["methods"], R.reference["methods"]["base"]

@@ -12,8 +12,9 @@ import sys
 import pytest
 import typer
 import update
+from cells import ends
 from conftest import TINY
-from result_tables import RESULTS, Results, ends, make_all
+from result_tables import RESULTS, Results, make_all
 
 import peftlib
 from peftlib import cli

@@ -6,10 +6,13 @@ import shutil
 from types import SimpleNamespace
 
 import fake_study
+import numpy as np
 import pytest
+import reference_summary
 import take_results
 import tiny
-from result_tables import RESULTS, Results, make_all, one_cards_rows
+from bench_tables import one_cards_rows
+from result_tables import RESULTS, Results, make_all
 
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json, write_json
@@ -51,8 +54,8 @@ def taken(tmp_path_factory):
         results = tmp_path / "results"
         (results / "reference" / "records-fp16").mkdir(parents=True)
         (results / "reference" / "records-fp16" / "old.json").write_text("{}")  # of an earlier taking
-        monkeypatch.setattr(take_results, "FIRST_LOOK_TOKENS", 2)
-        monkeypatch.setattr(take_results, "load_tokenizer", lambda model: tiny.tokenizer())
+        monkeypatch.setattr(reference_summary, "FIRST_LOOK_TOKENS", 2)
+        monkeypatch.setattr(reference_summary, "load_tokenizer", lambda model: tiny.tokenizer())
         built = take_results.build_report(study)
         monkeypatch.setattr(take_results, "build_report", lambda study: built)  # once for both
         take_results.take_reference(study, results / "reference")
@@ -213,3 +216,18 @@ def test_cards_have_short_names(device, name):
 )
 def test_messages_lose_their_folders(text, kept):
     assert without_folders(text) == kept
+
+
+def test_a_difference_of_one_number_a_seed_has_students_t():
+    found = reference_summary.seeds_difference([1.0, 2.0, 3.0], [0.0])
+    half = 4.3027 / 3**0.5  # t of 2 degrees of freedom, standard deviation 1
+    assert found.value == 2.0
+    assert found.low == pytest.approx(2.0 - half, abs=0.12) and found.high == pytest.approx(2.0 + half, abs=0.12)
+    rng = np.random.default_rng(9)
+    equal = sum(
+        reference_summary.seeds_difference(list(rng.normal(size=3)), list(rng.normal(size=3)), resamples=2000).is_noise
+        for _ in range(400)
+    )
+    assert equal / 400 >= 0.94
+    with pytest.raises(ValueError, match="1 and 1 seeds"):
+        reference_summary.seeds_difference([1.0], [2.0])

@@ -2,6 +2,7 @@ import contextlib
 import random
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import tiny
@@ -228,11 +229,13 @@ def test_vllm_gets_token_ids_limits_and_stop_ids(monkeypatch):
 
 
 def test_evaluation_hands_vllm_the_merged_folder(make_study, monkeypatch):
-    fake = FakeVllm()
+    fake, files = FakeVllm(), set()
+    given = fake.LLM
+    fake.LLM = lambda **how: (files.update(path.name for path in Path(how["model"]).iterdir()), given(**how))[1]
     monkeypatch.setitem(sys.modules, "vllm", fake)
     study = make_study(engine="vllm")
     evaluate(study, "base", log=lambda line: None)
-    assert fake.asked[0]["model"] == study.cfg.model
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files and not Path(fake.asked[0]["model"]).exists()
     assert study.predictions_path("base", 0).read_text().count('"answer": "a", "n_tokens": 1') == 6
 
 

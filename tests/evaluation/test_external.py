@@ -9,7 +9,6 @@ import tiny
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 
-from peftlib import data
 from peftlib.core import record
 from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.evaluation import external
@@ -57,11 +56,14 @@ def test_a_stock_adapter_is_a_row_of_the_report_that_says_where_it_comes_from(ma
     assert [made[name] for name in unknown] == [None] * 6 and made["config"] == {} and made["history"] == []
     assert any(line.startswith("my-adapter: BLEU-4 ") for line in lines)
     assert trained_methods(study) == []
+    # PEFT's files do not say whether it was trained on a 4-bit base: record, log and report say what it was scored on
+    scored_on = made["trained_elsewhere"]["scored_on"]
+    assert scored_on.startswith("the unquantized base") and lines[0] == f"my-adapter: scored on {scored_on}"
 
     shown = report.build_report(study)
     row = shown.results.set_index("method").loc["my-adapter"]
     assert row["rougeL"] >= 0 and row.isna()[["train_loss", "steps", "peak_memory_gib", "train_seconds"]].all()
-    assert any("my-adapter was trained elsewhere" in note for note in shown.notes)
+    assert any(f"my-adapter was trained elsewhere and scored on {scored_on}" in note for note in shown.notes)
     assert "my-adapter" in study.report_path.read_text()
 
     before = study.record_path("my-adapter", 0).read_bytes()
@@ -107,6 +109,7 @@ def test_a_trained_folder_of_peftlib_is_taken_too(finished, make_study):
     shutil.copytree(study.weights_dir("hybrid", 0), study.folder / "copied")
     made = evaluate_path(study, study.folder / "copied", **QUIET)
     assert made["eval_loss"] == whole["eval_loss"]  # with what it trained beside the adapter
+    assert made["trained_elsewhere"]["scored_on"] == "the base with its 4-bit matrices dequantized, as it was trained"
 
 
 def test_a_name_stands_for_one_model(make_study, adapter, tmp_path, tiny_model):
@@ -130,7 +133,7 @@ def test_what_is_no_model_is_named(make_study, tmp_path):
 def test_an_adapter_of_another_base_is_refused_and_the_same_weights_elsewhere_are_not(adapter, tmp_path, tiny_model):
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
     changed_config(adapter, base_model_name_or_path=str(moved))
-    assert external.open_folder(adapter, str(tiny_model)).is_adapter
+    assert external.open_folder(adapter, str(tiny_model)).scored_on
     for named in ("google/gemma-3-4b-it", str(tiny.model_folder(tmp_path / "other", seed=9))):
         changed_config(adapter, base_model_name_or_path=named)
         with pytest.raises(ModelError, match=f"was trained on {named}, this study's model is .*set base_model_name_or"):
@@ -184,12 +187,3 @@ def test_a_model_of_another_tokenizer_is_refused(tmp_path, tiny_model):
     tiny.model(vocab_size=300).save_pretrained(small)
     with pytest.raises(ModelError, match="no embeddings for all"):
         external.open_folder(small, str(tiny_model)).load(device="cpu", dtype=torch.float32)
-
-
-def test_the_folder_for_other_engines_is_the_merged_model(adapter, tiny_model):
-    model = external.open_folder(adapter, str(tiny_model))
-    assert len(data.load_tokenizer(str(tiny_model))) > 300
-    with model.merged_folder() as folder:
-        names = {path.name for path in folder.iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "adapter_config.json" not in names
-    assert not folder.exists()

@@ -298,7 +298,7 @@ def test_a_cut_line_is_asked_again_and_a_damaged_one_is_named(study):
         path.write_text(whole.replace('"verdict": "b"', '"verdict": "c"', 1), encoding="utf-8")
         study.report_path.write_text("older", encoding="utf-8")
         for build in (lambda: call(study, url), lambda: report.build_report(study)):
-            with pytest.raises(StudyError, match=r"base-vs-qlora\.jsonl: line \d+ has .*'c'"):
+            with pytest.raises(StudyError, match=r'base-vs-qlora\.jsonl: line \d+ is damaged .*is "c", not one of'):
                 build()
     assert study.report_path.read_text(encoding="utf-8") == "older"
 
@@ -351,7 +351,7 @@ def test_a_local_model_judges(tiny_model, tmp_path, study):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(folder)
     with pytest.raises(JudgeError, match="has no chat template"):
-        Local(str(folder))
+        Local(str(folder)).ask([], max_tokens=4)
     set_template(tokenizer).save_pretrained(folder)
     backend = Local(str(folder))
     reply = backend.ask([{"role": "user", "content": "Which?"}], max_tokens=4)

@@ -15,7 +15,7 @@ from fake_judge import judged, lines_of
 
 from peftlib.core.errors import ConfigError, JudgeError, LockedError, Stopped
 from peftlib.evaluation.judging import verdicts as judge_verdicts
-from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint, endpoint_name
+from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.report import charts as report_charts
 
 KEY = "sk-planted0key0that0must0not0appear"
@@ -114,7 +114,7 @@ def test_an_answer_that_unpacks_to_much_is_not_unpacked():
         fake_judge.received(connection)
         connection.sendall(fake_judge.http_answer(packed, more="Content-Encoding: gzip\r\n"))
 
-    with fake_judge.serving_raw(bomb) as url, pytest.raises(JudgeError, match="it came as gzip, which was not asked"):
+    with fake_judge.serving_raw(bomb) as url, pytest.raises(JudgeError, match="unreadable answer 1 times"):
         Endpoint(url, "m", retries=0).ask(ASKED, max_tokens=4)
 
 
@@ -307,10 +307,9 @@ def test_a_placeholder_for_a_key_does_not_spoil_verdicts(monkeypatch):
 @pytest.mark.parametrize("url", ["http://example.com/v1", "http://10.0.0.3:8000/v1", "http://0.0.0.0:8000/v1",
                                  "http://localhost.evil.com/v1", "http://127.0.0.1.evil.com/v1", "HTTP://[::2]/v1"])  # fmt: skip
 def test_what_is_not_on_this_machine_needs_https(url):
-    for make in (endpoint_name, Endpoint):
-        with pytest.raises(JudgeError, match=r"(?i)http.*in the open: use https://.*ssh -L") as error:
-            make(url, "m")
-        assert url in str(error.value)
+    with pytest.raises(JudgeError, match=r"(?i)http.*in the open: use https://.*ssh -L") as error:
+        Endpoint(url, "m")
+    assert url in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["https://example.com/v1", "http://127.0.0.1:8000/v1", "http://127.9.9.9/v1",
@@ -423,16 +422,16 @@ def test_a_full_disk_leaves_no_half_line(study, monkeypatch):
     with fake_judge.serving(fake_judge.Server(lambda body: "VERDICT: TIE")) as url:
         call(study, url, "--rows", "1")
         before = lines_of(study)
-        real = judge_verdicts.os.fsync
+        with monkeypatch.context() as patch:
 
-        def full(number):
-            raise OSError(28, "No space left on device")
+            def half(path, text, **how):
+                real(path, text[:50])
+                raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(judge_verdicts.os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            call(study, url)
-        assert lines_of(study) == before
-        monkeypatch.setattr(judge_verdicts.os, "fsync", real)
+            real = judge_verdicts.append_text
+            patch.setattr(judge_verdicts, "append_text", half)
+            with pytest.raises(OSError, match="No space"):
+                call(study, url)
         call(study, url)
     assert lines_of(study)[: len(before)] == before and len(lines_of(study)) == 12
 

@@ -10,8 +10,7 @@ from peftlib.core.errors import JudgeError
 from peftlib.core.files import visible
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
-from peftlib.evaluation.judging.http import Answer
-from peftlib.evaluation.judging.replies import Reply
+from peftlib.evaluation.judging.http import Answer, Reply
 
 KEY = "sk-planted0key0that0must0not0appear"
 
@@ -107,5 +106,5 @@ def _endpoint():
     if not _made:
         _made.append(Endpoint("http://127.0.0.1:1/v1", "m", retries=1, sleep=lambda seconds: None))
     endpoint = _made[0]
-    endpoint._limit_name, endpoint._settings, endpoint._refusals = "max_tokens", {"temperature": 0}, 0
+    endpoint._not_taken, endpoint._refusals = set(), 0
     return endpoint

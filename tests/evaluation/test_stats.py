@@ -36,7 +36,6 @@ def test_values_are_the_plain_scores():
     assert found.value["base"]["bleu4"] == pytest.approx(runs["base"][0].scores()["bleu4"], abs=1e-12)
     mean = np.mean([rows.scores()["rougeL"] for rows in runs["qlora"]])
     assert found.value["qlora"]["rougeL"] == pytest.approx(mean, abs=1e-12)
-    assert found.n_seeds == {"base": 1, "qlora": 2}
 
 
 def test_same_seed_same_intervals_and_another_seed_others():
@@ -133,21 +132,10 @@ def test_several_seeds_widen_the_interval():
     assert widths["moody"] > 2 * widths["steady"]
 
 
-def test_few_rows_are_warned_about_and_enough_are_not(recwarn):
-    rng = np.random.default_rng(0)
-    with pytest.warns(stats.FewRowsWarning, match="99 test rows: below 100"):
-        stats.bootstrap({"base": [simulated(rng, 99)]})
-    recwarn.clear()
-    stats.bootstrap({"base": [simulated(rng, 100)]})
-    assert not recwarn.list
-
-
 def test_runs_that_cannot_be_paired_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(DataError, match=r"unequal row counts.*'a': \[100\].*'b': \[101\]"):
         quietly({"a": [simulated(rng, 100)], "b": [simulated(rng, 101)]})
-    with pytest.raises(DataError, match="resamples=500"):
-        stats.bootstrap({"a": [simulated(rng, 100)]}, resamples=500)
     rows = simulated(rng, 100)
     with pytest.raises(DataError, match="2 and 3 seeds"):
         stats.swap_test([rows] * 2, [rows] * 3, "bleu4")
@@ -181,24 +169,6 @@ def test_t_quantile(degrees, exact):
     assert stats.t_quantile(0.975, degrees) == pytest.approx(exact, abs=2e-3)
 
 
-def test_over_seeds():
-    assert stats.over_seeds([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
-    assert stats.over_seeds([1.0, None]) == (1.0, None, 1)
-    assert stats.over_seeds([None]) is None
-
-
-@pytest.fixture(autouse=True)
-def _ignore_few_rows(request):
-    if "warned" in request.node.name:
-        yield
-        return
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.FewRowsWarning)
-        yield
-
-
 def _quick_interval(rows, metric, rng):
     seed = int(rng.integers(2**31))
     return quietly({"a": [rows]}, seed=seed).interval("a", metric)
@@ -228,18 +198,3 @@ def test_few_seeds_that_differ_are_covered_too():
         covered += one.low <= 0.5 <= one.high
         equal += found.difference("a", "b", "rougeL").is_noise
     assert covered / ROUNDS >= 0.93 and equal / ROUNDS >= 0.93
-
-
-def test_a_difference_of_one_number_a_seed_has_students_t():
-    found = stats.seeds_difference([1.0, 2.0, 3.0], [0.0])
-    half = 4.3027 / 3**0.5  # t of 2 degrees of freedom, standard deviation 1
-    assert found.value == 2.0
-    assert found.low == pytest.approx(2.0 - half, abs=0.12) and found.high == pytest.approx(2.0 + half, abs=0.12)
-    rng = np.random.default_rng(9)
-    equal = sum(
-        stats.seeds_difference(list(rng.normal(size=3)), list(rng.normal(size=3)), resamples=2000).is_noise
-        for _ in range(400)
-    )
-    assert equal / 400 >= 0.94
-    with pytest.raises(DataError, match="1 and 1 seeds"):
-        stats.seeds_difference([1.0], [2.0])

@@ -44,8 +44,6 @@ def test_each_turn_is_answered_with_all_before_it_in_mind(tiny_model, capsys):
         assert answer == made._tokenizer.decode(plain, skip_special_tokens=True).strip()
         assert answer in capsys.readouterr().out  # shown while it was made
     assert [m["role"] for m in made.messages] == ["user", "assistant"] * 3
-    made.start_over()
-    assert made.messages == []
 
 
 def test_the_oldest_exchanges_leave_a_full_conversation(tiny_model):

@@ -100,7 +100,7 @@ def test_a_base_models_own_code_is_neither_run_nor_asked_about(base, monkeypatch
         lambda: load_base(str(base), precision="fp32", device="cpu"),
         lambda: load_plain(str(base), device="cpu"),
         lambda: data.load_tokenizer(str(base)),
-        lambda: judge_backends.Local(str(base)),
+        lambda: judge_backends.Local(str(base)).ask([], max_tokens=1),
         lambda: auto_tokenizer(base),
     ]
     for call in calls:

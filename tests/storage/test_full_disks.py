@@ -33,7 +33,7 @@ def _judge_anew(root):
     names, cases = judge.cases_of_study(study, methods, 0, 0)
     verdicts = judge_verdicts.Verdicts(judge_verdicts.path_of(study, methods), names)
     judge.run(cases, verdicts, finished_study.Judge(), log=lambda line: None)
-    return sorted((line["id"], line["order"], line["verdict"]) for line in verdicts.lines)
+    return sorted((line["id"], line["order"], line["verdict"]) for line in verdicts.by_key.values())
 
 
 def _plan_kept(root):

@@ -1,5 +1,9 @@
-"""The models that judge: behind any OpenAI-compatible endpoint, or local by transformers."""
+"""The models that judge: behind any OpenAI-compatible endpoint, or local by transformers.
 
+Each has a name, counts ({'retried ...': n}), stop() and ask(messages, max_tokens=) -> http.Reply.
+"""
+
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -8,6 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -17,32 +22,18 @@ from peftlib.core.errors import JudgeError
 from peftlib.core.files import readable_path, visible
 from peftlib.evaluation.evaluate import evaluation_dtype
 from peftlib.evaluation.inference.engines import greedy
-from peftlib.evaluation.judging import replies
-from peftlib.evaluation.judging.http import CallFailed, Hopeless, Poster
-from peftlib.evaluation.judging.replies import Reply
+from peftlib.evaluation.judging.http import CallFailed, Hopeless, Poster, Reply
 from peftlib.models.load import auto_tokenizer, causal_model
 from peftlib.models.locate import hub_errors, locate, token_for
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHORTEST_SECRET = 8  # characters
 _LONGEST_SAID = 200  # characters of a server's words in a message
-_MOST_REFUSALS = 3  # in a row: then it is not one request that is wrong
 _REFUSALS = (400, 413, 422)  # of this one request
+_MOST_REFUSALS = 3  # in a row: then it is not one request that is wrong
 _PASSING = (408, 409, 425, 429)  # worth another try, as is all from 500
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0  # of ours; a server may ask for longer ones
 _PATIENCE_S = 600.0  # with one question, its retries and waits included; more where the timeouts alone come to more
-
-
-def endpoint_name(url, model):
-    """The judge's name in verdicts. The same model on another server is another judge. JudgeError: no usable URL."""
-    _check_url(url)
-    return f"{model} at {url.rstrip('/')}"
-
-
-def local_name(model):
-    """A local model's name in verdicts."""
-    folder = Path(model).expanduser()
-    return f"{readable_path(folder) if model != PACKAGED_MODEL and folder.is_dir() else model} (local)"
 
 
 class Endpoint:
@@ -50,63 +41,54 @@ class Endpoint:
 
     url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: of a whole call. retries: after a timeout, a lost
     connection, an unreadable answer, 408, 409, 425, 429 or 5xx, with waits that double unless the server asks for
-    longer ones. counts: {'retried ...': n} so far.
+    longer ones. name: in verdicts; the same model on another server is another judge.
     JudgeError: the URL is malformed, holds a secret or would send one unencrypted, or the package httpx2 is missing.
     """
 
     def __init__(self, url, model, *, timeout_s=60.0, retries=5, sleep=None):
-        self.name = endpoint_name(url, model)
-        self._model, self._retries = model, retries
+        _check_url(url)
+        self.name, self._model, self._retries = f"{model} at {url.rstrip('/')}", model, retries
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
+            faults = "characters that no key has, such as spaces or quotation marks"
+            raise JudgeError(f"{KEY_VARIABLE} holds {faults}: set it again")
+        if self._without_key(self.name) != self.name:
+            raise JudgeError(f"the endpoint's URL or the model's name holds the key, which belongs into {KEY_VARIABLE}")
+        self.counts, self._refusals, self._lock = Counter(), 0, threading.Lock()
+        self._not_taken = set()  # parameters that this server refused: their names differ between servers
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
         self._patience_s = max(_PATIENCE_S, timeout_s * (retries + 1))
-        self._key = _key()
-        if self._without_key(self.name) != self.name:
-            raise JudgeError(
-                f"the endpoint's URL or the model's name holds the key: it belongs into {KEY_VARIABLE} alone"
-            )
-        self.counts, self._refusals, self._lock = Counter(), 0, threading.Lock()
-        # Parameter names differ between servers: a refusal switches to the other form.
-        self._limit_name, self._settings = "max_tokens", {"temperature": 0}
-        place = f"{url.rstrip('/')}/chat/completions"
-        # No proxy for a server on this machine: it could read what http:// sends.
-        self._poster = Poster(place, key=self._key, timeout_s=timeout_s, is_direct=urlsplit(url).scheme == "http")
+        self._poster = Poster(f"{url.rstrip('/')}/chat/completions", key=self._key, timeout_s=timeout_s)
 
     def ask(self, messages, *, max_tokens):
         """The Reply to chat messages. JudgeError: down after all retries, unauthorised, or no such model or API."""
         attempt, end = 0, time.monotonic() + self._patience_s
         while True:
-            given = {self._limit_name: max_tokens, **self._settings}
+            limit = "max_completion_tokens" if "max_tokens" in self._not_taken else "max_tokens"
+            given = {limit: max_tokens} | ({} if "temperature" in self._not_taken else {"temperature": 0})
             try:
-                reply = self._ask_once({"model": self._model, "messages": messages, **given}, given)
+                answer = self._poster.post({"model": self._model, "messages": messages, **given})
+                if 200 <= answer.status < 300:
+                    reply, self._refusals = answer.reply(), 0
+                    return dataclasses.replace(reply, text=self._without_key(reply.text))
+                said = self._clean(answer.error_text())
+                self._raise_if_hopeless(answer, said)
+                if answer.blamed in ("max_tokens", "temperature") and answer.blamed in given:
+                    self._not_taken.add(answer.blamed)
+                elif answer.status in _REFUSALS:
+                    return self._refused(said)
+                else:
+                    raise CallFailed(f"status {answer.status}", said, answer.retry_after_s)
+            except Hopeless as error:
+                raise JudgeError(f"{self.name} {error}") from None
             except CallFailed as failure:
                 self._wait(failure, attempt, end)
                 attempt += 1
-            else:
-                if reply is not None:
-                    return reply
 
     def stop(self):
         """Stop waiting for retries: calls that wait end in a JudgeError."""
         self._stopped.set()
-
-    def _ask_once(self, payload, given):
-        """The Reply, or None where a parameter is to be given otherwise."""
-        try:
-            answer = self._poster.post(payload)
-            if 200 <= answer.status < 300:
-                reply = replies.read(answer)
-                self._refusals = 0
-                return dataclasses.replace(reply, text=self._without_key(reply.text))
-        except Hopeless as error:
-            raise JudgeError(f"{self.name} {error}") from None
-        said = self._clean(replies.words(answer))
-        self._give_up_if_hopeless(answer, said)
-        if self._is_adapted(replies.wrong_parameter(answer), given):
-            return None
-        if answer.status in _REFUSALS:
-            return self._refused(said)
-        raise CallFailed(f"status {answer.status}", said, answer.retry_after_s)
 
     def _wait(self, failure, attempt, end):
         """Count a failure and wait before the next try. JudgeError: this was the last one."""
@@ -130,89 +112,32 @@ class Endpoint:
                 raise JudgeError(f"{self.name} refused {self._refusals} requests in a row ({said})")
         return Reply(said, is_refused=True)
 
-    def _give_up_if_hopeless(self, answer, said):
+    def _raise_if_hopeless(self, answer, said):
+        """Hopeless: a status that no other try would change."""
         status = answer.status
-        if status in (401, 403):
-            # What the server says is not shown: some repeat the key.
+        if status in (401, 403):  # what the server says is not shown: some repeat the key
             state = f"the key in {KEY_VARIABLE} was refused" if self._key else f"{KEY_VARIABLE} is not set"
-            raise JudgeError(f"{self.name} is unauthorised (status {status}): {state}")
+            raise Hopeless(f"is unauthorised (status {status}): {state}")
         if status in (404, 405):
-            raise JudgeError(
-                f"{self.name} is not there (status {status}: {said}): check --model, and that --endpoint ends as the "
-                "server's documentation says, mostly in /v1"
-            )
+            ending = "--endpoint ends as the server's documentation says, mostly in /v1"
+            raise Hopeless(f"is not there (status {status}: {said}): check --model, and that {ending}")
         if 300 <= status < 400:
             place = self._clean(answer.headers.get("location", "nowhere"))
-            raise JudgeError(
-                f"{self.name} sends its callers to {place} (status {status}), where neither key nor texts were sent: "
-                "give that server's URL as --endpoint if it is the right one"
-            )
+            way_out = "give that server's URL as --endpoint if it is the right one"
+            raise Hopeless(f"sends its callers to {place} (status {status}), where nothing was sent: {way_out}")
         if status not in _REFUSALS and status not in _PASSING and not 500 <= status < 600:
-            raise JudgeError(f"{self.name} answers with status {status} ({said}), which no other try would change")
-
-    def _is_adapted(self, wrong, given):
-        """Switch to the other form of a parameter that a server refused; returns whether there is one."""
-        if wrong not in ("max_tokens", "temperature") or wrong not in given:
-            return False
-        if wrong == "max_tokens":
-            self._limit_name = "max_completion_tokens"
-        else:
-            self._settings = {}
-        return True
+            raise Hopeless(f"answers with status {status} ({said}), which no other try would change")
 
     def _without_key(self, text):
         """A server's text without the key, which some repeat. A short key is a placeholder and left in."""
-        if len(self._key) < _SHORTEST_SECRET:
-            return text
-        for form in {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]}:
-            text = text.replace(form, "(key)")
+        if len(self._key) >= _SHORTEST_SECRET:
+            for form in {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]}:
+                text = text.replace(form, "(key)")
         return text
 
     def _clean(self, text):
         """A server's text on one line for a terminal, without the key, shortened."""
         return visible(" ".join(self._without_key(text).split()))[:_LONGEST_SAID]  # cut last: no half of a key is left
-
-
-class Local:
-    """A local model by transformers, greedy. model: a folder, 'packaged' or a hub id. counts is always empty."""
-
-    def __init__(self, model):
-        self.name = local_name(model)
-        self.counts = Counter()
-        device = resolve_device("auto")
-        with hub_errors(model):
-            location, _ = locate(model)
-            token = token_for(location)
-            self._tokenizer = auto_tokenizer(location, token=token)
-            dtype = evaluation_dtype(device)[0]
-            loaded = causal_model(location, token=token, dtype=dtype, device_map={"": device})
-        if not self._tokenizer.chat_template:
-            raise JudgeError(f"{model} has no chat template: a judge must be a model that holds conversations")
-        self._model = loaded.eval()
-
-    def ask(self, messages, *, max_tokens):
-        """The Reply to chat messages."""
-        given = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self._model.device)
-        ids, mask = given["input_ids"], given["attention_mask"]
-        stop = self._model.generation_config.eos_token_id
-        pad = self._tokenizer.pad_token_id or 0
-        reply = greedy(self._model, ids, mask, max_tokens, eos_token_id=stop, pad_token_id=pad)[0]
-        return Reply(self._tokenizer.decode(reply, skip_special_tokens=True).strip(), ids.shape[1], len(reply))
-
-    def stop(self):
-        """Nothing to stop."""
-
-
-def _key():
-    """The key, or "". JudgeError: one that no header can carry."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise JudgeError(
-            f"{KEY_VARIABLE} holds characters that no key has, such as spaces or quotation marks: set it again"
-        )
-    return key
 
 
 def _check_url(url):
@@ -223,23 +148,55 @@ def _check_url(url):
         parts = host = None
     is_plain = url.isprintable() and not set(url) & set(" \\")
     if host is None or not is_plain or parts.scheme not in ("http", "https"):
-        raise JudgeError(
-            "the endpoint is no URL that begins with http:// or https://, such as http://127.0.0.1:8000/v1"
-        )
+        raise JudgeError("the endpoint is no URL with http:// or https:// first, such as http://127.0.0.1:8000/v1")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # The URL is kept beside each verdict, so nothing secret may stand in it.
         raise JudgeError(f"the endpoint's URL holds more than a place: put the key into {KEY_VARIABLE} instead")
-    if parts.scheme == "http" and not _is_loopback(host):
+    is_loopback = host == "localhost"
+    with contextlib.suppress(ValueError):  # a name
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    if parts.scheme == "http" and not is_loopback:
         raise JudgeError(
             f"the endpoint {url} would send key and texts in the open: use https://, or for a server of your own a "
             f"tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
         )
 
 
-def _is_loopback(host):
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+class Local:
+    """A local model by transformers, greedy, loaded with the first question. model: a folder, 'packaged' or a hub id.
+
+    ModelError, JudgeError (from ask): it is not to be had, or holds no conversations.
+    """
+
+    def __init__(self, model):
+        folder = Path(model).expanduser()
+        is_folder = model != PACKAGED_MODEL and folder.is_dir()
+        self.name, self.counts = f"{readable_path(folder) if is_folder else model} (local)", {}
+        self._named = model
+
+    @cached_property
+    def _loaded(self):
+        """(model, tokenizer)."""
+        device = resolve_device("auto")
+        with hub_errors(self._named):
+            location, _ = locate(self._named)
+            token = token_for(location)
+            tokenizer = auto_tokenizer(location, token=token)
+            dtype = evaluation_dtype(device)[0]
+            model = causal_model(location, token=token, dtype=dtype, device_map={"": device})
+        if not tokenizer.chat_template:
+            raise JudgeError(f"{self._named} has no chat template: a judge must be a model that holds conversations")
+        return model.eval(), tokenizer
+
+    def ask(self, messages, *, max_tokens):
+        """The Reply to chat messages."""
+        model, tokenizer = self._loaded
+        how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        given = tokenizer.apply_chat_template(messages, **how).to(model.device)
+        ids, pad = given["input_ids"], tokenizer.pad_token_id or 0
+        stop = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": pad}
+        reply = greedy(model, ids, given["attention_mask"], max_tokens, **stop)[0]
+        return Reply(tokenizer.decode(reply, skip_special_tokens=True).strip(), ids.shape[1], len(reply))
+
+    def stop(self):
+        """Nothing to stop."""

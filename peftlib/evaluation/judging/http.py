@@ -1,18 +1,24 @@
-"""One HTTP request to an endpoint with a hard deadline and a size limit, whatever the server does."""
+"""One chat completion over HTTP: a call with a hard deadline and a size limit, and its answer read in any shape."""
 
 import asyncio
+import contextlib
 import json
-import ssl
+import math
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from urllib.parse import urlsplit
 
 from peftlib.core.errors import JudgeError
 
 MOST_BYTES = 1 << 20  # of an answer; a judge's are a few kilobytes
-_LONGEST_RETRY_AFTER_S = 32 * 86400.0  # a longer one is a mistake: quotas renew monthly
 _MOST_ERROR_BYTES = 1 << 16  # of an error's body; the rest is not read
+_LONGEST_RETRY_AFTER_S = 32 * 86400.0  # a longer one is a mistake: quotas renew monthly
+_MOST_TOKENS = 10**9  # of one call; a larger number is no count
+_NO_API = "answers, but not as an OpenAI-compatible API does: most URLs end in /v1"
+_BROKEN = object()  # instead of a value: it is no JSON
+_REFUSED = "\n(the model refused to answer)"  # put last, so that a refusal is never read as a verdict
 
 
 class CallFailed(Exception):
@@ -29,59 +35,134 @@ class Hopeless(Exception):
 
 
 @dataclass(frozen=True)
+class Reply:
+    """text: what the judge wrote. Tokens: as the server counts them, None without a count. is_refused: the server
+    rejected the request, and text says why."""
+
+    text: str
+    input_tokens: int | None = 0
+    output_tokens: int | None = 0
+    is_refused: bool = False
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What a server sent. headers: names in lower case. body: bytes, of an error perhaps not all."""
+    """What a server sent. headers: a mapping. body: bytes, of an error perhaps not all."""
 
     status: int
     headers: dict
     body: bytes
 
     @property
-    def kind(self):
-        """The content type without its parameters, in lower case."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    @property
     def retry_after_s(self):
         """Seconds that the server asks to wait before a retry, or None."""
-        asked = self.headers.get("retry-after", "").strip()
-        try:
+        asked, seconds = self.headers.get("retry-after", "").strip(), math.inf
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
+        with contextlib.suppress(ValueError):
             seconds = float(asked)
-        except ValueError:
-            try:
-                seconds = parsedate_to_datetime(asked).timestamp() - time.time()
-            except (ValueError, TypeError, OverflowError):
-                return None
         return max(0.0, seconds) if seconds < _LONGEST_RETRY_AFTER_S else None  # neither does nan pass
+
+    @cached_property
+    def _value(self):
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return _BROKEN
+
+    def reply(self):
+        """The Reply in an answer of status 2xx; its text is "" where the server wrote none.
+
+        CallFailed: cut, or an error sent as a success, so a retry may help. Hopeless: no completion at all.
+        """
+        made = self._value
+        is_json = "json" in (self.headers.get("content-type") or "json").lower() and self.body.lstrip()[:1] != b"<"
+        if made is _BROKEN and (is_json or not self.body):
+            raise CallFailed("unreadable answer", "what came is empty or no whole JSON", self.retry_after_s)
+        if _part(made, "choices") is None and _part(made, "error"):  # as some gateways pass on errors
+            raise CallFailed("error in an answer", self.error_text(), self.retry_after_s)
+        if not isinstance(made, dict) or "choices" not in made:
+            raise Hopeless(_NO_API)
+        tokens = (_count(_part(made, "usage", name)) for name in ("prompt_tokens", "completion_tokens"))
+        return Reply(_text(made), *tokens)
+
+    def error_text(self):
+        """The server's own text about an error."""
+        told = _part(self._value, "error") or self._value
+        if isinstance(told, dict):
+            told = next((told[name] for name in ("message", "detail", "msg", "title") if told.get(name)), told)
+        if told is _BROKEN or not told:
+            told = self.body.decode("utf-8", "replace")
+            return "a page of HTML" if told.lstrip()[:1] == "<" else told or "no words"
+        with contextlib.suppress(RecursionError):
+            return _clean(told if isinstance(told, str) else json.dumps(told, ensure_ascii=False))
+        return "words nested too deep to show"
+
+    @property
+    def blamed(self):
+        """The request's parameter that an error blames, or None."""
+        return _part(self._value, "error", "param")
+
+
+def _part(value, *path):
+    """The part of a JSON value at keys and indices; None where it has another shape."""
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        for key in path:
+            value = value[key]
+        return value
+    return None
+
+
+def _text(made):
+    message = _part(made, "choices", 0, "message")
+    content, refusal = _part(message, "content"), _part(message, "refusal")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, str) else _part(part, "text") for part in content]
+        content = "".join(part for part in parts if isinstance(part, str))
+    if isinstance(content, str) and content:
+        return _clean(content)
+    return _clean(refusal) + _REFUSED if isinstance(refusal, str) and refusal else ""
+
+
+def _count(value):
+    """A number of tokens as an int, or None if it is not one."""
+    if type(value) not in (int, float) or not 0 <= value <= _MOST_TOKENS or value != int(value):
+        return None
+    return int(value)
+
+
+def _clean(text):
+    """The text without lone surrogates, which JSON allows and files and terminals do not."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Poster:
     """Posts JSON to a URL and follows no redirect, so that key and texts go nowhere else.
 
-    key: sent as a bearer token; "" sends none. is_direct: not through a proxy that the environment names.
-    JudgeError: the package httpx2 is missing.
+    key: sent as a bearer token; "" sends none. JudgeError: the package httpx2 is missing.
     """
 
-    def __init__(self, url, *, key, timeout_s, is_direct):
-        self._httpx = _httpx2()
-        self.url, self._timeout_s, self._is_direct = url, timeout_s, is_direct
+    def __init__(self, url, *, key, timeout_s):
+        try:
+            import httpx2
+        except ImportError:
+            way_out = "pip install 'httpx2>=2.10', or use --local"
+            raise JudgeError(f"an endpoint needs the package httpx2: {way_out}") from None
+        self._httpx, self._url, self._timeout_s = httpx2, url, timeout_s
         # Uncompressed: the size of a compressed answer is only known once it is unpacked.
-        self._headers = {
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-        }
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
-        # The list of certificate authorities takes long to load and is only needed with TLS.
+        self._headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        self._headers |= {"Authorization": f"Bearer {key}"} if key else {}
         is_https = urlsplit(url).scheme == "https"
-        self._tls = self._httpx.create_ssl_context() if is_https else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        # The list of certificate authorities takes long to load and is only needed with TLS. No proxy for http://,
+        # which is for this machine alone (see Endpoint): it could read what is sent.
+        tls = httpx2.create_ssl_context() if is_https else False
+        self._how = {"timeout": None, "follow_redirects": False, "verify": tls, "trust_env": is_https}
 
     def post(self, payload):
         """The Answer to a JSON value, whatever its status. CallFailed: none in time. Hopeless: more than MOST_BYTES."""
         loop = asyncio.new_event_loop()  # only a coroutine can be cancelled at any point, even in a DNS look-up
         try:
-            return loop.run_until_complete(self._post(json.dumps(payload).encode("ascii")))
+            return loop.run_until_complete(self._post(payload))
         except TimeoutError:
             raise CallFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
         except self._httpx.HTTPError as error:
@@ -90,42 +171,18 @@ class Poster:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    async def _post(self, content):
+    async def _post(self, payload):
         # httpx's timeout applies to each read, so a server that drips bytes would outlive it: one clock for all.
         async with (
             asyncio.timeout(self._timeout_s),
-            self._httpx.AsyncClient(
-                timeout=None, follow_redirects=False, verify=self._tls, trust_env=not self._is_direct
-            ) as client,
-            client.stream("POST", self.url, content=content, headers=self._headers) as response,
+            self._httpx.AsyncClient(**self._how) as client,
+            client.stream("POST", self._url, json=payload, headers=self._headers) as response,
         ):
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            return Answer(response.status_code, headers, await _read(response, headers))
-
-
-async def _read(response, headers):
-    limit = MOST_BYTES if response.is_success else _MOST_ERROR_BYTES
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        if response.is_success:
-            raise CallFailed("unreadable answer", f"it came as {encoding}, which was not asked for")
-        return b""
-    parts, n_bytes = [], 0
-    async for part in response.aiter_raw():
-        parts.append(part)
-        n_bytes += len(part)
-        if n_bytes > limit:
-            if response.is_success:
-                raise Hopeless(
-                    f"answered with more than {MOST_BYTES >> 20} MiB, no judge's length: see what runs there"
-                )
-            break
-    return b"".join(parts)[:limit]
-
-
-def _httpx2():
-    try:
-        import httpx2
-    except ImportError:
-        raise JudgeError("an endpoint needs the package httpx2: pip install 'httpx2>=2.10', or use --local") from None
-    return httpx2
+            body, limit = b"", MOST_BYTES if response.is_success else _MOST_ERROR_BYTES
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > limit and response.is_success:
+                    raise Hopeless(f"answered with more than {limit >> 20} MiB, no judge's length: see what runs there")
+                if len(body) > limit:
+                    break
+            return Answer(response.status_code, response.headers, body[:limit])

@@ -1,55 +1,71 @@
-"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and what they add up
-to."""
+"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and their sum."""
+
+import contextlib
 
 from peftlib.evaluation.judging import judge, verdicts
 from peftlib.storage.lock import StudyLock
 
+_CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
 
-def judge_study(study, methods, name, open_judge, *, seed=0, n_rows=0, dry_run=False, reply_tokens=judge.REPLY_TOKENS,
-                parallel=1, price_in=None, price_out=None, log=print):  # fmt: skip
-    """Have a judge compare the answers of two methods, as far as it has not before; with dry_run only say what that
-    takes.
 
-    name: what verdicts call the judge. open_judge() -> a backends.Endpoint or Local, called where there is something to
-    ask. n_rows: so many test rows, 0 for all. price_in, price_out: of a million tokens.
+def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, prices=(None, None), parallel=1,
+                dry_run=False, log=print):  # fmt: skip
+    """Have a judge compare the answers of two methods, as far as it has not before.
+
+    backend: a backends.Endpoint or Local. n_rows: so many test rows, 0 for all. prices: of a million tokens sent and
+    received, None where unknown. dry_run: only say what it takes. The rest: see judge.run.
     StudyError: no predictions of a method, or of other rows. LockedError: another session judges these methods.
     JudgeError: see judge.run.
     """
     methods = judge.in_order(methods)
     names, cases = judge.cases_of_study(study, methods, seed, n_rows)
-
-    def plan(kept):
-        found = judge.plan(cases, kept, name, reply_tokens=reply_tokens)
-        log(f"{methods[0]} against {methods[1]}, judged by {name}")
-        log("\n".join(found.lines(price_in=price_in, price_out=price_out)))
-        return found
-
-    path = verdicts.path_of(study, methods)
-    if dry_run:
-        plan(verdicts.Verdicts(path, names))
-        return
-    what = "-vs-".join(methods)
-    doing, where = f"judging {methods[0]} against {methods[1]}", f"the judging of {what} in study {study.folder.name!r}"
+    doing, what = f"judging {methods[0]} against {methods[1]}", "-vs-".join(methods)
+    place = f"the judging of {what} in study {study.folder.name!r}"
     # Two that judge at once would ask, and pay, twice.
-    with StudyLock(study.folder, doing, name=f"judge-{what}-lock.json", place=where) as lock:
-        kept = verdicts.Verdicts(path, names)
-        planned = plan(kept)
-        if planned.to_ask or planned.n_identical:
+    lock = StudyLock(study.folder, doing, name=f"judge-{what}-lock.json", place=place)
+    with contextlib.nullcontext() if dry_run else lock:
+        kept = verdicts.Verdicts(verdicts.path_of(study, methods), names)
+        found = judge.open_cases(cases, kept, backend.name, reply_tokens)
+        log(f"{methods[0]} against {methods[1]}, judged by {backend.name}")
+        log("\n".join(_plan(len(cases), found, reply_tokens, prices)))
+        if dry_run:
+            return
+        if found:
             how = {"reply_tokens": reply_tokens, "parallel": parallel, "log": log, "require": lock.require}
-            log("\n".join(_what_it_took(judge.run(cases, kept, open_judge(), **how), price_in, price_out)))
-        log("\n".join(verdicts.sentences(verdicts.summary(cases, kept, name, names))))
-    shown = f"{path.parent.name}/{path.name}"
-    log(f"verdicts: {shown}; in the report: python -m peftlib report --study {study.folder.name}")
+            log("\n".join(_what_it_took(judge.run(cases, kept, backend, **how), backend.counts, prices)))
+        log("\n".join(verdicts.sentences(verdicts.summary(cases, kept, backend.name, names))))
+    log(f"verdicts: judge/{kept.path.name}; in the report: python -m peftlib report --study {study.folder.name}")
 
 
-def _what_it_took(counts, price_in, price_out):
-    yield f"asked {counts['asked']}: {counts['malformed']} malformed, {counts['refused']} refused by the server"
-    retried = [f"{n} {what.removeprefix('retried ')}" for what, n in counts.items() if what.startswith("retried ")]
-    yield f"retried calls: {', '.join(retried) or 'none'}"
-    tokens = counts["input_tokens"], counts["output_tokens"]
-    cost = least = ""
-    if counts["uncounted"]:
-        least = f"; of {counts['uncounted']} calls the judge told no number, so it is more"
-    if price_in is not None or price_out is not None:
-        cost = f", cost {judge.cost_of(*tokens, price_in, price_out):.4f}"
-    yield f"{tokens[0]:,} tokens sent, {tokens[1]:,} received as the judge counts them{cost}{least}"
+def _plan(n_cases, found, reply_tokens, prices):
+    """Lines on the calls and estimated tokens that judging the open cases will take, without retries."""
+    to_ask = [case for case in found if not case.is_identical]
+    sent = sum(len(case.message) for case in to_ask) // _CHARACTERS_PER_TOKEN
+    received = len(to_ask) * reply_tokens
+    known, equal = n_cases - len(found), f"{len(found) - len(to_ask)} of equal answers (ties without asking)"
+    yield f"{n_cases} comparisons: {known} judged before, {equal}, {len(to_ask)} calls to make"
+    how = f"({_CHARACTERS_PER_TOKEN} characters a token; retries come on top)"
+    yield f"about {sent:,} tokens to send and at most {received:,} to receive {how}"
+    if prices == (None, None):
+        yield "cost: not known, no price was given (--price-in and --price-out, per million tokens)"
+    else:
+        per_million = "at {:g} in and {:g} out per million tokens".format(*(price or 0 for price in prices))
+        yield f"cost: up to about {_cost((sent, received), prices):.4f}, retries apart, {per_million}"
+
+
+def _cost(tokens, prices):
+    """Cost of tokens sent and received at prices per million; a price of None counts as 0."""
+    return sum(n * (price or 0) for n, price in zip(tokens, prices)) / 1e6
+
+
+def _what_it_took(made, counts, prices):
+    found = [verdict["verdict"] for verdict in made]
+    yield f"asked {len(made)}: {found.count('malformed')} malformed, {found.count(None)} refused by the server"
+    retried = ", ".join(f"{n} {what.removeprefix('retried ')}" for what, n in counts.items())
+    yield f"retried calls: {retried or 'none'}"
+    tokens = [[verdict[name] for verdict in made] for name in ("input_tokens", "output_tokens")]
+    sent, received = (sum(filter(None, numbers)) for numbers in tokens)
+    cost = "" if prices == (None, None) else f", cost {_cost((sent, received), prices):.4f}"
+    n_uncounted = sum(None in pair for pair in zip(*tokens))
+    least = f"; of {n_uncounted} calls the judge told no number, so it is more" if n_uncounted else ""
+    yield f"{sent:,} tokens sent, {received:,} received as the judge counts them{cost}{least}"

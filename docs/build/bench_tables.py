@@ -1,0 +1,156 @@
+"""Tables of what was measured on cards: memory, speed, checkpoints, generation; and what a T4 is expected to take."""
+
+import statistics
+
+from cells import number
+
+from peftlib.core.config import resolve
+from peftlib.models.shapes import SHAPES, card_of_device, find_card, short_name
+from peftlib.train import estimate
+
+T4_GIB = 14.5  # of a T4's memory that training may take
+
+
+def t4(results):
+    """Memory measured under a T4's cap, and hours a T4 is expected to take for the reference study's tokens."""
+    name, card = find_card("t4")
+    cfg = resolve("t4", model="google/gemma-3-1b-it", memory_gib=T4_GIB)
+    tokens = statistics.fmean(results.reference["train_tokens"])
+    rows = one_cards_rows(results.methods)
+    forecast = estimate.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=rows)
+    yield "method", "micro-batch", "planned GiB", "measured GiB", "measured tokens/s", "on", "hours expected on a T4"
+    for found in forecast.costs:
+        row = max((row for row in rows if row["method"] == found.method), key=lambda row: row["tok_s"], default={})
+        measured = number(row.get("peak_gib"), "{:.2f}"), number(row.get("tok_s"), "{:,.0f}")
+        hours = [tokens / speed / 3600 for speed in (found.speed.high, found.speed.low)] if found.fits else None
+        yield (
+            f"`{found.method}`",
+            f"{found.micro_batch}, recompute {found.checkpointing}" if found.fits else "",
+            f"{found.memory_gib:.2f}",
+            *measured,
+            short_name(row["device"]) if row else "",
+            f"{hours[0]:.2f} to {hours[1]:.2f}" if hours else "does not fit",
+        )
+
+
+def one_cards_rows(rows):
+    """Our fp16 rows under a T4's cap, of the card that measured the most methods: speeds of two cards do not
+    compare."""
+    usable = [row for row in rows if _is_t4_like(row)]
+    methods = {}
+    for row in usable:
+        methods.setdefault(row["device"], set()).add(row["method"])
+    best = max(methods, key=lambda device: len(methods[device]), default=None)
+    return [row for row in usable if row["device"] == best]
+
+
+def _is_t4_like(row):
+    is_capped = row.get("precision") == "fp16" and row.get("cap_gib") == T4_GIB and "peer" not in row
+    return is_capped and bool(row.get("method") and row.get("tok_s")) and card_of_device(row["device"]) is not None
+
+
+def methods(results):
+    yield (
+        *("card", "setting", "precision", "cap GiB", "micro-batch", "tokens/s", "peak GiB"),
+        *("planned GiB", "first step s"),
+    )
+    for row in results.methods:
+        if "error" not in row and "grid" not in row:
+            yield (
+                ", ".join([short_name(row["device"]), row["date"], *([row["run"]] if "run" in row else [])]),
+                row["name"],
+                row["precision"],
+                f"{row['cap_gib']:g}" if row["cap_gib"] else "none",
+                str(row["micro_batch"]),
+                number(row["tok_s"], "{:,.0f}"),
+                f"{row['peak_gib']:.2f}",
+                number(row.get("predicted_gib"), "{:.2f}"),
+                number(row.get("first_step_cold_s", row["first_step_s"]), "{:.0f}"),
+            )
+
+
+def peers(results):
+    """Each peer at the best of its grid, after ours of the same run and cap."""
+    yield "", "micro-batch", "recomputes", "tokens/s", "peak GiB", "first step s", "ours / its speed"
+    for ours, best in best_of_grids(results.methods):
+        for row in (*ours, *best):
+            yield (
+                row.get("grid") or f"`{row['name']}` (ours)",
+                str(row["micro_batch"]),
+                "no" if row["checkpointing"] == "off" else "yes",
+                f"{row['tok_s']:,.0f}",
+                f"{row['peak_gib']:.2f}",
+                f"{row['first_step_s']:.0f}",
+                " and ".join(f"{mine['tok_s'] / row['tok_s']:.2f}" for mine in ours) if "grid" in row else "",
+            )
+
+
+def best_of_grids(rows):
+    """[(our rows, the fastest row of each peer's grid), ...], one entry a card, run, cap and method."""
+    grids = {}
+    for row in rows:
+        if "grid" in row and row.get("tok_s"):
+            key = tuple(row[name] for name in ("device", "date", "run", "cap_gib", "method"))
+            grids.setdefault(key, {}).setdefault(row["grid"], []).append(row)
+    for key, tried in grids.items():
+        of_run = dict(zip(("device", "date", "run", "cap_gib", "method"), key))
+        ours = [row for row in rows if "peer" not in row and row.get("tok_s") and of_run.items() <= row.items()]
+        yield ours, [max(found, key=lambda row: row["tok_s"]) for found in tried.values()]
+
+
+def lengths(results):
+    """Rows of real lengths, packed against padded, by how many rows a pass holds."""
+    [row] = [row for row in results.methods if "mixed_found" in row]
+    speed = {way: found["useful_tok_s"] for way, found in row["mixed_found"].items()}
+    sizes = sorted(int(way.split("_")[1]) for way in speed if way.startswith("random_"))
+    yield "rows of a pass", *map(str, sizes)
+    for way, name in (("random", "random order, padded"), ("packed", "packed, as much room")):
+        yield name, *(number(speed.get(f"{way}_{n}"), "{:,.0f}") for n in sizes)
+    yield "ratio", *(number(speed.get(f"packed_{n}", 0) / speed[f"random_{n}"] or None, "{:.2f}") for n in sizes)
+
+
+def saving(results):
+    """What one checkpoint costs a training that goes on beside it."""
+    yield "checkpoint of", "card", "GiB", "training waits s", "written after s", "step meanwhile s", "step else s"
+    for row in results.methods:
+        if "checkpoint_gib" in row:
+            card = f"{short_name(row['device'])}, {row['date']}"
+            seconds = row["save_stall_s"], row["save_written_s"], row["save_step_s"], 16 * row["seq"] / row["tok_s"]
+            forms = ("{:.1f}", "{:.0f}", "{:.2f}", "{:.2f}")
+            shown = (form.format(value) for form, value in zip(forms, seconds))
+            yield row["name"], card, f"{row['checkpoint_gib']:.2f}", *shown
+
+
+def fp16(results):
+    yield "method", "seed", "bf16", "fp16", "difference", "skipped steps"
+    runs = {(r["method"], r["seed"], r["precision"]): r for r in results.fp16["runs"] if "galore_on_refresh" not in r}
+    for method, seed in dict.fromkeys(key[:2] for key in sorted(runs)):
+        bf16, half = runs[method, seed, "bf16"], runs[method, seed, "fp16"]
+        found = [bf16["last_losses"], half["last_losses"]]
+        change = f"{found[1] / found[0] - 1:+.2%}"
+        yield method, str(seed), *(f"{loss:.4f}" for loss in found), change, str(half["skipped_steps"])
+
+
+def generate(results):
+    yield "device", "engine", "rows at a time", "dtype", "rows", "tokens/s", "against", "ratio"
+    for row in results.generate:
+        yield (
+            short_name(row["device"]) + (" (2 cores)" if "2 cores" in row["device"] else ""),
+            row["engine"],
+            str(row["batch"] or "its own"),
+            row["dtype"],
+            f"{row['rows']:,}",
+            f"{row['tok_s']:,.1f}",
+            row["baseline"],
+            f"{row['ratio']:.2f}",
+        )
+
+
+def resume(results):
+    yield "method", "device", "seconds to the next step", "saves", "share of the time held up", "checkpoint GiB"
+    for row in results.resume:
+        seconds, share = f"{row['resume_s']:.0f}", f"{100 * row['stall_share']:.1f} %"
+        yield row["method"], row["device"], seconds, str(row["saves"]), share, f"{row['checkpoint_gib']:.2f}"
+
+
+TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume)
