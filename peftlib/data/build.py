@@ -24,7 +24,6 @@ from peftlib.data.sampling import Stream
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import split_hash, standing_manifest, write_data
-from peftlib.data.tokenize import max_chars
 from peftlib.models import chat_template
 from peftlib.models.load import tokenizer_sha256
 from peftlib.storage.lock import held
@@ -92,14 +91,13 @@ def _inputs(cfg, sources):
 
 def _read_candidates(cfg, tallies, asked):
     """{(source, split): Queue}; splits that draw on the same rows share one."""
-    chars = max_chars(cfg.model, cfg.max_length)
     queues = {}
     for source, tally in tallies.items():
         has_own = "test" in tally.source.streams
         for name, splits in ({"test": ("test",), "main": ("valid", "train")} if has_own else {"main": SPLITS}).items():
             expected = sum(asked[split] for split in splits)
-            sizes = {"n_held": int(expected * _SPARE) + 512, "max_chars": chars}
-            queue = Queue(Stream(name, tally, seed=cfg.split_seed, **sizes), cfg, expected)
+            stream = Stream(name, tally, seed=cfg.split_seed, n_held=int(expected * _SPARE) + 512)
+            queue = Queue(stream, cfg, expected)
             queues |= {(source, split): queue for split in splits}
     return queues
 

@@ -20,13 +20,12 @@ _LOOK_AHEAD = 100  # rows that decide a stream's schema
 class Stream:
     """The rows of one stream of a source as candidates, ordered by `seed`; `schema` is found on the first pass.
 
-    tally: the source's. n_held: candidates in memory at a time. max_chars: a longer conversation cannot fit max_length,
-    whatever it says.
+    tally: the source's. n_held: candidates in memory at a time.
     """
 
-    def __init__(self, name, tally, *, seed, n_held, max_chars):
+    def __init__(self, name, tally, *, seed, n_held):
         self.source, self.name, self.tally, self.schema = tally.source, name, tally, None
-        self._seed, self._n_held, self._max_chars = seed, n_held, max_chars
+        self._seed, self._n_held = seed, n_held
 
     def batches(self):
         """Yields lists of Row, distinct, each in order and behind the one before. The stream is read once for each."""
@@ -58,8 +57,7 @@ class Stream:
                     del held[-heapq.heappop(heap)]
                     is_last = False
                 heapq.heappush(heap, -key)
-                row.key, row.texts = key, self._affordable(row.texts)
-                held[key] = row
+                row.key, held[key] = key, row
             else:
                 is_last = False
         return [held[key] for key in sorted(held)], is_last
@@ -95,15 +93,6 @@ class Stream:
         if is_counted:
             self.tally.ignored.update(row.ignored)
         return row
-
-    def _affordable(self, texts):
-        """The turns up to and with the first that exceeds max_chars, which is cut but certainly still too long."""
-        room = self._max_chars
-        for i, text in enumerate(texts):
-            if len(text) > room:
-                return [*texts[:i], text[: room + 1]]
-            room -= len(text)
-        return texts
 
 
 def _excerpt(row):

@@ -56,8 +56,3 @@ def as_messages(texts):
 @functools.cache
 def _tokenizer(model):
     return load_tokenizer(model)
-
-
-def max_chars(model, max_length):
-    """Characters beyond which a text has more than `max_length` tokens, as none stands for more than the longest."""
-    return max_length * max(map(len, _tokenizer(model).get_vocab()))

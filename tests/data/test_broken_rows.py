@@ -149,7 +149,7 @@ def test_broken_rows_are_used_converted_or_rejected_by_name(tmp_path, n_files, n
         schema = max(schemas, key=schemas.get, default=None)
         [source] = parse_sources(f"alpaca={path}")
         tally = Tally(source, lambda line: None)
-        stream = Stream("main", tally, seed=0, n_held=50, max_chars=10**6)
+        stream = Stream("main", tally, seed=0, n_held=50)
         if schema is None:
             with pytest.raises(DataError, match="none of its first"):
                 list(stream.batches())
