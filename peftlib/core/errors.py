@@ -93,8 +93,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def reading(path, way_out=MADE_AGAIN):
-    """Turn an error of the disk into a DiskError, and what a damaged file raises into a StudyError; both name
-    `path`."""
+    """Turn an error of the disk into a DiskError, and of a damaged file into a StudyError; both name `path`."""
     try:
         yield
     except PeftlibError:

@@ -251,8 +251,7 @@ def gib(n_bytes):
 
 
 def readable_path(path):
-    """A path without what is private to this machine: below the working folder, the checkout or home where it can
-    be."""
+    """A path without what is private to this machine: below the working folder, the checkout or home."""
     path = Path(path).absolute()
     for base, shown in ((Path.cwd(), "."), (paths.checkout(), "."), (Path.home(), "~")):
         if base is not None and path.is_relative_to(base):

@@ -64,8 +64,7 @@ class CheckpointDir:
         self.finish(step)
 
     def begin(self, step, checkpoint):
-        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as in
-        `save`."""
+        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as there."""
         with self._errors_of(step) as beside:
             remove_tree(beside)
             beside.mkdir(parents=True)

@@ -15,8 +15,7 @@ PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a
 
 
 def is_public(api, repository, repo_type="model"):
-    """Whether everybody can read a repository of the hub; one that does not exist is not public. Errors: as the
-    hub's."""
+    """Whether everybody can read a repository of the hub; one that does not exist is not public."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:

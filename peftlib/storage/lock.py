@@ -189,10 +189,7 @@ class StudyLock:
             beside.unlink(missing_ok=True)
 
     def _clear_if_left_behind(self):
-        """Remove the lock file of a session that has ended, while this one has the system's lock.
-
-        LockedError: it is of another machine's live session, or cannot be read.
-        """
+        """Remove the lock file of a session that has ended. LockedError: it lives, or the file cannot be read."""
         owner = _read(self.path)
         if owner is not None:
             if not _is_of_this_machine(owner):
@@ -207,14 +204,11 @@ class StudyLock:
             self.path.unlink(missing_ok=True)
 
     def _refuse_if_alive(self, owner):
-        """LockedError where the owner's heartbeat is young or, where it is of the future, is seen to go on.
-
-        Of two clocks that differ neither is known to be right, so a time alone cannot tell how old such a lock is.
-        """
+        """LockedError where the owner's heartbeat is young or, where it is of the future, is seen to go on."""
         age = time.time() - owner["heartbeat"]
         if age >= self.stale_s:
             return
-        if age <= -self.stale_s:
+        if age <= -self.stale_s:  # of two clocks that differ neither is known to be right
             self._log(
                 f"the lock of {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
                 f"{self.stale_s:.0f} s to see whether {_named(owner)} still works"

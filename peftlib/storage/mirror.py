@@ -14,9 +14,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from peftlib import __version__
+from peftlib.core.env import output_root
 from peftlib.core.errors import CheckpointError, ConfigError, StudyError, writing
 from peftlib.core.files import gib, read_json, write_json
 from peftlib.core.json_reading import Map, require_shape
+from peftlib.core.limits import require_folder_name
 from peftlib.core.study import Study
 from peftlib.storage import archive
 from peftlib.storage.remotes import remote_of
@@ -66,7 +68,9 @@ def open_mirror(folder, *, log=print):
 
 def open_study(name):
     """The Study of a folder that exists here or on its remote; uploaded from now on. Errors: see Study.existing."""
-    return Study.existing(name, on_open=open_mirror)
+    require_folder_name("study", name)
+    open_mirror(output_root() / name)
+    return Study.existing(name)
 
 
 def running(folder):
@@ -210,16 +214,9 @@ class Mirror:
         return [unit for unit in units if archive.fingerprint(self.folder, units[unit]) != self.copied.get(unit)]
 
     def copy_once(self, *, is_last=False):
-        """Copy each unit that has changed.
-
-        is_last: wait for another process of this machine that copies, and take the small files even if they were copied
-        a moment ago.
-        """
-        with (
-            self._one_at_a_time,
-            contextlib.suppress(Timeout),
-            FileLock(self.folder / ".mirror.lock").acquire(blocking=is_last),
-        ):
+        """Copy each unit that has changed; is_last: wait for another process that copies, and take small files too."""
+        lock = FileLock(self.folder / ".mirror.lock")
+        with self._one_at_a_time, contextlib.suppress(Timeout), lock.acquire(blocking=is_last):
             self._read_state()
             for unit in self._waiting():
                 if self._is_over.is_set() and not is_last:

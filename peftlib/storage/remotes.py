@@ -76,10 +76,7 @@ def _mount(**how):
 
 
 def _can_ask_colab():
-    """Whether this kernel can talk to Colab's page, as mounting needs.
-
-    One that papermill started is Colab's too, and has its modules, but nobody looks at it.
-    """
+    """Whether this kernel can talk to Colab's page, as mounting needs: of one that papermill started there is none."""
     return "google.colab" in sys.modules and is_watched()
 
 
