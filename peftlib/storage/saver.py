@@ -78,8 +78,8 @@ class Saver:
         self.stall_seconds += stall
         self._put_off(stall)
         if must and self.saved.step != step:
-            error, self._error = self._error, None
-            raise error or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
+            kept, self._error = self._error, None
+            raise kept or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
         if not self.is_writing():
             self._tell("training goes on and tries again")
 
