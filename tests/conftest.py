@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from peftlib.core import config, hub_token
+from peftlib.core import config, hub_token, paths
 from peftlib.core.study import Study
 from peftlib.storage import remotes as storage
 
@@ -50,7 +50,7 @@ def no_token(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "google.colab", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "login"))
-    monkeypatch.setattr(hub_token, "_CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr(hub_token, "checkout", lambda: paths.checkout(tmp_path / "checkout" / "peftlib"))
     monkeypatch.setattr(hub_token, "_given", set())
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")

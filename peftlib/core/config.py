@@ -21,6 +21,7 @@ from peftlib.core.limits import checked, parsed, require_folder_name, setting
 _MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
 _SAMPLES = "alpaca=sample; tulu=sample; ultrachat=sample"
+_LORA_INITS = ("default", "gaussian", "pissa", "pissa_niter_4")
 _ENGINES = ("auto", "slots", "plain", "vllm")  # slots: our continuous batching
 
 # Settings of the first edition by their names of today, which are TrainingArguments' where it has one.
@@ -55,9 +56,7 @@ class Config:
     valid_rows: int = setting(8, "data", "rows per source", low=0)
     test_rows: int = setting(16, "data", "rows per source", low=1)
     split_seed: int = setting(0, "data", "orders the candidates of each source", low=0, high=_MOST)
-    allow_short: bool = setting(
-        False, "data", "if a source has too few rows, divide them among the splits in the requested proportions"
-    )
+    allow_short: bool = setting(False, "data", "divide the rows of a too short source among the splits as asked")
     max_length: int = setting(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
 
     epochs: int = setting(1, "math", "passes over the training rows", low=1)
@@ -68,16 +67,12 @@ class Config:
     lr_scheduler: str = setting("cosine", "math", "learning-rate schedule", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = setting(0.05, "math", "share of the steps", low=0.0, high=0.5)
     weight_decay: float = setting(0.0, "math", "decoupled, per step times learning rate", low=0.0, high=1.0)
-    max_grad_norm: float = setting(
-        1.0, "math", "clip the gradient norm (of what is applied) to this; 0 is no clipping", low=0.0
-    )
+    max_grad_norm: float = setting(1.0, "math", "clip the norm of applied gradients to this; 0 is no clipping", low=0.0)
 
     lora_rank: int = setting(16, "math", "columns of each adapter", low=1)
     lora_alpha: int = setting(32, "math", "LoRA alpha; the scale is alpha / rank", low=1)
     lora_dropout: float = setting(0.0, "math", "share of adapter inputs dropped", low=0.0, high=0.9)
-    lora_init: str = setting(
-        "default", "math", "adapters' start; default: B zero", choices=("default", "gaussian", "pissa", "pissa_niter_4")
-    )
+    lora_init: str = setting("default", "math", "adapters' start; default: B zero", choices=_LORA_INITS)
     lora_use_rslora: bool = setting(False, "math", "rsLoRA: the scale is alpha / sqrt(rank)")
     lora_use_dora: bool = setting(False, "math", "train each row's length apart from its direction (DoRA; slower)")
     lora_learning_rate: float = setting(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
@@ -86,9 +81,7 @@ class Config:
     galore_scale: float = setting(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
     galore_learning_rate: float = setting(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 
-    galore_weights: str = setting(
-        "fp32", "math", "projected weights; bf16 rounds stochastically", choices=("fp32", "bf16")
-    )
+    galore_weights: str = setting("fp32", "math", "projected; bf16 rounds stochastically", choices=("fp32", "bf16"))
     galore_on_refresh: str = setting("keep", "math", "moments at a change of basis", choices=("keep", "project"))
     moment_bits: int = setting(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
     apollo_rank: int = setting(128, "math", "columns of the random projection", low=1)
@@ -107,25 +100,15 @@ class Config:
     activation_checkpointing: str = setting(
         "off", "run", "recompute activations; planned where micro_batch_size is 0", choices=("off", "on", "offload")
     )
-    compile: str = setting(
-        "auto", "run", "torch.compile by layer; auto: where Triton is", choices=("auto", "on", "off")
-    )
-    cuda_graphs: str = setting(
-        "auto", "run", "run the steps by CUDA graphs; auto: where rows need no masks", choices=("auto", "off")
-    )
+    compile: str = setting("auto", "run", "torch.compile by layer; auto: with Triton", choices=("auto", "on", "off"))
+    cuda_graphs: str = setting("auto", "run", "CUDA graphs for steps; auto: without masks", choices=("auto", "off"))
     memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
-    max_seconds: float = setting(
-        0.0, "run", "wall clock of a training call, then save and stop; 0 is no limit", low=0.0
-    )
-    session_hours: float = setting(
-        0.0, "run", "until this machine ends; 0: 12 on Colab and Kaggle, else never", low=0.0
-    )
+    max_seconds: float = setting(0.0, "run", "wall clock of a training call, then save and stop; 0: no limit", low=0.0)
+    session_hours: float = setting(0.0, "run", "until this machine ends; 0: 12 on Colab and Kaggle, else none", low=0.0)
     save_steps: int = setting(50, "run", "optimizer steps between checkpoints, at least", low=1)
     max_save_overhead: float = setting(0.02, "run", "share of time that saving takes; 0: no limit", low=0.0, high=1.0)
     eval_steps: int = setting(50, "run", "optimizer steps between validation losses", low=1)
-    resume_rate_factor: float = setting(
-        1.0, "run", "times the study's peak learning rates, from the resumed checkpoint on", above=0.0, high=100.0
-    )
+    resume_rate_factor: float = setting(1.0, "run", "on a resumed run's peak learning rates", above=0.0, high=100.0)
     save_total_limit: int = setting(1, "run", "newest verified checkpoints kept", low=1, high=10)
     logging_steps: int = setting(10, "run", "optimizer steps between log lines", low=1)
     report_to: str = setting("", "run", "also logs steps there; '' is nowhere", choices=("", "tensorboard", "trackio"))

@@ -93,8 +93,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def reading(path, way_out=MADE_AGAIN):
-    """Turn an error of the disk into a DiskError, and what a damaged file raises into a StudyError; both name
-    `path`."""
+    """Turn an error of the disk into a DiskError, and of a damaged file into a StudyError; both name `path`."""
     try:
         yield
     except PeftlibError:
@@ -145,31 +144,17 @@ def _is_of_a_reader(error):
     return bool(names & {"safetensors_rust.SafetensorError", "tarfile.TarError", "pyarrow.ArrowException"})
 
 
-_CLOSED = (
-    "see who may write there and whether it is mounted read-only, or choose another place (for studies PEFTLIB_ROOT)"
-)
-_FAILING = (
-    "see whether the disk is still mounted and sound, or choose a place on another one (for studies PEFTLIB_ROOT)"
-)
+_ELSEWHERE = "(for studies PEFTLIB_ROOT)"
+_FULL = f"free some space there, or choose a place on another disk {_ELSEWHERE}"
+_CLOSED = f"see who may write there and whether it is mounted read-only, or choose another place {_ELSEWHERE}"
+_FAILING = f"see whether the disk is still mounted and sound, or choose a place on another one {_ELSEWHERE}"
+_OF_ANOTHER_KIND = "something of another kind stands there, which has to be moved away first"
 _WAYS_OUT = {
-    number: way_out
-    for way_out, numbers in (
-        (
-            "free some space there, or choose a place on another disk (for studies PEFTLIB_ROOT)",
-            (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        ),
-        (_CLOSED, (errno.EROFS, errno.EACCES, errno.EPERM)),
-        (_FAILING, (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)),
-        (
-            "something of another kind stands there, which has to be moved away first",
-            (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
-        ),
-        (
-            "choose a shorter name of the study, or a folder with a shorter path (for studies PEFTLIB_ROOT)",
-            (errno.ENAMETOOLONG,),
-        ),
-        ("see whether it was moved or deleted meanwhile, and run the same again", (errno.ENOENT,)),
-        ("too many files are open: restart this session", (errno.EMFILE,)),
-    )
-    for number in numbers
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _CLOSED),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV), _FAILING),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY), _OF_ANOTHER_KIND),
+    errno.ENAMETOOLONG: f"choose a shorter name of the study, or a folder with a shorter path {_ELSEWHERE}",
+    errno.ENOENT: "see whether it was moved or deleted meanwhile, and run the same again",
+    errno.EMFILE: "too many files are open: restart this session",
 }

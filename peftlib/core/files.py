@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from peftlib.core.json_reading import parse
 GIB = 2**30
 MANIFEST = "manifest.json"  # written last: what lacks it does not count
 _SEAL = "seal"  # key of a JSON object's own SHA-256
-_WRITING, _LEFT_BEHIND_S = ".writing", 3600.0  # ending of a file that is being written; after which nobody does
 
 
 class HashingWriter:
@@ -152,7 +150,7 @@ def atomic_path(path):
     DiskError: the disk does not take it, or the block ended in an error of the disk.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_WRITING}")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.writing")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -160,19 +158,7 @@ def atomic_path(path):
             sync_file(beside)
             rename(beside, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(beside)
-    _remove_leftovers(path)
-
-
-def _remove_leftovers(path):
-    """Delete what writers of a file that were killed have left beside it."""
-    start, long_ago = f".{path.name}.", time.time() - _LEFT_BEHIND_S
-    with contextlib.suppress(OSError):  # another writer's, gone by itself, or not ours to delete
-        for entry in os.scandir(path.parent):
-            is_ours = entry.name.startswith(start) and entry.name.endswith(_WRITING)
-            if is_ours and entry.stat().st_mtime < long_ago:
-                os.unlink(entry.path)
+            beside.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -265,8 +251,7 @@ def gib(n_bytes):
 
 
 def readable_path(path):
-    """A path without what is private to this machine: below the working folder, the checkout or home where it can
-    be."""
+    """A path without what is private to this machine: below the working folder, the checkout or home."""
     path = Path(path).absolute()
     for base, shown in ((Path.cwd(), "."), (paths.checkout(), "."), (Path.home(), "~")):
         if base is not None and path.is_relative_to(base):
@@ -276,11 +261,8 @@ def readable_path(path):
 
 def size_text(size_bytes):
     """A size with a unit that fits, as in 11.1 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes} B"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"
+    power = min(max(size_bytes, 1).bit_length() - 1, 30) // 10
+    return f"{size_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}" if power else f"{size_bytes} B"
 
 
 # Control characters but newline and tab, those of C1, marks that turn the direction of writing, and half characters.

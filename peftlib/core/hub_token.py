@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 from peftlib.core.errors import ModelError
-from peftlib.core.paths import PACKAGE
+from peftlib.core.paths import checkout
 from peftlib.core.session import host, is_watched
 
 NAME = "HF_TOKEN"
-_CHECKOUT = PACKAGE.parent
 MASK = "[token]"
 _LEAST_CHARACTERS = 8  # a shorter "token" is none, and masking it would hit ordinary text
 _FORM = r"\bhf_[A-Za-z0-9]{30,}\b|\bhf_oauth_[\w.~+/=-]{20,}"  # of the hub's own tokens, wherever they come from
@@ -25,15 +24,8 @@ _ADVICE = (
     "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
     "or set model to a public mirror such as unsloth/gemma-3-1b-it, or to 'packaged', which needs no token."
 )
-# What Colab's userdata.get raises, by name: older releases lack some of the classes.
-_COLAB_REFUSALS = {
-    "NotebookAccessError": f"Colab has the secret {NAME}, but this notebook may not read it: click the key icon on the "
-    "left, switch on 'Notebook access' beside it, and run this cell again",
-    "SecretNotFoundError": f"Colab has no secret {NAME}: click the key icon on the left, add one of this name, and "
-    "switch on its 'Notebook access'",
-    "TimeoutException": f"Colab's page did not answer when it was asked for the secret {NAME}: run this cell again "
-    "with the page open, or take one of the other ways",
-}
+_KAGGLE = "under Add-ons > Secrets add it and tick it for this notebook, with Internet on"
+_COLAB = "click the key icon on the left, fill it in, switch on its 'Notebook access', and run this cell again"
 
 
 def hf_token():
@@ -73,11 +65,11 @@ def _of_environment(problems):
 
 def _of_dotenv(problems):
     """From the first .env that has one: the working folder's, then the checkout's."""
-    # In site-packages, where an installed copy lies, a .env would be nobody's.
-    places = [Path(".env"), *([_CHECKOUT / ".env"] if (_CHECKOUT / "notebooks").is_dir() else [])]
-    for path in (path for path in places if path.is_file()):  # a folder may be a virtual environment
-        from dotenv import dotenv_values
+    from dotenv import dotenv_values
 
+    # In site-packages, where an installed copy lies, a .env would be nobody's.
+    places = [folder / ".env" for folder in (Path(), checkout()) if folder is not None]
+    for path in (path for path in places if path.is_file()):  # a folder may be a virtual environment
         try:
             token = (dotenv_values(path, encoding="utf-8-sig").get(NAME) or "").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -117,29 +109,25 @@ def _is_colab():
 
 def _of_secrets(problems):
     """From the secrets of Kaggle or Colab."""
-    if host() == "kaggle":
-        try:
-            import kaggle_secrets
-
-            return (kaggle_secrets.UserSecretsClient().get_secret(NAME) or "").strip()
-        except Exception as error:  # noqa: BLE001  no module, no such secret, not attached, no network
-            problems.append(
-                f"Kaggle's secret {NAME} could not be read ({type(error).__name__}): under Add-ons > Secrets add it "
-                "and tick it for this notebook, with Internet on"
-            )
-    elif _is_colab() and not is_watched():
+    is_kaggle = host() == "kaggle"
+    if not is_kaggle and not _is_colab():
+        return ""
+    if not is_kaggle and not is_watched():
         # userdata.get needs a kernel and its page: elsewhere it fails with an AttributeError, or waits for nobody.
         problems.append("Colab's secrets can be read in a notebook's cell alone, not from a terminal or a headless run")
-    elif _is_colab():
-        from google.colab import userdata
+        return ""
+    try:
+        if is_kaggle:
+            from kaggle_secrets import UserSecretsClient
 
-        try:
-            token = (userdata.get(NAME) or "").strip()
-        except Exception as error:  # noqa: BLE001  its page's errors have no common class
-            said = _COLAB_REFUSALS.get(type(error).__name__)
-            problems.append(said or f"Colab's secret {NAME} could not be read ({type(error).__name__}: {error})")
-            return ""
-        if not token:
-            problems.append(f"Colab's secret {NAME} is empty: click the key icon on the left and fill it in")
-        return token
-    return ""
+            token, why = UserSecretsClient().get_secret(NAME), "it is empty"
+        else:
+            from google.colab import userdata
+
+            token, why = userdata.get(NAME), "it is empty"
+    except Exception as error:  # noqa: BLE001  no such secret, no access, no network: they have no common class
+        token, why = "", f"{type(error).__name__}: {error}"
+    token = (token or "").strip()
+    if not token:
+        problems.append(f"the secret {NAME} could not be read ({why:.200}): {_KAGGLE if is_kaggle else _COLAB}")
+    return token

@@ -68,14 +68,8 @@ class Map:
     shape: object
 
 
-_NAMES = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-}
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_NAMES |= {dict: "an object", list: "a list"}
 
 
 def fault(value, shape, name="it"):
@@ -87,29 +81,22 @@ def fault(value, shape, name="it"):
     if isinstance(shape, Maybe):
         return None if value is None else fault(value, shape.shape, name)
     if isinstance(shape, tuple):
-        return None if value in shape else f"{name} is {_shown(value)}, not one of {', '.join(shape)}"
+        return None if value in shape else f"{name} is {json.dumps(value):.40}, not one of {', '.join(shape)}"
     kind = shape if isinstance(shape, type) else list if isinstance(shape, list) else dict
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        return f"{name} is {_shown(value)}, not {_NAMES[kind]}"
-    return next(filter(None, _faults_within(value, shape, name)), None)
-
-
-def _faults_within(value, shape, name):
-    start = "" if name == "it" else f"{name}."
+        return f"{name} is {json.dumps(value):.40}, not {_NAMES[kind]}"
     if isinstance(shape, list):
-        yield from (fault(part, shape[0], f"{start}{at}") for at, part in enumerate(value))
+        parts = [(at, part, shape[0]) for at, part in enumerate(value)]
     elif isinstance(shape, Map):
-        yield from (fault(part, shape.shape, f"{start}{key}") for key, part in value.items())
+        parts = [(key, part, shape.shape) for key, part in value.items()]
     elif isinstance(shape, dict):
-        for key, part in shape.items():
-            bare = key.removesuffix("?")
-            if bare in value:
-                yield fault(value[bare], part, f"{start}{bare}")
-            elif bare == key:
-                yield f"{name} lacks {key!r}"
-
-
-def _shown(value):
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+        lacking = [key for key in shape if not key.endswith("?") and key not in value]
+        if lacking:
+            return f"{name} lacks {lacking[0]!r}"
+        bare = {key.removesuffix("?"): part for key, part in shape.items()}
+        parts = [(key, value[key], part) for key, part in bare.items() if key in value]
+    else:
+        return None
+    start = "" if name == "it" else f"{name}."
+    return next(filter(None, (fault(part, own, f"{start}{key}") for key, part, own in parts)), None)

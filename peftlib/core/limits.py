@@ -22,8 +22,7 @@ def setting(default, scope, unit, *, low=None, high=None, choices=None, above=No
 
 
 def checked(f, value):
-    """A value as the type of a dataclass field that `setting` made. ConfigError: another type, or outside its
-    limits."""
+    """A value as the type of a field that `setting` made. ConfigError: another type, or outside its limits."""
     kind, limits = f.type, f.metadata
     low, high, above, choices, unit = (limits[name] for name in ("low", "high", "above", "choices", "unit"))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -10,8 +10,7 @@ _CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\u2028\u2029\x85]")
 
 
 def escape(text):
-    """Markdown that shows a text as it is in a paragraph, heading, link or table cell; keeps line breaks and
-    indents."""
+    """Markdown that shows a text as it is, in paragraphs, links and tables; keeps line breaks and indents."""
     text = _MARKUP.sub(r"\\\1", without_controls(text))
     text = _EDGE_UNDERSCORES.sub(lambda found: r"\_" * len(found[0]), text)
     text = html.escape(text, quote=False).replace("|", "&#124;")
@@ -31,8 +30,7 @@ def table(rows):
 
 
 def header(cells, *, n_text=None):
-    """The first two lines of a table. n_text: how many columns from the left hold text, the others numbers; None:
-    all."""
+    """The first two lines of a table. n_text: columns from the left that hold text, not numbers; None: all."""
     rules = ("---|" if n_text is None or at < n_text else "---:|" for at in range(len(cells)))
     return f"{row(cells)}\n|{''.join(rules)}"
 

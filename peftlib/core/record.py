@@ -42,19 +42,8 @@ _LATER = (
     "placement rate_factor"
 )
 _OUTCOME_NAMES = [name.removesuffix("?") for name in _OUTCOME]
-_NEEDED = [
-    "method",
-    "seed",
-    "status",
-    "error",
-    "config",
-    "split_hash",
-    "model",
-    "model_provenance",
-    "precision",
-    "device",
-]
-_NEEDED += [*_OUTCOME_NAMES, "history", "valid_history"]
+_AT_START = "method seed status error config split_hash model model_provenance precision device"
+_NEEDED = [*_AT_START.split(), *_OUTCOME_NAMES, "history", "valid_history"]
 _STEP = {"step": int, **_optional(_NUMBER, "loss learning_rate grad_norm seconds")}
 _SHAPE = {
     "method": str,
@@ -173,7 +162,9 @@ def read(path):
     if not {"method", "seed"} <= record.keys():
         raise StudyError(f"{path} names no method or seed, so it is no record of a run: move it away")
     require_shape(record, _SHAPE, path)
-    return {**record, "config": current_names(record["config"])} if "config" in record else record
+    if "config" in record:
+        record["config"] = current_names(record["config"])
+    return record
 
 
 def require_fields(record, path):

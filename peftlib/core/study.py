@@ -1,6 +1,5 @@
 """A study folder: the place of each file, and the frozen config that keeps its runs comparable."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,17 +85,13 @@ class Study:
         return cls.open(cfg)
 
     @classmethod
-    def existing(cls, name: str, *, on_open: Callable[[Path], object] | None = None) -> "Study":
+    def existing(cls, name: str) -> "Study":
         """The study of a folder that exists, with the config it was made with.
 
-        on_open: called with the folder before it is read, such as storage.mirror.open_mirror, which brings the study
-        from its remote and copies it from then on. ConfigError: no name of a folder. StudyError: there is no such
-        study.
+        ConfigError: no name of a folder. StudyError: there is no such study.
         """
         require_folder_name("study", name)
         folder = output_root() / name
-        if on_open is not None:
-            on_open(folder)
         if not (folder / "config.json").exists():
             raise StudyError(
                 f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"

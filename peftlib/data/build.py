@@ -24,7 +24,6 @@ from peftlib.data.sampling import Stream
 from peftlib.data.sources import parse_sources
 from peftlib.data.split import SPLITS, Queue, choose
 from peftlib.data.store import split_hash, standing_manifest, write_data
-from peftlib.data.tokenize import max_chars
 from peftlib.models import chat_template
 from peftlib.models.load import tokenizer_sha256
 from peftlib.storage.lock import held
@@ -51,20 +50,18 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
 
     asked = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
     quotas = {(source.name, split): n for source in sources for split, n in asked.items()}
-    shared_out = []
     while True:  # a second time where a stream ran out and its rows are to be shared out among its splits
-        tallies = {source.name: Tally(log) for source in sources}
-        queues = _read_candidates(cfg, sources, asked, tallies)  # each tokenizes its rows as they are drawn
+        tallies = {source.name: Tally(source, log) for source in sources}
+        queues = _read_candidates(cfg, tallies, asked)  # each tokenizes its rows as they are drawn
         splits = choose(queues, quotas)  # without leaks; a row that is rejected gives way to the next
-        counts = _counts(splits, sources)
-        require_rows(counts, asked, sources, tallies, allow_short=cfg.allow_short)
-        ran_out = [stream for stream in _ran_out(queues, counts, asked) if stream not in shared_out]
-        if not ran_out:
+        found = {split: Counter(row.source for row in rows) for split, rows in splits.items()}
+        counts = {split: {name: found[split][name] for name in tallies} for split in sorted(splits)}
+        require_rows(counts, asked, tallies, allow_short=cfg.allow_short)
+        shared_out = _shared_out(queues, counts, asked, quotas, log)
+        if not shared_out:
             break
-        for stream in ran_out:
-            quotas |= _shared_out(stream, counts, asked, log)
-        shared_out += ran_out
-    require_row_per_split(counts, asked, sources, tallies)
+        quotas |= shared_out
+    require_row_per_split(counts, asked, tallies)
 
     manifest = _manifest(queues, splits, counts, asked, inputs)
     for line in _remarks(manifest):
@@ -92,68 +89,58 @@ def _inputs(cfg, sources):
     }
 
 
-def _read_candidates(cfg, sources, asked, tallies):
+def _read_candidates(cfg, tallies, asked):
     """{(source, split): Queue}; splits that draw on the same rows share one."""
-    chars = max_chars(cfg.model, cfg.max_length)
     queues = {}
-    for source in sources:
-        own = {"test": ("test",), "main": ("valid", "train")} if "test" in source.streams else {"main": SPLITS}
-        for name, splits in own.items():
+    for source, tally in tallies.items():
+        has_own = "test" in tally.source.streams
+        for name, splits in ({"test": ("test",), "main": ("valid", "train")} if has_own else {"main": SPLITS}).items():
             expected = sum(asked[split] for split in splits)
-            sizes = {"n_held": int(expected * _SPARE) + 512, "max_chars": chars}
-            stream = Stream(source, name, tallies[source.name], seed=cfg.split_seed, **sizes)
+            stream = Stream(name, tally, seed=cfg.split_seed, n_held=int(expected * _SPARE) + 512)
             queue = Queue(stream, cfg, expected)
-            queues |= {(source.name, split): queue for split in splits}
+            queues |= {(source, split): queue for split in splits}
     return queues
 
 
-def _counts(splits, sources):
-    """{split: {source: rows}}."""
-    found = {split: Counter(row.source for row in rows) for split, rows in splits.items()}
-    return {split: {source.name: found[split][source.name] for source in sources} for split in sorted(splits)}
-
-
-def _ran_out(queues, counts, asked):
-    """[[(source, split), ...], ...] of the streams that gave fewer rows than their splits ask for together."""
-    streams = [[key for key, drawn in queues.items() if drawn is queue] for queue in dict.fromkeys(queues.values())]
-    return [
-        stream
-        for stream in streams
-        if sum(counts[split][source] for source, split in stream) < sum(asked[split] for _, split in stream)
-    ]
-
-
-def _shared_out(stream, counts, asked, log):
-    """Quotas that divide the rows of a stream, [(source, split), ...], among its splits in the proportions asked."""
-    n_rows = sum(counts[split][source] for source, split in stream)
-    log(f"{stream[0][0]} runs out after {n_rows:,} rows: they are shared out in the proportions asked")
-    shares = in_proportion(n_rows, {split: asked[split] for _, split in stream})
-    # Training rows are chosen last and take all that is left.
-    return {(source, split): shares[split] for source, split in stream if split != "train"}
+def _shared_out(queues, counts, asked, quotas, log):
+    """New quotas that divide the rows of each stream that ran out among its splits, in the proportions asked."""
+    new = {}
+    for queue in dict.fromkeys(queues.values()):
+        keys = [key for key, drawn in queues.items() if drawn is queue]
+        n_rows = sum(counts[split][source] for source, split in keys)
+        is_done = any(quotas[source, split] != asked[split] for source, split in keys)
+        if not is_done and n_rows < sum(asked[split] for _, split in keys):
+            log(f"{keys[0][0]} runs out after {n_rows:,} rows: they are shared out in the proportions asked")
+            shares = in_proportion(n_rows, {split: asked[split] for _, split in keys})
+            # Training rows are chosen last and take all that is left.
+            new |= {(source, split): shares[split] for source, split in keys if split != "train"}
+    return {key: n for key, n in new.items() if quotas[key] != n}
 
 
 def _manifest(queues, splits, counts, asked, inputs):
     """What the data are and how they were made, JSON values. read = chosen + rejected + unused, for each source."""
     streams = [queue.stream for queue in dict.fromkeys(queues.values())]
-    sources = {stream.source.name: stream.source for stream in streams}
-    names, tallies = list(sources), {stream.source.name: stream.tally for stream in streams}
-    chosen = {name: [row for rows in splits.values() for row in rows if row.source == name] for name in names}
-    rejected = {name: dict(sorted(tallies[name].rejected.items())) for name in names}
-    notes = {name: dict(sorted(Counter(n for row in chosen[name] for n in row.notes).items())) for name in names}
-    schemas = {name: {s.name: s.schema for s in streams if s.source.name == name} for name in names}
+    tallies = {stream.source.name: stream.tally for stream in streams}
+    chosen = {name: [row for rows in splits.values() for row in rows if row.source == name] for name in tallies}
+    rejected = {name: dict(sorted(tally.rejected.items())) for name, tally in tallies.items()}
+    notes = {name: dict(sorted(Counter(n for row in rows for n in row.notes).items())) for name, rows in chosen.items()}
     return {
         "counts": counts,
         "short": shortfalls(counts, asked),
         "rejected": rejected,
         "split_hash": split_hash(splits),
-        "read": {name: tallies[name].read for name in names},
-        "unused": {name: tallies[name].read - sum(rejected[name].values()) - len(chosen[name]) for name in names},
+        "read": {name: tally.read for name, tally in tallies.items()},
+        "unused": {name: t.read - t.rejected.total() - len(chosen[name]) for name, t in tallies.items()},
         "conversions": notes,
-        "ignored_fields": {name: dict(sorted(tallies[name].ignored.items())) for name in names},
-        "tokens": {split: {name: _token_statistics(splits[split], name) for name in names} for split in counts},
+        "ignored_fields": {name: dict(sorted(tally.ignored.items())) for name, tally in tallies.items()},
+        "tokens": {split: {name: _token_statistics(splits[split], name) for name in tallies} for split in counts},
         "sources": {
-            name: {**source.provenance(), **inputs["sources"][name], "schema": schemas[name]}
-            for name, source in sources.items()
+            name: {
+                **tally.source.provenance(),
+                **inputs["sources"][name],
+                "schema": {stream.name: stream.schema for stream in streams if stream.source.name == name},
+            }
+            for name, tally in tallies.items()
         },
         "template_sha256": chat_template.TEMPLATE_SHA256,
         "template_source": chat_template.TEMPLATE_SOURCE,

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from peftlib.core.errors import DataError
 
@@ -72,16 +73,6 @@ class Broken:
     excerpt: str
 
 
-@dataclass(frozen=True)
-class Unread:
-    """Stands for a value of a Parquet column that was not read. is_number: it is a number or a time."""
-
-    is_number: bool = False
-
-    def __repr__(self):
-        return "(not read)"
-
-
 class RowRejected(Exception):
     """A row that cannot be used. reason: a key of REASONS. field: where in the row, such as messages[2].content."""
 
@@ -94,17 +85,30 @@ class RowRejected(Exception):
 class Tally:
     """Counts of one source's rows. log: takes progress lines. ignored: {unused field that may matter: rows with it}."""
 
+    source: Any
     log: Callable = print
     read: int = 0
     rejected: Counter = field(default_factory=Counter)
     ignored: Counter = field(default_factory=Counter)
     examples: list = field(default_factory=list)  # dicts for rejects.jsonl
 
-    def reject(self, source, reason, *, copies=1, **shown):
+    def reject(self, reason, *, copies=1, **shown):
         """Count `copies` rejected rows; the first few of each reason are kept as examples, described by `shown`."""
         if sum(e["reason"] == reason for e in self.examples) < _EXAMPLES:
-            self.examples.append({"source": source, "reason": reason, **shown})
+            self.examples.append({"source": self.source.name, "reason": reason, **shown})
         self.rejected[reason] += copies
+
+    def account(self):
+        """How many rows the source has, why some were rejected, and where the first of these are."""
+        reasons = self.rejected.most_common()
+        listed = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "none"
+        examples = [
+            f"; {reason} is {REASONS[reason]}, first in row {example['row']} of {self.source.label(example['stream'])}"
+            f"{example['field'] and ', '}{example['field']}: {example['excerpt'][:100]}"
+            for reason, _ in reasons[:_SHOWN]
+            for example in [e for e in self.examples if e["reason"] == reason and "row" in e][:1]
+        ]
+        return f"{self.source.name} has {self.read:,} rows, rejected: {listed}{''.join(examples)}"
 
 
 def in_proportion(n_rows, asked):
@@ -142,15 +146,14 @@ def shortfall_line(source, splits):
     return f"{source} has fewer rows than asked: {given}"
 
 
-def require_rows(counts, asked, sources, tallies, *, allow_short):
+def require_rows(counts, asked, tallies, *, allow_short):
     """DataError where a source gives no row at all, or, unless that is allowed, fewer than asked.
 
     counts: {split: {source: rows}}. asked: {split: rows of each source}. tallies: {source: Tally}.
     """
-    for source in sources:
-        if not any(found[source.name] for found in counts.values()):
-            found = _account(source, tallies[source.name])
-            raise DataError(f"no row can be used. {found}. Give other data, or leave the source out")
+    for name, tally in tallies.items():
+        if not any(found[name] for found in counts.values()):
+            raise DataError(f"no row can be used. {tally.account()}. Give other data, or leave the source out")
     short = {} if allow_short else shortfalls(counts, asked)
     if short:
         lines = [
@@ -159,30 +162,17 @@ def require_rows(counts, asked, sources, tallies, *, allow_short):
             for split, n in splits.items()
             if n["given"] < n["asked"]
         ]
-        lines += [_account(source, tallies[source.name]) for source in sources if source.name in short]
+        lines += [tallies[name].account() for name in short]
         raise DataError(f"too few rows. {'; '.join(lines)}. Ask for fewer rows, add data, or set allow_short = True")
 
 
-def require_row_per_split(counts, asked, sources, tallies):
+def require_row_per_split(counts, asked, tallies):
     """DataError where a split that was asked for has no row. Arguments: as for require_rows."""
     totals = {split: sum(counts[split].values()) for split in asked if asked[split]}
     empty = sorted(split for split, n in totals.items() if not n)
     if empty:
         raise DataError(
             f"too few rows for one in each split: {sum(totals.values())} can be used, which leaves none for "
-            f"{' and '.join(empty)}. {'; '.join(_account(source, tallies[source.name]) for source in sources)}. "
+            f"{' and '.join(empty)}. {'; '.join(tally.account() for tally in tallies.values())}. "
             "Add data; only validation may do without (valid_rows = 0)"
         )
-
-
-def _account(source, tally):
-    """How many rows a source has, why some were rejected, and where the first of these are."""
-    reasons = tally.rejected.most_common()
-    listed = ", ".join(f"{reason} {n:,}" for reason, n in reasons) or "none"
-    examples = [
-        f"; {reason} is {REASONS[reason]}, first in row {example['row']} of {source.label(example['stream'])}"
-        f"{example['field'] and ', '}{example['field']}: {example['excerpt'][:100]}"
-        for reason, _ in reasons[:_SHOWN]
-        for example in [e for e in tally.examples if e["reason"] == reason and "row" in e][:1]
-    ]
-    return f"{source.name} has {tally.read:,} rows, rejected: {listed}{''.join(examples)}"

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, JSON, CSV and Parquet files, plain or gzip. All but JSON arrays are read a few rows at a time.
+"""Rows of JSON Lines, JSON, CSV and Parquet files, plain or gzip. All but JSON are read a few rows at a time.
 
 A row that cannot be read comes as `Broken`, and reading continues. A file that cannot be read, or that is cut short,
 is a DataError: the rows read so far would be another data set under the same name. CSV files are read by Python's csv
@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from peftlib.core.errors import DataError
-from peftlib.data.outcomes import Broken, Unread
+from peftlib.data.outcomes import Broken
 
 MAX_ROW_BYTES = 64 * 2**20  # of a line of JSON Lines or a field of CSV
 _ADVICE = "fetch or write the file again"
@@ -41,33 +41,30 @@ _KINDS = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
-class RepeatedField(ValueError):
-    """A JSON object names a field twice; Python's own reader would silently keep the last. name: the field's."""
+def loads(text):
+    """json.loads, but an object that names a field twice comes as Broken: Python would silently keep the last.
 
-    def __init__(self, name):
-        super().__init__(f"the field {name!r} is given twice")
-        self.name = name
+    ValueError, RecursionError: not JSON.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
 
 
 def _unique(pairs):
     made = dict(pairs)
-    if len(made) < len(pairs):
-        raise RepeatedField(Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return made
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique)
-loads = _STRICT.decode  # json.loads, but RepeatedField where an object names a field twice
+    if len(made) == len(pairs):
+        return made
+    name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+    return Broken("repeated_field", f"the field {name!r} is given twice: {ascii(made)[:200]}")
 
 
 def read_rows(path, fields=None):
     """Yields (row number from 1, row or Broken) of a file.
 
-    fields: names of the fields whose values are needed, None for all; the others of a Parquet file come as Unread.
+    fields: names of the fields whose values are needed, None for all; of the others in a Parquet file numbers and times
+    come as None and the rest as a text that says so.
     DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
     """
     path = Path(path)
@@ -133,8 +130,6 @@ def _parsed_line(line):
         return loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Broken("not_utf8", _excerpt(line))
-    except RepeatedField as error:
-        return Broken("repeated_field", f"{error}: {_excerpt(line)}")
     except (ValueError, RecursionError) as error:
         return Broken("not_json", f"{error}: {_excerpt(line)}")
 
@@ -144,44 +139,17 @@ def _excerpt(line):
 
 
 def _json_rows(stream, path):
-    """Rows of one array, or objects one after another. The text is held whole, its rows one at a time."""
-    n_rows = 0
+    """Rows of one array, or one object a line, as some files of that name have it. The file is held whole."""
+    content = stream.read()
     try:
-        text = stream.read().decode("utf-8-sig")
-        at = _space_end(text, 0)
-        is_array = text.startswith("[", at)
-        at = _space_end(text, at + is_array)
-        is_closed = is_array and text.startswith("]", at)
-        while not is_closed and (is_array or at < len(text)):
-            row, at = _json_row(text, at)
-            n_rows += 1
-            yield row
-            at = _space_end(text, at)
-            if is_array:
-                is_closed = text.startswith("]", at)
-                if not is_closed and not text.startswith(",", at):
-                    raise ValueError("a comma or the closing bracket is missing")
-                at = at if is_closed else _space_end(text, at + 1)
+        value = loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if not content.lstrip(_BOM + b" \t\r\n").startswith(b"["):
+            return _jsonl_rows(io.BytesIO(content), path)
         raise DataError(
-            f"{path}: after row {n_rows} it is not JSON ({error}): {_ADVICE}, or give JSON Lines, "
-            "where a bad row costs only itself"
+            f"{path}: it is not JSON ({error}): {_ADVICE}, or give JSON Lines, where a bad row costs only itself"
         ) from None
-    if is_closed and _space_end(text, at + 1) < len(text):
-        raise DataError(f"{path} goes on after the end of its array: a JSON file is one array, or one row a line")
-
-
-def _space_end(text, at):
-    return _JSON_SPACE.match(text, at).end()
-
-
-def _json_row(text, at):
-    """(value or Broken, end) of the JSON value that starts at `at`."""
-    try:
-        return _STRICT.raw_decode(text, at)
-    except RepeatedField as error:
-        _, end = json.JSONDecoder().raw_decode(text, at)
-        return Broken("repeated_field", f"{error}: {ascii(text[at:end])[:200]}"), end
+    return value if isinstance(value, list) else [value]
 
 
 def _csv_rows(stream, path):
@@ -227,7 +195,7 @@ def _require_distinct(names, path):
 
 def _parquet_rows(stream, path, fields):
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import parquet, types
 
     with tempfile.TemporaryFile() as plain:
         if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end
@@ -237,35 +205,21 @@ def _parquet_rows(stream, path, fields):
             opened = parquet.ParquetFile(stream)
             schema = opened.schema_arrow
             _require_distinct(schema.names, path)
-            leaves = None if fields is None else _needed_leaves(opened.schema, fields)
-            read = schema.names if fields is None else {leaf.partition(".")[0] for leaf in leaves}
-            others = {field.name: Unread(_is_number(field.type)) for field in schema if field.name not in read}
-            for batch in opened.iter_batches(batch_size=256, columns=leaves):
+            # Python cannot hold every time, and no time decides what a row becomes.
+            read = [f.name for f in schema if fields is None or (f.name in fields and not types.is_temporal(f.type))]
+            # A number that is not read changes nothing either; of other fields it counts that they are there.
+            others = {f.name: None if _is_number(f.type) else "(not read)" for f in schema if f.name not in read}
+            for batch in opened.iter_batches(batch_size=256, columns=read):
                 for i in range(batch.num_rows):
                     yield _parquet_row(batch, i, others)
         except pyarrow.ArrowException as error:
             raise DataError(f"{path} is no whole Parquet file ({error}): {_ADVICE}") from None
 
 
-def _needed_leaves(schema, fields):
-    """Paths of the leaf columns to read: those below the named fields, without times.
-
-    Python cannot hold every time, and no time decides what a row becomes, be it a column or a part of a turn.
-    """
-    return [
-        column.path
-        for column in map(schema.column, range(len(schema)))
-        if column.path.partition(".")[0] in fields
-        and column.logical_type.type not in ("TIMESTAMP", "DATE", "TIME")
-        and column.physical_type != "INT96"
-    ]
-
-
 def _is_number(kind):
     from pyarrow import types
 
-    tests = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal, types.is_temporal)
-    return any(is_so(kind) for is_so in tests)
+    return types.is_primitive(kind) or types.is_decimal(kind) or types.is_null(kind)
 
 
 def _parquet_row(batch, i, others):

@@ -9,7 +9,6 @@ import heapq
 import itertools
 import json
 import time
-from dataclasses import dataclass
 
 from peftlib.data.outcomes import Broken, RowRejected
 from peftlib.data.schemas import SCHEMAS, convert, schema_of
@@ -18,31 +17,18 @@ _SILENT_SECONDS = 10.0  # of reading, at most about
 _LOOK_AHEAD = 100  # rows that decide a stream's schema
 
 
-@dataclass
-class Candidate:
-    """One distinct conversation. key: its place in the order. copies: rows of the stream that hold it. unscored:
-    indices in `texts` of answers that are not learned."""
-
-    key: int
-    texts: list
-    notes: tuple
-    origin: str
-    unscored: tuple = ()
-    copies: int = 1
-
-
 class Stream:
     """The rows of one stream of a source as candidates, ordered by `seed`; `schema` is found on the first pass.
 
-    n_held: candidates in memory at a time. max_chars: a longer conversation cannot fit max_length, whatever it says.
+    tally: the source's. n_held: candidates in memory at a time.
     """
 
-    def __init__(self, source, name, tally, *, seed, n_held, max_chars):
-        self.source, self.name, self.tally, self.schema = source, name, tally, None
-        self._seed, self._n_held, self._max_chars = seed, n_held, max_chars
+    def __init__(self, name, tally, *, seed, n_held):
+        self.source, self.name, self.tally, self.schema = tally.source, name, tally, None
+        self._seed, self._n_held = seed, n_held
 
     def batches(self):
-        """Yields lists of Candidate, each in order and behind the one before. The stream is read once for each."""
+        """Yields lists of Row, distinct, each in order and behind the one before. The stream is read once for each."""
         after, is_last = -1, False
         while not is_last:
             batch, is_last = self._pass(after)
@@ -53,26 +39,25 @@ class Stream:
     def _pass(self, after):
         """(the first n_held candidates behind the key `after`, whether these are all)."""
         held, heap, is_last = {}, [], True
-        for number, row in self._rows():
-            converted = self._converted(number, row, is_counted=after < 0)
-            if converted is None:
+        for number, given in self._rows():
+            row = self._converted(number, given, is_counted=after < 0)
+            if row is None:
                 continue
-            content = content_of(converted.texts, converted.unscored)
-            key = int.from_bytes(hashlib.sha256(b"%d\0" % self._seed + content).digest(), "big")
+            key = int.from_bytes(hashlib.sha256(b"%d\0" % self._seed + row.content()).digest(), "big")
             if key <= after:
                 continue
             if key in held:
-                held[key].copies += 1
-                held[key].origin = min(held[key].origin, converted.origin)
-                held[key].notes = min(held[key].notes, converted.notes)  # so that the order of rows decides nothing
+                known = held[key]
+                known.copies += 1
+                # The least, so that the order of rows decides nothing.
+                known.origin, known.notes = min(known.origin, row.origin), min(known.notes, row.notes)
             elif len(heap) < self._n_held or key < -heap[0]:
                 if len(heap) == self._n_held:
                     # What falls out never comes back: as many smaller keys as are held are known. So `copies` is exact.
                     del held[-heapq.heappop(heap)]
                     is_last = False
                 heapq.heappush(heap, -key)
-                texts = self._affordable(converted.texts)
-                held[key] = Candidate(key, texts, converted.notes, converted.origin, converted.unscored)
+                row.key, held[key] = key, row
             else:
                 is_last = False
         return [held[key] for key in sorted(held)], is_last
@@ -92,36 +77,22 @@ class Stream:
                 self.tally.log(f"{self.source.name}: {number:,} rows read")
             yield number, row
 
-    def _converted(self, number, row, *, is_counted):
-        """The Conversation of a row, or None; counts it in the tally."""
+    def _converted(self, number, given, *, is_counted):
+        """The Row of what a reader gave, or None; counts it in the tally."""
         self.tally.read += is_counted
         try:
-            if isinstance(row, Broken):
-                raise RowRejected(row.reason)
-            converted = convert(row, self.schema)
+            if isinstance(given, Broken):
+                raise RowRejected(given.reason)
+            row = convert(given, self.schema)
         except RowRejected as rejected:
             if is_counted:
-                excerpt = row.excerpt if isinstance(row, Broken) else _excerpt(row)
+                excerpt = given.excerpt if isinstance(given, Broken) else _excerpt(given)
                 shown = {"stream": self.name, "row": number, "field": rejected.field, "excerpt": excerpt}
-                self.tally.reject(self.source.name, rejected.reason, **shown)
+                self.tally.reject(rejected.reason, **shown)
             return None
         if is_counted:
-            self.tally.ignored.update(converted.ignored)
-        return converted
-
-    def _affordable(self, texts):
-        """The turns up to and with the first that exceeds max_chars, which is cut but certainly still too long."""
-        room = self._max_chars
-        for i, text in enumerate(texts):
-            if len(text) > room:
-                return [*texts[:i], text[: room + 1]]
-            room -= len(text)
-        return texts
-
-
-def content_of(texts, unscored):
-    """Bytes that are equal where conversations are: their texts, and which answers are not learned."""
-    return json.dumps([texts, unscored] if unscored else texts, ensure_ascii=True).encode()
+            self.tally.ignored.update(row.ignored)
+        return row
 
 
 def _excerpt(row):

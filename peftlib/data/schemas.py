@@ -4,9 +4,13 @@ A row that cannot be converted is rejected under a named reason; what conversion
 Both are counted in the manifest.
 """
 
+import hashlib
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+
+import numpy as np
 
 from peftlib.core.errors import DataError
 from peftlib.data.outcomes import REASONS, Broken, RowRejected
@@ -17,7 +21,7 @@ from peftlib.data.turns import (
     Turn,
     is_empty,
     is_missing,
-    parsed,
+    listed,
     plain_text,
     read_turns,
     refuse_fields,
@@ -45,12 +49,15 @@ FIELDS_READ = (*_ALPACA_FIELDS, "messages", "conversations", "prompt", *_PAIR, *
 _CONTROL = re.compile(r"<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image)>")
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """texts: user, assistant, user, ... in turn, each trimmed and not empty, an even number of them.
+@dataclass(slots=True)
+class Row:
+    """A conversation on its way from a source to a split.
 
-    notes: keys of NOTES. origin: the row's own id, or ''. unscored: indices in `texts` of answers that are not learned;
-    never the last. ignored: names of unused fields that may matter.
+    texts: user, assistant, user, ... in turn, each trimmed and not empty, an even number of them. notes: keys of NOTES.
+    origin: the row's own id, or ''. unscored: indices in `texts` of answers that are not learned; never the last.
+    ignored: names of unused fields that may matter.
+    Sampling adds key: its place in the order, and copies: rows of the stream that hold it. The split adds source, ids:
+    (T,) int32, and is_scored: (T,) bool, all answers that are learned.
     """
 
     texts: list
@@ -58,6 +65,23 @@ class Conversation:
     origin: str
     unscored: tuple = ()
     ignored: tuple = ()
+    key: int = -1
+    copies: int = 1
+    source: str = ""
+    ids: np.ndarray | None = None
+    is_scored: np.ndarray | None = None
+
+    def content(self):
+        """Bytes that are equal where conversations are: their texts, and which answers are not learned."""
+        return json.dumps([self.texts, self.unscored] if self.unscored else self.texts, ensure_ascii=True).encode()
+
+    @property
+    def content_sha256(self):
+        return hashlib.sha256(self.content()).hexdigest()
+
+    @property
+    def id(self):
+        return f"{self.source}-{self.content_sha256[:16]}"
 
 
 def detect(row):
@@ -92,49 +116,37 @@ def schema_of(numbered, label):
     lines = [
         f"{label}: none of its first {len(rows)} rows is of a known schema ({seen})",
         f"Rows must be one of {'; '.join(SCHEMAS.values())}",
-        *(advice for is_so, advice in _ADVICE if any(map(is_so, rows))),
+        *dict.fromkeys(filter(None, map(_advice, rows))),
         *(f"The first that cannot be read is row {number}: {row.excerpt}" for number, row in broken[:1]),
     ]
     raise DataError(". ".join(lines))
 
 
+def _advice(row):
+    """What to do about a row of no known schema, in words, or None."""
+    if isinstance(row, Broken):
+        advice = "Each line of JSON Lines is one object, without a comma behind it; an array goes into a .json file"
+        return advice if row.reason == "not_json" else None
+    if not isinstance(row, dict):
+        advice = "A row is an object of named fields"
+        return f"{advice}, not a list: give one array of objects, in a .json file" if isinstance(row, list) else advice
+    if _is_preference_pair(row):
+        return "These are preference pairs (prompt, chosen, rejected), as for DPO: end each row with the chosen answer"
+    if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
+        return "A field holds a list of objects: if these are the rows, give that list alone"
+    if detect({str(name).strip().lower(): value for name, value in row.items()}):
+        return "Names of fields are lower case, without spaces around them"
+    if len(row) == 1 and re.search(r"[;\t|]", str(*row)):
+        return "The header holds no comma: commas separate the columns of a CSV file"
+    return None
+
+
 def _is_preference_pair(row):
-    return isinstance(row, dict) and not any(is_empty(row.get(name)) for name in _PAIR)
-
-
-def _is_wrapped(row):
-    values = row.values() if isinstance(row, dict) else ()
-    return any(isinstance(value, list) and value and isinstance(value[0], dict) for value in values)
-
-
-def _is_one_column(row):
-    return isinstance(row, dict) and len(row) == 1 and re.search(r"[;\t|]", str(*row)) is not None
-
-
-def _is_nearly_named(row):
-    return isinstance(row, dict) and detect({str(name).strip().lower(): value for name, value in row.items()})
-
-
-# (whether a row looks so, what to do about it)
-_ADVICE = (
-    (
-        _is_preference_pair,
-        "These are preference pairs (prompt, chosen, rejected), as for DPO: end each row with the chosen answer",
-    ),
-    (_is_wrapped, "A field holds a list of objects: if these are the rows, give that list alone"),
-    (_is_nearly_named, "Names of fields are lower case, without spaces around them"),
-    (lambda row: isinstance(row, list), "A row is a list: give one array of objects, in a file named .json"),
-    (lambda row: row is None or isinstance(row, (str, int, float)), "A row is an object of named fields"),
-    (_is_one_column, "The header holds no comma: commas separate the columns of a CSV file"),
-    (
-        lambda row: isinstance(row, Broken) and row.reason == "not_json",
-        "Each line of JSON Lines is one object, without a comma behind it; an array goes into a file named .json",
-    ),
-)
+    return not any(is_empty(row.get(name)) for name in _PAIR)
 
 
 def convert(row, schema):
-    """The Conversation of a row. RowRejected: it cannot be one; nothing is guessed."""
+    """The Row of a source's row. RowRejected: it cannot be one; nothing is guessed."""
     if not isinstance(row, dict):
         raise RowRejected("not_an_object")
     if _is_preference_pair(row):
@@ -155,15 +167,16 @@ def convert(row, schema):
     if isinstance(prompt, str) and prompt.strip() in texts[0]:
         used.add("prompt")  # the first turn repeats it
     ignored.update(unused_fields(row, used))
-    return Conversation(texts, tuple(sorted(notes)), _origin(row), unscored, tuple(sorted(ignored)))
+    return Row(texts, tuple(sorted(notes)), _origin(row), unscored, tuple(sorted(ignored)))
 
 
 def _alpaca_turns(row, notes):
     question, answer = (plain_text(row.get(name, ""), name) for name in ("instruction", "output"))
     context = _optional_text(row, "input")
-    if context and not context.strip():
+    if context.strip():
+        question = f"{question}\n\n{context}"
+    elif context:
         notes.add("trimmed")
-    question = f"{question}\n\n{context}" if context.strip() else question
     history = _history_turns(row.get("history"), notes)
     return [*history, Turn("user", question, "instruction"), Turn("assistant", answer, "output")]
 
@@ -177,10 +190,8 @@ def _history_turns(history, notes):
     """Earlier turns, a list of [user, assistant] as LLaMA-Factory defines it, or that list as JSON text."""
     if is_empty(history):
         return []
-    if isinstance(history, str):
-        history = parsed(history, "history")
-    turns = []
-    for i, pair in enumerate(history if isinstance(history, list) else [None]):
+    pairs, turns = listed(history, "history"), []
+    for i, pair in enumerate(pairs if isinstance(pairs, list) else [None]):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowRejected("bad_history", f"history[{i}]")
         for k, role in enumerate(("user", "assistant")):
@@ -212,12 +223,16 @@ def _alternating(turns, notes, field):
     if trimmed != turns or any(text != text.strip() for text in filter(str.strip, system)):
         notes.add("trimmed")
     turns = _merged(trimmed, notes)
-    texts = [turn.text for turn in turns]
     unscored = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.is_scored)
     if not unscored:
         notes.discard("unscored_turn")  # they were all cut
-    texts[0] = _system_prefix(system, notes) + texts[0]
-    return texts, unscored
+    # System texts go before the first user text, as Gemma's template has it.
+    kept = [text.strip() for text in system if text.strip()]
+    if len(kept) < len(system):
+        notes.add("dropped_empty_system")
+    if kept:
+        notes.add("folded_system")
+    return ["\n\n".join([*kept, turns[0].text]), *(turn.text for turn in turns[1:])], unscored
 
 
 def _exchanges(turns, notes, field):
@@ -252,16 +267,6 @@ def _merged(turns, notes):
             turn = turn._replace(text=f"{merged.pop().text}\n\n{turn.text}")
         merged.append(turn)
     return merged
-
-
-def _system_prefix(system, notes):
-    """The system texts as they go before the first user text, as Gemma's template has it."""
-    kept = [text.strip() for text in system if text.strip()]
-    if len(kept) < len(system):
-        notes.add("dropped_empty_system")
-    if kept:
-        notes.add("folded_system")
-    return "".join(f"{text}\n\n" for text in kept)
 
 
 def _origin(row):

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from peftlib.core.errors import ConfigError, DataError
 from peftlib.core.files import sha256
@@ -16,81 +17,90 @@ _SAMPLE_LICENSE = "Apache-2.0 (written for this project)"
 _FORM = "NAME=WHERE; ... where WHERE is hub, sample, or FILE[,TESTFILE]"
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A data set of the hub at one revision. test_split: '' where it has none of its own."""
+class HubSource(NamedTuple):
+    """A data set of the hub at one revision. splits: {stream: its split}."""
 
     id: str
     revision: str
-    split: str
-    test_split: str
     license: str
-
-    def label(self, stream):
-        """The stream in words."""
-        return f"{self.id} {self.test_split if stream == 'test' else self.split} at {self.revision[:12]}"
+    splits: dict
 
 
+_TRAIN = {"main": "train"}
+_SFT = {"main": "train_sft", "test": "test_sft"}
 HUB = {
-    "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "train", "", "CC BY-NC 4.0"),
-    "tulu": HubSource(
-        "allenai/tulu-v2-sft-mixture", "6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752", "train", "", "ODC-BY 1.0"
-    ),
-    "ultrachat": HubSource(
-        "HuggingFaceH4/ultrachat_200k", "8049631c405ae6576f93f445c6b8166f76f5505a", "train_sft", "test_sft", "MIT"
-    ),
+    "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "CC BY-NC 4.0", _TRAIN),
+    "tulu": HubSource("allenai/tulu-v2-sft-mixture", "6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752", "ODC-BY 1.0", _TRAIN),
+    "ultrachat": HubSource("HuggingFaceH4/ultrachat_200k", "8049631c405ae6576f93f445c6b8166f76f5505a", "MIT", _SFT),
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """One named source. where: 'hub', 'sample' or 'file'. paths: {stream: file}, empty for the hub.
+    """One named source. where: 'hub', 'sample' or 'file'.
 
-    Its streams are 'main', and 'test' where test rows come from rows of their own.
+    streams: {'main', and 'test' where test rows come from rows of their own: file, or split of the hub}.
     """
 
     name: str
     where: str
-    paths: dict
-
-    @property
-    def streams(self):
-        if self.where == "hub":
-            return ("main", "test") if HUB[self.name].test_split else ("main",)
-        return tuple(self.paths)
+    streams: dict
 
     def check(self):
         """DataError: one of its files is missing, empty, a folder, or of no known kind."""
-        for path in self.paths.values():
+        for path in self.streams.values() if self.where != "hub" else ():
             kind_of(path)
 
     def rows(self, stream):
         """Yields (row number, row or Broken) of a stream. DataError: it cannot be read."""
-        return hub_rows(self.name, stream) if self.where == "hub" else read_rows(self.paths[stream], FIELDS_READ)
+        return self._hub_rows(stream) if self.where == "hub" else read_rows(self.streams[stream], FIELDS_READ)
 
     def label(self, stream, *, is_public=False):
         """The stream in words. is_public: without the folder of a user's own file."""
+        place = self.streams[stream]
         if self.where == "hub":
-            return HUB[self.name].label(stream)
-        path = self.paths[stream]
+            return f"{HUB[self.name].id} {place} at {HUB[self.name].revision[:12]}"
         if self.where == "sample":
-            return f"the bundled sample {path.name}"
-        return os.fsencode(path.name if is_public else path).decode(errors="backslashreplace")
+            return f"the bundled sample {place.name}"
+        return os.fsencode(place.name if is_public else place).decode(errors="backslashreplace")
 
     def identity(self):
         """What decides its rows: the hub's revision, or each file's SHA-256. DiskError: a file cannot be read."""
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
-        return {"sha256": {stream: sha256(path) for stream, path in self.paths.items()}}
+        return {"sha256": {stream: sha256(path) for stream, path in self.streams.items()}}
 
     def provenance(self):
         """What the manifest and the card say of it, JSON values."""
-        licences = {"hub": self.where == "hub" and HUB[self.name].license, "sample": _SAMPLE_LICENSE}
+        known = {
+            "hub": self.where == "hub" and HUB[self.name].license,
+            "sample": "Apache-2.0 (written for this project)",
+        }
         return {
             "where": {stream: self.label(stream, is_public=True) for stream in self.streams},
-            "license": licences.get(self.where, "as its owner says: not known to peftlib"),
+            "license": known.get(self.where, "as its owner says: not known to peftlib"),
             "test_rows_from": "rows of their own" if "test" in self.streams else "the same rows, by hash",
         }
+
+    def _hub_rows(self, stream):
+        """Streams the rows; nothing is kept on disk. DataError: the hub cannot be reached, or reading broke off."""
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HfHubHTTPError
+
+        # The hub client's own error and the base of its HTTP library's, which depends on the client's version.
+        http_errors = [base for base in HfHubHTTPError.__mro__ if base.__name__ in ("HTTPError", "RequestException")]
+        source, number = HUB[self.name], 0
+        try:
+            rows = load_dataset(source.id, revision=source.revision, split=self.streams[stream], streaming=True)
+            for number, row in enumerate(rows, start=1):
+                yield number, row if isinstance(row, dict) else Broken("not_an_object", ascii(row)[:200])
+        except (OSError, DatasetsError, HfHubHTTPError, *http_errors) as error:
+            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
+            raise DataError(
+                f"{self.label(stream)} could not be read from the hub after row {number} ({reason}): "
+                f"check the network and run again, or give a file of your own: sources = '{self.name}=FILE; ...'"
+            ) from error
 
 
 def parse_sources(text):
@@ -108,15 +118,15 @@ def parse_sources(text):
         found[name] = _source(name, where)
     if not found:
         raise ConfigError(f"sources={text!r} names no source: use {_FORM}")
-    precedence = [*HUB, *(name for name in found if name not in HUB)]
-    return sorted(found.values(), key=lambda source: precedence.index(source.name))
+    first = [found[name] for name in HUB if name in found]
+    return [*first, *(source for name, source in found.items() if name not in HUB)]
 
 
 def _source(name, where):
     if where in ("hub", "sample"):
         if name not in HUB:
             raise ConfigError(f"sources: {name}={where}, but {where} has only {', '.join(HUB)}: give a file")
-        return Source(name, where, {"main": SAMPLE / f"{name}.jsonl"} if where == "sample" else {})
+        return Source(name, where, HUB[name].splits if where == "hub" else {"main": SAMPLE / f"{name}.jsonl"})
     files = [piece.strip() for piece in where.split(",")]
     if len(files) > 2 or not all(files):
         raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
@@ -125,28 +135,3 @@ def _source(name, where):
     except RuntimeError as error:  # ~name of nobody here
         raise ConfigError(f"sources: {name}={where!r}: {error}: give the whole path") from None
     return Source(name, "file", dict(zip(("main", "test"), paths)))
-
-
-def hub_rows(name, stream):
-    """Streams (row number from 1, row) of a hub source; nothing is kept on disk.
-
-    DataError: the hub cannot be reached, or reading broke off.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The hub client's own error and the base of its HTTP library's, which depends on the client's version.
-    http_errors = [base for base in HfHubHTTPError.__mro__ if base.__name__ in ("HTTPError", "RequestException")]
-    source, number = HUB[name], 0
-    split = source.test_split if stream == "test" else source.split
-    try:
-        rows = load_dataset(source.id, revision=source.revision, split=split, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield number, row if isinstance(row, dict) else Broken("not_an_object", ascii(row)[:200])
-    except (OSError, DatasetsError, HfHubHTTPError, *http_errors) as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
-        raise DataError(
-            f"{source.label(stream)} could not be read from the hub after row {number} ({reason}): "
-            f"check the network and run again, or give a file of your own: sources = '{name}=FILE; ...'"
-        ) from error

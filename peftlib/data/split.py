@@ -4,40 +4,13 @@ Test rows are chosen before valid rows and these before train rows, each split s
 too near to a row chosen before is rejected, and the next candidate of its source takes its place.
 """
 
-import hashlib
 import itertools
-from dataclasses import dataclass
-
-import numpy as np
 
 from peftlib.data.dedup import Grams, NearIndex, prompt_key
-from peftlib.data.sampling import content_of
 from peftlib.data.tokenize import tokenize
 
 SPLITS = ("test", "valid", "train")  # in order of precedence
 _SAMPLE = 500  # candidates of a stream that say which grams are common
-
-
-@dataclass
-class Row:
-    """One usable conversation, cut to length. ids: (T,) int32. is_scored: (T,) bool, all answers that are learned.
-    unscored: indices in `texts` of the other answers."""
-
-    source: str
-    texts: list
-    notes: tuple
-    origin: str
-    ids: np.ndarray
-    is_scored: np.ndarray
-    unscored: tuple = ()
-
-    @property
-    def content_sha256(self):
-        return hashlib.sha256(content_of(self.texts, self.unscored)).hexdigest()
-
-    @property
-    def id(self):
-        return f"{self.source}-{self.content_sha256[:16]}"
 
 
 class Queue:
@@ -50,44 +23,40 @@ class Queue:
         self.stream, self._cfg, self._expected = stream, cfg, expected
         batches = stream.batches()
         first = next(batches, [])
-        self.sample = [candidate.texts for candidate in first[:_SAMPLE]]
+        self.sample = [row.texts for row in first[:_SAMPLE]]
         self._rows = self._usable(itertools.chain([first], batches))
 
     def __iter__(self):
         return self._rows
 
-    def reject(self, reason, **shown):
-        """Count a rejected row of the stream; see Tally.reject."""
-        self.stream.tally.reject(self.stream.source.name, reason, **shown)
-
     def _usable(self, batches):
-        taken = 0  # rows of the stream that were looked at
+        cfg, taken = self._cfg, 0  # rows of the stream that were looked at
         for batch in batches:
             at = 0
             while at < len(batch):
                 # Some will be rejected; a twentieth more is cheaper than many small batches.
                 part = batch[at : at + max(256, self._expected - taken + self._expected // 20)]
                 at += len(part)
-                cfg = self._cfg
                 encoded = tokenize(cfg.model, part, max_length=cfg.max_length, workers=cfg.workers)
-                for candidate, tokens in zip(part, encoded, strict=True):
-                    taken += candidate.copies
-                    row = self._row(candidate, *tokens)
-                    if row:
+                for row, tokens in zip(part, encoded, strict=True):
+                    taken += row.copies
+                    if self._is_usable(row, *tokens):
                         yield row
 
-    def _row(self, candidate, ids, is_scored, n_turns):
-        shown = {"stream": self.stream.name, "origin": candidate.origin, "excerpt": candidate.texts[0][:200]}
-        if candidate.copies > 1:
-            self.reject("duplicate", copies=candidate.copies - 1, **shown)
+    def _is_usable(self, row, ids, is_scored, n_turns):
+        """Whether a scored answer fits; cuts the row to what does."""
+        reject = self.stream.tally.reject
+        shown = {"stream": self.stream.name, "origin": row.origin, "excerpt": row.texts[0][:200]}
+        if row.copies > 1:
+            reject("duplicate", copies=row.copies - 1, **shown)
         if not n_turns:
-            self.reject("too_long", **shown)
-            return None
-        texts, notes = candidate.texts[:n_turns], candidate.notes
-        if n_turns < len(candidate.texts):
-            notes = (*notes, "cut_to_length")
-        unscored = tuple(turn for turn in candidate.unscored if turn < n_turns)
-        return Row(self.stream.source.name, texts, notes, candidate.origin, ids, is_scored, unscored)
+            reject("too_long", **shown)
+            return False
+        if n_turns < len(row.texts):
+            row.notes = (*row.notes, "cut_to_length")
+        row.texts, row.unscored = row.texts[:n_turns], tuple(turn for turn in row.unscored if turn < n_turns)
+        row.source, row.ids, row.is_scored = self.stream.source.name, ids, is_scored
+        return True
 
 
 class LeakFilter:
@@ -140,4 +109,5 @@ def _admitted(queue, leaks, split):
             yield row
         else:
             reason, other = refusal
-            queue.reject(reason, split=split, id=row.id, other=other, excerpt=row.texts[0][:200])
+            shown = {"split": split, "id": row.id, "other": other, "excerpt": row.texts[0][:200]}
+            queue.stream.tally.reject(reason, **shown)

@@ -4,26 +4,17 @@ import math
 import re
 from typing import NamedTuple
 
-from peftlib.data.outcomes import RowRejected, Unread
-from peftlib.data.readers import RepeatedField, loads
+from peftlib.data.outcomes import Broken, RowRejected
+from peftlib.data.readers import loads
 
 _ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system", "developer": "system"}
 _ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard"), "assistant")
-_TOOL_ROLES: tuple[str, ...] = (
-    "tool",
-    "function",
-    "function_call",
-    "function_response",
-    "tool_call",
-    "tool_response",
-    "observation",
-)
-_TOOL_ROLES += ("ipython",)
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
+_TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
+_TOOL_ROLES |= {"ipython"}
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 _OTHER_PARTS = ("image_url", "input_audio", *MEDIA_FIELDS)
-_PLAIN = {"role", "from", "content", "value"}  # all that most turns have
-_READ = {*_PLAIN, "weight", "name", *_TOOL_FIELDS, *MEDIA_FIELDS}
+_READ = {"role", "from", "content", "value", "weight", "name", *_TOOL_FIELDS, *MEDIA_FIELDS}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Names that say where a row comes from or what it is about, and 'text', the usual name of the rendered turns.
@@ -52,33 +43,32 @@ def read_turns(items, field, notes, ignored):
     field: its name in the row. notes, ignored: sets that take keys of NOTES and names of unused fields.
     RowRejected: the list cannot be used.
     """
-    if isinstance(items, str):  # a CSV cell holds the list as JSON
-        items = parsed(items, field)
+    items = listed(items, field)
     if not isinstance(items, list):
         raise RowRejected("wrong_type", field)
-    turns = []
-    for i, item in enumerate(items):
-        turns.append(_turn(item, f"{field}[{i}]", notes))
-        if not item.keys() <= _PLAIN:
+    turns = [_turn(item, f"{field}[{i}]", notes) for i, item in enumerate(items)]
+    for item in items:
+        if not item.keys() <= _READ:
             ignored.update(f"{field}[].{name}" for name in unused_fields(item, _READ))
     return turns
 
 
 def _turn(item, where, notes):
+    if isinstance(item, Broken):
+        raise RowRejected(item.reason, where)
     if not isinstance(item, dict):
         raise RowRejected("wrong_type", where)
-    is_plain = item.keys() <= _PLAIN
-    if not is_plain:
-        refuse_fields(item, _TOOL_FIELDS, "tool_use", where)
-        refuse_fields(item, MEDIA_FIELDS, "not_text_part", where)
-    role = _role(*_one_of(item, "role", "from", where))
+    refuse_fields(item, _TOOL_FIELDS, "tool_use", where)
+    refuse_fields(item, MEDIA_FIELDS, "not_text_part", where)
+    said, place = _one_of(item, "role", "from", where)
+    name = said.strip().lower() if isinstance(said, str) else None
+    if name not in _ROLES:
+        raise RowRejected("tool_use" if name in _TOOL_ROLES else "unknown_role", place)
     content, place = _one_of(item, "content", "value", where)
     text = _joined_parts(content, place, notes) if isinstance(content, list) and content else plain_text(content, place)
-    if is_plain:
-        return Turn(role, text, place)
     if not is_empty(item.get("name")):
         notes.add("dropped_name")
-    return Turn(role, text, place, _is_scored(item.get("weight"), role, f"{where}.weight", notes))
+    return Turn(_ROLES[name], text, place, _is_scored(item.get("weight"), _ROLES[name], f"{where}.weight", notes))
 
 
 def _one_of(item, name, other, where):
@@ -89,13 +79,6 @@ def _one_of(item, name, other, where):
     if value is None or value == other_value:
         return other_value, f"{where}.{other}"
     raise RowRejected("ambiguous_turn", f"{where}.{name} and .{other}")
-
-
-def _role(value, where):
-    name = value.strip().lower() if isinstance(value, str) else None
-    if name not in _ROLES:
-        raise RowRejected("tool_use" if name in _TOOL_ROLES else "unknown_role", where)
-    return _ROLES[name]
 
 
 def _joined_parts(parts, where, notes):
@@ -117,21 +100,17 @@ def _is_scored(weight, role, where, notes):
         return True
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
         raise RowRejected("bad_weight", where)
-    if role != "assistant":
-        if weight == 1:
-            notes.add("weight_without_effect")
-        return True
-    if weight == 0:
-        notes.add("unscored_turn")
-    return weight == 1
+    if role == "assistant":
+        notes.update(["unscored_turn"] if weight == 0 else [])
+        return weight == 1
+    notes.update(["weight_without_effect"] if weight == 1 else [])
+    return True
 
 
-def parsed(text, field):
-    """The value of a JSON text in a field. RowRejected: it is not JSON, or names a field twice."""
+def listed(value, field):
+    """`value`, or what it says where it is JSON text, as in a CSV cell. RowRejected: the text is not JSON."""
     try:
-        return loads(text)
-    except RepeatedField as error:
-        raise RowRejected("repeated_field", f"{field}: {error.name}") from None
+        return loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise RowRejected("not_json", field) from None
 
@@ -160,22 +139,18 @@ def is_missing(value):
 def is_empty(value):
     """Whether a field holds nothing: null, white space, or an empty list or object."""
     if isinstance(value, str):
-        return not value.strip() or value.strip() in ("[]", "{}")
+        return value.strip() in ("", "[]", "{}")
     return is_missing(value) or value == [] or value == {}
 
 
 def unused_fields(row, used):
     """Names of a row's fields that are not in `used`, are not empty, and could change what the row means."""
-    return [
-        str(name)
-        for name in row
-        if name not in used and not is_empty(row[name]) and _could_matter(str(name), row[name])
-    ]
+    return [str(name) for name in row if name not in used and _could_matter(str(name), row[name])]
 
 
 def _could_matter(name, value):
-    if isinstance(value, str):  # all values of a CSV file are texts
-        is_number = _NUMBER.fullmatch(value.strip())
-    else:
-        is_number = isinstance(value, (bool, int, float)) or (isinstance(value, Unread) and value.is_number)
+    if is_empty(value):
+        return False
+    # All values of a CSV file are texts.
+    is_number = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else isinstance(value, (bool, int, float))
     return name.lower() in NUMBERS_THAT_MATTER if is_number else not _ABOUT.fullmatch(name)

@@ -26,8 +26,8 @@ def public_sources(sources):
     """A config's `sources`, files by their last names alone."""
     shown = []
     for source in parse_sources(sources):
-        files = ",".join(path.name for path in source.paths.values())
-        shown.append(f"{source.name}={files if source.where == 'file' else source.where}")
+        is_file = source.where == "file"
+        shown.append(f"{source.name}={','.join(p.name for p in source.streams.values()) if is_file else source.where}")
     return "; ".join(shown)
 
 

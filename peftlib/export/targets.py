@@ -49,8 +49,9 @@ class FolderTarget:
 
         LockedError: another process exports to the same path.
         """
-        names = {"target": None if is_dry else self.path.name, "place": f"the export to {self}"}
-        self._workspace = Workspace(self.path.parent, what=what, tidies=not is_dry, log=log, **names)
+        if is_dry:
+            return _scratch(self.path.parent if self.path.parent.is_dir() else None)
+        self._workspace = Workspace(self.path, what, log=log)
         return self._workspace
 
     def put(self, folder, message):
@@ -105,8 +106,7 @@ class HubTarget:
 
     def workspace(self, what, *, is_dry=False, log=print):
         """Context manager: a temporary folder."""
-        names = {"place": f"the export to {self}", "prefix": "peftlib-export-"}
-        return Workspace(tempfile.gettempdir(), target=None, what=what, tidies=not is_dry, log=log, **names)
+        return _scratch()
 
     def put(self, folder, message):
         """Upload a folder in one commit that replaces an earlier export; returns the repository's URL."""
@@ -139,6 +139,12 @@ class HubTarget:
         except OSError as error:
             said = str(error.strerror or error).strip().split("\n")[0][:200]
             raise ModelError(f"{self}: {said}. See whether HF_TOKEN may write there, and the network") from error
+
+
+@contextlib.contextmanager
+def _scratch(folder=None):
+    with tempfile.TemporaryDirectory(prefix="peftlib-export-", dir=folder) as made:
+        yield Path(made)
 
 
 def _read_marker(path):

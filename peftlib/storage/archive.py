@@ -13,13 +13,12 @@ from peftlib.core.files import MANIFEST, remove_tree, rename
 
 # Folders that are archives of their own, here and in a sweep's trial; the compiler's cache is never copied, and one on
 # a remote never restored: loading it runs it.
-_OWN = ("data", "compile", "weights", "checkpoints")
+_OWN = {"data", "compile", "weights", "checkpoints"}
 NOT_RESTORED = ("compile",)
 # Suffixes excluded from the copies: lock files, in-progress notebooks, on-demand CSV exports.
 _NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
 _BUFFER = 4 << 20  # bytes written to a remote at once
 BUILDING = ".mirroring"  # folder of hard links to what is being copied
-LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive on a remote
 
 
 def units_of(folder):
@@ -31,21 +30,41 @@ def units_of(folder):
     folder, units = Path(folder), {}
     if (folder / "data" / "manifest.json").exists():
         units["data"] = _files_below(folder / "data")
-    for run in _folders(folder / "weights"):
+    for run in sorted(folder.glob("weights/[!.]*/")):
         units[f"weights-{run.name}"] = _files_below(run)
-    for run in _folders(folder / "checkpoints"):
+    for run in sorted(folder.glob("checkpoints/[!.]*/")):
         whole = sorted(step for step in run.glob("step-*") if (step / MANIFEST).exists())
         if whole:
             units[f"checkpoint-{run.name}"] = _files_below(whole[-1])
-    small = [path for path in _files_below(folder) if not set(_OWN) & set(path.relative_to(folder).parts[:-1])]
-    units["study"] = small
+    units["study"] = [path for path in _files_below(folder) if not _OWN & set(path.relative_to(folder).parts[:-1])]
     return {unit: files for unit, files in units.items() if files}
+
+
+def _files_below(folder):
+    """Files below a folder, hidden ones and links to folders left out."""
+    found = []
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_dir():
+            found += _files_below(path)
+        elif not path.name.endswith(_NOT_KEPT):
+            found.append(path)
+    return found
 
 
 def newest_first(unit, listing):
     """[(name, facts), ...] of a unit's archives in a remote's listing."""
     found = [(name, facts) for name, facts in listing.items() if facts["unit"] == unit]
     return sorted(found, key=lambda pair: -pair[1]["serial"])
+
+
+def slot_of(unit, known):
+    """The archive to write: a free one of the unit's slots, else the oldest. known: as newest_first has it."""
+    # Data can be made again, and the checkpoint is kept until the weights are copied.
+    slots = 2 if unit == "study" or unit.startswith("checkpoint-") else 1
+    names = [f"{unit}.{slot}" for slot in range(slots)]
+    taken = [name for name, _ in known if name in names]
+    free = [name for name in names if name not in taken]
+    return free[0] if free else taken[-1]
 
 
 def fingerprint(folder, files):
@@ -66,18 +85,13 @@ def pinned(folder, files):
     """
     building = Path(folder) / BUILDING
     remove_tree(building)
-    pairs = []
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        link = building / name
+    pairs = [(building / path.relative_to(folder), path.relative_to(folder).as_posix()) for path in files]
+    for path, (link, _) in zip(files, pairs, strict=True):
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, link)
-        except FileNotFoundError:
-            raise
         except OSError:  # a file system without hard links
             shutil.copy2(path, link)
-        pairs.append((link, name))
     try:
         yield pairs
     finally:
@@ -100,10 +114,10 @@ def unpack(archive, folder):
     folder = Path(folder)
     beside = folder / ".restoring"
     remove_tree(beside)
-    with writing(beside):
-        beside.mkdir(parents=True)
     try:
-        _extract(archive, beside)
+        with writing(beside):
+            beside.mkdir(parents=True)
+            _extract(archive, beside)
         names = [path.relative_to(beside).as_posix() for path in _files_below(beside)]
         for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
             with writing(folder / name):
@@ -115,9 +129,8 @@ def unpack(archive, folder):
 
 
 def _extract(archive, folder):
-    """Extract a tar of plain files and folders. OSError: it is none, or the disk does not take it."""
     try:
-        with writing(folder), tarfile.open(archive, "r:") as tar:
+        with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 if not (member.isreg() or member.isdir()) or member.name.startswith(("/", "\\")):
                     raise tarfile.ExtractError(f"{member.name!r} is no file or folder of a study")
@@ -133,18 +146,3 @@ def is_finished(folder, run):
         return json.loads(path.read_text(encoding="utf-8")).get("status") == "ok"
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _folders(folder):
-    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-
-
-def _files_below(folder):
-    """Files below a folder, hidden ones and links to folders left out."""
-    found = []
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if path.is_dir():
-            found += _files_below(path)
-        elif not path.name.endswith(_NOT_KEPT):
-            found.append(path)
-    return found

@@ -32,8 +32,7 @@ _BESIDE = ".writing-"
 class Checkpoint:
     """What a run needs to resume.
 
-    weights: {name: tensor} of what trains; one of the first edition may hold the parts that delta.restored reads
-    instead of a tensor. optimizer: its state dict. state: JSON values of the loop. generators: see
+    weights: {name: tensor} of what trains. optimizer: its state dict. state: JSON values of the loop. generators: see
     env.generator_states.
     """
 
@@ -65,8 +64,7 @@ class CheckpointDir:
         self.finish(step)
 
     def begin(self, step, checkpoint):
-        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as in
-        `save`."""
+        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as there."""
         with self._errors_of(step) as beside:
             remove_tree(beside)
             beside.mkdir(parents=True)
@@ -109,10 +107,13 @@ class CheckpointDir:
 
     def _prune(self):
         """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""
-        good = [path for path in self._all() if path in self._verified or _is_sound(path)]
+        good = []
         for path in self._all():
-            if path not in good[: self.keep]:
-                self._remove(path)
+            with contextlib.suppress(SchemaError):
+                if len(good) < self.keep and (path in self._verified or _fault(path) is None):
+                    good.append(path)
+                    continue
+            self._remove(path)
 
     def _remove(self, path):
         try:
@@ -149,7 +150,8 @@ class CheckpointDir:
     def require_space(self, checkpoint_bytes):
         """CheckpointError, with the numbers, unless keep + 1 checkpoints of this size fit on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free + sum(_size(path) for path in self._all())
+        free = shutil.disk_usage(self.folder).free
+        free += sum(part.stat().st_size for path in self._all() for part in path.iterdir())
         needed = (self.keep + 1) * checkpoint_bytes
         if free < needed:
             raise CheckpointError(
@@ -179,47 +181,22 @@ def _fault(path):
         return f"no readable manifest ({type(error).__name__})"
 
 
-def _is_sound(path):
-    try:
-        return _fault(path) is None
-    except SchemaError:
-        return False
-
-
 def _content(path):
     """The Checkpoint of a folder that verifies. CheckpointError: its files hold something else."""
     try:
         tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
-        state = read_json(path / STATE)
-        odd = _odd_part(tensors)
+        found = Checkpoint(**tensors, state=read_json(path / STATE))
+        if not all(isinstance(part, torch.Tensor) for part in [*found.weights.values(), *found.generators.values()]):
+            raise TypeError("a weight or a generator's state is no tensor")
+        return found
     except (OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory "
             "is free"
         ) from error
-    except Exception as error:  # noqa: BLE001 - what reading foreign bytes raises has no common class
-        odd = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}"
-    if odd is not None:
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}"
         raise CheckpointError(
-            f"{path} is as it was written, but cannot be read as a checkpoint ({odd:.200}): delete that folder to go "
+            f"{path} is as it was written, but cannot be read as a checkpoint ({said:.200}): delete that folder to go "
             "on from an older one or to start over, or bring back a copy of it"
-        )
-    return Checkpoint(**tensors, state=state)
-
-
-def _odd_part(tensors):
-    """What of tensors.pt is not as `begin` writes it, in words, or None."""
-    if not (isinstance(tensors, dict) and set(tensors) == set(_PARTS)):
-        return f"it has {list(tensors) if isinstance(tensors, dict) else type(tensors).__name__}, not {list(_PARTS)}"
-    for name, kept in tensors["weights"].items():
-        if not all(isinstance(t, torch.Tensor) for t in (kept.values() if isinstance(kept, dict) else [kept])):
-            return f"the weight {name} is no tensor"
-    optimizer = tensors["optimizer"]
-    if not (isinstance(optimizer["state"], dict) and isinstance(optimizer["param_groups"], list)):
-        return "the optimizer's state has another form"
-    odd = [name for name, kept in tensors["generators"].items() if not isinstance(kept, torch.Tensor)]
-    return f"the generator's state {odd[0]} is no tensor" if odd else None
-
-
-def _size(path):
-    return sum(part.stat().st_size for part in path.iterdir())
+        ) from error

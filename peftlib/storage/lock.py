@@ -8,24 +8,27 @@ The session that holds a study may let child processes in, each with a lock of i
 import contextlib
 import hashlib
 import os
+import socket
 import tempfile
 import threading
 import time
 import uuid
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from peftlib.core.errors import LockedError, writing
 from peftlib.core.files import write_json
-from peftlib.storage.lock_owner import is_of_this_machine, named, read, this_process
+from peftlib.core.json_reading import fault, parse
 from peftlib.storage.mirror import running
 
 HEARTBEAT_S = 15.0  # seconds between two heartbeats
 STALE_S = 90.0  # seconds without one after which a lock counts as left behind
 _NAME = "lock.json"
 _PASS = "PEFTLIB_LOCK"  # environment variable: TOKEN@FOLDER of the lock that a child process works under
-_LOOK_S = 2.0  # seconds between two looks of a child whether its parent still holds the study
+_OWNER = {"host": str, "token": str, "heartbeat": float, "what?": str, "pid?": int, "boot?": float, "since?": float}
+_LATEST = 2.0**33  # the year 2242: a later time is no time
 
 
 @contextlib.contextmanager
@@ -37,29 +40,22 @@ def held(folder, what, *, run="", log=print):
     LockedError: another live session holds one of them. An unreachable remote is logged and goes without a lock.
     """
     require_parent = _parents_lock(folder)
-    if require_parent is not None:
-        require_parent()
-        with StudyLock(folder, what, name=f"{run or 'child'}-{_NAME}") as own:
-            yield lambda: (require_parent(), own.require())
-        return
-
     with contextlib.ExitStack() as stack:
-        locks = [stack.enter_context(StudyLock(folder, what))]
-        mirror = running(folder)
-        if mirror is not None and mirror.remote.has_locks:
-            # Fewer heartbeats: Drive counts writes, and shows them late to other machines.
-            settle_s = 3.0 if mirror.remote.is_drive else 0.0
-            far = StudyLock(mirror.remote.folder, what, heartbeat_s=60.0, stale_s=240.0, settle_s=settle_s)
-            try:
-                locks.append(stack.enter_context(far))
-            except OSError as error:
-                log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
-
-        def require():
-            for lock in locks:
-                lock.require()
-
-        yield require
+        if require_parent is not None:
+            require_parent()
+            own = stack.enter_context(StudyLock(folder, what, name=f"{run or 'child'}-{_NAME}"))
+            checks = [require_parent, own.require]
+        else:
+            checks = [stack.enter_context(StudyLock(folder, what)).require]
+            mirror = running(folder)
+            if mirror is not None and mirror.remote.lock_settle_s is not None:
+                # Fewer heartbeats: Drive counts writes, and shows them late to other machines.
+                pace = {"heartbeat_s": 60.0, "stale_s": 240.0, "settle_s": mirror.remote.lock_settle_s}
+                try:
+                    checks.append(stack.enter_context(StudyLock(mirror.remote.folder, what, **pace)).require)
+                except OSError as error:
+                    log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
+        yield lambda: [check() for check in checks]
 
 
 def child_environment(folder):
@@ -68,33 +64,25 @@ def child_environment(folder):
     LockedError: this process does not hold it.
     """
     path = Path(folder).absolute() / _NAME
-    owner = read(path)
-    if owner is None or not is_of_this_machine(owner) or owner.get("pid") != os.getpid():
+    owner = _read(path)
+    if owner is None or not _is_of_this_machine(owner) or owner.get("pid") != os.getpid():
         raise LockedError(f"{path} is not this process's: nobody can be let in")
     return {_PASS: f"{owner['token']}@{path.parent}"}
 
 
 def _parents_lock(folder):
-    """A function that raises LockedError once the session that let this process in has ended or lost its lock.
-
-    None where no session has let it in.
-    """
+    """A function that raises LockedError once the session that let this process in has ended; None: none has."""
     token, _, place = os.environ.get(_PASS, "").partition("@")
     path = Path(folder).absolute() / _NAME
     if not place or Path(place) != path.parent:
         return None
-    next_look = 0.0
 
     def require():
-        nonlocal next_look
-        if time.monotonic() < next_look:
-            return
-        next_look = time.monotonic() + _LOOK_S
-        owner = read(path)
+        owner = _read(path)
         if owner is None or owner["token"] != token or _is_free(path):
             raise LockedError(
                 f"the session that started this one has lost its lock on {path.parent.name}: stopping without "
-                f"further writes"
+                "further writes"
             )
 
     return require
@@ -115,7 +103,8 @@ class StudyLock:
         self.path = Path(folder) / name
         self.heartbeat_s, self.stale_s, self.settle_s = heartbeat_s, stale_s, settle_s
         self._place, self._log = place or f"study {self.path.parent.name!r}", log
-        self._owner = this_process() | {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
+        self._owner = {"host": socket.gethostname(), "boot": psutil.boot_time(), "pid": os.getpid()}
+        self._owner |= {"what": what, "token": uuid.uuid4().hex, "since": time.time()}
         self._is_over = threading.Event()
         self._taker = None  # the owner that has taken over
         self._local = _local_lock(self.path, is_drive=settle_s > 0)
@@ -136,28 +125,11 @@ class StudyLock:
         self._beating.start()
         return self
 
-    def _write_first(self):
-        """Write the lock file, unless another machine has just done so: a network folder may know no system locks."""
-        beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
-        write_json(beside, self._owner | {"heartbeat": time.time()})
-        try:
-            os.link(beside, self.path)
-        except FileExistsError:
-            owner = read(self.path)
-            if owner is not None:
-                self._refuse(owner)
-            os.replace(beside, self.path)
-        except OSError:  # a file system without hard links, as Drive's
-            os.replace(beside, self.path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(beside)
-
     def __exit__(self, *exc):
         self._is_over.set()
         self._beating.join()
         with contextlib.suppress(OSError):
-            if (read(self.path) or {}).get("token") == self._owner["token"]:
+            if (_read(self.path) or {}).get("token") == self._owner["token"]:
                 os.unlink(self.path)
         self._release_local()
 
@@ -165,18 +137,17 @@ class StudyLock:
         """LockedError where another session has taken over."""
         if self._taker is not None:
             raise LockedError(
-                f"{named(self._taker)} has taken over {self._place}: this session stops and writes no more"
+                f"{_named(self._taker)} has taken over {self._place}: this session stops and writes no more"
             )
 
     def require_free(self):
         """LockedError where another live session holds the lock; nothing is taken."""
-        if not self.path.exists():
-            return
-        self._acquire_local()
-        try:
-            self._clear_if_left_behind()
-        finally:
-            self._release_local()
+        if self.path.exists():
+            self._acquire_local()
+            try:
+                self._clear_if_left_behind()
+            finally:
+                self._release_local()
 
     def _acquire_local(self):
         """Take the system's lock. LockedError: another process or thread of this machine holds it."""
@@ -190,8 +161,8 @@ class StudyLock:
                 except FileNotFoundError:
                     continue  # the session before removed the folder with its lock
                 except Timeout:
-                    owner = read(self.path)
-            if owner is not None and is_of_this_machine(owner) and attempt >= 3:
+                    owner = _read(self.path)
+            if owner is not None and _is_of_this_machine(owner) and attempt >= 3:
                 break
             time.sleep(0.1)  # it is just being taken or given back, or its owner is being killed
         if owner is not None:
@@ -203,57 +174,62 @@ class StudyLock:
             os.unlink(self._local.lock_file)  # while it is held: filelock takes none that was deleted meanwhile
         self._local.release()
 
-    def _clear_if_left_behind(self):
-        """Remove the lock file of a session that has ended, while this one has the system's lock.
-
-        LockedError: it is of another machine's live session, or cannot be read.
-        """
-        owner = read(self.path)
-        if owner is None and self.path.exists():
-            if self.path.is_dir() or not os.access(self.path, os.R_OK):
-                raise LockedError(
-                    f"{self.path} cannot be read as a lock: see whose it is, and move it away if nobody works there"
-                )
-            self._log(f"{self.path} is damaged and names no session: it counts as left behind")
-        elif owner is not None and not is_of_this_machine(owner):
-            self._require_silent(owner)
-        with writing(self.path), contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-
-    def _require_silent(self, owner):
-        """LockedError where the owner's heartbeat goes on."""
-        if time.time() - owner["heartbeat"] < -self.stale_s:
-            owner = self._after_watching(owner)
+    def _write_first(self):
+        """Write the lock file, unless another machine has just done so: a network folder may know no system locks."""
+        beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
+        write_json(beside, self._owner | {"heartbeat": time.time()})
+        try:
+            os.link(beside, self.path)
+        except OSError as error:  # another's lock, or a file system without hard links, as Drive's
+            owner = _read(self.path) if isinstance(error, FileExistsError) else None
             if owner is not None:
-                self._refuse(owner | {"heartbeat": time.time()})
-        elif time.time() - owner["heartbeat"] < self.stale_s:
-            self._refuse(owner)
+                self._refuse(owner)
+            os.replace(beside, self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _clear_if_left_behind(self):
+        """Remove the lock file of a session that has ended. LockedError: it lives, or the file cannot be read."""
+        owner = _read(self.path)
+        if owner is not None:
+            if not _is_of_this_machine(owner):
+                self._refuse_if_alive(owner)
+        elif self.path.is_dir() or (self.path.exists() and not os.access(self.path, os.R_OK)):
+            raise LockedError(
+                f"{self.path} cannot be read as a lock: see whose it is, and move it away if nobody works there"
+            )
+        elif self.path.exists():
+            self._log(f"{self.path} is damaged and names no session: it counts as left behind")
+        with writing(self.path):
+            self.path.unlink(missing_ok=True)
+
+    def _refuse_if_alive(self, owner):
+        """LockedError where the owner's heartbeat is young or, where it is of the future, is seen to go on."""
+        age = time.time() - owner["heartbeat"]
+        if age >= self.stale_s:
+            return
+        if age <= -self.stale_s:  # of two clocks that differ neither is known to be right
+            self._log(
+                f"the lock of {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
+                f"{self.stale_s:.0f} s to see whether {_named(owner)} still works"
+            )
+            end = time.monotonic() + self.stale_s
+            while (now := _read(self.path)) == owner:
+                if time.monotonic() >= end:
+                    return
+                time.sleep(min(1.0, self.stale_s / 10))
+            if now is None:
+                return
+            owner = {**now, "heartbeat": time.time()}
+        self._refuse(owner)
 
     def _refuse(self, owner):
         silent = time.time() - owner["heartbeat"]
         clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
         raise LockedError(
-            f"{self._place} is in use by {named(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
+            f"{self._place} is in use by {_named(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
             f"or stop it. If it is gone, run this again after {clears}"
         )
-
-    def _after_watching(self, owner):
-        """The owner that has given a heartbeat while a lock from the future was watched, or None.
-
-        Of two clocks that differ neither is known to be right, so a time alone cannot tell how old the lock is.
-        """
-        ahead = (owner["heartbeat"] - time.time()) / 60
-        self._log(
-            f"the lock of {self._place} is {ahead:,.0f} minutes ahead of this machine's clock: waiting up to "
-            f"{self.stale_s:.0f} s to see whether {named(owner)} still works"
-        )
-        end = time.monotonic() + self.stale_s
-        while time.monotonic() < end:
-            time.sleep(min(1.0, self.stale_s / 10))
-            now = read(self.path)
-            if now is None or (now["token"], now["heartbeat"]) != (owner["token"], owner["heartbeat"]):
-                return now
-        return None
 
     def _beat(self):
         while not self._is_over.wait(self.heartbeat_s):
@@ -264,7 +240,7 @@ class StudyLock:
                 write_json(self.path, self._owner | {"heartbeat": time.time()})
 
     def _look(self):
-        owner = read(self.path)
+        owner = _read(self.path)
         if owner is not None and owner["token"] != self._owner["token"]:
             self._taker = owner
 
@@ -285,3 +261,24 @@ def _is_free(path):
             return True
     except (Timeout, OSError):
         return False
+
+
+def _read(path):
+    """The owner that a lock file names, or None where there is no file, or one that is damaged or cannot be read."""
+    try:
+        owner = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if fault(owner, _OWNER) or not 0 < owner.get("pid", 1) < 2**31:
+        return None
+    return owner if all(0 <= owner.get(name, 0) < _LATEST for name in ("heartbeat", "boot", "since")) else None
+
+
+def _is_of_this_machine(owner):
+    """Whether the owner is a process of this machine, since it was started."""
+    return owner["host"] == socket.gethostname() and abs(owner.get("boot", 0.0) - psutil.boot_time()) <= 5
+
+
+def _named(owner):
+    since = time.strftime("%H:%M", time.localtime(owner.get("since", 0.0)))
+    return f"{owner['host']}, process {owner.get('pid')} ({owner.get('what')}, since {since})"

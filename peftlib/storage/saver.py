@@ -41,8 +41,8 @@ class Saver:
         self.is_background, self.log = is_background, log
         self.saves, self.stall_seconds, self.saved = 0, 0.0, Saved()
         self._last_step, self._expected_bytes, self._next_at = 0, expected_bytes, 0.0
-        self._writing = None
-        self._error = None
+        self._writing = None  # the thread of the newest save
+        self._error = None  # of the newest save, as a CheckpointError
 
     def start(self, step):
         """Count from here: the step that a resumed run stands at."""
@@ -63,10 +63,14 @@ class Saver:
         self.wait()
         self._tell("training goes on and tries again")  # of an earlier save
         self._last_step = step
-        if self.is_background:
-            self._try(step, lambda: self._start_thread(step, self.checkpoints.save, _on_host(checkpoint)))
-        elif self._try(step, self.checkpoints.begin, step, checkpoint):
-            self._try(step, self._start_thread, step, self.checkpoints.finish)
+        try:
+            if self.is_background:
+                self._start_thread(self.checkpoints.save, step, _on_host(checkpoint))
+            else:
+                self.checkpoints.begin(step, checkpoint)
+                self._start_thread(self.checkpoints.finish, step)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training need not end by it
+            self._keep(step, error)
         stall = time.monotonic() - started
         if must:
             self.wait()  # not held up: training ends here
@@ -74,8 +78,8 @@ class Saver:
         self.stall_seconds += stall
         self._put_off(stall)
         if must and self.saved.step != step:
-            error, self._error = self._error, None
-            raise error or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
+            kept, self._error = self._error, None
+            raise kept or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
         if not self.is_writing():
             self._tell("training goes on and tries again")
 
@@ -97,40 +101,29 @@ class Saver:
     def _put_off(self, stall):
         self._next_at = time.monotonic() + (stall / self.stall_share if self.stall_share else 0.0)
 
-    def _start_thread(self, step, call, *args):
-        thread = threading.Thread(target=self._write, args=(step, call, *args))
+    def _start_thread(self, write, step, *args):
+        def work():
+            try:
+                write(step, *args)
+                self.saved = Saved(step, time.time())
+            except BaseException as error:  # noqa: BLE001 - in a thread it would be lost
+                self._keep(step, error)
+
+        thread = threading.Thread(target=work)
         thread.start()
         self._writing = thread
 
-    def _write(self, step, call, *args):
-        try:
-            if self._try(step, call, step, *args):
-                self.saved = Saved(step, time.time())
-        except BaseException as error:  # noqa: BLE001 - in a thread it would be lost
-            self._error = _as_checkpoint_error(step, error)
-
-    def _try(self, step, call, *args):
-        """Whether the call went well; its error is kept, as a CheckpointError."""
-        try:
-            call(*args)
-        except Exception as error:  # noqa: BLE001 - whatever it is, training need not end by it
-            self._error = _as_checkpoint_error(step, error)
-            return False
-        return True
+    def _keep(self, step, error):
+        self._error = error
+        if not isinstance(error, CheckpointError):
+            said = f"{type(error).__name__}: {error}"
+            self._error = CheckpointError(f"the checkpoint of step {step} could not be written ({said})")
+            self._error.__cause__ = error
 
     def _tell(self, consequence):
         error, self._error = self._error, None
         if error is not None:
             self.log(f"{error}; {consequence}")
-
-
-def _as_checkpoint_error(step, error):
-    """The error as a CheckpointError that names the step; itself where it is one."""
-    if isinstance(error, CheckpointError):
-        return error
-    wrapped = CheckpointError(f"the checkpoint of step {step} could not be written ({type(error).__name__}: {error})")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def require_space(checkpoints, study_folder, run, checkpoint_bytes):

@@ -1,119 +1,65 @@
-"""Hidden folders in which an export is built before it is renamed to its target; what killed ones leave is removed."""
+"""The hidden folder in which an export is built before it is renamed to its target."""
 
 import contextlib
 import hashlib
 import os
-import time
 import uuid
 from pathlib import Path
 
-from peftlib.core.errors import LockedError, writing
+from peftlib.core.errors import writing
 from peftlib.core.files import remove_tree, rename
 from peftlib.storage.lock import StudyLock
 
-_NEW, _OLD, _TARGET = "new", "old", "target"  # what is built, what the target held before, the target's name
-_OURS = {_NEW, _OLD, _TARGET, "lock.json"}
-_OLD_S = 86400.0  # after which a workspace without a lock, of an earlier peftlib, counts as left behind
-
 
 class Workspace:
-    """Context manager that yields an empty folder `new` in a hidden folder of `parent`; both are gone after the block.
+    """Context manager that yields an empty folder in a hidden one beside `target`; both are gone after the block.
 
-    target: name in `parent` that `replace` gives to `new`, for which nobody else builds meanwhile; None: none. what:
-    the work, place: its goal, both in words. tidies: remove what killed processes left beside it. log: told what they
-    left. LockedError: another process builds for the same target.
+    `replace` gives the target's name to it. Nobody else builds for the target meanwhile; what a killed process left of
+    it is removed first. what: the work in words. log: told what was left. LockedError: another process is at it.
     """
 
-    def __init__(self, parent, *, target, what, place, tidies, prefix=".exporting-", log=print):
-        self._parent, self._target, self._prefix, self._log = Path(parent), target, prefix, log
-        self._tidies = tidies
-        mark = uuid.uuid4().hex if target is None else hashlib.sha256(os.fsencode(target)).hexdigest()
-        self.folder = self._parent / f"{prefix}{mark[:12]}"
-        self._lock = StudyLock(self.folder, what, place=place, log=log)
+    def __init__(self, target, what, *, log=print):
+        self.target, self._log = Path(target), log
+        mark = hashlib.sha256(os.fsencode(self.target.name)).hexdigest()
+        self.folder = self.target.parent / f".exporting-{mark[:12]}"
+        self._new, self._old = self.folder / "new", self.folder / "old"  # what is built, what the target held before
+        self._lock = StudyLock(self.folder, what, place=f"the export to {target}", log=log)
 
     def __enter__(self):
         self._lock.__enter__()
         try:
-            if self._tidy(self.folder):
+            if self._new.exists() or self._old.exists():
                 self._log(f"removed {self.folder}, which an interrupted export had left")
-            if self._tidies:
-                self._remove_others()
+            self._clear()
             with writing(self.folder):
-                if self._target is not None:
-                    (self.folder / _TARGET).write_bytes(os.fsencode(self._target))
-                (self.folder / _NEW).mkdir()
+                self._new.mkdir()
         except BaseException:
             self.__exit__()
             raise
-        return self.folder / _NEW
+        return self._new
 
     def __exit__(self, *exc):
         try:
-            self._tidy(self.folder)
+            self._clear()
         finally:
             self._lock.__exit__()
-            _remove_empty(self.folder)
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(self.folder)
 
     def replace(self):
-        """Rename `new` to the target; what was there goes with the workspace."""
+        """Rename what was built to the target; what was there goes with the workspace."""
         self._lock.require()
-        place = self._parent / self._target
-        if place.is_dir():
-            rename(place, self.folder / _OLD)
-        rename(self.folder / _NEW, place)
+        if self.target.is_dir():
+            rename(self.target, self._old)
+        rename(self._new, self.target)
 
-    def _remove_others(self):
-        for found in sorted(self._parent.glob(f"{self._prefix}*")):
-            if found != self.folder and _is_workspace(found):
-                try:
-                    self._remove(found)
-                except OSError as error:
-                    self._log(f"{found} was left by an interrupted export and cannot be removed ({error})")
-
-    def _remove(self, found):
-        if not (found / "lock.json").exists() and time.time() - found.stat().st_mtime < _OLD_S:
-            _remove_empty(found)  # perhaps one that is being made, which then makes it again
-            return
-        try:
-            with StudyLock(found, "removing what an interrupted export left", place=str(found), log=self._log):
-                self._tidy(found)
-        except LockedError:
-            return  # at work
-        _remove_empty(found)
-        if not found.exists():
-            self._log(f"removed {found}, which an interrupted export had left")
-
-    def _tidy(self, folder):
-        """Empty a workspace whose lock is held, and put back what was to be replaced; returns whether it held
-        anything."""
-        new, old, target = (folder / name for name in (_NEW, _OLD, _TARGET))
-        is_used = new.exists() or old.exists()
-        if old.exists() and new.exists():  # cut between the two renames
-            self._put_back(old, os.fsdecode(target.read_bytes()) if target.exists() else "export")
-        for path in (new, old):
+    def _clear(self):
+        """Empty the folder, and put back what was to be replaced."""
+        if self._old.exists() and self._new.exists():  # cut between the two renames
+            back = self.target
+            if back.exists() or back.is_symlink():  # of somebody else, meanwhile
+                back = back.with_name(f"{back.name}.before-{uuid.uuid4().hex[:6]}")
+            rename(self._old, back)
+            self._log(f"{back} is the earlier export, which an interrupted one had moved away")
+        for path in (self._new, self._old):
             remove_tree(path)
-        target.unlink(missing_ok=True)
-        return is_used
-
-    def _put_back(self, old, name):
-        place = self._parent / Path(name).name
-        if place.exists() or place.is_symlink():  # of somebody else, meanwhile
-            place = place.with_name(f"{place.name}.before-{uuid.uuid4().hex[:6]}")
-        rename(old, place)
-        self._log(f"{place} is the earlier export, which an interrupted one had moved away")
-
-
-def _is_workspace(found):
-    """Whether a path is a folder of this user's that holds what a workspace does and nothing else."""
-    if found.is_symlink() or not found.is_dir():
-        return False
-    if hasattr(os, "getuid") and found.stat().st_uid != os.getuid():
-        return False
-    with contextlib.suppress(FileNotFoundError):
-        return all(path.name in _OURS or path.name.startswith(".lock.json.") for path in found.iterdir())
-    return False
-
-
-def _remove_empty(folder):
-    with contextlib.suppress(OSError):  # not empty, or gone
-        os.rmdir(folder)

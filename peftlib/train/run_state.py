@@ -14,9 +14,7 @@ from peftlib.core.json_reading import Map, Maybe, fault
 from peftlib.data.dedup import prompt_key
 from peftlib.models import identity, saved
 from peftlib.models.inspect import core, trainable
-from peftlib.models.locate import BaseWeights
 from peftlib.models.shapes import Shape
-from peftlib.storage import delta
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
 from peftlib.train import memory_model, run_record
 from peftlib.train.step import first_nonfinite, require_finite
@@ -211,11 +209,6 @@ def _fitting_weights(weights, made_with, run, what):
     CheckpointError: another base model, other names or shapes, or inf or nan in one of them.
     """
     identity.require_base(made_with, run.cfg.model, what=what, log=run.log, error=CheckpointError)
-    as_differences = {name: kept for name, kept in weights.items() if isinstance(kept, dict)}
-    base = BaseWeights(run.cfg.model) if as_differences else None  # the first edition wrote such on GPUs
-    for name, parts in as_differences.items():
-        start = base.get(name, torch.float32 if "low" in parts else torch.bfloat16)
-        weights = {**weights, name: delta.restored(name, parts, start)}
     params = trainable(run.model)
     unlike = [name for name in params if name not in weights] + [name for name in weights if name not in params]
     if unlike:

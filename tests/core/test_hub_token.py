@@ -49,6 +49,7 @@ def test_without_a_token_all_ways_to_give_one_are_named(no_token):
 
 def test_the_environment_comes_before_env_files_before_the_login_before_secrets(colab, monkeypatch, tmp_path):
     (tmp_path / "checkout" / "notebooks").mkdir(parents=True)
+    (tmp_path / "checkout" / "notebooks" / "01_data.ipynb").touch()
     assert hub_token.hf_token() == "of-colab"
     (tmp_path / "login").write_text("of-login\n")
     assert hub_token.hf_token() == "of-login"
@@ -100,24 +101,16 @@ def test_an_unreadable_login_is_told(no_token, tmp_path):
         hub_token.hf_token()
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("NotebookAccessError", "switch on 'Notebook access'"),
-        ("SecretNotFoundError", "has no secret HF_TOKEN: click the key icon"),
-        ("TimeoutException", "did not answer"),
-        ("MessageError", r"could not be read \(MessageError: HF_TOKEN\)"),
-    ],
-)
-def test_each_refusal_of_colab_has_its_way_out(colab, name, words):
-    colab.answer = type(name, (Exception,), {})("HF_TOKEN")
-    with pytest.raises(ModelError, match=words):
+@pytest.mark.parametrize("name", ["NotebookAccessError", "SecretNotFoundError", "TimeoutException"])
+def test_each_refusal_of_colab_has_its_way_out(colab, name):
+    colab.answer = type(name, (Exception,), {})("no")
+    with pytest.raises(ModelError, match=rf"secret HF_TOKEN could not be read \({name}: no\): .*'Notebook access'"):
         hub_token.hf_token()
 
 
 def test_an_empty_secret_is_told(colab):
     colab.answer = " "
-    with pytest.raises(ModelError, match="HF_TOKEN is empty"):
+    with pytest.raises(ModelError, match=r"HF_TOKEN could not be read \(it is empty\): click the key icon"):
         hub_token.hf_token()
 
 
@@ -168,7 +161,7 @@ def test_kaggles_secret_is_asked_on_kaggle_and_colabs_is_not(colab, monkeypatch)
     kaggle.UserSecretsClient = Client
     monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle)
     assert hub_token.hf_token() == "HF_TOKEN planted"
-    with pytest.raises(ModelError, match=r"Kaggle's secret HF_TOKEN could not be read \(BackendError\): under Add-ons"):
+    with pytest.raises(ModelError, match=r"secret HF_TOKEN could not be read \(BackendError: .*\): under Add-ons"):
         hub_token.hf_token()
     assert colab.asked == []
 

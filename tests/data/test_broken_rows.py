@@ -147,9 +147,9 @@ def test_broken_rows_are_used_converted_or_rejected_by_name(tmp_path, n_files, n
         again = [json.loads(line) for line in path.read_text().splitlines()]
         schemas = Counter(filter(None, map(detect, again)))
         schema = max(schemas, key=schemas.get, default=None)
-        tally = Tally(log=lambda line: None)
         [source] = parse_sources(f"alpaca={path}")
-        stream = Stream(source, "main", tally, seed=0, n_held=50, max_chars=10**6)
+        tally = Tally(source, lambda line: None)
+        stream = Stream("main", tally, seed=0, n_held=50)
         if schema is None:
             with pytest.raises(DataError, match="none of its first"):
                 list(stream.batches())

@@ -462,8 +462,8 @@ def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
     rows += rows[:20]
     rng.shuffle(rows)
     [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', rows)}")
-    tally = Tally(log=quiet)
-    stream = Stream(source, "main", tally, seed=0, n_held=capacity, max_chars=10**6)
+    tally = Tally(source, quiet)
+    stream = Stream("main", tally, seed=0, n_held=capacity)
     made = list(stream.batches())
     flat = [c for batch in made for c in batch]
     assert max(map(len, made)) <= capacity
@@ -582,10 +582,10 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
             ",\n".join(map(json.dumps, [PAIR, PAIR, {}])),
             r"2 not_json: not JSON.*without a comma behind it.*row 1: Extra data",
         ),
-        ("array.jsonl", json.dumps(TABLE), r"A row is a list: give one array of objects, in a file named .json"),
-        ("pretty.jsonl", json.dumps(TABLE, indent=1), r"an array goes into a file named .json"),
+        ("array.jsonl", json.dumps(TABLE), r"not a list: give one array of objects, in a .json file"),
+        ("pretty.jsonl", json.dumps(TABLE, indent=1), r"an array goes into a .json file"),
         ("wrapped.json", json.dumps({"data": TABLE}), r"fields 'data'.*give that list alone"),
-        ("nested.json", json.dumps([TABLE]), r"A row is a list"),
+        ("nested.json", json.dumps([TABLE]), r"not a list"),
         ("texts.json", json.dumps(["a", "b"]), r"A row is an object of named fields"),
         ("semicolons.csv", "instruction;output\na;b\n", r"commas separate the columns"),
         ("capitals.csv", "Instruction, output\na,b\n", r"Names of fields are lower case, without spaces"),
@@ -600,7 +600,7 @@ def test_files_of_no_known_schema_come_with_advice(tmp_path, name, content, mess
     path = tmp_path / name
     path.write_bytes(content.encode(errors="surrogateescape"))
     [source] = parse_sources(f"mine={path}")
-    stream = Stream(source, "main", Tally(quiet), seed=0, n_held=10, max_chars=100)
+    stream = Stream("main", Tally(source, quiet), seed=0, n_held=10)
     with pytest.raises(DataError, match=rf"{name}: none of its first \d+ rows is of a known schema .*{message}"):
         list(stream.batches())
 
@@ -636,7 +636,7 @@ def test_malformed_sources_are_refused(text, message):
 def test_sources_stand_in_order_of_precedence():
     named = parse_sources("zoo=z.csv; ultrachat=hub; mine=m.json; tulu=t.jsonl; alpaca=sample")
     assert [source.name for source in named] == ["alpaca", "tulu", "ultrachat", "zoo", "mine"]
-    assert named[2].streams == ("main", "test")  # UltraChat has a test split of its own on the hub
+    assert list(named[2].streams) == ["main", "test"]  # UltraChat has a test split of its own on the hub
 
 
 def test_a_missing_file_is_found_before_anything_is_loaded(cfg_of, tmp_path, two_files):
@@ -649,7 +649,7 @@ def test_long_reading_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "_SILENT_SECONDS", 0.0)
     [source] = parse_sources(f"alpaca={write_jsonl(tmp_path / 'a.jsonl', alpaca_rows(random.Random(17), 2500))}")
     said = []
-    next(Stream(source, "main", Tally(said.append), seed=0, n_held=10, max_chars=10**6).batches())
+    next(Stream("main", Tally(source, said.append), seed=0, n_held=10).batches())
     assert said[1:] == ["alpaca: 1,000 rows read", "alpaca: 2,000 rows read"]
 
 

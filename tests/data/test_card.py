@@ -12,7 +12,7 @@ from peftlib import data
 from peftlib.core.config import resolve
 from peftlib.core.errors import DataError, ModelError, StudyError
 from peftlib.data import card
-from peftlib.data.sources import HUB, hub_rows, parse_sources
+from peftlib.data.sources import HUB, parse_sources
 
 
 def rows(n, start=0):
@@ -79,7 +79,7 @@ def test_a_hub_that_cannot_be_reached_or_breaks_off_names_the_ways_out(monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=rf"tatsu-lab/alpaca.*after row {after} .*check the network.*alpaca=FILE"):
-        list(hub_rows("alpaca", "main"))
+        list(parse_sources("alpaca=hub")[0].rows("main"))
 
 
 def test_without_a_network_the_real_library_ends_in_a_data_error(monkeypatch):
@@ -90,7 +90,7 @@ def test_without_a_network_the_real_library_ends_in_a_data_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="could not be read from the hub after row 0"):
-        next(hub_rows("tulu", "main"))
+        next(parse_sources("tulu=hub")[0].rows("main"))
 
 
 class Api:

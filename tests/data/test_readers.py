@@ -9,7 +9,7 @@ import pytest
 
 from peftlib.core.errors import DataError
 from peftlib.data import readers
-from peftlib.data.outcomes import Broken, Unread
+from peftlib.data.outcomes import Broken
 from peftlib.data.readers import read_rows
 
 ROWS = [{"instruction": f"ask {i}", "input": "", "output": f'answer {i}, "quoted"\nand more'} for i in range(7)]
@@ -62,9 +62,9 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path, kind):
     assert rows_of(written(tmp_path / f"rows.{kind}", b"\xef\xbb\xbf" + as_bytes(kind))) == ROWS
 
 
-def test_json_may_be_objects_one_after_another(tmp_path):
-    text = "\n".join(json.dumps(row, indent=1) for row in ROWS)
-    assert rows_of(written(tmp_path / "rows.json", text.encode())) == ROWS
+def test_json_may_be_json_lines_or_one_object(tmp_path):
+    assert rows_of(written(tmp_path / "rows.json", as_bytes("jsonl"))) == ROWS
+    assert rows_of(written(tmp_path / "rows.json", json.dumps(ROWS[0], indent=1).encode())) == ROWS[:1]
 
 
 def test_json_may_hold_any_value_as_a_row(tmp_path):
@@ -207,8 +207,8 @@ def test_parquet_columns_that_are_not_wanted_are_not_read(tmp_path):
     path = dated_parquet(tmp_path / "rows.parquet")
     rows = [row for _, row in read_rows(path, ("instruction", "output"))]
     assert rows == [
-        {"instruction": "a", "output": "c", "notes": Unread(), "n": Unread(True), "seen": Unread(True)},
-        {"instruction": "b", "output": "d", "notes": Unread(), "n": Unread(True), "seen": Unread(True)},
+        {"instruction": "a", "output": "c", "notes": "(not read)", "n": None, "seen": None},
+        {"instruction": "b", "output": "d", "notes": "(not read)", "n": None, "seen": None},
     ]
 
 
@@ -223,16 +223,10 @@ def test_a_parquet_file_without_a_wanted_column_still_names_its_fields(tmp_path)
     assert len(rows) == 2 and list(rows[0]) == ["instruction", "output", "notes", "n", "seen"]
 
 
-def test_times_inside_of_a_turn_or_in_place_of_an_id_are_not_read(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
-    turn = pyarrow.struct([("role", pyarrow.string()), ("at", pyarrow.timestamp("us")), ("content", pyarrow.string())])
-    messages = pyarrow.array([[{"role": "user", "at": 2**60, "content": "a"}]], pyarrow.list_(turn))
-    table = pyarrow.table({"id": pyarrow.array([2**60], pyarrow.timestamp("us")), "messages": messages})
-    parquet.write_table(table, tmp_path / "rows.parquet")
-    [row] = [row for _, row in read_rows(tmp_path / "rows.parquet", ("id", "messages"))]
-    assert row == {"messages": [{"role": "user", "content": "a"}], "id": Unread(True)}
+def test_a_time_in_place_of_an_id_is_not_read(tmp_path):
+    path = dated_parquet(tmp_path / "rows.parquet", "id")
+    rows = [row for _, row in read_rows(path, ("id", "instruction"))]
+    assert [(row["instruction"], row["id"]) for row in rows] == [("a", None), ("b", None)]
 
 
 def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
@@ -274,10 +268,10 @@ def test_truncated_json_is_an_error(tmp_path, cut):
 
 
 @pytest.mark.parametrize(
-    "content", [b'[{"a": 1} {"b": 2}]', b'[{"a": 1}, x]', b'[{"a": 1}] trailing', b"\xff[", b"[" * 99999]
+    "content", [b'[{"a": 1} {"b": 2}]', b'[{"a": 1}, x]', b'[{"a": 1}] trailing', b'["\xff"]', b"[" * 99999]
 )
 def test_malformed_json_is_an_error(tmp_path, content):
-    with pytest.raises(DataError, match="not JSON|goes on after the end"):
+    with pytest.raises(DataError, match="it is not JSON"):
         rows_of(written(tmp_path / "rows.json", content))
 
 

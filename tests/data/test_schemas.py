@@ -271,7 +271,7 @@ def test_answers_of_weight_0_are_context_and_what_follows_the_last_scored_one_is
             "mixed_weights",
             "messages[2].content",
         ),
-        ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "repeated_field", "messages: content"),
+        ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "repeated_field", "messages[0]"),
     ],
 )
 def test_rejected_rows_name_their_field(row, reason, field):

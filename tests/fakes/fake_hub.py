@@ -42,6 +42,10 @@ class FakeHub:
     def _list_repo_files(self, repository, *, repo_type, revision=None):
         return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
 
+    def _snapshot_download(self, repository, *, repo_type, revision, allow_patterns, local_dir):
+        for path in self.folder.glob(allow_patterns):
+            self._hf_hub_download(repository, path.relative_to(self.folder), repo_type=repo_type, local_dir=local_dir)
+
     def _repo_exists(self, repository, *, repo_type):
         return self.folder.exists()
 

@@ -15,6 +15,7 @@ from peftlib.evaluation import chat as talk
 from peftlib.evaluation import evaluate
 from peftlib.export.export import export_model
 from peftlib.models import identity
+from peftlib.models.locate import BaseWeights
 from peftlib.models.saved import load_trained, save_trained
 from peftlib.notebook import ask as ask_all
 from peftlib.train.loop import TrainingRun
@@ -260,3 +261,19 @@ def test_a_base_that_is_no_safetensors_file_is_named(own_base, content):
     (own_base / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="model.safetensors is no whole safetensors file"):
         identity.base_facts(str(own_base))
+
+
+def test_sharded_files_are_read_too(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    base = BaseWeights(str(tmp_path))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(base.get(name, torch.float32), model.state_dict()[name])
+    assert base.get("absent", torch.float32) is None
+    tiny.model().save_pretrained(tmp_path / "one")
+    one = BaseWeights(str(tmp_path / "one"))
+    assert torch.equal(one.get(name, torch.float32), load_file(tmp_path / "one" / "model.safetensors")[name])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        BaseWeights(str(tmp_path / "empty"))

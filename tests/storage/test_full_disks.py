@@ -276,18 +276,6 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
 
-def test_what_a_killed_writer_left_goes_after_a_while(tmp_path):
-    old, young = tmp_path / ".a.json.0123abcd.writing", tmp_path / ".a.json.9876abcd.writing"
-    other = tmp_path / ".b.json.0123abcd.writing"
-    for path in (old, young, other):
-        path.write_text("half")
-    long_ago = young.stat().st_mtime - 7200
-    os.utime(old, (long_ago, long_ago))
-    os.utime(other, (long_ago, long_ago))
-    files.write_text(tmp_path / "a.json", "whole")
-    assert not old.exists() and young.exists() and other.exists()
-
-
 def test_two_reports_at_once_both_end_well(built_study, monkeypatch, tmp_path):
     shutil.copytree(built_study[0], tmp_path / "runs")
     monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "runs"))

@@ -21,7 +21,7 @@ from peftlib.storage import remotes as storage
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
 from peftlib.storage.hub import HubRemote
 from peftlib.storage.mirror import Mirror
-from peftlib.storage.remotes import FolderRemote
+from peftlib.storage.remotes import DriveRemote, FolderRemote
 
 
 def checkpoint(value, numbers=5000):
@@ -172,23 +172,22 @@ class Drive:
             self.trashed += Path(path).stat().st_size
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_many_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_path, keep):
+def test_many_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_path):
     folder, remote = tmp_path / "study", FolderRemote(tmp_path / "drive" / "study")
     drive = Drive(tmp_path / "drive")
-    ours = Mirror(folder, remote, keep=keep)
+    ours = Mirror(folder, remote)
     with mock.patch("peftlib.core.files.os", drive), mock.patch("peftlib.storage.remotes.os", drive):
         for step in range(1, 16):
             save(folder, step)
             ours.copy_once()
         one = max(path.stat().st_size for path in remote.folder.glob("*.tar"))
-        assert drive.peak_bytes <= (keep + 1) * one + 10_000 * (keep + 1)
+        assert drive.peak_bytes <= 2 * one + 20_000
         assert drive.trashed == 0
         (folder / "weights" / "qlora-s0").mkdir(parents=True)
         (folder / "weights" / "qlora-s0" / "adapter_model.safetensors").write_text("w")
         (folder / "records").mkdir()
         (folder / "records" / "qlora-s0.json").write_text('{"status": "ok"}')
-        CheckpointDir(folder / "checkpoints" / "qlora-s0", keep=keep).remove()
+        CheckpointDir(folder / "checkpoints" / "qlora-s0", keep=1).remove()
         assert ours.flush(20)
         ours.copy_once(is_last=True)
     assert sorted(path.stem for path in remote.folder.glob("*.tar")) == ["study.0", "weights-qlora-s0.0"]
@@ -268,23 +267,23 @@ def test_it_copies_in_the_background_while_files_change(study, remote, open_agai
     end = time.monotonic() + 20
     while ours._waiting() and time.monotonic() < end:
         time.sleep(0.01)
-    ours.stop()
+    ours._is_over.set()
     assert newest(open_again().folder) == 29 and not (study / ".mirroring").exists()
 
 
-def test_space_for_one_more_checkpoint_than_is_kept(study, remote, lines):
-    ours = Mirror(study, remote, keep=3, log=lines.append)
+def test_space_for_two_checkpoints(study, remote):
+    ours = Mirror(study, remote)
     with mock.patch.object(FolderRemote, "free_bytes", return_value=300):
-        ours.require_space("galore-s0", 100)
-        assert ours.keep == 1 and "keeps one checkpoint, not 3" in lines[0]
+        ours.require_space("galore-s0", 150)
         with pytest.raises(CheckpointError, match="PEFTLIB_MIRROR=off to train without"):
             ours.require_space("galore-s0", 151)
 
 
-def test_a_drive_takes_twelve_of_its_fifteen_gigabytes(tmp_path):
-    drive = FolderRemote(tmp_path / "peftlib" / "study", is_drive=True)
-    (tmp_path / "peftlib" / "other").mkdir(parents=True)
-    (tmp_path / "peftlib" / "other" / "weights.tar").write_bytes(bytes(1000))
+def test_a_drive_takes_twelve_of_its_fifteen_gigabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "DRIVE", tmp_path)
+    drive, other = DriveRemote("study"), tmp_path / "MyDrive" / "peftlib" / "other"
+    other.mkdir(parents=True)
+    (other / "weights.tar").write_bytes(bytes(1000))
     assert drive.free_bytes() <= storage.DRIVE_LIMIT_BYTES - 1000
 
 
@@ -477,7 +476,7 @@ def test_a_public_repository_is_refused_unless_said(study, tmp_path, monkeypatch
 def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study, tmp_path, monkeypatch, lines):
     monkeypatch.setattr(mirror, "_RUNNING", {})
     monkeypatch.setattr(mirror, "remote_of", lambda name: HubRemote("me/runs", "study", api=FakeHub(tmp_path / "hub")))
-    mirror.open_mirror(study, log=lines.append).stop()
+    mirror.open_mirror(study, log=lines.append)._is_over.set()
     mirror.open_mirror(study, log=lines.append)
     assert len(lines) == 1 and "keeps every version" in lines[0] and "super_squash_history('me/runs')" in lines[0]
 

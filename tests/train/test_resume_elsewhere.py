@@ -7,11 +7,13 @@ import pickle
 import shutil
 
 import pytest
+import tiny
 import torch
+from test_train import trained
 
 from peftlib import methods
 from peftlib.core import files
-from peftlib.core.errors import CheckpointError
+from peftlib.core.errors import CheckpointError, ModelError
 from peftlib.models.inspect import PROJECTIONS, trainable
 from peftlib.models.load import load_base
 from peftlib.storage import checkpoint
@@ -166,11 +168,14 @@ def state_with(**parts):
 ODD = {
     "a pickle with code": (lambda t, s: (pickle.dumps(Stranger()), s), "cannot be read as a checkpoint"),
     "no pickle": (lambda t, s: (b"no pickle", s), "cannot be read as a checkpoint"),
-    "a list": (lambda t, s: ([1, 2], s), "it has list, not"),
-    "no weights": (lambda t, s: ({k: v for k, v in t.items() if k != "weights"}, s), "not .*'weights'"),
+    "a list": (lambda t, s: ([1, 2], s), "cannot be read as a checkpoint .*list"),
+    "no weights": (
+        lambda t, s: ({k: v for k, v in t.items() if k != "weights"}, s),
+        "cannot be read as a checkpoint .*'weights'",
+    ),
     "one part more": (lambda t, s: ({**t, "more": {}}, s), "'more'"),
     "a weight of text": (lambda t, s: ({**t, "weights": dict.fromkeys(t["weights"], "x")}, s), "is no tensor"),
-    "optimizer of text": (lambda t, s: ({**t, "optimizer": "x"}, s), "cannot be read as a checkpoint"),
+    "optimizer of text": (lambda t, s: ({**t, "optimizer": "x"}, s), "does not hold what a run of this kind saves"),
     "groups of another number": (
         lambda t, s: ({**t, "optimizer": {**t["optimizer"], "param_groups": []}}, s),
         "does not hold what a run of this kind saves .*groups",
@@ -234,3 +239,12 @@ def test_a_checkpoint_that_memory_does_not_hold_is_not_called_odd(cut, monkeypat
 
 def test_what_a_state_must_have_is_what_is_saved(cut):
     assert {name.removesuffix("?") for name in run_state._STATE} <= set(cut[1].newest()[0].state)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_study, tmp_path):
+    folder = tiny.model_folder(tmp_path / "model")
+    study = make_study(model=str(folder), max_seconds=1e-9)
+    trained(study, "galore")
+    tiny.model_folder(folder, seed=1)
+    with pytest.raises(ModelError, match="another base model than the one of galore"):
+        trained(study, "galore")
