@@ -263,14 +263,13 @@ def reference(
         str | None,
         Option(metavar="A,B,...", help="run these in fp16 too, in study NAME-fp16, or none; '': the main three"),
     ] = None,
-    minutes: Annotated[float, Option(help="save and stop before so many are over; 0: no limit")] = 0.0,
-    at_once: Annotated[int, Option(help="runs side by side on each GPU")] = 1,
+    minutes: Annotated[float, Option(min=0, help="save and stop before so many are over; 0: no limit")] = 0.0,
+    at_once: Annotated[int, Option(min=1, help="runs side by side on each GPU")] = 1,
     only: Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")] = "",
     again: Annotated[bool, Option("--again", help="try what failed once more")] = False,
     no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
     dry_run: Flag = False,
     tokens_per_second: Annotated[float | None, Option(help="for --dry-run: of one training run on a GPU")] = None,
-    keep_plan: Annotated[Path | None, Option(metavar="DIR", help="for --dry-run: write plan.json there")] = None,
     gpus: Annotated[int | None, Option(help="for --dry-run: GPUs to plan for; default: 2")] = None,
 ):
     """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
@@ -280,13 +279,17 @@ def reference(
     given = given_settings(settings, source=source, profile=profile, study=study)
     from peftlib.runner import suite, suite_plan
 
-    how: dict = {"methods": methods, "seeds": seeds, "factors": factors, "rows": sweep_rows, "only": only}
-    how |= {"again": again, "minutes": minutes, "at_once": at_once, "has_report": not no_report}
-    chosen = suite.Settings.of(given, precision_check=precision_check, **how)
+    words: dict = {"methods": methods, "seeds": seeds, "factors": factors, "only": only}
+    others: dict = {"rows": sweep_rows, "is_again": again, "minutes": minutes, "at_once": at_once}
+    others |= {"has_report": not no_report, "precision_check": precision_check}
+    chosen = suite.Settings.of(given, **words, **others)
     if not dry_run:
         return suite.run(chosen, log=say)
-    assumed: dict = {"tokens_per_second": tokens_per_second, "gpus": gpus, "at_once": at_once}
-    return suite_plan.show(chosen, {name: value for name, value in assumed.items() if value is not None}, keep_plan)
+    assumed: dict = {"tokens_per_second": tokens_per_second, "gpus": gpus}
+    known = {name: value for name, value in assumed.items() if value is not None}
+    for line in suite_plan.lines(chosen, suite_plan.Assumptions(**known, at_once=at_once)):
+        print(line)
+    return 0
 
 
 def call(argv):

@@ -8,6 +8,7 @@ from peftlib.core.study import Study
 from peftlib.methods import BASE, find
 from peftlib.train import sweep
 
+OTHER_PRECISION = "fp16"  # of a study's sibling, in which some methods run once more
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
 
 
@@ -29,21 +30,19 @@ class Job:
 
 @dataclass(frozen=True)
 class State:
-    """status: one of this module's words. detail: steps done or the reason of a failure, in words. train_minutes,
-    evaluate_minutes: None where unknown."""
+    """How far a job is. status: one of this module's words. detail: steps done, or the reason of a failure."""
 
     status: str
     detail: str = ""
     steps: int | None = None
-    train_minutes: float | None = None
-    evaluate_minutes: float | None = None
+    train_s: float | None = None
+    evaluate_s: float | None = None
 
 
 def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True):
     """[Job, ...] in starting order: sweeps, base, then seed after seed.
 
-    sibling: the study of the other precision, in which the methods of `checked` run once. ConfigError: a method that is
-    not known.
+    sibling: the study of OTHER_PRECISION, in which the methods of `checked` run once. ConfigError: an unknown method.
     """
     for method in [*methods, *checked]:
         if method != BASE:
@@ -53,8 +52,7 @@ def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True)
     jobs += [Job(study, BASE)] if BASE in methods else []
     jobs += [Job(study, method, seed) for seed in seeds for method in trained]
     if sibling is not None:
-        suffix = sibling.folder.name.removeprefix(study.folder.name)
-        jobs += [Job(sibling, method, seeds[0], suffix=suffix) for method in checked if method in trained]
+        jobs += [Job(sibling, method, seeds[0], suffix=f"-{OTHER_PRECISION}") for method in checked]
     return jobs
 
 
@@ -77,17 +75,13 @@ def state_of(job, *, factors, rows):
     record = records.load(job.study, job.method, job.seed)
     if record is None:
         return State(OPEN)
-    known = {"steps": record["steps"], "train_minutes": _minutes(record["train_seconds"])}
+    known = {"steps": record["steps"], "train_s": record["train_seconds"]}
     if record["status"] == "failed":
         return State(FAILED, record["error"] or "", **known)
     if record["status"] != "ok":
         return State(STOPPED, f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}", **known)
     if record["evaluation"] and job.study.predictions_path(job.method, job.seed).exists():
-        return State(DONE, **known, evaluate_minutes=_minutes(record["evaluation"].get("generate_seconds")))
+        return State(DONE, **known, evaluate_s=record["evaluation"].get("generate_seconds"))
     if record.get("evaluation_error"):
         return State(FAILED, f"evaluation: {record['evaluation_error']}", **known)
     return State(TRAINED, "not evaluated yet", **known)
-
-
-def _minutes(seconds):
-    return None if seconds is None else seconds / 60

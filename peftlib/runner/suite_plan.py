@@ -1,15 +1,14 @@
 """What work costs before it is done: the methods on a card, and each run of a whole study."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.files import write_json
 from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS
 from peftlib.models.compile import STEPS_TO_PAY
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
-from peftlib.runner.suite_jobs import DONE, only, state_of
+from peftlib.runner.suite_jobs import DONE, OTHER_PRECISION, only, state_of
 from peftlib.train import estimate
 
 _FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
@@ -55,25 +54,26 @@ class Assumptions:
 
 
 def predict(study, settings, assumed):
-    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...], one a job of a study with data."""
+    """{run: minutes} of the jobs of a study with data, in the order in which they start."""
     cfg, manifest = study.cfg, study.manifest()
     tokens, _, _ = estimate.study_tokens(cfg, manifest)
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
     answers = sum(manifest["counts"]["test"].values()) * assumed.answer_tokens
-    jobs = settings.jobs(study, sibling=study if settings.checked else None)
-    n_checks = len(settings.checked)
-    found = []
-    for at, job in enumerate(jobs):
-        train, evaluate = 0.0, assumed.test_loss_s + answers / assumed.answer_tokens_per_second
+    evaluate_s = assumed.test_loss_s + answers / assumed.answer_tokens_per_second
+    found = {}
+    for job in settings.jobs(study):
+        seconds = assumed.start_s
         if job.is_sweep:
             share, steps = min(1.0, settings.rows / n_seen), settings.rows / cfg.batch_size
-            train, evaluate = len(settings.factors) * _train_s(job.method, tokens * share, steps, assumed), 0.0
-        elif job.method != BASE:
-            train = _train_s(job.method, tokens, n_seen / cfg.batch_size, assumed)
-        minutes = round((assumed.start_s + train + evaluate) / 60, 2)
-        row = {"run": job.name + ("-fp16" if at >= len(jobs) - n_checks else ""), "method": job.method}
-        row |= {"seed": None if job.is_sweep else job.seed}
-        found.append(row | {"train_s": round(train, 1), "evaluate_s": round(evaluate, 1), "minutes": minutes})
+            seconds += len(settings.factors) * _train_s(job.method, tokens * share, steps, assumed)
+        elif job.method == BASE:
+            seconds += evaluate_s
+        else:
+            seconds += _train_s(job.method, tokens, n_seen / cfg.batch_size, assumed) + evaluate_s
+        found[job.name] = seconds / 60
+    for method in settings.checked:
+        first = f"{method}-s{settings.seeds[0]}"
+        found[f"{first}-{OTHER_PRECISION}"] = found[first]
     return found
 
 
@@ -85,57 +85,35 @@ def _train_s(method, tokens, steps, assumed):
     return first + tokens / assumed.tokens_per_second
 
 
-def wall_minutes(rows, assumed):
-    """Minutes by the clock: each row goes to the worker that is free first, and is `slower` beside others."""
+def wall_minutes(minutes, assumed):
+    """Minutes by the clock: each run goes to the worker that is free first, and is `slower` beside others."""
     workers = [0.0] * (assumed.gpus * assumed.at_once)
     slower = assumed.slower if assumed.at_once > 1 else 1.0
-    for row in rows:
-        workers[workers.index(min(workers))] += row["minutes"] * slower
+    for run_minutes in minutes:
+        workers[workers.index(min(workers))] += run_minutes * slower
     return max(workers)
 
 
-def show(settings, assumed, folder=None):
-    """Print the unfinished jobs of a study with their predicted minutes; with a folder, write plan.json there as well.
+def lines(settings, assumed):
+    """Yield the runs of a study with predicted minutes and status, then the total of the unfinished ones.
 
-    settings: suite.Settings. assumed: {field: value} of Assumptions. StudyError: the study has no data yet.
+    settings: suite.Settings. StudyError: the study has no data yet.
     """
-    study, assumed = Study.resolve(**settings.given), Assumptions(**assumed)
+    study = Study.resolve(**settings.given)
     if not study.manifest_path.exists():
         raise StudyError(
             f"--dry-run counts the rows of study {study.cfg.study!r}, which has no data yet: the command without "
             "--dry-run builds them first, and so does `python -m peftlib data` with the same --study, --source and -p"
         )
-    print("\n".join(lines(study, settings, assumed)))
-    if folder is not None:
-        write_json(folder / "plan.json", document(study, settings, assumed))
-
-
-def lines(study, settings, assumed):
-    """Yield the runs of a study with predicted minutes and status, then the total of the unfinished ones."""
-    made = document(study, settings, assumed)
     jobs = settings.jobs(study)
-    states = {job.name: state_of(job, factors=settings.factors, rows=settings.rows) for job in jobs}
+    states = {job.name: state_of(job, factors=settings.factors, rows=settings.rows).status for job in jobs}
     chosen = {job.name for job in only(jobs, settings.names)}
     yield f"{'run':<18} {'predicted min':>13}  now"
     left = []
-    for row in made["runs"]:
-        state = states.get(row["run"])
-        is_left = (not settings.names or row["run"] in chosen) and (state is None or state.status != DONE)
-        left += [row] if is_left else []
-        yield f"{row['run']:<18} {row['minutes']:>13.1f}  {state.status if state else ''}".rstrip()
+    for name, minutes in predict(study, settings, assumed).items():
+        if states.get(name) != DONE and (name in chosen or not settings.names):
+            left.append(minutes)
+        yield f"{name:<18} {minutes:>13.1f}  {states.get(name, '')}".rstrip()
     gpus, runs = (f"{n} {what}{'s' * (n != 1)}" for n, what in ((assumed.gpus, "GPU"), (assumed.at_once, "run")))
-    minutes = f"{sum(row['minutes'] for row in left):.0f} minutes of runs"
-    yield f"left: {minutes}, {wall_minutes(left, assumed):.0f} by the clock on {gpus} with {runs} on each"
-
-
-def document(study, settings, assumed):
-    """The plan as a JSON object."""
-    rows = predict(study, settings, assumed)
-    return {
-        "assumptions": asdict(assumed),
-        "tokens": estimate.study_tokens(study.cfg, study.manifest())[2],
-        "sweep": {"factors": list(settings.factors), "rows": settings.rows},
-        "runs": rows,
-        "run_minutes": round(sum(row["minutes"] for row in rows), 1),
-        "wall_minutes": round(wall_minutes(rows, assumed), 1),
-    }
+    clock = wall_minutes(left, assumed)
+    yield f"left: {sum(left):.0f} minutes of runs, {clock:.0f} by the clock on {gpus} with {runs} on each"

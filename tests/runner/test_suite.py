@@ -246,10 +246,10 @@ def test_arguments_become_settings(settings_of):
     for words, message in (
         ("--seeds 0,x", "--seeds '0,x': use numbers"),
         ("--seeds 1,1", "each number once"),
-        ("--at-once 0", "use positive numbers"),
+        ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
         ("--methods ,", "use base, qlora"),
-        ("--methods base --precision-check qlora", "not among --methods base"),
+        ("--methods base --precision-check qlora", "--precision-check qlora: use base"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             settings_of(words)
@@ -270,21 +270,21 @@ def test_which_methods_run_in_the_other_precision_too(monkeypatch, settings_of, 
     assert settings_of(words).checked == checked
 
 
-def test_the_plan_follows_from_its_assumptions(make_study, tmp_path, capsys):
+def test_the_plan_follows_from_its_assumptions(make_study, capsys):
     study = make_study()
     asked = Settings({}, ("base", "qlora", "galore"), (0, 1), factors=(1.0, 3.0), rows=6)
     n_tokens = sum(found["total"] for found in study.manifest()["tokens"]["train"].values())
     n_test = sum(study.manifest()["counts"]["test"].values())
     assumed = suite_plan.Assumptions(tokens_per_second=100.0, answer_tokens_per_second=50.0, gpus=1, at_once=1)
-    rows = {row["run"]: row for row in suite_plan.predict(study, asked, assumed)}
-    assert rows["qlora-s1"]["train_s"] == pytest.approx(n_tokens / 50, abs=0.1)  # too few steps to be compiled
-    assert rows["sweep-galore"]["train_s"] == pytest.approx(2 * n_tokens / 2 / 50, abs=0.1)  # 6 of 12 rows, twice
-    assert rows["base-s0"]["train_s"] == 0.0
-    assert rows["base-s0"]["evaluate_s"] == pytest.approx(20 + n_test * 110 / 50, abs=0.1)
-    together = sum(row["minutes"] for row in rows.values())
-    assert suite_plan.wall_minutes(rows.values(), assumed) == pytest.approx(together)
+    minutes = suite_plan.predict(study, asked, assumed)
+    answers_s = 20 + n_test * 110 / 50
+    train_s = n_tokens / 50  # too few steps to be compiled
+    assert minutes["qlora-s1"] == pytest.approx((25 + train_s + answers_s) / 60)
+    assert minutes["sweep-galore"] == pytest.approx((25 + train_s) / 60)  # 6 of 12 rows, twice
+    assert minutes["base-s0"] == pytest.approx((25 + answers_s) / 60)
+    assert suite_plan.wall_minutes(minutes.values(), assumed) == pytest.approx(sum(minutes.values()))
     words = "reference --study tiny --profile demo --dry-run --tokens-per-second 100 --seeds 0 --only galore-s0"
-    assert main([*words.split(), "--keep-plan", str(tmp_path)]) == 0
-    assert "qlora-s0" in [row["run"] for row in read_json(tmp_path / "plan.json")["runs"]]
-    assert "left: " in capsys.readouterr().out
+    assert main(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert "left: " in printed and re.search(r"^qlora-s0 +\d+\.\d  waits$", printed, re.MULTILINE)
     assert not (study.folder / "records").exists()
