@@ -269,8 +269,6 @@ def reference(
     again: Annotated[bool, Option("--again", help="try what failed once more")] = False,
     no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
     dry_run: Flag = False,
-    tokens_per_second: Annotated[float | None, Option(help="for --dry-run: of one training run on a GPU")] = None,
-    gpus: Annotated[int | None, Option(help="for --dry-run: GPUs to plan for; default: 2")] = None,
 ):
     """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
 
@@ -283,13 +281,10 @@ def reference(
     others: dict = {"rows": sweep_rows, "is_again": again, "minutes": minutes, "at_once": at_once}
     others |= {"has_report": not no_report, "precision_check": precision_check}
     chosen = suite.Settings.of(given, **words, **others)
-    if not dry_run:
-        return suite.run(chosen, log=say)
-    assumed: dict = {"tokens_per_second": tokens_per_second, "gpus": gpus}
-    known = {name: value for name, value in assumed.items() if value is not None}
-    for line in suite_plan.lines(chosen, suite_plan.Assumptions(**known, at_once=at_once)):
-        print(line)
-    return 0
+    if dry_run:
+        print("\n".join(suite_plan.lines(chosen)))
+        return 0
+    return suite.run(chosen, log=say)
 
 
 def call(argv):

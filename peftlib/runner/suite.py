@@ -20,7 +20,7 @@ from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS
 from peftlib.runner import process_pool
 from peftlib.runner.execute import environment
-from peftlib.runner.suite_jobs import DONE, FAILED, OTHER_PRECISION, jobs_of, only, state_of
+from peftlib.runner.suite_jobs import DONE, FAILED, jobs_of, only, sibling_of, state_of
 from peftlib.runner.suite_worker import STOPPED_CODE, Work
 from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
@@ -114,7 +114,7 @@ def run(settings, *, log=print, why_stop=lambda: None):
     """
     ends_at = time.monotonic() + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else float("inf")
     study = _with_data(settings, log)
-    studies = [study, *([_sibling(study)] if settings.checked else [])]
+    studies = [study, *([_made_sibling(study)] if settings.checked else [])]
     with contextlib.ExitStack() as stack:
         for found in studies:
             stack.enter_context(held(found.folder, "python -m peftlib reference", log=log))
@@ -263,10 +263,9 @@ def _with_data(settings, log):
     return study
 
 
-def _sibling(study):
+def _made_sibling(study):
     """The study in which the checked methods run in OTHER_PRECISION, created on first use."""
-    cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)
-    sibling = Study(study.folder.parent / cfg.study, cfg)
+    sibling = sibling_of(study)
     open_mirror(sibling.folder)
     if not sibling.data_dir.exists():
         beside = sibling.folder / "data.copying"
@@ -274,4 +273,4 @@ def _sibling(study):
         copy_tree(study.data_dir, beside)
         rename(beside, sibling.data_dir)
     sibling.freeze()
-    return Study.open(cfg)
+    return Study.open(sibling.cfg)

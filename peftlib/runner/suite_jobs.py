@@ -56,6 +56,12 @@ def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True)
     return jobs
 
 
+def sibling_of(study):
+    """The study beside another one in which methods run in OTHER_PRECISION; it may not exist yet."""
+    cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)
+    return Study(study.folder.parent / cfg.study, cfg)
+
+
 def only(jobs, names):
     """Those jobs that names such as galore, galore-s1 or sweep-galore mean. ConfigError: a name that means none."""
     if not names:

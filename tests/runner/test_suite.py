@@ -13,11 +13,13 @@ from peftlib.cli import main
 from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
-from peftlib.runner import process_pool, suite, suite_plan, suite_worker
+from peftlib.models.shapes import find_card, shape_of
+from peftlib.runner import process_pool, suite, suite_worker
 from peftlib.runner.process_pool import Ending
 from peftlib.runner.suite import UNFINISHED_CODE, Settings, run, workers_of
 from peftlib.runner.suite_jobs import jobs_of, only, state_of
 from peftlib.storage.lock import StudyLock
+from peftlib.train import estimate
 
 
 @pytest.fixture
@@ -270,21 +272,17 @@ def test_which_methods_run_in_the_other_precision_too(monkeypatch, settings_of, 
     assert settings_of(words).checked == checked
 
 
-def test_the_plan_follows_from_its_assumptions(make_study, capsys):
+def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     study = make_study()
-    asked = Settings({}, ("base", "qlora", "galore"), (0, 1), factors=(1.0, 3.0), rows=6)
-    n_tokens = sum(found["total"] for found in study.manifest()["tokens"]["train"].values())
-    n_test = sum(study.manifest()["counts"]["test"].values())
-    assumed = suite_plan.Assumptions(tokens_per_second=100.0, answer_tokens_per_second=50.0, gpus=1, at_once=1)
-    minutes = suite_plan.predict(study, asked, assumed)
-    answers_s = 20 + n_test * 110 / 50
-    train_s = n_tokens / 50  # too few steps to be compiled
-    assert minutes["qlora-s1"] == pytest.approx((25 + train_s + answers_s) / 60)
-    assert minutes["sweep-galore"] == pytest.approx((25 + train_s) / 60)  # 6 of 12 rows, twice
-    assert minutes["base-s0"] == pytest.approx((25 + answers_s) / 60)
-    assert suite_plan.wall_minutes(minutes.values(), assumed) == pytest.approx(sum(minutes.values()))
-    words = "reference --study tiny --profile demo --dry-run --tokens-per-second 100 --seeds 0 --only galore-s0"
+    words = "reference --study tiny --profile demo --dry-run --seeds 0,1 --factors 1,3 --sweep-rows 6 --only galore-s0"
     assert main(words.split()) == 0
-    printed = capsys.readouterr().out
-    assert "left: " in printed and re.search(r"^qlora-s0 +\d+\.\d  waits$", printed, re.MULTILINE)
+    *rows, last = capsys.readouterr().out.splitlines()
+    told = {row.split()[0]: re.split("  +", row)[1:] for row in rows[1:]}
+    name, card = find_card("t4")
+    costs = estimate.forecast(study.cfg, name, card, shape=shape_of(study.cfg.model), manifest=study.manifest()).costs
+    [hours] = [cost.hours for cost in costs if cost.method == "galore"]
+    one_run = estimate.duration(*(3600 * end for end in hours))
+    assert told["galore-s0"] == told["galore-s1"] == told["sweep-galore"] == [one_run, "waits"]  # 6 of 12 rows, twice
+    assert told["base-s0"] == ["none", "waits"]
+    assert last == f"left: {one_run} of training on a t4, one run at a time; answering the test rows comes on top"
     assert not (study.folder / "records").exists()
