@@ -11,7 +11,7 @@ from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
 from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.study import Study
 from peftlib.models.shapes import CARDS, SHAPES, card_at_hand, find_card, shape_of
-from peftlib.notebook.widgets import can_click, look
+from peftlib.notebook.widgets import bar, can_click, look
 from peftlib.report.render import folded, plain
 from peftlib.train import estimate
 
@@ -136,16 +136,10 @@ def _html_table(forecast):
     head = "".join(f"<th>{column}</th>" for column in ("method", "fits", "memory", *COLUMNS[4:]))
     rows = [f"<tr>{head}</tr>"]
     for cost, row in zip(forecast.costs, table(forecast), strict=True):
-        bar = _bar(cost.memory_gib / forecast.gib, f"{row['GiB']} of {row['of GiB']} GiB")
+        memory = f"{row['GiB']} of {row['of GiB']} GiB{bar(cost.memory_gib / forecast.gib, height_px=4)}"
         cells = "".join(f"<td>{html.escape(row[column])}</td>" for column in COLUMNS[4:])
-        rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{bar}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{memory}</td>{cells}</tr>")
     return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{"".join(rows)}</table>'
-
-
-def _bar(share, text):
-    """A bar in the page's own colour under a text, in a grey one that is the whole card."""
-    bar = f'<div style="height:4px;width:{min(share, 1):.0%};background:currentColor"></div>'
-    return f'<div style="min-width:9em">{text}<div style="background:rgba(128,128,128,.35)">{bar}</div></div>'
 
 
 def _static(study):

@@ -48,6 +48,17 @@ def checkboxes(labels):
     return {label: ipywidgets.Checkbox(description=label, **small) for label in labels}
 
 
+def bar(share, color="currentColor", *, held=0.0, height_px=6):
+    """HTML of a grey bar, a share of it in a colour. held: a larger share in a light tone; the colour is hex then."""
+
+    def part(width, tone, inside=""):
+        return f'<div style="width:{min(1.0, max(0.0, width)):.1%};height:100%;background:{tone}">{inside}</div>'
+
+    filled = part(held, f"{color}55", part(share / held, color)) if held > share else part(share, color)
+    track = "background:rgba(127,127,127,.22);border-radius:4px;overflow:hidden"
+    return f'<div style="{track};height:{height_px}px;margin:2px 0">{filled}</div>'
+
+
 def link(name, content, kind):
     """HTML of a link that saves `content` (bytes of MIME type `kind`) as `name`.
 
