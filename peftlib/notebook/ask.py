@@ -13,7 +13,7 @@ from peftlib.evaluation.generate import answer_batch
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
-from peftlib.notebook.answers import answer_card, page
+from peftlib.notebook.answers import answer_card, ended, page, side
 from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look
 from peftlib.report.palette import THEMES
 
@@ -131,7 +131,7 @@ class AskBox(Shown):
         try:
             for reply in self._models.ask(question, methods, self.tokens.value):
                 cards.append(self._card(reply))
-                self.shown.value = page(['<div class="pl-cards">', *cards, "</div>"])
+                self.shown.value = page([side(cards)])
             self._say("Greedy answers: the same question gives them again.")
         except KeyboardInterrupt:
             self._say("Interrupted; the answers so far are below.")
@@ -142,6 +142,5 @@ class AskBox(Shown):
         color = self._theme.color_of(reply.method)
         if reply.answer is None:
             return answer_card(reply.method, color, "could not answer", reply.error)
-        end = "ended by itself" if reply.answer.finish_reason == "stop" else "cut at the limit"
-        facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {end}"
+        facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {ended(reply.answer.finish_reason)}"
         return answer_card(reply.method, color, facts, reply.answer.text)

@@ -48,7 +48,7 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
     if is_headless:
         _quiet_progress_bars()
     hosted.require_sound_packages()
-    hosted.compile_torchao()
+    hosted.quiet_torchao()
     given = executed_parameters(_ipython().user_ns["In"])
     named = resolve(**given)  # refuses bad settings before anything is mounted
     if drive is None:
