@@ -105,25 +105,27 @@ class _Pace:
 
 
 def facts(snapshot):
-    """{name: value in words} of a callbacks.Snapshot, in the order to show them."""
-    speed, left = snapshot.tokens_per_second, None if snapshot.is_over else snapshot.seconds_left
-    loss = snapshot.history[-1]["loss"] if snapshot.history else None
-    valid_loss = snapshot.valid_history[-1]["valid_loss"] if snapshot.valid_history else None
+    """{name: value in words} of what is known of a callbacks.Snapshot, in the order to show it."""
     found = {
-        "speed": None if speed is None else f"{speed:,.0f} tokens/s",
-        "time left": None if left is None else clock(left),
-        "loss": None if loss is None else f"{loss:.4f}",
-        "validation": None if valid_loss is None else f"{valid_loss:.4f}",  # None: it was not finite
-        "memory": memory_words(snapshot),
-        "checkpoint": checkpoint_words(snapshot),
+        "speed": snapshot.tokens_per_second and f"{snapshot.tokens_per_second:,.0f} tokens/s",
+        "time left": None if snapshot.is_over or snapshot.seconds_left is None else clock(snapshot.seconds_left),
+        "loss": _last(snapshot.history, "loss"),
+        "validation": _last(snapshot.valid_history, "valid_loss"),
+        "memory": _memory(snapshot),
+        "checkpoint": _checkpoint(snapshot),
         "copy": snapshot.copy or "none, only this disk has it",
         "precision": f"{snapshot.precision} on {snapshot.device}",
         "skipped steps": f"{snapshot.skipped_steps} (fp16 overflow)" if snapshot.skipped_steps else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value}
 
 
-def memory_words(snapshot):
+def _last(history, name):
+    value = history[-1][name] if history else None
+    return None if value is None else f"{value:.4f}"  # None: it was not finite
+
+
+def _memory(snapshot):
     """Memory now against its limit, and its peak."""
     now = f"{gib(snapshot.memory_bytes):.2f} of {gib(snapshot.memory_limit_bytes):.1f} GiB"
     peak = f"{gib(snapshot.peak_memory_bytes):.2f}"
@@ -132,18 +134,19 @@ def memory_words(snapshot):
     return f"{now}, {gib(snapshot.reserved_bytes):.2f} reserved, peak {peak}"
 
 
-def checkpoint_words(snapshot):
+def _checkpoint(snapshot):
     """The step from which a run would resume."""
     if snapshot.status == "ok":
         return "not needed any more, the weights are saved"
-    writing = " (a new one is being written)" if snapshot.is_saving else ""
     if snapshot.saved_step is None:
-        return "being written" if writing else "none yet"
+        return "being written" if snapshot.is_saving else "none yet"
     if snapshot.is_over:
         return f"step {snapshot.saved_step}"
-    if snapshot.saved_at is None:
-        return f"step {snapshot.saved_step}, of an earlier session{writing}"
-    return f"step {snapshot.saved_step}, {_ago(time.time() - snapshot.saved_at)}{writing}"
+    age = "of an earlier session"
+    if snapshot.saved_at is not None:
+        seconds = time.time() - snapshot.saved_at
+        age = f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"
+    return f"step {snapshot.saved_step}, {age}{' (a new one is being written)' * snapshot.is_saving}"
 
 
 def summary(snapshot):
@@ -184,7 +187,3 @@ def ending(snapshot, lines):
     if snapshot:
         words += [summary(snapshot), *(f"{name}: {value}" for name, value in facts(snapshot).items())]
     return {"text/html": shown + told, "text/plain": "\n".join(words)}
-
-
-def _ago(seconds):
-    return f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"
