@@ -5,7 +5,6 @@ that the environment variable LLAMA_CPP names. It runs as a program of its own: 
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -53,7 +52,7 @@ def require_converter(quant):
     if quant not in QUANTS:
         raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; smaller ones by llama-quantize")
     script = _converter()
-    missing = [name for name in ("sentencepiece", "google.protobuf") if not _can_import(name)]
+    missing = [name for name in ("sentencepiece", "protobuf") if not _files_of(name)]
     missing += [_SCRIPT] if script is None else []
     if missing:
         raise ModelError(
@@ -63,11 +62,11 @@ def require_converter(quant):
     return script
 
 
-def _can_import(name):
+def _files_of(package):
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
+        return importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def _converter():
@@ -75,11 +74,7 @@ def _converter():
     if named:
         path = Path(named).expanduser() / _SCRIPT
         return path if path.exists() else None
-    try:
-        files = importlib.metadata.files(_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(f.locate()) for f in files if f.name == _SCRIPT), None)
+    return next((Path(f.locate()) for f in _files_of(_PACKAGE) if f.name == _SCRIPT), None)
 
 
 def write_gguf(merged, folder, *, quant, name):
