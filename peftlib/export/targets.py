@@ -63,17 +63,15 @@ class HubTarget:
     """A model repository, created if it does not exist. api: a huggingface_hub.HfApi; None makes one."""
 
     def __init__(self, text, *, private, api=None):
-        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         self.repository = text.removeprefix(_SCHEME)
         self._private, self._api = private, api
         try:
+            _user, _name = self.repository.split("/")
             validate_repo_id(self.repository)
-        except HFValidationError as error:
+        except ValueError as error:
             raise ConfigError(f"to={text!r}: use hf://USER/REPO ({error})") from None
-        if self.repository.count("/") != 1:
-            raise ConfigError(f"to={text!r}: use hf://USER/REPO")
 
     def __str__(self):
         return _SCHEME + self.repository
