@@ -259,10 +259,6 @@ def reference(
     seeds: Annotated[str, Option(help="of every method but base")] = "0,1,2",
     factors: Annotated[str, Option(help="of the rates that a sweep tries, or none")] = "0.3,1,3",
     sweep_rows: Annotated[int, Option(help="training rows of each trial")] = 1500,
-    precision_check: Annotated[
-        str | None,
-        Option(metavar="A,B,...", help="run these in fp16 too, in study NAME-fp16, or none; '': the main three"),
-    ] = None,
     minutes: Annotated[float, Option(min=0, help="save and stop before so many are over; 0: no limit")] = 0.0,
     at_once: Annotated[int, Option(min=1, help="runs side by side on each GPU")] = 1,
     only: Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")] = "",
@@ -279,8 +275,7 @@ def reference(
 
     words: dict = {"methods": methods, "seeds": seeds, "factors": factors, "only": only}
     others: dict = {"rows": sweep_rows, "is_again": again, "minutes": minutes, "at_once": at_once}
-    others |= {"has_report": not no_report, "precision_check": precision_check}
-    chosen = suite.Settings.of(given, **words, **others)
+    chosen = suite.Settings.of(given, **words, **others, has_report=not no_report)
     if dry_run:
         print("\n".join(suite_plan.lines(chosen)))
         return 0

@@ -9,11 +9,11 @@ import pandas as pd
 from peftlib import build_report, load_tokenizer
 from peftlib.core.errors import StudyError, writing
 from peftlib.core.files import read_json, write_json
+from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, stats
 from peftlib.evaluation.hf_metrics import score
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import public_config, public_model, without_folders
-from peftlib.runner import suite_jobs
 
 FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
 FIRST_LOOK_TOKENS = 96  # limit of answers in the early look whose scores docs/reference-study.md quotes
@@ -77,9 +77,10 @@ def take_reference(study, target):
 
 
 def sibling_of(study):
-    """The study of the other precision beside a study, or None."""
-    sibling = suite_jobs.sibling_of(study)
-    return sibling if sibling.folder.is_dir() else None
+    """The study NAME-fp16 beside a study, or None."""
+    name = f"{study.folder.name}-fp16"
+    folder = study.folder.parent / name
+    return Study(folder, study.cfg.replace(study=name, precision="fp16")) if folder.is_dir() else None
 
 
 def _summary(study, built):

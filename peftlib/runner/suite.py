@@ -8,25 +8,22 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
 
 from peftlib.core.errors import ConfigError
-from peftlib.core.files import copy_tree, rename
 from peftlib.core.session import interrupts
 from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS
 from peftlib.runner import process_pool
 from peftlib.runner.execute import environment
-from peftlib.runner.suite_jobs import DONE, FAILED, jobs_of, only, sibling_of, state_of
+from peftlib.runner.suite_jobs import DONE, FAILED, jobs_of, only, state_of
 from peftlib.runner.suite_worker import STOPPED_CODE, Work
 from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
 from peftlib.train import sweep
 
-PRECISION_CHECKED = tuple(name for name, spec in METHODS.items() if not spec.is_baseline)
 UNFINISHED_CODE = 3  # cut by --minutes or a signal: the same command goes on
 _ROOM_S = 60.0  # no run is started that has less time than this before it would be stopped
 
@@ -34,15 +31,14 @@ _ROOM_S = 60.0  # no run is started that has less time than this before it would
 @dataclass(frozen=True)
 class Settings:
     """given: what Study.resolve gets. methods, seeds: to run. factors: of the sweeps, empty for none; rows: of each.
-    checked: methods that also run once in OTHER_PRECISION. minutes: 0 for no limit. at_once: runs on each GPU.
-    names: as in suite_jobs.only, empty for all. is_again: try what failed once more."""
+    minutes: 0 for no limit. at_once: runs on each GPU. names: as in suite_jobs.only, empty for all. is_again: try what
+    failed once more."""
 
     given: dict
     methods: tuple
     seeds: tuple
     factors: tuple = sweep.FACTORS
     rows: int = 1500
-    checked: tuple = ()
     minutes: float = 0.0
     at_once: int = 1
     names: tuple = ()
@@ -50,50 +46,25 @@ class Settings:
     has_report: bool = True
 
     @classmethod
-    def of(cls, given, *, methods, seeds, factors, only, precision_check, **others):
-        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be.
-
-        precision_check: methods, 'none', '' for PRECISION_CHECKED; None decides by the profile and the hardware.
-        """
+    def of(cls, given, *, methods, seeds, factors, only, **others):
+        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be."""
         known = (BASE, *METHODS)
-        names = known if methods is None else _named("--methods", methods, known)
-        if not names:
-            raise ConfigError(f"--methods {methods!r}: use {', '.join(known)}")
+        names = known if methods is None else tuple(methods.replace(",", " ").split())
+        strange = [name for name in names if name not in known]
+        if strange or not names:
+            raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(known)}")
         return cls(
             given,
             names,
             seeds=_numbers("--seeds", seeds, int),
             factors=() if factors == "none" else _numbers("--factors", factors, float),
-            checked=_checked(precision_check, names, given),
             names=tuple(filter(None, only.split(","))),
             **others,
         )
 
-    def jobs(self, study, *, sibling=None):
-        """[Job, ...] of a study, and of its sibling in the other precision, in the order in which they start."""
-        has_sweeps = bool(self.factors)
-        return jobs_of(study, self.methods, self.seeds, sibling=sibling, checked=self.checked, has_sweeps=has_sweeps)
-
-
-def _checked(asked, methods, given):
-    """Methods to run in OTHER_PRECISION as well. asked: as in Settings.of."""
-    usual = tuple(name for name in PRECISION_CHECKED if name in methods)
-    if asked is not None:
-        return () if asked == "none" else _named("--precision-check", asked, methods) or usual
-    import torch
-
-    # By the profile, not by the card: asking that would take memory of a GPU in this process.
-    is_bf16 = given.get("precision", "auto") in ("auto", "bf16") and given["profile"] == "gpu"
-    is_gpu = given.get("device", "auto") != "cpu" and torch.cuda.device_count() > 0
-    return usual if is_bf16 and is_gpu else ()
-
-
-def _named(option, text, known):
-    names = tuple(text.replace(",", " ").split())
-    strange = [name for name in names if name not in known]
-    if strange:
-        raise ConfigError(f"{option} {' '.join(strange)}: use {', '.join(known)}")
-    return names
+    def jobs(self, study):
+        """[Job, ...] of a study in the order in which they start."""
+        return jobs_of(study, self.methods, self.seeds, has_sweeps=bool(self.factors))
 
 
 def _numbers(option, text, kind):
@@ -114,11 +85,9 @@ def run(settings, *, log=print, why_stop=lambda: None):
     """
     ends_at = time.monotonic() + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else float("inf")
     study = _with_data(settings, log)
-    studies = [study, *([_made_sibling(study)] if settings.checked else [])]
     with contextlib.ExitStack() as stack:
-        for found in studies:
-            stack.enter_context(held(found.folder, "python -m peftlib reference", log=log))
-        session = _Session(studies, settings, log, ends_at)
+        stack.enter_context(held(study.folder, "python -m peftlib reference", log=log))
+        session = _Session(study, settings, log, ends_at)
         interrupted = stack.enter_context(interrupts())
 
         def why():
@@ -136,11 +105,10 @@ def run(settings, *, log=print, why_stop=lambda: None):
 class _Session:
     """The jobs of one command: which wait, and how they ended."""
 
-    def __init__(self, studies, settings, log, ends_at):
-        self.studies, self.settings, self.log, self.ends_at = studies, settings, log, ends_at
-        study, *siblings = studies
+    def __init__(self, study, settings, log, ends_at):
+        self.study, self.settings, self.log, self.ends_at = study, settings, log, ends_at
         self.workers = workers_of(study.cfg, settings.at_once)
-        self.all = {job.name: job for job in settings.jobs(study, sibling=siblings[0] if siblings else None)}
+        self.all = {job.name: job for job in settings.jobs(study)}
         self.died = {}  # name -> what happened to a child that left no record of it
         self.adopt()
         chosen = only(list(self.all.values()), settings.names)
@@ -156,15 +124,14 @@ class _Session:
         return state_of(job, factors=self.settings.factors, rows=self.settings.rows)
 
     def adopt(self):
-        """Have each study take the best rates of finished sweeps, before a first run of the method."""
+        """Have the study take the best rates of finished sweeps, before a first run of the method."""
         how = {"factors": self.settings.factors, "rows": self.settings.rows}
         for job in self.all.values():
-            found = job.is_sweep and sweep.kept(job.study, job.method, **how)
+            found = job.is_sweep and sweep.kept(self.study, job.method, **how)
             if found:
                 rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
                 basis = {name: found[name] for name in ("rows", "steps", "seed", "tried")}
-                for study in self.studies:
-                    study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
+                self.study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
 
     def next_task(self):
         """The next process_pool.Task that can be started, or None."""
@@ -173,15 +140,14 @@ class _Session:
             return None
         self.waiting.remove(job)
         factors, rows = self.settings.factors, self.settings.rows
-        given = {**self.settings.given, "study": job.study.folder.name, "precision": job.study.cfg.precision}
         at_once = self.settings.at_once if self.workers[0] else 1
-        work = Work(given, job.method, job.seed, job.is_sweep, factors, rows, at_once)
+        work = Work(self.settings.given, job.method, job.seed, job.is_sweep, factors, rows, at_once)
         argv = (sys.executable, "-m", "peftlib.runner.suite_worker", json.dumps(dataclasses.asdict(work)))
-        return process_pool.Task(job.name, argv, {**environment(), **child_environment(job.study.folder)})
+        return process_pool.Task(job.name, argv, {**environment(), **child_environment(self.study.folder)})
 
     def _is_ready(self, job):
         needs_rates = not job.is_sweep and job.method != BASE and self.settings.factors
-        return not needs_rates or job.method in job.study.adopted_rates()
+        return not needs_rates or job.method in self.study.adopted_rates()
 
     def ended(self, ending):
         """Take in how a child ended."""
@@ -200,9 +166,8 @@ class _Session:
         if is_all and self.settings.has_report and not reason:
             from peftlib import build_report
 
-            for study in self.studies:
-                self.log(f"report of {study.folder.name}")
-                build_report(study)
+            self.log(f"report of {self.study.folder.name}")
+            build_report(self.study)
         for line in table(states, self.died):
             self.log(line)
         names = [job.name for job in self.chosen]
@@ -261,16 +226,3 @@ def _with_data(settings, log):
     if study.cfg.model == "packaged":
         locate(study.cfg.model)  # converted once, before many processes want it
     return study
-
-
-def _made_sibling(study):
-    """The study in which the checked methods run in OTHER_PRECISION, created on first use."""
-    sibling = sibling_of(study)
-    open_mirror(sibling.folder)
-    if not sibling.data_dir.exists():
-        beside = sibling.folder / "data.copying"
-        shutil.rmtree(beside, ignore_errors=True)
-        copy_tree(study.data_dir, beside)
-        rename(beside, sibling.data_dir)
-    sibling.freeze()
-    return Study.open(sibling.cfg)

@@ -8,24 +8,22 @@ from peftlib.core.study import Study
 from peftlib.methods import BASE, find
 from peftlib.train import sweep
 
-OTHER_PRECISION = "fp16"  # of a study's sibling, in which some methods run once more
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sweep of a method, or training and evaluation of one method and seed. suffix: of a sibling study's runs."""
+    """One sweep of a method, or training and evaluation of one method and seed."""
 
     study: Study
     method: str
     seed: int = 0
     is_sweep: bool = False
-    suffix: str = ""
 
     @property
     def name(self):
-        """Such as sweep-galore, galore-s1 or galore-s0-fp16; printed before its lines."""
-        return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}{self.suffix}"
+        """Such as sweep-galore or galore-s1; printed before its lines."""
+        return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,19 @@ class State:
     evaluate_s: float | None = None
 
 
-def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True):
+def jobs_of(study, methods, seeds, *, has_sweeps=True):
     """[Job, ...] in starting order: sweeps, base, then seed after seed.
 
-    sibling: the study of OTHER_PRECISION, in which the methods of `checked` run once. ConfigError: an unknown method.
+    ConfigError: an unknown method.
     """
-    for method in [*methods, *checked]:
+    for method in methods:
         if method != BASE:
             find(method)
     trained = [method for method in methods if method != BASE]
     jobs = [Job(study, method, is_sweep=True) for method in trained if has_sweeps]
     jobs += [Job(study, BASE)] if BASE in methods else []
     jobs += [Job(study, method, seed) for seed in seeds for method in trained]
-    if sibling is not None:
-        jobs += [Job(sibling, method, seeds[0], suffix=f"-{OTHER_PRECISION}") for method in checked]
     return jobs
-
-
-def sibling_of(study):
-    """The study beside another one in which methods run in OTHER_PRECISION; it may not exist yet."""
-    cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)
-    return Study(study.folder.parent / cfg.study, cfg)
 
 
 def only(jobs, names):

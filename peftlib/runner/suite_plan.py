@@ -5,7 +5,7 @@ from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.study import Study
 from peftlib.methods import BASE
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
-from peftlib.runner.suite_jobs import DONE, only, sibling_of, state_of
+from peftlib.runner.suite_jobs import DONE, only, state_of
 from peftlib.train import estimate
 
 _FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
@@ -49,7 +49,7 @@ def lines(settings):
     found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
     hours_of = {cost.method: cost.hours for cost in found.costs}
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
-    jobs = settings.jobs(study, sibling=sibling_of(study) if settings.checked else None)
+    jobs = settings.jobs(study)
     chosen = only(jobs, settings.names)
     low_s = high_s = 0.0
     yield f"{'run':<18} {'training':<18}  now"

@@ -156,19 +156,6 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
     assert lines[-1] == "all that was chosen is done"
 
 
-def test_the_other_precision_runs_once_in_a_study_beside(settings, in_this_process):
-    lines = []
-    asked = settings(methods=("base", "galore"), seeds=(0,), checked=("galore",), has_report=False)
-    assert run(asked, log=lines.append) == 0
-    study = Study.resolve(study="tiny", profile="demo")
-    beside = read_json(study.folder.parent / "tiny-fp16" / "records" / "galore-s0.json")
-    here = read_json(study.record_path("galore", 0))
-    assert (here["precision"], beside["precision"]) == ("fp32", "fp16")
-    for name in ("run_hash", "split_hash", "learning_rate"):
-        assert here[name] == beside[name]
-    assert any(line.startswith("galore-s0-fp16     done") for line in lines)
-
-
 @pytest.mark.slow
 def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
     assert run(settings("whole", max_steps=0, has_report=False), log=str) == 0
@@ -244,32 +231,16 @@ def test_arguments_become_settings(settings_of):
     words = "--study x --methods base,qlora galore --seeds 0,3 --factors none -p max_steps 5 --source alpaca=a.jsonl"
     found = settings_of(words)
     assert found.given == {"profile": "gpu", "study": "x", "sources": "alpaca=a.jsonl", "max_steps": 5}
-    assert (found.methods, found.seeds, found.factors, found.checked) == (("base", "qlora", "galore"), (0, 3), (), ())
+    assert (found.methods, found.seeds, found.factors) == (("base", "qlora", "galore"), (0, 3), ())
     for words, message in (
         ("--seeds 0,x", "--seeds '0,x': use numbers"),
         ("--seeds 1,1", "each number once"),
         ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
         ("--methods ,", "use base, qlora"),
-        ("--methods base --precision-check qlora", "--precision-check qlora: use base"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             settings_of(words)
-
-
-@pytest.mark.parametrize(
-    "words, checked",
-    [
-        ("", ()),  # no GPU here
-        ("--precision-check", ("qlora", "galore", "hybrid")),
-        ("--methods base galore --precision-check", ("galore",)),
-        ("--precision-check lora", ("lora",)),
-        ("--precision-check none", ()),
-    ],
-)
-def test_which_methods_run_in_the_other_precision_too(monkeypatch, settings_of, words, checked):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert settings_of(words).checked == checked
 
 
 def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
