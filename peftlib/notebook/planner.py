@@ -41,7 +41,7 @@ def study_form(study, *, is_interactive=None):
 
     study: as notebook.setup gives it. is_interactive: None finds out whether somebody is there to click.
     """
-    if can_click() if is_interactive is None else is_interactive:
+    if can_click(is_interactive):
         return _widgets(study)
     return _static(study)
 

@@ -17,8 +17,13 @@ CSV, PNG = "text/csv", "image/png"
 LINE = {"flex_flow": "row wrap", "grid_gap": "4px 10px", "align_items": "center"}  # layout of a line of controls
 
 
-def can_click():
-    """Whether somebody looks at this notebook and it can show widgets; False outside notebooks and in headless runs."""
+def can_click(is_interactive=None):
+    """Whether somebody looks at this notebook and it can show widgets; False outside notebooks and in headless runs.
+
+    is_interactive: the answer of a caller who knows it.
+    """
+    if is_interactive is not None:
+        return is_interactive
     return importlib.util.find_spec("ipywidgets") is not None and is_watched()
 
 
@@ -46,6 +51,19 @@ def checkboxes(labels):
 
     small = {"value": True, "indent": False, "layout": {"width": "auto"}}
     return {label: ipywidgets.Checkbox(description=label, **small) for label in labels}
+
+
+def ticked(boxes):
+    """Labels of the `checkboxes` that are ticked."""
+    return [label for label, box in boxes.items() if box.value]
+
+
+def stacked(*parts):
+    """A VBox of widgets, and of lists of them, each of which is a line of controls that wraps."""
+    import ipywidgets
+
+    lines = (ipywidgets.Box(part, layout=LINE) if isinstance(part, list) else part for part in parts)
+    return ipywidgets.VBox(list(lines), layout={"max_width": "100%"})
 
 
 def bar(share, color="currentColor", *, held=0.0, height_px=6):
