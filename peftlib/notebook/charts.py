@@ -1,6 +1,6 @@
 """A study's charts in a notebook: to pick by what is measured and on which rows, where somebody can click."""
 
-from peftlib.notebook.widgets import CSV, LINE, PNG, Shown, can_click, link, look
+from peftlib.notebook.widgets import CSV, PNG, Shown, can_click, link, look, stacked
 from peftlib.report.chart import bundle, image
 from peftlib.report.charts import KINDS, chart_of, row_choices
 from peftlib.report.palette import THEMES
@@ -13,7 +13,7 @@ def show_charts(report, *, is_interactive=None):
 
     is_interactive: None finds out.
     """
-    if can_click() if is_interactive is None else is_interactive:
+    if can_click(is_interactive):
         return ChartPanel(report)
     from IPython.display import display
 
@@ -39,8 +39,7 @@ class ChartPanel(Shown):
         self.rows = w.Dropdown(options=row_choices(report.numbers, KINDS[0]), description="of", **wide)
         self.theme = w.Dropdown(options=list(THEMES), value=report.theme, description="theme", **wide)
         self.shown, self.download = w.HTML(), w.HTML()
-        controls = w.Box([self.kind, self.rows, self.theme], layout=LINE)
-        self.box = w.VBox([controls, self.shown, self.download], layout={"max_width": "100%"})
+        self.box = stacked([self.kind, self.rows, self.theme], self.shown, self.download)
         self.kind.observe(self._change_kind, "value")
         for widget in (self.rows, self.theme):
             widget.observe(self._show, "value")

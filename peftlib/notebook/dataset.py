@@ -44,7 +44,7 @@ def browse(rows, tokenizer, *, is_interactive=None):
     names, of_source = rows.column("source"), {}
     for at, name in enumerate(names):
         of_source.setdefault(name, []).append(at)
-    if can_click() if is_interactive is None else is_interactive:
+    if can_click(is_interactive):
         return _widgets(rows, tokenizer, of_source)
     from IPython.display import HTML
 

@@ -15,7 +15,7 @@ from peftlib.models.inspect import PROJECTIONS, named_weights
 from peftlib.models.kernels.losses import batch_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
-from peftlib.report.chart import Chart, add_axes, title
+from peftlib.report.chart import drawing, stacked_bars, title
 from peftlib.report.palette import LIGHT
 from peftlib.train import memory_model as plan
 from peftlib.train.batching import Rows
@@ -24,8 +24,12 @@ BLOCK = 64  # weights that share a scale in NF4
 _SCALES = 256  # scales that share a scale of their own under double quantization
 # Where the outermost quantile lies: with it the levels are those of QLoRA's code; 0 would give infinite ones.
 _OUTERMOST = 0.9677083
-_PART_COLORS = {"weights": "#0072b2", "optimizer": "#e69f00", "gradients": "#56b4e9", "activations": "#cc79a7"}
-_HATCHES = {"weights": "", "optimizer": "//", "gradients": "..", "activations": "xx"}
+_PARTS = {  # of a memory_model.Plan, with its look
+    "weights": {"color": "#0072b2", "hatch": "", "height": 0.6},
+    "optimizer": {"color": "#e69f00", "hatch": "//", "height": 0.6},
+    "gradients": {"color": "#56b4e9", "hatch": "..", "height": 0.6},
+    "activations": {"color": "#cc79a7", "hatch": "xx", "height": 0.6},
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ def bits_per_weight(*, is_doubled=True):
 
 def level_chart(found, name="a weight matrix", theme=LIGHT):
     """The histogram of a FourBit's scaled weights, with a line at each of its levels."""
-    chart = Chart(7.0, 3.0, theme)
-    axes = add_axes(chart, "weight / largest of its block", "share of the weights")
+    chart, axes = drawing(7.0, 3.0, "weight / largest of its block", "share of the weights", theme)
     values = found.scaled.flatten().numpy()
     axes.hist(values, bins=120, weights=np.full(len(values), 1 / len(values)), color="#56b4e9")
     for level in found.levels.tolist():
@@ -192,8 +195,7 @@ def moved_directions(*, shape=(48, 96), rank=4, gap=5, steps=25):
 
 def direction_chart(seen, *, rank, gap, theme=LIGHT):
     """Stairs of moved_directions: how many directions of a weight have moved after each step."""
-    chart = Chart(6.4, 2.8, theme)
-    axes = add_axes(chart, "optimizer step", "rank of the change")
+    chart, axes = drawing(6.4, 2.8, "optimizer step", "rank of the change", theme)
     steps, ranks = zip(*seen)
     axes.step(steps, ranks, where="mid", color="#d55e00", linewidth=1.8)
     for step in range(gap, steps[-1], gap):
@@ -214,20 +216,10 @@ def memory_parts(shape, cfg, names, *, precision="bf16"):
 
 def memory_chart(parts, theme=LIGHT):
     """memory_parts as stacked bars in GiB. The parts do not all peak at the same time."""
-    chart = Chart(7.0, 1.4 + 0.45 * len(parts), theme)
-    axes = add_axes(chart, "GiB on a GPU, as planned", "", grid="x")
-    left = np.zeros(len(parts))
-    for part, color in _PART_COLORS.items():
-        sizes = np.array([getattr(found, part) / plan.GIB for found in parts.values()])
-        look = {"color": color, "hatch": _HATCHES[part], "edgecolor": theme.paper}
-        axes.barh(list(parts), sizes, left=left, height=0.6, label=part, **look)
-        left += sizes
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    said = (
-        f"{name}: " + ", ".join(f"{part} {getattr(found, part) / plan.GIB:.2f}" for part in _PART_COLORS)
-        for name, found in parts.items()
-    )
+    chart, axes = drawing(7.0, 1.4 + 0.45 * len(parts), "GiB on a GPU, as planned", "", theme, grid="x")
+    sizes = {part: np.array([getattr(found, part) / plan.GIB for found in parts.values()]) for part in _PARTS}
+    stacked_bars(axes, list(parts), sizes, _PARTS)
+    said = (f"{name}: {', '.join(f'{part} {sizes[part][at]:.2f}' for part in _PARTS)}" for at, name in enumerate(parts))
     chart.alt = f"Planned GPU memory by part, in GiB. {'; '.join(said)}."
     return chart
 
@@ -241,8 +233,7 @@ def resampled_means(values, *, resamples=2000, seed=0):
 
 def resampling_chart(means, interval, name="ROUGE-L", theme=LIGHT):
     """The histogram of resampled_means with an interval (low, high) marked."""
-    chart = Chart(6.4, 2.8, theme)
-    axes = add_axes(chart, f"mean {name} of a resample (0-1)", "resamples")
+    chart, axes = drawing(6.4, 2.8, f"mean {name} of a resample (0-1)", "resamples", theme)
     axes.hist(means, bins=50, color="#999999")
     axes.axvspan(*interval, color="#0072b2", alpha=0.15)
     for edge in interval:

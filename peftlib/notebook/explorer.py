@@ -4,7 +4,7 @@ import html
 
 from peftlib.evaluation.results import BASE
 from peftlib.notebook.answers import FILE, GAIN, LEGEND, LOSS, METRICS, ORDERS, Answers, StaticRows, page, row_html
-from peftlib.notebook.widgets import LINE, Shown, can_click, checkboxes, look, offer_csv
+from peftlib.notebook.widgets import Shown, can_click, checkboxes, look, offer_csv, stacked, ticked
 from peftlib.report.palette import THEMES
 
 ALL = "all sources"
@@ -20,7 +20,7 @@ def explore(report, *, is_interactive=None):
     answers, theme = Answers(report.study), THEMES[report.theme]
     if not answers.runs:
         return StaticRows(["No answers yet: run the cells above."], "no answers yet")
-    if can_click() if is_interactive is None else is_interactive:
+    if can_click(is_interactive):
         return Explorer(answers, report.folder, theme)
     return notable_rows(answers, theme)
 
@@ -70,15 +70,9 @@ class Explorer(Shown):
         self.count, self.shown, self.download = w.HTML(), w.HTML(), w.HTML()
         self.csv = w.Button(description="Make CSV", icon="table", tooltip="the rows found, in this order")
         choices = [self.source, self.text, self.order, self.metric, self.name, self.other]
-        shows = [self.is_marked, *self.methods.values()]
-        lines = [
-            choices,
-            [w.Label("show"), *self.methods.values(), self.is_marked],
-            [self.previous, self.number, self.count, self.next],
-            [self.csv, self.download],
-        ]
-        *above, below = [w.Box(line, layout=LINE) for line in lines]
-        self.box = w.VBox([*above, self.shown, below], layout={"max_width": "100%"})
+        shows = [*self.methods.values(), self.is_marked]
+        steps = [self.previous, self.number, self.count, self.next]
+        self.box = stacked(choices, [w.Label("show"), *shows], steps, self.shown, [self.csv, self.download])
         for widget in choices:
             widget.observe(self._find, "value")
         for widget in (self.number, *shows):
@@ -86,10 +80,6 @@ class Explorer(Shown):
         self.previous.on_click(lambda _: self._step(-1))
         self.next.on_click(lambda _: self._step(1))
         self.csv.on_click(self._make_csv)
-
-    def chosen_names(self):
-        """Names of the runs whose boxes are ticked."""
-        return [name for name, box in self.methods.items() if box.value]
 
     def place(self):
         """Index of the row shown, or None where no row was found."""
@@ -122,10 +112,10 @@ class Explorer(Shown):
             return
         against = self.other.value if self.order.value in (GAIN, LOSS) else BASE if BASE in self.methods else None
         how = {"against": against, "theme": self._theme, "is_marked": self.is_marked.value}
-        row = row_html(self.answers, at, self.chosen_names(), **how)
+        row = row_html(self.answers, at, ticked(self.methods), **how)
         note = f'<p class="pl-note">In brackets: against {html.escape(against)}, on this row.</p>' if against else ""
         self.shown.value = page([row, note, LEGEND])
 
     def _make_csv(self, button):
-        text = self.answers.to_csv(self._found, self.chosen_names())
+        text = self.answers.to_csv(self._found, ticked(self.methods))
         self.download.value = offer_csv(self._folder, _CSV_NAME, text)

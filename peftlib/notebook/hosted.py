@@ -1,8 +1,6 @@
 """Notebooks on Colab and Kaggle: tell before work begins what a session lacks."""
 
-import compileall
 import importlib.metadata
-import importlib.util
 import shlex
 import sys
 import warnings
@@ -52,18 +50,10 @@ def require_sound_packages(modules=None, version=importlib.metadata.version):
         )
 
 
-def compile_torchao():
-    """On Colab and Kaggle, compile torchao as pip would have: its own SyntaxWarning (a docstring's escape) goes unseen.
-
-    Else it stands in the output of the first cell that imports torchao. What is compiled already costs nothing.
-    """
-    found = importlib.util.find_spec("torchao") if host() in _CHOOSE_GPU else None
-    if found is None:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        for folder in found.submodule_search_locations:
-            compileall.compile_dir(folder, quiet=1)
+def quiet_torchao():
+    """Keep torchao's own SyntaxWarning (a docstring's escape), which Colab's cells would show, out of the way."""
+    if host() in _CHOOSE_GPU:
+        warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
 
 
 def _installed(name, version):

@@ -11,13 +11,13 @@ from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
 from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.study import Study
 from peftlib.models.shapes import CARDS, SHAPES, card_at_hand, find_card, shape_of
-from peftlib.notebook.widgets import can_click, look
+from peftlib.notebook.answers import StaticRows
+from peftlib.notebook.widgets import bar, can_click, look
 from peftlib.report.render import folded, plain
 from peftlib.train import estimate
 
 CHOICES: tuple[str, ...] = ("model", "train_rows", "max_length", "epochs", "batch_size")
 CHOICES += ("lora_rank", "galore_rank", "moment_bits", "galore_weights")
-COLUMNS = ("method", "fits", "GiB", "of GiB", "micro-batch", "recompute", "tokens/s", "time", "")  # of the table
 _WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one
 _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind in ("it", "pt")))
 
@@ -37,13 +37,15 @@ class Answer:
 
 
 def study_form(study, *, is_interactive=None):
-    """Show in a cell: widgets to try choices on, or the plan of the study's config as a DataFrame.
+    """Show in a cell: widgets to try choices on, or the plan of the study's config.
 
     study: as notebook.setup gives it. is_interactive: None finds out whether somebody is there to click.
     """
-    if can_click() if is_interactive is None else is_interactive:
+    if can_click(is_interactive):
         return _widgets(study)
-    return _static(study)
+    found = answer(study, {})
+    lines = [found.refused, *found.remarks, *(found.forecast.lines() if found.forecast else []), command(found.cfg)]
+    return StaticRows([as_html(found)], "\n".join(filter(None, lines)))
 
 
 def answer(study, choices, card_name=None):
@@ -72,12 +74,6 @@ def command(cfg):
     """The command that runs all notebooks with this config."""
     fields = [word for name, value in _set(cfg).items() for word in ("-p", f"{name}={value}")]
     return shlex.join(["python", "-m", "peftlib", "run", "--profile", cfg.profile, "--study", cfg.study, *fields])
-
-
-def table(forecast):
-    """[{column of COLUMNS: text}, ...], a row a method."""
-    rows = map(estimate.cells, forecast.costs)
-    return [dict(zip(COLUMNS, (*row[:3], f"{forecast.gib:.1f}", *row[3:]), strict=True)) for row in rows]
 
 
 def as_html(found):
@@ -133,31 +129,13 @@ def _set(cfg):
 
 
 def _html_table(forecast):
-    head = "".join(f"<th>{column}</th>" for column in ("method", "fits", "memory", *COLUMNS[4:]))
-    rows = [f"<tr>{head}</tr>"]
-    for cost, row in zip(forecast.costs, table(forecast), strict=True):
-        bar = _bar(cost.memory_gib / forecast.gib, f"{row['GiB']} of {row['of GiB']} GiB")
-        cells = "".join(f"<td>{html.escape(row[column])}</td>" for column in COLUMNS[4:])
-        rows.append(f"<tr><td>{row['method']}</td><td>{row['fits']}</td><td>{bar}</td>{cells}</tr>")
-    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{"".join(rows)}</table>'
-
-
-def _bar(share, text):
-    """A bar in the page's own colour under a text, in a grey one that is the whole card."""
-    bar = f'<div style="height:4px;width:{min(share, 1):.0%};background:currentColor"></div>'
-    return f'<div style="min-width:9em">{text}<div style="background:rgba(128,128,128,.35)">{bar}</div></div>'
-
-
-def _static(study):
-    import pandas as pd
-
-    found = answer(study, {})
-    if found.refused:
-        print(f"not possible: {found.refused}")
-    notes = [found.forecast.headline, *found.forecast.notes()] if found.forecast else []
-    print("\n".join([*notes[:1], *found.remarks, *notes[1:]]))
-    print(f"the same without a browser: {command(found.cfg)}")
-    return pd.DataFrame(table(found.forecast) if found.forecast else [], columns=list(COLUMNS)).set_index("method")
+    rows = ["".join(f"<th>{name}</th>" for name in estimate.HEADER)]
+    for cost in forecast.costs:
+        method, fits, memory, *others = map(html.escape, estimate.cells(cost))
+        memory += f" of {forecast.gib:.1f}{bar(cost.memory_gib / forecast.gib, height_px=4)}"
+        rows.append("".join(f"<td>{cell}</td>" for cell in (method, fits, memory, *others)))
+    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<table style="text-align:left;white-space:nowrap;border-spacing:1em .3em">{lines}</table>'
 
 
 def _widgets(study):

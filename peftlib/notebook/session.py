@@ -48,7 +48,7 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
     if is_headless:
         _quiet_progress_bars()
     hosted.require_sound_packages()
-    hosted.compile_torchao()
+    hosted.quiet_torchao()
     given = executed_parameters(_ipython().user_ns["In"])
     named = resolve(**given)  # refuses bad settings before anything is mounted
     if drive is None:
@@ -91,20 +91,24 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
     end, so that the next run goes on with it. StudyError: status is 'ok' and one of the paths is not there.
     """
     status = FINISHED if status == "ok" else STOPPED
-    relative = {Path(path).relative_to(study.folder).as_posix(): Path(path) for path in wrote}
-    missing = [shown for shown, path in relative.items() if not path.exists()]
+    sizes = {Path(path).relative_to(study.folder).as_posix(): _size_bytes(Path(path)) for path in wrote}
+    missing = [path for path, n_bytes in sizes.items() if n_bytes is None]
     if missing and status == FINISHED:
         raise StudyError(f"{name} should have written {', '.join(missing)}, which is not there: run its cells again")
     print(f"wrote in {readable_path(study.folder)}:")
-    relative = {shown: path for shown, path in relative.items() if shown not in missing}
-    width = max(map(len, relative), default=0)
-    for shown, path in relative.items():
-        print(f"  {shown:<{width}}  {size_text(_size_bytes(path))}")
+    width = max((len(path) for path in sizes if path not in missing), default=0)
+    for path, n_bytes in sizes.items():
+        if n_bytes is not None:
+            print(f"  {path:<{width}}  {size_text(n_bytes)}")
     mirror = running(study.folder)
     if mirror is not None:
         mirror.flush()
         print(mirror.state())
-    print(_what_comes_next(name, status))
+    later = [other for other in NOTEBOOKS if other > name]
+    if status == STOPPED:
+        print(f"stopped before its end: run {name} again to go on from here")
+    else:
+        print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
     print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
 
 
@@ -128,10 +132,11 @@ def executed_parameters(cells):
     each the last run counts, so that a line that was deleted is gone; where both have a name, the one that ran later.
     """
     last = {}
-    for source in (source for source in cells if source.lstrip().startswith(_PARAMETERS)):
-        is_own = is_own_parameters(source)
-        last.pop(is_own, None)  # the order is that of the last runs
-        last[is_own] = source
+    for source in cells:
+        if source.lstrip().startswith(_PARAMETERS):
+            is_own = is_own_parameters(source)
+            last.pop(is_own, None)  # the order is that of the last runs
+            last[is_own] = source
     if not last:
         raise ConfigError(f"no parameters: run the cell that begins with {_PARAMETERS!r} first")
     values = {}
@@ -183,18 +188,12 @@ def seed_everything(seed):
 
 def compact(cfg):
     """The resolved config in a few lines, one group of lines a scope; then what differs from the profile."""
-    lines = []
-    for scope in ("data", "math", "run"):
-        pairs = "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items())
-        lines += _wrapped(f"{scope:<9}  {pairs}")
-    plain = resolve(cfg.profile, study=cfg.study)
-    changed = differences(plain.fields_of("data", "math", "run"), cfg.fields_of("data", "math", "run"))
-    lines += _wrapped(f"changed    {'; '.join(changed) or 'nothing, all as in the profile'}")
-    return "\n".join(lines)
-
-
-def _wrapped(line):
-    return textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)
+    scopes, plain = ("data", "math", "run"), resolve(cfg.profile, study=cfg.study)
+    told = {scope: "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items()) for scope in scopes}
+    changed = differences(plain.fields_of(*scopes), cfg.fields_of(*scopes))
+    told["changed"] = "; ".join(changed) or "nothing, all as in the profile"
+    how = {"width": 110, "subsequent_indent": " " * 11, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(f"{name:<9}  {words}", **how) for name, words in told.items())
 
 
 def _ipython():
@@ -217,12 +216,8 @@ def _quiet_progress_bars():
     tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange
 
 
-def _what_comes_next(name, status):
-    if status == STOPPED:
-        return f"stopped before its end: run {name} again to go on from here"
-    later = [other for other in NOTEBOOKS if other > name]
-    return f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison"
-
-
 def _size_bytes(path):
+    """The size of a file, or of all files in a folder; None where there is nothing."""
+    if not path.exists():
+        return None
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size

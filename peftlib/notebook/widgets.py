@@ -17,8 +17,13 @@ CSV, PNG = "text/csv", "image/png"
 LINE = {"flex_flow": "row wrap", "grid_gap": "4px 10px", "align_items": "center"}  # layout of a line of controls
 
 
-def can_click():
-    """Whether somebody looks at this notebook and it can show widgets; False outside notebooks and in headless runs."""
+def can_click(is_interactive=None):
+    """Whether somebody looks at this notebook and it can show widgets; False outside notebooks and in headless runs.
+
+    is_interactive: the answer of a caller who knows it.
+    """
+    if is_interactive is not None:
+        return is_interactive
     return importlib.util.find_spec("ipywidgets") is not None and is_watched()
 
 
@@ -46,6 +51,30 @@ def checkboxes(labels):
 
     small = {"value": True, "indent": False, "layout": {"width": "auto"}}
     return {label: ipywidgets.Checkbox(description=label, **small) for label in labels}
+
+
+def ticked(boxes):
+    """Labels of the `checkboxes` that are ticked."""
+    return [label for label, box in boxes.items() if box.value]
+
+
+def stacked(*parts):
+    """A VBox of widgets, and of lists of them, each of which is a line of controls that wraps."""
+    import ipywidgets
+
+    lines = (ipywidgets.Box(part, layout=LINE) if isinstance(part, list) else part for part in parts)
+    return ipywidgets.VBox(list(lines), layout={"max_width": "100%"})
+
+
+def bar(share, color="currentColor", *, held=0.0, height_px=6):
+    """HTML of a grey bar, a share of it in a colour. held: a larger share in a light tone; the colour is hex then."""
+
+    def part(width, tone, inside=""):
+        return f'<div style="width:{min(1.0, max(0.0, width)):.1%};height:100%;background:{tone}">{inside}</div>'
+
+    filled = part(held, f"{color}55", part(share / held, color)) if held > share else part(share, color)
+    track = "background:rgba(127,127,127,.22);border-radius:4px;overflow:hidden"
+    return f'<div style="{track};height:{height_px}px;margin:2px 0">{filled}</div>'
 
 
 def link(name, content, kind):

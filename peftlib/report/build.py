@@ -3,10 +3,9 @@
 The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
 """
 
-import csv
-import io
 import math
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,41 +23,23 @@ from peftlib.train import run_record
 
 N_SAMPLES = 10
 _ANSWER_CHARACTERS = 700  # of an answer in the report
-_WHOLE, _REAL = "Int64", "float64"
-# results.csv: one row a method and seed. {column: pandas dtype}
-_COLUMNS = {
-    "method": "object",
-    "seed": _WHOLE,
-    "status": "object",
-    "n_test": _WHOLE,
-    "bleu4": _REAL,
-    "rougeL": _REAL,
-    "train_loss": _REAL,
-    "eval_loss": _REAL,
-    "trainable_params": _WHOLE,
-    "steps": _WHOLE,
-    "train_tokens": _WHOLE,
-    "learning_rate": _REAL,
-    "learning_rate_2": _REAL,
-    "precision": "object",
-    "device": "object",
-    "peak_memory_gib": _REAL,
-    "peak_reserved_gib": _REAL,
-    "tokens_per_second": _REAL,
-    "train_seconds": _REAL,
-    "split_hash": "object",
-}
-COLUMNS = tuple(_COLUMNS)
+# results.csv: one row a method and seed.
+COLUMNS = (
+    *("method", "seed", "status", "n_test", "bleu4", "rougeL", "train_loss", "eval_loss", "trainable_params", "steps"),
+    *("train_tokens", "learning_rate", "learning_rate_2", "precision", "device", "peak_memory_gib"),
+    *("peak_reserved_gib", "tokens_per_second", "train_seconds", "split_hash"),
+)
+_DTYPES = dict.fromkeys(("method", "status", "precision", "device", "split_hash"), "object")
+_DTYPES |= dict.fromkeys(("seed", "n_test", "trainable_params", "steps", "train_tokens"), "Int64")  # others: float64
 
 
 @dataclass(frozen=True)
 class Report:
-    """results: results.csv as a DataFrame. table: before and after training, one row per method, texts. per_source,
-    pairs, scores: DataFrames of numbers. summary: at most five sentences; details, findings: sentences, findings all
-    of them. figures, dark_figures: {name: PNG path}. alt: {name: text}. numbers: of the charts. samples: dicts of
-    source, id, prompt, reference and one answer a method. notes: differences in setup that limit the comparison.
-    judged: [verdicts.Judged, ...]. n_other_verdicts: verdicts on other answers or under another rubric. study: the
-    ScoredStudy. folder: of the study. theme: 'light' or 'dark', as its notebooks show charts."""
+    """results: results.csv. table: before and after training, one row per method, texts. per_source, pairs, scores:
+    numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
+    {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
+    notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. n_other_verdicts: verdicts
+    on other answers or under another rubric. folder: of the study. theme: 'light' or 'dark', of its notebooks."""
 
     results: pd.DataFrame
     table: pd.DataFrame
@@ -81,6 +62,7 @@ class Report:
 
     @property
     def findings(self):
+        """All sentences."""
         return [*self.summary, *self.details]
 
 
@@ -105,7 +87,7 @@ def build_report(study: Study) -> Report:
     numbers = charts.numbers_of(found, boot, by_source)
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=pd.DataFrame({name: pd.array([row[name] for row in rows], kind) for name, kind in _COLUMNS.items()}),
+        results=_frame(rows),
         table=_method_table(found, boot),
         per_source=_source_frame(by_source),
         pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
@@ -128,34 +110,28 @@ def build_report(study: Study) -> Report:
     content = _content(report, pairs, by_source)
     write_text(study.folder / "report.html", render("report.html.jinja", **content))
     write_text(study.report_path, render("report.md.jinja", **content))
-    write_text(study.results_path, _csv(rows))
+    text = report.results.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    write_text(study.results_path, text)
     return report
 
 
 def _result_row(run):
-    """{column of results.csv: value or None} of a results.Run."""
+    """{column of results.csv: value or None} of a results.Run, among others."""
     record = run.record
     scores = run.rows.scores() if run.is_scored else {}
-    row = {
+    return {
         **record,
+        **{metric: scores.get(metric) for metric in stats.METRICS},
         "n_test": len(run.rows) if run.is_scored else None,
-        "bleu4": scores.get("bleu4"),
-        "rougeL": scores.get("rougeL"),
         "eval_loss": run.eval_loss,
         "peak_memory_gib": gib(record["peak_memory_bytes"]),
         "peak_reserved_gib": gib(record["peak_reserved_bytes"]),
     }
-    return {name: row[name] for name in COLUMNS}
 
 
-def _csv(rows):
-    """results.csv as text: numbers to ten digits, None as nothing."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow(f"{value:.10g}" if isinstance(value, float) else value for value in row.values())
-    return out.getvalue()
+def _frame(rows):
+    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
 
 
 def _by_source(found):
@@ -248,10 +224,8 @@ def _samples(found):
     Within a source by the hash of the prompt, so that nobody chose them.
     """
     order = sorted(range(len(found.test_rows)), key=lambda i: found.test_rows[i]["prompt_sha256"])
-    queues = {s: [i for i in order if found.test_rows[i]["source"] == s] for s in found.sources}
-    picked = []
-    while len(picked) < N_SAMPLES and any(queues.values()):
-        picked += [queue.pop(0) for queue in queues.values() if queue]
+    by_source = ([i for i in order if found.test_rows[i]["source"] == source] for source in found.sources)
+    picked = [i for turn in zip_longest(*by_source) for i in turn if i is not None] if found.scored else []
     return [
         {
             "source": found.test_rows[i]["source"],
@@ -260,7 +234,7 @@ def _samples(found):
             "reference": found.references[i],
             **{method: runs[0].answers[i] for method, runs in found.scored.items()},
         }
-        for i in (picked[:N_SAMPLES] if found.scored else ())
+        for i in picked[:N_SAMPLES]
     ]
 
 

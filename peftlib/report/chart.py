@@ -6,6 +6,7 @@ Nothing global (pyplot, rcParams) is touched.
 import html
 import io
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,13 +16,12 @@ from peftlib.report.palette import LIGHT
 from peftlib.report.render import png_address
 
 _DPI = 150
-_FORMATS = ("png", "svg")
 
 
 class Chart(Figure):
     """A figure with `alt`, its content in words, and `is_empty` where there was nothing to draw."""
 
-    def __init__(self, width=5.8, height=3.4, theme=LIGHT):
+    def __init__(self, width, height, theme=LIGHT):
         super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.paper)
         FigureCanvasAgg(self)
         self.alt = ""
@@ -49,8 +49,8 @@ def image(png, alt, style="max-width:100%"):
     return f'<img alt="{html.escape(alt)}" src="{png_address(png)}" style="{style}">'
 
 
-def save(chart, folder, name, formats=_FORMATS):
-    """Write <name>.png and <name>.svg, whole or not at all; returns the PNG's path.
+def save(chart, folder, name, formats=("png", "svg")):
+    """Write NAME.png and NAME.svg, whole or not at all; returns the PNG's path.
 
     Equal charts give equal bytes: no dates, and names inside the SVG that follow from its content.
     """
@@ -60,9 +60,10 @@ def save(chart, folder, name, formats=_FORMATS):
     return folder / f"{name}.png"
 
 
-def add_axes(chart, x_label, y_label, grid="y"):
-    """The only axes of a chart, dressed."""
-    return dress(chart.add_subplot(), x_label, y_label, grid)
+def drawing(width, height, x_label, y_label, theme, grid="y"):
+    """(Chart, its only axes, dressed)."""
+    chart = Chart(width, height, theme)
+    return chart, dress(chart.add_subplot(), x_label, y_label, grid)
 
 
 def dress(axes, x_label, y_label, grid="y"):
@@ -84,10 +85,26 @@ def title(axes, text):
     axes.set_title(text, fontsize=11, color=axes.figure.theme.ink, loc="left")
 
 
-def legend(axes, outside=False):
-    """A legend without a frame, inside or to the right of the axes."""
-    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "upper right"}
-    axes.legend(frameon=False, fontsize=9, labelcolor=axes.figure.theme.ink, **place)
+_PLACES = {
+    "inside": {"loc": "upper right"},
+    "right": {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)},
+    "above": {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)},
+}
+
+
+def legend(axes, place="inside", **look):
+    """A legend without a frame, inside the axes, to their right or above them."""
+    axes.legend(**{"frameon": False, "fontsize": 9, "labelcolor": axes.figure.theme.ink, **_PLACES[place], **look})
+
+
+def stacked_bars(axes, labels, parts, looks):
+    """Horizontal stacked bars with a legend above. parts: {name: (labels,) widths}. looks: {name: of its bars}."""
+    left = np.zeros(len(labels))
+    for name, widths in parts.items():
+        axes.barh(labels, widths, left=left, edgecolor=axes.figure.theme.paper, label=name, **looks[name])
+        left += widths
+    axes.invert_yaxis()
+    legend(axes, "above", ncols=5)
 
 
 def empty(chart, axes, reason):

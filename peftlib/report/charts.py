@@ -9,16 +9,21 @@ from peftlib.report import figures
 from peftlib.report.chart import save
 from peftlib.report.palette import DARK, LIGHT
 
-# What can be shown of a study, by the name a reader picks; those of _BY_ROWS for some of its rows alone, too.
-_BY_ROWS = {
+# What can be shown of a study, by the name that a reader picks.
+_SCORES = {  # {name: (metric, whether against memory)}; for each source's rows alone, too
     "ROUGE-L": ("rougeL", False),
     "BLEU-4": ("bleu4", False),
     "ROUGE-L against memory": ("rougeL", True),
     "BLEU-4 against memory": ("bleu4", True),
 }
-TEST_LOSS, GENERAL_LOSS, TRAINING = "test loss", "general text loss", "training loss by step"
-MEMORY, SPEED = "peak memory", "training speed"
-KINDS = (*_BY_ROWS, TEST_LOSS, GENERAL_LOSS, MEMORY, SPEED, TRAINING)
+MEMORY, TRAINING = "peak memory", "training loss by step"
+_MEANS = {  # {name: (field of Numbers, title, unit, format)}
+    "test loss": ("eval_loss", "Loss on the test rows: shorter is better", "nats per token", ".3f"),
+    "general text loss": ("general_loss", "Loss on general text: shorter is better", "nats per token", ".3f"),
+    MEMORY: ("peak_gib", "Peak memory of training", "GiB", ".2f"),
+    "training speed": ("tokens_per_second", "Speed of training", "tokens/s", ",.0f"),
+}
+KINDS = (*_SCORES, *_MEANS, TRAINING)
 ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 
 
@@ -77,29 +82,27 @@ def _intervals(boot):
 
 def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
     """One chart by a name of KINDS. rows: one of row_choices(numbers, kind)."""
-    if kind in _BY_ROWS:
-        metric, is_against_memory = _BY_ROWS[kind]
-        if rows == EACH_SOURCE:
-            return figures.source_bars(numbers.per_source, metric, theme)
-        source = "" if rows == ALL_ROWS else rows
-        intervals = numbers.per_source[source] if source else numbers.intervals
-        if is_against_memory:
-            return figures.quality_against_memory(intervals, numbers.peak_gib, metric, theme, rows=source)
-        return figures.score_bars(intervals, (metric,), rows=source, theme=theme)
-    return {
-        TEST_LOSS: lambda: figures.loss_bars(numbers.eval_loss, "the test rows", theme),
-        GENERAL_LOSS: lambda: figures.loss_bars(numbers.general_loss, "general text", theme),
-        MEMORY: lambda: figures.memory_bars(numbers.peak_gib, numbers.reserved_gib, theme),
-        SPEED: lambda: figures.speed_bars(numbers.tokens_per_second, theme),
-        TRAINING: lambda: figures.loss_curves(numbers.records, theme),
-    }[kind]()
+    if kind == TRAINING:
+        return figures.loss_curves(numbers.records, theme)
+    if kind in _MEANS:
+        field, *words = _MEANS[kind]
+        outlines = numbers.reserved_gib if kind == MEMORY else None
+        return figures.value_bars(getattr(numbers, field), *words, theme, outlines=outlines)
+    metric, is_against_memory = _SCORES[kind]
+    if rows == EACH_SOURCE:
+        return figures.source_bars(numbers.per_source, metric, theme)
+    source = "" if rows == ALL_ROWS else rows
+    intervals = numbers.per_source[source] if source else numbers.intervals
+    if is_against_memory:
+        return figures.quality_against_memory(intervals, numbers.peak_gib, metric, theme, rows=source)
+    return figures.score_bars(intervals, (metric,), rows=source, theme=theme)
 
 
 def row_choices(numbers, kind):
     """What chart_of takes as `rows`: scores are known by row, losses and memory are not."""
-    if kind not in _BY_ROWS:
+    if kind not in _SCORES:
         return [ALL_ROWS]
-    return [ALL_ROWS, *([] if _BY_ROWS[kind][1] else [EACH_SOURCE]), *numbers.per_source]
+    return [ALL_ROWS, *([] if _SCORES[kind][1] else [EACH_SOURCE]), *numbers.per_source]
 
 
 def charts_of(numbers, theme=LIGHT):
@@ -117,8 +120,10 @@ def charts_of(numbers, theme=LIGHT):
 
 
 def save_charts(numbers, folder):
-    """Write each chart of a report as PNG and SVG, and for dark pages as NAME-dark.png; returns ({name: PNG path},
-    {name: path of the dark PNG}, {name: alt text})."""
+    """Write each chart of a report as PNG and SVG, and for dark pages as NAME-dark.png.
+
+    Returns ({name: PNG path}, {name: path of the dark PNG}, {name: alt text}).
+    """
     light, dark = charts_of(numbers, LIGHT), charts_of(numbers, DARK)
     paths = {name: save(chart, folder, name) for name, chart in light.items()}
     dark_paths = {name: save(chart, folder, f"{name}-dark", ("png",)) for name, chart in dark.items()}

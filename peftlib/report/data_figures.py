@@ -3,7 +3,7 @@
 import numpy as np
 
 from peftlib.data.store import load_split
-from peftlib.report.chart import Chart, add_axes, dress, empty, legend, title
+from peftlib.report.chart import Chart, drawing, dress, empty, legend, stacked_bars, title
 from peftlib.report.palette import LIGHT
 
 # Okabe and Ito's palette; hatches repeat what the colours say.
@@ -17,8 +17,7 @@ def length_chart(folder, split="train", theme=LIGHT):
     """Tokens of a split's rows, one outline a source. folder: a data folder."""
     rows = load_split(folder, split)
     lengths, names = np.array(rows.column("n_tokens")), np.array(rows.column("source"))
-    chart = Chart(7.0, 3.4, theme)
-    axes = add_axes(chart, "tokens of a row", "rows")
+    chart, axes = drawing(7.0, 3.4, "tokens of a row", "rows", theme)
     if not lengths.size:
         return empty(chart, axes, f"no {split} rows")
     said, edges = [], np.linspace(0, lengths.max(), 41)
@@ -47,12 +46,14 @@ def kept_chart(manifest, theme=LIGHT):
     read = np.maximum([manifest["read"][name] for name in names], 1)
     looks = {part: {"color": color, "hatch": hatch} for part, (color, hatch) in {**_KEPT, **_REST}.items()}
     dress(shares, "share of the rows read", "", grid="x")
-    _stack(shares, names, {part: np.array(numbers) / read for part, numbers in parts.items()}, looks)
+    stacked_bars(shares, names, {part: np.array(numbers) / read for part, numbers in parts.items()}, looks)
     shares.set(xlim=(0, 1))
     if reasons:
         dress(counts, "rows rejected", "", grid="x")
         by_source = {name: np.array([rejected[name].get(reason, 0) for reason in reasons]) for name in names}
-        _stack(counts, reasons, by_source, {name: {"color": _source_color(i, theme)} for i, name in enumerate(names)})
+        stacked_bars(
+            counts, reasons, by_source, {name: {"color": _source_color(i, theme)} for i, name in enumerate(names)}
+        )
         look = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "color": theme.ink}
         for at, total in enumerate(sum(by_source.values())):
             counts.annotate(f"{total:,.0f}", (total, at), **look)
@@ -66,18 +67,6 @@ def kept_chart(manifest, theme=LIGHT):
     )
     chart.alt = f"Rows of each source, {'; '.join(said)}."
     return chart
-
-
-def _stack(axes, labels, parts, looks):
-    """Horizontal bars of stacked parts with a legend above. parts: {name: (labels,) widths}; looks: {name: of its
-    bar}."""
-    left = np.zeros(len(labels))
-    for name, widths in parts.items():
-        axes.barh(labels, widths, left=left, edgecolor=axes.figure.theme.paper, label=name, **looks[name])
-        left += widths
-    axes.invert_yaxis()
-    ink = axes.figure.theme.ink
-    axes.legend(ncols=5, frameon=False, labelcolor=ink, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _source_color(number, theme):

@@ -9,8 +9,8 @@ import math
 from matplotlib.patheffects import withStroke
 
 from peftlib.evaluation.stats import METRICS
-from peftlib.methods import study_order
-from peftlib.report.chart import Chart, add_axes, dress, empty, legend, title
+from peftlib.methods import BASE, study_order
+from peftlib.report.chart import Chart, drawing, dress, empty, legend, title
 from peftlib.report.palette import LIGHT, marker_of
 
 _MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
@@ -20,8 +20,7 @@ _RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 def loss_curves(records, theme=LIGHT):
     """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation
     points."""
-    chart = Chart(theme=theme)
-    axes = add_axes(chart, "optimizer step", "loss (nats per assistant token)")
+    chart, axes = drawing(5.8, 3.4, "optimizer step", "loss (nats per assistant token)", theme)
     records = sorted(records, key=lambda record: (_order(record["method"]), record["seed"]))
     curves = [(r, _points(r["history"], "loss"), _points(r["valid_history"], "valid_loss")) for r in records]
     curves = [curve for curve in curves if any(curve[1:])]
@@ -68,7 +67,7 @@ def smoothed(values, share=0.1):
 def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
     """One panel a metric, a bar a method with its 95 % interval. rows: name of the source if only its rows are
     scored."""
-    chart = Chart(6.0, 3.3, theme=theme)
+    chart = Chart(6.0, 3.3, theme)
     methods = sorted(intervals, key=_order)
     panels = chart.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics):
@@ -85,8 +84,7 @@ def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
 
 def source_bars(per_source, metric="rougeL", theme=LIGHT):
     """One metric by data source, a bar a method, 95 % intervals. per_source: {source: intervals}."""
-    chart = Chart(6.2, 3.3, theme=theme)
-    axes = add_axes(chart, "", f"{METRICS[metric]} (0-1)")
+    chart, axes = drawing(6.2, 3.3, "", f"{METRICS[metric]} (0-1)", theme)
     methods = sorted({method for found in per_source.values() for method in found}, key=_order)
     if not methods:
         return empty(chart, axes, "no scores yet")
@@ -99,7 +97,7 @@ def source_bars(per_source, metric="rougeL", theme=LIGHT):
     axes.set_xticks(range(len(per_source)), list(per_source))
     _room_above(axes, [interval[metric].high for found in per_source.values() for interval in found.values()])
     title(axes, f"{METRICS[metric]} by source, 95 % intervals")
-    legend(axes, outside=True)
+    legend(axes, "right")
     said = "; ".join(f"{source}: {_scores_text(found, (metric,), ', ')}" for source, found in per_source.items())
     chart.alt = f"{METRICS[metric]} by data source: {said}."
     return chart
@@ -112,73 +110,59 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     peak_gib: {method: GiB or None}; methods of unknown memory are left out. rows: as in `score_bars`.
     """
     name = METRICS[metric]
-    chart = Chart(5.6, 3.5, theme=theme)
-    axes = add_axes(chart, "peak memory of training (GiB)", f"{name} (0-1)")
+    chart, axes = drawing(5.6, 3.5, "peak memory of training (GiB)", f"{name} (0-1)", theme)
     scores = {m: intervals[m][metric] for m in sorted(intervals, key=_order) if _is_number(peak_gib.get(m))}
-    scores.pop("base", None)
+    scores.pop(BASE, None)
     if not scores:
         return empty(chart, axes, "no method with both a score and a memory figure")
     for method, found in scores.items():
         look = {"marker": marker_of(method), "markersize": 9, "color": theme.color_of(method), "linestyle": "none"}
         axes.errorbar(peak_gib[method], found.value, yerr=_spans(found), capsize=4, label=method, **look)
-    _hold(axes.set_xlim, [peak_gib[method] for method in scores])
     ends = [end for found in scores.values() for end in (found.low, found.high)]
-    said = "; ".join(f"{method} {found.value:.3f} at {peak_gib[method]:.2f} GiB" for method, found in scores.items())
-    if "base" in intervals:
-        base = intervals["base"][metric].value
-        said += f"; base {base:.3f}"
-        look = {"color": theme.color_of("base"), "fontsize": 9, "ha": "right", "va": "bottom"}
+    said = [f"{method} {found.value:.3f} at {peak_gib[method]:.2f} GiB" for method, found in scores.items()]
+    if BASE in intervals:
+        base = intervals[BASE][metric].value
+        said.append(f"base {base:.3f}")
+        look = {"color": theme.color_of(BASE), "fontsize": 9, "ha": "right", "va": "bottom"}
         if min(ends) - base < 2 * max(max(ends) - min(ends), 0.05 * max(ends)):
             ends.append(base)
-            axes.axhline(base, color=theme.color_of("base"), linestyle="--", linewidth=1.2)
+            axes.axhline(base, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
             axes.text(0.99, base, " base ", transform=axes.get_yaxis_transform(), **look)
         else:
             axes.text(0.99, 0.02, f"base: {base:.3f}, below", transform=axes.transAxes, **look)
+    _hold(axes.set_xlim, [peak_gib[method] for method in scores])
     _hold(axes.set_ylim, ends)
     if axes.get_xlim()[0] > 0 or axes.get_ylim()[0] > 0:
         axes.set_xlabel(f"{axes.get_xlabel()}; axes do not start at 0")
     title(axes, f"{name}{rows and f' on {rows}'} against memory: up and left is better")
-    legend(axes, outside=True)
-    chart.alt = f"{name} on the test rows{rows and f' of {rows}'} against peak training memory: {said}."
+    legend(axes, "right")
+    chart.alt = f"{name} on the test rows{rows and f' of {rows}'} against peak training memory: {'; '.join(said)}."
     return chart
 
 
-def memory_bars(peak_gib, reserved_gib=None, theme=LIGHT):
-    """Peak training memory of each method in GiB; an outline shows what the allocator reserved, where known."""
-    return _value_bars(peak_gib, "Peak memory of training", "GiB", outlines=reserved_gib or {}, theme=theme)
+def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
+    """A horizontal bar a method whose value is known, with the number at its end.
 
-
-def loss_bars(losses, rows="test rows", theme=LIGHT):
-    """The loss of each method on some text. losses: {method: nats per token or None}."""
-    return _value_bars(losses, f"Loss on {rows}: shorter is better", "nats per token", form=".3f", theme=theme)
-
-
-def speed_bars(tokens_per_second, theme=LIGHT):
-    """How fast each method trained. tokens_per_second: {method: unpadded tokens a second or None}."""
-    return _value_bars(tokens_per_second, "Speed of training", "tokens/s", form=",.0f", theme=theme)
-
-
-def _value_bars(values, name, unit, *, theme, form=".2f", outlines=None):
-    """A horizontal bar a method whose value is known, with the number at its end. outlines: {method: larger value}."""
+    values: {method: number or None}. outlines: {method: larger value}, such as what the allocator reserved.
+    """
     methods = [method for method in sorted(values, key=_order) if _is_number(values[method])]
     outer = {method: value for method, value in (outlines or {}).items() if method in methods and _is_number(value)}
-    chart = Chart(5.6, 0.9 + 0.5 * max(len(methods), 2), theme=theme)
-    axes = add_axes(chart, unit, "", grid="x")
+    chart, axes = drawing(5.6, 0.9 + 0.5 * max(len(methods), 2), unit, "", theme, grid="x")
     if not methods:
         return empty(chart, axes, f"{name.split(':')[0].lower()} is not known yet")
     look = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": theme.ink}
+    ends = []
     for at, method in enumerate(methods):
-        color, end, text = theme.color_of(method), values[method], f"{values[method]:{form}}"
+        color, text = theme.color_of(method), f"{values[method]:{form}}"
         axes.barh(at, values[method], height=0.66, color=color)
         if method in outer:
             axes.barh(at, outer[method], height=0.66, fill=False, edgecolor=color, linewidth=1.2)
-            end, text = max(end, outer[method]), f"{text} ({outer[method]:{form}})"
-        axes.annotate(text, (end, at), **look)
+            text = f"{text} ({outer[method]:{form}})"
+        ends.append(max(values[method], outer.get(method, 0.0)))
+        axes.annotate(text, (ends[-1], at), **look)
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
-    axes.set_xlim(
-        0, max([values[method] for method in methods] + [*outer.values()]) * (1.15 if outlines is None else 1.3)
-    )
+    axes.set_xlim(0, max(ends) * (1.15 if outlines is None else 1.3))
     title(axes, f"{name} (outline and brackets: reserved)" if outer else name)
     chart.alt = f"{name.replace(':', ',')}: {'; '.join(f'{m} {values[m]:{form}} {unit}' for m in methods)}."
     return chart

@@ -80,8 +80,7 @@ def _cost(numbers):
 
 
 def _forgetting(found):
-    base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
-    parts = list(_changes(found, base, lambda run: run.general))
+    base, parts = _changes(found, lambda run: run.general)
     if parts:
         yield (
             f"On general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens) a rise of the loss is forgetting, in "
@@ -89,14 +88,12 @@ def _forgetting(found):
         )
 
 
-def _changes(found, base, loss_of):
-    """Yield 'method loss (change against base)' of each trained method whose GeneralLoss is known and of the same
-    text."""
-    for method, runs in found.scored.items():
-        loss = forgetting.mean_over([loss_of(run) for run in runs])
-        change = forgetting.change(base, loss)
-        if method != BASE and change is not None:
-            yield f"{method} {loss.loss:.3f} ({change:+.1%})"
+def _changes(found, loss_of):
+    """(base's GeneralLoss, ['method loss (change against base)', ...] of the trained methods that are known)."""
+    base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
+    losses = {m: forgetting.mean_over([loss_of(run) for run in runs]) for m, runs in found.scored.items() if m != BASE}
+    changes = {method: forgetting.change(base, loss) for method, loss in losses.items()}
+    return base, [f"{m} {losses[m].loss:.3f} ({change:+.1%})" for m, change in changes.items() if change is not None]
 
 
 def _cautions(found, notes):
@@ -146,8 +143,7 @@ def _losses(found):
 
 
 def _four_bit(found):
-    base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
-    parts = list(_changes(found, base, lambda run: run.rounded))
+    _, parts = _changes(found, lambda run: run.rounded)
     if parts:
         yield (
             "The untrained model's loss on general text with its matrices in 4 bits, as the method holds them: "

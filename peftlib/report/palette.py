@@ -1,9 +1,10 @@
 """The colours and markers of methods, in a light and a dark theme. A method keeps its hue and its marker everywhere."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peftlib.methods import BASE, METHODS
 
+_BASES = {BASE: ("#5e5e5e", "#dedede"), "base (cut)": ("#323232", "#acacac")}  # {name: (light, dark)}
 _BASE_MARKER, _OTHER_MARKER = "X", "*"
 
 
@@ -14,15 +15,14 @@ def marker_of(method):
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a chart. bases: {name: colour} of the untrained model; other: of methods that are not known."""
+    """Colours of a chart. position: in MethodSpec.colors. other: of methods that are not known."""
 
     name: str
+    position: int
     paper: str
     ink: str
     grid: str
     other: str
-    bases: dict = field(repr=False)
-    position: int  # in MethodSpec.colors
 
     def color_of(self, method):
         """The colour of a method's lines, bars and points."""
@@ -30,27 +30,12 @@ class Theme:
 
     def colors(self):
         """{method: colour} of the base and every known method."""
-        return {**self.bases, **{name: spec.colors[self.position] for name, spec in METHODS.items()}}
+        pairs = {**_BASES, **{name: spec.colors for name, spec in METHODS.items()}}
+        return {name: pair[self.position] for name, pair in pairs.items()}
 
 
 # Okabe and Ito's palette where it has a contrast of 3:1 with the paper, else its hue made darker or lighter, so that
 # every two still differ to those who see no red, no green or no blue (tested); markers repeat the distinction.
-LIGHT = Theme(
-    "light",
-    paper="#ffffff",
-    ink="#222222",
-    grid="#d9d9d9",
-    other="#000000",
-    bases={"base": "#5e5e5e", "base (cut)": "#323232"},
-    position=0,
-)
-DARK = Theme(
-    "dark",
-    paper="#16181b",
-    ink="#e4e4e4",
-    grid="#3b3f45",
-    other="#ffffff",
-    bases={"base": "#dedede", "base (cut)": "#acacac"},
-    position=1,
-)
+LIGHT = Theme("light", 0, paper="#ffffff", ink="#222222", grid="#d9d9d9", other="#000000")
+DARK = Theme("dark", 1, paper="#16181b", ink="#e4e4e4", grid="#3b3f45", other="#ffffff")
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}

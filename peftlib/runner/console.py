@@ -103,7 +103,7 @@ def in_todays_words(argv):
         if word == "--method":  # now a plain argument
             continue
         words.append(word)
-        if word in ("--methods", "--precision-check") and words[0] == "reference":
+        if word == "--methods" and words[0] == "reference":
             n_values = next((n for n, value in enumerate(rest) if value.startswith("-")), len(rest))
             words.append(",".join(rest[:n_values]))
             del rest[:n_values]

@@ -3,12 +3,10 @@
 import contextlib
 import logging
 import os
-import queue
 import re
 import signal
 import threading
 import time
-from dataclasses import dataclass
 
 import psutil
 
@@ -16,7 +14,7 @@ from peftlib.core import paths
 from peftlib.core.errors import DiskError, Stopped, StudyError, writing
 from peftlib.core.files import readable_path
 from peftlib.core.hub_token import without_tokens
-from peftlib.notebook.session import FINISHED, STOPPED
+from peftlib.notebook.session import STOPPED
 from peftlib.runner import notebook_io
 from peftlib.runner.notebook_io import FAILED
 
@@ -37,24 +35,16 @@ _CELL_START = re.compile(r"Executing Cell (\d+)-*$")
 _NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a figure, an HTML table, a progress bar
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one notebook ended: code 0 if the run may go on, else its exit code and the reason."""
-
-    code: int
-    message: str = ""
-
-
 class Execution:
-    """One run of a notebooks.Stage. papermill works in a thread, so that this one can relay lines and receive signals.
+    """One run of a notebooks.Stage. papermill works in a thread, so that this one can pass signals on.
 
-    events: a queue.SimpleQueue that receives this process's signals; cell numbers (int) and lines (str) go there too.
-    heartbeat_s: seconds of silence after which a line is printed. save_s: seconds that an interrupted kernel gets.
+    signals: a deque that receives this process's signals. heartbeat_s: seconds of silence after which a line is
+    printed. save_s: seconds that an interrupted kernel gets.
     """
 
-    def __init__(self, stage, events, heartbeat_s, save_s):
+    def __init__(self, stage, signals, heartbeat_s, save_s):
         self.stage = stage
-        self.events = events
+        self.signals = signals
         self.heartbeat_s = heartbeat_s
         self.save_s = save_s
         self.cells = _with_injected(notebook_io.load(stage.source)["cells"])
@@ -65,18 +55,24 @@ class Execution:
         self.signal = None
         self.kill_at = None
 
-    def outcome(self):
-        """Execute to the end, keep the executed copy, and say how it ended."""
+    def run(self):
+        """Execute to the end and keep the executed copy; returns (exit code, why the run may not go on)."""
         with writing(self.stage.running):
             self.stage.running.parent.mkdir(parents=True, exist_ok=True)
             self.stage.running.unlink(missing_ok=True)
-        worker = threading.Thread(target=self._execute, daemon=True)
-        with _log_to(self.events):
+        log = logging.getLogger("papermill")
+        level_before = log.level
+        log.setLevel(logging.INFO)
+        log.addFilter(self._on_log)
+        try:
+            worker = threading.Thread(target=self._execute, daemon=True)
             worker.start()
-            while worker.is_alive() or not self.events.empty():
-                with contextlib.suppress(queue.Empty):
-                    self._on_event(self.events.get(timeout=0.2))
+            while worker.is_alive():
+                worker.join(timeout=0.2)
                 self._on_time(time.monotonic())
+        finally:
+            log.removeFilter(self._on_log)
+            log.setLevel(level_before)
         return self._judge()
 
     def _execute(self):
@@ -110,16 +106,18 @@ class Execution:
 
         return Kernel
 
-    def _on_event(self, event):
-        if isinstance(event, signal.Signals):
-            self._on_signal(event)
-        elif isinstance(event, int):
-            self._on_cell(event)
-        else:
-            for line in event.split("\n"):
-                text = without_tokens(line.rpartition("\r")[2]).rstrip()
-                if text:
-                    self._relay(text)
+    def _on_log(self, record):
+        """Take what papermill logs: the cells that start, and what they print. False: no other handler gets it."""
+        text = record.getMessage()
+        start = _CELL_START.match(text)
+        if start:
+            self._on_cell(int(start[1]))
+        elif not text.startswith(_ABOUT_ITSELF) and not _NOT_TEXT.match(text.rstrip("\n")):
+            for line in text.split("\n"):
+                shown = without_tokens(line.rpartition("\r")[2]).rstrip()
+                if shown:
+                    self._relay(shown)
+        return False
 
     def _on_cell(self, number):
         self.cell = number
@@ -130,6 +128,15 @@ class Execution:
         if cell["cell_type"] == "code" and not notebook_io.tags_of(cell):
             self._relay(f"> {self._code_line(number)}")
 
+    def _on_time(self, now):
+        while self.signals:
+            self._on_signal(self.signals.popleft())
+        if self.kill_at is not None and now > self.kill_at:
+            self._kill()
+        if now - self.last_line_at >= self.heartbeat_s:
+            minutes, seconds = divmod(int(now - self.cell_started), 60)
+            self._relay(f"... {f'{minutes} min ' if minutes else ''}{seconds} s in this cell")
+
     def _on_signal(self, number):
         if self.signal is not None or self._kernel_process() is None:
             self._kill()
@@ -138,12 +145,6 @@ class Execution:
             self.kill_at = time.monotonic() + self.save_s
             self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
         self.signal = number
-
-    def _on_time(self, now):
-        if self.kill_at is not None and now > self.kill_at:
-            self._kill()
-        if now - self.last_line_at >= self.heartbeat_s:
-            self._relay(f"... {_duration(now - self.cell_started)} in this cell")
 
     def _kill(self):
         """Kill the kernel and its children; papermill then writes the executed copy and ends."""
@@ -165,34 +166,31 @@ class Execution:
     def _relay(self, text):
         self.last_line_at = time.monotonic()
         shown = text if len(text) <= LINE_LIMIT else f"{text[:LINE_LIMIT]} ..."
-        print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}", flush=True)
+        # In one write: papermill's thread prints too.
+        print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}\n", end="", flush=True)
 
     def _judge(self):
-        """The Outcome, from papermill's error and the copy's last line: the status of a cell is no witness."""
-        copy = self._tidied_copy()
+        """As `run`, from papermill's error and the copy's last line: the status of a cell is no witness."""
+        name, copy = self.stage.name, self._tidied_copy()
         status, state, _ = (notebook_io.ending(copy) if copy else None) or (None, None, None)
-        name = self.stage.name
-        is_whole = self.error is None and state == self.stage.state
-        if is_whole and status == FINISHED:
-            kept_bytes = self.stage.keep(copy, FINISHED).stat().st_size
-            if kept_bytes > notebook_io.SIZE_LIMIT_BYTES:
-                print(f"{name}: its executed copy has {kept_bytes // 1000} kB, which is a lot to open")
-            if self.signal is not None:
-                return Outcome(128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on")
-            return Outcome(0)
-        if is_whole:
-            kept = readable_path(self.stage.keep(copy, STOPPED))
-            message = f"{name} stopped at its time limit, the same command goes on from there; so far: {kept}"
-            return Outcome(EXIT_STOPPED, message)
-        status = FAILED if self.signal is None else STOPPED
-        kept = f"executed copy: {readable_path(self.stage.keep(copy, status))}" if copy else "it left no executed copy"
+        if self.error is None and state == self.stage.state:
+            kept = self.stage.keep(copy, status)
+            if status == STOPPED:
+                so_far = f"the same command goes on from there; so far: {readable_path(kept)}"
+                return EXIT_STOPPED, f"{name} stopped at its time limit, {so_far}"
+            if self.signal is None:
+                return 0, ""
+            return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on"
+        kept = "it left no executed copy"
+        if copy:
+            kept = f"executed copy: {readable_path(self.stage.keep(copy, STOPPED if self.signal else FAILED))}"
         failure = notebook_io.failure(copy) if copy else None
         if failure and failure[1] == Stopped.__name__:
-            return Outcome(EXIT_STOPPED, f"{name} stopped: {failure[2]}\n{kept}")
+            return EXIT_STOPPED, f"{name} stopped: {failure[2]}\n{kept}"
         if self.signal is not None:
-            message = f"{name} was interrupted by {self.signal.name}, the same command goes on from there; {kept}"
-            return Outcome(128 + self.signal, message)
-        return Outcome(EXIT_FAILED, f"FAILED: {name}, {self._reason(failure, state)}\n{kept}")
+            goes_on = f"the same command goes on from there; {kept}"
+            return 128 + self.signal, f"{name} was interrupted by {self.signal.name}, {goes_on}"
+        return EXIT_FAILED, f"FAILED: {name}, {self._reason(failure, state)}\n{kept}"
 
     def _tidied_copy(self):
         """What papermill left, or None if it left nothing that can be read."""
@@ -241,44 +239,8 @@ def end_tree(process):
             member.kill()
 
 
-class _Events(logging.Handler):
-    """papermill's log as events: numbers of the cells that start, and what the cells print."""
-
-    def __init__(self, events):
-        super().__init__()
-        self._put = events.put
-
-    def emit(self, record):
-        text = record.getMessage().rstrip("\n")
-        start = _CELL_START.match(text)
-        if start:
-            self._put(int(start[1]))
-        elif not text.startswith(_ABOUT_ITSELF) and not _NOT_TEXT.match(text):
-            self._put(text)
-
-
-@contextlib.contextmanager
-def _log_to(events):
-    log, handler = logging.getLogger("papermill"), _Events(events)
-    before = log.level, log.propagate
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before[0])
-        log.propagate = before[1]
-
-
 def _with_injected(cells):
     """The cells as papermill will execute them: with ours below the parameters cell, or first where there is none."""
     injected = {"cell_type": "code", "source": "# Parameters", "metadata": {"tags": ["injected-parameters"]}}
     at = next((i + 1 for i, cell in enumerate(cells) if "parameters" in notebook_io.tags_of(cell)), 0)
     return [*cells[:at], injected, *cells[at:]]
-
-
-def _duration(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

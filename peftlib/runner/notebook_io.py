@@ -12,7 +12,6 @@ from peftlib.core.json_reading import fault
 from peftlib.core.paths import PACKAGE
 from peftlib.notebook.session import last_words
 
-SIZE_LIMIT_BYTES = 500_000
 FAILED = "failed"  # of a notebook's endings; notebook.session has the others
 _WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
 _OUTPUT = {"output_type": str, "data?": {}}
@@ -87,37 +86,26 @@ def tidy(notebook, studies_root):
         notebook["metadata"]["papermill"]["input_path"] = Path(notebook["metadata"]["papermill"]["input_path"]).name
     # papermill's red banners; the error itself stays in its cell
     notebook["cells"] = [cell for cell in notebook["cells"] if "papermill-error-cell-tag" not in tags_of(cell)]
-    private = _private_text(studies_root)
+    changes = _changes(studies_root)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            cell["outputs"] = [_tidy_output(o, private) for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
+            cell["outputs"] = [_changed(o, changes) for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
 
 
-def _private_text(studies_root):
-    """[(pattern, replacement)] of tokens, then of this machine's own paths, longer ones first."""
+def _changes(studies_root):
+    """[(pattern, replacement)] of overwritten progress text, tokens and this machine's own paths, longer ones first."""
     paths = {str(studies_root): "runs", str(PACKAGE.parent): ".", sys.prefix: "[python]", str(Path.home()): "~"}
-    longer_first = sorted(((p, r) for p, r in paths.items() if len(p) > 1), key=lambda pair: -len(pair[0]))
-    return [
-        (token_pattern(), MASK),
-        *((re.compile(re.escape(path) + r"(?![\w.-])"), shown) for path, shown in longer_first),
-    ]
+    longer_first = sorted((path for path in paths if len(path) > 1), key=len, reverse=True)
+    of_paths = [(re.compile(re.escape(path) + r"(?![\w.-])"), paths[path]) for path in longer_first]
+    return [(re.compile(r"[^\n]*\r(?!\n)"), ""), (token_pattern(), MASK), *of_paths]
 
 
-def _tidy_output(output, private):
-    if "text" in output:
-        text = "".join(output["text"])
-        # A line that a progress bar wrote over again and again: what was last visible stays.
-        output["text"] = _plain(re.sub(r"[^\n]*\r(?!\n)", "", text), private).splitlines(keepends=True)
-    if "traceback" in output:
-        output["traceback"] = [_plain(line, private) for line in output["traceback"]]
-        output["evalue"] = _plain(output["evalue"], private)
-    for kind, value in output.get("data", {}).items():
-        if kind.startswith("text/"):
-            output["data"][kind] = _plain("".join(value), private).splitlines(keepends=True)
-    return output
-
-
-def _plain(text, private):
-    for pattern, shown in private:
-        text = pattern.sub(shown, text)
-    return text
+def _changed(value, changes):
+    """An output, or a part of one, with all its texts changed; pictures stay."""
+    if isinstance(value, dict):
+        return {k: part if k.startswith("image/") else _changed(part, changes) for k, part in value.items()}
+    if isinstance(value, list):
+        return [_changed(part, changes) for part in value]
+    for pattern, shown in changes if isinstance(value, str) else ():
+        value = pattern.sub(shown, value)
+    return value

@@ -1,13 +1,13 @@
 """Run notebooks headless, in their order, skipping those that are finished."""
 
+import collections
 import contextlib
+import dataclasses
 import os
-import queue
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib.core import paths
@@ -28,7 +28,7 @@ SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
 _SIGNALS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One notebook of a run: its file, the study that its parameters name, and the parameters to inject."""
 
@@ -40,29 +40,32 @@ class Stage:
     @property
     def copy(self):
         """Path of the executed notebook once it is finished."""
-        return self._beside("")
+        return self.path("")
 
     @property
     def running(self):
-        return self._beside(".running")
+        """Path of the executed notebook while it is being made."""
+        return self.path(".running")
 
     @property
     def state(self):
+        """state_hash of the notebook under this run's settings."""
         return state_hash(self.name, self.study.cfg)
+
+    def path(self, mark):
+        """Path of an executed copy; mark: '' or what tells an unfinished one, such as '.failed'."""
+        seed = self.study.cfg.seed
+        return self.study.notebooks_dir / f"{self.name}{f'-s{seed}' if seed else ''}{mark}.ipynb"
 
     def keep(self, copy, status):
         """Save an executed copy under its status; only a finished one replaces a finished one. Returns the path."""
-        target = self.copy if status == FINISHED else self._beside(f".{status}")
+        mark = "" if status == FINISHED else f".{status}"
+        target = self.path(mark)
         copy["metadata"].setdefault("papermill", {})["output_path"] = target.name
         notebook_io.save(target, copy)
-        for mark in (".running", f".{FAILED}", f".{STOPPED}"):
-            if self._beside(mark) != target:
-                self._beside(mark).unlink(missing_ok=True)
+        for other in {".running", f".{FAILED}", f".{STOPPED}"} - {mark}:
+            self.path(other).unlink(missing_ok=True)
         return target
-
-    def _beside(self, mark):
-        seed = self.study.cfg.seed
-        return self.study.notebooks_dir / f"{self.name}{f'-s{seed}' if seed else ''}{mark}.ipynb"
 
 
 def plan(wanted, overrides, notebooks_dir=None):
@@ -83,30 +86,33 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
 
     LockedError: another runner is at work in the study.
     """
-    minutes = []
+    minutes = {}
     code = 0
     with contextlib.ExitStack() as stack:
         for folder in {stage.study.folder for stage in stages}:
             # Not the lock of the work itself, which the kernel takes: two runners would share executed copies.
             stack.enter_context(StudyLock(folder, "python -m peftlib run", name="runner-lock.json"))
-        events = stack.enter_context(_signals_as_events())
+        signals = stack.enter_context(_caught_signals())
         for stage in stages:
             reason = unfinished_reason(stage)
             if reason is None:
                 print(f"{stage.name}: finished before, skipped ({readable_path(stage.copy)})", flush=True)
-                minutes.append((stage.name, None))
                 continue
             cfg = stage.study.cfg
             print(f"{stage.name}: starts, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
             started = time.monotonic()
-            outcome = Execution(stage, events, heartbeat_s, save_s).outcome()
-            minutes.append((stage.name, (time.monotonic() - started) / 60))
-            _copy(stage)
-            if outcome.code:
-                print(outcome.message, flush=True)
-                code = outcome.code
+            code, message = Execution(stage, signals, heartbeat_s, save_s).run()
+            minutes[stage.name] = (time.monotonic() - started) / 60
+            mirror = restore(stage.study.folder)
+            if mirror is not None:  # takes the executed copy along; the kernel has uploaded the rest
+                mirror.flush()
+                print(mirror.state(), flush=True)
+            if code:
+                print(message, flush=True)
                 break
-    _print_minutes(minutes)
+    print("minutes a stage:")
+    for name, value in {**minutes, "together": sum(minutes.values())}.items():
+        print(f"  {name:<12} {value:>7.1f}", flush=True)
     return code
 
 
@@ -123,18 +129,13 @@ def unfinished_reason(stage):
     gone = [path for path in wrote if not (stage.study.folder / path).exists()]
     if gone:
         return f"{gone[0]} is gone"
-    for earlier in _read_by(stage):
+    # A notebook of someone's own reads, for all we know, what every earlier one wrote.
+    earlier_ones = [path.stem for path in stage.source.parent.glob("[0-9][0-9]_*.ipynb") if path.stem < stage.name]
+    for name in NOTEBOOKS.get(stage.name, earlier_ones):
+        earlier = dataclasses.replace(stage, name=name).copy
         if earlier.exists() and notebook_io.ended_at(notebook_io.load(earlier)) > notebook_io.ended_at(copy):
             return f"{earlier.stem} was run after it"
     return None
-
-
-def _read_by(stage):
-    """Executed copies of the notebooks whose outputs this one reads."""
-    others = NOTEBOOKS.get(stage.name)
-    if others is None:  # a notebook of someone's own reads, for all we know, what every earlier one wrote
-        others = [path.stem for path in stage.source.parent.glob("[0-9][0-9]_*.ipynb") if path.stem < stage.name]
-    return [Stage(name, stage.source, stage.study, {}).copy for name in others]
 
 
 def _selected(wanted, found):
@@ -164,14 +165,6 @@ def _stage(name, source, overrides):
     return Stage(name, source, study, {**overrides, "profile": study.cfg.profile, "study": study.cfg.study})
 
 
-def _copy(stage):
-    """Upload the executed copy to the study's remote; the kernel has uploaded the rest."""
-    mirror = restore(stage.study.folder)
-    if mirror is not None:
-        mirror.flush()
-        print(mirror.state(), flush=True)
-
-
 def _profile_of_this_machine():
     # In a process of its own: a CUDA context in the runner would take memory from the notebooks for the whole run.
     code = "from peftlib.core.env import profile_for_hardware; print(profile_for_hardware())"
@@ -185,19 +178,12 @@ def _profile_of_this_machine():
 
 
 @contextlib.contextmanager
-def _signals_as_events():
-    """A queue that also receives the signals that come in the block."""
-    events = queue.SimpleQueue()  # the one queue whose put may be called in a signal handler
-    before = {number: signal.signal(number, lambda got, _: events.put(signal.Signals(got))) for number in _SIGNALS}
+def _caught_signals():
+    """A deque that receives the signals that come in the block."""
+    caught = collections.deque()
+    before = {number: signal.signal(number, lambda got, _: caught.append(signal.Signals(got))) for number in _SIGNALS}
     try:
-        yield events
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _print_minutes(minutes):
-    print("minutes a stage:")
-    for name, value in minutes:
-        print(f"  {name:<12} {'skipped' if value is None else f'{value:.1f}':>7}")
-    print(f"  {'together':<12} {sum(value or 0 for _, value in minutes):>7.1f}", flush=True)

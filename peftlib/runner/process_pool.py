@@ -2,8 +2,8 @@
 
 import collections
 import contextlib
+import math
 import os
-import queue
 import signal
 import subprocess
 import threading
@@ -40,50 +40,52 @@ def run(next_task, ended, *, workers, why_stop, log, grace_s=GRACE_S, heartbeat_
 
     next_task() -> a Task, or None while there is none to start. ended(Ending): called in this thread.
     workers: [{variable: value}, ...], the environment of each. why_stop() -> None, or why to stop: then each child gets
-    SIGTERM, and SIGKILL after grace_s. However this ends, no child is left.
+    SIGTERM, and SIGKILL after grace_s. log: gets a line, one call at a time. However this ends, no child is left.
     """
-    lines = queue.SimpleQueue()
     free, running = list(workers), {}
-    reason, kill_at, last_line = None, None, time.monotonic()
+    reason, kill_at = None, math.inf
+    printing, printed_at = threading.Lock(), [time.monotonic()]
+
+    def say(line):
+        with printing:
+            printed_at[0] = time.monotonic()
+            log(line)
+
     try:
         while True:
-            if reason is None:
-                reason = why_stop()
-                if reason:
-                    log(f"stopping ({reason}): {_named(running)}")
-                    kill_at = time.monotonic() + grace_s
-                    _ask_to_stop(running)
+            if reason is None and (reason := why_stop()):
+                say(f"stopping ({reason}): {_named(running)}")
+                kill_at = time.monotonic() + grace_s
+                for child in running.values():
+                    child.process.terminate()
             while reason is None and free and (task := next_task()) is not None:
-                running[task.name] = _Child(task, free.pop(0), lines)
-                log(f"{task.name} starts")
+                say(f"{task.name} starts")
+                running[task.name] = _Child(task, free.pop(0), say)
             if not running:
                 return reason
-            if _print_lines(lines, log):
-                last_line = time.monotonic()
-            elif time.monotonic() - last_line > heartbeat_s:
-                log(f"at work: {_named(running)}")
-                last_line = time.monotonic()
-            if kill_at is not None and time.monotonic() > kill_at:
+            time.sleep(0.2)
+            if time.monotonic() - printed_at[0] > heartbeat_s:
+                say(f"at work: {_named(running)}")
+            if time.monotonic() > kill_at:
                 for child in running.values():
                     child.kill()
-            for name in [name for name, child in running.items() if child.process.poll() is not None]:
-                child = running.pop(name)
-                child.reader.join(timeout=5.0)
-                _print_lines(lines, log, wait_s=0.0)
-                free.append(child.worker)
-                ended(child.ending(is_cut=reason is not None))
+            for name, child in list(running.items()):
+                if child.process.poll() is not None:
+                    del running[name]
+                    free.append(child.worker)
+                    ended(child.ending(is_cut=reason is not None))
     finally:
         for child in running.values():
             child.kill()
 
 
 class _Child:
-    """A process that runs, and the thread that reads its lines."""
+    """A process that runs, and the thread that passes its lines on."""
 
-    def __init__(self, task, worker, lines):
+    def __init__(self, task, worker, say):
         self.task, self.worker = task, worker
         self.started = time.monotonic()
-        self.tail = collections.deque(maxlen=_LAST_LINES)
+        self._tail = collections.deque(maxlen=_LAST_LINES)
         self.process = subprocess.Popen(
             task.argv,
             env={**os.environ, **task.env, **worker, "PYTHONUNBUFFERED": "1"},
@@ -92,41 +94,26 @@ class _Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then asks the children
         )
-        self.reader = threading.Thread(target=self._read, args=(lines,), daemon=True)
-        self.reader.start()
+        self._reader = threading.Thread(target=self._read, args=(say,), daemon=True)
+        self._reader.start()
 
-    def _read(self, lines):
-        for raw in self.process.stdout:
-            line = raw.decode("utf-8", errors="replace").rstrip()
-            if line:
-                self.tail.append(line)
-                lines.put(f"{self.task.name} | {line}")
-        self.process.stdout.close()
+    def _read(self, say):
+        with self.process.stdout as lines:
+            for raw in lines:
+                line = raw.decode("utf-8", errors="replace").rstrip()
+                if line:
+                    self._tail.append(line)
+                    say(f"{self.task.name} | {line}")
 
     def ending(self, *, is_cut):
+        self._reader.join(timeout=5.0)
         seconds = time.monotonic() - self.started
-        return Ending(self.task, self.process.returncode, is_cut, "\n".join(self.tail), seconds)
+        return Ending(self.task, self.process.returncode, is_cut, "\n".join(self._tail), seconds)
 
     def kill(self):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # the compiler's helpers too
         self.process.wait()
-
-
-def _ask_to_stop(running):
-    for child in running.values():
-        with contextlib.suppress(ProcessLookupError):
-            child.process.send_signal(signal.SIGTERM)
-
-
-def _print_lines(lines, log, wait_s=0.2):
-    """Print what has come; whether there was anything."""
-    has_any = False
-    with contextlib.suppress(queue.Empty):
-        while True:
-            log(lines.get_nowait() if has_any or not wait_s else lines.get(timeout=wait_s))
-            has_any = True
-    return has_any
 
 
 def _named(running):

@@ -5,14 +5,14 @@ processes, side by side on all visible GPUs; what stands is not made again.
 """
 
 import contextlib
+import dataclasses
+import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
 
 from peftlib.core.errors import ConfigError
-from peftlib.core.files import copy_tree, rename
 from peftlib.core.session import interrupts
 from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS
@@ -24,8 +24,6 @@ from peftlib.storage.lock import child_environment, held
 from peftlib.storage.mirror import open_mirror
 from peftlib.train import sweep
 
-PRECISION_CHECKED = tuple(name for name, spec in METHODS.items() if not spec.is_baseline)
-OTHER_PRECISION = "fp16"
 UNFINISHED_CODE = 3  # cut by --minutes or a signal: the same command goes on
 _ROOM_S = 60.0  # no run is started that has less time than this before it would be stopped
 
@@ -33,14 +31,14 @@ _ROOM_S = 60.0  # no run is started that has less time than this before it would
 @dataclass(frozen=True)
 class Settings:
     """given: what Study.resolve gets. methods, seeds: to run. factors: of the sweeps, empty for none; rows: of each.
-    checked: methods that also run once in OTHER_PRECISION. minutes: 0 for no limit. at_once: runs on each GPU."""
+    minutes: 0 for no limit. at_once: runs on each GPU. names: as in suite_jobs.only, empty for all. is_again: try what
+    failed once more."""
 
     given: dict
     methods: tuple
     seeds: tuple
     factors: tuple = sweep.FACTORS
     rows: int = 1500
-    checked: tuple = ()
     minutes: float = 0.0
     at_once: int = 1
     names: tuple = ()
@@ -48,87 +46,56 @@ class Settings:
     has_report: bool = True
 
     @classmethod
-    def of(
-        cls, given, *, methods=None, seeds="0", factors="none", only="", again=False, precision_check=None, **others
-    ):
-        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be.
-
-        precision_check: methods, 'none', '' for PRECISION_CHECKED; None decides by the profile and the hardware.
-        """
+    def of(cls, given, *, methods, seeds, factors, only, **others):
+        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be."""
         known = (BASE, *METHODS)
         names = known if methods is None else tuple(methods.replace(",", " ").split())
         strange = [name for name in names if name not in known]
         if strange or not names:
             raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(known)}")
-        if others.get("at_once", 1) < 1 or others.get("minutes", 0) < 0:
-            raise ConfigError(f"--at-once {others['at_once']}, --minutes {others['minutes']:g}: use positive numbers")
         return cls(
             given,
             names,
             seeds=_numbers("--seeds", seeds, int),
             factors=() if factors == "none" else _numbers("--factors", factors, float),
-            checked=_checked(precision_check, names, given),
             names=tuple(filter(None, only.split(","))),
-            is_again=again,
             **others,
         )
 
-    def jobs(self, study, *, sibling=None):
-        """[Job, ...] of a study, and of its sibling in the other precision, in the order in which they start."""
-        checked = self.checked if sibling else ()
-        return jobs_of(study, self.methods, self.seeds, sibling=sibling, checked=checked, has_sweeps=bool(self.factors))
+    def jobs(self, study):
+        """[Job, ...] of a study in the order in which they start."""
+        return jobs_of(study, self.methods, self.seeds, has_sweeps=bool(self.factors))
 
 
-def _checked(asked, methods, given):
-    """Methods to run in OTHER_PRECISION as well. asked: as in Settings.of."""
-    if asked is not None:
-        names = tuple(asked.replace(",", " ").split())
-        names = () if names == ("none",) else names or tuple(name for name in PRECISION_CHECKED if name in methods)
-        strange = [name for name in names if name not in methods]
-        if strange:
-            raise ConfigError(f"--precision-check {' '.join(strange)}: not among --methods {' '.join(methods)}")
-        return names
-    import torch
-
-    # By the profile, not by the card: asking that would take memory of a GPU in this process.
-    is_bf16 = given.get("precision", "auto") in ("auto", "bf16") and given["profile"] == "gpu"
-    is_gpu = given.get("device", "auto") != "cpu" and torch.cuda.device_count() > 0
-    return tuple(name for name in PRECISION_CHECKED if name in methods) if is_bf16 and is_gpu else ()
-
-
-def _numbers(name, text, kind):
+def _numbers(option, text, kind):
     try:
         found = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{name} {text!r}: use numbers with commas between, such as 0,1,2") from None
+        raise ConfigError(f"{option} {text!r}: use numbers with commas between, such as 0,1,2") from None
     if len(set(found)) < len(found) or min(found) < 0:
-        raise ConfigError(f"{name} {text!r}: each number once, none below 0")
+        raise ConfigError(f"{option} {text!r}: each number once, none below 0")
     return found
 
 
-def run(settings, *, log=print, why_stop=None):
+def run(settings, *, log=print, why_stop=lambda: None):
     """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, UNFINISHED_CODE if cut.
 
     why_stop() -> None, or why to stop now: asked beside the time limit and signals.
     LockedError: another session works in the study. StudyError, ConfigError: it does not fit the settings.
     """
-    started = time.monotonic()
-    ends_at = started + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else None
+    ends_at = time.monotonic() + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else float("inf")
     study = _with_data(settings, log)
-    sibling = _sibling(study, settings)
     with contextlib.ExitStack() as stack:
-        for folder in [study.folder] + ([sibling.folder] if sibling else []):
-            stack.enter_context(held(folder, "python -m peftlib reference", log=log))
-        session = _Session(study, sibling, settings, log, ends_at)
+        stack.enter_context(held(study.folder, "python -m peftlib reference", log=log))
+        session = _Session(study, settings, log, ends_at)
         interrupted = stack.enter_context(interrupts())
 
         def why():
             if interrupted.is_set():
                 return "interrupted"
-            if why_stop is not None and (asked := why_stop()):
-                return asked
-            is_over = ends_at is not None and time.monotonic() > ends_at
-            return f"minutes={settings.minutes:g} are nearly over" if is_over else None
+            return why_stop() or (
+                f"minutes={settings.minutes:g} are nearly over" if session.seconds_left() < 0 else None
+            )
 
         workers = session.workers
         reason = process_pool.run(session.next_task, session.ended, workers=workers, why_stop=why, log=log)
@@ -136,108 +103,93 @@ def run(settings, *, log=print, why_stop=None):
 
 
 class _Session:
-    """The jobs of one command: which wait, which have started, and how they ended."""
+    """The jobs of one command: which wait, and how they ended."""
 
-    def __init__(self, study, sibling, settings, log, ends_at):
-        self.study, self.settings, self.log = study, settings, log
+    def __init__(self, study, settings, log, ends_at):
+        self.study, self.settings, self.log, self.ends_at = study, settings, log, ends_at
         self.workers = workers_of(study.cfg, settings.at_once)
-        self.all = settings.jobs(study, sibling=sibling)
-        self.studies = [study] + ([sibling] if sibling else [])
-        self.environments = {found.folder: child_environment(found.folder) for found in self.studies}
-        self.chosen = only(self.all, settings.names)
-        self.started = {}  # name -> Job
+        self.all = {job.name: job for job in settings.jobs(study)}
         self.died = {}  # name -> what happened to a child that left no record of it
-        self.ends_at = ends_at
         self.adopt()
-        self.waiting = [job for job in self._with_sweeps() if self._is_left(job)]
+        chosen = only(list(self.all.values()), settings.names)
+        swept = {job.method for job in chosen if job.method != BASE}  # a run needs the rates of its method's sweep
+        self.chosen = [job for job in self.all.values() if job in chosen or (job.is_sweep and job.method in swept)]
+        over = (DONE,) if settings.is_again else (DONE, FAILED)
+        self.waiting = [job for job in self.chosen if self.state(job).status not in over]
 
-    def _with_sweeps(self):
-        """The chosen jobs and the sweeps that they need."""
-        needed = {job.method for job in self.chosen if job.method != BASE}
-        return [job for job in self.all if job in self.chosen or (job.is_sweep and job.method in needed)]
-
-    def _is_left(self, job):
-        status = self.state(job).status
-        return status != DONE and (status != FAILED or self.settings.is_again)
+    def seconds_left(self):
+        return self.ends_at - time.monotonic()
 
     def state(self, job):
         return state_of(job, factors=self.settings.factors, rows=self.settings.rows)
 
     def adopt(self):
-        """Have each study take the best rates of finished sweeps, before a first run of the method."""
-        for job in self.all:
-            found = job.is_sweep and sweep.kept(
-                self.study, job.method, factors=self.settings.factors, rows=self.settings.rows
-            )
+        """Have the study take the best rates of finished sweeps, before a first run of the method."""
+        how = {"factors": self.settings.factors, "rows": self.settings.rows}
+        for job in self.all.values():
+            found = job.is_sweep and sweep.kept(self.study, job.method, **how)
             if found:
                 rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
                 basis = {name: found[name] for name in ("rows", "steps", "seed", "tried")}
-                for study in self.studies:
-                    study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
+                self.study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
 
     def next_task(self):
         """The next process_pool.Task that can be started, or None."""
-        if self.ends_at is not None and time.monotonic() > self.ends_at - _ROOM_S:
-            return None
         job = next((job for job in self.waiting if self._is_ready(job)), None)
-        if job is None:
+        if job is None or self.seconds_left() < _ROOM_S:
             return None
         self.waiting.remove(job)
-        self.started[job.name] = job
-        settings = self.settings
-        given = {**settings.given, "study": job.study.folder.name}
-        if job.study is not self.study:
-            given["precision"] = OTHER_PRECISION
-        at_once = settings.at_once if self.workers[0] else 1
-        work = Work(given, job.method, job.seed, job.is_sweep, settings.factors, settings.rows, at_once)
-        argv = (sys.executable, "-m", "peftlib.runner.suite_worker", work.text())
-        return process_pool.Task(job.name, argv, {**environment(), **self.environments[job.study.folder]})
+        factors, rows = self.settings.factors, self.settings.rows
+        at_once = self.settings.at_once if self.workers[0] else 1
+        work = Work(self.settings.given, job.method, job.seed, job.is_sweep, factors, rows, at_once)
+        argv = (sys.executable, "-m", "peftlib.runner.suite_worker", json.dumps(dataclasses.asdict(work)))
+        return process_pool.Task(job.name, argv, {**environment(), **child_environment(self.study.folder)})
 
     def _is_ready(self, job):
         needs_rates = not job.is_sweep and job.method != BASE and self.settings.factors
-        return not needs_rates or job.method in job.study.adopted_rates()
+        return not needs_rates or job.method in self.study.adopted_rates()
 
     def ended(self, ending):
         """Take in how a child ended."""
-        job = self.started[ending.task.name]
         self.adopt()
-        self.log(f"{job.name} ended after {ending.seconds / 60:.1f} min: {self.state(job).status}")
-        is_cut = ending.is_cut or ending.code == STOPPED_CODE
-        if ending.code and not is_cut and self.state(job).status != FAILED:
+        name = ending.task.name
+        status = self.state(self.all[name]).status
+        self.log(f"{name} ended after {ending.seconds / 60:.1f} min: {status}")
+        if ending.code not in (0, STOPPED_CODE) and not ending.is_cut and status != FAILED:
             how = f"killed by signal {-ending.code}" if ending.code < 0 else f"exit code {ending.code}"
-            self.died[job.name] = f"{how}: {ending.tail.splitlines()[-1] if ending.tail else 'no word'}"
+            self.died[name] = f"{how}: {ending.tail.splitlines()[-1] if ending.tail else 'no word'}"
 
     def close(self, reason):
         """Report and table; the exit code."""
-        states = {job: self.state(job) for job in self.all}
+        states = {name: self.state(job) for name, job in self.all.items()}
         is_all = all(state.status in (DONE, FAILED) for state in states.values())
         if is_all and self.settings.has_report and not reason:
             from peftlib import build_report
 
-            for study in self.studies:
-                self.log(f"report of {study.folder.name}")
-                build_report(study)
+            self.log(f"report of {self.study.folder.name}")
+            build_report(self.study)
         for line in table(states, self.died):
             self.log(line)
-        failed = [job.name for job in self.chosen if states[job].status == FAILED] + list(self.died)
-        left = [job.name for job in self._with_sweeps() if states[job].status not in (DONE, FAILED)]
+        names = [job.name for job in self.chosen]
+        failed = [name for name in names if states[name].status == FAILED] + list(self.died)
+        left = [name for name in names if states[name].status not in (DONE, FAILED)]
         if failed:
             self.log(f"failed: {', '.join(failed)}; --again tries them once more")
         if left:
             self.log(f"left: {', '.join(left)}; the same command goes on")
         if not failed and not left:
-            self.log("all is done" if self.chosen == self.all else "all that was chosen is done")
+            self.log("all is done" if len(names) == len(self.all) else "all that was chosen is done")
         return 1 if failed else UNFINISHED_CODE if left else 0
 
 
 def table(states, died):
-    """Yield the table of {job: State} as lines. died: {job's name: what happened to a child that left no record}."""
+    """Yield the table of {name: State} as lines. died: {name: what happened to a child that left no record}."""
     yield f"{'run':<18} {'status':<8} {'steps':>6} {'train min':>10} {'answer min':>11}  "
-    for job, state in states.items():
+    for name, state in states.items():
         steps = "" if state.steps is None else state.steps
-        minutes = ["" if m is None else f"{m:.1f}" for m in (state.train_minutes, state.evaluate_minutes)]
-        status, detail = ("died", died[job.name]) if job.name in died else (state.status, state.detail)
-        yield f"{job.name:<18} {status:<8} {steps:>6} {minutes[0]:>10} {minutes[1]:>11}  {detail[:120]}".rstrip()
+        train, answer = ("" if s is None else f"{s / 60:.1f}" for s in (state.train_s, state.evaluate_s))
+        status, detail = ("died", died[name]) if name in died else (state.status, state.detail)
+        yield f"{name:<18} {status:<8} {steps:>6} {train:>10} {answer:>11}  {detail[:120]}".rstrip()
 
 
 def workers_of(cfg, at_once):
@@ -274,19 +226,3 @@ def _with_data(settings, log):
     if study.cfg.model == "packaged":
         locate(study.cfg.model)  # converted once, before many processes want it
     return study
-
-
-def _sibling(study, settings):
-    """The study in which the checked methods run in OTHER_PRECISION, created on first use; None without such."""
-    if not settings.checked:
-        return None
-    cfg = study.cfg.replace(study=f"{study.folder.name}-{OTHER_PRECISION}", precision=OTHER_PRECISION)
-    sibling = Study(study.folder.parent / cfg.study, cfg)
-    open_mirror(sibling.folder)
-    if not sibling.data_dir.exists():
-        beside = sibling.folder / "data.copying"
-        shutil.rmtree(beside, ignore_errors=True)
-        copy_tree(study.data_dir, beside)
-        rename(beside, sibling.data_dir)
-    sibling.freeze()
-    return Study.open(cfg)

@@ -13,48 +13,42 @@ OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "f
 
 @dataclass(frozen=True)
 class Job:
-    """One sweep of a method, or training and evaluation of one method and seed. suffix: of a sibling study's runs."""
+    """One sweep of a method, or training and evaluation of one method and seed."""
 
     study: Study
     method: str
     seed: int = 0
     is_sweep: bool = False
-    suffix: str = ""
 
     @property
     def name(self):
-        """Such as sweep-galore, galore-s1 or galore-s0-fp16; printed before its lines."""
-        return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}{self.suffix}"
+        """Such as sweep-galore or galore-s1; printed before its lines."""
+        return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}"
 
 
 @dataclass(frozen=True)
 class State:
-    """status: one of this module's words. detail: steps done or the reason of a failure, in words. train_minutes,
-    evaluate_minutes: None where unknown."""
+    """How far a job is. status: one of this module's words. detail: steps done, or the reason of a failure."""
 
     status: str
     detail: str = ""
     steps: int | None = None
-    train_minutes: float | None = None
-    evaluate_minutes: float | None = None
+    train_s: float | None = None
+    evaluate_s: float | None = None
 
 
-def jobs_of(study, methods, seeds, *, sibling=None, checked=(), has_sweeps=True):
+def jobs_of(study, methods, seeds, *, has_sweeps=True):
     """[Job, ...] in starting order: sweeps, base, then seed after seed.
 
-    sibling: the study of the other precision, in which the methods of `checked` run once. ConfigError: a method that is
-    not known.
+    ConfigError: an unknown method.
     """
-    for method in [*methods, *checked]:
+    for method in methods:
         if method != BASE:
             find(method)
     trained = [method for method in methods if method != BASE]
     jobs = [Job(study, method, is_sweep=True) for method in trained if has_sweeps]
     jobs += [Job(study, BASE)] if BASE in methods else []
     jobs += [Job(study, method, seed) for seed in seeds for method in trained]
-    if sibling is not None:
-        suffix = sibling.folder.name.removeprefix(study.folder.name)
-        jobs += [Job(sibling, method, seeds[0], suffix=suffix) for method in checked if method in trained]
     return jobs
 
 
@@ -77,17 +71,13 @@ def state_of(job, *, factors, rows):
     record = records.load(job.study, job.method, job.seed)
     if record is None:
         return State(OPEN)
-    known = {"steps": record["steps"], "train_minutes": _minutes(record["train_seconds"])}
+    known = {"steps": record["steps"], "train_s": record["train_seconds"]}
     if record["status"] == "failed":
         return State(FAILED, record["error"] or "", **known)
     if record["status"] != "ok":
         return State(STOPPED, f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}", **known)
     if record["evaluation"] and job.study.predictions_path(job.method, job.seed).exists():
-        return State(DONE, **known, evaluate_minutes=_minutes(record["evaluation"].get("generate_seconds")))
+        return State(DONE, **known, evaluate_s=record["evaluation"].get("generate_seconds"))
     if record.get("evaluation_error"):
         return State(FAILED, f"evaluation: {record['evaluation_error']}", **known)
     return State(TRAINED, "not evaluated yet", **known)
-
-
-def _minutes(seconds):
-    return None if seconds is None else seconds / 60

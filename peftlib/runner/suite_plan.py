@@ -1,13 +1,9 @@
 """What work costs before it is done: the methods on a card, and each run of a whole study."""
 
-from dataclasses import asdict, dataclass
-
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
-from peftlib.core.files import write_json
 from peftlib.core.study import Study
-from peftlib.methods import BASE, METHODS
-from peftlib.models.compile import STEPS_TO_PAY
+from peftlib.methods import BASE
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
 from peftlib.runner.suite_jobs import DONE, only, state_of
 from peftlib.train import estimate
@@ -37,105 +33,35 @@ def plan_lines(gpu, given, study=None):
     yield from found.lines()
 
 
-@dataclass(frozen=True)
-class Assumptions:
-    """What predicted minutes rest on: speeds of one run alone on a GPU, and how much runs slow each other."""
+def lines(settings):
+    """Yield the runs of a study with the time that training takes and their status, then the total of what is left.
 
-    tokens_per_second: float = 35_000  # of training, short rows packed, compiled: bound by launches
-    eager_share: float = 0.5  # of that speed, where a run is too short to be compiled (sweeps)
-    first_step_s: float = 15.0  # with compiling, of galore, full and apollo
-    first_step_adapters_s: float = 75.0  # of qlora, hybrid and lora
-    start_s: float = 25.0  # process, libraries, model, data
-    answer_tokens_per_second: float = 28_000
-    answer_tokens: float = 110.0  # of a test row
-    test_loss_s: float = 20.0
-    slower: float = 1.25  # times, beside other runs on the same GPU
-    gpus: int = 2
-    at_once: int = 2
-
-
-def predict(study, settings, assumed):
-    """[{'run', 'method', 'seed', 'train_s', 'evaluate_s', 'minutes'}, ...], one a job of a study with data."""
-    cfg, manifest = study.cfg, study.manifest()
-    tokens, _, _ = estimate.study_tokens(cfg, manifest)
-    n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
-    answers = sum(manifest["counts"]["test"].values()) * assumed.answer_tokens
-    jobs = settings.jobs(study, sibling=study if settings.checked else None)
-    n_checks = len(settings.checked)
-    found = []
-    for at, job in enumerate(jobs):
-        train, evaluate = 0.0, assumed.test_loss_s + answers / assumed.answer_tokens_per_second
-        if job.is_sweep:
-            share, steps = min(1.0, settings.rows / n_seen), settings.rows / cfg.batch_size
-            train, evaluate = len(settings.factors) * _train_s(job.method, tokens * share, steps, assumed), 0.0
-        elif job.method != BASE:
-            train = _train_s(job.method, tokens, n_seen / cfg.batch_size, assumed)
-        minutes = round((assumed.start_s + train + evaluate) / 60, 2)
-        row = {"run": job.name + ("-fp16" if at >= len(jobs) - n_checks else ""), "method": job.method}
-        row |= {"seed": None if job.is_sweep else job.seed}
-        found.append(row | {"train_s": round(train, 1), "evaluate_s": round(evaluate, 1), "minutes": minutes})
-    return found
-
-
-def _train_s(method, tokens, steps, assumed):
-    if steps < STEPS_TO_PAY:
-        return tokens / (assumed.tokens_per_second * assumed.eager_share)
-    has_adapters = "adapters" in METHODS[method].trains  # whose first step compiles longest
-    first = assumed.first_step_adapters_s if has_adapters else assumed.first_step_s
-    return first + tokens / assumed.tokens_per_second
-
-
-def wall_minutes(rows, assumed):
-    """Minutes by the clock: each row goes to the worker that is free first, and is `slower` beside others."""
-    workers = [0.0] * (assumed.gpus * assumed.at_once)
-    slower = assumed.slower if assumed.at_once > 1 else 1.0
-    for row in rows:
-        workers[workers.index(min(workers))] += row["minutes"] * slower
-    return max(workers)
-
-
-def show(settings, assumed, folder=None):
-    """Print the unfinished jobs of a study with their predicted minutes; with a folder, write plan.json there as well.
-
-    settings: suite.Settings. assumed: {field: value} of Assumptions. StudyError: the study has no data yet.
+    settings: suite.Settings. StudyError: the study has no data yet. ModelError: the model's shape cannot be had.
     """
-    study, assumed = Study.resolve(**settings.given), Assumptions(**assumed)
+    study = Study.resolve(**settings.given)
     if not study.manifest_path.exists():
         raise StudyError(
             f"--dry-run counts the rows of study {study.cfg.study!r}, which has no data yet: the command without "
             "--dry-run builds them first, and so does `python -m peftlib data` with the same --study, --source and -p"
         )
-    print("\n".join(lines(study, settings, assumed)))
-    if folder is not None:
-        write_json(folder / "plan.json", document(study, settings, assumed))
-
-
-def lines(study, settings, assumed):
-    """Yield the runs of a study with predicted minutes and status, then the total of the unfinished ones."""
-    made = document(study, settings, assumed)
+    cfg, manifest = study.cfg, study.manifest()
+    name, card = card_at_hand() or find_card("t4")
+    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
+    hours_of = {cost.method: cost.hours for cost in found.costs}
+    n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
     jobs = settings.jobs(study)
-    states = {job.name: state_of(job, factors=settings.factors, rows=settings.rows) for job in jobs}
-    chosen = {job.name for job in only(jobs, settings.names)}
-    yield f"{'run':<18} {'predicted min':>13}  now"
-    left = []
-    for row in made["runs"]:
-        state = states.get(row["run"])
-        is_left = (not settings.names or row["run"] in chosen) and (state is None or state.status != DONE)
-        left += [row] if is_left else []
-        yield f"{row['run']:<18} {row['minutes']:>13.1f}  {state.status if state else ''}".rstrip()
-    gpus, runs = (f"{n} {what}{'s' * (n != 1)}" for n, what in ((assumed.gpus, "GPU"), (assumed.at_once, "run")))
-    minutes = f"{sum(row['minutes'] for row in left):.0f} minutes of runs"
-    yield f"left: {minutes}, {wall_minutes(left, assumed):.0f} by the clock on {gpus} with {runs} on each"
-
-
-def document(study, settings, assumed):
-    """The plan as a JSON object."""
-    rows = predict(study, settings, assumed)
-    return {
-        "assumptions": asdict(assumed),
-        "tokens": estimate.study_tokens(study.cfg, study.manifest())[2],
-        "sweep": {"factors": list(settings.factors), "rows": settings.rows},
-        "runs": rows,
-        "run_minutes": round(sum(row["minutes"] for row in rows), 1),
-        "wall_minutes": round(wall_minutes(rows, assumed), 1),
-    }
+    chosen = only(jobs, settings.names)
+    low_s = high_s = 0.0
+    yield f"{'run':<18} {'training':<18}  now"
+    for job in jobs:
+        status = state_of(job, factors=settings.factors, rows=settings.rows).status
+        times = 3600 * (len(settings.factors) * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
+        hours, words = hours_of.get(job.method), "none" if job.method == BASE else "does not fit"
+        if hours:
+            low, high = (times * end for end in hours)
+            words = estimate.duration(low, high)
+            is_left = job in chosen and status != DONE
+            low_s, high_s = low_s + low * is_left, high_s + high * is_left
+        yield f"{job.name:<18} {words:<18}  {status}"
+    total = estimate.duration(low_s, high_s) if high_s else "none"
+    yield f"left: {total} of training on a {name}, one run at a time; answering the test rows comes on top"

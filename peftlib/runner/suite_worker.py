@@ -1,9 +1,8 @@
 """One run of a whole study in a process of its own; `peftlib reference` starts it.
 
-python -m peftlib.runner.suite_worker JSON, the text of a Work.
+python -m peftlib.runner.suite_worker JSON, the fields of a Work. The same command resumes a run that was cut.
 """
 
-import dataclasses
 import gc
 import json
 import os
@@ -21,7 +20,6 @@ from peftlib.methods import BASE
 
 STOPPED_CODE = 75  # cut, and saved: the same work resumes from there
 FAILED_CODE = 1
-_CODES = {"ok": 0, "stopped": STOPPED_CODE}
 
 
 @dataclass(frozen=True)
@@ -36,29 +34,44 @@ class Work:
     rows: int
     at_once: int
 
-    def text(self):
-        """As JSON, for a command line."""
-        return json.dumps(dataclasses.asdict(self))
-
 
 def perform(work, *, log=print):
-    """Do the work; returns the exit code. A failure is written to the run's record with its reason."""
+    """Do the work; returns the exit code. A failure is written to the run's record with its reason.
+
+    LockedError, StudyError: nothing can be written to the study.
+    """
     study = Study.resolve(**{**work.given, "seed": work.seed})
     study = Study(study.folder, _with_memory_share(study.cfg, work.at_once))
+    is_trained = work.method == BASE
     try:
         if work.is_sweep:
             from peftlib.train.sweep import sweep
 
             sweep(study, work.method, factors=tuple(work.factors), rows=work.rows, log=log)
             return 0
-        if work.method == BASE:
-            if (records.load(study, BASE, 0) or {}).get("status") == "failed":
-                study.record_path(BASE, 0).unlink()  # nothing of it can be resumed
-            return _evaluate(study, work, log)
-        return _train(study, work, log) or _evaluate(study, work, log)
-    except (LockedError, Stopped) as error:
-        log(f"{type(error).__name__}: {error}")
-        return STOPPED_CODE if isinstance(error, Stopped) else FAILED_CODE
+        if not is_trained:
+            is_trained = _train(study, work, log)
+        elif (records.load(study, BASE, 0) or {}).get("status") == "failed":
+            study.record_path(BASE, 0).unlink()  # nothing of it can be resumed
+        if not is_trained:
+            return STOPPED_CODE
+        from peftlib.evaluation.evaluate import evaluate
+
+        record = evaluate(study, work.method, log=log)
+        if record.pop("evaluation_error", None):
+            records.save(study, record)
+        return 0
+    except Stopped as error:
+        log(f"Stopped: {error}")
+        return STOPPED_CODE
+    except (LockedError, StudyError):
+        raise
+    except Exception as error:  # whatever it is, it is this run's result, and the others go on
+        if work.is_sweep:
+            raise
+        log(f"{'evaluation ' if is_trained else ''}failed: {type(error).__name__}: {error}")
+        _record_failure(study, work, error, is_trained)
+        return FAILED_CODE
 
 
 def _with_memory_share(cfg, at_once):
@@ -74,59 +87,37 @@ def _with_memory_share(cfg, at_once):
 
 
 def _train(study, work, log):
-    """Train to the end; the exit code."""
+    """Train; whether it came to its end."""
     import torch
 
     from peftlib.train.loop import TrainingRun
 
-    try:
-        record = TrainingRun(study, work.method, log=log).train()
-    except (LockedError, StudyError):
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this run's result, and the others go on
-        log(f"failed: {type(error).__name__}: {error}")
-        _record_failure(study, work, error)
-        return FAILED_CODE
-    if record["status"] == "ok" and "side_by_side" not in record:
+    record = TrainingRun(study, work.method, log=log).train()
+    if record["status"] != "ok":
+        return False
+    if "side_by_side" not in record:
         records.save(study, {**record, "side_by_side": work.at_once})
     gc.collect()
     torch.cuda.empty_cache()
-    return _CODES.get(record["status"], FAILED_CODE)
+    return True
 
 
-def _evaluate(study, work, log):
-    """Answer and score the test rows; the exit code."""
-    from peftlib.evaluation.evaluate import evaluate
-
-    try:
-        record = evaluate(study, work.method, log=log)
-    except (LockedError, StudyError, Stopped):
-        raise
-    except Exception as error:  # noqa: BLE001 - as above
-        log(f"evaluation failed: {type(error).__name__}: {error}")
-        record = records.load(study, work.method, work.seed)
-        if record is None:
-            _record_failure(study, work, error)
-        else:
-            records.save(study, {**record, "evaluation_error": f"{type(error).__name__}: {error}"})
-        return FAILED_CODE
-    if record.pop("evaluation_error", None):
-        records.save(study, record)
-    return 0
-
-
-def _record_failure(study, work, error):
+def _record_failure(study, work, error, is_trained):
     from peftlib.models.identity import provenance_of
 
+    reason = f"{type(error).__name__}: {error}"
     record = records.load(study, work.method, work.seed)
+    if record is not None and is_trained:
+        records.save(study, {**record, "evaluation_error": reason})
+        return
     if record is None or record["status"] == "ok":
         device = resolve_device(study.cfg.device)
-        precision, reason = training_precision(device, study.cfg.precision)
+        precision, why = training_precision(device, study.cfg.precision)
         adopted = study.with_rates_of(work.method)
-        how = {"device": device, "precision": precision, "precision_reason": reason}
+        how = {"device": device, "precision": precision, "precision_reason": why}
         how["provenance"] = provenance_of(adopted.cfg.model, adopted.records(), study=adopted.folder.name)
         record = records.new_record(adopted, work.method, **how)
-    records.save(study, {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"})
+    records.save(study, {**record, "status": "failed", "error": reason})
 
 
 def _end_with(parent):

@@ -25,7 +25,7 @@ def require_good_end(lab, opened, name):
     saved = executed.load(opened.path)
     assert executed.failure(saved) is None and executed.ending(saved)[0] == notebook.FINISHED
     assert "widgets" not in saved["metadata"]
-    assert opened.path.stat().st_size <= executed.SIZE_LIMIT_BYTES
+    assert opened.path.stat().st_size <= 500_000
 
 
 def test_01_refuses_a_typed_mistake_in_words_and_runs_cell_by_cell(lab, fields):

@@ -9,12 +9,11 @@ from lab_server import KERNEL_6, KERNEL_6_FOLDER
 
 from peftlib.core import config
 from peftlib.core.study import Study
-from peftlib.notebook.training_panel import BUTTON
 from peftlib.storage.checkpoint import CheckpointDir
 
 pytestmark = pytest.mark.browser
 
-# Long enough to press a button in, short enough to wait for.
+# Long enough to interrupt, short enough to wait for.
 LONG = {"epochs": 40, "logging_steps": 5, "save_steps": 50, "eval_steps": 1000}
 STEPS = 240
 TRAINING = "train_live(run)"
@@ -70,21 +69,4 @@ def test_the_interrupt_button_saves_and_the_cell_goes_on_when_run_again(training
     cell.wait_until_over(before)
     step = require_whole_checkpoint(checkpoints, cell)
     assert not re.search("KeyboardInterrupt|Traceback", cell.text)
-    require_it_goes_on(cell, step)
-
-
-def test_the_panels_button_saves_lets_waiting_cells_run_and_the_cell_goes_on_when_run_again(training):
-    opened, cell, checkpoints = training
-    behind = opened.cell("loss_curves([record]")
-    before = started(cell)
-    before_behind = behind.start()
-    assert (cell.prompt, behind.prompt) == ("[*]:", "[*]:")
-    cell.press(BUTTON)
-    cell.wait_until_over(before)
-    step = require_whole_checkpoint(checkpoints, cell)
-    behind.wait_until_over(before_behind)
-    assert (
-        behind.alt_texts()[0].startswith("Loss from the first to the last training step: qlora")
-        and behind.problems() == []
-    )
     require_it_goes_on(cell, step)

@@ -28,11 +28,12 @@ def fresh(tmp_path, monkeypatch):
 def test_every_method_has_memory_time_and_a_mark_and_they_are_the_planners(fresh):
     found = form.answer(fresh, {}, "l4")
     how = {"precision": "bf16", "device_bytes": int(CARDS["l4"].gib * plan.GIB)}
-    rows = form.table(found.forecast)
+    rows = [dict(zip(estimate.HEADER, estimate.cells(cost))) for cost in found.forecast.costs]
     assert [row["method"] for row in rows] == list(methods.METHODS)
     for row in rows:
         planned = plan.best_plan(SHAPES["gemma-3-1b"], row["method"], fresh.cfg, **how)
-        assert row["GiB"] == f"{planned.total / plan.GIB:.2f}" and row["of GiB"] == "22.0"
+        assert row["memory GiB"] == f"{planned.total / plan.GIB:.2f}"
+        assert f"<td>{row['memory GiB']} of 22.0<div" in form.as_html(found)
         assert row["micro-batch"] == str(planned.micro_batch) and row["fits"] == "yes"
         assert row[""] == "estimate" and " to " in row["time"]
     assert found.refused == "" and any("no data yet" in line for line in found.forecast.notes())
@@ -73,7 +74,7 @@ def test_a_rank_larger_than_a_layer_refuses_the_methods_that_need_it_by_the_trai
     refused = {cost.method: cost.refused for cost in found.costs if not cost.fits}
     words = "lora_rank=300 is larger than a layer: use 1..256"
     assert refused == {"qlora": words, "lora": words}, "the hybrid's adapters are on the wider MLP alone"
-    assert {row["method"]: row[""] for row in form.table(found)}["qlora"] == words
+    assert {cost.method: cost.mark for cost in found.costs}["qlora"] == words
 
 
 def test_where_nothing_fits_it_says_what_to_change(fresh):
@@ -144,11 +145,11 @@ def test_the_card_at_hand_is_this_machines(fresh, monkeypatch):
     assert any("no GPU that is known here" in line for line in form.answer(fresh, {}).remarks)
 
 
-def test_without_somebody_to_click_it_is_a_table(fresh, capsys):
-    frame = form.study_form(fresh)
-    assert list(frame.index) == list(methods.METHODS) and [frame.index.name, *frame.columns] == list(form.COLUMNS)
-    said = capsys.readouterr().out
-    assert "google/gemma-3-1b-it on a t4: 14.6 GiB" in said and form.command(fresh.cfg) in said
+def test_without_somebody_to_click_it_is_a_table(fresh):
+    shown = form.study_form(fresh)
+    for text in (repr(shown), html.unescape(shown._repr_html_())):
+        assert "google/gemma-3-1b-it on a t4: 14.6 GiB" in text and form.command(fresh.cfg) in text
+        assert all(method in text for method in methods.METHODS)
 
 
 def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):

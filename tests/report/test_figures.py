@@ -23,7 +23,7 @@ def test_charts_without_data_say_so():
         figures.score_bars({}),
         figures.source_bars({}),
         figures.quality_against_memory({}, {}),
-        figures.memory_bars({"qlora": None}),
+        figures.value_bars({"qlora": None}, "Peak memory of training", "GiB", ".2f"),
     ):
         assert chart.is_empty and "Empty chart" in chart.alt
         shown = chart._repr_mimebundle_()

@@ -13,11 +13,13 @@ from peftlib.cli import main
 from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
-from peftlib.runner import process_pool, suite, suite_plan, suite_worker
+from peftlib.models.shapes import find_card, shape_of
+from peftlib.runner import process_pool, suite, suite_worker
 from peftlib.runner.process_pool import Ending
 from peftlib.runner.suite import UNFINISHED_CODE, Settings, run, workers_of
 from peftlib.runner.suite_jobs import jobs_of, only, state_of
 from peftlib.storage.lock import StudyLock
+from peftlib.train import estimate
 
 
 @pytest.fixture
@@ -154,19 +156,6 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
     assert lines[-1] == "all that was chosen is done"
 
 
-def test_the_other_precision_runs_once_in_a_study_beside(settings, in_this_process):
-    lines = []
-    asked = settings(methods=("base", "galore"), seeds=(0,), checked=("galore",), has_report=False)
-    assert run(asked, log=lines.append) == 0
-    study = Study.resolve(study="tiny", profile="demo")
-    beside = read_json(study.folder.parent / "tiny-fp16" / "records" / "galore-s0.json")
-    here = read_json(study.record_path("galore", 0))
-    assert (here["precision"], beside["precision"]) == ("fp32", "fp16")
-    for name in ("run_hash", "split_hash", "learning_rate"):
-        assert here[name] == beside[name]
-    assert any(line.startswith("galore-s0-fp16     done") for line in lines)
-
-
 @pytest.mark.slow
 def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
     assert run(settings("whole", max_steps=0, has_report=False), log=str) == 0
@@ -242,49 +231,29 @@ def test_arguments_become_settings(settings_of):
     words = "--study x --methods base,qlora galore --seeds 0,3 --factors none -p max_steps 5 --source alpaca=a.jsonl"
     found = settings_of(words)
     assert found.given == {"profile": "gpu", "study": "x", "sources": "alpaca=a.jsonl", "max_steps": 5}
-    assert (found.methods, found.seeds, found.factors, found.checked) == (("base", "qlora", "galore"), (0, 3), (), ())
+    assert (found.methods, found.seeds, found.factors) == (("base", "qlora", "galore"), (0, 3), ())
     for words, message in (
         ("--seeds 0,x", "--seeds '0,x': use numbers"),
         ("--seeds 1,1", "each number once"),
-        ("--at-once 0", "use positive numbers"),
+        ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
         ("--methods ,", "use base, qlora"),
-        ("--methods base --precision-check qlora", "not among --methods base"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             settings_of(words)
 
 
-@pytest.mark.parametrize(
-    "words, checked",
-    [
-        ("", ()),  # no GPU here
-        ("--precision-check", ("qlora", "galore", "hybrid")),
-        ("--methods base galore --precision-check", ("galore",)),
-        ("--precision-check lora", ("lora",)),
-        ("--precision-check none", ()),
-    ],
-)
-def test_which_methods_run_in_the_other_precision_too(monkeypatch, settings_of, words, checked):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert settings_of(words).checked == checked
-
-
-def test_the_plan_follows_from_its_assumptions(make_study, tmp_path, capsys):
+def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     study = make_study()
-    asked = Settings({}, ("base", "qlora", "galore"), (0, 1), factors=(1.0, 3.0), rows=6)
-    n_tokens = sum(found["total"] for found in study.manifest()["tokens"]["train"].values())
-    n_test = sum(study.manifest()["counts"]["test"].values())
-    assumed = suite_plan.Assumptions(tokens_per_second=100.0, answer_tokens_per_second=50.0, gpus=1, at_once=1)
-    rows = {row["run"]: row for row in suite_plan.predict(study, asked, assumed)}
-    assert rows["qlora-s1"]["train_s"] == pytest.approx(n_tokens / 50, abs=0.1)  # too few steps to be compiled
-    assert rows["sweep-galore"]["train_s"] == pytest.approx(2 * n_tokens / 2 / 50, abs=0.1)  # 6 of 12 rows, twice
-    assert rows["base-s0"]["train_s"] == 0.0
-    assert rows["base-s0"]["evaluate_s"] == pytest.approx(20 + n_test * 110 / 50, abs=0.1)
-    together = sum(row["minutes"] for row in rows.values())
-    assert suite_plan.wall_minutes(rows.values(), assumed) == pytest.approx(together)
-    words = "reference --study tiny --profile demo --dry-run --tokens-per-second 100 --seeds 0 --only galore-s0"
-    assert main([*words.split(), "--keep-plan", str(tmp_path)]) == 0
-    assert "qlora-s0" in [row["run"] for row in read_json(tmp_path / "plan.json")["runs"]]
-    assert "left: " in capsys.readouterr().out
+    words = "reference --study tiny --profile demo --dry-run --seeds 0,1 --factors 1,3 --sweep-rows 6 --only galore-s0"
+    assert main(words.split()) == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    told = {row.split()[0]: re.split("  +", row)[1:] for row in rows[1:]}
+    name, card = find_card("t4")
+    costs = estimate.forecast(study.cfg, name, card, shape=shape_of(study.cfg.model), manifest=study.manifest()).costs
+    [hours] = [cost.hours for cost in costs if cost.method == "galore"]
+    one_run = estimate.duration(*(3600 * end for end in hours))
+    assert told["galore-s0"] == told["galore-s1"] == told["sweep-galore"] == [one_run, "waits"]  # 6 of 12 rows, twice
+    assert told["base-s0"] == ["none", "waits"]
+    assert last == f"left: {one_run} of training on a t4, one run at a time; answering the test rows comes on top"
     assert not (study.folder / "records").exists()

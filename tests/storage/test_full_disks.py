@@ -36,13 +36,6 @@ def _judge_anew(root):
     return sorted((line["id"], line["order"], line["verdict"]) for line in verdicts.by_key.values())
 
 
-def _plan_kept(root):
-    finished_study.call(
-        "reference", "--study", finished_study.NAME, "--profile", "demo", "--dry-run", "--keep-plan", root / "plan"
-    )
-    return (root / "plan" / "plan.json").read_text()
-
-
 # {name: (what to take away below the study so that the command has something to write, the command)}
 WRITERS = {
     "report": ((), finished_study.COMMANDS["report"]),
@@ -54,7 +47,6 @@ WRITERS = {
     "sweep": (("sweeps",), finished_study.COMMANDS["sweep"]),
     "data": (("data",), finished_study.COMMANDS["data"]),
     "judge": (("judge",), _judge_anew),
-    "reference": ((), _plan_kept),
     "chat": ((), finished_study.COMMANDS["chat adapter"]),
     "compare": ((), finished_study.COMMANDS["compare"]),
 }
