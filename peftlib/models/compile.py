@@ -54,6 +54,7 @@ def compile_layers(model, *, backend="inductor"):
     """
     sum_norm_gradients(model)
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # that of sum_norm_gradients
+    torch._dynamo.config.specialize_float = True  # else an adapter's scaling becomes a kernel of the CPU: 40 s of gcc
     torch.fx.experimental._config.use_duck_shape = False  # lengths that happen to be equal once need not stay so
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     # A first layer whose input needs no gradient would be compiled apart from the others.

@@ -6,8 +6,6 @@ scale * P @ adam(R). The projection is linear, so micro-batches are summed as R 
 the backward pass that made it. A weight whose basis is due keeps its summed G until finish_accumulation.
 """
 
-import contextlib
-
 import torch
 
 from peftlib.core.env import require_bitsandbytes
@@ -22,10 +20,11 @@ from peftlib.optim.subspace import (
     is_turned,
     leading_space,
     random_start,
+    tensor_cores,
     turned,
 )
 
-_REFRESH_STEPS, _STEPS_BETWEEN = 8, 25  # of a gap, where refreshes are gathered: so many at most, so far apart at least
+_GATHERED, _STEPS_BETWEEN = 3 << 28, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
 _NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
 
@@ -138,7 +137,7 @@ class GaLoreAdamW(ProjectedAdamW):
             self._full[p] = grad.to(torch.float32, copy=True)
             return
         basis = self.state[p]["basis"] if basis is None else basis
-        with _tensor_cores(is_on=not self.reference):
+        with tensor_cores(is_on=not self.reference):
             if p in self._low:
                 self._low[p].addmm_(basis.T, grad.float())
             else:
@@ -217,11 +216,12 @@ class GaLoreAdamW(ProjectedAdamW):
         return rates
 
     def gather_refreshes(self):
-        """Spread the refreshes over few steps of a gap instead of all: the other steps are then alike (`is_steady`)."""
-        for i, (p, group) in enumerate(self._projected):
-            count = max(1, min(_REFRESH_STEPS, group["update_gap"] // _STEPS_BETWEEN))
-            place = i * count // len(self._projected)
-            self._phase[p] = place * group["update_gap"] // count if self._is_spread else 0
+        """Refresh in as few steps of a gap as the whole gradients allow: the others are then alike (`is_steady`)."""
+        parts = _parts([p for p, _ in self._projected], _GATHERED) if self._is_spread else []
+        for i, part in enumerate(parts):
+            for p in part:
+                gap = self._group_of[p]["update_gap"]
+                self._phase[p] = i * gap // max(len(parts), 1) if gap >= _STEPS_BETWEEN * len(parts) else 0
 
     def is_steady(self):
         """False where a basis is due, whose weight keeps its whole gradient."""
@@ -246,7 +246,7 @@ class GaLoreAdamW(ProjectedAdamW):
         exact = turned(p if p.dtype == torch.float32 else p.float())
         if group["weight_decay"] and not self.reference:
             exact.mul_(decay)
-        with _tensor_cores(is_on=not self.reference):
+        with tensor_cores(is_on=not self.reference):
             exact.addmm_(self.state[p]["basis"], update, alpha=group["scale"])
         if group["weight_decay"] and self.reference:
             exact.mul_(decay)
@@ -278,17 +278,6 @@ class GaLoreAdamW(ProjectedAdamW):
         self._pending.clear()
         self._fit_norms.clear()
         self._held = None
-
-
-@contextlib.contextmanager
-def _tensor_cores(*, is_on):
-    """Within it a GPU computes float32 products in TF32: gradients of 16-bit products have no more digits than that."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if is_on else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _parts(items, limit, *, size=lambda p: 4 * p.numel()):

@@ -6,6 +6,8 @@ there is none. Iteration keeps a direction's place in the basis as long as the g
 SVD or eigh may flip signs and swap columns, so that Adam's moments go on meaning something over a change of basis.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -85,3 +87,14 @@ def is_turned(matrix) -> bool:
 def turned(matrix: Tensor) -> Tensor:
     """A view with the shorter side first."""
     return matrix.T if is_turned(matrix) else matrix
+
+
+@contextlib.contextmanager
+def tensor_cores(*, is_on):
+    """Within it a GPU computes float32 products in TF32: gradients of 16-bit products have no more digits than that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if is_on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

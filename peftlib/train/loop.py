@@ -28,8 +28,7 @@ from peftlib.train import loggers, run_record, run_state
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.callbacks import Callback, CallbackList, Stopwatch, log_line
 from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap, require_one_process
-from peftlib.train.schedule import StepPlan, learning_rate_factor
-from peftlib.train.step import Stepper
+from peftlib.train.step import Stepper, StepPlan, learning_rate_factor
 
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
 _LOWER = 0.3  # what the advice after inf or nan multiplies the learning rates by

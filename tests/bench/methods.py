@@ -238,7 +238,7 @@ def _mixed(setting, stepper, vocabulary, is_flat):
     of a shape costs what a long run pays once.
     """
     from peftlib.train.batching import Rows
-    from peftlib.train.schedule import StepPlan
+    from peftlib.train.step import StepPlan
 
     lengths = json.loads(Path(os.environ["BENCH_LENGTHS"]).read_text())["lengths"]
     rows = Rows(_random_rows(lengths, vocabulary, prompt_share=0.3), is_flat=is_flat)

@@ -2,6 +2,7 @@
 
 import itertools
 import types
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from peftlib.models.inspect import is_four_bit
 
+_SMALL = 2048  # rows of a weight
 _ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other with one input
 
 
 def fuse_adapters(model):
-    """Let linear layers with one plain adapter run as one operator, `peftlib::adapted_product`; returns how many.
+    """Let linear layers with one plain adapter run as one operator, `peftlib::adapted_products`; returns how many.
 
     PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece. The
     result is PEFT's, and parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep
@@ -65,7 +67,9 @@ class _Fused:
 
     def __init__(self, modules):
         self.modules, self.frozen = modules, _side_by_side([module.base_layer for module in modules])
-        self.sizes = [module.base_layer.out_features for module in modules]
+        sizes = [module.base_layer.out_features for module in modules]
+        # Small products are worth a launch less, for large ones two are better than putting their gradients together.
+        self.sizes, self.joins = sizes, max(sizes) <= _SMALL
         self.given, self.waiting = None, ()  # the input, and the products whose call is still to come
 
     def product(self, module, x):
@@ -85,17 +89,19 @@ class _Fused:
         drops = self.modules[0].training and _drops(self.modules[0])
         downs = [module.lora_A["default"].weight for module in self.modules]
         ups = [module.lora_B["default"].weight * module.scaling["default"] for module in self.modules]
-        product, _ = torch.ops.peftlib.adapted_product(
+        ups = [_block_diagonal(ups)] if self.joins else ups
+        *products, _ = torch.ops.peftlib.adapted_products(
             inputs,
             dropout(inputs) if drops else None,
             frozen.weight if frozen.scales is not None else frozen.weight.to(dtype),
             frozen.scales,
             torch.cat(downs).to(dtype),
-            _block_diagonal(ups).to(dtype),
+            [up.to(dtype) for up in ups],
             frozen.blocksize,
             frozen.quant_type,
         )
-        return (product if is_mixed else product.to(x.dtype)).split(self.sizes, -1)
+        products = products if is_mixed else [product.to(x.dtype) for product in products]
+        return products[0].split(self.sizes, -1) if self.joins else products
 
 
 def _block_diagonal(blocks):
@@ -135,83 +141,101 @@ def _side_by_side(layers):
     return _Frozen(whole, layers[0].compute_dtype, torch.cat(scales), state.blocksize, state.quant_type)
 
 
-@torch.library.custom_op("peftlib::adapted_product", mutates_args=())
-def adapted_product(
+@torch.library.custom_op("peftlib::adapted_products", mutates_args=())
+def adapted_products(
     x: Tensor,
     dropped: Tensor | None,
     frozen: Tensor,
     scales: Tensor | None,
     down: Tensor,
-    up: Tensor,
+    ups: Sequence[Tensor],
     blocksize: int,
     quant_type: str,
-) -> tuple[Tensor, Tensor]:
-    """(x W^T + (x down^T) up^T, x down^T) for a frozen W (out, in), which is dequantized again for the gradients.
+) -> list[Tensor]:
+    """[x W^T + (x down^T) up^T for each part W (out, in) of a frozen weight and its up, and last x down^T].
 
-    x: (..., in); dropped: what the adapter gets in place of x, or None. frozen: W, or its packed uint8 where there are
-    scales: (blocks,) float32. down: (r, in); up: (out, r), scaled. The second result is (tokens, r). Opaque to
-    torch.compile, which would trace the dequantization of every layer.
+    x: (..., in); dropped: what the adapters get in place of x, or None. frozen: the parts one below the other, or their
+    packed uint8 where there are scales: (blocks,) float32; it is dequantized again for the gradients. down: (r, in);
+    ups: (out, its part of r), scaled. The last result is (tokens, r). Opaque to torch.compile, which would trace the
+    dequantization of every layer.
     """
-    flat = x.flatten(0, -2)
-    low = (flat if dropped is None else dropped.flatten(0, -2)) @ down.T
-    product = F.linear(flat, _weight(frozen, scales, down, up, blocksize, quant_type))
-    product.addmm_(low, up.T)  # in place: the product is large, and a sum beside it would be a copy
-    return product.view(*x.shape[:-1], up.shape[0]), low
+    flat, weight = x.flatten(0, -2), _weight(frozen, scales, down, ups, blocksize, quant_type)
+    low, products = (flat if dropped is None else dropped.flatten(0, -2)) @ down.T, []
+    for part, up, part_low in zip(_rows(weight, ups), ups, _columns(low, ups), strict=True):
+        product = F.linear(flat, part)
+        product.addmm_(part_low, up.T)  # in place: the product is large, and a sum beside it would be a copy
+        products.append(product.view(*x.shape[:-1], len(up)))
+    return [*products, low]
 
 
-@adapted_product.register_fake
-def _(x, dropped, frozen, scales, down, up, blocksize, quant_type):
+@adapted_products.register_fake
+def _(x, dropped, frozen, scales, down, ups, blocksize, quant_type):
     low = x.new_empty((x.numel() // down.shape[1], down.shape[0]))
-    return x.new_empty((*x.shape[:-1], up.shape[0])), low
+    return [*(x.new_empty((*x.shape[:-1], up.shape[0])) for up in ups), low]
 
 
-@torch.library.custom_op("peftlib::adapted_product_backward", mutates_args=())
-def adapted_product_backward(
-    grad: Tensor,
+@torch.library.custom_op("peftlib::adapted_products_backward", mutates_args=())
+def adapted_products_backward(
+    grads: Sequence[Tensor],
     x: Tensor,
     dropped: Tensor | None,
     low: Tensor,
     frozen: Tensor,
     scales: Tensor | None,
     down: Tensor,
-    up: Tensor,
+    ups: Sequence[Tensor],
     blocksize: int,
     quant_type: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dropped (empty where it is None), down and up."""
-    flat = grad.flatten(0, -2)
-    grad_low = flat @ up
-    grad_x = flat @ _weight(frozen, scales, down, up, blocksize, quant_type)
+) -> list[Tensor]:
+    """Gradients of x, dropped (empty where it is None), down and each of ups."""
+    flats = [grad.flatten(0, -2) for grad in grads]
+    grad_low = [flat @ up for flat, up in zip(flats, ups, strict=True)]
+    grad_low = grad_low[0] if len(grad_low) == 1 else torch.cat(grad_low, 1)
+    first, *others = _rows(_weight(frozen, scales, down, ups, blocksize, quant_type), ups)
+    grad_x = flats[0] @ first
+    for flat, part in zip(flats[1:], others, strict=True):
+        grad_x.addmm_(flat, part)
     given, grad_dropped = x, grad_x.new_empty(0)
     if dropped is None:
         grad_x.addmm_(grad_low, down)
     else:
         given, grad_dropped = dropped, (grad_low @ down).view(x.shape)
-    return grad_x.view(x.shape), grad_dropped, grad_low.T @ given.flatten(0, -2), flat.T @ low
+    grad_ups = [flat.T @ part for flat, part in zip(flats, _columns(low, ups), strict=True)]
+    return [grad_x.view(x.shape), grad_dropped, grad_low.T @ given.flatten(0, -2), *grad_ups]
 
 
-@adapted_product_backward.register_fake
-def _(grad, x, dropped, low, frozen, scales, down, up, blocksize, quant_type):
+@adapted_products_backward.register_fake
+def _(grads, x, dropped, low, frozen, scales, down, ups, blocksize, quant_type):
     grad_dropped = x.new_empty(0) if dropped is None else x.new_empty(x.shape)
-    return x.new_empty(x.shape), grad_dropped, torch.empty_like(down), torch.empty_like(up)
+    return [x.new_empty(x.shape), grad_dropped, torch.empty_like(down), *map(torch.empty_like, ups)]
 
 
 def _keep(ctx, inputs, output):
-    x, dropped, frozen, scales, down, up, *ctx.format = inputs
-    ctx.save_for_backward(x, dropped, output[1], frozen, scales, down, up)
+    x, dropped, frozen, scales, down, ups, *ctx.format = inputs
+    ctx.save_for_backward(x, dropped, output[-1], frozen, scales, down, *ups)
 
 
-def _gradients(ctx, grad, _):
-    saved = ctx.saved_tensors  # read once: checkpointing allows no more
-    grads = torch.ops.peftlib.adapted_product_backward(grad, *saved, *ctx.format)
-    return grads[0], None if saved[1] is None else grads[1], None, None, grads[2], grads[3], None, None
+def _gradients(ctx, grads):
+    x, dropped, low, frozen, scales, down, *ups = ctx.saved_tensors  # read once: checkpointing allows no more
+    grad_x, grad_dropped, grad_down, *grad_ups = torch.ops.peftlib.adapted_products_backward(
+        list(grads[:-1]), x, dropped, low, frozen, scales, down, ups, *ctx.format
+    )
+    return grad_x, None if dropped is None else grad_dropped, None, None, grad_down, grad_ups, None, None
 
 
-adapted_product.register_autograd(_gradients, setup_context=_keep)
+adapted_products.register_autograd(_gradients, setup_context=_keep)
 
 
-def _weight(frozen, scales, down, up, blocksize, quant_type):
+def _weight(frozen, scales, down, ups, blocksize, quant_type):
     if scales is None:
         return frozen
-    shape = [up.shape[0], down.shape[1]]
+    shape = [sum(map(len, ups)), down.shape[1]]
     return torch.ops.bitsandbytes.dequantize_4bit(frozen, scales, blocksize, quant_type, shape, down.dtype)
+
+
+def _rows(weight, ups):
+    return weight.split([len(up) for up in ups])
+
+
+def _columns(low, ups):
+    return low.split([up.shape[1] for up in ups], 1)

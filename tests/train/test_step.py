@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from peftlib.train.batching import pack
-from peftlib.train.schedule import StepPlan
+from peftlib.train.step import StepPlan
 
 
 def test_each_epoch_takes_every_row_once():
