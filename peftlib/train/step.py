@@ -79,6 +79,13 @@ class Stepper:
         """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
         self.graphs = StepGraphs(self, tokens=tokens)
 
+    def release(self):
+        """Free what CUDA graphs hold: no step comes any more."""
+        if self.graphs:
+            with contextlib.suppress(RuntimeError):  # of a device that is broken already
+                self.graphs.reset()
+            self.graphs = None
+
     def gradients(self, batches, scored, *, seed):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
 
