@@ -1,11 +1,13 @@
 """Rows as token ids and loss masks, cut after whole turns, in batches and with worker processes."""
 
 import functools
-import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from peftlib.core.errors import DataError
 from peftlib.models import chat_template
 from peftlib.models.load import load_tokenizer
 
@@ -28,8 +30,12 @@ def tokenize(model, rows, *, max_length, workers):
     if workers == 1:
         made = map(encode, batches)
     else:
-        with multiprocessing.Pool(workers) as pool:
-            made = pool.map(encode, batches)
+        try:
+            with ProcessPoolExecutor(workers) as pool:
+                made = list(pool.map(encode, batches))
+        except BrokenProcessPool:
+            killed = f"one of {workers} tokenizing processes was killed, perhaps for memory"
+            raise DataError(f"{killed}: set workers = 1") from None
     return [row for batch in made for row in batch]
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -485,6 +487,18 @@ def test_workers_change_no_byte(two_files, cfg_of, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "_ROWS_WORTH_A_WORKER", 20)
     made = [data.build_data(dataclasses.replace(cfg, workers=n), tmp_path / str(n) / "data", quiet) for n in (1, 3)]
     assert made[0] == made[1]  # the Parquet files' own hashes included
+
+
+def test_a_worker_that_is_killed_ends_the_build_with_the_way_out(two_files, cfg_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize, "_ROWS_WORTH_A_WORKER", 1)
+    monkeypatch.setattr(tokenize, "_encode_batch", _killed)
+    with pytest.raises(DataError, match="tokenizing processes was killed, perhaps for memory: set workers = 1"):
+        data.build_data(dataclasses.replace(cfg_of(sources_text(two_files)), workers=2), tmp_path / "data", quiet)
+
+
+def _killed(pairs, **settings):
+    assert multiprocessing.parent_process() is not None
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
