@@ -207,8 +207,8 @@ class TrainingRun:
         known = {name: number if math.isfinite(number) else None for name, number in known.items()}
         entry = {"step": step + 1, "learning_rate": rate, "tokens": tokens, "seconds": seconds, **known}
         self.record["history"].append(entry)
-        self.execution.after_step()
-        self._watch.start()
+        with self._watch.aside():
+            self.execution.after_step()
 
     def _gradients(self, numbers):
         """Accumulate the gradients of the numbered rows; returns their loss, 0-dim on the device."""
@@ -216,6 +216,7 @@ class TrainingRun:
         while True:
             try:
                 batches = list(self.rows.batches(numbers, self.execution.tokens, self.device))
+                self._watch.launch()
                 # Dropout depends on seed and step alone, so nothing done between two steps can change it.
                 return self.stepper.gradients(batches, scored, seed=seed_of(self.cfg.seed, step))
             except torch.OutOfMemoryError as error:
@@ -242,11 +243,12 @@ class TrainingRun:
     def _log_step(self, is_last):
         is_quiet = time.monotonic() - self._last_line_at > _SECONDS_BETWEEN_LINES
         has_line = self.progress.step % self.cfg.logging_steps == 0 or is_last or is_quiet
-        if has_line:
-            self.log(log_line(self.record, self.progress, self.plan.steps))
-            self._last_line_at = time.monotonic()
-        if has_line or self._callbacks.any("wants_numbers"):
-            self._callbacks.show()
+        with self._watch.aside():
+            if has_line:
+                self.log(log_line(self.record, self.progress, self.plan.steps))
+                self._last_line_at = time.monotonic()
+            if has_line or self._callbacks.any("wants_numbers"):
+                self._callbacks.show()
 
     def _evaluate(self):
         """Compute the validation loss."""
