@@ -82,6 +82,17 @@ def release(model):
         layer._compiled_call_impl = None
 
 
+def is_failure(error):
+    """Whether an error is the compiler's by its kind. It may be of any other kind too: Triton has its own."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def cause(error):
+    """What a compiler's error says, in one line."""
+    inner = getattr(error, "inner_exception", error)  # without the compiler's advice on how to debug it
+    return f"{type(inner).__name__}: {_brief(inner)}"
+
+
 def _with_gradient(module, args, output):
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 

@@ -222,6 +222,10 @@ class TrainingRun:
             except torch.OutOfMemoryError as error:
                 self.optimizer.zero_grad()
                 self.execution.shrink_after_oom(step, error)
+            except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
+                self.execution.uncompile_after(error)
+                self.optimizer.zero_grad()
+                self.stepper.uncompile()
             torch.cuda.empty_cache()
 
     def _update(self, loss, rate):

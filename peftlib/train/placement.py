@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from peftlib.core.errors import ConfigError
+from peftlib.core.errors import ConfigError, PeftlibError
 from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
 from peftlib.models.inspect import core
@@ -20,6 +20,7 @@ from peftlib.train import memory_model
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
+_FIRST_STEPS = 3  # of a session, in which any error is taken for the compiler's; later ones have its own class
 
 
 class ExecutionPlan:
@@ -44,12 +45,15 @@ class ExecutionPlan:
             how = "without masks" if self.attention else "with masks"
             reason = f" ({why_masks})" if why_masks else ""
             log(f"packs rows {how}{reason}{', runs steps by CUDA graphs' if self.is_graphed else ''}")
+        self.compile_error, self._steps = None, 0
         self._cache = compiled.CompileCache(cache_root() / "compile", log=log)
         if self.is_compiled:
             loaded = self._cache.load()
             log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")
-            compiled.compile_layers(model)
-        self._is_first_step = True
+            try:
+                compiled.compile_layers(model)
+            except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
+                self.uncompile_after(error)
 
     def _choose(self, precision):
         shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
@@ -62,10 +66,12 @@ class ExecutionPlan:
     @property
     def facts(self):
         """What the record holds of it."""
+        failed = {"compile_error": self.compile_error} if self.compile_error else {}
         return {
             "micro_batch_size": self.micro_batch_size,
             "activation_checkpointing": self.cfg.activation_checkpointing,
             "is_compiled": self.is_compiled,
+            **failed,
             "attention": self.attention or "masks",
             "is_graphed": self.is_graphed,
         }
@@ -99,14 +105,23 @@ class ExecutionPlan:
             f"activation_checkpointing={self.cfg.activation_checkpointing}"
         )
 
+    def uncompile_after(self, error):
+        """Go on uncompiled after an error of the compiler; any other is raised again."""
+        is_compilers = self._steps < _FIRST_STEPS or compiled.is_failure(error)
+        if not self.is_compiled or not is_compilers or isinstance(error, PeftlibError):
+            raise error
+        compiled.release(self.model)
+        self.is_compiled, self.compile_error = False, compiled.cause(error)
+        self.log(f"compiling failed ({self.compile_error}): training goes on uncompiled")
+
     def after_step(self):
         """Save what the session's first step has compiled; a failure is logged, and later sessions compile again."""
-        if self._is_first_step and self.is_compiled:
+        if self._steps == 0 and self.is_compiled:
             try:
                 self._cache.save()
             except Exception as error:  # noqa: BLE001 - a cache is never worth a run
                 self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
-        self._is_first_step = False
+        self._steps += 1
 
 
 def require_one_process():

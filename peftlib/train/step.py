@@ -77,6 +77,12 @@ class Stepper:
         """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
         self.graphs = StepGraphs(self, tokens=tokens)
 
+    def uncompile(self):
+        """Go on with a loss that is not compiled, and without graphs that were captured with compiled layers."""
+        self.loss_settings["is_compiled"] = False
+        if self.graphs:
+            self.graphs.reset()
+
     def gradients(self, batches, scored, *, seed):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
 

@@ -1,15 +1,18 @@
 """What a run takes of a machine it gives back, and a cache is never worth a run."""
 
+import functools
 import types
 
 import pytest
 import torch
 
 from peftlib.core import config
+from peftlib.core.errors import ModelError
 from peftlib.models import compile as compiled
 from peftlib.models.kernels import losses
 from peftlib.train import placement
 from peftlib.train.loop import TrainingRun
+from peftlib.train.step import Stepper
 
 
 @pytest.fixture
@@ -64,3 +67,84 @@ def test_a_compile_cache_that_cannot_be_written_costs_a_line(make_study, monkeyp
     assert record["status"] == "ok" and record["placement"]["is_compiled"]
     told = [line for line in lines if "compiled layers could not be kept" in line]
     assert len(told) == 1 and str(error) in told[0]
+
+
+def refuse(*args, **settings):
+    raise RuntimeError("planted: no code for\nsm_75")
+
+
+def refuses_backward(graph, inputs):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=refuse)(
+        graph, inputs
+    )
+
+
+@pytest.fixture
+def compiling(monkeypatch, tmp_path):
+    """compiling(backend) -> runs are compiled by it, the layers alone, and no machine's cache is touched."""
+    monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path / "cache"))
+    real = compiled.compile_layers
+
+    def use(backend):
+        monkeypatch.setattr(compiled, "resolve", lambda *args: (True, "planted"))
+        monkeypatch.setattr(compiled, "compile_layers", functools.partial(real, backend=backend))
+        monkeypatch.setattr(losses, "_compiled_chunk_loss", lambda: losses._chunk_loss)
+
+    torch._dynamo.reset()
+    yield use
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("where", ["setting up", "forward", "backward", "loss"])
+def test_where_compiling_fails_the_step_is_repeated_and_training_goes_on_uncompiled(
+    make_study, compiling, monkeypatch, where
+):
+    rates = {"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, "lora_dropout": 0.1, "max_steps": 4}
+    plain = TrainingRun(make_study(study="plain", **rates), "hybrid", log=lambda line: None).train()
+    compiling({"forward": refuse, "backward": refuses_backward}.get(where, "eager"))
+    if where == "setting up":
+        monkeypatch.setattr(compiled, "compile_layers", refuse)
+    if where == "loss":
+        fails = torch.compile(losses._chunk_loss_to_fuse, backend=refuse)
+        monkeypatch.setattr(losses, "_compiled_chunk_loss", lambda: fails)
+    lines = []
+    run = TrainingRun(make_study(**rates), "hybrid", log=lines.append)
+    record = run.train()
+    assert record["status"] == "ok" and record["steps"] == 4 and record["placement"]["is_compiled"] is False
+    assert record["placement"]["compile_error"] == "RuntimeError: planted: no code for sm_75"
+    told = [line for line in lines if "compiling failed" in line]
+    assert told == ["compiling failed (RuntimeError: planted: no code for sm_75): training goes on uncompiled"]
+    assert not run.stepper.loss_settings["is_compiled"] and not list(run.execution._cache.path.parent.glob("*.bin"))
+    for ours, theirs in zip(record["history"], plain["history"], strict=True):
+        assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "error, step, is_compilers",
+    [
+        (RuntimeError("of Triton"), 2, True),
+        (RuntimeError("of a later step"), 4, False),
+        (torch._dynamo.exc.InternalTorchDynamoError("a new shape"), 4, True),
+        (ModelError("ours"), 2, False),
+    ],
+)
+def test_what_counts_as_the_compilers_error(make_study, compiling, monkeypatch, error, step, is_compilers):
+    compiling("eager")
+    real = Stepper.forward_backward
+
+    def fail_once(self, *args):
+        if run.progress.step == step - 1 and run.execution.is_compiled:
+            raise error
+        return real(self, *args)
+
+    monkeypatch.setattr(Stepper, "forward_backward", fail_once)
+    run = TrainingRun(make_study(max_steps=4), "lora", log=lambda line: None)
+    if is_compilers:
+        assert run.train()["steps"] == 4 and run.execution.compile_error
+        return
+    with pytest.raises(type(error), match=str(error)):
+        run.train()
+    assert run.execution.is_compiled
