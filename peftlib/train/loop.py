@@ -137,7 +137,9 @@ class TrainingRun:
         self.scaler = loss_scaler(self.device, self.precision)
         self._open.enter_context(memory_cap(cfg, self.device))
         where = {"device": self.device, "precision": self.precision}
-        self.execution = ExecutionPlan(self.model, self.name, cfg, **where, steps=self.plan.steps, log=self.log)
+        left = self.plan.steps - self.checkpoints.last_step()
+        sizes = {"steps": max(0, left), "tokens": self.rows.lengths.sum() / self.plan.steps_per_epoch}
+        self.execution = ExecutionPlan(self.model, self.name, cfg, **where, **sizes, log=self.log)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
         how = {**where, "is_compiled": self.execution.is_compiled, "log": self.log}
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
@@ -208,7 +210,7 @@ class TrainingRun:
         entry = {"step": step + 1, "learning_rate": rate, "tokens": tokens, "seconds": seconds, **known}
         self.record["history"].append(entry)
         with self._watch.aside():
-            self.execution.after_step()
+            self.execution.after_step(seconds)
 
     def _gradients(self, numbers):
         """Accumulate the gradients of the numbered rows; returns their loss, 0-dim on the device."""
@@ -224,8 +226,8 @@ class TrainingRun:
                 self.execution.shrink_after_oom(step, error)
             except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
                 self.execution.uncompile_after(error)
-                self.optimizer.zero_grad()
                 self.stepper.uncompile()
+                self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
     def _update(self, loss, rate):

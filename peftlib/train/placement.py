@@ -1,6 +1,7 @@
 """How a run is laid out on its device, and the memory it takes there. None of it changes the result."""
 
 import contextlib
+import functools
 import os
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from peftlib import methods
 from peftlib.core.errors import ConfigError, PeftlibError
 from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
@@ -16,7 +18,7 @@ from peftlib.models.kernels.attention import choose_kernel, use_kernel
 from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
 from peftlib.models.shapes import Shape
-from peftlib.train import memory_model
+from peftlib.train import estimate, memory_model
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
@@ -27,13 +29,17 @@ class ExecutionPlan:
     """Micro-batch, recomputation and compiled layers of a run; prepares `model` in place.
 
     micro_batch_size: rows of max_length tokens at once; it may shrink. On a GPU with cfg.micro_batch_size=0 the memory
-    model chooses it and the recomputation. steps: of the whole run. ConfigError: nothing fits.
+    model chooses it and the recomputation. steps: left to do. tokens: of a step, on average. ConfigError: nothing fits.
     """
 
-    def __init__(self, model, method, cfg, *, device, precision, steps, log):
+    def __init__(self, model, method, cfg, *, device, precision, steps, tokens, log):
         self.model, self.method, self.cfg, self.log = model, method, cfg, log
         self.micro_batch_size = cfg.micro_batch_size or _CPU_MICRO_BATCH
-        self.is_compiled, why = compiled.resolve(cfg.compile, device, steps)
+        shape = Shape.of(core(model).config)
+        work = f"{method}-{shape.layers}x{shape.hidden}-{precision}"
+        self._cache = compiled.CompileCache(cache_root() / "compile", work, log=log)
+        costs = functools.partial(self._compile_costs, shape, precision, tokens)
+        self.is_compiled, why = compiled.resolve(cfg.compile, device, steps, costs)
         if device == "cuda" and cfg.micro_batch_size == 0:
             self._choose(precision)
         checkpoint_layers(model, self.cfg)
@@ -46,14 +52,22 @@ class ExecutionPlan:
             reason = f" ({why_masks})" if why_masks else ""
             log(f"packs rows {how}{reason}{', runs steps by CUDA graphs' if self.is_graphed else ''}")
         self.compile_error, self._steps = None, 0
-        self._cache = compiled.CompileCache(cache_root() / "compile", log=log)
         if self.is_compiled:
             loaded = self._cache.load()
-            log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")
+            log(f"compiles its layers{', from the cache' if loaded else ''}: {why}")
             try:
                 compiled.compile_layers(model)
             except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
                 self.uncompile_after(error)
+        elif device == "cuda":
+            log(f"does not compile: {why}")
+
+    def _compile_costs(self, shape, precision, tokens):
+        """(seconds that compiling takes, seconds of a step that is not compiled), as expected."""
+        has_adapters = "adapters" in methods.find(self.method).trains
+        compile_s = self._cache.expected_seconds(compiled.ADAPTERS_S if has_adapters else compiled.PLAIN_S)
+        how = {"precision": precision, "tokens": tokens, "rows": self.cfg.batch_size}
+        return compile_s, estimate.step_seconds(shape, self.method, **how) / (1 - compiled.GAIN)
 
     def _choose(self, precision):
         shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
@@ -114,11 +128,15 @@ class ExecutionPlan:
         self.is_compiled, self.compile_error = False, compiled.cause(error)
         self.log(f"compiling failed ({self.compile_error}): training goes on uncompiled")
 
-    def after_step(self):
-        """Save what the session's first step has compiled; a failure is logged, and later sessions compile again."""
+    def after_step(self, seconds):
+        """Save what the session's first step has compiled; a failure is logged, and later sessions compile again.
+
+        seconds: that the step took.
+        """
         if self._steps == 0 and self.is_compiled:
             try:
                 self._cache.save()
+                self._cache.keep_seconds(seconds)
             except Exception as error:  # noqa: BLE001 - a cache is never worth a run
                 self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
         self._steps += 1

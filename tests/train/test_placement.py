@@ -10,7 +10,8 @@ from peftlib.core import config
 from peftlib.core.errors import ModelError
 from peftlib.models import compile as compiled
 from peftlib.models.kernels import losses
-from peftlib.train import placement
+from peftlib.models.shapes import CARDS, SHAPES
+from peftlib.train import estimate, placement
 from peftlib.train.loop import TrainingRun
 from peftlib.train.step import Stepper
 
@@ -148,3 +149,68 @@ def test_what_counts_as_the_compilers_error(make_study, compiling, monkeypatch, 
     with pytest.raises(type(error), match=str(error)):
         run.train()
     assert run.execution.is_compiled
+
+
+def told_on_a_card(study, monkeypatch, method="qlora"):
+    """(what a run would say of compiling on a GPU with Triton, its ExecutionPlan)."""
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(compiled, "compile_layers", lambda model: model)
+    monkeypatch.setattr(placement, "choose_kernel", lambda *args, **settings: (None, ""))
+    lines = []
+    real = placement.ExecutionPlan
+
+    def on_cuda(*args, device, **settings):
+        return real(*args, **settings, device="cuda")
+
+    run = TrainingRun(study, method, log=lines.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("peftlib.train.loop.ExecutionPlan", on_cuda)
+        run._build_optimizer()
+    return next(line for line in lines if "compiles its" in line or "does not compile" in line), run.execution
+
+
+def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make_study, monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(placement.estimate, "step_seconds", lambda *args, **how: 0.75)  # compiled; else 1.0
+    long, short = (make_study(study=f"{n}", epochs=200, max_steps=n) for n in (400, 40))
+    told, execution = told_on_a_card(long, monkeypatch)
+    assert told == "compiles its layers: about 25 s, saves about 100 s over 400 steps" and execution.is_compiled
+    told, execution = told_on_a_card(short, monkeypatch)
+    assert told == "does not compile: about 25 s, would save about 10 s over 40 steps" and not execution.is_compiled
+    assert "about 20 s, saves about 100 s" in told_on_a_card(long, monkeypatch, "galore")[0]
+    execution._cache.keep_seconds(8.0)  # as this machine has done it before
+    told, execution = told_on_a_card(short, monkeypatch)
+    assert told == "compiles its layers: about 8 s, saves about 10 s over 40 steps" and execution.is_compiled
+    execution._cache.path.write_bytes(b"of an earlier session")
+    assert "about 5 s, saves" in told_on_a_card(short, monkeypatch)[0]
+
+
+def test_a_resumed_run_counts_the_steps_left(make_study, monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(placement.estimate, "step_seconds", lambda *args, **how: 0.75)
+    study = make_study(epochs=200, max_steps=400)
+    (study.checkpoint_dir("qlora", 0) / "step-000370").mkdir(parents=True)
+    (study.checkpoint_dir("qlora", 0) / "step-of-nobody").mkdir()
+    told, execution = told_on_a_card(study, monkeypatch)
+    assert told == "does not compile: about 25 s, would save about 8 s over 30 steps" and not execution.is_compiled
+
+
+def test_the_first_compiled_step_is_what_compiling_took(make_study, compiling, monkeypatch):
+    compiling("eager")
+    run = TrainingRun(make_study(max_steps=2), "lora", log=lambda line: None)
+    record = run.train()
+    assert run.execution._cache.expected_seconds(25.0) == pytest.approx(record["first_step_s"], abs=0.01)
+    assert "-lora-2x64-fp32.bin" in run.execution._cache.path.name
+
+
+@pytest.mark.parametrize("method", ["qlora", "galore"])
+def test_seconds_of_a_step_are_those_of_the_measured_speed(monkeypatch, method):
+    shape, how = SHAPES["gemma-3-1b"], {"precision": "bf16", "tokens": 16 * 1024, "rows": 16}
+    monkeypatch.setattr(estimate, "card_at_hand", lambda: ("h100", CARDS["h100"]))
+    fast = estimate.step_seconds(shape, method, **how)
+    assert 0.2 < fast < 0.5  # some 50,000 tokens/s were measured
+    assert estimate.step_seconds(shape, method, **(how | {"tokens": 16 * 512})) < 0.55 * fast
+    monkeypatch.setattr(estimate, "card_at_hand", lambda: ("t4", CARDS["t4"]))
+    assert estimate.step_seconds(shape, method, **how) > 5 * fast
+    monkeypatch.setattr(estimate, "card_at_hand", lambda: None)  # a card that is not listed
+    assert estimate.step_seconds(shape, method, **how) > fast
