@@ -52,12 +52,14 @@ def resolve(asked, device, steps, costs):
     return pays, f"about {compile_s:.0f} s, {saves} about {saved_s:.0f} s over {steps} steps"
 
 
-def compile_layers(model, *, backend="inductor"):
+def compile_layers(model, *, backend="inductor", activation_budget=1.0):
     """Compile each decoder layer, for any batch size and length; returns the model.
 
     By layer, not whole: all layers share two compiled forms (sliding and full attention), gradient checkpointing
-    stays outside, and a layer's hooks run between the compiled pieces.
+    stays outside, and a layer's hooks run between the compiled pieces. activation_budget: share of a layer's
+    activations, by torch's measure, that its backward pass may find kept; below 1 it recomputes the cheap ones.
     """
+    torch._functorch.config.activation_memory_budget = activation_budget
     sum_norm_gradients(model)
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # that of sum_norm_gradients
     torch._dynamo.config.specialize_float = True  # else an adapter's scaling becomes a kernel of the CPU: 40 s of gcc

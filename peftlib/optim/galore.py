@@ -24,7 +24,7 @@ from peftlib.optim.subspace import (
     turned,
 )
 
-_GATHERED, _STEPS_BETWEEN = 3 << 28, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
+GATHERED, _STEPS_BETWEEN = 3 << 28, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
 _NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
 
@@ -217,7 +217,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def gather_refreshes(self):
         """Refresh in as few steps of a gap as the whole gradients allow: the others are then alike (`is_steady`)."""
-        parts = _parts([p for p, _ in self._projected], _GATHERED) if self._is_spread else []
+        parts = _parts([p for p, _ in self._projected], GATHERED) if self._is_spread else []
         for i, part in enumerate(parts):
             for p in part:
                 gap = self._group_of[p]["update_gap"]

@@ -34,16 +34,17 @@ class StepGraphs:
         self._stepper, self._optimizer = stepper, stepper.optimizer
         self._optimizer.keeps_buffers = True
         self._optimizer.gather_refreshes()
-        self._stream = torch.cuda.Stream()
+        self._device = device = stepper.device
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._tokens = padded_size(tokens)
-        ids = torch.zeros(1, self._tokens, dtype=torch.int64, device="cuda")
+        ids = torch.zeros(1, self._tokens, dtype=torch.int64, device=device)
         self._batch = Batch(ids, ids[0].clone(), ids[0].clone(), ids.clone())  # the longest; each length takes a part
         self._cu_seqlens = {}  # {their number: buffer}
         width, dtype = core(stepper.model).config.hidden_size, DTYPES[stepper.precision]
         dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16's residual stream is float32
-        self._hidden, self._grad = (torch.zeros(1, self._tokens, width, dtype=dtype, device="cuda") for _ in range(2))
-        self._one, self._share, self.total = (torch.ones((), device="cuda") for _ in range(3))
-        self._rates = torch.zeros(len(self._optimizer.param_groups), 3, device="cuda")
+        self._hidden, self._grad = (torch.zeros(1, self._tokens, width, dtype=dtype, device=device) for _ in range(2))
+        self._one, self._share, self.total = (torch.ones((), device=device) for _ in range(3))
+        self._rates = torch.zeros(len(self._optimizer.param_groups), 3, device=device)
         self._seen = self._updates = 0
         self._can_capture_update, self._is_alike, self._is_zeroed = True, False, False
         self.reset()
@@ -104,7 +105,7 @@ class StepGraphs:
         if is_kept and (size, edges) in self._bodies:
             return self._bodies[size, edges]
         if edges not in self._cu_seqlens:
-            self._cu_seqlens[edges] = torch.zeros(edges, dtype=torch.int32, device="cuda")
+            self._cu_seqlens[edges] = torch.zeros(edges, dtype=torch.int32, device=self._device)
         forward, hidden = self._capture("body", self._run_forward, size, edges)
         backward, _ = self._capture("body", self._run_backward, hidden)
         if is_kept and len(self._bodies) < _AT_MOST:
@@ -117,7 +118,7 @@ class StepGraphs:
         batch = self._batch._replace(
             ids=self._batch.ids[:, :size], places=self._batch.places[:, :size], cu_seqlens=self._cu_seqlens[edges]
         )
-        with autocast("cuda", self._stepper.precision):
+        with autocast(self._device, self._stepper.precision):
             hidden = hidden_states(self._stepper.model, batch)
         self._hidden[:, :size].copy_(hidden.detach())
         return hidden
@@ -138,7 +139,7 @@ class StepGraphs:
     def _run_loss(self, count):
         hidden = self._hidden.detach().requires_grad_()
         positions, targets = self._batch.positions[:count], self._batch.targets[:count]
-        with autocast("cuda", self._stepper.precision):
+        with autocast(self._device, self._stepper.precision):
             head = head_weight(self._stepper.model)
             loss = chunked_loss_sum(hidden, head, positions, targets, **self._stepper.loss_settings)
         loss = loss * self._share

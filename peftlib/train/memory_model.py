@@ -1,4 +1,4 @@
-"""Predict the GPU memory of a method, and choose the micro-batch and recomputation that fit a card.
+"""Predict the GPU memory of a method, and choose the micro-batch and the recomputation that fit a card.
 
 Everything is counted from the model's shape: weights, gradients, optimizer and the loss's logits exactly, activations
 by what a layer keeps for its backward pass. tests/bench/methods.py prints the prediction beside each measured peak.
@@ -10,15 +10,24 @@ from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.models.kernels.losses import CHUNK
+from peftlib.optim.galore import GATHERED
 
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
-HEADROOM = 0.92  # of the card: the allocator's fragments and what the driver keeps
+HEADROOM = 0.86  # of the card: the allocator's fragments, the pools of CUDA graphs, what the driver keeps
+GPU_CHUNK = 512  # positions whose logits a GPU holds at once
 # Numbers that a compiled layer keeps for its backward pass, in units of a token's hidden, intermediate and attention
 # widths; the second factor is what the backward pass itself holds at its widest.
 _KEPT = {"hidden": 8.0, "intermediate": 3.0, "attention": 4.0}
 _BACKWARD = {"hidden": 4.0, "intermediate": 2.5}
 _EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
+# What is left of a layer's activations where its backward pass recomputes the cheap ones, and the time that costs.
+CHEAP_BUDGET = 0.8  # of torch.compile's own measure
+_CHEAP_KEPT, _CHEAP_TIME = {"adapters": 0.65, "whole": 0.5}, {"adapters": 1.0, "whole": 1.055}
+# A step's time over that of endless micro-batches without recomputation: tokens that a launch of all kernels is worth,
+# and the shares that recomputing or offloading every layer adds. Measured on an H200, for the 1B shape.
+_LAUNCH = {"graphs": 720, "kernels": 4096}
+_RECOMPUTING = {"off": 0.0, "on": 0.22, "offload": 0.8}
+_SIZES = (16, 12, 8, 6, 4, 3, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class Plan:
 
     micro_batch: int
     checkpointing: str
+    recomputed: int  # layers, the first ones
+    is_cheap: bool  # compiled layers recompute what costs next to nothing
     weights: int
     gradients: int
     optimizer: int
@@ -41,22 +52,50 @@ class Plan:
         """Describe the plan in one line, in GiB."""
         parts = ("weights", "gradients", "optimizer", "activations", "total")
         sizes = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in parts)
-        return f"micro_batch_size={self.micro_batch}, activation_checkpointing={self.checkpointing}: {sizes} GiB"
+        of_layers = f" for {self.recomputed} layers" if self.checkpointing != "off" else ""
+        cheap = ", cheap activations recomputed" if self.is_cheap else ""
+        how = f"activation_checkpointing={self.checkpointing}{of_layers}{cheap}"
+        return f"micro_batch_size={self.micro_batch}, {how}: {sizes} GiB"
 
 
-def estimate(shape, method, cfg, *, precision, micro_batch, checkpointing, is_compiled=True, chunk=CHUNK):
-    """Predict the Plan of one setting. shape: Shape. chunk: positions whose logits the loss holds at once."""
+def estimate(
+    shape,
+    method,
+    cfg,
+    *,
+    precision,
+    micro_batch,
+    checkpointing,
+    recomputed=None,
+    is_cheap=False,
+    is_compiled=True,
+    is_graphed=True,
+    chunk=GPU_CHUNK,
+):
+    """Predict the Plan of one setting.
+
+    shape: Shape. recomputed: layers that checkpoint, None for all. chunk: positions whose logits are held at once.
+    """
     counts = _Counts(shape, methods.find(method), cfg)
-    weights, (first, later), optimizer = counts.weights(), counts.gradients(), counts.optimizer()
+    weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
-    held, layer, loss = _activations(shape, tokens, precision, checkpointing, is_compiled, chunk, bool(counts.whole))
+    kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
+    kept *= _CHEAP_KEPT[_kind(counts.whole)] if is_cheap else 1.0
+    recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
+    wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
+    held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
     # The widest moments: the last layer's backward pass, while few gradients exist yet; the first layer's, when all do;
     # and the loss. In step 1 there is no optimizer state, but some whole gradients.
-    kept = held * shape.layers
-    activations = max(kept + layer, kept + loss)
+    whole_layers, layer = shape.layers - recomputed, backward + (kept if recomputed else 0)
+    stack = whole_layers * kept + recomputed * held
+    activations = stack + max(backward if whole_layers else layer, loss)
     at_peak = max(activations, layer + max(later, first - optimizer))
     sizes = (weights, max(first, later), optimizer, activations, weights + optimizer + at_peak + _WORKSPACE)
-    return Plan(micro_batch, checkpointing, *map(int, sizes))
+    return Plan(micro_batch, checkpointing, recomputed, is_cheap, *map(int, sizes))
+
+
+def _kind(whole):
+    return "whole" if whole else "adapters"
 
 
 def optimizer_bytes(shape, method, cfg):
@@ -64,25 +103,41 @@ def optimizer_bytes(shape, method, cfg):
     return int(_Counts(shape, methods.find(method), cfg).optimizer())
 
 
-def candidates(cfg):
-    """List (micro_batch, checkpointing) from fastest to smallest: many tokens at once first, then no recomputation."""
-    sizes = [size for size in (16, 8, 4, 2, 1) if size <= max(1, cfg.batch_size)]
-    # Recomputing costs a third more work; a micro-batch half as large costs less than that.
-    pairs = [(sizes[0], "off"), *((size, "on") for size in sizes), *((size, "offload") for size in sizes)]
-    return [pair for pair in pairs if not (pair[1] == "offload" and cfg.lora_dropout > 0)]
+def candidates(cfg, *, layers, trains_whole=False, is_compiled=True, is_graphed=True):
+    """Settings of `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not."""
+    found = []
+    for size in (size for size in _SIZES if size <= max(1, cfg.batch_size)):
+        for kind, share in _RECOMPUTING.items():
+            counts = sorted({-(-layers * n // 8) for n in range(1, 9)}) if kind == "on" else [layers]
+            for count in [0] if kind == "off" else [] if kind == "offload" and cfg.lora_dropout > 0 else counts:
+                for is_cheap in (False, True) if is_compiled else (False,):
+                    cost = (1 + _LAUNCH["graphs" if is_graphed else "kernels"] / (size * cfg.max_length)) * (
+                        1 + share * count / layers
+                    )
+                    cost *= _CHEAP_TIME[_kind(trains_whole)] if is_cheap else 1.0
+                    found.append((cost, is_cheap, size, kind, count))
+    names = ("is_cheap", "micro_batch", "checkpointing", "recomputed")
+    return [dict(zip(names, setting[1:], strict=True)) for setting in sorted(found)]
 
 
 def best_plan(shape, method, cfg, *, device_bytes, **how):
     """The Plan of cfg.micro_batch_size where that is set, else of the first candidate that fits, else of the smallest.
 
-    device_bytes: what training may take of the card. how: precision, is_compiled as in `estimate`.
+    device_bytes: what training may take of the card. how: precision, is_compiled, is_graphed as in `estimate`.
     """
     if cfg.micro_batch_size:
-        settings = [(min(cfg.micro_batch_size, cfg.batch_size), cfg.activation_checkpointing)]
+        size = min(cfg.micro_batch_size, cfg.batch_size)
+        settings = [{"micro_batch": size, "checkpointing": cfg.activation_checkpointing}]
     else:
-        settings = candidates(cfg)
-    plans = [estimate(shape, method, cfg, micro_batch=n, checkpointing=kind, **how) for n, kind in settings]
-    return next((plan for plan in plans if plan.fits(device_bytes)), min(plans, key=lambda plan: plan.total))
+        kinds = {name: value for name, value in how.items() if name in ("is_compiled", "is_graphed")}
+        trains_whole = set(methods.find(method).trains) != {"adapters"}
+        settings = candidates(cfg, layers=shape.layers, trains_whole=trains_whole, **kinds)
+    plans = []
+    for setting in settings:
+        plans.append(estimate(shape, method, cfg, **setting, **how))
+        if plans[-1].fits(device_bytes):
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.total)
 
 
 def choose(shape, method, cfg, *, device_bytes, **how):
@@ -125,13 +180,13 @@ class _Counts:
             total += self.shape.layers * rows * columns * each
         return total
 
-    def gradients(self):
+    def gradients(self, is_graphed):
         """(in the first step, later), summed over the step, at the end of its backward pass."""
         adapters = 4 * self.adapter_numbers
         if "galore" in self.whole:
             sizes = [4 * rows * columns for rows, columns in self.whole["galore"]]
             low = adapters + 4 * self.cfg.galore_rank * sum(max(shape) for shape in self.whole["galore"])
-            return low + min(sum(sizes), GIB), low + max(sizes)
+            return low + min(sum(sizes), GIB), low + (min(sum(sizes), GATHERED) if is_graphed else max(sizes))
         whole = 4 * sum(rows * columns for shapes in self.whole.values() for rows, columns in shapes)
         return adapters + whole, adapters + whole
 
@@ -149,16 +204,13 @@ class _Counts:
         return total
 
 
-def _activations(shape, tokens, precision, checkpointing, is_compiled, chunk, trains_whole):
+def _activations(shape, tokens, precision, is_compiled, chunk, trains_whole):
     """(bytes kept of one layer, bytes that one layer's backward pass holds beside, bytes of the loss)."""
-    wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
+    wide = 4 if precision == "fp16" else 2
     widths = {"hidden": shape.hidden, "intermediate": shape.intermediate, "attention": sum(shape.attention)}
     kept = tokens * (2 * sum(_KEPT[name] * widths[name] for name in _KEPT) + (wide - 2) * 3 * shape.hidden)
     kept *= 1.0 if is_compiled else _EAGER
     backward = tokens * 2 * sum(_BACKWARD[name] * widths[name] for name in _BACKWARD)
     backward += 2 * max(rows * columns for rows, columns in shape.matrices(PROJECTIONS)) * (4 if trains_whole else 2)
     loss = min(chunk, tokens) * shape.vocabulary * 4 + tokens * shape.hidden * (4 + wide)
-    if checkpointing == "off":
-        return kept, backward, loss
-    held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
-    return held, kept + backward, loss
+    return kept, backward, loss

@@ -26,7 +26,7 @@ _FIRST_STEPS = 3  # of a session, in which any error is taken for the compiler's
 
 
 class ExecutionPlan:
-    """Micro-batch, recomputation and compiled layers of a run; prepares `model` in place.
+    """Micro-batch, recomputation, attention kernel, compiled layers and CUDA graphs of a run; prepares `model`.
 
     micro_batch_size: rows of max_length tokens at once; it may shrink. On a GPU with cfg.micro_batch_size=0 the memory
     model chooses it and the recomputation. steps: left to do. tokens: of a step, on average. ConfigError: nothing fits.
@@ -35,28 +35,33 @@ class ExecutionPlan:
     def __init__(self, model, method, cfg, *, device, precision, steps, tokens, log):
         self.model, self.method, self.cfg, self.log = model, method, cfg, log
         self.micro_batch_size = cfg.micro_batch_size or _CPU_MICRO_BATCH
+        self.recomputed = None  # layers, where any are: all of them
         shape = Shape.of(core(model).config)
         work = f"{method}-{shape.layers}x{shape.hidden}-{precision}"
         self._cache = compiled.CompileCache(cache_root() / "compile", work, log=log)
         costs = functools.partial(self._compile_costs, shape, precision, tokens)
         self.is_compiled, why = compiled.resolve(cfg.compile, device, steps, costs)
-        if device == "cuda" and cfg.micro_batch_size == 0:
-            self._choose(precision)
-        checkpoint_layers(model, self.cfg)
         self.attention, why_masks = choose_kernel(model, device=device, precision=precision)
+        self.is_graphed = self.attention is not None and cfg.cuda_graphs == "auto"
+        budget = 1.0
+        if device == "cuda" and cfg.micro_batch_size == 0:
+            budget = self._choose(precision)
+        checkpoint_layers(model, self.cfg, self.recomputed)
         if self.attention:
             use_kernel(model, self.attention)
-        self.is_graphed = self.attention is not None and cfg.cuda_graphs == "auto"
         if device == "cuda":
-            how = "without masks" if self.attention else "with masks"
-            reason = f" ({why_masks})" if why_masks else ""
-            log(f"packs rows {how}{reason}{', runs steps by CUDA graphs' if self.is_graphed else ''}")
+            how = (
+                f"packs rows without masks ({self.attention})"
+                if self.attention
+                else f"packs rows by masks ({why_masks})"
+            )
+            log(f"{how}, {'runs steps as CUDA graphs' if self.is_graphed else 'runs steps kernel by kernel'}")
         self.compile_error, self._steps = None, 0
         if self.is_compiled:
             loaded = self._cache.load()
             log(f"compiles its layers{', from the cache' if loaded else ''}: {why}")
             try:
-                compiled.compile_layers(model)
+                compiled.compile_layers(model, activation_budget=budget)
             except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
                 self.uncompile_after(error)
         elif device == "cuda":
@@ -70,12 +75,14 @@ class ExecutionPlan:
         return compile_s, estimate.step_seconds(shape, self.method, **how) / (1 - compiled.GAIN)
 
     def _choose(self, precision):
+        """Set micro-batch and recomputation by the memory model; returns torch.compile's activation budget."""
         shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
         how = {"precision": precision, "device_bytes": available, "is_compiled": self.is_compiled}
-        chosen = memory_model.choose(shape, self.method, self.cfg, **how)
+        chosen = memory_model.choose(shape, self.method, self.cfg, **how, is_graphed=self.is_graphed)
         self.log(f"plan for {available / GIB:.1f} GiB: {chosen.line()}")
-        self.micro_batch_size = chosen.micro_batch
+        self.micro_batch_size, self.recomputed = chosen.micro_batch, chosen.recomputed
         self.cfg = self.cfg.replace(activation_checkpointing=chosen.checkpointing)
+        return memory_model.CHEAP_BUDGET if chosen.is_cheap else 1.0
 
     @property
     def facts(self):
@@ -84,6 +91,7 @@ class ExecutionPlan:
         return {
             "micro_batch_size": self.micro_batch_size,
             "activation_checkpointing": self.cfg.activation_checkpointing,
+            "recomputed_layers": self.recomputed,
             "is_compiled": self.is_compiled,
             **failed,
             "attention": self.attention or "masks",
@@ -93,9 +101,10 @@ class ExecutionPlan:
     @property
     def description(self):
         """What two sessions must share for equal bits, in words."""
-        return (
-            f"micro_batch_size={self.micro_batch_size}, compiled={self.is_compiled}, {torch.get_num_threads()} threads"
-        )
+        parts = [f"micro_batch_size={self.micro_batch_size}", f"compiled={self.is_compiled}"]
+        parts.append(f"{torch.get_num_threads()} threads")
+        parts += [f"{self.attention} attention"] * (self.attention is not None) + ["CUDA graphs"] * self.is_graphed
+        return ", ".join(parts)
 
     @property
     def tokens(self):
@@ -106,8 +115,8 @@ class ExecutionPlan:
         """Halve the micro-batch after an out-of-memory error, or recompute. ConfigError: both are done already."""
         if self.micro_batch_size > 1:
             self.micro_batch_size //= 2
-        elif self.cfg.activation_checkpointing == "off":
-            self.cfg = self.cfg.replace(activation_checkpointing="on")
+        elif self.cfg.activation_checkpointing == "off" or self.recomputed is not None:
+            self.recomputed, self.cfg = None, self.cfg.replace(activation_checkpointing="on")
             checkpoint_layers(self.model, self.cfg)
         else:
             raise ConfigError(

@@ -15,6 +15,7 @@ from peftlib.models.inspect import trainable
 from peftlib.models.kernels.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train.graphs import CaptureError, StepGraphs, brief
+from peftlib.train.memory_model import GPU_CHUNK
 
 _CAPTURE_FAILURES = 8  # of a run, after which it goes on without CUDA graphs
 
@@ -70,7 +71,8 @@ class Stepper:
     def __init__(self, model, optimizer, scaler, *, device, precision, log=print, **loss_settings):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.device, self.precision = device, precision
-        self.loss_settings = {"chunk": CHUNK, "is_compiled": False, **loss_settings}
+        chunk = CHUNK if device == "cpu" else GPU_CHUNK
+        self.loss_settings = {"chunk": chunk, "is_compiled": False, **loss_settings}
         self.graphs, self.log, self._failures = None, log, 0
 
     def use_graphs(self, tokens):

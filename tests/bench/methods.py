@@ -50,7 +50,8 @@ DEFAULTS = {
     "graphs": True,
     "masks": False,  # pack rows with masks, as on a card without the kernels
     "recomputed": None,  # layers, where checkpointing is on; None: all
-    "chunk": 256,
+    "is_cheap": False,  # compiled layers recompute the cheap activations
+    "chunk": 512,
     "seq": TOKENS,
     "steps": 7,
     "fields": {},  # of the config, beside the gpu profile's
@@ -131,6 +132,7 @@ def build(setting):
     from peftlib.models.layers import checkpoint_layers
     from peftlib.models.load import load_base
     from peftlib.models.precision import loss_scaler
+    from peftlib.train.memory_model import CHEAP_BUDGET
     from peftlib.train.step import Stepper
 
     if setting["cap_gib"]:
@@ -149,7 +151,7 @@ def build(setting):
         use_kernel(model, kernel)
     is_compiled, _ = compiled.resolve(setting["compile"], device, 10**6, lambda: (25.0, 1.0))
     if is_compiled:
-        compiled.compile_layers(model)
+        compiled.compile_layers(model, activation_budget=CHEAP_BUDGET if setting["is_cheap"] else 1.0)
     model.train()
     stepper = Stepper(
         model,
@@ -187,7 +189,10 @@ def measure(setting):
         precision=setting["precision"],
         micro_batch=setting["micro_batch"],
         checkpointing=setting["checkpointing"],
+        recomputed=setting["recomputed"],
+        is_cheap=setting["is_cheap"],
         is_compiled=stepper.loss_settings["is_compiled"],
+        is_graphed=stepper.graphs is not None,
         chunk=setting["chunk"],
     )
     found = {"weights_gib": _allocated(), "predicted_gib": planned.total / 2**30}

@@ -61,7 +61,7 @@ def test_a_compile_cache_that_cannot_be_written_costs_a_line(make_study, monkeyp
     monkeypatch.setattr(compiled.CompileCache, "save", fail)
     monkeypatch.setattr(compiled.CompileCache, "load", lambda self: None)
     monkeypatch.setattr(compiled, "resolve", lambda *args: (True, "planted"))
-    monkeypatch.setattr(compiled, "compile_layers", lambda model: model)
+    monkeypatch.setattr(compiled, "compile_layers", lambda model, **settings: model)
     monkeypatch.setattr("peftlib.models.kernels.losses._compiled_chunk_loss", lambda: losses._chunk_loss)
     lines = []
     record = TrainingRun(make_study(max_steps=2), "qlora", log=lines.append).train()
@@ -154,7 +154,7 @@ def test_what_counts_as_the_compilers_error(make_study, compiling, monkeypatch, 
 def told_on_a_card(study, monkeypatch, method="qlora"):
     """(what a run would say of compiling on a GPU with Triton, its ExecutionPlan)."""
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(compiled, "compile_layers", lambda model: model)
+    monkeypatch.setattr(compiled, "compile_layers", lambda model, **settings: model)
     monkeypatch.setattr(placement, "choose_kernel", lambda *args, **settings: (None, ""))
     lines = []
     real = placement.ExecutionPlan

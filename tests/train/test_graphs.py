@@ -1,0 +1,151 @@
+"""CUDA graphs need a GPU; here a stand-in runs a part again instead of replaying it, so that what the parts read, write
+and hand on is tested, and what happens where nothing can be captured. tests/bench/methods.py runs the real ones."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from peftlib import methods
+from peftlib.core import config
+from peftlib.models.inspect import trainable
+from peftlib.models.kernels import attention
+from peftlib.models.load import load_base
+from peftlib.models.precision import loss_scaler
+from peftlib.train.batching import Rows
+from peftlib.train.graphs import CaptureError, StepGraphs
+from peftlib.train.step import Stepper
+
+STEPS = 9
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setitem(attention.KERNELS, "rows", attention.attention_by_rows)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(StepGraphs, "on_stream", lambda self: contextlib.nullcontext())
+
+
+class Rerun:
+    """Stands for a CUDA graph: capturing runs nothing, a replay runs the call. `result` is what the call returned."""
+
+    captured: list = []  # noqa: RUF012 - of a test
+
+    def __init__(self, call, args):
+        self.call, self.args = call, args
+        self.captured.append(call.__name__)
+
+    def replay(self):
+        args = [arg.result if isinstance(arg, Rerun) else arg for arg in self.args]
+        self.result = self.call(*args)
+        return self.result
+
+
+def rerun(self, pool, call, *args):
+    graph = Rerun(call, args)
+    if call.__name__ == "finish_accumulation":  # its results are read from where the graph leaves them
+        results = torch.zeros(()), torch.zeros(())
+
+        def replay():
+            for kept, made in zip(results, call(*args), strict=True):
+                kept.copy_(made)
+
+        graph.replay = replay
+        return graph, results
+    return graph, graph
+
+
+@pytest.fixture
+def trained(tiny_model):
+    def train(method, *, is_graphed, lines=None, is_flat=True):
+        cfg = config.resolve(
+            "demo", model=str(tiny_model), lora_rank=4, galore_rank=8, apollo_rank=8, galore_update_interval=4
+        )
+        found = methods.find(method)
+        torch.manual_seed(0)
+        base = load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=found.four_bit)
+        model = found.prepare(base, cfg).train()
+        if is_flat:
+            attention.use_kernel(model, "rows")
+        optimizer = found.build_optimizer(model, cfg)
+        optimizer.gather_refreshes()
+        log = (lines if lines is not None else []).append
+        stepper = Stepper(model, optimizer, loss_scaler("cpu", "fp32"), device="cpu", precision="fp32", log=log)
+        if is_graphed:
+            stepper.use_graphs(300)
+        draw = np.random.default_rng(0)
+        rows = [
+            {"input_ids": draw.integers(5, tiny.WORDS, n), "is_scored": np.arange(n) > n // 3}
+            for n in draw.integers(10, 120, 24)
+        ]
+        rows, losses = Rows(rows, is_flat=is_flat), []
+        for step in range(STEPS):
+            numbers = [(5 * step + i) % 24 for i in range(6 - step % 2)]
+            batches = list(rows.batches(numbers, 300, "cpu"))
+            done = stepper.update(stepper.gradients(batches, int(rows.scored[numbers].sum()), seed=step))
+            assert done.is_applied
+            losses.append(done.loss)
+        return losses, {name: p.detach().clone() for name, p in trainable(model).items()}, stepper
+
+    Rerun.captured.clear()
+    return train
+
+
+def assert_alike(one, two):
+    assert one[0] == pytest.approx(two[0], rel=1e-4)
+    for name, weight in one[1].items():
+        torch.testing.assert_close(weight, two[1][name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", "apollo"])
+def test_flat_rows_and_captured_steps_train_as_rows_with_masks_do(trained, method, monkeypatch):
+    with_masks = trained(method, is_graphed=False, is_flat=False)
+    flat = trained(method, is_graphed=False)
+    assert_alike(flat, with_masks)
+    monkeypatch.setattr(StepGraphs, "_capture", rerun)
+    graphed = trained(method, is_graphed=True)
+    assert_alike(graphed, flat)
+    captured = Rerun.captured
+    assert captured.count("_run_forward") == captured.count("_run_backward") > 0
+    is_captured = method != "apollo"  # which draws projections on the host
+    assert captured.count("finish_accumulation") == captured.count("_run_moves") == is_captured
+    if method == "qlora":  # all its steps are alike: a length is captured once
+        assert captured.count("_run_forward") == graphed[2].graphs.captured
+
+
+def test_what_cannot_be_captured_runs_kernel_by_kernel(trained, monkeypatch):
+    def refuse(self, pool, call, *args):
+        raise CaptureError from RuntimeError("operation not permitted when stream is capturing")
+
+    plain, lines = trained("galore", is_graphed=False), []
+    monkeypatch.setattr(StepGraphs, "_capture", refuse)
+    monkeypatch.setattr("peftlib.train.step._CAPTURE_FAILURES", 2)
+    assert_alike(trained("galore", is_graphed=True, lines=lines), plain)
+    told = [line for line in lines if line.startswith("CUDA graphs are not used (operation not permitted")]
+    assert len(told) == 1 and told[0].endswith("training goes on without them")
+
+
+def test_an_update_that_cannot_be_captured_runs_kernel_by_kernel(trained, monkeypatch):
+    def refuse_updates(self, pool, call, *args):
+        if call.__name__ in ("finish_accumulation", "_run_moves"):
+            raise CaptureError from RuntimeError("planted")
+        return rerun(self, pool, call, *args)
+
+    plain, lines = trained("qlora", is_graphed=False), []
+    monkeypatch.setattr(StepGraphs, "_capture", refuse_updates)
+    found = trained("qlora", is_graphed=True, lines=lines)
+    assert_alike(found, plain)
+    assert lines == ["the optimizer's update is not captured (planted)"] and found[2].graphs.captured
+
+
+def test_out_of_memory_in_a_capture_reaches_the_loop(trained, monkeypatch):
+    def fill(self, pool, call, *args):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(StepGraphs, "_capture", fill)
+    with pytest.raises(torch.OutOfMemoryError):
+        trained("qlora", is_graphed=True)
