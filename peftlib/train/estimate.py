@@ -4,7 +4,6 @@ Hours come from speeds measured on that card, else from a range scaled from thos
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from operator import itemgetter
@@ -17,7 +16,7 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.core.paths import shipped
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.models.shapes import SHAPES, card_at_hand, card_of_device, find_card
+from peftlib.models.shapes import SHAPES, card_of_device
 from peftlib.train import memory_model
 
 MEASURED = shipped("results/bench/methods.json")
@@ -111,17 +110,6 @@ def speed(card, shape, method, *, precision, length, micro_batch, rows):
     # A small micro-batch leaves a large card idle, in the worst case in proportion.
     low = base / needed * min(ratios) / _SLOWER * min(1.0, micro_batch / row["micro_batch"])
     return Speed(low, base / needed * max(ratios), f"estimate from {_source(row)}")
-
-
-def step_seconds(shape, method, *, precision, tokens, rows):
-    """Seconds that a step of so many tokens in so many rows may take on the GPU here, its layers compiled.
-
-    The middle of what `speed` says for one micro-batch; a card that is not listed is taken for an A100.
-    """
-    _, card = card_at_hand() or find_card("a100")
-    how = {"precision": precision, "length": tokens / rows, "micro_batch": rows}
-    found = speed(card, shape, method, **how, rows=measured_rows())
-    return tokens / math.sqrt(found.low * found.high)
 
 
 def _source(row):

@@ -136,13 +136,12 @@ class TrainingRun:
         self.rate_factor = 1.0  # on the peak rates; a resume may set another
         self.scaler = loss_scaler(self.device, self.precision)
         self._open.enter_context(memory_cap(cfg, self.device))
-        where = {"device": self.device, "precision": self.precision}
-        left = self.plan.steps - self.checkpoints.last_step()
-        sizes = {"steps": max(0, left), "tokens": self.rows.lengths.sum() / self.plan.steps_per_epoch}
-        self.execution = ExecutionPlan(self.model, self.name, cfg, **where, **sizes, log=self.log)
+        how = {"device": self.device, "precision": self.precision, "log": self.log}
+        left, tokens = self.plan.steps - self.checkpoints.last_step(), self.rows.lengths.mean() * cfg.batch_size
+        self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=max(0, left), tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
-        how = {**where, "is_compiled": self.execution.is_compiled, "log": self.log}
-        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
+        is_compiled = self.execution.is_compiled
+        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how, is_compiled=is_compiled)
         if self.execution.is_graphed:
             self.stepper.use_graphs(self.execution.tokens)
 
@@ -221,14 +220,9 @@ class TrainingRun:
                 self._watch.launch()
                 # Dropout depends on seed and step alone, so nothing done between two steps can change it.
                 return self.stepper.gradients(batches, scored, seed=seed_of(self.cfg.seed, step))
-            except torch.OutOfMemoryError as error:
-                self.optimizer.zero_grad()
-                self.execution.shrink_after_oom(step, error)
-            except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
-                self.execution.uncompile_after(error)
-                self.stepper.uncompile()
-                self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
+            except Exception as error:  # noqa: BLE001  what the plan has no answer to is raised again
+                self.execution.recover_from(error, step)
+            self.stepper.start_over(is_compiled=self.execution.is_compiled)
 
     def _update(self, loss, rate):
         """Apply the step; returns precision.Applied. NonFiniteLossError: no lower loss scale could help."""

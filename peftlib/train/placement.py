@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from peftlib.models.inspect import core
 from peftlib.models.kernels.attention import choose_kernel, use_kernel
 from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
-from peftlib.models.shapes import Shape
+from peftlib.models.shapes import Shape, card_at_hand, find_card
 from peftlib.train import estimate, memory_model
 
 _CPU_MICRO_BATCH = 4
@@ -63,7 +64,7 @@ class ExecutionPlan:
             try:
                 compiled.compile_layers(model, activation_budget=budget)
             except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
-                self.uncompile_after(error)
+                self.recover_from(error, step=0)
         elif device == "cuda":
             log(f"does not compile: {why}")
 
@@ -71,8 +72,8 @@ class ExecutionPlan:
         """(seconds that compiling takes, seconds of a step that is not compiled), as expected."""
         has_adapters = "adapters" in methods.find(self.method).trains
         compile_s = self._cache.expected_seconds(compiled.ADAPTERS_S if has_adapters else compiled.PLAIN_S)
-        how = {"precision": precision, "tokens": tokens, "rows": self.cfg.batch_size}
-        return compile_s, estimate.step_seconds(shape, self.method, **how) / (1 - compiled.GAIN)
+        step_s = step_seconds(shape, self.method, precision=precision, tokens=tokens, rows=self.cfg.batch_size)
+        return compile_s, step_s / (1 - compiled.GAIN)
 
     def _choose(self, precision):
         """Set micro-batch and recomputation by the memory model; returns torch.compile's activation budget."""
@@ -111,8 +112,18 @@ class ExecutionPlan:
         """Padded tokens of a micro-batch."""
         return self.micro_batch_size * self.cfg.max_length
 
-    def shrink_after_oom(self, step, error):
-        """Halve the micro-batch after an out-of-memory error, or recompute. ConfigError: both are done already."""
+    def recover_from(self, error, step):
+        """Change the plan after a failed step, to repeat it. ConfigError: out of memory, and nothing is left to change.
+
+        After an error of the compiler layers are not compiled; any other is raised again.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            self._shrink(step, error)
+        else:
+            self._uncompile(error)
+
+    def _shrink(self, step, error):
+        """Halve the micro-batch, or recompute. ConfigError: both are done already."""
         if self.micro_batch_size > 1:
             self.micro_batch_size //= 2
         elif self.cfg.activation_checkpointing == "off" or self.recomputed is not None:
@@ -128,8 +139,7 @@ class ExecutionPlan:
             f"activation_checkpointing={self.cfg.activation_checkpointing}"
         )
 
-    def uncompile_after(self, error):
-        """Go on uncompiled after an error of the compiler; any other is raised again."""
+    def _uncompile(self, error):
         is_compilers = self._steps < _FIRST_STEPS or compiled.is_failure(error)
         if not self.is_compiled or not is_compilers or isinstance(error, PeftlibError):
             raise error
@@ -149,6 +159,17 @@ class ExecutionPlan:
             except Exception as error:  # noqa: BLE001 - a cache is never worth a run
                 self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
         self._steps += 1
+
+
+def step_seconds(shape, method, *, precision, tokens, rows):
+    """Seconds that a step of so many tokens in so many rows may take on the GPU here, its layers compiled.
+
+    The middle of what the forecast says for one micro-batch; a card that is not listed is taken for an A100.
+    """
+    _, card = card_at_hand() or find_card("a100")
+    how = {"precision": precision, "length": tokens / rows, "micro_batch": rows, "rows": estimate.measured_rows()}
+    found = estimate.speed(card, shape, method, **how)
+    return tokens / math.sqrt(found.low * found.high)
 
 
 def require_one_process():

@@ -79,11 +79,13 @@ class Stepper:
         """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
         self.graphs = StepGraphs(self, tokens=tokens)
 
-    def uncompile(self):
-        """Go on with a loss that is not compiled, and without graphs that were captured with compiled layers."""
-        self.loss_settings["is_compiled"] = False
+    def start_over(self, *, is_compiled):
+        """Forget gradients and captured graphs of a step that failed. is_compiled: whether the loss is from now on."""
+        self.loss_settings["is_compiled"] = is_compiled
         if self.graphs:
-            self.graphs.reset()
+            self.graphs.reset()  # first: it waits for what the failed step has still queued
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
 
     def gradients(self, batches, scored, *, seed):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.

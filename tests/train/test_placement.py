@@ -11,7 +11,7 @@ from peftlib.core.errors import ModelError
 from peftlib.models import compile as compiled
 from peftlib.models.kernels import losses
 from peftlib.models.shapes import CARDS, SHAPES
-from peftlib.train import estimate, placement
+from peftlib.train import placement
 from peftlib.train.loop import TrainingRun
 from peftlib.train.step import Stepper
 
@@ -171,7 +171,7 @@ def told_on_a_card(study, monkeypatch, method="qlora"):
 
 def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make_study, monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(placement.estimate, "step_seconds", lambda *args, **how: 0.75)  # compiled; else 1.0
+    monkeypatch.setattr(placement, "step_seconds", lambda *args, **how: 0.75)  # compiled; else 1.0
     long, short = (make_study(study=f"{n}", epochs=200, max_steps=n) for n in (400, 40))
     told, execution = told_on_a_card(long, monkeypatch)
     assert told == "compiles its layers: about 25 s, saves about 100 s over 400 steps" and execution.is_compiled
@@ -187,7 +187,7 @@ def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make
 
 def test_a_resumed_run_counts_the_steps_left(make_study, monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(placement.estimate, "step_seconds", lambda *args, **how: 0.75)
+    monkeypatch.setattr(placement, "step_seconds", lambda *args, **how: 0.75)
     study = make_study(epochs=200, max_steps=400)
     (study.checkpoint_dir("qlora", 0) / "step-000370").mkdir(parents=True)
     (study.checkpoint_dir("qlora", 0) / "step-of-nobody").mkdir()
@@ -206,11 +206,21 @@ def test_the_first_compiled_step_is_what_compiling_took(make_study, compiling, m
 @pytest.mark.parametrize("method", ["qlora", "galore"])
 def test_seconds_of_a_step_are_those_of_the_measured_speed(monkeypatch, method):
     shape, how = SHAPES["gemma-3-1b"], {"precision": "bf16", "tokens": 16 * 1024, "rows": 16}
-    monkeypatch.setattr(estimate, "card_at_hand", lambda: ("h100", CARDS["h100"]))
-    fast = estimate.step_seconds(shape, method, **how)
+    monkeypatch.setattr(placement, "card_at_hand", lambda: ("h100", CARDS["h100"]))
+    fast = placement.step_seconds(shape, method, **how)
     assert 0.2 < fast < 0.5  # some 50,000 tokens/s were measured
-    assert estimate.step_seconds(shape, method, **(how | {"tokens": 16 * 512})) < 0.55 * fast
-    monkeypatch.setattr(estimate, "card_at_hand", lambda: ("t4", CARDS["t4"]))
-    assert estimate.step_seconds(shape, method, **how) > 5 * fast
-    monkeypatch.setattr(estimate, "card_at_hand", lambda: None)  # a card that is not listed
-    assert estimate.step_seconds(shape, method, **how) > fast
+    assert placement.step_seconds(shape, method, **(how | {"tokens": 16 * 512})) < 0.55 * fast
+    monkeypatch.setattr(placement, "card_at_hand", lambda: ("t4", CARDS["t4"]))
+    assert placement.step_seconds(shape, method, **how) > 5 * fast
+    monkeypatch.setattr(placement, "card_at_hand", lambda: None)  # a card that is not listed
+    assert placement.step_seconds(shape, method, **how) > fast
+
+
+def test_after_a_failed_step_the_device_is_waited_for_before_gradients_are_forgotten():
+    done = []
+    optimizer = types.SimpleNamespace(zero_grad=lambda: done.append("zero_grad"))
+    graphs = types.SimpleNamespace(reset=lambda: done.append("reset"))
+    stepper = Stepper(None, optimizer, None, device="cpu", precision="fp32", is_compiled=True)
+    stepper.graphs = graphs
+    stepper.start_over(is_compiled=False)
+    assert done == ["reset", "zero_grad"] and stepper.loss_settings["is_compiled"] is False

@@ -503,7 +503,7 @@ def test_on_a_cpu_log_lines_callbacks_saving_and_validation_belong_to_no_step(ma
 
     monkeypatch.setattr("peftlib.train.loop.mean_loss", taking(100.0, lambda *args, **settings: 1.0))
     monkeypatch.setattr("peftlib.storage.saver.Saver.save", taking(1000.0, lambda *args, **settings: None))
-    monkeypatch.setattr("peftlib.train.placement.ExecutionPlan.after_step", taking(10.0, lambda self: None))
+    monkeypatch.setattr("peftlib.train.placement.ExecutionPlan.after_step", taking(10.0, lambda *args: None))
     monkeypatch.setattr("peftlib.train.loop.CallbackList.show", taking(10.0, CallbackList.show))
     monkeypatch.setattr(Stepper, "gradients", taking(2.0, Stepper.gradients))
     run = TrainingRun(make_study(eval_steps=2, save_steps=1), "lora", log=taking(0.5, lambda line: None))
