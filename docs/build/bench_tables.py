@@ -18,15 +18,17 @@ def t4(results):
     tokens = statistics.fmean(results.reference["train_tokens"])
     rows = one_cards_rows(results.methods)
     forecast = estimate.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=rows)
-    yield "method", "micro-batch", "planned GiB", "measured GiB", "measured tokens/s", "on", "hours expected on a T4"
+    yield "method", "planned", "planned GiB", "measured", "GiB", "tokens/s", "on", "hours expected on a T4"
     for found in forecast.costs:
         row = max((row for row in rows if row["method"] == found.method), key=lambda row: row["tok_s"], default={})
         measured = number(row.get("peak_gib"), "{:.2f}"), number(row.get("tok_s"), "{:,.0f}")
+        setting = f"{row['micro_batch']}, recompute {row['checkpointing']}" if row else ""
         hours = [tokens / speed / 3600 for speed in (found.speed.high, found.speed.low)] if found.fits else None
         yield (
             f"`{found.method}`",
             f"{found.micro_batch}, recompute {found.checkpointing}" if found.fits else "",
             f"{found.memory_gib:.2f}",
+            setting,
             *measured,
             short_name(row["device"]) if row else "",
             f"{hours[0]:.2f} to {hours[1]:.2f}" if hours else "does not fit",
@@ -71,13 +73,14 @@ def methods(results):
 
 def peers(results):
     """Each peer at the best of its grid, after ours of the same run and cap."""
-    yield "", "micro-batch", "recomputes", "tokens/s", "peak GiB", "first step s", "ours / its speed"
+    yield "", "card", "micro-batch", "recomputes", "tokens/s", "peak GiB", "first step s", "ours / its speed"
     for ours, best in best_of_grids(results.methods):
         for row in (*ours, *best):
             yield (
-                row.get("grid") or f"`{row['name']}` (ours)",
+                row.get("grid") or f"`{row['name']}` (ours{'' if 'graphs' in row else ', before CUDA graphs'})",
+                short_name(row["device"]),
                 str(row["micro_batch"]),
-                "no" if row["checkpointing"] == "off" else "yes",
+                "cheap parts" if row.get("is_cheap") else "no" if row["checkpointing"] == "off" else "layers",
                 f"{row['tok_s']:,.0f}",
                 f"{row['peak_gib']:.2f}",
                 f"{row['first_step_s']:.0f}",
@@ -86,7 +89,8 @@ def peers(results):
 
 
 def best_of_grids(rows):
-    """[(our rows, the fastest row of each peer's grid), ...], one entry a card, run, cap and method."""
+    """[(our rows, the fastest row of each peer's grid), ...], one entry a card, run, cap and method, ours on steps of
+    equal rows."""
     grids = {}
     for row in rows:
         if "grid" in row and row.get("tok_s"):
@@ -95,18 +99,26 @@ def best_of_grids(rows):
     for key, tried in grids.items():
         of_run = dict(zip(("device", "date", "run", "cap_gib", "method"), key))
         ours = [row for row in rows if "peer" not in row and row.get("tok_s") and of_run.items() <= row.items()]
+        ours = [row for row in ours if row["precision"] == "bf16" and "mixed_found" not in row]
         yield ours, [max(found, key=lambda row: row["tok_s"]) for found in tried.values()]
 
 
 def lengths(results):
-    """Rows of real lengths, packed against padded, by how many rows a pass holds."""
-    [row] = [row for row in results.methods if "mixed_found" in row]
-    speed = {way: found["useful_tok_s"] for way, found in row["mixed_found"].items()}
-    sizes = sorted(int(way.split("_")[1]) for way in speed if way.startswith("random_"))
-    yield "rows of a pass", *map(str, sizes)
-    for way, name in (("random", "random order, padded"), ("packed", "packed, as much room")):
-        yield name, *(number(speed.get(f"{way}_{n}"), "{:,.0f}") for n in sizes)
-    yield "ratio", *(number(speed.get(f"packed_{n}", 0) / speed[f"random_{n}"] or None, "{:.2f}") for n in sizes)
+    """Steps of rows of real lengths: useful tokens/s, and the share of a step in which the card computes."""
+    yield "setting", "card", "rows a pass has room for", "useful tokens/s", "padding", "step ms", "kernels' share"
+    for row in results.methods:
+        for way, found in row.get("mixed_found", {}).items():
+            kernels = found.get("kernels_s")
+            if way.startswith("packed"):
+                yield (
+                    f"`{row['method']}`" + ("" if "graphs" in row else ", before CUDA graphs, with masks"),
+                    short_name(row["device"]),
+                    way.split("_")[1],
+                    f"{found['useful_tok_s']:,.0f}",
+                    number(found.get("padded_share"), "{:.1%}"),
+                    number(found.get("step_s") and 1e3 * found["step_s"], "{:.0f}"),
+                    f"{kernels[0] / kernels[1]:.0%}" if kernels else "",
+                )
 
 
 def saving(results):

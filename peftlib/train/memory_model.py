@@ -22,7 +22,7 @@ _BACKWARD = {"hidden": 4.0, "intermediate": 2.5}
 _EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
 # What is left of a layer's activations where its backward pass recomputes the cheap ones, and the time that costs.
 CHEAP_BUDGET = 0.8  # of torch.compile's own measure
-_CHEAP_KEPT, _CHEAP_TIME = {"adapters": 0.65, "whole": 0.5}, {"adapters": 1.0, "whole": 1.055}
+_CHEAP_KEPT, _CHEAP_TIME = 0.65, {"adapters": 1.0, "whole": 1.055}
 # A step's time over that of endless micro-batches without recomputation: tokens that a launch of all kernels is worth,
 # and the shares that recomputing or offloading every layer adds. Measured on an H200, for the 1B shape.
 _LAUNCH = {"graphs": 720, "kernels": 4096}
@@ -80,7 +80,7 @@ def estimate(
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
     kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
-    kept *= _CHEAP_KEPT[_kind(counts.whole)] if is_cheap else 1.0
+    kept *= _CHEAP_KEPT if is_cheap else 1.0
     recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
     wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
     held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
@@ -92,10 +92,6 @@ def estimate(
     at_peak = max(activations, layer + max(later, first - optimizer))
     sizes = (weights, max(first, later), optimizer, activations, weights + optimizer + at_peak + _WORKSPACE)
     return Plan(micro_batch, checkpointing, recomputed, is_cheap, *map(int, sizes))
-
-
-def _kind(whole):
-    return "whole" if whole else "adapters"
 
 
 def optimizer_bytes(shape, method, cfg):
@@ -114,7 +110,7 @@ def candidates(cfg, *, layers, trains_whole=False, is_compiled=True, is_graphed=
                     cost = (1 + _LAUNCH["graphs" if is_graphed else "kernels"] / (size * cfg.max_length)) * (
                         1 + share * count / layers
                     )
-                    cost *= _CHEAP_TIME[_kind(trains_whole)] if is_cheap else 1.0
+                    cost *= _CHEAP_TIME["whole" if trains_whole else "adapters"] if is_cheap else 1.0
                     found.append((cost, is_cheap, size, kind, count))
     names = ("is_cheap", "micro_batch", "checkpointing", "recomputed")
     return [dict(zip(names, setting[1:], strict=True)) for setting in sorted(found)]

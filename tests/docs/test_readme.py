@@ -64,8 +64,8 @@ def test_ratios_are_of_the_rows(tmp_path):
         {"name": "galore", "method": "galore", "device": "NVIDIA H100", "date": "d", "precision": "bf16", "cap_gib": 0.0,
          "micro_batch": 4, "tok_s": 1600.0, "peak_gib": 1.0, "first_step_s": 1.0, "seq": 100, "checkpoint_gib": 3.0,
          "save_stall_s": 2.0, "save_written_s": 9.0, "save_step_s": 1.5,
-         "mixed_found": {"random_4": {"useful_tok_s": 100.0}, "packed_4": {"useful_tok_s": 250.0},
-                         "random_8": {"useful_tok_s": 400.0}}}
+         "mixed_found": {"random_4": {"useful_tok_s": 100.0}, "random_8": {"useful_tok_s": 400.0},
+                         "packed_4": {"useful_tok_s": 250.0, "kernels_s": [0.3, 0.4]}}}
     ]  # fmt: skip
     found = json.loads((RESULTS / "bench" / "fp16.json").read_text())
     for run in found["runs"]:
@@ -73,7 +73,7 @@ def test_ratios_are_of_the_rows(tmp_path):
     for name, content in (("methods", rows), ("fp16", found)):
         (tmp_path / "results" / "bench" / f"{name}.json").write_text(json.dumps(content))
     made = make_all(Results(tmp_path / "results"))
-    assert "| ratio | 2.50 |  |" in made["lengths"] and made["fp16"].count("+1.00%") == 9
+    assert "| 4 | 250 |  |  | 75% |" in made["lengths"] and made["fp16"].count("+1.00%") == 9
     assert "| 3.00 | 2.0 | 9 | 1.50 | 1.00 |" in made["saving"]
     assert made["peers"].count("\n") == 1  # no grid was run
 
