@@ -26,13 +26,10 @@ class Accumulating:
 
     max_grad_norm = 0.0
     keeps_buffers = False  # zero gradients in place: captured kernels find them where they were
-    _fit_norms: Mapping[Tensor, Tensor] = MappingProxyType(
-        {}
-    )  # weight -> norm of a gradient that step() does not apply but a basis rests on
-    _norms: tuple[Sequence[Tensor], Tensor | None] = (
-        (),
-        None,
-    )  # the weights of the last accumulation, and the norms of what was summed for each
+    # {weight: norm of a gradient that step() does not apply but a basis rests on}
+    _fit_norms: Mapping[Tensor, Tensor] = MappingProxyType({})
+    # The weights of the last accumulation, and the norms of what was summed for each.
+    last_norms: tuple[Sequence[Tensor], Tensor | None] = ((), None)
 
     def basis_passes(self):
         """Yields once for each backward pass over the whole step that has to come before the real one."""
@@ -70,7 +67,7 @@ class Accumulating:
         norms = torch.stack([*torch._foreach_norm(grads, 2, dtype=torch.float32), *self._fit_norms.values()])
         norm = torch.linalg.vector_norm(norms[: len(grads)])
         # Kept from before the clipping, which turns every gradient into nan where one is.
-        self._norms = ([*(p for p, _ in summed), *self._fit_norms], norms)
+        self.last_norms = ([*(p for p, _ in summed), *self._fit_norms], norms)
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(norms).all())).float()
         if self.max_grad_norm > 0:
             # The small constant is torch.nn.utils.clip_grad_norm_'s.
@@ -79,7 +76,7 @@ class Accumulating:
 
     def nonfinite_weights(self):
         """Weights whose gradient was inf or nan at the last finish_accumulation, a list. Waits for the device."""
-        params, norms = self._norms
+        params, norms = self.last_norms
         is_finite = torch.isfinite(norms).tolist() if params else []
         return list(dict.fromkeys(p for p, fine in zip(params, is_finite, strict=True) if not fine))
 

@@ -170,11 +170,13 @@ class StepGraphs:
         """As the optimizer's, captured where every step is like this one."""
         self._is_alike = self._can_capture_update and self._updates > 0 and scale == 1.0 and self._optimizer.is_steady()
         if self._is_alike and self._finish is None:
-            self._finish = self._capture_update(self._optimizer.finish_accumulation)
+            captured = self._capture_update(self._optimizer.finish_accumulation)
+            self._finish = captured and (*captured, self._optimizer.last_norms)
         if not (self._is_alike and self._finish):
             return self._optimizer.finish_accumulation(scale)
-        graph, found = self._finish
+        graph, found, norms = self._finish
         graph.replay()
+        self._optimizer.last_norms = norms
         return found
 
     def step(self):

@@ -294,6 +294,7 @@ class TrainingRun:
     def _finish(self):
         """Close the saver and write the record, whatever ended the loop."""
         self.saver.close()
+        self.stepper.release()
         self._require_lock()  # another session's record is not overwritten
         self._read_memory()
         run_record.finalise(self)

@@ -87,6 +87,13 @@ class Stepper:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
 
+    def release(self):
+        """Free what CUDA graphs hold: no step comes any more."""
+        if self.graphs:
+            with contextlib.suppress(RuntimeError):  # of a device that is broken already
+                self.graphs.reset()
+            self.graphs = None
+
     def gradients(self, batches, scored, *, seed):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
 
