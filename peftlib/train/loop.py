@@ -140,8 +140,7 @@ class TrainingRun:
         left, tokens = self.plan.steps - self.checkpoints.last_step(), self.rows.lengths.mean() * cfg.batch_size
         self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=max(0, left), tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
-        is_compiled = self.execution.is_compiled
-        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how, is_compiled=is_compiled)
+        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how, is_compiled=self.execution.is_compiled)
         if self.execution.is_graphed:
             self.stepper.use_graphs(self.execution.tokens)
 
