@@ -100,7 +100,7 @@ class Config:
     activation_checkpointing: str = setting(
         "off", "run", "recompute activations; planned where micro_batch_size is 0", choices=("off", "on", "offload")
     )
-    compile: str = setting("auto", "run", "torch.compile by layer; auto: with Triton", choices=("auto", "on", "off"))
+    compile: str = setting("auto", "run", "torch.compile by layer; auto: where it pays", choices=("auto", "on", "off"))
     cuda_graphs: str = setting("auto", "run", "CUDA graphs for steps; auto: without masks", choices=("auto", "off"))
     memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
     max_seconds: float = setting(0.0, "run", "wall clock of a training call, then save and stop; 0: no limit", low=0.0)

@@ -10,12 +10,13 @@ from pathlib import Path, PurePath
 import torch
 
 from peftlib.core import record
-from peftlib.core.errors import ModelError
-from peftlib.core.files import atomic_path
+from peftlib.core.errors import ModelError, PeftlibError
+from peftlib.core.files import atomic_path, read_json, write_json
 from peftlib.models.inspect import core
 from peftlib.models.layers import sum_norm_gradients
 
-STEPS_TO_PAY = 100  # a run of fewer is over before compiling has paid for itself
+GAIN = 0.25  # share of a step's seconds that compiling its layers is expected to save
+ADAPTERS_S, PLAIN_S, CACHED_S = 25.0, 20.0, 5.0  # to compile, until it was measured: by kind of layers; from the cache
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _CODE = (
@@ -27,8 +28,11 @@ _CODE = (
 )  # what shapes compiled code; activation checkpointing is in layers
 
 
-def resolve(asked, device, steps):
-    """(is_on, reason) of a config's `compile` for a run of so many steps. ModelError: 'on', but impossible."""
+def resolve(asked, device, steps, costs):
+    """(is_on, reason) of a config's `compile` for a run with so many steps left. ModelError: 'on', but impossible.
+
+    costs: called for (seconds that compiling takes, seconds of a step that is not compiled), where 'auto' weighs them.
+    """
     if asked == "off":
         return False, "as set by compile"
     has_triton = importlib.util.find_spec("triton") is not None
@@ -41,9 +45,11 @@ def resolve(asked, device, steps):
         return True, "as set by compile"
     if missing:
         return False, missing
-    if steps < STEPS_TO_PAY:
-        return False, f"{steps} steps are over before compiling pays"
-    return True, "GPU with Triton"
+    compile_s, step_s = costs()
+    saved_s = GAIN * step_s * steps
+    pays = saved_s > compile_s
+    saves = "saves" if pays else "would save"
+    return pays, f"about {compile_s:.0f} s, {saves} about {saved_s:.0f} s over {steps} steps"
 
 
 def compile_layers(model, *, backend="inductor", activation_budget=1.0):
@@ -84,21 +90,54 @@ def release(model):
         layer._compiled_call_impl = None
 
 
+def is_failure(error):
+    """Whether an error is the compiler's by its kind. It may be of any other kind too: Triton has its own."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def cause(error):
+    """What a compiler's error says, in one line."""
+    inner = getattr(error, "inner_exception", error)  # without the compiler's advice on how to debug it
+    return f"{type(inner).__name__}: {_brief(inner)}"
+
+
 def _with_gradient(module, args, output):
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
 class CompileCache:
-    """torch.compile's artifacts in one file per GPU, torch and code, in a folder of this user's on this machine.
+    """torch.compile's artifacts in a file per GPU, torch, code and `work`, in a folder of this user's on this machine.
+
+    work: what is compiled, as a part of a file's name: a file is written anew with what its session used. The seconds
+    that compiling took are kept beside it.
 
     Loading it unpickles and may run what the file holds, so a file counts only where this user wrote it and nobody else
     could: it is not kept in a study, whose copies come from elsewhere. Whatever is wrong with it costs a log line and
     compiling again. log: called with that line.
     """
 
-    def __init__(self, folder, *, log=print):
-        self.path = Path(folder) / f"compile-{_key()}.bin"
-        self._log = log
+    def __init__(self, folder, work, *, log=print):
+        self.path = Path(folder) / f"compile-{_key()}-{work}.bin"
+        self._timed = self.path.with_suffix(".json")
+        self._log, self._is_loaded = log, False
+
+    def expected_seconds(self, default):
+        """Seconds that compiling will take: measured here before, else CACHED_S with a file, `default` without one."""
+        is_cached = self.path.exists()
+        found = self._seconds().get(_kind(is_cached))
+        is_sound = isinstance(found, float) and found > 0
+        return found if is_sound else CACHED_S if is_cached else default
+
+    def keep_seconds(self, seconds):
+        """Keep how long the first compiled step took; raises what a disk raises."""
+        self._timed.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(self._timed, {"seconds": {**self._seconds(), _kind(self._is_loaded): float(seconds)}})
+
+    def _seconds(self):
+        try:
+            return dict(read_json(self._timed)["seconds"])
+        except (PeftlibError, KeyError, TypeError, ValueError):  # there is none yet, or it is not whole
+            return {}
 
     def load(self):
         """Whether compiled code was loaded."""
@@ -107,7 +146,8 @@ class CompileCache:
                 return False
             artifacts = _own_content(self.path)
             _require_own_places(artifacts)
-            return torch.compiler.load_cache_artifacts(artifacts) is not None
+            self._is_loaded = torch.compiler.load_cache_artifacts(artifacts) is not None
+            return self._is_loaded
         except Exception as error:  # noqa: BLE001  torch promises no kinds of errors, and a cache may never stop a run
             self._log(f"the compile cache {self.path} is not used ({_brief(error)}): compiling again")
             return False
@@ -128,6 +168,10 @@ class CompileCache:
             again = "the next session compiles again"
             self._log(f"the compile cache {self.path} could not be written ({_brief(error)}): {again}")
             return 0
+
+
+def _kind(is_cached):
+    return "from the cache" if is_cached else "anew"
 
 
 def _own_content(path):

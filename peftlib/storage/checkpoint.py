@@ -141,6 +141,11 @@ class CheckpointDir:
             skipped.append(f"{path.name}: {fault}")
         return None, skipped
 
+    def last_step(self):
+        """Step of the newest checkpoint by its name, which may yet turn out damaged; 0: there is none."""
+        numbers = [path.name.removeprefix("step-") for path in self._all()]
+        return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
     def remove(self):
         """Delete the folder with all its checkpoints."""
         if self.folder.exists():

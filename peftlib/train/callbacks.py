@@ -1,5 +1,6 @@
 """What a run shows while it trains: its log line, and the Snapshot that callbacks get, who may ask it to stop."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -124,23 +125,51 @@ class CallbackList:
 
 
 class Stopwatch:
-    """Seconds of steps: all time since `start`, whatever the host or the device waits for, until the next start."""
+    """Seconds of steps: all time from lap to lap, whatever the host or the device waits for.
+
+    What is done `aside`, as log lines are, belongs to no step so far as it kept the device idle; the kernels of a step
+    that run meanwhile belong to it. So the sum is the same whether there are many log lines or few.
+    """
 
     def __init__(self, device):
-        self._device = device
+        self._is_cuda = device == "cuda"
         self.start()
 
     def start(self):
         """Count from now; the time since the last lap belongs to no step."""
-        self._since = time.monotonic()
+        self._since, self._aside_s, self._marks = time.monotonic(), 0.0, []
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Within it is done what belongs to no step, between a lap and the next launch."""
+        if not self._marks:
+            self._mark()
+        began = time.monotonic()
+        yield
+        self._aside_s += time.monotonic() - began
+
+    def launch(self):
+        """Say that the host is about to give the device the first work of a step."""
+        if len(self._marks) == 1:
+            self._mark()
+
+    def _mark(self):
+        """Have the device note when it gets here."""
+        self._marks.append(torch.cuda.Event(enable_timing=True) if self._is_cuda else None)
+        if self._is_cuda:
+            self._marks[-1].record()
 
     def lap(self, *, waits=False):
-        """Seconds since the start or the last lap. waits: first wait until the device is done."""
-        if waits and self._device == "cuda":
+        """Seconds since the start or the last lap. waits: first wait until the device is done; else the host has waited
+        for work that was launched since."""
+        if waits and self._is_cuda:
+            self.launch()
             torch.cuda.synchronize()
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        return seconds
+        since, lost = self._since, self._aside_s
+        if self._marks and self._is_cuda:
+            lost = min(lost, self._marks[0].elapsed_time(self._marks[-1]) / 1000)
+        self.start()
+        return self._since - since - lost
 
 
 def pace(history, steps_left):

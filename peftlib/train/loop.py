@@ -136,11 +136,11 @@ class TrainingRun:
         self.rate_factor = 1.0  # on the peak rates; a resume may set another
         self.scaler = loss_scaler(self.device, self.precision)
         self._open.enter_context(memory_cap(cfg, self.device))
-        where = {"device": self.device, "precision": self.precision}
-        self.execution = ExecutionPlan(self.model, self.name, cfg, **where, steps=self.plan.steps, log=self.log)
+        how = {"device": self.device, "precision": self.precision, "log": self.log}
+        left, tokens = self.plan.steps - self.checkpoints.last_step(), self.rows.lengths.mean() * cfg.batch_size
+        self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=max(0, left), tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
-        how = {**where, "is_compiled": self.execution.is_compiled, "log": self.log}
-        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
+        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how, is_compiled=self.execution.is_compiled)
         if self.execution.is_graphed:
             self.stepper.use_graphs(self.execution.tokens)
 
@@ -207,8 +207,8 @@ class TrainingRun:
         known = {name: number if math.isfinite(number) else None for name, number in known.items()}
         entry = {"step": step + 1, "learning_rate": rate, "tokens": tokens, "seconds": seconds, **known}
         self.record["history"].append(entry)
-        self.execution.after_step()
-        self._watch.start()
+        with self._watch.aside():
+            self.execution.after_step(seconds)
 
     def _gradients(self, numbers):
         """Accumulate the gradients of the numbered rows; returns their loss, 0-dim on the device."""
@@ -216,12 +216,12 @@ class TrainingRun:
         while True:
             try:
                 batches = list(self.rows.batches(numbers, self.execution.tokens, self.device))
+                self._watch.launch()
                 # Dropout depends on seed and step alone, so nothing done between two steps can change it.
                 return self.stepper.gradients(batches, scored, seed=seed_of(self.cfg.seed, step))
-            except torch.OutOfMemoryError as error:
-                self.optimizer.zero_grad()
-                self.execution.shrink_after_oom(step, error)
-            torch.cuda.empty_cache()
+            except Exception as error:  # noqa: BLE001  what the plan has no answer to is raised again
+                self.execution.recover_from(error, step)
+            self.stepper.start_over(is_compiled=self.execution.is_compiled)
 
     def _update(self, loss, rate):
         """Apply the step; returns precision.Applied. NonFiniteLossError: no lower loss scale could help."""
@@ -242,11 +242,12 @@ class TrainingRun:
     def _log_step(self, is_last):
         is_quiet = time.monotonic() - self._last_line_at > _SECONDS_BETWEEN_LINES
         has_line = self.progress.step % self.cfg.logging_steps == 0 or is_last or is_quiet
-        if has_line:
-            self.log(log_line(self.record, self.progress, self.plan.steps))
-            self._last_line_at = time.monotonic()
-        if has_line or self._callbacks.any("wants_numbers"):
-            self._callbacks.show()
+        with self._watch.aside():
+            if has_line:
+                self.log(log_line(self.record, self.progress, self.plan.steps))
+                self._last_line_at = time.monotonic()
+            if has_line or self._callbacks.any("wants_numbers"):
+                self._callbacks.show()
 
     def _evaluate(self):
         """Compute the validation loss."""

@@ -1,6 +1,8 @@
 """How a run is laid out on its device, and the memory it takes there. None of it changes the result."""
 
 import contextlib
+import functools
+import math
 import os
 import threading
 from pathlib import Path
@@ -8,32 +10,38 @@ from pathlib import Path
 import psutil
 import torch
 
-from peftlib.core.errors import ConfigError
+from peftlib import methods
+from peftlib.core.errors import ConfigError, PeftlibError
 from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
 from peftlib.models.inspect import core
 from peftlib.models.kernels.attention import choose_kernel, use_kernel
 from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
-from peftlib.models.shapes import Shape
-from peftlib.train import memory_model
+from peftlib.models.shapes import Shape, card_at_hand, find_card
+from peftlib.train import estimate, memory_model
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
+_FIRST_STEPS = 3  # of a session, in which any error is taken for the compiler's; later ones have its own class
 
 
 class ExecutionPlan:
     """Micro-batch, recomputation, attention kernel, compiled layers and CUDA graphs of a run; prepares `model`.
 
     micro_batch_size: rows of max_length tokens at once; it may shrink. On a GPU with cfg.micro_batch_size=0 the memory
-    model chooses it and the recomputation. steps: of the whole run. ConfigError: nothing fits.
+    model chooses it and the recomputation. steps: left to do. tokens: of a step, on average. ConfigError: nothing fits.
     """
 
-    def __init__(self, model, method, cfg, *, device, precision, steps, log):
+    def __init__(self, model, method, cfg, *, device, precision, steps, tokens, log):
         self.model, self.method, self.cfg, self.log = model, method, cfg, log
         self.micro_batch_size = cfg.micro_batch_size or _CPU_MICRO_BATCH
         self.recomputed = None  # layers, where any are: all of them
-        self.is_compiled, why = compiled.resolve(cfg.compile, device, steps)
+        shape = Shape.of(core(model).config)
+        work = f"{method}-{shape.layers}x{shape.hidden}-{precision}"
+        self._cache = compiled.CompileCache(cache_root() / "compile", work, log=log)
+        costs = functools.partial(self._compile_costs, shape, precision, tokens)
+        self.is_compiled, why = compiled.resolve(cfg.compile, device, steps, costs)
         self.attention, why_masks = choose_kernel(model, device=device, precision=precision)
         self.is_graphed = self.attention is not None and cfg.cuda_graphs == "auto"
         budget = 1.0
@@ -49,12 +57,23 @@ class ExecutionPlan:
                 else f"packs rows by masks ({why_masks})"
             )
             log(f"{how}, {'runs steps as CUDA graphs' if self.is_graphed else 'runs steps kernel by kernel'}")
-        self._cache = compiled.CompileCache(cache_root() / "compile", log=log)
+        self.compile_error, self._steps = None, 0
         if self.is_compiled:
             loaded = self._cache.load()
-            log(f"compiles its layers ({why}{', from the cache' if loaded else ''})")
-            compiled.compile_layers(model, activation_budget=budget)
-        self._is_first_step = True
+            log(f"compiles its layers{', from the cache' if loaded else ''}: {why}")
+            try:
+                compiled.compile_layers(model, activation_budget=budget)
+            except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
+                self.recover_from(error, step=0)
+        elif device == "cuda":
+            log(f"does not compile: {why}")
+
+    def _compile_costs(self, shape, precision, tokens):
+        """(seconds that compiling takes, seconds of a step that is not compiled), as expected."""
+        has_adapters = "adapters" in methods.find(self.method).trains
+        compile_s = self._cache.expected_seconds(compiled.ADAPTERS_S if has_adapters else compiled.PLAIN_S)
+        step_s = step_seconds(shape, self.method, precision=precision, tokens=tokens, rows=self.cfg.batch_size)
+        return compile_s, step_s / (1 - compiled.GAIN)
 
     def _choose(self, precision):
         """Set micro-batch and recomputation by the memory model; returns torch.compile's activation budget."""
@@ -69,11 +88,13 @@ class ExecutionPlan:
     @property
     def facts(self):
         """What the record holds of it."""
+        failed = {"compile_error": self.compile_error} if self.compile_error else {}
         return {
             "micro_batch_size": self.micro_batch_size,
             "activation_checkpointing": self.cfg.activation_checkpointing,
             "recomputed_layers": self.recomputed,
             "is_compiled": self.is_compiled,
+            **failed,
             "attention": self.attention or "masks",
             "is_graphed": self.is_graphed,
         }
@@ -91,8 +112,18 @@ class ExecutionPlan:
         """Padded tokens of a micro-batch."""
         return self.micro_batch_size * self.cfg.max_length
 
-    def shrink_after_oom(self, step, error):
-        """Halve the micro-batch after an out-of-memory error, or recompute. ConfigError: both are done already."""
+    def recover_from(self, error, step):
+        """Change the plan after a failed step, to repeat it. ConfigError: out of memory, and nothing is left to change.
+
+        After an error of the compiler layers are not compiled; any other is raised again.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            self._shrink(step, error)
+        else:
+            self._uncompile(error)
+
+    def _shrink(self, step, error):
+        """Halve the micro-batch, or recompute. ConfigError: both are done already."""
         if self.micro_batch_size > 1:
             self.micro_batch_size //= 2
         elif self.cfg.activation_checkpointing == "off" or self.recomputed is not None:
@@ -108,14 +139,37 @@ class ExecutionPlan:
             f"activation_checkpointing={self.cfg.activation_checkpointing}"
         )
 
-    def after_step(self):
-        """Save what the session's first step has compiled; a failure is logged, and later sessions compile again."""
-        if self._is_first_step and self.is_compiled:
+    def _uncompile(self, error):
+        is_compilers = self._steps < _FIRST_STEPS or compiled.is_failure(error)
+        if not self.is_compiled or not is_compilers or isinstance(error, PeftlibError):
+            raise error
+        compiled.release(self.model)
+        self.is_compiled, self.compile_error = False, compiled.cause(error)
+        self.log(f"compiling failed ({self.compile_error}): training goes on uncompiled")
+
+    def after_step(self, seconds):
+        """Save what the session's first step has compiled; a failure is logged, and later sessions compile again.
+
+        seconds: that the step took.
+        """
+        if self._steps == 0 and self.is_compiled:
             try:
                 self._cache.save()
+                self._cache.keep_seconds(seconds)
             except Exception as error:  # noqa: BLE001 - a cache is never worth a run
                 self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
-        self._is_first_step = False
+        self._steps += 1
+
+
+def step_seconds(shape, method, *, precision, tokens, rows):
+    """Seconds that a step of so many tokens in so many rows may take on the GPU here, its layers compiled.
+
+    The middle of what the forecast says for one micro-batch; a card that is not listed is taken for an A100.
+    """
+    _, card = card_at_hand() or find_card("a100")
+    how = {"precision": precision, "length": tokens / rows, "micro_batch": rows, "rows": estimate.measured_rows()}
+    found = estimate.speed(card, shape, method, **how)
+    return tokens / math.sqrt(found.low * found.high)
 
 
 def require_one_process():

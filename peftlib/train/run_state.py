@@ -43,7 +43,7 @@ class Progress:
 
     step: int = 0
     train_tokens: int = 0  # unpadded, scored or not
-    train_seconds: float = 0.0  # steps with all waits between them, without loading, validation and saving
+    train_seconds: float = 0.0  # steps and all waits, without loading, log lines, validation and saving
     first_step_s: float | None = None
     skipped_steps: int = 0
     peak_memory_bytes: int = 0

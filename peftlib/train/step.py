@@ -79,6 +79,14 @@ class Stepper:
         """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
         self.graphs = StepGraphs(self, tokens=tokens)
 
+    def start_over(self, *, is_compiled):
+        """Forget gradients and captured graphs of a step that failed. is_compiled: whether the loss is from now on."""
+        self.loss_settings["is_compiled"] = is_compiled
+        if self.graphs:
+            self.graphs.reset()  # first: it waits for what the failed step has still queued
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+
     def release(self):
         """Free what CUDA graphs hold: no step comes any more."""
         if self.graphs:

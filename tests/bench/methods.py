@@ -149,7 +149,7 @@ def build(setting):
     kernel, why = choose_kernel(model, device=device, precision=setting["precision"])
     if kernel and not setting["masks"]:
         use_kernel(model, kernel)
-    is_compiled, _ = compiled.resolve(setting["compile"], device, steps=10**6)
+    is_compiled, _ = compiled.resolve(setting["compile"], device, 10**6, lambda: (25.0, 1.0))
     if is_compiled:
         compiled.compile_layers(model, activation_budget=CHEAP_BUDGET if setting["is_cheap"] else 1.0)
     model.train()

@@ -8,6 +8,7 @@ from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager, _s
 from torch.utils._appending_byte_serializer import AppendingByteSerializer
 
 from peftlib.core.errors import ModelError
+from peftlib.core.files import write_json
 from peftlib.models import compile as compiled
 from peftlib.models.compile import CompileCache
 from peftlib.train.batching import pack
@@ -66,20 +67,25 @@ def test_the_graph_of_a_layer_can_be_kept_in_the_compile_cache(prepared, method)
     torch._dynamo.reset()
 
 
+def costs():
+    return 25.0, 1.2  # seconds that compiling takes; of a step
+
+
 def test_when_to_compile():
-    assert compiled.resolve("off", "cuda", 1000)[0] is False
-    assert compiled.resolve("auto", "cpu", 1000) == (False, "no GPU")
+    assert compiled.resolve("off", "cuda", 1000, costs) == (False, "as set by compile")
+    assert compiled.resolve("auto", "cpu", 1000, costs) == (False, "no GPU")
     with pytest.raises(ModelError, match="compile='on', but no GPU"):
-        compiled.resolve("on", "cpu", 1000)
+        compiled.resolve("on", "cpu", 1000, costs)
 
 
-def test_a_short_run_is_not_compiled_and_no_triton_is_said(monkeypatch):
+def test_only_a_run_with_enough_steps_left_is_compiled_and_no_triton_is_said(monkeypatch):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: object())
-    assert compiled.resolve("auto", "cuda", 1000)[0] is True
-    assert compiled.resolve("auto", "cuda", 20) == (False, "20 steps are over before compiling pays")
-    assert compiled.resolve("on", "cuda", 20)[0] is True
+    assert compiled.resolve("auto", "cuda", 300, costs) == (True, "about 25 s, saves about 90 s over 300 steps")
+    assert compiled.resolve("auto", "cuda", 30, costs) == (False, "about 25 s, would save about 9 s over 30 steps")
+    assert compiled.resolve("auto", "cuda", 0, costs)[0] is False
+    assert compiled.resolve("on", "cuda", 30, costs) == (True, "as set by compile")
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-    assert compiled.resolve("auto", "cuda", 1000) == (False, "Triton is not installed")
+    assert compiled.resolve("auto", "cuda", 300, costs) == (False, "Triton is not installed")
 
 
 @pytest.fixture
@@ -88,7 +94,7 @@ def cache(tmp_path, monkeypatch):
     loaded, lines = [], []
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (artifacts("pgo", "a/b"), None))
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: loaded.append(data) or object())
-    found = CompileCache(tmp_path / "compile", log=lines.append)
+    found = CompileCache(tmp_path / "compile", "qlora", log=lines.append)
     found.loaded, found.lines = loaded, lines
     return found
 
@@ -111,6 +117,34 @@ def test_the_cache_is_one_file_of_this_user_alone(cache):
     assert cache.save() == cache.path.stat().st_size and cache.path.stat().st_mode & 0o777 == 0o600
     assert cache.load() and cache.loaded == [artifacts("pgo", "a/b")] and not cache.lines
     assert [path.name for path in cache.path.parent.iterdir()] == [cache.path.name]
+    assert cache.path.name.endswith("-qlora.bin")
+
+
+def test_what_compiling_takes_is_measured_here_apart_with_and_without_the_cache(cache, tmp_path):
+    assert cache.expected_seconds(25.0) == 25.0
+    cache.keep_seconds(48)
+    assert cache.expected_seconds(25.0) == 48.0
+    assert CompileCache(tmp_path / "compile", "galore").expected_seconds(20.0) == 20.0  # another file
+    cache.save()
+    assert cache.expected_seconds(25.0) == compiled.CACHED_S == 5.0
+    cache.load()
+    cache.keep_seconds(7.5)
+    assert cache.expected_seconds(25.0) == 7.5
+    cache.path.unlink()
+    assert cache.expected_seconds(25.0) == 48.0 and not cache.lines
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 7}', '{"schema_version": 0, "seconds": {}}'])
+def test_measured_seconds_that_are_damaged_are_those_of_nobody(cache, text):
+    cache.keep_seconds(48.0)
+    kept = cache.path.with_suffix(".json")
+    kept.write_text(text)
+    assert cache.expected_seconds(25.0) == 25.0
+    for seconds in (5, {"anew": "long"}, {"anew": -1.0}):
+        write_json(kept, {"seconds": seconds})
+        assert cache.expected_seconds(25.0) == 25.0
+    cache.keep_seconds(48.0)
+    assert cache.expected_seconds(25.0) == 48.0
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"x" * 100])
