@@ -277,7 +277,10 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
     assert record["placement"] == {
         "micro_batch_size": run.execution.micro_batch_size,
         "activation_checkpointing": "off",
+        "recomputed_layers": None,
         "is_compiled": False,
+        "attention": "masks",
+        "is_graphed": False,
     }
     assert [entry["grad_norm"] is None for entry in record["history"]].count(True) == 1
 

@@ -189,8 +189,8 @@ def adapted_products_backward(
 ) -> list[Tensor]:
     """Gradients of x, dropped (empty where it is None), down and each of ups."""
     flats = [grad.flatten(0, -2) for grad in grads]
-    grad_low = [flat @ up for flat, up in zip(flats, ups, strict=True)]
-    grad_low = grad_low[0] if len(grad_low) == 1 else torch.cat(grad_low, 1)
+    lows = [flat @ up for flat, up in zip(flats, ups, strict=True)]
+    grad_low = lows[0] if len(lows) == 1 else torch.cat(lows, 1)
     first, *others = _rows(_weight(frozen, scales, down, ups, blocksize, quant_type), ups)
     grad_x = flats[0] @ first
     for flat, part in zip(flats[1:], others, strict=True):
