@@ -88,12 +88,15 @@ def measured_rows(path=MEASURED):
     ]
 
 
-def speed(card, shape, method, *, precision, length, micro_batch, rows):
-    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows()."""
+def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpointing=None):
+    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows(), of
+    which one of the same micro-batch and checkpointing (None: any) is this setting's own speed."""
     usable = [row for row in rows if row["precision"] == precision]
     own = [row for row in usable if row["method"] == method]
     here = [row for row in own if card_of_device(row["device"]) == card]
-    fitting = [row for row in here if row["micro_batch"] == micro_batch]
+    fitting = [
+        row for row in here if row["micro_batch"] == micro_batch and checkpointing in (None, row["checkpointing"])
+    ]
     if fitting and shape == SHAPES[_MEASURED_MODEL]:
         best = max(fitting, key=itemgetter("tok_s"))
         return Speed(best["tok_s"], best["tok_s"], f"measured, {_source(best)}")
@@ -253,8 +256,8 @@ def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
         refused, found, hours = _rank_refusal(shape, method, cfg), None, None
         fits = plan.fits(int(gib * GIB)) and not refused
         if fits:
-            how = {"precision": precision, "length": cfg.max_length, "micro_batch": plan.micro_batch, "rows": rows}
-            found = speed(card, shape, method, **how)
+            how = {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
+            found = speed(card, shape, method, precision=precision, length=cfg.max_length, **how, rows=rows)
             hours = tokens[0] / found.high / 3600, tokens[1] / found.low / 3600
         size = plan.total / GIB
         costs.append(Cost(method, fits, size, plan.micro_batch, plan.checkpointing, found, hours, refused))
