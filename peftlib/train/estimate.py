@@ -89,14 +89,13 @@ def measured_rows(path=MEASURED):
 
 
 def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpointing=None):
-    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows(), of
-    which one of the same micro-batch and checkpointing (None: any) is this setting's own speed."""
+    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows();
+    one of the same micro-batch and checkpointing (None: any) is this setting's own speed."""
     usable = [row for row in rows if row["precision"] == precision]
     own = [row for row in usable if row["method"] == method]
     here = [row for row in own if card_of_device(row["device"]) == card]
-    fitting = [
-        row for row in here if row["micro_batch"] == micro_batch and checkpointing in (None, row["checkpointing"])
-    ]
+    alike = [row for row in here if checkpointing in (None, row["checkpointing"])]
+    fitting = [row for row in alike if row["micro_batch"] == micro_batch]
     if fitting and shape == SHAPES[_MEASURED_MODEL]:
         best = max(fitting, key=itemgetter("tok_s"))
         return Speed(best["tok_s"], best["tok_s"], f"measured, {_source(best)}")
