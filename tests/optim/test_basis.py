@@ -73,3 +73,21 @@ def test_a_batch_gives_what_each_matrix_gives_alone():
     for basis, grad in zip(together, grads, strict=True):
         alone = leading_space(gram(grad)[None], starts[:1], COLD_ITERATIONS)[0]
         torch.testing.assert_close(basis, alone, atol=1e-4, rtol=0)
+
+
+def in_tf32(x):
+    """Rounded to the 10 bits of mantissa that a GPU's tensor cores read of a float32 number."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_projecting_in_tf32_costs_less_than_16_bit_gradients_do():
+    """What optim/galore lets a GPU do, against the rounding of the gradient's own 16-bit products (8 bits)."""
+    draw = torch.Generator().manual_seed(0)
+    strengths = torch.arange(1.0, 65.0).rsqrt()  # a slow spectrum
+    grad = torch.randn(64, 64, generator=draw) * strengths @ torch.randn(64, 300, generator=draw)
+    basis = fit_basis(grad, 16)
+    exact, coarse = basis.T @ grad, in_tf32(basis).T @ in_tf32(grad)
+    in_16_bits = basis.T @ grad.bfloat16().float()
+    error, allowed = (coarse - exact).norm() / exact.norm(), (in_16_bits - exact).norm() / exact.norm()
+    assert error < 0.5 * allowed and error < 1e-3
+    assert abs(coarse.square().sum() / exact.square().sum() - 1) < 1e-4  # the energy that the basis keeps
