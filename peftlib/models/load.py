@@ -107,7 +107,20 @@ def load_tokenizer(model: str | Path) -> Any:
     """
     location, _ = locate(model)
     with hub_errors(model):
-        tokenizer = auto_tokenizer(location, token=token_for(location))
+        if not Path(location).is_dir():
+            return _opened_tokenizer(location)
+        stats = {path.name: path.stat() for path in sorted(Path(location).iterdir())}
+        return _kept_tokenizer(location, tuple((name, at.st_mtime_ns, at.st_size) for name, at in stats.items()))
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_tokenizer(folder, state):
+    """A folder's tokenizer, opened once (seconds) while the folder's files are in one state."""
+    return _opened_tokenizer(folder)
+
+
+def _opened_tokenizer(location):
+    tokenizer = auto_tokenizer(location, token=token_for(location))
     chat_template.check_tokenizer(tokenizer)
     return chat_template.set_template(tokenizer)
 

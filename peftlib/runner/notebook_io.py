@@ -97,7 +97,9 @@ def _changes(studies_root):
     paths = {str(studies_root): "runs", str(PACKAGE.parent): ".", sys.prefix: "[python]", str(Path.home()): "~"}
     longer_first = sorted((path for path in paths if len(path) > 1), key=len, reverse=True)
     of_paths = [(re.compile(re.escape(path) + r"(?![\w.-])"), paths[path]) for path in longer_first]
-    return [(re.compile(r"[^\n]*\r(?!\n)"), ""), (token_pattern(), MASK), *of_paths]
+    # Anchored: else each place of a long line is tried, which takes seconds for a page in one.
+    overwritten = re.compile(r"^[^\n]*\r(?!\n)", re.MULTILINE)
+    return [(overwritten, ""), (token_pattern(), MASK), *of_paths]
 
 
 def _changed(value, changes):

@@ -245,6 +245,14 @@ def test_a_damaged_tokenizer_is_named(base, name, content):
         data.load_tokenizer(str(base))
 
 
+def test_a_folders_tokenizer_is_opened_once_until_a_file_of_it_changes(base):
+    first = data.load_tokenizer(str(base))
+    assert data.load_tokenizer(str(base)) is first
+    path = base / "tokenizer_config.json"
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert data.load_tokenizer(str(base)) is not first
+
+
 def test_out_of_memory_stays_what_it_is():
     with pytest.raises(torch.OutOfMemoryError), readable("m"):
         raise torch.OutOfMemoryError("no room")

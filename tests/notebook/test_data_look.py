@@ -111,4 +111,4 @@ def test_a_profile_brings_its_own_sizes(root, tiny_model):
         ["data", "--study", "mine", "--profile", "demo", "-p", f"model={tiny_model}", "-p", "workers=1", "--train=3"]
     )
     frozen = read_json(root / "mine" / "config.json")["config"]
-    assert (frozen["train_rows"], frozen["valid_rows"], frozen["max_length"]) == (3, 8, 256)
+    assert (frozen["train_rows"], frozen["valid_rows"], frozen["max_length"]) == (3, 4, 256)

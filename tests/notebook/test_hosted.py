@@ -122,7 +122,7 @@ def test_an_installed_copy_knows_its_address(monkeypatch):
 def test_without_a_gpu_a_hosted_session_says_how_to_get_one_and_what_happens_else(at, host, way):
     at(host)
     demo = hosted.without_gpu("cpu", config.resolve("demo"))
-    assert way in demo[0] and "small demo" in demo[1] and "64 rows a source" in demo[1]
+    assert way in demo[0] and "small demo" in demo[1] and "24 rows a source" in demo[1]
     assert 'profile = "demo"' in hosted.without_gpu("cpu", config.resolve("t4"))[1]
     assert hosted.without_gpu("cuda", config.resolve("t4")) == []
 

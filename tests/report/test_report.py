@@ -349,7 +349,7 @@ def test_runs_that_were_not_matched_are_named(small):
     record["config"] = {**record["config"], "batch_size": 4, "galore_rank": 8}
     fake_study.write_record(small, record)
     notes = report.build_report(small).notes
-    assert "batch_size: 8 (qlora (seed 0)); 4 (galore (seed 0))" in notes
+    assert "batch_size: 3 (qlora (seed 0)); 4 (galore (seed 0))" in notes
     assert "train_tokens: 31,234 (qlora (seed 0)); 99 (galore (seed 0))" in notes
     assert not any("galore_rank" in note for note in notes)  # a setting of one method alone
     assert "Not matched between runs" in small.report_path.read_text(encoding="utf-8")

@@ -296,3 +296,14 @@ def test_a_second_runner_in_one_study_is_refused_by_name(notebooks, studies, cap
         assert command_line.main(["run", "--profile", "demo", "--notebooks", str(notebooks)]) == 2
     assert "is in use by" in capsys.readouterr().err
     assert not stages[0].running.exists()
+
+
+def test_overwritten_text_is_left_out_of_a_copy_and_long_lines_take_no_time(tmp_path):
+    page = "x" * 300_000  # every place tried: minutes
+    texts = {"1 %\r50 %\rdone\n": "done\n", "a\r\nb\rc": "a\r\nc", page: page}
+    outputs = [{"output_type": "stream", "name": "stdout", "text": text} for text in texts]
+    copy = {"cells": [{"cell_type": "code", "source": "", "metadata": {}, "outputs": outputs}], "metadata": {}}
+    started = time.monotonic()
+    executed.tidy(copy, tmp_path)
+    assert [output["text"] for output in copy["cells"][0]["outputs"]] == list(texts.values())
+    assert time.monotonic() - started < 5
