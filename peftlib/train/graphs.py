@@ -2,7 +2,7 @@
 
 On rows of real lengths a step is thousands of short kernels, and without graphs the GPU waits for their launches. A
 forward and backward pass is captured for each padded length that comes up, the loss for each number of scored tokens,
-the optimizer's two parts once. All share one pool of memory, for no two of them ever run at once.
+the optimizer's two parts once. Passes of all lengths share their memory, for no two of them ever run at once.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from peftlib.train.batching import Batch, padded_size
 
 _WARM_UP = 3  # micro-batches that run kernel by kernel first: torch.compile sees two shapes, libraries load
 _AT_MOST = 64  # lengths that stay captured; each costs some MiB
+_SMALL = 1 << 20  # numbers of a weight whose gradient may lie in memory twice
 
 
 class CaptureError(Exception):
@@ -124,14 +125,16 @@ class StepGraphs:
         return hidden
 
     def _run_backward(self, hidden):
-        """Backward; plain gradients are added to what is there by one kernel instead of one for each."""
-        plain = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        """Backward; small gradients are added to what is there by one kernel instead of one for each."""
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        plain = [p for p in trained if p.grad is not None and p.numel() <= _SMALL]
         sums = [p.grad for p in plain]
         for p in plain:
             p.grad = None
         try:
             hidden.backward(self._grad[:, : hidden.shape[1]].to(hidden.dtype))
-            torch._foreach_add_(sums, [p.grad for p in plain])
+            if plain:
+                torch._foreach_add_(sums, [p.grad for p in plain])
         finally:
             for p, total in zip(plain, sums, strict=True):
                 p.grad = total
