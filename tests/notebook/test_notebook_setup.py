@@ -149,7 +149,7 @@ def test_compact_names_every_field_and_what_differs_from_the_profile():
     assert max(map(len, text.splitlines())) <= 110
     many = resolve("demo", study="other", model="/somewhere/deep/down/a-model", lora_rank=8, train_rows=4, test_rows=3)
     changed = notebook.compact(many.replace(max_length=300, workers=1)).split("changed")[1]
-    assert max(map(len, changed.splitlines())) <= 110 and "train_rows: 64 -> 4" in " ".join(changed.split())
+    assert max(map(len, changed.splitlines())) <= 110 and "train_rows: 24 -> 4" in " ".join(changed.split())
 
 
 def test_paths_are_shown_below_the_working_folder_or_home(tmp_path, monkeypatch):
