@@ -33,5 +33,4 @@ SPEC = MethodSpec(
     settings=("apollo_rank", "apollo_scale", "galore_update_interval"),
     prepare=prepare,
     build_optimizer=build_optimizer,
-    is_baseline=True,
 )

@@ -31,5 +31,4 @@ SPEC = MethodSpec(
     rates=("full_learning_rate",),
     prepare=prepare,
     build_optimizer=build_optimizer,
-    is_baseline=True,
 )

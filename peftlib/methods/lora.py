@@ -15,5 +15,4 @@ SPEC = MethodSpec(
     settings=LORA_SETTINGS,
     prepare=prepare,
     build_optimizer=build_optimizer,
-    is_baseline=True,
 )

@@ -24,7 +24,7 @@ class MethodSpec:
     rates: its learning rates in the config. settings: its other own fields there.
     prepare(model, cfg): the model with what trains switched on.
     build_optimizer(model, cfg): an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf).
-    four_bit: projections that are held in NF4. is_baseline: there for comparison, not one of the methods under study.
+    four_bit: projections that are held in NF4.
     """
 
     name: str
@@ -38,7 +38,6 @@ class MethodSpec:
     prepare: Callable
     build_optimizer: Callable
     four_bit: tuple[str, ...] = ()
-    is_baseline: bool = False
 
     def require_ranks(self, cfg, shapes_of):
         """ConfigError: a rank in cfg is too large for a matrix.

@@ -15,7 +15,7 @@ from peftlib.core.files import atomic_path, read_json, write_json
 from peftlib.models.inspect import core
 from peftlib.models.layers import sum_norm_gradients
 
-GAIN = 0.25  # share of a step's seconds that compiling its layers is expected to save
+GAIN = 0.25  # share of a step's seconds that compiling its layers is expected to save; assumed, not measured
 ADAPTERS_S, PLAIN_S, CACHED_S = 25.0, 20.0, 5.0  # to compile, until it was measured: by kind of layers; from the cache
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -25,7 +25,7 @@ _CODE = (
     "layers.py",
     "kernels/losses.py",
     "compile.py",
-)  # what shapes compiled code; activation checkpointing is in layers
+)  # what shapes compiled code
 
 
 def resolve(asked, device, steps, costs):

@@ -24,7 +24,8 @@ _EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
 CHEAP_BUDGET = 0.8  # of torch.compile's own measure
 _CHEAP_KEPT, _CHEAP_TIME = 0.65, {"adapters": 1.0, "whole": 1.055}
 # A step's time over that of endless micro-batches without recomputation: tokens that a launch of all kernels is worth,
-# and the shares that recomputing or offloading every layer adds. Measured on an H200, for the 1B shape.
+# and the shares that recomputing or offloading every layer adds. Fitted by hand to an H200's speeds of the 1B shape,
+# but for the kernels' launches and offloading, which are assumed.
 _LAUNCH = {"graphs": 720, "kernels": 4096}
 _RECOMPUTING = {"off": 0.0, "on": 0.22, "offload": 0.8}
 _SIZES = (16, 12, 8, 6, 4, 3, 2, 1)

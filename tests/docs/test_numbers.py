@@ -129,7 +129,7 @@ KNOWN = [
     ("export.md", "torchao 0.10"),
     ("memory.md", "(torch 2.11)"),
     ("memory.md", "about 2,600 to 2,900"),
-    ("memory.md", "(104 s before"),
+    ("memory.md", "(104 s before for"),
     ("memory.md", "take 0.07 s. Spread over the steps, the dearest one takes 0.002 s of a step of 0.3 s"),
     ("memory.md", "Unsloth 2026.10.9"),
     ("methods.md", "capability 8.0"),

@@ -29,7 +29,6 @@ SPEC = MethodSpec(
     settings=LORA_SETTINGS,
     prepare=lambda model, cfg: qlora.with_adapters(model, cfg, ATTENTION),
     build_optimizer=qlora.build_optimizer,
-    is_baseline=True,
 )
 
 
