@@ -2,6 +2,7 @@
 
 from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec
 from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
+from peftlib.models.kernels.projections import train_in_views
 from peftlib.models.precision import DTYPES
 from peftlib.optim.galore import GaLoreAdamW
 
@@ -38,12 +39,13 @@ def build_optimizer(model, cfg):
     """GaLore for the projections. Norms get plain AdamW at the rate that the projected weights effectively have."""
     projected, norms = split_trained(model, PROJECTIONS)
     plain = {"params": norms, "lr": cfg.galore_learning_rate * cfg.galore_scale, "weight_decay": 0.0}
-    return galore_adamw(cfg, projected, plain)
+    return galore_adamw(model, cfg, projected, plain)
 
 
-def galore_adamw(cfg, projected, plain):
-    """GaLoreAdamW over `projected` weights and one group of plain ones."""
-    return GaLoreAdamW(
+def galore_adamw(model, cfg, projected, plain):
+    """GaLoreAdamW over `projected` weights of a model, whose layers then make projected gradients alone, and one group
+    of plain weights."""
+    optimizer = GaLoreAdamW(
         [projected_group(projected, cfg, rank=cfg.galore_rank, scale=cfg.galore_scale), plain],
         lr=cfg.galore_learning_rate,
         weight_decay=cfg.weight_decay,
@@ -52,6 +54,8 @@ def galore_adamw(cfg, projected, plain):
         moment_bits=cfg.moment_bits,
         seed=cfg.seed,
     )
+    optimizer.see_through(train_in_views(model, projected, cfg.galore_rank))
+    return optimizer
 
 
 def projected_group(weights, cfg, *, rank, scale):

@@ -17,7 +17,7 @@ def prepare(model, cfg):
 def build_optimizer(model, cfg):
     """GaLore for attention, AdamW for the adapters, each at its own rate."""
     attention, adapters = split_trained(model, ATTENTION)
-    return galore_adamw(cfg, attention, {"params": adapters, "lr": cfg.lora_learning_rate})
+    return galore_adamw(model, cfg, attention, {"params": adapters, "lr": cfg.lora_learning_rate})
 
 
 SPEC = MethodSpec(

@@ -6,6 +6,8 @@ scale * P @ adam(R). The projection is linear, so micro-batches are summed as R 
 the backward pass that made it. A weight whose basis is due keeps its summed G until finish_accumulation.
 """
 
+import functools
+
 import torch
 
 from peftlib.core.env import require_bitsandbytes
@@ -19,6 +21,8 @@ from peftlib.optim.subspace import (
     gram,
     is_turned,
     leading_space,
+    low_gradient,
+    product_in_float32,
     random_start,
     tensor_cores,
     turned,
@@ -89,7 +93,17 @@ class GaLoreAdamW(ProjectedAdamW):
         self._pending = {}  # weight -> basis that step() will adopt
         self._fit_norms = {}  # weight -> norm of the whole gradient that its pending basis comes from
         self._held = None  # in a basis pass: the weights whose gradients it is for
-        self._hooks = [p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected]
+        self._hooks = {p: p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected}
+        self._views = {}
+
+    def see_through(self, views):
+        """Take the projected gradients that layers make themselves. views: {weight: kernels.projections.View}."""
+        self._views = views
+        for p, view in views.items():
+            view.take = functools.partial(self._take, p)
+            self._hooks.pop(p).remove()  # autograd would call it with no gradient
+            keep = functools.partial(self._keep_low, p)
+            self._hooks[p] = view.gradient.register_post_accumulate_grad_hook(keep)
 
     def load_state_dict(self, state_dict):
         """Take over a saved state, each tensor in the dtype it was saved in."""
@@ -101,10 +115,12 @@ class GaLoreAdamW(ProjectedAdamW):
             for name, value in state_dict["state"].get(i, {}).items():
                 # torch casts float state to the weight's dtype, which would round bases and moments of bf16 weights
                 self.state[p][name] = value.to(device="cpu" if name == "step" else p.device, copy=True)
+            if p in self._views and "basis" in self.state[p]:
+                self.state[p]["basis"] = self._views[p].basis.copy_(self.state[p]["basis"])
 
     def detach(self):
         """Remove the backward hooks; the optimizer is of no use after it."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
 
     def basis_passes(self):
@@ -142,6 +158,22 @@ class GaLoreAdamW(ProjectedAdamW):
                 self._low[p].addmm_(basis.T, grad.float())
             else:
                 self._low[p] = basis.T @ grad.float()
+
+    @torch.no_grad()
+    def _take(self, p, g, x):
+        """R of a layer that has a View, where it is not what its basis says; the gradient is g^T x."""
+        is_left_out = self._held is not None and p not in self._held
+        basis = self._pending.get(p)
+        is_whole = basis is None and (self._held is not None or self._is_due(p, self._group_of[p]))
+        if not is_left_out and not is_whole:
+            return None if basis is None else low_gradient(g, x, basis)
+        if not is_left_out:
+            grad = turned(product_in_float32(g.T, x))
+            self._full[p] = self._full[p].add_(grad) if p in self._full else grad.contiguous()
+        return g.new_zeros(self._views[p].gradient.shape, dtype=torch.float32)
+
+    def _keep_low(self, p, gradient):
+        self._low[p] = gradient.grad
 
     def _accumulated(self):
         whole = dict(self._full)
@@ -196,7 +228,10 @@ class GaLoreAdamW(ProjectedAdamW):
     def _new_state(self, p, group):
         if "rank" not in group:
             return super()._new_state(p, group)
-        return moments.fresh(self.state[p], self._low[p], bits=self.moment_bits)
+        state = moments.fresh(self.state[p], self._low[p], bits=self.moment_bits)
+        if p in self._views:
+            state["basis"] = self._views[p].basis  # where the layer looks for it
+        return state
 
     def _adopt(self, state, basis):
         if "basis" not in state:
@@ -271,6 +306,8 @@ class GaLoreAdamW(ProjectedAdamW):
             torch._foreach_zero_(list(self._low.values()))
         else:
             self._low.clear()
+            for view in self._views.values():
+                view.gradient.grad = None
 
     def zero_grad(self, set_to_none=True):
         """Drop what was accumulated, plain and projected, and bases not yet adopted."""

@@ -89,6 +89,19 @@ def turned(matrix: Tensor) -> Tensor:
     return matrix.T if is_turned(matrix) else matrix
 
 
+def low_gradient(g: Tensor, x: Tensor, basis: Tensor) -> Tensor:
+    """R (r, n) float32 of a gradient g^T x, by a basis (m, r) of its shorter side. g: (T, out); x: (T, in)."""
+    narrow, wide = (x, g) if g.shape[1] >= x.shape[1] else (g, x)
+    return product_in_float32((narrow @ basis.to(narrow.dtype)).T, wide)
+
+
+def product_in_float32(one: Tensor, two: Tensor) -> Tensor:
+    """one @ two, float32: sums of 16-bit products are not rounded to 16 bits where the device can do without."""
+    if one.dtype != torch.float32 and one.device.type == "cuda":
+        return torch.mm(one, two, out_dtype=torch.float32)
+    return (one @ two).float()
+
+
 @contextlib.contextmanager
 def tensor_cores(*, is_on):
     """Within it a GPU computes float32 products in TF32: gradients of 16-bit products have no more digits than that."""

@@ -11,7 +11,7 @@ from peftlib.models.kernels.losses import IGNORE, batch_loss_sum, next_tokens
 from peftlib.models.precision import autocast
 
 _ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square
-_ROWS_MULTIPLE = 32  # to which the number of a flat batch's rows is padded
+_ROWS_MULTIPLE = 16  # to which the number of a flat batch's rows is padded
 _ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a share of a token's other work
 
 
@@ -140,6 +140,11 @@ def mean_loss(model, rows, *, device, precision, tokens=2048):
             total += loss.double().cpu()
     model.train(was_training)
     return float(total / rows.scored.sum())
+
+
+def longest_row(max_length, tokens):
+    """Tokens of the longest row in flat batches of `tokens` tokens: one of max_length, or the padding."""
+    return max(max_length, padded_size(tokens) // 16 + 128)
 
 
 def padded_size(n):

@@ -27,6 +27,7 @@ _CHEAP_KEPT, _CHEAP_TIME = 0.65, {"adapters": 1.0, "whole": 1.055}
 # and the shares that recomputing or offloading every layer adds. Fitted by hand to an H200's speeds of the 1B shape,
 # but for the kernels' launches and offloading, which are assumed.
 _LAUNCH = {"graphs": 720, "kernels": 4096}
+_UNEVEN = 1.3  # passes of a step over what its tokens would fill: steps of real rows differ in size
 _RECOMPUTING = {"off": 0.0, "on": 0.22, "offload": 0.8}
 _SIZES = (16, 12, 8, 6, 4, 3, 2, 1)
 
@@ -100,27 +101,33 @@ def optimizer_bytes(shape, method, cfg):
     return int(_Counts(shape, methods.find(method), cfg).optimizer())
 
 
-def candidates(cfg, *, layers, trains_whole=False, is_compiled=True, is_graphed=True):
-    """Settings of `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not."""
-    found = []
+def candidates(cfg, *, layers, trains_whole=False, is_compiled=True, is_graphed=True, tokens=None):
+    """Settings of `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not.
+
+    tokens: of a step, on average; None for rows of max_length.
+    """
+    found, most = [], cfg.batch_size * cfg.max_length
+    tokens = min(tokens or most, most)
+    uneven = _UNEVEN if tokens < most else 1.0
     for size in (size for size in _SIZES if size <= max(1, cfg.batch_size)):
         for kind, share in _RECOMPUTING.items():
             counts = sorted({-(-layers * n // 8) for n in range(1, 9)}) if kind == "on" else [layers]
             for count in [0] if kind == "off" else [] if kind == "offload" and cfg.lora_dropout > 0 else counts:
                 for is_cheap in (False, True) if is_compiled else (False,):
-                    cost = (1 + _LAUNCH["graphs" if is_graphed else "kernels"] / (size * cfg.max_length)) * (
-                        1 + share * count / layers
-                    )
+                    passes = max(1.0, uneven * tokens / (size * cfg.max_length))
+                    cost = 1 + _LAUNCH["graphs" if is_graphed else "kernels"] * passes / tokens
+                    cost *= 1 + share * count / layers
                     cost *= _CHEAP_TIME["whole" if trains_whole else "adapters"] if is_cheap else 1.0
                     found.append((cost, is_cheap, size, kind, count))
     names = ("is_cheap", "micro_batch", "checkpointing", "recomputed")
     return [dict(zip(names, setting[1:], strict=True)) for setting in sorted(found)]
 
 
-def best_plan(shape, method, cfg, *, device_bytes, **how):
+def best_plan(shape, method, cfg, *, device_bytes, tokens=None, **how):
     """The Plan of cfg.micro_batch_size where that is set, else of the first candidate that fits, else of the smallest.
 
-    device_bytes: what training may take of the card. how: precision, is_compiled, is_graphed as in `estimate`.
+    device_bytes: what training may take of the card. tokens: as in `candidates`. how: precision, is_compiled,
+    is_graphed as in `estimate`.
     """
     if cfg.micro_batch_size:
         size = min(cfg.micro_batch_size, cfg.batch_size)
@@ -128,7 +135,7 @@ def best_plan(shape, method, cfg, *, device_bytes, **how):
     else:
         kinds = {name: value for name, value in how.items() if name in ("is_compiled", "is_graphed")}
         trains_whole = set(methods.find(method).trains) != {"adapters"}
-        settings = candidates(cfg, layers=shape.layers, trains_whole=trains_whole, **kinds)
+        settings = candidates(cfg, layers=shape.layers, trains_whole=trains_whole, tokens=tokens, **kinds)
     plans = []
     for setting in settings:
         plans.append(estimate(shape, method, cfg, **setting, **how))

@@ -20,6 +20,7 @@ from peftlib.models.layers import checkpoint_layers
 from peftlib.models.packaged import cache_root
 from peftlib.models.shapes import Shape, card_at_hand, find_card
 from peftlib.train import estimate, memory_model
+from peftlib.train.batching import longest_row
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
@@ -46,10 +47,10 @@ class ExecutionPlan:
         self.is_graphed = self.attention is not None and cfg.cuda_graphs == "auto"
         budget = 1.0
         if device == "cuda" and cfg.micro_batch_size == 0:
-            budget = self._choose(precision)
+            budget = self._choose(precision, tokens)
         checkpoint_layers(model, self.cfg, self.recomputed)
         if self.attention:
-            use_kernel(model, self.attention)
+            use_kernel(model, self.attention, longest=longest_row(cfg.max_length, self.tokens))
         if device == "cuda":
             how = (
                 f"packs rows without masks ({self.attention})"
@@ -75,11 +76,11 @@ class ExecutionPlan:
         step_s = step_seconds(shape, self.method, precision=precision, tokens=tokens, rows=self.cfg.batch_size)
         return compile_s, step_s / (1 - compiled.GAIN)
 
-    def _choose(self, precision):
+    def _choose(self, precision, tokens):
         """Set micro-batch and recomputation by the memory model; returns torch.compile's activation budget."""
         shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
         how = {"precision": precision, "device_bytes": available, "is_compiled": self.is_compiled}
-        chosen = memory_model.choose(shape, self.method, self.cfg, **how, is_graphed=self.is_graphed)
+        chosen = memory_model.choose(shape, self.method, self.cfg, **how, is_graphed=self.is_graphed, tokens=tokens)
         self.log(f"plan for {available / GIB:.1f} GiB: {chosen.line()}")
         self.micro_batch_size, self.recomputed = chosen.micro_batch, chosen.recomputed
         self.cfg = self.cfg.replace(activation_checkpointing=chosen.checkpointing)

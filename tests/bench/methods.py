@@ -132,6 +132,7 @@ def build(setting):
     from peftlib.models.layers import checkpoint_layers
     from peftlib.models.load import load_base
     from peftlib.models.precision import loss_scaler
+    from peftlib.train.batching import longest_row
     from peftlib.train.memory_model import CHEAP_BUDGET
     from peftlib.train.step import Stepper
 
@@ -148,7 +149,7 @@ def build(setting):
     checkpoint_layers(model, cfg, setting["recomputed"])
     kernel, why = choose_kernel(model, device=device, precision=setting["precision"])
     if kernel and not setting["masks"]:
-        use_kernel(model, kernel)
+        use_kernel(model, kernel, longest=longest_row(setting["seq"], setting["micro_batch"] * setting["seq"]))
     is_compiled, _ = compiled.resolve(setting["compile"], device, 10**6, lambda: (25.0, 1.0))
     if is_compiled:
         compiled.compile_layers(model, activation_budget=CHEAP_BUDGET if setting["is_cheap"] else 1.0)

@@ -20,7 +20,7 @@ def test_flat_rows_have_the_loss_and_gradients_of_rows_alone(prepared, method, m
     data = rows([50, 9, 33, 21, 40])  # longer and shorter than the sliding window of 32
     alone = [data.batch([[n]], "cpu") for n in range(5)]
     two, theirs = loss_and_gradients(model, alone)
-    attention.use_kernel(model, "rows")
+    attention.use_kernel(model, "rows", longest=50)
     data.is_flat = True
     flat = list(data.batches(range(5), 100, "cpu"))
     assert [batch.ids.shape for batch in flat] == [(1, 128), (1, 128)]  # padded, the padding a row of its own
@@ -40,8 +40,8 @@ def test_a_kernel_that_is_right_is_taken(monkeypatch, on_the_cpu):
 
 
 def test_a_kernel_that_is_wrong_is_not_taken(monkeypatch, on_the_cpu):
-    def without_window(query, key, value, cu_seqlens, window, scale):
-        return attention.attention_by_rows(query, key, value, cu_seqlens, None, scale)
+    def without_window(query, key, value, cu_seqlens, longest, window, scale):
+        return attention.attention_by_rows(query, key, value, cu_seqlens, longest, None, scale)
 
     monkeypatch.setattr(attention, "KERNELS", {"wrong": without_window})
     name, reason = attention.choose_kernel(tiny.model(), device="cuda", precision="fp32")
@@ -56,5 +56,5 @@ def test_the_operators_shapes_are_those_they_promise():
     """What torch.compile is told of the memory-efficient operator, whose kernel needs a GPU."""
     query, key = (torch.empty(70, heads, 16, device="meta") for heads in (4, 4))
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
-    out, lse = torch.ops.peftlib.efficient_attention(query, key, key, cu_seqlens, 8, 0.25)
+    out, lse = torch.ops.peftlib.efficient_attention(query, key, key, cu_seqlens, 40, 8, 0.25)
     assert out.shape == (70, 4, 16) and lse.dtype == torch.float32

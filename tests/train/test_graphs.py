@@ -70,7 +70,7 @@ def trained(tiny_model):
         base = load_base(str(tiny_model), precision="fp32", device="cpu", four_bit=found.four_bit)
         model = found.prepare(base, cfg).train()
         if is_flat:
-            attention.use_kernel(model, "rows")
+            attention.use_kernel(model, "rows", longest=128)
         optimizer = found.build_optimizer(model, cfg)
         optimizer.gather_refreshes()
         log = (lines if lines is not None else []).append

@@ -5,6 +5,8 @@ capability 8.0 and newer) and the memory-efficient one (Rabe and Staats 2021, ar
 Each is tried on a few short rows before it is used; where none is right, rows are packed with masks.
 """
 
+import functools
+import inspect
 import itertools
 
 import torch
@@ -18,23 +20,29 @@ _TOLERANCE = 0.02  # relative L2 distance of outputs and gradients in 16 bits; a
 _LENGTHS, _WINDOW = (3, 45, 16), 8  # of the rows that a kernel is tried on
 
 
-def _varlen(query, key, value, cu_seqlens, window, scale):
-    from torch.nn.attention.varlen import varlen_attn
+def _varlen(query, key, value, cu_seqlens, longest, window, scale):
+    from torch.nn.attention import varlen
 
+    how = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
+    if _shares_heads(varlen.varlen_attn):
+        how["enable_gqa"] = True
+    else:
+        key, value = (_repeated(t, query.shape[1]) for t in (key, value))
+    return varlen.varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **how)
+
+
+def _efficient(query, key, value, cu_seqlens, longest, window, scale):
     key, value = (_repeated(t, query.shape[1]) for t in (key, value))
-    longest = query.shape[0]  # an upper bound that needs no wait for the device
-    window_size = (window - 1 if window else -1, 0)
-    return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window_size
-    )
-
-
-def _efficient(query, key, value, cu_seqlens, window, scale):
-    key, value = (_repeated(t, query.shape[1]) for t in (key, value))
-    return torch.ops.peftlib.efficient_attention(query, key, value, cu_seqlens, window or 0, scale)[0]
+    return torch.ops.peftlib.efficient_attention(query, key, value, cu_seqlens, longest, window or 0, scale)[0]
 
 
 KERNELS = {"varlen": _varlen, "efficient": _efficient}  # best first
+
+
+@functools.cache
+def _shares_heads(varlen_attn):
+    """Whether this torch's varlen attention takes fewer heads of keys and values than of queries."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _repeated(t, heads):
@@ -45,10 +53,12 @@ def _repeated(t, heads):
 
 @torch.library.custom_op("peftlib::efficient_attention", mutates_args=())
 def efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(output (T, H, D), log-sum-exp of the scores) of causal attention within rows; window 0 is no window."""
-    longest = query.shape[0]
+    """(output (T, H, D), log-sum-exp of the scores) of causal attention within rows of at most `longest` tokens.
+
+    cu_seqlens: (rows + 1,) int32. window: tokens, itself included, that a token sees; 0 for all before it.
+    """
     out, lse, *_ = torch.ops.aten._efficient_attention_forward(
         query[None], key[None], value[None], None, cu_seqlens, cu_seqlens, longest, longest, 0.0, 1, True,
         scale=scale, window_size=window or None,
@@ -57,8 +67,8 @@ def efficient_attention(
 
 
 @efficient_attention.register_fake
-def _(query, key, value, cu_seqlens, window, scale):
-    rows, aligned = cu_seqlens.shape[0] - 1, -(-query.shape[0] // 32) * 32
+def _(query, key, value, cu_seqlens, longest, window, scale):
+    rows, aligned = cu_seqlens.shape[0] - 1, -(-longest // 32) * 32
     return torch.empty_like(query), query.new_empty((rows, query.shape[1], aligned), dtype=torch.float32)
 
 
@@ -71,11 +81,12 @@ def efficient_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    longest: int,
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of efficient_attention's query, key and value."""
-    longest, unused = query.shape[0], torch.zeros((), dtype=torch.int64, device=query.device)
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)
     found = torch.ops.aten._efficient_attention_backward(
         grad[None].contiguous(), query[None], key[None], value[None], None, out[None], cu_seqlens, cu_seqlens, longest,
         longest, lse, 0.0, unused, unused, 1, False, scale=scale, window_size=window or None,
@@ -84,24 +95,24 @@ def efficient_attention_backward(
 
 
 @efficient_attention_backward.register_fake
-def _(grad, query, key, value, out, lse, cu_seqlens, window, scale):
+def _(grad, query, key, value, out, lse, cu_seqlens, longest, window, scale):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _keep(ctx, inputs, output):
-    query, key, value, cu_seqlens, ctx.window, ctx.scale = inputs
+    query, key, value, cu_seqlens, *ctx.how = inputs
     ctx.save_for_backward(query, key, value, *output, cu_seqlens)
 
 
 def _efficient_gradients(ctx, grad, _):
-    grads = torch.ops.peftlib.efficient_attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
-    return (*grads, None, None, None)
+    grads = torch.ops.peftlib.efficient_attention_backward(grad, *ctx.saved_tensors, *ctx.how)
+    return (*grads, None, None, None, None)
 
 
 efficient_attention.register_autograd(_efficient_gradients, setup_context=_keep)
 
 
-def _interface(name):
+def _interface(name, longest):
     """transformers' attention function that runs a kernel on packed rows, and SDPA where no cumulative lengths come."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -111,17 +122,20 @@ def _interface(name):
         if cu_seqlens is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         flat = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))  # each (T, heads, D)
-        return kernel(*flat, cu_seqlens, sliding_window, scaling)[None], None
+        return kernel(*flat, cu_seqlens, longest, sliding_window, scaling)[None], None
 
     return attend
 
 
-def use_kernel(model, name):
-    """Let a model attend by one of KERNELS where its call passes `cu_seqlens`; the result is that of masks."""
+def use_kernel(model, name, *, longest):
+    """Let a model attend by one of KERNELS where its call passes `cu_seqlens`; the result is that of masks.
+
+    longest: tokens of the longest row, padding included, that will come: the kernels go through so many for each row.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", _interface(name))
+    ALL_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", _interface(name, longest))
     ALL_MASK_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", sdpa_mask)
     core(model).set_attn_implementation(f"peftlib_{name}")
 
@@ -150,9 +164,8 @@ def _fault(name, config, dtype, device="cuda"):
     given = [torch.randn(total, n, config.head_dim, generator=draw, device=device).to(dtype) for n in heads]
     cu_seqlens = torch.tensor([0, *_LENGTHS], device=device).cumsum(0).to(torch.int32)
     for window in (None, _WINDOW):
-        found, wanted = (
-            _outputs(call, given, cu_seqlens, window, scale) for call in (KERNELS[name], attention_by_rows)
-        )
+        how = (cu_seqlens, max(_LENGTHS), window, scale)
+        found, wanted = (_outputs(call, given, *how) for call in (KERNELS[name], attention_by_rows))
         for one, two in zip(found, wanted, strict=True):
             distance = float((one - two).norm() / two.norm())
             if not distance < _TOLERANCE:
@@ -160,19 +173,20 @@ def _fault(name, config, dtype, device="cuda"):
     return None
 
 
-def _outputs(kernel, given, cu_seqlens, window, scale):
+def _outputs(kernel, given, *how):
     """The output of a kernel and the gradients of its square's sum, each in float32."""
     given = [t.detach().clone().requires_grad_() for t in given]
     with torch.enable_grad():
-        out = kernel(*given, cu_seqlens, window, scale)
+        out = kernel(*given, *how)
         grads = torch.autograd.grad(out.float().square().sum(), given)
     return [t.detach().float() for t in (out, *grads)]
 
 
-def attention_by_rows(query, key, value, cu_seqlens, window, scale):
+def attention_by_rows(query, key, value, cu_seqlens, longest, window, scale):
     """What the kernels compute, by SDPA one row at a time: (T, H, D) of query (T, H, D), key and value (T, K, D).
 
-    cu_seqlens: (rows + 1,) int32. window: tokens, itself included, that a token sees; None for all before it.
+    cu_seqlens: (rows + 1,) int32. longest: of no use here. window: tokens, itself included, that a token sees; None for
+    all before it.
     """
     key, value = (_repeated(t, query.shape[1]) for t in (key, value))
     edges, parts = cu_seqlens.tolist(), []

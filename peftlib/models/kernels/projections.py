@@ -1,0 +1,100 @@
+"""Linear layers whose weight is trained in a low-rank view of its gradient, which is made without the gradient.
+
+GaLore (Zhao et al. 2024, arXiv:2403.03507) sees only R = P^T G of a weight's gradient G = g^T x, where x enters the
+layer and g is the gradient of what leaves it. R = (g P)^T x, or (x P)^T g where P is a basis of the other side: at rank
+128 of a layer of 1,152 by 6,912 that takes an eighth of the work, and G is never held. Where a basis is due, the
+optimizer asks for G itself.
+"""
+
+import types
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlib.optim.subspace import low_gradient
+
+# {address of a view's gradient: View}: an operator that is opaque to compilers is given tensors alone.
+_VIEWS: weakref.WeakValueDictionary[int, "View"] = weakref.WeakValueDictionary()
+
+
+class View:
+    """What an optimizer sees of one layer's gradient.
+
+    basis: (m, r) float32, orthonormal columns over the weight's shorter side m; the optimizer fills it.
+    gradient: R (r, n), summed in its `grad` as autograd does.
+    take: called in each backward pass with (g (T, out), x (T, in)); what it returns is R, unless that is None.
+    """
+
+    def __init__(self, weight: Tensor, rank: int):
+        self.basis = torch.zeros(min(weight.shape), rank, device=weight.device)
+        # Its numbers are never read, so one stands for all: autograd wants a leaf of R's shape.
+        self.gradient = torch.zeros(1, device=weight.device).expand(rank, max(weight.shape)).requires_grad_()
+        self.take: Callable[[Tensor, Tensor], Tensor | None] = lambda g, x: None
+        _VIEWS[self.gradient.data_ptr()] = self
+
+
+def train_in_views(model, weights, rank):
+    """Have the linear layers of these weights give R instead of their weight's gradient; returns {weight: View}.
+
+    A layer with a bias, or whose R would cost more than its gradient, goes on as it was.
+    """
+    views, wanted = {}, set(weights)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight in wanted and module.bias is None:
+            rows, columns = module.weight.shape
+            if rank * (rows + columns) < rows * columns:
+                module.view = views[module.weight] = View(module.weight, rank)
+                module.forward = types.MethodType(_forward, module)
+    return views
+
+
+def _forward(self, x):
+    if not torch.is_grad_enabled():
+        return F.linear(x, self.weight)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    weight = self.weight.detach().to(dtype)
+    return torch.ops.peftlib.viewed_product(x.to(dtype), weight, self.view.basis, self.view.gradient)
+
+
+@torch.library.custom_op("peftlib::viewed_product", mutates_args=())
+def viewed_product(x: Tensor, weight: Tensor, basis: Tensor, gradient: Tensor) -> Tensor:
+    """x W^T, whose backward pass gives `gradient` (r, n) R. x: (..., in); weight: (out, in); basis: (m, r) float32."""
+    return F.linear(x, weight)
+
+
+@viewed_product.register_fake
+def _(x, weight, basis, gradient):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("peftlib::viewed_product_backward", mutates_args=())
+def viewed_product_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, basis: Tensor, gradient: Tensor, needs_x: bool
+) -> list[Tensor]:
+    """[gradient of x (empty unless it is needed), R (r, n) float32]."""
+    flat, entered = grad.flatten(0, -2), x.flatten(0, -2)
+    low = _VIEWS[gradient.data_ptr()].take(flat, entered)
+    if low is None:
+        low = low_gradient(flat, entered, basis)
+    return [(grad @ weight) if needs_x else x.new_empty(0), low]
+
+
+@viewed_product_backward.register_fake
+def _(grad, x, weight, basis, gradient, needs_x):
+    return [x.new_empty(x.shape if needs_x else 0), gradient.new_empty(gradient.shape)]
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad):
+    x, weight, basis, gradient = ctx.saved_tensors
+    grad_x, low = torch.ops.peftlib.viewed_product_backward(grad, x, weight, basis, gradient, ctx.needs_input_grad[0])
+    return grad_x if ctx.needs_input_grad[0] else None, None, None, low
+
+
+viewed_product.register_autograd(_gradients, setup_context=_keep)
