@@ -130,7 +130,15 @@ def one(args):
     row |= {"valid_rows": len(valid), "steps": study.cfg.max_steps, "learning_rate": rate}
     row |= {"split_hash": study.manifest()["split_hash"], "gpus": int(device == "cuda")}
     row |= {"device": record.device_name(device), "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
-    print("RESULT " + json.dumps({**row, "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}))
+    print("\nRESULT " + json.dumps({**row, "versions": versions()}), flush=True)  # a bar may have left a line open
+
+
+def versions():
+    """{package: version} of those that are installed."""
+    known = {
+        found.metadata["Name"].lower().replace("_", "-"): found.version for found in importlib.metadata.distributions()
+    }
+    return {name: known[name] for name in PACKAGES if name in known}
 
 
 def in_own_process(args, what):
