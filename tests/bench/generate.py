@@ -1,4 +1,7 @@
-"""Greedy generation: stock `generate` at batch 64 and at its best batch size, against our engine, on the same rows.
+"""Greedy generation on the same rows: our engine against libraries, each at the best of its settings.
+
+The libraries are transformers' plain `generate` by batch size, its continuous batching by a small grid, and vLLM where
+it can be imported. The last line is the verdict: our speed over that of the fastest of them.
 
     python tests/bench/generate.py OUT.json [--model DIR] [--prompts FILE] [...]     (make bench-generate)
     python tests/bench/generate.py --make-prompts FILE [--data DIR] [--a-source N] [--max-length N]
@@ -7,8 +10,8 @@ A row is a prompt as token ids and its reference's number of tokens. The package
 to the limit, so every row ends at its reference's length (or the token limit, or a stop token), on both sides alike:
 plain `generate` through a stopping criterion by row, ours through a limit by row. Counted are useful tokens, up to
 the first stop token. Plain batches are left-padded, rows in file order; where a size is
-measured on fewer rows than all, they are spread over the file, and ours answers the same. Results of other devices in
-OUT stay.
+measured on fewer rows than all, they are spread over the file, and ours answers the same. With --free (for a tuned
+model, which stops by itself) rows end at a stop token or the token limit alone. Results of other devices in OUT stay.
 """
 
 import argparse
@@ -20,13 +23,15 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "bench")]
 
 FILES = {"alpaca": "alpaca.jsonl.gz", "tulu": "tulu_v2.jsonl.gz", "ultrachat": "ultrachat_200k.jsonl.gz"}
 LENGTHS = "each row ends at its reference's length, on both sides"
+FREE = "each row ends at a stop token or the token limit, on both sides"
 BATCHES = {"cpu": [16, 32], "cuda": [512, 1024, 256, 128]}  # where time runs out, the last are left out
 WARM_ROWS, WARM_TOKENS = {"cpu": 8, "cuda": 1024}, 4
 TRIAL_ROWS = 48  # on which a CPU looks for plain generate's best batch size
+GRID_ROWS = {"cpu": 24, "cuda": 256}  # on which the best setting of continuous batching is looked for
 PLAIN_BATCHES = 6  # of each size on a GPU; ours then answers the same rows
 REST_SECONDS = 45.0  # that our own runs need
 
@@ -57,6 +62,7 @@ class Bench:
 
     def __init__(self, args, rows):
         import torch
+        import transformers
 
         from peftlib.core import record
 
@@ -65,13 +71,15 @@ class Bench:
         self.dtype = args.dtype or ("bf16" if self.device == "cuda" else "fp32")
         self.deadline = args.started + (args.seconds or 1e9)
         self.prompts = [row["ids"] for row in rows]
-        self.limits = [max(1, min(row["reference_tokens"], args.max_new_tokens)) for row in rows]
+        longest = [args.max_new_tokens if args.free else row["reference_tokens"] for row in rows]
+        self.limits = [max(1, min(limit, args.max_new_tokens)) for limit in longest]
         self.facts = {
             "device": record.device_name(self.device),
             "model": args.model_name,
             "max_new_tokens": args.max_new_tokens,
-            "lengths": LENGTHS,
+            "lengths": FREE if args.free else LENGTHS,
             "torch": torch.__version__,
+            "transformers": transformers.__version__,
         }
         self.before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
         self.results = []
@@ -99,16 +107,24 @@ class Bench:
         return found
 
     def _answers(self, model, engine, batch, rows):
+        import continuous
+
         from peftlib.evaluation.inference.engines import generate_plainly, generate_rows
 
         prompts, limits = [self.prompts[i] for i in rows], [self.limits[i] for i in rows]
         if engine == "generate":
             return generate_plainly(model, prompts, limits, batch=batch, order=range(len(prompts)))
+        if engine == "vllm":
+            longest = max(map(len, self.prompts)) + self.args.max_new_tokens
+            return continuous.generate_with_vllm(model, prompts, limits, longest=longest)
+        if engine != "slots":
+            attention, settings = engine
+            return continuous.generate_continuously(model, prompts, limits, attention=attention, settings=settings)
         return generate_rows(model, prompts, limits, engine="slots", batch=batch)
 
     def warm(self, model, engine, batch):
         """What a first call sets up (kernels, threads, buffers) is no part of either side."""
-        rows = WARM_ROWS[self.device] if engine == "slots" or self.device == "cpu" else batch
+        rows = WARM_ROWS[self.device] if engine != "generate" or self.device == "cpu" else batch
         limits, self.limits = self.limits, [min(limit, WARM_TOKENS) for limit in self.limits]
         self.measure(model, engine, batch=batch, rows=self.spread(rows))
         self.limits = limits
@@ -210,21 +226,67 @@ def _plain(bench, model, batch, rows, cap):
         return bench.measure(model, "generate", batch=batch, rows=rows, seconds=cap)
     except torch.OutOfMemoryError:
         pass
-    gc.collect()
-    torch.cuda.empty_cache()
+    _free()
     return None
 
 
-def our_runs(bench, model, plain):
+def our_runs(bench, model, plain, libraries):
     """Our engine on exactly the rows that each baseline answered."""
     best = max(plain, key=lambda batch: plain[batch]["tok_s"])
     bench.warm(model, "slots", 0)
+    named = {"generate, batch 64": plain.get(64), f"generate at its best batch size, {best}": plain[best], **libraries}
     runs = {}
-    for batch, name in ((64, "generate, batch 64"), (best, f"generate at its best batch size, {best}")):
-        if batch in plain:
-            rows = tuple(sorted(plain[batch]["answers"]))
+    for name, found in named.items():
+        if found:
+            rows = tuple(sorted(found["answers"]))
             runs[rows] = runs.get(rows) or bench.measure(model, "slots", batch=0, rows=rows)
-            bench.add(runs[rows], plain[batch], engine="slots", batch=0, baseline=name)
+            bench.add(runs[rows], found, engine="slots", batch=0, baseline=name)
+
+
+def library_runs(bench, model):
+    """{name: found} of continuous batching at the best of its grid, and of vLLM, on the rows that ours answers too."""
+    import continuous
+
+    trials = {}
+    for setting in continuous.grid(bench.device):
+        name, rows = continuous.name_of(*setting), bench.spread(GRID_ROWS[bench.device])
+        if trials and not bench.has_time(REST_SECONDS):
+            print(f"{name}: no time", flush=True)
+            continue
+        try:
+            bench.measure(model, setting, batch=0, rows=rows[: WARM_ROWS["cpu"]])
+            trials[name] = (bench.measure(model, setting, batch=0, rows=rows)["tok_s"], setting)
+            print(f"trial: {name} on {len(rows)} rows: {trials[name][0]:,.1f} tok/s", flush=True)
+        except Exception as error:  # noqa: BLE001  a setting that this machine or version cannot run is a result too
+            print(f"trial: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+        _free()
+    engines = {max(trials, key=trials.get): trials[max(trials, key=trials.get)][1]} if trials else {}
+    engines |= {"vllm": "vllm"} if continuous.has_vllm() and bench.device == "cuda" else {}
+    found, rows = {}, bench.spread(bench.args.grid_rows)
+    for name, engine in engines.items():
+        bench.warm(model, engine, 0)
+        found[name] = bench.measure(model, engine, batch=0, rows=rows)
+        bench.add(found[name], found[name], engine=name, batch=0, baseline=name)
+        _free()
+    return found
+
+
+def _free():
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def verdict(bench):
+    """Print our speed over that of the fastest library, each on the rows that both answered."""
+    ours = [row for row in bench.results if row["engine"] == "slots"]
+    worst = max(ours, key=lambda row: row["baseline_tok_s"])
+    print(
+        f"VERDICT ours / best library ({worst['baseline']}): {worst['ratio']:.2f} "
+        f"({worst['tok_s']:,.0f} / {worst['baseline_tok_s']:,.0f} tok/s, {worst['same_answers']:.1%} equal answers)"
+    )
 
 
 def merging(bench):
@@ -323,13 +385,14 @@ def run(args):
     )
     model = bench.load(bench.dtype)
     plain = plain_runs(bench, model)
-    our_runs(bench, model, plain)
+    our_runs(bench, model, plain, library_runs(bench, model) if bench.has_time(2 * REST_SECONDS) else {})
     del model
     for part, seconds in ((equality, 30.0), (merging, 20.0)):
         if getattr(args, f"{'equal' if part is equality else 'merge'}_rows") and bench.has_time(seconds):
             gc.collect()
             part(bench)
     print("\n" + "\n".join(map(line_of, bench.results)), flush=True)
+    verdict(bench)
 
 
 def arguments(argv):
@@ -350,6 +413,8 @@ def arguments(argv):
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seconds", type=float, default=0.0, help="start nothing after so many")
     parser.add_argument("--cap", type=float, default=40.0, help="seconds of one plain run on a GPU")
+    parser.add_argument("--grid-rows", type=int, default=None, help="of continuous batching; 1,800 on a GPU, else 64")
+    parser.add_argument("--free", action="store_true", help="end rows at stop tokens or the token limit alone")
     parser.add_argument("--equal-rows", type=int, default=None, help="of the float32 check; 500 on a GPU, 0 on a CPU")
     parser.add_argument("--merge-rows", type=int, default=None, help="of merged against unmerged; all, 32 on a CPU")
     args = parser.parse_args(argv)
@@ -373,6 +438,7 @@ def main(argv):
     defaults = {"rows": 0 if is_gpu else 210, "max_new_tokens": 256 if is_gpu else 48}
     defaults |= {"max_length": 1024 if is_gpu else 256}  # as in the study, and in the demo
     defaults |= {"equal_rows": 500 if is_gpu else 0, "merge_rows": 10**6 if is_gpu else 32}
+    defaults |= {"grid_rows": 1800 if is_gpu else 64}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
