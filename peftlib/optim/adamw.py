@@ -38,6 +38,10 @@ class Accumulating:
     def gather_refreshes(self):
         """Have as few kinds of steps as the optimizer can; most have one."""
 
+    def leaves(self):
+        """The tensors in whose `grad` autograd sums."""
+        return [p for group in self.param_groups for p in group["params"]]
+
     def is_steady(self):
         """Whether the next backward pass does what every one does, so that it can be captured."""
         return True

@@ -6,8 +6,6 @@ scale * P @ adam(R). The projection is linear, so micro-batches are summed as R 
 the backward pass that made it. A weight whose basis is due keeps its summed G until finish_accumulation.
 """
 
-import functools
-
 import torch
 
 from peftlib.core.env import require_bitsandbytes
@@ -98,12 +96,10 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def see_through(self, views):
         """Take the projected gradients that layers make themselves. views: {weight: kernels.projections.View}."""
-        self._views = views
+        self._views, self._weights = views, {view: p for p, view in views.items()}
         for p, view in views.items():
-            view.take = functools.partial(self._take, p)
+            view.give_to(self._take)
             self._hooks.pop(p).remove()  # autograd would call it with no gradient
-            keep = functools.partial(self._keep_low, p)
-            self._hooks[p] = view.gradient.register_post_accumulate_grad_hook(keep)
 
     def load_state_dict(self, state_dict):
         """Take over a saved state, each tensor in the dtype it was saved in."""
@@ -116,7 +112,7 @@ class GaLoreAdamW(ProjectedAdamW):
                 # torch casts float state to the weight's dtype, which would round bases and moments of bf16 weights
                 self.state[p][name] = value.to(device="cpu" if name == "step" else p.device, copy=True)
             if p in self._views and "basis" in self.state[p]:
-                self.state[p]["basis"] = self._views[p].basis.copy_(self.state[p]["basis"])
+                self.state[p]["basis"] = self._views[p].adopt(self.state[p]["basis"])
 
     def detach(self):
         """Remove the backward hooks; the optimizer is of no use after it."""
@@ -160,8 +156,9 @@ class GaLoreAdamW(ProjectedAdamW):
                 self._low[p] = basis.T @ grad.float()
 
     @torch.no_grad()
-    def _take(self, p, g, x):
+    def _take(self, view, g, x):
         """R of a layer that has a View, where it is not what its basis says; the gradient is g^T x."""
+        p = self._weights[view]
         is_left_out = self._held is not None and p not in self._held
         basis = self._pending.get(p)
         is_whole = basis is None and (self._held is not None or self._is_due(p, self._group_of[p]))
@@ -170,12 +167,20 @@ class GaLoreAdamW(ProjectedAdamW):
         if not is_left_out:
             grad = turned(product_in_float32(g.T, x))
             self._full[p] = self._full[p].add_(grad) if p in self._full else grad.contiguous()
-        return g.new_zeros(self._views[p].gradient.shape, dtype=torch.float32)
+        return torch.zeros(view.gradient.shape, device=g.device)
 
-    def _keep_low(self, p, gradient):
-        self._low[p] = gradient.grad
+    def leaves(self):
+        """The tensors in whose `grad` autograd sums: the weights, or what stands for them in a View."""
+        return [self._views[p].gradient if p in self._views else p for p in super().leaves()]
+
+    def _gather(self):
+        """Take in the sums that autograd has made of projected gradients."""
+        for p, view in self._views.items():
+            if view.gradient.grad is not None:
+                self._low[p] = view.gradient.grad
 
     def _accumulated(self):
+        self._gather()
         whole = dict(self._full)
         self._fit_due()
         for p, grad in whole.items():
@@ -219,6 +224,8 @@ class GaLoreAdamW(ProjectedAdamW):
         super().begin_step()
         for p, basis in self._pending.items():
             self._adopt(self.state[p], basis)
+            if p in self._views:
+                self.state[p]["basis"] = self._views[p].adopt(self.state[p]["basis"])
 
     def _with_gradient(self, group):
         if "rank" not in group:
@@ -228,10 +235,7 @@ class GaLoreAdamW(ProjectedAdamW):
     def _new_state(self, p, group):
         if "rank" not in group:
             return super()._new_state(p, group)
-        state = moments.fresh(self.state[p], self._low[p], bits=self.moment_bits)
-        if p in self._views:
-            state["basis"] = self._views[p].basis  # where the layer looks for it
-        return state
+        return moments.fresh(self.state[p], self._low[p], bits=self.moment_bits)
 
     def _adopt(self, state, basis):
         if "basis" not in state:
@@ -302,6 +306,7 @@ class GaLoreAdamW(ProjectedAdamW):
     def _drop_gradients(self):
         super().zero_grad(True)
         self._full.clear()
+        self._gather()  # of a pass that is given up
         if self.keeps_buffers and self._low:
             torch._foreach_zero_(list(self._low.values()))
         else:

@@ -126,8 +126,7 @@ class StepGraphs:
 
     def _run_backward(self, hidden):
         """Backward; small gradients are added to what is there by one kernel instead of one for each."""
-        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
-        plain = [p for p in trained if p.grad is not None and p.numel() <= _SMALL]
+        plain = [p for p in self._optimizer.leaves() if p.grad is not None and p.numel() <= _SMALL]
         sums = [p.grad for p in plain]
         for p in plain:
             p.grad = None

@@ -33,8 +33,8 @@ def test_a_whole_gradient_is_made_only_where_a_basis_is_due(monkeypatch):
     made = []
     take = GaLoreAdamW._take
 
-    def counting(self, p, g, x):
-        low = take(self, p, g, x)
+    def counting(self, view, g, x):
+        low = take(self, view, g, x)
         made.append(low is not None)
         return low
 

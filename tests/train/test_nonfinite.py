@@ -9,6 +9,7 @@ from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.models.inspect import trainable
 from peftlib.models.precision import apply_step, loss_scaler
 from peftlib.notebook import training_panel
+from peftlib.optim.adamw import Accumulating
 from peftlib.optim.apollo import ApolloAdamW
 from peftlib.optim.galore import GaLoreAdamW
 from peftlib.report import figures
@@ -51,7 +52,14 @@ def assert_unchanged(run, before):
 def spoil_gradient(run, leaf, step):
     """Make the gradient of the last weight whose name ends in `leaf` inf in one step, counted from 1; its name."""
     name, weight = [pair for pair in trainable(run.model).items() if pair[0].endswith(leaf)][-1]
-    weight.register_hook(lambda grad: grad * INF if run.progress.step == step - 1 else grad)
+    build = run._build_optimizer
+
+    def build_and_spoil():
+        build()
+        leaf = dict(zip(Accumulating.leaves(run.optimizer), run.optimizer.leaves(), strict=True))[weight]
+        leaf.register_hook(lambda grad: grad * INF if run.progress.step == step - 1 else grad)
+
+    run._build_optimizer = build_and_spoil
     return name
 
 
@@ -113,6 +121,7 @@ def plant(run, kind):
         assert optimizer._full, "no basis is due"
         next(iter(optimizer._full.values()))[0, 0] = INF
     elif kind == "projected":
+        optimizer._gather()
         next(iter(optimizer._low.values()))[0, 0] = INF
     elif kind == "plain":
         next(p for group in optimizer.param_groups if "rank" not in group for p in group["params"]).grad[0] = INF

@@ -267,6 +267,7 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
     def overflow(*args, **settings):
         loss = gradients(*args, **settings)
         if run.progress.step == 2:
+            run.optimizer._gather()
             low = next(iter(run.optimizer._low.values()), None)
             (low if low is not None else next(iter(run.optimizer._full.values()))).view(-1)[0] = float("inf")
         return loss

@@ -1,6 +1,7 @@
 """Adapters on frozen layers, 4-bit or plain, as one operator: what PEFT computes in many small steps."""
 
 import itertools
+import math
 import types
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from peftlib.models.inspect import is_four_bit
 
@@ -172,6 +174,11 @@ def adapted_products(
 def _(x, dropped, frozen, scales, down, ups, blocksize, quant_type):
     low = x.new_empty((x.numel() // down.shape[1], down.shape[0]))
     return [*(x.new_empty((*x.shape[:-1], up.shape[0])) for up in ups), low]
+
+
+@register_flop_formula(torch.ops.peftlib.adapted_products)
+def _(x_shape, dropped_shape, frozen_shape, scales_shape, down_shape, up_shapes, *others, **settings):
+    return 2 * math.prod(x_shape) * sum(rows for rows, _ in up_shapes)  # what torch.compile weighs recomputation by
 
 
 @torch.library.custom_op("peftlib::adapted_products_backward", mutates_args=())

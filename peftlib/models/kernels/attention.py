@@ -5,7 +5,7 @@ capability 8.0 and newer) and the memory-efficient one (Rabe and Staats 2021, ar
 Each is tried on a few short rows before it is used; where none is right, rows are packed with masks.
 """
 
-import functools
+import contextlib
 import inspect
 import itertools
 
@@ -16,19 +16,23 @@ from torch import Tensor
 from peftlib.models.inspect import core
 from peftlib.models.precision import DTYPES
 
+with contextlib.suppress(ImportError):  # of a torch before 2.10, which runs the other kernel
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Whether it takes fewer heads of keys and values than of queries.
+    _SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
 _TOLERANCE = 0.02  # relative L2 distance of outputs and gradients in 16 bits; a wrong mask is off by far more
 _LENGTHS, _WINDOW = (3, 45, 16), 8  # of the rows that a kernel is tried on
 
 
 def _varlen(query, key, value, cu_seqlens, longest, window, scale):
-    from torch.nn.attention import varlen
-
     how = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
-    if _shares_heads(varlen.varlen_attn):
+    if _SHARES_HEADS:
         how["enable_gqa"] = True
     else:
         key, value = (_repeated(t, query.shape[1]) for t in (key, value))
-    return varlen.varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **how)
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **how)
 
 
 def _efficient(query, key, value, cu_seqlens, longest, window, scale):
@@ -37,12 +41,6 @@ def _efficient(query, key, value, cu_seqlens, longest, window, scale):
 
 
 KERNELS = {"varlen": _varlen, "efficient": _efficient}  # best first
-
-
-@functools.cache
-def _shares_heads(varlen_attn):
-    """Whether this torch's varlen attention takes fewer heads of keys and values than of queries."""
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _repeated(t, heads):

@@ -6,6 +6,7 @@ layer and g is the gradient of what leaves it. R = (g P)^T x, or (x P)^T g where
 optimizer asks for G itself.
 """
 
+import math
 import types
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from peftlib.optim.subspace import low_gradient
 
@@ -23,17 +25,38 @@ _VIEWS: weakref.WeakValueDictionary[int, "View"] = weakref.WeakValueDictionary()
 class View:
     """What an optimizer sees of one layer's gradient.
 
-    basis: (m, r) float32, orthonormal columns over the weight's shorter side m; the optimizer fills it.
-    gradient: R (r, n), summed in its `grad` as autograd does.
-    take: called in each backward pass with (g (T, out), x (T, in)); what it returns is R, unless that is None.
+    basis: (m, r) float32, orthonormal columns over the weight's shorter side m; `adopt` fills it.
+    gradient: R (r, n) is summed in its `grad`, as autograd does.
     """
 
     def __init__(self, weight: Tensor, rank: int):
         self.basis = torch.zeros(min(weight.shape), rank, device=weight.device)
+        self._narrow = None  # the basis in the dtype of the products
         # Its numbers are never read, so one stands for all: autograd wants a leaf of R's shape.
         self.gradient = torch.zeros(1, device=weight.device).expand(rank, max(weight.shape)).requires_grad_()
-        self.take: Callable[[Tensor, Tensor], Tensor | None] = lambda g, x: None
+        self._take = None
         _VIEWS[self.gradient.data_ptr()] = self
+
+    def give_to(self, take: Callable[[Tensor, Tensor], Tensor | None]):
+        """Ask a bound method take(g (T, out), x (T, in)) in each backward pass; a tensor that it returns is R."""
+        self._take = weakref.WeakMethod(take)
+
+    def adopt(self, basis: Tensor) -> Tensor:
+        """Copy a basis to `basis`, which is returned."""
+        self.basis.copy_(basis)
+        if self._narrow is not None:
+            self._narrow.copy_(basis)
+        return self.basis
+
+    def low(self, g: Tensor, x: Tensor) -> Tensor:
+        """R (r, n) float32 of the gradient g^T x."""
+        take = self._take and self._take()
+        taken = take and take(self, g, x)
+        if taken is not None:
+            return taken
+        if self._narrow is None or self._narrow.dtype != g.dtype:
+            self._narrow = self.basis.to(g.dtype)
+        return low_gradient(g, x, self._narrow)
 
 
 def train_in_views(model, weights, rank):
@@ -55,36 +78,35 @@ def _forward(self, x):
     if not torch.is_grad_enabled():
         return F.linear(x, self.weight)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    weight = self.weight.detach().to(dtype)
-    return torch.ops.peftlib.viewed_product(x.to(dtype), weight, self.view.basis, self.view.gradient)
+    return torch.ops.peftlib.viewed_product(x.to(dtype), self.weight.detach().to(dtype), self.view.gradient)
 
 
 @torch.library.custom_op("peftlib::viewed_product", mutates_args=())
-def viewed_product(x: Tensor, weight: Tensor, basis: Tensor, gradient: Tensor) -> Tensor:
-    """x W^T, whose backward pass gives `gradient` (r, n) R. x: (..., in); weight: (out, in); basis: (m, r) float32."""
+def viewed_product(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    """x W^T, whose backward pass gives R to `gradient` (r, n), a View's. x: (..., in); weight: (out, in)."""
     return F.linear(x, weight)
 
 
 @viewed_product.register_fake
-def _(x, weight, basis, gradient):
+def _(x, weight, gradient):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("peftlib::viewed_product_backward", mutates_args=())
-def viewed_product_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, basis: Tensor, gradient: Tensor, needs_x: bool
-) -> list[Tensor]:
+def viewed_product_backward(grad: Tensor, x: Tensor, weight: Tensor, gradient: Tensor, needs_x: bool) -> list[Tensor]:
     """[gradient of x (empty unless it is needed), R (r, n) float32]."""
-    flat, entered = grad.flatten(0, -2), x.flatten(0, -2)
-    low = _VIEWS[gradient.data_ptr()].take(flat, entered)
-    if low is None:
-        low = low_gradient(flat, entered, basis)
+    low = _VIEWS[gradient.data_ptr()].low(grad.flatten(0, -2), x.flatten(0, -2))
     return [(grad @ weight) if needs_x else x.new_empty(0), low]
 
 
 @viewed_product_backward.register_fake
-def _(grad, x, weight, basis, gradient, needs_x):
+def _(grad, x, weight, gradient, needs_x):
     return [x.new_empty(x.shape if needs_x else 0), gradient.new_empty(gradient.shape)]
+
+
+@register_flop_formula(torch.ops.peftlib.viewed_product)
+def _(x_shape, weight_shape, *others, **settings):
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def _keep(ctx, inputs, output):
@@ -92,9 +114,9 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, grad):
-    x, weight, basis, gradient = ctx.saved_tensors
-    grad_x, low = torch.ops.peftlib.viewed_product_backward(grad, x, weight, basis, gradient, ctx.needs_input_grad[0])
-    return grad_x if ctx.needs_input_grad[0] else None, None, None, low
+    needs_x, *_ = ctx.needs_input_grad
+    grad_x, low = torch.ops.peftlib.viewed_product_backward(grad, *ctx.saved_tensors, needs_x)
+    return grad_x if needs_x else None, None, low
 
 
 viewed_product.register_autograd(_gradients, setup_context=_keep)
