@@ -42,6 +42,10 @@ class Accumulating:
         """The tensors in whose `grad` autograd sums."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    def can_capture(self):
+        """Whether the whole update is device work that `rates_of` alone changes from step to step."""
+        return False
+
     def is_steady(self):
         """Whether the next backward pass does what every one does, so that it can be captured."""
         return True
@@ -160,7 +164,7 @@ class AccumulatingAdamW(Accumulating, torch.optim.Optimizer):
         return torch.tensor([factor, -size, 1 - group["lr"] * group["weight_decay"]])
 
     def can_capture(self):
-        """Whether the whole update is device work that `rates_of` alone changes from step to step."""
+        """Whether every weight has a state, those of a group of the same age."""
         return all(
             all(map(self.state.get, group["params"])) and len(self._of_one_age(group)) == 1
             for group in self.param_groups

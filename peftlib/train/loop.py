@@ -137,7 +137,7 @@ class TrainingRun:
         self.scaler = loss_scaler(self.device, self.precision)
         self._open.enter_context(memory_cap(cfg, self.device))
         how = {"device": self.device, "precision": self.precision, "log": self.log}
-        left, tokens = self.plan.steps - self.checkpoints.last_step(), self.rows.lengths.mean() * cfg.batch_size
+        left, tokens = self.plan.steps - self.checkpoints.last_step(), float(self.rows.lengths.mean()) * cfg.batch_size
         self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=max(0, left), tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how, is_compiled=self.execution.is_compiled)

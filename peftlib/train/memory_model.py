@@ -22,7 +22,7 @@ _BACKWARD = {"hidden": 4.0, "intermediate": 2.5}
 _EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
 # What is left of a layer's activations where its backward pass recomputes the cheap ones, and the time that costs.
 CHEAP_BUDGET = 0.8  # of torch.compile's own measure
-_CHEAP_KEPT, _CHEAP_TIME = 0.65, {"adapters": 1.0, "whole": 1.055}
+_CHEAP_KEPT, _CHEAP_TIME = 0.65, {"adapters": 1.0, "full": 1.055, "apollo": 1.055}  # GaLore's layers: nearly all go
 # A step's time over that of endless micro-batches without recomputation: tokens that a launch of all kernels is worth,
 # and the shares that recomputing or offloading every layer adds. Fitted by hand to an H200's speeds of the 1B shape,
 # but for the kernels' launches and offloading, which are assumed.
@@ -101,10 +101,10 @@ def optimizer_bytes(shape, method, cfg):
     return int(_Counts(shape, methods.find(method), cfg).optimizer())
 
 
-def candidates(cfg, *, layers, trains_whole=False, is_compiled=True, is_graphed=True, tokens=None):
+def candidates(cfg, *, layers, cheap_time=1.0, is_compiled=True, is_graphed=True, tokens=None):
     """Settings of `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not.
 
-    tokens: of a step, on average; None for rows of max_length.
+    cheap_time: what recomputing cheap activations multiplies a step's time by; None: they are kept. tokens: of a step, on average; None for rows of max_length.
     """
     found, most = [], cfg.batch_size * cfg.max_length
     tokens = min(tokens or most, most)
@@ -113,11 +113,11 @@ def candidates(cfg, *, layers, trains_whole=False, is_compiled=True, is_graphed=
         for kind, share in _RECOMPUTING.items():
             counts = sorted({-(-layers * n // 8) for n in range(1, 9)}) if kind == "on" else [layers]
             for count in [0] if kind == "off" else [] if kind == "offload" and cfg.lora_dropout > 0 else counts:
-                for is_cheap in (False, True) if is_compiled else (False,):
+                for is_cheap in (False, True) if is_compiled and cheap_time else (False,):
                     passes = max(1.0, uneven * tokens / (size * cfg.max_length))
                     cost = 1 + _LAUNCH["graphs" if is_graphed else "kernels"] * passes / tokens
                     cost *= 1 + share * count / layers
-                    cost *= _CHEAP_TIME["whole" if trains_whole else "adapters"] if is_cheap else 1.0
+                    cost *= cheap_time if is_cheap else 1.0
                     found.append((cost, is_cheap, size, kind, count))
     names = ("is_cheap", "micro_batch", "checkpointing", "recomputed")
     return [dict(zip(names, setting[1:], strict=True)) for setting in sorted(found)]
@@ -134,8 +134,9 @@ def best_plan(shape, method, cfg, *, device_bytes, tokens=None, **how):
         settings = [{"micro_batch": size, "checkpointing": cfg.activation_checkpointing}]
     else:
         kinds = {name: value for name, value in how.items() if name in ("is_compiled", "is_graphed")}
-        trains_whole = set(methods.find(method).trains) != {"adapters"}
-        settings = candidates(cfg, layers=shape.layers, trains_whole=trains_whole, tokens=tokens, **kinds)
+        times = [_CHEAP_TIME[kind] for kind in methods.find(method).trains if kind in _CHEAP_TIME]
+        kinds |= {"cheap_time": max(times, default=None), "tokens": tokens}
+        settings = candidates(cfg, layers=shape.layers, **kinds)
     plans = []
     for setting in settings:
         plans.append(estimate(shape, method, cfg, **setting, **how))

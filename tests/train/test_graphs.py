@@ -101,7 +101,7 @@ def assert_alike(one, two):
         torch.testing.assert_close(weight, two[1][name], atol=2e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", "apollo"])
+@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", "full", "apollo"])
 def test_flat_rows_and_captured_steps_train_as_rows_with_masks_do(trained, method, monkeypatch):
     with_masks = trained(method, is_graphed=False, is_flat=False)
     flat = trained(method, is_graphed=False)
