@@ -111,7 +111,7 @@ def test_flat_rows_and_captured_steps_train_as_rows_with_masks_do(trained, metho
     assert_alike(graphed, flat)
     captured = Rerun.captured
     assert captured.count("_run_forward") == captured.count("_run_backward") > 0
-    is_captured = method != "apollo"  # which draws projections on the host
+    is_captured = method not in ("apollo", "full")  # one draws projections on the host, one has 8-bit moments
     assert captured.count("finish_accumulation") == captured.count("_run_moves") == is_captured
     if method == "qlora":  # all its steps are alike: a length is captured once
         assert captured.count("_run_forward") == graphed[2].graphs.captured
