@@ -4,6 +4,7 @@ from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec
 from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
 from peftlib.models.precision import DTYPES
 from peftlib.optim.galore import GaLoreAdamW
+from peftlib.optim.sharded import ShardedGaLoreAdamW
 
 
 def prepare(model, cfg):
@@ -43,7 +44,8 @@ def build_optimizer(model, cfg):
 
 def galore_adamw(cfg, projected, plain):
     """GaLoreAdamW over `projected` weights and one group of plain ones."""
-    return GaLoreAdamW(
+    make = ShardedGaLoreAdamW if cfg.shard_optimizer else GaLoreAdamW
+    return make(
         [projected_group(projected, cfg, rank=cfg.galore_rank, scale=cfg.galore_scale), plain],
         lr=cfg.galore_learning_rate,
         weight_decay=cfg.weight_decay,

@@ -12,6 +12,7 @@ from peftlib.core.env import require_bitsandbytes
 from peftlib.core.errors import ConfigError
 from peftlib.optim import moments
 from peftlib.optim.adamw import ProjectedAdamW
+from peftlib.optim.moments import parts_within, state_numbers
 from peftlib.optim.subspace import (
     COLD_ITERATIONS,
     WARM_ITERATIONS,
@@ -24,15 +25,10 @@ from peftlib.optim.subspace import (
     turned,
 )
 
+__all__ = ["GaLoreAdamW", "state_numbers"]
+
 GATHERED, _STEPS_BETWEEN = 3 << 28, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
-_NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
-
-
-def state_numbers(shapes, rank) -> tuple[int, int]:
-    """(GaLore's, Adam's) count of optimizer numbers for 2-D weights of these shapes: basis and two moments, against two
-    moments of the weight's own size."""
-    galore = sum(min(shape) * rank + 2 * rank * max(shape) for shape in shapes)
-    return galore, sum(2 * shape[0] * shape[1] for shape in shapes)
+NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
 
 class GaLoreAdamW(ProjectedAdamW):
@@ -109,14 +105,14 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def basis_passes(self):
         """Yields once for each extra backward pass over the step that due bases need; see whole_gradient_bytes."""
-        parts = _parts([p for p, group in self._projected if self._is_due(p, group)], self.whole_gradient_bytes)
+        parts = parts_within([p for p, group in self._projected if self._is_due(p, group)], self.whole_gradient_bytes)
         if len(parts) < 2:
             return
         for part in parts:
             self._held = set(part)
             yield
             self._fit_due()
-            self._drop_gradients()
+            self.drop_gradients()
         self._held = None
 
     def _is_due(self, p, group):
@@ -142,6 +138,26 @@ class GaLoreAdamW(ProjectedAdamW):
                 self._low[p].addmm_(basis.T, grad.float())
             else:
                 self._low[p] = basis.T @ grad.float()
+
+    def _sums(self):
+        shapes = dict(super()._sums())
+        low = [(p, torch.Size((group["rank"], max(p.shape)))) for p, group in self._projected]
+        return [*low, *((p, shape) for p, shape in shapes.items() if p not in self._group_of)]
+
+    def _put_sum(self, p, zeros):
+        if p in self._group_of:
+            self._low[p] = zeros
+        else:
+            super()._put_sum(p, zeros)
+
+    def whole_sums(self):
+        """The whole gradients of the weights whose bases come from this pass, (m, n) each."""
+        due = [p for p, group in self._projected if p not in self._pending and self._is_due(p, group)]
+        due = due if self._held is None else [p for p, _ in self._projected if p in self._held]
+        for p in due:
+            if p not in self._full:
+                self._full[p] = torch.zeros(min(p.shape), max(p.shape), device=p.device)
+        return [self._full[p] for p in due]
 
     def _accumulated(self):
         whole = dict(self._full)
@@ -181,6 +197,8 @@ class GaLoreAdamW(ProjectedAdamW):
             steps = COLD_ITERATIONS if is_cold else WARM_ITERATIONS
             bases = leading_space(torch.stack(grams), torch.stack(starts), steps)
             self._pending.update((p, basis.clone()) for p, basis in zip(params, bases, strict=True))
+        if self._full and self.processes:  # unlike cards would fit bases that differ by rounding
+            self.processes.broadcast_([self._pending[p] for p, _ in self._projected if p in self._full])
 
     def begin_step(self):
         """Create missing states, adopt the pending bases, and count the step."""
@@ -202,7 +220,7 @@ class GaLoreAdamW(ProjectedAdamW):
         if "basis" not in state:
             state["basis"] = basis
             return
-        if self.on_refresh == "project":
+        if self.on_refresh == "project" and "exp_avg" in state:
             turn = basis.T @ state["basis"]
             moments.write(state, "exp_avg", turn @ moments.read(state, "exp_avg"))
             moments.write(state, "exp_avg_sq", turn.square() @ moments.read(state, "exp_avg_sq"))
@@ -217,7 +235,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def gather_refreshes(self):
         """Refresh in as few steps of a gap as the whole gradients allow: the others are then alike (`is_steady`)."""
-        parts = _parts([p for p, _ in self._projected], GATHERED) if self._is_spread else []
+        parts = parts_within([p for p, _ in self._projected], GATHERED) if self._is_spread else []
         for i, part in enumerate(parts):
             for p in part:
                 gap = self._group_of[p]["update_gap"]
@@ -236,7 +254,7 @@ class GaLoreAdamW(ProjectedAdamW):
         if "rank" not in group:
             self._move_plain(group, members, rates)
             return
-        for part in _parts(members, _NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
+        for part in parts_within(members, NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
             updates = self._adam([self.state[p] for p in part], [self._low[p] for p in part], group, rates[0])
             torch._foreach_mul_(updates, rates[1])
             for p, update in zip(part, updates, strict=True):
@@ -264,7 +282,8 @@ class GaLoreAdamW(ProjectedAdamW):
         torch._foreach_add_(members, updates)
         torch._foreach_mul_(members, rates[2])
 
-    def _drop_gradients(self):
+    def drop_gradients(self):
+        """Forget one accumulation; bases of earlier passes stay."""
         super().zero_grad(True)
         self._full.clear()
         if self.keeps_buffers and self._low:
@@ -274,19 +293,7 @@ class GaLoreAdamW(ProjectedAdamW):
 
     def zero_grad(self, set_to_none=True):
         """Drop what was accumulated, plain and projected, and bases not yet adopted."""
-        self._drop_gradients()
+        self.drop_gradients()
         self._pending.clear()
         self._fit_norms.clear()
         self._held = None
-
-
-def _parts(items, limit, *, size=lambda p: 4 * p.numel()):
-    """Runs of `items` whose summed sizes stay within `limit`; a larger item stands alone."""
-    parts, room = [], 0
-    for item in items:
-        if size(item) > room or not parts:
-            parts.append([])
-            room = limit
-        parts[-1].append(item)
-        room -= size(item)
-    return parts

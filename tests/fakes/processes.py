@@ -1,0 +1,58 @@
+"""Starts several processes that train one run after another, as torchrun starts them, but without its agent.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/fakes/processes.py '[["qlora", {...}], ...]'
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+
+
+def start(n, runs, root, log_folder):
+    """[Popen, ...] of n processes that train `runs`, [(method, fields of the config), ...], below PEFTLIB_ROOT."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": str(HERE.parents[2]), "PEFTLIB_ROOT": str(root), "PEFTLIB_MIRROR": "off"}
+    shared |= {"HF_HUB_OFFLINE": "1"}
+    started = []
+    for rank in range(n):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(Path(log_folder) / f"{rank}.log", "w", encoding="utf-8") as log:
+            command = [sys.executable, str(HERE), json.dumps(runs)]
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    return started
+
+
+def train(n, runs, root, log_folder, timeout_s=300):
+    """Train `runs` on n processes; returns what the main one said. AssertionError: one of them failed."""
+    started = start(n, runs, root, log_folder)
+    codes = [process.wait(timeout_s) for process in started]
+    said = [(Path(log_folder) / f"{rank}.log").read_text(encoding="utf-8") for rank in range(n)]
+    assert codes == [0] * n, "\n".join(said)
+    assert not any(said[1:]), said[1:]
+    return said[0]
+
+
+def main(runs):
+    import torch
+
+    torch.set_num_threads(1)
+    from peftlib.core.config import Config
+    from peftlib.core.study import Study
+    from peftlib.train import estimate
+    from peftlib.train.loop import TrainingRun
+
+    estimate.matmul_ceiling = lambda *args, **settings: 1e12
+    for method, fields in runs:
+        TrainingRun(Study.open(Config(**fields)), method, log=lambda line: print(line, flush=True)).train()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
