@@ -156,7 +156,8 @@ class GaLoreAdamW(ProjectedAdamW):
         due = due if self._held is None else [p for p, _ in self._projected if p in self._held]
         for p in due:
             if p not in self._full:
-                self._full[p] = torch.zeros(min(p.shape), max(p.shape), device=p.device)
+                # As a gradient lies in memory, for what is summed over processes is the memory.
+                self._full[p] = torch.zeros_like(turned(p), dtype=torch.float32)
         return [self._full[p] for p in due]
 
     def _accumulated(self):

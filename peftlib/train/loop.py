@@ -28,6 +28,7 @@ from peftlib.train.parallel.exchange import divide
 from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap
 from peftlib.train.step import Stepper, StepPlan, learning_rate_factor
 
+_ECHO_S = 5.0  # in which a launcher hands on a signal that the terminal sent to all processes
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
 
 
@@ -101,7 +102,7 @@ class TrainingRun:
             self._callbacks = CallbackList(self, [*loggers.of(self), *callbacks] if self.processes.is_main else [])
             self._callbacks.show()
             try:
-                with interrupts() as interrupted:
+                with interrupts(echo_s=0.0 if self.processes.world == 1 else _ECHO_S) as interrupted:
                     self._loop(interrupted)
                 compiled.release(self.model)
                 if self.progress.step == self.plan.steps:

@@ -14,6 +14,7 @@ import time
 
 import psutil
 
+from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, ParallelError
 
 _LOOK_EVERY_S = 0.05
@@ -71,12 +72,13 @@ def require_one(what):
 
 
 def join(device):
-    """The processes of this run, device 'cuda' or 'cpu'. Imports nothing where there is one.
+    """The processes of this run. device: as a config has it. Imports nothing where there is one.
 
     ConfigError: more processes than GPUs on this machine.
     """
     if n_processes() == 1:
         return OneProcess()
+    device = resolve_device(device)
     if device not in _JOINED:
         _JOINED[device] = Processes(device)
     return _JOINED[device]
