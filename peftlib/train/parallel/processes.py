@@ -20,6 +20,8 @@ from peftlib.core.errors import ConfigError, ParallelError
 _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 1.0
 _GRACE_S = 10.0  # for a process whose exchange cannot come to an end, after which it is ended
+_HEARD_S = 5.0  # in which all others have heard why the main process fails
+_GONE = "the main process is gone"
 _LEAVE_S = 60.0  # that a process stays for the main one to write its record: the launcher kills it when the first ends
 
 
@@ -108,7 +110,7 @@ class Processes(OneProcess):
         store, watched = (dist.TCPStore(*address, is_master=False, wait_for_workers=False) for _ in range(2))
         launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
         self._store, self._watched = (dist.PrefixStore(f"peftlib/{launch}", each) for each in (store, watched))
-        self._turn, self.failed, self._is_leaving = 0, None, False
+        self._turn, self.failed, self._is_leaving, self._has_told = 0, None, False, False
         here = psutil.Process()
         self._store.set(f"process/{self.rank}", json.dumps([socket.gethostname(), here.pid, here.create_time()]))
         self._peers = [json.loads(self._wait(f"process/{rank}")) for rank in range(self.world)]
@@ -196,6 +198,7 @@ class Processes(OneProcess):
         except BaseException as error:
             with contextlib.suppress(RuntimeError):  # the store went with the main process
                 self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+            self._has_told = True
             raise
 
     def require(self):
@@ -205,10 +208,15 @@ class Processes(OneProcess):
 
     def _wait(self, key):
         """The text under a key of the store, once it is there."""
-        while not self._store.check([key]):
-            self.require()
-            time.sleep(_LOOK_EVERY_S)
-        return self._store.get(key).decode()
+        try:
+            while not self._store.check([key]):
+                self.require()
+                time.sleep(_LOOK_EVERY_S)
+            return self._store.get(key).decode()
+        except ParallelError:
+            raise
+        except RuntimeError as error:  # the store's: where no launcher holds it, it is in the main process
+            self._raise(self.failed or _GONE, error)
 
     def _raise(self, reason, cause=None):
         self.failed = reason
@@ -226,9 +234,10 @@ class Processes(OneProcess):
                     continue
                 try:
                     if self._watched.check([f"failed/{rank}"]):
+                        self._watched.set(f"heard/{self.rank}", "1")
                         return f"process {rank} failed with {self._watched.get(f'failed/{rank}').decode()}"
                 except RuntimeError:
-                    return "the process that started this run is gone"
+                    return _GONE
                 if not _is_alive(peer):
                     return f"process {rank} ({peer[0]}, {peer[1]}) is gone"
             if time.monotonic() >= until:
@@ -253,6 +262,12 @@ class Processes(OneProcess):
 
     def _leave(self):
         self._is_over.set()
+        if self.is_main and self._has_told:  # the store may end with this process
+            others = [f"heard/{rank}" for rank in range(1, self.world)]
+            until = time.monotonic() + _HEARD_S
+            with contextlib.suppress(RuntimeError):
+                while not self._store.check(others) and time.monotonic() < until:
+                    time.sleep(_LOOK_EVERY_S)
         if not self.failed and self._dist.is_initialized():
             self._dist.destroy_process_group()
 
