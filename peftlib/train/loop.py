@@ -49,6 +49,9 @@ class TrainingRun:
     one alone logs, is watched, holds the lock and writes. ParallelError: another one has failed.
     """
 
+    progress: run_state.Progress
+    record: dict[str, Any]
+
     def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
         self._given, self.study = study, study.with_rates_of(method)
         self.cfg, self.name, self.log = self.study.cfg, method, log
@@ -118,9 +121,9 @@ class TrainingRun:
 
     def _locked(self):
         what, run = f"training {self.name}, seed {self.cfg.seed}", f"{self.name}-s{self.cfg.seed}"
-        is_main = self.processes.is_main
-        free = contextlib.nullcontext(lambda: None)
-        return held(self.study.folder, what, run=run, log=self.log) if is_main else free
+        if not self.processes.is_main:
+            return contextlib.nullcontext(lambda: None)
+        return held(self.study.folder, what, run=run, log=self.log)
 
     def _begin(self):
         self._given.freeze()
@@ -199,8 +202,7 @@ class TrainingRun:
 
     def _gradients(self, numbers):
         """Accumulate the gradients of the numbered rows; returns their loss, 0-dim on the device."""
-        step, rank, made = self.progress.step, self.processes.rank, []
-        scored = int(self.rows.scored[numbers].sum())
+        step, rank, made, scored = self.progress.step, self.processes.rank, [], int(self.rows.scored[numbers].sum())
         part = divide(numbers, self.rows.lengths, self.processes.world)[rank]
 
         def cut():
@@ -241,8 +243,8 @@ class TrainingRun:
         self._settle()
         step = self.progress.step
         with compiled.uncompiled(self.model):
-            how = {"device": self.device, "precision": self.precision, "processes": self.processes}
-            loss = mean_loss(self.model, self.valid, **how)
+            how = {"precision": self.precision, "processes": self.processes}
+            loss = mean_loss(self.model, self.valid, device=self.device, **how)
         is_known = math.isfinite(loss)
         self.record["valid_history"].append({"step": step, "valid_loss": loss if is_known else None})
         shown = f"{loss:.4f}" if is_known else f"is {loss}: recorded as unknown"
