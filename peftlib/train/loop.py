@@ -218,8 +218,7 @@ class TrainingRun:
         cut()
         self._watch.launch()
         # Dropout depends on seed, step and process alone, so nothing done between two steps can change it.
-        seed = seed_of(self.cfg.seed, step, *[rank] * (rank > 0))
-        return self.stepper.gradients(cut, scored, seed=seed, recover=recover)
+        return self.stepper.gradients(cut, scored, seed=seed_of(self.cfg.seed, step, *[rank][:rank]), recover=recover)
 
     def _update(self, loss, rate):
         """Apply the step; returns precision.Applied. NonFiniteLossError: no lower loss scale could help."""
@@ -243,8 +242,8 @@ class TrainingRun:
         self._settle()
         step = self.progress.step
         with compiled.uncompiled(self.model):
-            how = {"precision": self.precision, "processes": self.processes}
-            loss = mean_loss(self.model, self.valid, device=self.device, **how)
+            how = {"device": self.device, "precision": self.precision}
+            loss = mean_loss(self.model, self.valid, **how, processes=self.processes)
         is_known = math.isfinite(loss)
         self.record["valid_history"].append({"step": step, "valid_loss": loss if is_known else None})
         shown = f"{loss:.4f}" if is_known else f"is {loss}: recorded as unknown"

@@ -84,6 +84,7 @@ def test_several_processes_reach_the_weights_of_one(make_study, tmp_path, n, nam
         assert found["exchange"]["bytes"] >= 10 * found["exchange"]["bytes_a_step"] > 0
 
 
+@SLOW
 def test_a_run_goes_on_with_another_number_of_processes(make_study, tmp_path):
     """2 -> 1 -> 4, with moments divided where there are several; the record says who trained."""
     fields = {**FIELDS, "shard_optimizer": True, "save_steps": 2}
@@ -140,6 +141,7 @@ def said_by(folder):
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.log")))
 
 
+@SLOW
 def test_what_ends_the_main_process_is_said_by_the_others(make_study, tmp_path):
     study = make_study(**FIELDS)
     folder = study.checkpoint_dir("qlora", 0)
@@ -150,6 +152,7 @@ def test_what_ends_the_main_process_is_said_by_the_others(make_study, tmp_path):
     assert "process 1 of 2 cannot go on: process 0 failed with" in (tmp_path / "1.log").read_text()
 
 
+@SLOW
 def test_out_of_memory_on_one_process_is_its_own_affair(make_study, tmp_path):
     one = make_study(study="one", **FIELDS)
     run, _ = trained(one, "galore")

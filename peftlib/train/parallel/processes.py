@@ -21,7 +21,7 @@ _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 1.0
 _GRACE_S = 10.0  # for a process whose exchange cannot come to an end, after which it is ended
 _HEARD_S = 5.0  # in which all others have heard why the main process fails
-_GONE = "the main process is gone"
+_GONE = "process 0 is gone, the main one"
 _LEAVE_S = 60.0  # that a process stays for the main one to write its record: the launcher kills it when the first ends
 
 
