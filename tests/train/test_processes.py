@@ -13,8 +13,12 @@ from test_train import trained
 
 from peftlib import methods
 from peftlib.core import record as records
+from peftlib.core.errors import ConfigError
+from peftlib.core.files import GIB
 from peftlib.models.inspect import trainable
+from peftlib.models.shapes import SHAPES
 from peftlib.storage.checkpoint import CheckpointDir
+from peftlib.train import memory_model, sweep
 from peftlib.train.loop import TrainingRun
 from peftlib.train.parallel.exchange import divide
 
@@ -161,3 +165,14 @@ def test_out_of_memory_on_one_process_is_its_own_affair(make_study, tmp_path):
     said = processes.train(2, [("galore", fields)], tmp_path / "runs", tmp_path, full_rank=0)
     assert "out of memory at step 3: going on with micro_batch_size=2" in said
     assert relative(weights_there(several, "galore", 2), weights_of(run)) < 1e-5
+
+
+def test_what_several_cards_cannot_do_is_refused_with_the_arithmetic(make_study, monkeypatch):
+    cfg = make_study().cfg.replace(galore_rank=128, shard_optimizer=True)
+    whole = memory_model.optimizer_bytes(SHAPES["gemma-3-1b"], "galore", cfg)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert 0.25 * whole < memory_model.optimizer_bytes(SHAPES["gemma-3-1b"], "galore", cfg) < 0.6 * whole
+    with pytest.raises(ConfigError, match=r"4 cards do not change that: each holds all weights \(\d\.\d\d GiB\)"):
+        memory_model.choose(SHAPES["gemma-3-1b"], "galore", cfg, device_bytes=2 * GIB, precision="bf16")
+    with pytest.raises(ConfigError, match="4 processes: a sweep works in one process"):
+        sweep.sweep(make_study(), "qlora", log=lambda line: None)
