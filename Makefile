@@ -6,6 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVAL
 
 .PHONY: demo test test-slow test-browser chaos faults bench-data bench-generate docs readme badges clean
 KILLS := 100
+PROCESSES := 1
 
 # Made anew whenever what it installs has changed.
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
@@ -49,9 +50,9 @@ test-slow: $(VENV)/installed
 test-browser: $(VENV)/browser $(VENV)/ipykernel6
 	$(OFFLINE) $(BIN)/python -m pytest -q -rs -m browser tests/browser
 
-# Real training processes, killed; KILLS=n says how often.
+# Real training processes, killed; KILLS=n says how often, PROCESSES=n how many train a run together.
 chaos: $(VENV)/installed
-	$(OFFLINE) $(BIN)/python tests/stress/chaos.py --kills $(KILLS)
+	$(OFFLINE) $(BIN)/python tests/stress/chaos.py --kills $(KILLS) --processes $(PROCESSES)
 
 # A fault at every write, rename, flush and deletion of checkpoints and their copies, and every damage to a study.
 faults: $(VENV)/installed

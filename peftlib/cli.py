@@ -93,11 +93,21 @@ def data(
 
 @_command("train qlora --study first", "train galore --study first --seed 1 -p max_seconds=3600")
 def train(method: Method, study: AnyName = None, profile: Profile = None, seed: Seed = 0, settings: Settings = None):
-    """Train one method on a study's rows, or resume a run that was cut."""
-    found = study_of(given_settings(settings, profile=profile, study=study, seed=seed))
+    """Train one method on a study's rows, or resume a run that was cut.
+
+    On several GPUs: torchrun --nproc-per-node N -m peftlib train METHOD ...
+    """
+    given = given_settings(settings, profile=profile, study=study, seed=seed)
+    from peftlib.train.parallel.processes import join
+
+    processes = join(resolve(**given).device)
+    with processes.main_first():
+        found = study_of(given, is_copied=processes.is_main)
     from peftlib import run_training
 
     record = run_training(found, method)
+    if not processes.is_main:
+        return 0  # any other code would have the launcher end the main process while it copies the study
     steps = f"{record['steps']} of {record['planned_steps']} steps"
     print(f"{method}, seed {seed}: {record['status']}, {steps}, {(record['train_seconds'] or 0) / 60:.1f} min")
     return 0 if record["status"] == "ok" else console.STOPPED_CODE

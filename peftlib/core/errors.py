@@ -66,6 +66,10 @@ class Stopped(PeftlibError):
     """Work that ends before its time is over; what is done is kept, and the same call goes on from there."""
 
 
+class ParallelError(PeftlibError, RuntimeError):
+    """A process of a run on several has failed or is gone; the last checkpoint is kept."""
+
+
 class NonFiniteLossError(PeftlibError, FloatingPointError):
     """Training met a loss that is inf or nan; the last good checkpoint is kept."""
 

@@ -39,7 +39,7 @@ _OUTCOME = {
 }
 _LATER = (
     "total_params first_step_s mfu matmul_tflops skipped_steps saves save_stall_seconds forked_from "
-    "placement rate_factor"
+    "placement rate_factor processes exchange"
 )
 _OUTCOME_NAMES = [name.removesuffix("?") for name in _OUTCOME]
 _AT_START = "method seed status error config split_hash model model_provenance precision device"
@@ -51,7 +51,7 @@ _SHAPE = {
     **_OUTCOME,
     **_optional(str, "status run_hash split_hash model model_provenance precision device"),
     **_optional(_TEXT, "error precision_reason evaluation_error model_sha256 model_revision forked_from"),
-    **_optional(_COUNT, "total_params skipped_steps"),
+    **_optional(_COUNT, "total_params skipped_steps processes"),
     **_optional(_NUMBER, "rate_factor"),
     **_optional(Map(str), "weights_sha256 settings_sha256"),
     "config?": {},
@@ -63,6 +63,7 @@ _SHAPE = {
     "git?": {"commit?": _TEXT, "is_dirty?": Maybe(bool)},
     "changes?": [{"step": int, "what": str}],
     "placement?": Maybe({}),
+    "exchange?": Maybe({"bytes_a_step": int, "bytes": int}),
     "side_by_side?": int,
 }
 

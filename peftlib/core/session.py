@@ -52,19 +52,23 @@ class Deadline:
 
 
 @contextlib.contextmanager
-def interrupts():
+def interrupts(*, echo_s=0.0):
     """Yield an event that Ctrl-C, the kernel's interrupt button or SIGTERM sets; a second signal raises at once.
 
     Training then stops after the current step, with a checkpoint. Threads other than the main one get no signals.
+    echo_s: seconds in which more signals are the first one's: a launcher passes on what the terminal has sent already.
     """
-    asked = threading.Event()
+    asked, since = threading.Event(), time.monotonic()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number, frame):
-        if asked.is_set():
+        nonlocal since
+        if asked.is_set() and time.monotonic() - since >= echo_s:
             raise KeyboardInterrupt
+        if not asked.is_set():
+            since = time.monotonic()
         asked.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -5,6 +5,7 @@ from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
 from peftlib.models.kernels.projections import train_in_views
 from peftlib.models.precision import DTYPES
 from peftlib.optim.galore import GaLoreAdamW
+from peftlib.optim.sharded import ShardedGaLoreAdamW
 
 
 def prepare(model, cfg):
@@ -45,7 +46,8 @@ def build_optimizer(model, cfg):
 def galore_adamw(model, cfg, projected, plain):
     """GaLoreAdamW over `projected` weights of a model, whose layers then make projected gradients alone, and one group
     of plain weights."""
-    optimizer = GaLoreAdamW(
+    make = ShardedGaLoreAdamW if cfg.shard_optimizer else GaLoreAdamW
+    optimizer = make(
         [projected_group(projected, cfg, rank=cfg.galore_rank, scale=cfg.galore_scale), plain],
         lr=cfg.galore_learning_rate,
         weight_decay=cfg.weight_decay,

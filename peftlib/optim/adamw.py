@@ -1,5 +1,6 @@
 """AdamW that owns the end of an accumulation: unscale, norm, infs, clipping."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from peftlib.core.env import require_bitsandbytes, seed_of
 from peftlib.core.errors import CheckpointError, ConfigError
 from peftlib.optim import moments
+
+_ALIGNED = 64  # numbers, to which the parts of a flat buffer are aligned
 
 
 class Accumulating:
@@ -30,6 +33,7 @@ class Accumulating:
     _fit_norms: Mapping[Tensor, Tensor] = MappingProxyType({})
     # The weights of the last accumulation, and the norms of what was summed for each.
     last_norms: tuple[Sequence[Tensor], Tensor | None] = ((), None)
+    processes = None  # that sum a step together (train/parallel), where there are several
 
     def basis_passes(self):
         """Yields once for each backward pass over the whole step that has to come before the real one."""
@@ -46,6 +50,47 @@ class Accumulating:
         """Whether the whole update is device work that `rates_of` alone changes from step to step."""
         return False
 
+    def use_flat_buffer(self, extra):
+        """Lay all sums of a step side by side in one buffer, which processes exchange as it is; returns it.
+
+        (N,) float32; its first `extra` numbers are the caller's. ConfigError: a plain weight is not float32.
+        """
+        self.keeps_buffers = True
+        shapes = self._sums()
+        edges = [_ALIGNED]
+        for p, shape in shapes:
+            if shape == p.shape and p.dtype != torch.float32:
+                raise ConfigError(f"a weight in {p.dtype} cannot train on several processes: hold it in float32")
+            edges.append(edges[-1] + -(-math.prod(shape) // _ALIGNED) * _ALIGNED)
+        flat = torch.zeros(edges[-1], device=shapes[0][0].device)
+        for (p, shape), start in zip(shapes, edges, strict=False):
+            self._put_sum(p, flat[start : start + math.prod(shape)].view(shape))
+        return flat
+
+    def _sums(self):
+        """[(weight, shape of what is summed for it), ...]."""
+        return [(p, p.shape) for p in Accumulating.leaves(self)]
+
+    def _put_sum(self, p, zeros):
+        """Sum into `zeros` from now on."""
+        p.grad = zeros
+
+    def whole_sums(self):
+        """The sums outside of the flat buffer, in an order that every process has; those not begun are made."""
+        return []
+
+    def shares_state(self):
+        """Whether parts of the state are with other processes, so that all have to join in whole_state_dict()."""
+        return False
+
+    def whole_state_dict(self):
+        """state_dict() with what other processes hold of the state; it is whole in the main one."""
+        return self.state_dict()
+
+    def drop_gradients(self):
+        """Forget one accumulation, within a step; what earlier passes of the step have found stays."""
+        self.zero_grad()
+
     def is_steady(self):
         """Whether the next backward pass does what every one does, so that it can be captured."""
         return True
@@ -55,8 +100,7 @@ class Accumulating:
         if not self.keeps_buffers:
             super().zero_grad(set_to_none)
             return
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if grads:
+        if grads := [p.grad for p in Accumulating.leaves(self) if p.grad is not None]:
             torch._foreach_zero_(grads)
 
     @torch.no_grad()
@@ -77,8 +121,7 @@ class Accumulating:
         # Kept from before the clipping, which turns every gradient into nan where one is.
         self.last_norms = ([*(p for p, _ in summed), *self._fit_norms], norms)
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(norms).all())).float()
-        if self.max_grad_norm > 0:
-            # The small constant is torch.nn.utils.clip_grad_norm_'s.
+        if self.max_grad_norm > 0:  # the small constant is torch.nn.utils.clip_grad_norm_'s
             torch._foreach_mul_(grads, torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
         return norm, found_inf
 
@@ -109,7 +152,7 @@ class Accumulating:
 
     def _accumulated(self):
         """[(weight, tensor), ...]: what step() applies to each weight, to be scaled in place."""
-        return [(p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return [(p, p.grad) for p in Accumulating.leaves(self) if p.grad is not None]
 
     def _state_shapes(self, p, group):
         """{name: shape} of the tensors that a weight's state always has."""

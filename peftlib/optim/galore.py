@@ -11,7 +11,7 @@ import torch
 from peftlib.core.env import require_bitsandbytes
 from peftlib.core.errors import ConfigError
 from peftlib.optim import moments
-from peftlib.optim.adamw import ProjectedAdamW
+from peftlib.optim.moments import parts_within
 from peftlib.optim.subspace import (
     COLD_ITERATIONS,
     WARM_ITERATIONS,
@@ -19,15 +19,13 @@ from peftlib.optim.subspace import (
     gram,
     is_turned,
     leading_space,
-    low_gradient,
-    product_in_float32,
     random_start,
     tensor_cores,
     turned,
 )
+from peftlib.optim.sums import SummedProjections
 
-GATHERED, _STEPS_BETWEEN = 3 << 28, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
-_NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
+NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
 
 
 def state_numbers(shapes, rank) -> tuple[int, int]:
@@ -37,7 +35,7 @@ def state_numbers(shapes, rank) -> tuple[int, int]:
     return galore, sum(2 * shape[0] * shape[1] for shape in shapes)
 
 
-class GaLoreAdamW(ProjectedAdamW):
+class GaLoreAdamW(SummedProjections):
     """AdamW in which groups with a "rank" are projected; the other groups are plain AdamW.
 
     params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}.
@@ -77,29 +75,9 @@ class GaLoreAdamW(ProjectedAdamW):
             raise ConfigError(f"moment_bits={moment_bits!r} is not allowed: use 8, 32")
         if moment_bits == 8:
             require_bitsandbytes("moment_bits=8")
-        super().__init__(params, rank_field="galore_rank", seed=seed, **settings)
         self.on_refresh, self.moment_bits, self.reference = on_refresh, moment_bits, reference
-        self.whole_gradient_bytes = whole_gradient_bytes
-        count = len(self._projected)
-        self._is_spread = stagger and not reference
-        self._phase = {  # weight -> the step of its gap at which its basis is due
-            p: i * group["update_gap"] // count if self._is_spread else 0
-            for i, (p, group) in enumerate(self._projected)
-        }
-        self._full = {}  # weight -> summed (m, n) gradient, where a basis is due
-        self._low = {}  # weight -> summed (r, n) gradient
-        self._pending = {}  # weight -> basis that step() will adopt
-        self._fit_norms = {}  # weight -> norm of the whole gradient that its pending basis comes from
-        self._held = None  # in a basis pass: the weights whose gradients it is for
-        self._hooks = {p: p.register_post_accumulate_grad_hook(self._absorb) for p, _ in self._projected}
-        self._views = {}
-
-    def see_through(self, views):
-        """Take the projected gradients that layers make themselves. views: {weight: kernels.projections.View}."""
-        self._views, self._weights = views, {view: p for p, view in views.items()}
-        for p, view in views.items():
-            view.give_to(self._take)
-            self._hooks.pop(p).remove()  # autograd would call it with no gradient
+        how = {"is_spread": stagger and not reference, "whole_gradient_bytes": whole_gradient_bytes}
+        super().__init__(params, rank_field="galore_rank", seed=seed, **how, **settings)
 
     def load_state_dict(self, state_dict):
         """Take over a saved state, each tensor in the dtype it was saved in."""
@@ -113,71 +91,6 @@ class GaLoreAdamW(ProjectedAdamW):
                 self.state[p][name] = value.to(device="cpu" if name == "step" else p.device, copy=True)
             if p in self._views and "basis" in self.state[p]:
                 self.state[p]["basis"] = self._views[p].adopt(self.state[p]["basis"])
-
-    def detach(self):
-        """Remove the backward hooks; the optimizer is of no use after it."""
-        for hook in self._hooks.values():
-            hook.remove()
-
-    def basis_passes(self):
-        """Yields once for each extra backward pass over the step that due bases need; see whole_gradient_bytes."""
-        parts = _parts([p for p, group in self._projected if self._is_due(p, group)], self.whole_gradient_bytes)
-        if len(parts) < 2:
-            return
-        for part in parts:
-            self._held = set(part)
-            yield
-            self._fit_due()
-            self._drop_gradients()
-        self._held = None
-
-    def _is_due(self, p, group):
-        return not self.state[p] or int(self.state[p]["step"]) % group["update_gap"] == self._phase[p]
-
-    @torch.no_grad()
-    def _absorb(self, p):
-        """Take a weight's gradient as soon as it is made, and free it."""
-        grad = turned(p.grad)
-        p.grad = None
-        if self._held is not None and p not in self._held:
-            return
-        if p in self._full:
-            self._full[p].add_(grad)
-            return
-        basis = self._pending.get(p)
-        if basis is None and (self._held is not None or self._is_due(p, self._group_of[p])):
-            self._full[p] = grad.to(torch.float32, copy=True)
-            return
-        basis = self.state[p]["basis"] if basis is None else basis
-        with tensor_cores(is_on=not self.reference):
-            if p in self._low:
-                self._low[p].addmm_(basis.T, grad.float())
-            else:
-                self._low[p] = basis.T @ grad.float()
-
-    @torch.no_grad()
-    def _take(self, view, g, x):
-        """R of a layer that has a View, where it is not what its basis says; the gradient is g^T x."""
-        p = self._weights[view]
-        is_left_out = self._held is not None and p not in self._held
-        basis = self._pending.get(p)
-        is_whole = basis is None and (self._held is not None or self._is_due(p, self._group_of[p]))
-        if not is_left_out and not is_whole:
-            return None if basis is None else low_gradient(g, x, basis)
-        if not is_left_out:
-            grad = turned(product_in_float32(g.T, x))
-            self._full[p] = self._full[p].add_(grad) if p in self._full else grad.contiguous()
-        return torch.zeros(view.gradient.shape, device=g.device)
-
-    def leaves(self):
-        """The tensors in whose `grad` autograd sums: the weights, or what stands for them in a View."""
-        return [self._views[p].gradient if p in self._views else p for p in super().leaves()]
-
-    def _gather(self):
-        """Take in the sums that autograd has made of projected gradients."""
-        for p, view in self._views.items():
-            if view.gradient.grad is not None:
-                self._low[p] = view.gradient.grad
 
     def _accumulated(self):
         self._gather()
@@ -218,6 +131,8 @@ class GaLoreAdamW(ProjectedAdamW):
             steps = COLD_ITERATIONS if is_cold else WARM_ITERATIONS
             bases = leading_space(torch.stack(grams), torch.stack(starts), steps)
             self._pending.update((p, basis.clone()) for p, basis in zip(params, bases, strict=True))
+        if self._full and self.processes:  # unlike cards would fit bases that differ by rounding
+            self.processes.broadcast_([self._pending[p] for p, _ in self._projected if p in self._full])
 
     def begin_step(self):
         """Create missing states, adopt the pending bases, and count the step."""
@@ -241,7 +156,7 @@ class GaLoreAdamW(ProjectedAdamW):
         if "basis" not in state:
             state["basis"] = basis
             return
-        if self.on_refresh == "project":
+        if self.on_refresh == "project" and "exp_avg" in state:
             turn = basis.T @ state["basis"]
             moments.write(state, "exp_avg", turn @ moments.read(state, "exp_avg"))
             moments.write(state, "exp_avg_sq", turn.square() @ moments.read(state, "exp_avg_sq"))
@@ -254,18 +169,6 @@ class GaLoreAdamW(ProjectedAdamW):
             rates[:2] = torch.stack((torch.ones(()), rates[1] / rates[0]))
         return rates
 
-    def gather_refreshes(self):
-        """Refresh in as few steps of a gap as the whole gradients allow: the others are then alike (`is_steady`)."""
-        parts = _parts([p for p, _ in self._projected], GATHERED) if self._is_spread else []
-        for i, part in enumerate(parts):
-            for p in part:
-                gap = self._group_of[p]["update_gap"]
-                self._phase[p] = i * gap // max(len(parts), 1) if gap >= _STEPS_BETWEEN * len(parts) else 0
-
-    def is_steady(self):
-        """False where a basis is due, whose weight keeps its whole gradient."""
-        return all(p in self._low and not self._is_due(p, group) for p, group in self._projected)
-
     def can_capture(self):
         """Stochastic rounding draws from a generator of each step."""
         return super().can_capture() and all(p.dtype == torch.float32 for p, _ in self._projected)
@@ -275,7 +178,7 @@ class GaLoreAdamW(ProjectedAdamW):
         if "rank" not in group:
             self._move_plain(group, members, rates)
             return
-        for part in _parts(members, _NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
+        for part in parts_within(members, NUMBERS_AT_ONCE, size=lambda p: self._low[p].numel()):
             updates = self._adam([self.state[p] for p in part], [self._low[p] for p in part], group, rates[0])
             torch._foreach_mul_(updates, rates[1])
             for p, update in zip(part, updates, strict=True):
@@ -302,33 +205,3 @@ class GaLoreAdamW(ProjectedAdamW):
         torch._foreach_mul_(updates, rates[1])
         torch._foreach_add_(members, updates)
         torch._foreach_mul_(members, rates[2])
-
-    def _drop_gradients(self):
-        super().zero_grad(True)
-        self._full.clear()
-        self._gather()  # of a pass that is given up
-        if self.keeps_buffers and self._low:
-            torch._foreach_zero_(list(self._low.values()))
-        else:
-            self._low.clear()
-            for view in self._views.values():
-                view.gradient.grad = None
-
-    def zero_grad(self, set_to_none=True):
-        """Drop what was accumulated, plain and projected, and bases not yet adopted."""
-        self._drop_gradients()
-        self._pending.clear()
-        self._fit_norms.clear()
-        self._held = None
-
-
-def _parts(items, limit, *, size=lambda p: 4 * p.numel()):
-    """Runs of `items` whose summed sizes stay within `limit`; a larger item stands alone."""
-    parts, room = [], 0
-    for item in items:
-        if size(item) > room or not parts:
-            parts.append([])
-            room = limit
-        parts[-1].append(item)
-        room -= size(item)
-    return parts

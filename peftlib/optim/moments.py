@@ -57,6 +57,18 @@ def _code(name, device):
     return create_dynamic_map(signed=name == "exp_avg").to(device)
 
 
+def parts_within(items, limit, *, size=lambda p: 4 * p.numel()):
+    """Runs of `items` whose summed sizes stay within `limit`; a larger item stands alone."""
+    parts, room = [], 0
+    for item in items:
+        if size(item) > room or not parts:
+            parts.append([])
+            room = limit
+        parts[-1].append(item)
+        room -= size(item)
+    return parts
+
+
 def round_stochastically(value: Tensor, generator) -> Tensor:
     """float32 to bfloat16, up or down with the probability that makes the mean right.
 

@@ -30,9 +30,10 @@ def given_settings(settings, *, source=None, **options):
     return given
 
 
-def study_of(given):
-    """The study that settings name, brought from its remote if it has one."""
-    mirror.open_mirror(output_root() / resolve(**given).study)
+def study_of(given, *, is_copied=True):
+    """The study that settings name. is_copied: brought from its remote if it has one, and copied there from now on."""
+    if is_copied:
+        mirror.open_mirror(output_root() / resolve(**given).study)
     return Study.resolve(**given)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from peftlib.models.kernels.losses import IGNORE, batch_loss_sum, next_tokens
 from peftlib.models.precision import autocast
+from peftlib.train.parallel.exchange import divide
 
 _ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square
 _ROWS_MULTIPLE = 16  # to which the number of a flat batch's rows is padded
@@ -98,6 +99,8 @@ class Rows:
 
     def batches(self, numbers, tokens, device):
         """Yield Batches of at most `tokens` tokens (padded, where they are not flat) that together hold the rows."""
+        if not len(numbers):
+            return
         if self.is_flat:
             for rows in self.cut_flat(numbers, tokens):
                 yield self.flat_batch(rows).to(device)
@@ -129,16 +132,26 @@ class Rows:
             yield [*bins, []] if len(bins) < least and has_room else bins
 
 
-def mean_loss(model, rows, *, device, precision, tokens=2048):
-    """Mean loss over all Rows in nats per scored token; rows are packed into batches of at most `tokens` tokens."""
+def mean_loss(model, rows, *, device, precision, tokens=2048, processes=None):
+    """Mean loss over all Rows in nats per scored token; rows are packed into batches of at most `tokens` tokens.
+
+    processes: that each take a part of the rows.
+    """
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
+    numbers = range(len(rows))
+    if processes is not None:
+        numbers = divide(numbers, rows.lengths, processes.world)[processes.rank]
     with torch.no_grad(), autocast(device, precision):
-        for batch in rows.batches(range(len(rows)), tokens, device):
+        for batch in rows.batches(numbers, tokens, device):
             loss = batch_loss_sum(model, batch)
             total += loss.double().cpu()
     model.train(was_training)
+    if processes is not None and processes.world > 1:
+        summed = total.to(device)
+        processes.sum_(summed)
+        total = summed.cpu()
     return float(total / rows.scored.sum())
 
 

@@ -9,29 +9,27 @@ from typing import Any
 import torch
 
 from peftlib import data, methods
-from peftlib.core import record as records
 from peftlib.core.env import resolve_device, seed_of, training_precision
 from peftlib.core.errors import NonFiniteLossError
-from peftlib.core.files import sha256
 from peftlib.core.session import Deadline, interrupts
 from peftlib.core.study import Study
 from peftlib.models import compile as compiled
-from peftlib.models.identity import provenance_of
-from peftlib.models.inspect import core, layer_table
+from peftlib.models.inspect import core, trainable
 from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.lock import held
-from peftlib.storage.saver import Saver, require_space
 from peftlib.train import loggers, run_record, run_state
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.callbacks import Callback, CallbackList, Stopwatch, log_line
-from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap, require_one_process
+from peftlib.train.parallel import processes
+from peftlib.train.parallel.exchange import divide
+from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap
 from peftlib.train.step import Stepper, StepPlan, learning_rate_factor
 
+_ECHO_S = 5.0  # in which a launcher hands on a signal that the terminal sent to all processes
 _SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
-_LOWER = 0.3  # what the advice after inf or nan multiplies the learning rates by
 
 
 def run_training(
@@ -47,8 +45,12 @@ class TrainingRun:
 
     method: a name in peftlib.methods.METHODS. log: called with each line of progress; may be exchanged until train().
     StudyError: 01_data has not run. ConfigError: unknown method, rank too large, report_to names a package that is not
-    installed, or several processes.
+    installed, or processes that have no GPU or differ. Of the processes that a launcher started for one run, the main
+    one alone logs, is watched, holds the lock and writes. ParallelError: another one has failed.
     """
+
+    progress: run_state.Progress
+    record: dict[str, Any]
 
     def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
         self._given, self.study = study, study.with_rates_of(method)
@@ -59,12 +61,15 @@ class TrainingRun:
         folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
         self.checkpoints = CheckpointDir(folder, keep=keep, log=lambda line: self.log(line))
         loggers.require(self.cfg.report_to)
-        require_one_process()
         self.device = resolve_device(self.cfg.device)
+        self.processes = processes.join(self.device)
+        if not self.processes.is_main:
+            self.log = lambda line: None
         self.precision, self.precision_reason = training_precision(self.device, self.cfg.precision)
         self._open = contextlib.ExitStack()  # train() closes it
         self.memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
-        self._load_model()
+        with self.processes.main_first():
+            self._load_model()
 
     def _load_model(self):
         four_bit = self.method.four_bit
@@ -86,22 +91,26 @@ class TrainingRun:
         nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint was made with other
         settings.
         """
-        what, run = f"training {self.name}, seed {self.cfg.seed}", f"{self.name}-s{self.cfg.seed}"
-        with self._open, held(self.study.folder, what, run=run, log=self.log) as self._require_lock:
-            self._given.freeze()
-            finished = self.finished_record()
+        with self._open, self.processes.together(), self._locked() as self._require_lock:
+            finished = self.processes.from_main(self._begin)
             if finished is not None:
                 return self._reload(finished)
+            run_record.require_alike(self)
             self._build_optimizer()
-            self._resume()
-            self._callbacks = CallbackList(self, [*loggers.of(self), *callbacks])
+            with self.processes.main_first():
+                run_state.open_run(self)
+            for p in trainable(self.model).values():  # unlike cards may have initialised them otherwise
+                self.processes.broadcast_([p.data])
+            run_record.describe(self)
+            self._callbacks = CallbackList(self, [*loggers.of(self), *callbacks] if self.processes.is_main else [])
             self._callbacks.show()
             try:
-                with interrupts() as interrupted:
+                with interrupts(echo_s=0.0 if self.processes.world == 1 else _ECHO_S) as interrupted:
                     self._loop(interrupted)
                 compiled.release(self.model)
                 if self.progress.step == self.plan.steps:
-                    run_record.save_weights(self)
+                    if self.processes.is_main:
+                        run_record.save_weights(self)
                     self.record["status"] = "ok"
             except Exception as error:
                 self.record.update(status="failed", error=f"{type(error).__name__}: {error}")
@@ -110,18 +119,24 @@ class TrainingRun:
                 self._finish()
         return self.record
 
+    def _locked(self):
+        what, run = f"training {self.name}, seed {self.cfg.seed}", f"{self.name}-s{self.cfg.seed}"
+        if not self.processes.is_main:
+            return contextlib.nullcontext(lambda: None)
+        return held(self.study.folder, what, run=run, log=self.log)
+
+    def _begin(self):
+        self._given.freeze()
+        return self.finished_record()
+
     def finished_record(self):
         """The record of this run if it has already finished and its weights are intact, else None."""
-        record = records.load(self.study, self.name, self.cfg.seed)
-        hashes = {"run_hash": self.cfg.run_hash(self.name), "split_hash": self.manifest["split_hash"]}
-        if record is None or record["status"] != "ok" or any(record[name] != kept for name, kept in hashes.items()):
-            return None
-        paths = {self.weights_dir / name: digest for name, digest in record["weights_sha256"].items()}
-        return record if all(path.is_file() and sha256(path) == digest for path, digest in paths.items()) else None
+        return run_record.finished(self)
 
     def _reload(self, record):
         self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({record['steps']} steps), nothing to do")
-        self.checkpoints.remove()  # of a session that died between its record and this
+        if self.processes.is_main:
+            self.checkpoints.remove()  # of a session that died between its record and this
         self.model = load_trained(self.weights_dir, device=self.device, merge=False)
         return record
 
@@ -140,41 +155,16 @@ class TrainingRun:
         left, tokens = self.plan.steps - self.checkpoints.last_step(), float(self.rows.lengths.mean()) * cfg.batch_size
         self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=max(0, left), tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
-        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how, is_compiled=self.execution.is_compiled)
+        how |= {"processes": self.processes, "is_compiled": self.execution.is_compiled}
+        self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
         if self.execution.is_graphed:
             self.stepper.use_graphs(self.execution.tokens)
-
-    def _resume(self):
-        """Open the record, and restore the newest checkpoint if there is any."""
-        self.progress = run_state.Progress()
-        self.record = records.new_record(
-            self.study,
-            self.name,
-            device=self.device,
-            precision=self.precision,
-            precision_reason=self.precision_reason,
-            provenance=provenance_of(self.cfg.model, self.study.records(), study=self.study.folder.name),
-        )
-        self.record["layers"] = layer_table(self.model)
-        size = run_state.checkpoint_bytes(self)
-        self.saver = Saver(
-            self.checkpoints,
-            every=self.cfg.save_steps,
-            stall_share=self.cfg.max_save_overhead,
-            is_background=self.device != "cpu",
-            expected_bytes=size,
-            log=self.log,
-        )
-        run_state.resume_or_start(self)
-        self.saver.start(self.progress.step)
-        if self.method.four_bit:
-            guard_four_bit(self.model, self.method.four_bit)
-        run_record.describe(self)
-        require_space(self.checkpoints, self.study.folder, f"{self.name}-s{self.cfg.seed}", size)
 
     def _loop(self, interrupted):
         """Step, log, evaluate and save until the last step or a reason to stop."""
         deadline, self._last_line_at = Deadline(self.cfg), time.monotonic()
+        self._why_stop = lambda: self._reason_to_stop(interrupted, deadline)
+        self.stepper.exchange.ask = lambda: (self._why_stop(), self.saver.is_due(self.progress.step + 1))
         self.model.train()
         self._watch = Stopwatch(self.device)
         while self.progress.step < self.plan.steps:
@@ -184,8 +174,8 @@ class TrainingRun:
             self._log_step(is_last)
             if len(self.valid) and (step % self.cfg.eval_steps == 0 or is_last):
                 self._evaluate()
-            why_stop = None if is_last else self._why_stop(interrupted, deadline)
-            if why_stop or (not is_last and self.saver.is_due(step)):
+            why_stop, is_due = (None, False) if is_last else self._wanted()
+            if why_stop or is_due:
                 self.save(must=bool(why_stop))
             if why_stop:
                 self.log(f"stopped after step {step} of {self.plan.steps} ({why_stop}); saved: run again to go on")
@@ -212,32 +202,30 @@ class TrainingRun:
 
     def _gradients(self, numbers):
         """Accumulate the gradients of the numbered rows; returns their loss, 0-dim on the device."""
-        step, scored = self.progress.step, int(self.rows.scored[numbers].sum())
-        while True:
-            try:
-                batches = list(self.rows.batches(numbers, self.execution.tokens, self.device))
-                self._watch.launch()
-                # Dropout depends on seed and step alone, so nothing done between two steps can change it.
-                return self.stepper.gradients(batches, scored, seed=seed_of(self.cfg.seed, step))
-            except Exception as error:  # noqa: BLE001  what the plan has no answer to is raised again
-                self.execution.recover_from(error, step)
-            self.stepper.start_over(is_compiled=self.execution.is_compiled)
+        step, rank, made, scored = self.progress.step, self.processes.rank, [], int(self.rows.scored[numbers].sum())
+        part = divide(numbers, self.rows.lengths, self.processes.world)[rank]
+
+        def cut():
+            if not made:
+                made.extend(self.rows.batches(part, self.execution.tokens, self.device))
+            return made
+
+        def recover(error):  # what the plan has no answer to is raised again
+            self.execution.recover_from(error, step)
+            made.clear()
+            return self.execution.is_compiled
+
+        cut()
+        self._watch.launch()
+        # Dropout depends on seed, step and process alone, so nothing done between two steps can change it.
+        return self.stepper.gradients(cut, scored, seed=seed_of(self.cfg.seed, step, *[rank][:rank]), recover=recover)
 
     def _update(self, loss, rate):
         """Apply the step; returns precision.Applied. NonFiniteLossError: no lower loss scale could help."""
         try:
             return self.stepper.update(loss, step=self.progress.step + 1)
         except NonFiniteLossError as error:
-            self.saver.wait()
-            step, lower = self.saver.saved.step, f"{_LOWER * self.rate_factor:.2g}"
-            kept = "No checkpoint was written yet, so the run would start over"
-            if step is not None:
-                kept = f"The last checkpoint is kept (step {step}), and the run would go on from there"
-            raise NonFiniteLossError(
-                f"{error} ({self.precision}, learning rate {rate:g}). The step was not applied. {kept}: run again with "
-                f"lower learning rates, by resume_rate_factor = {lower} in the notebook's parameters or `python -m "
-                f"peftlib run --study {self.study.folder.name} -p resume_rate_factor={lower}`, or with precision='fp32'"
-            ) from None
+            raise NonFiniteLossError(run_record.advice(self, error, rate)) from None
 
     def _log_step(self, is_last):
         is_quiet = time.monotonic() - self._last_line_at > _SECONDS_BETWEEN_LINES
@@ -254,7 +242,8 @@ class TrainingRun:
         self._settle()
         step = self.progress.step
         with compiled.uncompiled(self.model):
-            loss = mean_loss(self.model, self.valid, device=self.device, precision=self.precision)
+            how = {"device": self.device, "precision": self.precision}
+            loss = mean_loss(self.model, self.valid, **how, processes=self.processes)
         is_known = math.isfinite(loss)
         self.record["valid_history"].append({"step": step, "valid_loss": loss if is_known else None})
         shown = f"{loss:.4f}" if is_known else f"is {loss}: recorded as unknown"
@@ -262,8 +251,14 @@ class TrainingRun:
         self._last_line_at = time.monotonic()
         self._watch.start()
 
-    def _why_stop(self, interrupted, deadline):
-        """Why to save and stop now, in words, or None."""
+    def _wanted(self):
+        """(why to save and stop now, in words, or None; whether to save), agreed on by all processes."""
+        if self.processes.world == 1:
+            return self._why_stop(), self.saver.is_due(self.progress.step)
+        stop, save = self.stepper.exchange.told
+        return (self._why_stop() or "another process is asked to") if stop else None, save
+
+    def _reason_to_stop(self, interrupted, deadline):
         if self._callbacks.any("stop_asked"):
             return "asked to"
         return "interrupted" if interrupted.is_set() else deadline.passed()
@@ -275,7 +270,10 @@ class TrainingRun:
         """
         self._settle()
         self._read_memory()
-        self.saver.save(self.progress.step, run_state.checkpoint_of(self), must=must)
+        if self.processes.is_main:
+            self.saver.save(self.progress.step, run_state.checkpoint_of(self), must=must)
+        elif self.optimizer.shares_state():
+            self.optimizer.whole_state_dict()
         self._watch.start()
 
     def _settle(self):
@@ -294,6 +292,8 @@ class TrainingRun:
         """Close the saver and write the record, whatever ended the loop."""
         self.saver.close()
         self.stepper.release()
+        if not self.processes.is_main:
+            return
         self._require_lock()  # another session's record is not overwritten
         self._read_memory()
         run_record.finalise(self)

@@ -10,7 +10,8 @@ from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.optim.galore import GATHERED
+from peftlib.optim.sums import GATHERED
+from peftlib.train.parallel.processes import n_processes
 
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
 HEADROOM = 0.86  # of the card: the allocator's fragments, the pools of CUDA graphs, what the driver keeps
@@ -104,7 +105,8 @@ def optimizer_bytes(shape, method, cfg):
 def candidates(cfg, *, layers, cheap_time=1.0, is_compiled=True, is_graphed=True, tokens=None):
     """Settings of `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not.
 
-    cheap_time: what recomputing cheap activations multiplies a step's time by; None: they are kept. tokens: of a step, on average; None for rows of max_length.
+    cheap_time: what recomputing cheap activations multiplies a step's time by; None: they are kept. tokens: of a step,
+    on average; None for rows of max_length.
     """
     found, most = [], cfg.batch_size * cfg.max_length
     tokens = min(tokens or most, most)
@@ -151,9 +153,20 @@ def choose(shape, method, cfg, *, device_bytes, **how):
     if plan.fits(device_bytes):
         return plan
     raise ConfigError(
-        f"{method} does not fit {device_bytes / GIB:.1f} GiB in any way: the least is {plan.line()}. Lower max_length "
+        f"{method} does not fit {device_bytes / GIB:.1f} GiB in any way: the least is {plan.line()}. {_of_cards(plan)}"
+        f"Lower max_length "
         f"(now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore with "
         "galore_weights='bf16', moment_bits=8)"
+    )
+
+
+def _of_cards(plan):
+    """What several cards change about a run that does not fit one, in a sentence; '' where there is one."""
+    if n_processes() == 1:
+        return ""
+    return (
+        f"{n_processes()} cards do not change that: each holds all weights ({plan.weights / GIB:.2f} GiB), and only "
+        "GaLore's moments can be divided (shard_optimizer=true). "
     )
 
 
@@ -201,7 +214,8 @@ class _Counts:
         for kind, shapes in self.whole.items():
             for short, long in map(sorted, shapes):
                 if kind == "galore":
-                    total += self.cfg.galore_rank * (4 * short + 2 * self.moment_bytes * long)
+                    shares = n_processes() if self.cfg.shard_optimizer else 1
+                    total += self.cfg.galore_rank * (4 * short + 2 * self.moment_bytes * long / shares)
                 elif kind == "apollo":
                     total += self.cfg.apollo_rank * (4 * short + 8 * long)
                 else:

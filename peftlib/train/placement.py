@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import os
 import threading
 from pathlib import Path
 
@@ -173,16 +172,6 @@ def step_seconds(shape, method, *, precision, tokens, rows):
     return tokens / math.sqrt(found.low * found.high)
 
 
-def require_one_process():
-    """ConfigError: a launcher (torchrun, accelerate launch) started several processes."""
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_processes > 1:
-        raise ConfigError(
-            f"{n_processes} processes: GaLore frees gradients before they could be exchanged, so peftlib trains on one "
-            "GPU; start one process, and one seed per GPU"
-        )
-
-
 @contextlib.contextmanager
 def memory_cap(cfg, device):
     """Within it this process takes at most cfg.memory_gib of the card, where that is set; then what it could before."""
@@ -190,7 +179,7 @@ def memory_cap(cfg, device):
         yield
         return
     before = torch.cuda.get_per_process_memory_fraction()
-    whole = torch.cuda.get_device_properties(0).total_memory
+    whole = torch.cuda.get_device_properties("cuda").total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.memory_gib * GIB / whole))
     try:
         yield
@@ -202,7 +191,7 @@ def memory_limit(cfg, device):
     """Bytes that training may take: of the card (all of it, or cfg.memory_gib), else of this machine or its
     container."""
     if device == "cuda":
-        whole = torch.cuda.get_device_properties(0).total_memory
+        whole = torch.cuda.get_device_properties("cuda").total_memory
         return min(whole, int(cfg.memory_gib * GIB)) if cfg.memory_gib else whole
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     found = [path.read_text(encoding="utf-8").strip() for path in limits if path.is_file()]

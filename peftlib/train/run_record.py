@@ -14,10 +14,31 @@ from peftlib.train import estimate
 from peftlib.train.step import require_finite
 
 RATE_FACTOR = "rate_factor"
+_LOWER = 0.3  # what the advice after inf or nan multiplies the learning rates by
+
+
+def finished(run):
+    """The record of a run that has already finished and whose weights are intact, else None."""
+    record = records.load(run.study, run.name, run.cfg.seed)
+    hashes = {"run_hash": run.cfg.run_hash(run.name), "split_hash": run.manifest["split_hash"]}
+    if record is None or record["status"] != "ok" or any(record[name] != kept for name, kept in hashes.items()):
+        return None
+    paths = {run.weights_dir / name: digest for name, digest in record["weights_sha256"].items()}
+    return record if all(path.is_file() and sha256(path) == digest for path, digest in paths.items()) else None
+
+
+def require_alike(run):
+    """ConfigError where the processes of a run differ in code, data, settings or precision."""
+    if run.processes.world > 1:
+        facts = {"precision": run.precision, "run_hash": run.cfg.run_hash(run.name)}
+        facts |= {"split_hash": run.manifest["split_hash"], "peftlib's commit": records.git_state()["commit"]}
+        facts |= {"shard_optimizer": run.cfg.shard_optimizer, "cuda_graphs": run.cfg.cuda_graphs}
+        facts |= {"eval_steps": run.cfg.eval_steps, "resume_rate_factor": run.cfg.resume_rate_factor}
+        run.processes.require_alike(facts | {f"version of {k}": v for k, v in records.versions().items()})
 
 
 def describe(run):
-    """Record what trains and at which peak rates, and log it."""
+    """Record what trains, at which peak rates and on how many processes, and log it."""
     trained, total = count_parameters(run.model)
     rates = run.peak_rates  # one a parameter group
     run.record.update(
@@ -34,6 +55,27 @@ def describe(run):
         f"{run.name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
         f"peak rate {shown}, {run.precision} ({run.precision_reason}), {run.record['device']}"
     )
+    run.record["processes"] = run.processes.world
+    if run.processes.world > 1:
+        held = "moments of projected weights are divided among them" if run.optimizer.shares_state() else ""
+        run.log(
+            f"{run.processes.world} processes divide the rows of each step and exchange "
+            f"{run.stepper.exchange.bytes_a_step / 2**20:.2f} MiB{'; ' * bool(held)}{held}"
+        )
+
+
+def advice(run, error, rate):
+    """What a run that met inf or nan says: what it was, what is kept, how to go on."""
+    run.saver.wait()
+    step, lower = run.saver.saved.step, f"{_LOWER * run.rate_factor:.2g}"
+    kept = "No checkpoint was written yet, so the run would start over"
+    if step is not None:
+        kept = f"The last checkpoint is kept (step {step}), and the run would go on from there"
+    return (
+        f"{error} ({run.precision}, learning rate {rate:g}). The step was not applied. {kept}: run again with "
+        f"lower learning rates, by resume_rate_factor = {lower} in the notebook's parameters or `python -m "
+        f"peftlib run --study {run.study.folder.name} -p resume_rate_factor={lower}`, or with precision='fp32'"
+    )
 
 
 def note_change(run, what, before, now):
@@ -45,6 +87,7 @@ def note_change(run, what, before, now):
 def note_session(run, state):
     """Compare this session with the one that wrote a checkpoint, whose state is given; note and log differences."""
     ours = {"precision": run.precision, "device": run.record["device"], "plan": run.execution.description}
+    state, ours["processes"] = {"processes": 1, **state}, run.processes.world
     for what, now in ours.items():
         before = state.get(what, now)  # older versions did not save their precision
         if before != now:
@@ -150,6 +193,7 @@ def finalise(run):
         save_stall_seconds=run.saver.stall_seconds,
         placement=run.execution.facts,
         rate_factor=run.rate_factor,
+        exchange={"bytes_a_step": run.stepper.exchange.bytes_a_step, "bytes": run.processes.bytes_exchanged},
         train_loss=sum(losses) / len(losses) if losses else None,
         tokens_per_second=done.train_tokens / done.train_seconds if done.train_seconds else None,
     )

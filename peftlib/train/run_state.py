@@ -13,9 +13,11 @@ from peftlib.core.errors import CheckpointError, NonFiniteLossError, StudyError
 from peftlib.core.json_reading import Map, Maybe, fault
 from peftlib.data.dedup import prompt_key
 from peftlib.models import identity, saved
-from peftlib.models.inspect import core, trainable
+from peftlib.models.inspect import core, layer_table, trainable
+from peftlib.models.load import guard_four_bit
 from peftlib.models.shapes import Shape
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
+from peftlib.storage.saver import Saver, require_space
 from peftlib.train import memory_model, run_record
 from peftlib.train.step import first_nonfinite, require_finite
 
@@ -86,17 +88,48 @@ def checkpoint_of(run):
         "plan": run.execution.description,
         "layers": run.record["layers"],
         "precision": run.precision,
+        "processes": run.processes.world,
         "rate_factor": run.rate_factor,
         "changes": run.record["changes"],
     }
     weights = {name: p.data for name, p in params.items()}
-    return Checkpoint(weights, run.optimizer.state_dict(), state, generator_states())
+    return Checkpoint(weights, run.optimizer.whole_state_dict(), state, generator_states())
 
 
 def checkpoint_bytes(run):
     """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the memory model counts it."""
     weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
-    return weights + memory_model.optimizer_bytes(Shape.of(core(run.model).config), run.name, run.cfg)
+    whole = run.cfg.replace(shard_optimizer=False)
+    return weights + memory_model.optimizer_bytes(Shape.of(core(run.model).config), run.name, whole)
+
+
+def open_run(run):
+    """Open the record of a TrainingRun, and restore the newest checkpoint if there is any."""
+    run.progress = Progress()
+    run.record = records.new_record(
+        run.study,
+        run.name,
+        device=run.device,
+        precision=run.precision,
+        precision_reason=run.precision_reason,
+        provenance=identity.provenance_of(run.cfg.model, run.study.records(), study=run.study.folder.name),
+    )
+    run.record["layers"] = layer_table(run.model)
+    size = checkpoint_bytes(run)
+    run.saver = Saver(
+        run.checkpoints,
+        every=run.cfg.save_steps,
+        stall_share=run.cfg.max_save_overhead,
+        is_background=run.device != "cpu",
+        expected_bytes=size,
+        log=run.log,
+    )
+    resume_or_start(run)
+    run.saver.start(run.progress.step)
+    if run.method.four_bit:
+        guard_four_bit(run.model, run.method.four_bit)
+    if run.processes.is_main:
+        require_space(run.checkpoints, run.study.folder, f"{run.name}-s{run.cfg.seed}", size)
 
 
 def resume_or_start(run):

@@ -16,7 +16,10 @@ from peftlib.models.kernels.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train.graphs import CaptureError, StepGraphs, brief
 from peftlib.train.memory_model import GPU_CHUNK
+from peftlib.train.parallel.exchange import Exchange
+from peftlib.train.parallel.processes import OneProcess
 
+_ALONE = OneProcess()
 _CAPTURE_FAILURES = 8  # of a run, after which it goes on without CUDA graphs
 
 
@@ -66,10 +69,12 @@ class Stepper:
     update.
 
     loss_settings: of losses.chunked_loss_sum; is_compiled also fuses the loss. log: called where CUDA graphs fail.
+    processes: parallel.processes' that share the rows of each step.
     """
 
-    def __init__(self, model, optimizer, scaler, *, device, precision, log=print, **loss_settings):
+    def __init__(self, model, optimizer, scaler, *, device, precision, log=print, processes=_ALONE, **loss_settings):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.exchange = Exchange(processes, optimizer)
         self.device, self.precision = device, precision
         chunk = CHUNK if device == "cpu" else GPU_CHUNK
         self.loss_settings = {"chunk": chunk, "is_compiled": False, **loss_settings}
@@ -84,7 +89,7 @@ class Stepper:
         self.loss_settings["is_compiled"] = is_compiled
         if self.graphs:
             self.graphs.reset()  # first: it waits for what the failed step has still queued
-        self.optimizer.zero_grad()
+        self.optimizer.drop_gradients()
         torch.cuda.empty_cache()
 
     def release(self):
@@ -94,24 +99,38 @@ class Stepper:
                 self.graphs.reset()
             self.graphs = None
 
-    def gradients(self, batches, scored, *, seed):
+    def gradients(self, batches, scored, *, seed, recover=None):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
 
-        batches: batching.Batch, on the device. scored: tokens that count in the loss, over all batches. seed: of
-        dropout; set anew for each pass over the batches, so that every pass sees the same gradients.
+        batches: batching.Batch, on the device: a list, or a function that cuts this process's part of the step anew.
+        scored: tokens that count in the loss, over all batches of all processes. seed: of dropout; set anew for each
+        pass over the batches, so that every pass sees the same gradients. recover(error): what a pass that failed
+        changes before it is repeated; returns whether the loss is compiled from then on, or raises. Other processes
+        wait meanwhile, for every pass ends in one exchange.
         """
+        cut = batches if callable(batches) else lambda: batches
         with self._stream():
+            for _ in self.optimizer.basis_passes():
+                self._accumulate(cut, scored, seed, recover)
+                self.exchange.whole_gradients()
+            return self.exchange.gradients(self._accumulate(cut, scored, seed, recover))
+
+    def _accumulate(self, cut, scored, seed, recover):
+        """One pass over the batches, repeated until it comes to its end."""
+        is_captured = True
+        while True:
             try:
-                return self._passes(batches, scored, seed)
+                return self._pass(cut(), scored, seed, is_captured)
             except CaptureError as error:
                 self._count_failure(error)
-                self.optimizer.zero_grad()
-                return self._passes(batches, scored, seed, is_captured=False)
-
-    def _passes(self, batches, scored, seed, *, is_captured=True):
-        for _ in self.optimizer.basis_passes():
-            self._accumulate(batches, scored, seed, is_captured)
-        return self._accumulate(batches, scored, seed, is_captured)
+                is_captured = False
+                self.optimizer.drop_gradients()
+                continue
+            except Exception as error:
+                if recover is None:
+                    raise
+                is_compiled = recover(error)
+            self.start_over(is_compiled=is_compiled)  # now that the error no longer holds what failed
 
     def _count_failure(self, error):
         """A shape that torch.compile has not seen cannot be captured; once this step has run, it can."""
@@ -123,7 +142,7 @@ class Stepper:
     def _stream(self):
         return self.graphs.on_stream() if self.graphs else contextlib.nullcontext()
 
-    def _accumulate(self, batches, scored, seed, is_captured):
+    def _pass(self, batches, scored, seed, is_captured):
         torch.manual_seed(seed)
         total = torch.zeros((), device=self.device)
         if self.graphs:

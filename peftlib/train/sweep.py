@@ -11,6 +11,7 @@ from peftlib.core.files import copy_tree, read_json, rename, write_json
 from peftlib.core.json_reading import Maybe, require_shape
 from peftlib.core.study import Study
 from peftlib.train.loop import run_training
+from peftlib.train.parallel.processes import require_one
 
 FACTORS = (0.3, 1.0, 3.0)
 _TRIED = {"factor": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
@@ -34,6 +35,7 @@ def sweep(
     ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. StudyError: the
     study has begun with other settings. Stopped: cut, and saved. NonFiniteLossError: no factor led to a finite loss.
     """
+    require_one("a sweep")
     cfg = study.cfg
     if cfg.valid_rows == 0:
         raise ConfigError("valid_rows=0: a sweep is scored on validation rows, so build the data with some")

@@ -121,8 +121,8 @@ def make_model():
             AutoTokenizer.from_pretrained(os.environ["PEERS_TOKENIZER"]).save_pretrained(FOLDER)
 
 
-def build(setting):
-    """(stepper, model) of a setting, ready to step."""
+def build(setting, **how):
+    """(stepper, model, whether it takes flat rows) of a setting, ready to step. how: the Stepper's other settings."""
     import torch
 
     from peftlib import methods
@@ -162,6 +162,7 @@ def build(setting):
         precision=setting["precision"],
         chunk=setting["chunk"],
         is_compiled=is_compiled,
+        **how,
     )
     print("attention", kernel, why)
     is_flat = kernel is not None and not setting["masks"]

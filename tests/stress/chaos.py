@@ -1,12 +1,13 @@
 """Kills real training processes at random moments and compares what they end with, bit by bit.
 
-    python tests/stress/chaos.py --kills 100 [--seed 0]
+    python tests/stress/chaos.py --kills 100 [--seed 0] [--processes 1]
 
 A run of each method is trained once without a break; then again with SIGKILLs, each between its first and its last
 step, and started anew after each until it ends by itself. After some kills the local disk is lost as well, as when a
 Colab machine goes, and the run comes back from its copy. Weights, optimizer state and loss history have to be equal.
 A process is first stopped (SIGSTOP), so that the moment it dies in can be told: while it writes a checkpoint,
-validates, copies to the remote, or steps. The last line is '<n> kills, <m> differences'.
+validates, copies to the remote, or steps. Of several processes that train one run together (gloo) one is killed, and
+the others have to end by themselves within 30 s. The last line is '<n> kills, <m> differences'.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -60,24 +62,33 @@ FIELDS = {
 }
 
 
-def life(root, method, log_path, ending_path):
-    """One life of a training process: train to the end and write down what the run ended with."""
+def life(root, method, log_path, ending_path, place):
+    """One life of a training process: train to the end and write down what the run ended with.
+
+    place: its RANK, WORLD_SIZE and the like among several, {} alone.
+    """
     import torch
 
     torch.set_num_threads(1)
+    os.environ.update(place)
     os.environ.update(PEFTLIB_ROOT=str(root), PEFTLIB_MIRROR=str(Path(root) / "mirror"), HF_HUB_OFFLINE="1")
     from peftlib.evaluation.generate import ask
     from peftlib.train.loop import TrainingRun
+    from peftlib.train.parallel.processes import join
 
     def log(line):
         with open(log_path, "a", encoding="utf-8") as out:
             out.write(line + "\n")
 
-    study = bring_study(root, log)
+    members = join("cpu")
+    with members.main_first():
+        study = bring_study(root, log) if members.is_main else study_of(root)
     run = TrainingRun(study, method, log=log)
     ask(run.model, run.tokenizer, ["before"], max_new_tokens=4)
     record = run.train()
     ask(run.model, run.tokenizer, ["after"], max_new_tokens=4)
+    if not members.is_main:
+        return
     if not mirror_of(study).flush(60):
         raise RuntimeError(mirror_of(study).state())
     history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in record["history"]]
@@ -135,7 +146,8 @@ def digest(value):
 class Chaos:
     """Starts, kills and compares below `root`."""
 
-    def __init__(self, root, seed):
+    def __init__(self, root, seed, processes):
+        self.processes = processes
         self.root, self.random = Path(root), random.Random(seed)
         self.context = multiprocessing.get_context("forkserver")  # the libraries are imported once for all lives
         self.context.set_forkserver_preload(SEED_MODULES)
@@ -150,8 +162,8 @@ class Chaos:
         shutil.copytree(self.root / "chaos", self.root / "fresh")
         for method in METHODS:
             self._forget(method)
-            child = self._start(method)
-            child.join()
+            for child in self._start(method):
+                child.join()
             self.expected[method] = self._ending(method)
             assert self.expected[method] is not None, self._log_of(method).read_text()
 
@@ -163,14 +175,15 @@ class Chaos:
             self._forget(method)
             until = min(kills, done + self.random.randint(2, 6))
             while self._ending(method) is None:
-                child = self._start(method)
-                if done < until and self._kill_some_time(child, method):
-                    done += 1
-                child.join()
-                if child.exitcode == -signal.SIGKILL and self.random.random() < 0.2 and self._is_copied():
+                children = self._start(method)
+                child = self.random.choice(children) if self.processes > 1 else children[0]
+                was_killed = done < until and self._kill_some_time(child, method)
+                done += was_killed
+                self._join(children, 30 if was_killed else None)
+                if was_killed and self.random.random() < 0.2 and self._is_copied():
                     shutil.rmtree(self.root / "chaos")
                     self.phases["(local disk lost with it)"] += 1
-                if child.exitcode not in (0, -signal.SIGKILL):
+                if not was_killed and any(each.exitcode for each in children):
                     sys.exit(f"{method} died by itself:\n{self._log_of(method).read_text()[-3000:]}")
             finished += 1
             if self._ending(method) != self.expected[method]:
@@ -178,6 +191,19 @@ class Chaos:
                 print(f"{method}: DIFFERS {unlike(self._ending(method), self.expected[method])}", flush=True)
             print(f"{method}: ended after {done} kills so far", flush=True)
         return finished
+
+    def _join(self, children, seconds):
+        """Wait for all; after the death of one the others have so many seconds."""
+        until = None if seconds is None else time.monotonic() + seconds
+        for child in children:
+            child.join(None if until is None else max(0.0, until - time.monotonic()))
+        late = [child for child in children if child.is_alive()]
+        for child in late:
+            child.kill()
+            child.join()
+        if late:
+            self.differences += 1
+            print(f"{len(late)} processes did not end within {seconds} s of another's death", flush=True)
 
     def _kill_some_time(self, child, method):
         """Kill the child somewhere between its run's first and last step; False if it ended before."""
@@ -229,9 +255,20 @@ class Chaos:
         if not (self.root / "chaos").exists() and not self._is_copied():
             shutil.copytree(self.root / "fresh", self.root / "chaos")
         arguments = (self.root, method, self._log_of(method), self._ending_of(method))
-        child = self.context.Process(target=life, args=arguments)
-        child.start()
-        return child
+        children = [self.context.Process(target=life, args=(*arguments, place)) for place in self._places()]
+        for child in children:
+            child.start()
+        return children
+
+    def _places(self):
+        """The environment of each process of a run, as torchrun sets it."""
+        if self.processes == 1:
+            return [{}]
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        shared = {"WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(self.processes)]
 
     def _forget(self, method):
         for name in ("chaos", "mirror"):
@@ -279,10 +316,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="that train each run together")
     args = parser.parse_args(argv)
     os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     with tempfile.TemporaryDirectory() as root:
-        chaos = Chaos(root, args.seed)
+        chaos = Chaos(root, args.seed, args.processes)
         chaos.prepare()
         runs = chaos.kill(args.kills)
     print(f"{runs} runs; killed " + ", ".join(f"{phase} {n}" for phase, n in chaos.phases.most_common()))

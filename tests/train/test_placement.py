@@ -218,9 +218,9 @@ def test_seconds_of_a_step_are_those_of_the_measured_speed(monkeypatch, method):
 
 def test_after_a_failed_step_the_device_is_waited_for_before_gradients_are_forgotten():
     done = []
-    optimizer = types.SimpleNamespace(zero_grad=lambda: done.append("zero_grad"))
+    optimizer = types.SimpleNamespace(drop_gradients=lambda: done.append("drop_gradients"))
     graphs = types.SimpleNamespace(reset=lambda: done.append("reset"))
     stepper = Stepper(None, optimizer, None, device="cpu", precision="fp32", is_compiled=True)
     stepper.graphs = graphs
     stepper.start_over(is_compiled=False)
-    assert done == ["reset", "zero_grad"] and stepper.loss_settings["is_compiled"] is False
+    assert done == ["reset", "drop_gradients"] and stepper.loss_settings["is_compiled"] is False

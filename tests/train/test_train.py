@@ -197,13 +197,6 @@ def test_a_method_or_rank_that_cannot_be_is_refused(make_study, method, fields, 
         TrainingRun(make_study(**fields), method, log=lambda line: None).train()
 
 
-def test_several_processes_are_refused_before_the_model_is_loaded(make_study, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun and accelerate launch set it
-    monkeypatch.setattr("peftlib.train.loop.load_base", lambda *args, **settings: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match="2 processes: .* start one process, and one seed per GPU"):
-        TrainingRun(make_study(), "qlora", log=lambda line: None)
-
-
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(make_study, monkeypatch):
     study = make_study(save_steps=2)
     run = TrainingRun(study, "qlora", log=lambda line: None)
@@ -329,7 +322,7 @@ def test_a_checkpoint_of_other_layers_is_refused(make_study, monkeypatch):
     study = make_study(save_steps=2, max_seconds=1e-6)
     TrainingRun(study, "hybrid", log=lambda line: None).train()
     run = TrainingRun(study, "hybrid", log=lambda line: None)
-    monkeypatch.setattr("peftlib.train.loop.layer_table", lambda model: [{"layer": "q_proj", "class": "Other"}])
+    monkeypatch.setattr("peftlib.train.run_state.layer_table", lambda model: [{"layer": "q_proj", "class": "Other"}])
     with pytest.raises(CheckpointError, match="the model's layers are .*'Other'.*take the model and versions"):
         run.train()
 

@@ -1,0 +1,284 @@
+"""The processes that train one run together, as torchrun or `accelerate launch` started them.
+
+Tensors travel by torch.distributed (NCCL on GPUs, gloo on CPUs). Words, and waiting for the main process, go through
+the launcher's key-value store instead: a wait there can be given up, and then says why another process has failed.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+
+import psutil
+
+from peftlib.core.env import resolve_device
+from peftlib.core.errors import ConfigError, ParallelError
+
+_LOOK_EVERY_S = 0.05
+_WATCH_EVERY_S = 1.0
+_GRACE_S = 10.0  # for a process whose exchange cannot come to an end, after which it is ended
+_HEARD_S = 5.0  # in which all others have heard why the main process fails
+_GONE = "process 0 is gone, the main one"
+_LEAVE_S = 60.0  # that a process stays for the main one to write its record: the launcher kills it when the first ends
+
+
+class OneProcess:
+    """A run in this process alone: everything that several processes agree on is its own word."""
+
+    rank, world = 0, 1
+    is_main = True
+    bytes_exchanged = 0  # handed to the group by this process, in all
+
+    def sum_(self, tensor):
+        """Replace a tensor by its sum over all processes."""
+
+    def broadcast_(self, tensors, source=0):
+        """Replace tensors by those of one process."""
+
+    def from_main(self, call):
+        """What `call` returns in the main process, a JSON value; it runs there alone."""
+        return call()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process goes through first: what it downloads or writes the others find."""
+        yield
+
+    def require_alike(self, facts):
+        """ConfigError where {name: value} of two processes differ."""
+
+    @contextlib.contextmanager
+    def together(self):
+        """Within it the failure of one process ends the others with its reason; nobody leaves before the main one."""
+        yield
+
+    def require(self):
+        """ParallelError: another process has failed."""
+
+
+_JOINED: dict = {}  # the group of this process, once it has joined
+
+
+def n_processes():
+    """How many processes a launcher started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def require_one(what):
+    """ConfigError: a launcher started several processes, and `what` is for one."""
+    if n_processes() > 1:
+        raise ConfigError(f"{n_processes()} processes: {what} works in one process; start it without torchrun")
+
+
+def join(device):
+    """The processes of this run. device: as a config has it. Imports nothing where there is one.
+
+    ConfigError: more processes than GPUs on this machine.
+    """
+    if n_processes() == 1:
+        return OneProcess()
+    device = resolve_device(device)
+    if device not in _JOINED:
+        _JOINED[device] = Processes(device)
+    return _JOINED[device]
+
+
+class Processes(OneProcess):
+    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'."""
+
+    def __init__(self, device):
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.world = int(os.environ["RANK"]), n_processes()
+        self.is_main, self._dist, self._torch = self.rank == 0, dist, torch
+        if device == "cuda":
+            here, cards = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
+            if here >= cards:
+                raise ConfigError(
+                    f"process {here} of this machine has no GPU: torch sees {cards}; start at most one process a GPU "
+                    f"(--nproc-per-node {cards})"
+                )
+            torch.cuda.set_device(here)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A client of its own for each thread, for one that waits blocks the others that share it.
+        store, watched = (dist.TCPStore(*address, is_master=False, wait_for_workers=False) for _ in range(2))
+        launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+        self._store, self._watched = (dist.PrefixStore(f"peftlib/{launch}", each) for each in (store, watched))
+        self._turn, self.failed, self._is_leaving, self._has_told = 0, None, False, False
+        here = psutil.Process()
+        self._store.set(f"process/{self.rank}", json.dumps([socket.gethostname(), here.pid, here.create_time()]))
+        self._peers = [json.loads(self._wait(f"process/{rank}")) for rank in range(self.world)]
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+        atexit.register(self._leave)
+
+    def sum_(self, tensor):
+        """As for one process. ParallelError: another has failed."""
+        self._exchange(self._dist.all_reduce, tensor)
+
+    def broadcast_(self, tensors, source=0):
+        """As for one process; the tensors, of one dtype, travel as one. ParallelError: another has failed."""
+        if not tensors:
+            return
+        flat = self._torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        self._exchange(self._dist.broadcast, flat, source)
+        if self.rank != source:
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
+
+    def _exchange(self, call, tensor, *args):
+        self.require()
+        try:
+            call(tensor, *args)
+        except RuntimeError as error:  # gloo's, where a process is gone
+            self._raise(self._reason(wait_s=5.0) or str(error).split("\n")[0], error)
+        self.bytes_exchanged += tensor.numel() * tensor.element_size()
+
+    def from_main(self, call):
+        """As for one process. ParallelError: another has failed."""
+        self._turn += 1
+        key = f"told/{self._turn}"
+        if self.is_main:
+            self._store.set(key, json.dumps(call()))
+        return json.loads(self._wait(key))
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """As for one process; the others wait. ParallelError: another has failed."""
+        self._turn += 1
+        key = f"first/{self._turn}"
+        if not self.is_main:
+            self._wait(key)
+        with self._telling():
+            yield
+        if self.is_main:
+            self._store.set(key, "1")
+
+    def require_alike(self, facts):
+        """As for one process; each is compared with the main one."""
+        ours = json.loads(json.dumps(facts))
+        for name, value in self.from_main(lambda: facts).items():
+            if ours[name] != value:
+                here, there = socket.gethostname(), self._peers[0][0]
+                raise ConfigError(
+                    f"{name} is {ours[name]!r} in process {self.rank} ({here}) and {value!r} in process 0 ({there}): "
+                    "all processes of a run need the same"
+                )
+
+    @contextlib.contextmanager
+    def together(self):
+        """As for one process."""
+        self._turn += 1
+        key = f"done/{self._turn}"
+        self._is_leaving = False
+        try:
+            with self._telling():
+                yield
+        finally:
+            self._is_leaving = True
+            with contextlib.suppress(RuntimeError):
+                if self.is_main:
+                    self._store.set(key, "1")
+                until = time.monotonic() + _LEAVE_S
+                while not self._store.check([key]) and time.monotonic() < until and _is_alive(self._peers[0]):
+                    time.sleep(_LOOK_EVERY_S)
+
+    @contextlib.contextmanager
+    def _telling(self):
+        """Let the others know what ends this process."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(RuntimeError):  # the store went with the main process
+                self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+            self._has_told = True
+            raise
+
+    def require(self):
+        """As for one process."""
+        if self.failed:
+            self._raise(self.failed)
+
+    def _wait(self, key):
+        """The text under a key of the store, once it is there."""
+        try:
+            while not self._store.check([key]):
+                self.require()
+                time.sleep(_LOOK_EVERY_S)
+            return self._store.get(key).decode()
+        except ParallelError:
+            raise
+        except RuntimeError as error:  # the store's: where no launcher holds it, it is in the main process
+            self._raise(self.failed or _GONE, error)
+
+    def _raise(self, reason, cause=None):
+        self.failed = reason
+        raise ParallelError(
+            f"process {self.rank} of {self.world} cannot go on: {reason}. The last checkpoint is kept; start all "
+            "processes again, and the run goes on from there"
+        ) from cause
+
+    def _reason(self, wait_s=0.0):
+        """Why another process is out of the run, or None."""
+        until = time.monotonic() + wait_s
+        while True:
+            for rank, peer in enumerate(self._peers):
+                if rank == self.rank:
+                    continue
+                try:
+                    if self._watched.check([f"failed/{rank}"]):
+                        self._watched.set(f"heard/{self.rank}", "1")
+                        return f"process {rank} failed with {self._watched.get(f'failed/{rank}').decode()}"
+                except RuntimeError:
+                    return _GONE
+                if not _is_alive(peer):
+                    return f"process {rank} ({peer[0]}, {peer[1]}) is gone"
+            if time.monotonic() >= until:
+                return None
+            time.sleep(_LOOK_EVERY_S)
+
+    def _watch(self):
+        """End what waits for a process that will not come; NCCL's kernels would wait for minutes."""
+        while not self._is_over.wait(_WATCH_EVERY_S):
+            reason = None if self._is_leaving else self._reason()
+            if reason is None:
+                continue
+            self.failed = reason
+            with contextlib.suppress(Exception):
+                self._dist.distributed_c10d._abort_process_group()
+            until = time.monotonic() + _GRACE_S
+            while time.monotonic() < until:
+                if self._is_leaving or self._is_over.wait(_LOOK_EVERY_S):
+                    return
+            print(f"process {self.rank} ends: {reason}; the last checkpoint is kept", flush=True)
+            os._exit(1)
+
+    def _leave(self):
+        self._is_over.set()
+        if self.is_main and self._has_told:  # the store may end with this process
+            others = [f"heard/{rank}" for rank in range(1, self.world)]
+            until = time.monotonic() + _HEARD_S
+            with contextlib.suppress(RuntimeError):
+                while not self._store.check(others) and time.monotonic() < until:
+                    time.sleep(_LOOK_EVERY_S)
+        if not self.failed and self._dist.is_initialized():
+            self._dist.destroy_process_group()
+
+
+def _is_alive(peer):
+    """Whether a process, [host, pid, when it began], lives; those of other machines are taken to."""
+    host, pid, began = peer
+    if host != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - began) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
