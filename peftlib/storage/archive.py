@@ -51,6 +51,8 @@ def _unit_of(path):
     name = rest[0] if len(rest) > 1 else path.stem
     if top in _OF_RUNS and re.fullmatch(r".+-s\d+", name):
         return f"run-{name}"
+    if top == "logs" and name.startswith("sweep-"):
+        return name
     if top == "sweeps" and rest:  # METHOD.json, METHOD-FACTOR/
         return f"sweep-{name.rpartition('-')[0] if len(rest) > 1 else name}"
     return "study"
@@ -145,8 +147,10 @@ def pack(pairs, out):
             tar.add(path, arcname=name, recursive=False)
 
 
-def unpack(archive, folder):
+def unpack(archive, folder, *, only_missing=False):
     """Put the files of a tar into their places below `folder`, each at once; returns their names.
+
+    only_missing: leave those alone that are there.
 
     A checkpoint's folder comes as a whole, and is only then listed as one.
     OSError: it is no archive of a study (damaged, or with links, devices or places outside); nothing of it was used.
@@ -159,6 +163,7 @@ def unpack(archive, folder):
             beside.mkdir(parents=True)
             _extract(archive, beside)
         names = [path.relative_to(beside).as_posix() for path in _files_below(beside)]
+        names = [name for name in names if not (only_missing and (folder / name).exists())]
         for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
             with writing(folder / name):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -151,10 +151,7 @@ class Mirror:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetching-") as beside:
-                    fetched = Path(beside) / "archive.tar"
-                    self.remote.fetch(name, facts, fetched)
-                    names = archive.unpack(fetched, self.folder)
+                names = self._unpack(name, facts)
             except OSError as error:
                 self.log(f"{self.remote}: {name} not used ({error.strerror or error})")
                 continue
@@ -163,6 +160,12 @@ class Mirror:
             self._has_copied(unit, known[0][1]["serial"], archive.fingerprint(self.folder, files))
             self._taken_over.discard(unit)
             return
+
+    def _unpack(self, name, facts, *, only_missing=False):
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetching-") as beside:
+            fetched = Path(beside) / "archive.tar"
+            self.remote.fetch(name, facts, fetched)
+            return archive.unpack(fetched, self.folder, only_missing=only_missing)
 
     def require_space(self, run, checkpoint_bytes):
         """CheckpointError, with numbers, unless two checkpoints of a run fit on the remote, where it can be asked."""
@@ -265,10 +268,16 @@ class Mirror:
         if newest["origin"] != self.origin and newest["serial"] > self.serials.get(unit, 0):
             if newest.get("content") == archive.content(self.folder, files):  # two workers have made the same
                 self._has_copied(unit, newest["serial"], fingerprint)
-            else:
+                return
+            if unit != "study":
                 self._taken_over.add(unit)
                 self.log(self.state())
-            return
+                return
+            # All write there, so what another has added is added here, and stays.
+            with contextlib.suppress(OSError):
+                self._unpack(*known[0], only_missing=True)
+            files = archive.units_of(self.folder)[unit]
+            fingerprint = archive.fingerprint(self.folder, files)
         serial = newest["serial"] + 1
         facts = {"unit": unit, "serial": serial, "origin": self.origin, "written_by": f"peftlib {__version__}"}
         if archive.run_of(unit) is None:

@@ -115,8 +115,9 @@ class Remote:
     system and a huggingface_hub.HfApi, for tests. ConfigError: nothing opens the URL. ModelError: no token for the hub.
 
     folder: the study's, None where the place is none of this machine's. lock_settle_s: see StudyLock; None where system
-    locks cannot be kept there. pace_s: seconds between two writes of what changes all the time, at least. doubt: what is not known about a
-    copy before it is flushed; '' where a copy is there once it is written.
+    locks cannot be kept there. creates_exclusively: whether of two that create a file one is refused. pace_s: seconds
+    between two writes of what changes all the time, at least. doubt: what is not known about a copy before it is
+    flushed; '' where a copy is there once it is written.
     """
 
     lock_settle_s: float | None = None
@@ -136,6 +137,7 @@ class Remote:
         self._is_repository = self._scheme == "hf" and not self._bucket
         if self._is_repository:
             self.pace_s = 300.0  # each is a commit, and the hub takes about a hundred an hour
+        self.creates_exclusively = self._scheme != "hf"
         self.root = self._name if self.folder else f"{below}/{study_name}".rstrip("/")
         if fs is not None:
             self.fs = fs
