@@ -9,7 +9,7 @@ from peftlib.core.files import MANIFEST, write_text
 from peftlib.core.hub_token import hf_token
 from peftlib.core.markdown import escape
 from peftlib.data.outcomes import shortfall_line
-from peftlib.storage.remotes import is_public
+from peftlib.storage.hub import is_public
 
 CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")

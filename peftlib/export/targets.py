@@ -7,7 +7,7 @@ from pathlib import Path
 from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.hub_token import hf_token
-from peftlib.storage.remotes import as_os_errors, is_public
+from peftlib.storage.hub import as_os_errors, is_public
 from peftlib.storage.workspace import Workspace
 
 MARKER = "study/export.json"  # names the run, the form and the files of an export

@@ -19,9 +19,11 @@ import psutil
 from peftlib.core.errors import LockedError, StudyError
 from peftlib.core.files import read_json, sealed, write_json
 from peftlib.core.json_reading import fault, parse
+from peftlib.storage.hub import as_os_errors
 from peftlib.storage.lock import _OWNER, HEARTBEAT_S, STALE_S, _is_of_this_machine, _named
 from peftlib.storage.mirror import running
-from peftlib.storage.remotes import Remote, as_os_errors, remote_of
+from peftlib.storage.remotes import remote_of
+from peftlib.storage.store import Remote
 
 _FOLDER = "claims"
 _SETTLE_S = 3.0  # seconds after which a claim is read back from a store where two may have written it at once
@@ -162,8 +164,8 @@ class Claim:
             "%H:%M:%S", time.localtime(time.time() + claims.stale_s - claims.seen_for(self.run, text))
         )
         raise LockedError(
-            f"{self.run} of study {claims.folder.name!r} is in use by {claims.named(text)}: wait for it, or stop it. If "
-            f"it is gone, run this again after {clears}"
+            f"{self.run} of study {claims.folder.name!r} is in use by {claims.named(text)}: wait for it, or stop it. "
+            f"If it is gone, run this again after {clears}"
         )
 
     def _beat(self):

@@ -12,7 +12,7 @@ import pytest
 from peftlib.core.errors import LockedError
 from peftlib.core.files import read_json, sealed, write_json
 from peftlib.storage.claims import Claims
-from peftlib.storage.remotes import Remote
+from peftlib.storage.store import Remote
 
 _WORKER = """
 import sys, time

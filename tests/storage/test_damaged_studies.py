@@ -17,7 +17,7 @@ from peftlib.evaluation.predictions import Predictions
 from peftlib.runner.notebook_io import load as load_notebook
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import Mirror
-from peftlib.storage.remotes import Remote
+from peftlib.storage.store import Remote
 
 SAMPLE = 30  # cases that every test run tries, at even distances
 

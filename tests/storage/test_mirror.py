@@ -20,7 +20,8 @@ from peftlib.storage import archive, lock, mirror
 from peftlib.storage import remotes as storage
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
 from peftlib.storage.mirror import Mirror
-from peftlib.storage.remotes import DriveRemote, Remote
+from peftlib.storage.remotes import DriveRemote
+from peftlib.storage.store import Remote
 
 
 def checkpoint(value, numbers=5000):
@@ -175,7 +176,7 @@ def test_many_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_p
     folder, remote = tmp_path / "study", Remote(tmp_path / "drive" / "study")
     drive = Drive(tmp_path / "drive")
     ours = Mirror(folder, remote)
-    with mock.patch("peftlib.core.files.os", drive), mock.patch("peftlib.storage.remotes.os", drive):
+    with mock.patch("peftlib.core.files.os", drive), mock.patch("peftlib.storage.store.os", drive):
         for step in range(1, 16):
             save(folder, step)
             ours.copy_once()
@@ -488,7 +489,7 @@ def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study
 def test_old_versions_are_squashed_out_of_a_repository_of_copies_alone(study, tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub")
     assert Mirror(study, hub_remote(hub)).flush(20) and hub.commits == ["peftlib: older versions are gone"]
-    monkeypatch.setattr(storage, "_SQUASH_BYTES", 20_000)
+    monkeypatch.setattr("peftlib.storage.store._SQUASH_BYTES", 20_000)
     for step in range(4, 9):
         save(study, step)
         Mirror(study, hub_remote(hub)).copy_once(is_last=True)
@@ -496,6 +497,76 @@ def test_old_versions_are_squashed_out_of_a_repository_of_copies_alone(study, tm
     hub.commits.append("Upload README.md with huggingface_hub")
     save(study, 9)
     assert Mirror(study, hub_remote(hub)).flush(20) and len(hub.commits) > 3
+
+
+def test_workers_on_one_remote_write_runs_of_their_own(study, remote, open_again, lines):
+    driver = Mirror(study, remote, log=lines.append)
+    assert driver.flush(20)
+    one, two = open_again("one"), open_again("two")
+    for worker, run in ((one, "galore-s1"), (two, "hybrid-s1"), (one, "galore-s2")):
+        (worker.folder / "records" / f"{run}.json").write_text('{"status": "stopped"}')
+        (worker.folder / "predictions" / f"{run}.jsonl").write_text("{}\n")
+        (worker.folder / "logs").mkdir(exist_ok=True)
+        (worker.folder / "logs" / f"{run}.log").write_text("log")
+        CheckpointDir(worker.folder / "checkpoints" / run, keep=1).save(3, checkpoint(3))
+        assert worker.flush(20), worker.state()
+    driver.restore([])
+    assert sorted(path.stem for path in (study / "records").iterdir()) == [
+        "base-s0",
+        "galore-s1",
+        "galore-s2",
+        "hybrid-s1",
+    ]
+    assert [path.name for path in (study / "checkpoints").iterdir()] == ["qlora-s0"]
+    driver.restore(["hybrid-s1"])
+    assert (study / "checkpoints" / "hybrid-s1").exists() and not (study / "checkpoints" / "galore-s1").exists()
+    (study / "predictions" / "galore-s1.jsonl").write_text("older")
+    (one.folder / "predictions" / "galore-s1.jsonl").write_text("newer")
+    (study / "report.md").write_text("report")
+    assert one.flush(20) and not driver.flush(5)
+    assert "of run-galore-s1 is only in" in driver.state()
+    one.restore()
+    assert (one.folder / "report.md").exists(), "the other units are copied as ever"
+
+
+def test_shared_small_files_of_two_workers_are_both_kept_and_equal_ones_are_no_conflict(study, remote, open_again):
+    for own in ("weights", "checkpoints"):
+        shutil.rmtree(study / own)
+    same, other = Mirror(study, remote), Mirror(shutil.copytree(study, study.parent / "copy"), remote)
+    assert same.flush(20) and other.flush(20), other.state()
+    assert all(facts["serial"] == 1 for facts in remote.listing().values())
+    (same.folder / "one.md").write_text("1")
+    (other.folder / "two.md").write_text("2")
+    assert same.flush(20) and other.flush(20), other.state()
+    again = open_again().folder
+    assert (again / "one.md").exists() and (again / "two.md").exists()
+
+
+def test_an_archive_of_all_small_files_as_older_versions_wrote_it_is_restored(study, remote, open_again):
+    files = [path for path in archive._files_below(study) if "records" in str(path) or path.name == "config.json"]
+    with archive.pinned(study, files) as pairs:
+        facts = {"unit": "study", "serial": 9, "origin": "an older version"}
+        remote.put("study.1", lambda out: archive.pack(pairs, out), 100, facts)
+    again = open_again()
+    assert (again.folder / "records" / "base-s0.json").exists()
+    (again.folder / "records" / "base-s0.json").write_text('{"status": "failed"}')
+    assert again.flush(20)
+    assert "failed" in (open_again("third").folder / "records" / "base-s0.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "named, match",
+    [
+        ("s3://", "s3://BUCKET"),
+        ("odd://x", "use a folder, hf://USER/REPO, s3://BUCKET or gs://BUCKET"),
+        ("gs://bucket", "pip install gcsfs"),
+        ("hf://buckets/me", "hf://buckets/USER/BUCKET"),
+    ],
+)
+def test_a_place_that_cannot_be_opened_is_named_with_the_way_out(named, match, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=match):
+        Remote(named, "study")
 
 
 def test_a_compile_cache_on_a_remote_stays_there(study, remote, open_again):

@@ -103,7 +103,7 @@ class Faults:
 
     def _copy(self, disk):
         from peftlib.storage.mirror import Mirror
-        from peftlib.storage.remotes import Remote
+        from peftlib.storage.store import Remote
 
         root = disk.folder.parent
         with disk.plugged_in():
@@ -163,7 +163,7 @@ class Faults:
     def _on_an_empty_machine(self, name, root, at_least):
         from peftlib.storage.checkpoint import CheckpointDir
         from peftlib.storage.mirror import Mirror
-        from peftlib.storage.remotes import Remote
+        from peftlib.storage.store import Remote
 
         elsewhere = root / "elsewhere"
         shutil.rmtree(elsewhere, ignore_errors=True)
