@@ -69,6 +69,18 @@ def run_of(unit):
     return run if kind in ("checkpoint", "weights") else None
 
 
+def is_wanted(unit, runs):
+    """Whether a unit is restored by a worker on some runs; None: on all."""
+    return unit not in NOT_RESTORED and (runs is None or run_of(unit) in (None, *runs))
+
+
+def superseded(listing, folder):
+    """Names of a listing's checkpoints whose runs are finished and have their weights there."""
+    units = {facts["unit"] for facts in listing.values()}
+    found = {name: facts["unit"].partition("-")[2] for name, facts in listing.items() if "checkpoint-" in facts["unit"]}
+    return [name for name, run in found.items() if f"weights-{run}" in units and is_finished(folder, run)]
+
+
 def in_order(units):
     """Units in the order to restore them: a record must not say more than what is here, and each run's own stands."""
     return sorted(units, key=lambda unit: (is_small(unit), unit != "study", unit))

@@ -10,7 +10,7 @@ _OURS = re.compile(r"initial commit$|[\w.-]+: [\w.-]+\.\d|peftlib: |Delete \S+\.
 
 
 def is_public(api, repository, repo_type="model"):
-    """Whether everybody can read a repository of the hub; one that does not exist is not public. repo_type: or bucket."""
+    """Whether everybody can read a repository of the hub; one that does not exist is not public."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     try:

@@ -43,9 +43,8 @@ def restore(folder, *, runs=None, log=print):
     if remote is None:
         return None
     if remote.folder is not None and Path(folder).resolve() == remote.folder.resolve():
-        raise ConfigError(
-            f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
-        )
+        said = f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
+        raise ConfigError(said)
     with contextlib.suppress(OSError):  # one that cannot be asked now is asked again before anything goes there
         refusal = remote.refusal()
         if refusal:
@@ -89,8 +88,7 @@ def flush_all():
 class Mirror:
     """Copies of a study folder on a remote, in archives that alternate between slots, so that one is always whole.
 
-    Several machines may share a remote, each with runs of its own: a unit is taken over once another has uploaded a
-    newer one, and is then left alone.
+    Machines may share a remote: a unit of which another has uploaded a newer one is taken over, and left alone.
 
     What this folder and its remote have in common is remembered in the folder, for later sessions and other processes:
     `origin`: the folder's mark in what it uploads. `copied`: {unit: fingerprint of the files that the remote has}.
@@ -104,11 +102,9 @@ class Mirror:
         self.origin, self.copied, self.serials = uuid.uuid4().hex, {}, {}
         self._doubt = remote.doubt  # what is not known about what is written there
         self._failures = {}  # unit -> (what went wrong, time of the next try)
-        self._small_files_at = {}  # unit -> when it was copied last
+        self._small_files_at, self._taken_over = {}, set()  # {unit: when it was copied last}, units
         self._look_at = 0.0  # when to look next for checkpoints of finished runs
-        self._taken_over = set()  # units
-        self._one_at_a_time = threading.Lock()
-        self._is_over = threading.Event()
+        self._one_at_a_time, self._is_over = threading.Lock(), threading.Event()
         self._read_state()
 
     def start(self):
@@ -124,23 +120,18 @@ class Mirror:
         atexit.register(self._is_over.set)
 
     def restore(self, runs=None):
-        """Restore what another session has uploaded since this folder was last up to date; `runs` as in restore.
-
-        What cannot be read is logged and left; an older whole copy is taken where there is one.
-        """
-        listing = self._listing("going on with what is here")
-        if listing is None:
+        """Restore what others have uploaded since; `runs` as in restore. What cannot be read is logged and left."""
+        if (listing := self._listing("going on with what is here")) is None:
             return
         units = archive.in_order({facts["unit"] for facts in listing.values()})
-        for unit in units:
-            is_wanted = runs is None or archive.run_of(unit) in (None, *runs)
-            if is_wanted and unit not in archive.NOT_RESTORED:
+        with self._one_at_a_time:
+            for unit in (unit for unit in units if archive.is_wanted(unit, runs)):
                 self._restore_unit(unit, archive.newest_first(unit, listing))
-        newest = {unit: archive.newest_first(unit, listing)[0][1]["serial"] for unit in units}
-        lost = [unit for unit in self.copied if newest.get(unit, -1) < self.serials[unit]]
-        if lost:
+            newest = {unit: archive.newest_first(unit, listing)[0][1]["serial"] for unit in units}
+            lost = [unit for unit in self.copied if newest.get(unit, -1) < self.serials[unit]]
             self.copied = {unit: files for unit, files in self.copied.items() if unit not in lost}
-            self._write_state()
+            if lost:
+                self._write_state()
 
     def _restore_unit(self, unit, known):
         for name, facts in known:
@@ -161,11 +152,11 @@ class Mirror:
             self._taken_over.discard(unit)
             return
 
-    def _unpack(self, name, facts, *, only_missing=False):
+    def _unpack(self, name, facts, **how):
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetching-") as beside:
             fetched = Path(beside) / "archive.tar"
             self.remote.fetch(name, facts, fetched)
-            return archive.unpack(fetched, self.folder, only_missing=only_missing)
+            return archive.unpack(fetched, self.folder, **how)
 
     def require_space(self, run, checkpoint_bytes):
         """CheckpointError, with numbers, unless two checkpoints of a run fit on the remote, where it can be asked."""
@@ -208,16 +199,14 @@ class Mirror:
     def state(self):
         """What is on the remote, what is not, and why, in words."""
         waiting = self._waiting()
-        lost = sorted(self._taken_over.intersection(waiting))
+        lost = ", ".join(sorted(self._taken_over.intersection(waiting)))
         if lost:
-            return (
-                f"another session writes to {self.remote} now: what this one made since of {', '.join(lost)} is only "
-                f"in {self.folder}"
-            )
+            what = f"what this one made since of {lost} is only in {self.folder}"
+            return f"another session writes to {self.remote} now: {what}"
         if not waiting:
             where = f"written to {self.remote}; {self._doubt}" if self._doubt else f"on {self.remote}"
             return f"all of the study is {where}"
-        told = [f"{unit} ({self._failures[unit][0]})" if unit in self._failures else unit for unit in waiting]
+        told = [" ".join([unit, *(f"({said})" for said in self._failures.get(unit, [])[:1])]) for unit in waiting]
         return f"NOT on {self.remote} yet: {', '.join(told)}"
 
     def _waiting(self):
@@ -267,21 +256,16 @@ class Mirror:
         newest = known[0][1] if known else {"serial": 0, "origin": self.origin}
         if newest["origin"] != self.origin and newest["serial"] > self.serials.get(unit, 0):
             if newest.get("content") == archive.content(self.folder, files):  # two workers have made the same
-                self._has_copied(unit, newest["serial"], fingerprint)
-                return
+                return self._has_copied(unit, newest["serial"], fingerprint)
             if unit != "study":
-                self._taken_over.add(unit)
-                self.log(self.state())
-                return
-            # All write there, so what another has added is added here, and stays.
-            with contextlib.suppress(OSError):
+                return self._taken_over.add(unit) or self.log(self.state())
+            with contextlib.suppress(OSError):  # all write there: what another has added is added here
                 self._unpack(*known[0], only_missing=True)
             files = archive.units_of(self.folder)[unit]
             fingerprint = archive.fingerprint(self.folder, files)
         serial = newest["serial"] + 1
         facts = {"unit": unit, "serial": serial, "origin": self.origin, "written_by": f"peftlib {__version__}"}
-        if archive.run_of(unit) is None:
-            facts["content"] = archive.content(self.folder, files)
+        facts |= {} if archive.run_of(unit) else {"content": archive.content(self.folder, files)}
         with archive.pinned(self.folder, files) as pairs:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
             self.remote.put(archive.slot_of(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
@@ -296,12 +280,8 @@ class Mirror:
             return
         self._look_at = time.monotonic() + _LOOK_S
         with contextlib.suppress(OSError):
-            listing = self.remote.listing()
-            units = {facts["unit"] for facts in listing.values()}
-            for name, facts in listing.items():
-                kind, _, run = facts["unit"].partition("-")
-                if kind == "checkpoint" and f"weights-{run}" in units and archive.is_finished(self.folder, run):
-                    self.remote.drop(name)
+            for name in archive.superseded(self.remote.listing(), self.folder):
+                self.remote.drop(name)
 
     def _read_state(self):
         """Read what other processes have done; where it is damaged, or of another remote, all is uploaded once more."""
@@ -316,5 +296,5 @@ class Mirror:
         self._write_state()
 
     def _write_state(self):
-        state = {"remote": str(self.remote), "origin": self.origin, "serials": self.serials, "copied": self.copied}
-        write_json(self.folder / _STATE, state)
+        state = {"origin": self.origin, "serials": self.serials, "copied": self.copied}
+        write_json(self.folder / _STATE, {"remote": str(self.remote), **state})

@@ -51,8 +51,9 @@ class Remote:
     doubt = ""
 
     def __init__(self, place, study_name="", *, fs=None, api=None):
-        self._name, self.folder = str(place).rstrip("/"), None
+        self._name, self.folder = str(place), None
         self._scheme, is_url, below = self._name.partition("://")
+        below = below.strip("/")
         self._bucket = below.removeprefix("buckets/") if below.startswith("buckets/") else None  # on the hub
         self._repository, self._known, self._unsquashed, self._is_private = below, {}, 0, False
         if not is_url:
@@ -60,17 +61,13 @@ class Remote:
             self._scheme, self._name = "file", str(self.folder)
         elif self._scheme == "hf" and (self._bucket or below).count("/") != 1:
             raise ConfigError(f"PEFTLIB_MIRROR={self._name!r}: use hf://USER/REPO or hf://buckets/USER/BUCKET")
-        self._is_repository = self._scheme == "hf" and not self._bucket
+        self._is_repository, self.creates_exclusively = self._scheme == "hf" and not self._bucket, self._scheme != "hf"
         if self._is_repository:
             self.pace_s = 300.0  # each is a commit, and the hub takes about a hundred an hour
-        self.creates_exclusively = self._scheme != "hf"
         self.root = self._name if self.folder else f"{below}/{study_name}".rstrip("/")
-        if fs is not None:
-            self.fs = fs
-        else:
+        self.__dict__ |= {name: given for name, given in (("fs", fs), ("api", api)) if given is not None}
+        if fs is None:
             self._require_package(below)
-        if api is not None:
-            self.api = api
 
     def __str__(self):
         return self._name
@@ -195,11 +192,8 @@ class Remote:
             return require_sound(self.folder / name, made, "read back")
         self.fs.invalidate_cache(self.root)
         hashed = self.fs.info(self.at(name)).get("lfs")  # the hub hashes what arrives
-        if hashed:
-            found = hashed.sha256
-        else:
-            with self.fs.open(self.at(name), "rb") as raw:
-                found = hashlib.file_digest(raw, "sha256").hexdigest()
+        with contextlib.nullcontext() if hashed else self.fs.open(self.at(name), "rb") as raw:
+            found = hashed.sha256 if hashed else hashlib.file_digest(raw, "sha256").hexdigest()
         if found != made["sha256"]:
             raise OSError(errno.EIO, f"read back: {name} is damaged (SHA-256 differs)")
 
