@@ -217,8 +217,11 @@ def read_json(path, *, is_sealed=False):
     is_sealed: refuse one without its SHA-256, which people may take out of the files that they edit.
     StudyError: damaged. SchemaError: whole, but of another schema version. DiskError: it cannot be read.
     """
-    path = Path(path)
-    text = read_text(path)
+    return json_of(read_text(path), Path(path), is_sealed=is_sealed)
+
+
+def json_of(text, path, *, is_sealed=False):
+    """As read_json, of a text that stands at `path`."""
     with reading(path):
         value = parse(text, path)
     if not isinstance(value, dict):

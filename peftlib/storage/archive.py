@@ -2,18 +2,21 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
 from peftlib.core.errors import writing
-from peftlib.core.files import MANIFEST, remove_tree, rename
+from peftlib.core.files import MANIFEST, remove_tree, rename, sha256
 
 # Folders that are archives of their own, here and in a sweep's trial; the compiler's cache is never copied, and one on
 # a remote never restored: loading it runs it.
-_OWN = {"data", "compile", "weights", "checkpoints"}
+_OWN = {"data", "compile", "weights", "checkpoints", "claims"}
+_OF_RUNS = ("records", "predictions", "logs")  # folders whose files and folders are named after runs, as qlora-s0
 NOT_RESTORED = ("compile",)
 # Suffixes excluded from the copies: lock files, in-progress notebooks, on-demand CSV exports.
 _NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
@@ -24,8 +27,8 @@ BUILDING = ".mirroring"  # folder of hard links to what is being copied
 def units_of(folder):
     """{unit: [path, ...]} of what a study folder holds, in the order to copy it.
 
-    Units: 'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; and last 'study', all small files, since its records say
-    that the others are there.
+    Units: 'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; 'study', the small files that all share; 'sweep-METHOD';
+    and last 'run-RUN', a run's record, answers and log, since a record says that the others are there.
     """
     folder, units = Path(folder), {}
     if (folder / "data" / "manifest.json").exists():
@@ -36,8 +39,59 @@ def units_of(folder):
         whole = sorted(step for step in run.glob("step-*") if (step / MANIFEST).exists())
         if whole:
             units[f"checkpoint-{run.name}"] = _files_below(whole[-1])
-    units["study"] = [path for path in _files_below(folder) if not _OWN & set(path.relative_to(folder).parts[:-1])]
+    small = [path for path in _files_below(folder) if not _OWN & set(path.relative_to(folder).parts[:-1])]
+    for path in sorted(small, key=lambda path: _unit_of(path.relative_to(folder)) != "study"):
+        units.setdefault(_unit_of(path.relative_to(folder)), []).append(path)
     return {unit: files for unit, files in units.items() if files}
+
+
+def _unit_of(path):
+    """The unit of a small file, by its path below the study: one worker writes it."""
+    top, *rest = path.parts
+    name = rest[0] if len(rest) > 1 else path.stem
+    if top in _OF_RUNS and re.fullmatch(r".+-s\d+", name):
+        return f"run-{name}"
+    if top == "logs" and name.startswith("sweep-"):
+        return name
+    if top == "sweeps" and rest:  # METHOD.json, METHOD-FACTOR/
+        return f"sweep-{name.rpartition('-')[0] if len(rest) > 1 else name}"
+    return "study"
+
+
+def is_small(unit):
+    """Whether a unit is of small files, which change all the time."""
+    return unit == "study" or unit.startswith(("run-", "sweep-"))
+
+
+def run_of(unit):
+    """The run whose checkpoint or weights a unit is; None for one that every worker needs."""
+    kind, _, run = unit.partition("-")
+    return run if kind in ("checkpoint", "weights") else None
+
+
+def is_wanted(unit, runs):
+    """Whether a unit is restored by a worker on some runs; None: on all."""
+    return unit not in NOT_RESTORED and (runs is None or run_of(unit) in (None, *runs))
+
+
+def superseded(listing, folder):
+    """Names of a listing's checkpoints whose runs are finished and have their weights there."""
+    units = {facts["unit"] for facts in listing.values()}
+    found = {name: facts["unit"].partition("-")[2] for name, facts in listing.items() if "checkpoint-" in facts["unit"]}
+    return [name for name, run in found.items() if f"weights-{run}" in units and is_finished(folder, run)]
+
+
+def in_order(units):
+    """Units in the order to restore them: a record must not say more than what is here, and each run's own stands."""
+    return sorted(units, key=lambda unit: (is_small(unit), unit != "study", unit))
+
+
+def content(folder, files):
+    """SHA-256 over names and contents of files: equal where two sessions have made the same."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _files_below(folder):
@@ -60,7 +114,7 @@ def newest_first(unit, listing):
 def slot_of(unit, known):
     """The archive to write: a free one of the unit's slots, else the oldest. known: as newest_first has it."""
     # Data can be made again, and the checkpoint is kept until the weights are copied.
-    slots = 2 if unit == "study" or unit.startswith("checkpoint-") else 1
+    slots = 1 if unit == "data" or unit.startswith("weights-") else 2
     names = [f"{unit}.{slot}" for slot in range(slots)]
     taken = [name for name, _ in known if name in names]
     free = [name for name in names if name not in taken]
@@ -105,8 +159,10 @@ def pack(pairs, out):
             tar.add(path, arcname=name, recursive=False)
 
 
-def unpack(archive, folder):
+def unpack(archive, folder, *, only_missing=False):
     """Put the files of a tar into their places below `folder`, each at once; returns their names.
+
+    only_missing: leave those alone that are there.
 
     A checkpoint's folder comes as a whole, and is only then listed as one.
     OSError: it is no archive of a study (damaged, or with links, devices or places outside); nothing of it was used.
@@ -119,6 +175,7 @@ def unpack(archive, folder):
             beside.mkdir(parents=True)
             _extract(archive, beside)
         names = [path.relative_to(beside).as_posix() for path in _files_below(beside)]
+        names = [name for name in names if not (only_missing and (folder / name).exists())]
         for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
             with writing(folder / name):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -32,33 +32,33 @@ _STATE = ".mirror.json"
 _STATE_SHAPE = {"remote": str, "origin": str, "serials": Map(int), "copied": Map([list])}
 
 
-def restore(folder, *, log=print):
+def restore(folder, *, runs=None, log=print):
     """Restore what another session left of a study folder on its remote; returns a Mirror, which copies when told.
 
-    None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own folder, or a
-    public repository.
+    runs: names such as qlora-s0 whose checkpoints and weights are wanted; None: all. Data, records and small files come
+    in any case. None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own
+    folder, or a place that everybody can read.
     """
     remote = remote_of(Path(folder).name)
     if remote is None:
         return None
     if remote.folder is not None and Path(folder).resolve() == remote.folder.resolve():
-        raise ConfigError(
-            f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
-        )
+        said = f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
+        raise ConfigError(said)
     with contextlib.suppress(OSError):  # one that cannot be asked now is asked again before anything goes there
         refusal = remote.refusal()
         if refusal:
             raise ConfigError(refusal)
     mirror = Mirror(Path(folder).absolute(), remote, log=log)
-    mirror.restore()
+    mirror.restore(runs)
     return mirror
 
 
-def open_mirror(folder, *, log=print):
-    """The Mirror of a study folder that uploads in the background, started by the first call; None as in restore."""
+def open_mirror(folder, *, runs=None, log=print):
+    """The Mirror of a study folder that uploads in the background, started by the first call; else as restore."""
     folder = Path(folder).absolute()
     if folder not in _RUNNING:
-        mirror = restore(folder, log=log)
+        mirror = restore(folder, runs=runs, log=log)
         if mirror is None:
             return None
         mirror.start()
@@ -88,6 +88,8 @@ def flush_all():
 class Mirror:
     """Copies of a study folder on a remote, in archives that alternate between slots, so that one is always whole.
 
+    Machines may share a remote: a unit of which another has uploaded a newer one is taken over, and left alone.
+
     What this folder and its remote have in common is remembered in the folder, for later sessions and other processes:
     `origin`: the folder's mark in what it uploads. `copied`: {unit: fingerprint of the files that the remote has}.
     `serials`: {unit: serial of the upload that this folder's files are as new as}.
@@ -95,15 +97,14 @@ class Mirror:
 
     def __init__(self, folder, remote, *, log=print, every_s=_EVERY_S, small_files_s=_SMALL_FILES_S):
         self.folder, self.remote, self.log = Path(folder), remote, log
-        self.every_s, self.small_files_s = every_s, small_files_s
+        self.every_s, self.small_files_s = every_s, max(small_files_s, remote.pace_s)
         self.busy_with = None  # the unit being copied
         self.origin, self.copied, self.serials = uuid.uuid4().hex, {}, {}
         self._doubt = remote.doubt  # what is not known about what is written there
         self._failures = {}  # unit -> (what went wrong, time of the next try)
-        self._small_files_at = self._look_at = 0.0  # last copied; when to look next for checkpoints of finished runs
-        self._is_taken_over = False
-        self._one_at_a_time = threading.Lock()
-        self._is_over = threading.Event()
+        self._small_files_at, self._taken_over = {}, set()  # {unit: when it was copied last}, units
+        self._look_at = 0.0  # when to look next for checkpoints of finished runs
+        self._one_at_a_time, self._is_over = threading.Lock(), threading.Event()
         self._read_state()
 
     def start(self):
@@ -112,29 +113,25 @@ class Mirror:
             self.log(self.remote.notice)
 
         def loop():
-            while not self._is_over.wait(self.every_s) and not self._is_taken_over:
+            while not self._is_over.wait(self.every_s):
                 self.copy_once()
 
         threading.Thread(target=loop, daemon=True).start()
         atexit.register(self._is_over.set)
 
-    def restore(self):
-        """Restore what another session has uploaded since this folder was last up to date.
-
-        What cannot be read is logged and left; an older whole copy is taken where there is one.
-        """
-        listing = self._listing("going on with what is here")
-        if listing is None:
+    def restore(self, runs=None):
+        """Restore what others have uploaded since; `runs` as in restore. What cannot be read is logged and left."""
+        if (listing := self._listing("going on with what is here")) is None:
             return
-        # The small files come last: a record must not say more than what is here.
-        units = sorted({facts["unit"] for facts in listing.values()}, key=lambda unit: (unit == "study", unit))
-        for unit in (unit for unit in units if unit not in archive.NOT_RESTORED):
-            self._restore_unit(unit, archive.newest_first(unit, listing))
-        newest = {unit: archive.newest_first(unit, listing)[0][1]["serial"] for unit in units}
-        lost = [unit for unit in self.copied if newest.get(unit) != self.serials[unit]]
-        if lost:
+        units = archive.in_order({facts["unit"] for facts in listing.values()})
+        with self._one_at_a_time:
+            for unit in (unit for unit in units if archive.is_wanted(unit, runs)):
+                self._restore_unit(unit, archive.newest_first(unit, listing))
+            newest = {unit: archive.newest_first(unit, listing)[0][1]["serial"] for unit in units}
+            lost = [unit for unit in self.copied if newest.get(unit, -1) < self.serials[unit]]
             self.copied = {unit: files for unit, files in self.copied.items() if unit not in lost}
-            self._write_state()
+            if lost:
+                self._write_state()
 
     def _restore_unit(self, unit, known):
         for name, facts in known:
@@ -145,17 +142,21 @@ class Mirror:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetching-") as beside:
-                    fetched = Path(beside) / "archive.tar"
-                    self.remote.fetch(name, facts, fetched)
-                    names = archive.unpack(fetched, self.folder)
+                names = self._unpack(name, facts)
             except OSError as error:
                 self.log(f"{self.remote}: {name} not used ({error.strerror or error})")
                 continue
             self.log(f"restored {unit} from {self.remote} ({len(names)} files, {facts['bytes'] / 2**20:.0f} MiB)")
             files = archive.units_of(self.folder).get(unit, [])
             self._has_copied(unit, known[0][1]["serial"], archive.fingerprint(self.folder, files))
+            self._taken_over.discard(unit)
             return
+
+    def _unpack(self, name, facts, **how):
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetching-") as beside:
+            fetched = Path(beside) / "archive.tar"
+            self.remote.fetch(name, facts, fetched)
+            return archive.unpack(fetched, self.folder, **how)
 
     def require_space(self, run, checkpoint_bytes):
         """CheckpointError, with numbers, unless two checkpoints of a run fit on the remote, where it can be asked."""
@@ -191,21 +192,21 @@ class Mirror:
             time.sleep(min(pause, self.every_s))
             self._failures = {unit: (said, 0.0) for unit, (said, _) in self._failures.items()}
             self.copy_once(is_last=True)
-            if self._is_taken_over:
-                return
-            if not self._waiting():
+            if self._taken_over.issuperset(self._waiting()):
                 self._doubt = self.remote.flush()
                 return
 
     def state(self):
         """What is on the remote, what is not, and why, in words."""
-        if self._is_taken_over:
-            return f"another session writes to {self.remote} now: what this one made since is only in {self.folder}"
         waiting = self._waiting()
+        lost = ", ".join(sorted(self._taken_over.intersection(waiting)))
+        if lost:
+            what = f"what this one made since of {lost} is only in {self.folder}"
+            return f"another session writes to {self.remote} now: {what}"
         if not waiting:
             where = f"written to {self.remote}; {self._doubt}" if self._doubt else f"on {self.remote}"
             return f"all of the study is {where}"
-        told = [f"{unit} ({self._failures[unit][0]})" if unit in self._failures else unit for unit in waiting]
+        told = [" ".join([unit, *(f"({said})" for said in self._failures.get(unit, [])[:1])]) for unit in waiting]
         return f"NOT on {self.remote} yet: {', '.join(told)}"
 
     def _waiting(self):
@@ -221,13 +222,14 @@ class Mirror:
             for unit in self._waiting():
                 if self._is_over.is_set() and not is_last:
                     return
-                if unit == "study" and not is_last and time.monotonic() - self._small_files_at < self.small_files_s:
+                since = time.monotonic() - self._small_files_at.get(unit, -self.small_files_s)
+                if archive.is_small(unit) and not is_last and since < self.small_files_s:
                     continue
                 self._try(unit)
             self._drop_finished()
 
     def _try(self, unit):
-        if self._is_taken_over or time.monotonic() < self._failures.get(unit, ("", 0.0))[1]:
+        if unit in self._taken_over or time.monotonic() < self._failures.get(unit, ("", 0.0))[1]:
             return
         try:
             self.busy_with = unit
@@ -250,35 +252,36 @@ class Mirror:
     def _put(self, unit):
         files = archive.units_of(self.folder).get(unit, [])
         fingerprint = archive.fingerprint(self.folder, files)
-        known = archive.newest_first(unit, self.remote.listing())
+        known = archive.newest_first(unit, self.remote.listing([unit]))
         newest = known[0][1] if known else {"serial": 0, "origin": self.origin}
         if newest["origin"] != self.origin and newest["serial"] > self.serials.get(unit, 0):
-            self._is_taken_over = True
-            self.log(self.state())
-            return
+            if newest.get("content") == archive.content(self.folder, files):  # two workers have made the same
+                return self._has_copied(unit, newest["serial"], fingerprint)
+            if unit != "study":
+                return self._taken_over.add(unit) or self.log(self.state())
+            with contextlib.suppress(OSError):  # all write there: what another has added is added here
+                self._unpack(*known[0], only_missing=True)
+            files = archive.units_of(self.folder)[unit]
+            fingerprint = archive.fingerprint(self.folder, files)
         serial = newest["serial"] + 1
         facts = {"unit": unit, "serial": serial, "origin": self.origin, "written_by": f"peftlib {__version__}"}
+        facts |= {} if archive.run_of(unit) else {"content": archive.content(self.folder, files)}
         with archive.pinned(self.folder, files) as pairs:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
             self.remote.put(archive.slot_of(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
         self._has_copied(unit, serial, fingerprint)
         self._look_at = 0.0
         self._doubt = self.remote.doubt
-        if unit == "study":
-            self._small_files_at = time.monotonic()
+        self._small_files_at[unit] = time.monotonic()
 
     def _drop_finished(self):
         """Delete the checkpoints of finished runs, once their records and weights are on the remote."""
-        if self._is_taken_over or time.monotonic() < self._look_at or self._waiting():
+        if time.monotonic() < self._look_at or not self._taken_over.issuperset(self._waiting()):
             return
         self._look_at = time.monotonic() + _LOOK_S
         with contextlib.suppress(OSError):
-            listing = self.remote.listing()
-            units = {facts["unit"] for facts in listing.values()}
-            for name, facts in listing.items():
-                kind, _, run = facts["unit"].partition("-")
-                if kind == "checkpoint" and f"weights-{run}" in units and archive.is_finished(self.folder, run):
-                    self.remote.drop(name)
+            for name in archive.superseded(self.remote.listing(), self.folder):
+                self.remote.drop(name)
 
     def _read_state(self):
         """Read what other processes have done; where it is damaged, or of another remote, all is uploaded once more."""
@@ -293,5 +296,5 @@ class Mirror:
         self._write_state()
 
     def _write_state(self):
-        state = {"remote": str(self.remote), "origin": self.origin, "serials": self.serials, "copied": self.copied}
-        write_json(self.folder / _STATE, state)
+        state = {"origin": self.origin, "serials": self.serials, "copied": self.copied}
+        write_json(self.folder / _STATE, {"remote": str(self.remote), **state})

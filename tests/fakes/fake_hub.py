@@ -3,6 +3,7 @@
 import inspect
 import shutil
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,49 @@ class FakeHub:
 
         return call
 
-    def _repo_info(self, repository, *, repo_type):
+    def file_system(self):
+        """A real HfFileSystem on this hub; downloads, which it makes without HfApi, are copies."""
+        from huggingface_hub import HfFileSystem
+
+        made = HfFileSystem(token="none", skip_instance_cache=True)
+        made._api = self
+
+        def local(path):
+            made.info(path)
+            self.calls["download"] += 1
+            return self.folder / "/".join(path.split("/")[2:])
+
+        made.cat_file = lambda path: local(path).read_bytes()
+        made.get_file = lambda path, target: shutil.copy(local(path), target)
+        return made
+
+    def _list_repo_tree(self, repository, path, *, recursive, expand, revision, repo_type):
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from huggingface_hub.hf_api import RepoFile
+
+        if not (self.folder / path).is_dir():
+            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+        for file in sorted((self.folder / path).iterdir()):
+            digest = sha256(file.read_bytes()).hexdigest()
+            size, name = file.stat().st_size, file.relative_to(self.folder).as_posix()
+            lfs = {"size": size, "oid": digest, "pointerSize": 1} if file.suffix == ".tar" else None
+            yield RepoFile(path=name, size=size, oid=digest[:40], lfs=lfs)
+
+    def _upload_file(
+        self, *, path_or_fileobj, path_in_repo, repo_id, token, repo_type, revision, commit_message, commit_description
+    ):
+        target = self.folder / path_in_repo
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path_or_fileobj, target)
+        self.commits.append(commit_message)
+
+    def _list_repo_commits(self, repository, *, repo_type):
+        return [SimpleNamespace(title=title) for title in self.commits]
+
+    def _super_squash_history(self, repository, *, repo_type, commit_message):
+        self.commits[:] = [commit_message]
+
+    def _repo_info(self, repository, *, repo_type, revision=None, timeout=None):
         from huggingface_hub.errors import RepositoryNotFoundError
 
         if not self.folder.exists():
@@ -41,10 +84,6 @@ class FakeHub:
 
     def _list_repo_files(self, repository, *, repo_type, revision=None):
         return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-
-    def _snapshot_download(self, repository, *, repo_type, revision, allow_patterns, local_dir):
-        for path in self.folder.glob(allow_patterns):
-            self._hf_hub_download(repository, path.relative_to(self.folder), repo_type=repo_type, local_dir=local_dir)
 
     def _repo_exists(self, repository, *, repo_type):
         return self.folder.exists()
@@ -63,7 +102,7 @@ class FakeHub:
         shutil.copytree(folder_path, self.folder, dirs_exist_ok=True)
         self.commits.append(commit_message)
 
-    def _create_commit(self, repository, operations, *, commit_message, repo_type):
+    def _create_commit(self, repo_id, operations, *, commit_message, repo_type, **more):
         self.commits.append(commit_message)
         for operation in operations:
             target = self.folder / operation.path_in_repo

@@ -17,7 +17,7 @@ from peftlib.evaluation.predictions import Predictions
 from peftlib.runner.notebook_io import load as load_notebook
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import Mirror
-from peftlib.storage.remotes import FolderRemote
+from peftlib.storage.store import Remote
 
 SAMPLE = 30  # cases that every test run tries, at even distances
 
@@ -150,7 +150,7 @@ def test_a_damaged_notebook_is_refused_by_name(tmp_path, content):
     "changes", [{"serials": 3}, {"copied": {"data": 1}}, {"origin": None}, {"serials": {"a": "b"}}]
 )
 def test_a_mirrors_odd_memory_counts_as_none(tmp_path, changes):
-    remote = FolderRemote(tmp_path / "remote")
+    remote = Remote(tmp_path / "remote")
     Mirror(tmp_path, remote)._has_copied("data", 4, [["data/x", 1, 2]])
     assert Mirror(tmp_path, remote).serials == {"data": 4}
     write_json(tmp_path / ".mirror.json", {**read_json(tmp_path / ".mirror.json"), **changes})

@@ -19,9 +19,9 @@ from peftlib.core.errors import CheckpointError, ConfigError, LockedError
 from peftlib.storage import archive, lock, mirror
 from peftlib.storage import remotes as storage
 from peftlib.storage.checkpoint import Checkpoint, CheckpointDir
-from peftlib.storage.hub import HubRemote
 from peftlib.storage.mirror import Mirror
-from peftlib.storage.remotes import DriveRemote, FolderRemote
+from peftlib.storage.remotes import DriveRemote
+from peftlib.storage.store import Remote
 
 
 def checkpoint(value, numbers=5000):
@@ -65,7 +65,7 @@ def study(tmp_path):
 
 @pytest.fixture
 def remote(tmp_path):
-    return FolderRemote(tmp_path / "remote")
+    return Remote(tmp_path / "remote")
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_new_machine_gets_everything_that_was_copied(study, remote, open_again
     left_out |= {"sweeps/qlora-1/checkpoints/qlora-s0/step-000001/tensors.pt"}
     assert tree(again.folder) == {name: content for name, content in tree(study).items() if name not in left_out}
     assert newest(again.folder) == 3 and not again._waiting()
-    assert len(list(remote.folder.glob("*.tar"))) == 4  # few files
+    assert len(list(remote.folder.glob("*.tar"))) == 6  # few files
 
 
 def test_nothing_is_copied_twice_and_a_second_process_knows_what_the_first_has_copied(study, remote):
@@ -116,7 +116,7 @@ def test_nothing_is_copied_twice_and_a_second_process_knows_what_the_first_has_c
         path.unlink()
     third = Mirror(study, remote)
     third.restore()  # finds that the remote has lost it all
-    assert third.flush(20) and len(list(remote.folder.glob("*.tar"))) == 4
+    assert third.flush(20) and len(list(remote.folder.glob("*.tar"))) == 6
 
 
 def test_what_is_here_and_newer_is_never_overwritten(study, remote, open_again):
@@ -173,10 +173,10 @@ class Drive:
 
 
 def test_many_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_path):
-    folder, remote = tmp_path / "study", FolderRemote(tmp_path / "drive" / "study")
+    folder, remote = tmp_path / "study", Remote(tmp_path / "drive" / "study")
     drive = Drive(tmp_path / "drive")
     ours = Mirror(folder, remote)
-    with mock.patch("peftlib.core.files.os", drive), mock.patch("peftlib.storage.remotes.os", drive):
+    with mock.patch("peftlib.core.files.os", drive), mock.patch("peftlib.storage.store.os", drive):
         for step in range(1, 16):
             save(folder, step)
             ours.copy_once()
@@ -190,7 +190,7 @@ def test_many_checkpoints_never_fill_the_drive_and_a_finished_run_frees_it(tmp_p
         CheckpointDir(folder / "checkpoints" / "qlora-s0", keep=1).remove()
         assert ours.flush(20)
         ours.copy_once(is_last=True)
-    assert sorted(path.stem for path in remote.folder.glob("*.tar")) == ["study.0", "weights-qlora-s0.0"]
+    assert sorted(path.stem for path in remote.folder.glob("*.tar")) == ["run-qlora-s0.0", "weights-qlora-s0.0"]
     assert drive.trashed < 1000
 
 
@@ -205,12 +205,12 @@ def test_a_checkpoint_stays_on_the_remote_until_record_and_weights_are_there(stu
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOTCONN, errno.EIO, errno.EACCES])
 def test_a_failing_remote_is_said_once_with_the_remedy_and_caught_up_with(study, remote, lines, number):
     ours = Mirror(study, remote, log=lines.append, every_s=0.01)
-    with mock.patch.object(FolderRemote, "put", side_effect=OSError(number, os.strerror(number))) as put:
+    with mock.patch.object(Remote, "put", side_effect=OSError(number, os.strerror(number))) as put:
         for _ in range(3):
             ours.copy_once(is_last=True)
-        assert put.call_count == 4  # once a unit: then it pauses
-        assert not ours.flush(20) and put.call_count > 4
-    assert len(lines) == 4 and all(os.strerror(number) in line and "Work goes on" in line for line in lines)
+        assert put.call_count == 6  # once a unit: then it pauses
+        assert not ours.flush(20) and put.call_count > 6
+    assert len(lines) == 6 and all(os.strerror(number) in line and "Work goes on" in line for line in lines)
     remedy = {errno.ENOSPC: "free some space", errno.ENOTCONN: "still mounted", errno.EIO: "still mounted"}
     assert remedy.get(number, "can be written to") in lines[0]
     assert ours.state().startswith(f"NOT on {remote} yet: ") and os.strerror(number) in ours.state()
@@ -221,7 +221,7 @@ def test_a_full_remote_is_found_before_the_older_copy_is_touched(study, remote, 
     ours = Mirror(study, remote, log=lines.append)
     assert ours.flush(20)
     save(study, 4)
-    with mock.patch.object(FolderRemote, "free_bytes", return_value=100):
+    with mock.patch.object(Remote, "free_bytes", return_value=100):
         ours.copy_once(is_last=True)
     assert "takes" in lines[-1] and "are free" in lines[-1]
     assert newest(open_again().folder) == 3
@@ -230,7 +230,7 @@ def test_a_full_remote_is_found_before_the_older_copy_is_touched(study, remote, 
 def test_a_mount_that_hangs_holds_nobody_up_longer_than_asked(study, remote):
     released = threading.Event()
     ours = Mirror(study, remote, every_s=0.01)
-    with mock.patch.object(FolderRemote, "put", side_effect=lambda *a: released.wait(30)):
+    with mock.patch.object(Remote, "put", side_effect=lambda *a: released.wait(30)):
         started = time.monotonic()
         assert not ours.flush(0.3) and time.monotonic() - started < 10
         assert "NOT on" in ours.state()
@@ -239,7 +239,7 @@ def test_a_mount_that_hangs_holds_nobody_up_longer_than_asked(study, remote):
 
 def test_a_mount_that_is_gone_leaves_the_study_usable(study, tmp_path, lines):
     (tmp_path / "mount").write_text("no folder")
-    ours = Mirror(study, FolderRemote(tmp_path / "mount" / "study"), log=lines.append, every_s=0.01)
+    ours = Mirror(study, Remote(tmp_path / "mount" / "study"), log=lines.append, every_s=0.01)
     ours.restore()
     assert not ours.flush(20) and "NOT on" in ours.state()
     ours.require_space("qlora-s0", 1)
@@ -273,7 +273,7 @@ def test_it_copies_in_the_background_while_files_change(study, remote, open_agai
 
 def test_space_for_two_checkpoints(study, remote):
     ours = Mirror(study, remote)
-    with mock.patch.object(FolderRemote, "free_bytes", return_value=300):
+    with mock.patch.object(Remote, "free_bytes", return_value=300):
         ours.require_space("galore-s0", 150)
         with pytest.raises(CheckpointError, match="PEFTLIB_MIRROR=off to train without"):
             ours.require_space("galore-s0", 151)
@@ -412,7 +412,7 @@ def test_a_dead_mount_is_mounted_again_and_nothing_is_written_below_it(colab, to
 
 def test_a_full_drive_is_not_mounted_again(colab, to_drive):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with mock.patch.object(FolderRemote, "put", side_effect=full):
+    with mock.patch.object(Remote, "put", side_effect=full):
         to_drive.copy_once(is_last=True)
     assert colab.asked == []
 
@@ -423,13 +423,17 @@ def test_a_study_is_not_copied_into_itself(monkeypatch, tmp_path):
         mirror.restore(tmp_path / "study")
 
 
+def hub_remote(hub):
+    return Remote("hf://me/runs", "study", fs=hub.file_system(), api=hub)
+
+
 def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
     hub = FakeHub(tmp_path / "hub")
-    remote = HubRemote("me/runs", "study", api=hub)
+    remote = hub_remote(hub)
     ours = Mirror(study, remote, log=lines.append, every_s=0.01)
     hub.is_down = True
     ours.restore()
-    assert not ours.flush(20) and "HF_TOKEN may write to me/runs" in lines[-1]
+    assert not ours.flush(20) and "HF_TOKEN may write to hf://me/runs" in lines[-1]
     hub.is_down = False
     assert ours.flush(20) and hub.is_private
     again = Mirror(tmp_path / "elsewhere", remote, log=lines.append)
@@ -441,7 +445,7 @@ def test_a_hub_repository_serves_as_well(study, tmp_path, lines):
 
 def test_an_idle_mirror_asks_the_hub_nothing_and_an_unchanged_one_is_listed_by_one_call(study, tmp_path):
     hub = FakeHub(tmp_path / "hub")
-    ours = Mirror(study, HubRemote("me/runs", "study", api=hub))
+    ours = Mirror(study, hub_remote(hub))
     assert ours.flush(20)
     ours.copy_once()
     before = hub.calls.copy()
@@ -449,17 +453,18 @@ def test_an_idle_mirror_asks_the_hub_nothing_and_an_unchanged_one_is_listed_by_o
         ours.copy_once()
     assert hub.calls == before
     first, again = ours.remote.listing(), ours.remote.listing()
-    assert first == again and set(first) == {"data.0", "weights-galore-s0.0", "checkpoint-qlora-s0.0", "study.0"}
-    assert hub.calls - before == {"repo_info": 2}
+    units = ("data", "weights-galore-s0", "checkpoint-qlora-s0", "study", "run-base-s0", "sweep-qlora")
+    assert first == again and set(first) == {f"{unit}.0" for unit in units}
+    assert hub.calls - before == {"list_repo_tree": 2}
     ours._look_at = 0.0  # five minutes later
     ours.copy_once()
-    assert hub.calls - before == {"repo_info": 3}
+    assert hub.calls - before == {"list_repo_tree": 3}
 
 
 def test_a_public_repository_is_refused_unless_said(study, tmp_path, monkeypatch, lines):
     hub = FakeHub(tmp_path / "hub")
     hub._create_repo("me/runs", repo_type="model", private=False, exist_ok=True)
-    remote = HubRemote("me/runs", "study", api=hub)
+    remote = hub_remote(hub)
     ours = Mirror(study, remote, log=lines.append, every_s=0.01)
     assert not ours.flush(20) and not hub.commits
     assert "hf://me/runs is public" in lines[0] and "PEFTLIB_MIRROR_PUBLIC=1" in lines[0]
@@ -475,10 +480,93 @@ def test_a_public_repository_is_refused_unless_said(study, tmp_path, monkeypatch
 
 def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study, tmp_path, monkeypatch, lines):
     monkeypatch.setattr(mirror, "_RUNNING", {})
-    monkeypatch.setattr(mirror, "remote_of", lambda name: HubRemote("me/runs", "study", api=FakeHub(tmp_path / "hub")))
+    monkeypatch.setattr(mirror, "remote_of", lambda name: hub_remote(FakeHub(tmp_path / "hub")))
     mirror.open_mirror(study, log=lines.append)._is_over.set()
     mirror.open_mirror(study, log=lines.append)
-    assert len(lines) == 1 and "keeps every version" in lines[0] and "super_squash_history('me/runs')" in lines[0]
+    assert len(lines) == 1 and "squashes its history" in lines[0]
+
+
+def test_old_versions_are_squashed_out_of_a_repository_of_copies_alone(study, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub")
+    assert Mirror(study, hub_remote(hub)).flush(20) and hub.commits == ["peftlib: older versions are gone"]
+    monkeypatch.setattr("peftlib.storage.store._SQUASH_BYTES", 20_000)
+    for step in range(4, 9):
+        save(study, step)
+        Mirror(study, hub_remote(hub)).copy_once(is_last=True)
+        assert len(hub.commits) <= 3
+    hub.commits.append("Upload README.md with huggingface_hub")
+    save(study, 9)
+    assert Mirror(study, hub_remote(hub)).flush(20) and len(hub.commits) > 3
+
+
+def test_workers_on_one_remote_write_runs_of_their_own(study, remote, open_again, lines):
+    driver = Mirror(study, remote, log=lines.append)
+    assert driver.flush(20)
+    one, two = open_again("one"), open_again("two")
+    for worker, run in ((one, "galore-s1"), (two, "hybrid-s1"), (one, "galore-s2")):
+        (worker.folder / "records" / f"{run}.json").write_text('{"status": "stopped"}')
+        (worker.folder / "predictions" / f"{run}.jsonl").write_text("{}\n")
+        (worker.folder / "logs").mkdir(exist_ok=True)
+        (worker.folder / "logs" / f"{run}.log").write_text("log")
+        CheckpointDir(worker.folder / "checkpoints" / run, keep=1).save(3, checkpoint(3))
+        assert worker.flush(20), worker.state()
+    driver.restore([])
+    assert sorted(path.stem for path in (study / "records").iterdir()) == [
+        "base-s0",
+        "galore-s1",
+        "galore-s2",
+        "hybrid-s1",
+    ]
+    assert [path.name for path in (study / "checkpoints").iterdir()] == ["qlora-s0"]
+    driver.restore(["hybrid-s1"])
+    assert (study / "checkpoints" / "hybrid-s1").exists() and not (study / "checkpoints" / "galore-s1").exists()
+    (study / "predictions" / "galore-s1.jsonl").write_text("older")
+    (one.folder / "predictions" / "galore-s1.jsonl").write_text("newer")
+    (study / "report.md").write_text("report")
+    assert one.flush(20) and not driver.flush(5)
+    assert "of run-galore-s1 is only in" in driver.state()
+    one.restore()
+    assert (one.folder / "report.md").exists(), "the other units are copied as ever"
+
+
+def test_shared_small_files_of_two_workers_are_both_kept_and_equal_ones_are_no_conflict(study, remote, open_again):
+    for own in ("weights", "checkpoints"):
+        shutil.rmtree(study / own)
+    same, other = Mirror(study, remote), Mirror(shutil.copytree(study, study.parent / "copy"), remote)
+    assert same.flush(20) and other.flush(20), other.state()
+    assert all(facts["serial"] == 1 for facts in remote.listing().values())
+    (same.folder / "one.md").write_text("1")
+    (other.folder / "two.md").write_text("2")
+    assert same.flush(20) and other.flush(20), other.state()
+    again = open_again().folder
+    assert (again / "one.md").exists() and (again / "two.md").exists()
+
+
+def test_an_archive_of_all_small_files_as_older_versions_wrote_it_is_restored(study, remote, open_again):
+    files = [path for path in archive._files_below(study) if "records" in str(path) or path.name == "config.json"]
+    with archive.pinned(study, files) as pairs:
+        facts = {"unit": "study", "serial": 9, "origin": "an older version"}
+        remote.put("study.1", lambda out: archive.pack(pairs, out), 100, facts)
+    again = open_again()
+    assert (again.folder / "records" / "base-s0.json").exists()
+    (again.folder / "records" / "base-s0.json").write_text('{"status": "failed"}')
+    assert again.flush(20)
+    assert "failed" in (open_again("third").folder / "records" / "base-s0.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "named, match",
+    [
+        ("s3://", "s3://BUCKET"),
+        ("odd://x", "use a folder, hf://USER/REPO, s3://BUCKET or gs://BUCKET"),
+        ("gs://bucket", "pip install gcsfs"),
+        ("hf://buckets/me", "hf://buckets/USER/BUCKET"),
+    ],
+)
+def test_a_place_that_cannot_be_opened_is_named_with_the_way_out(named, match, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=match):
+        Remote(named, "study")
 
 
 def test_a_compile_cache_on_a_remote_stays_there(study, remote, open_again):

@@ -103,11 +103,11 @@ class Faults:
 
     def _copy(self, disk):
         from peftlib.storage.mirror import Mirror
-        from peftlib.storage.remotes import FolderRemote
+        from peftlib.storage.store import Remote
 
         root = disk.folder.parent
         with disk.plugged_in():
-            mirror = Mirror(root / "study", FolderRemote(root / "remote"), log=quiet)
+            mirror = Mirror(root / "study", Remote(root / "remote"), log=quiet)
             mirror.restore()
             mirror.copy_once(is_last=True)
 
@@ -163,12 +163,12 @@ class Faults:
     def _on_an_empty_machine(self, name, root, at_least):
         from peftlib.storage.checkpoint import CheckpointDir
         from peftlib.storage.mirror import Mirror
-        from peftlib.storage.remotes import FolderRemote
+        from peftlib.storage.store import Remote
 
         elsewhere = root / "elsewhere"
         shutil.rmtree(elsewhere, ignore_errors=True)
         try:
-            Mirror(elsewhere, FolderRemote(root / "remote"), log=quiet).restore()
+            Mirror(elsewhere, Remote(root / "remote"), log=quiet).restore()
             found, skipped = CheckpointDir(elsewhere / "checkpoints" / "qlora-s0", keep=1).newest()
         except BaseException as error:  # noqa: BLE001
             self.crashes.append(f"{name}: restore raised {error!r}")
