@@ -1,9 +1,8 @@
-"""`python -m peftlib reference` on tiny models: sweeps, adoption, runs, failures, cuts."""
+"""`peftlib study` on tiny models: sweeps, adoption, runs, failures, cuts, the list of commands."""
 
-import json
-import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import TINY
@@ -14,10 +13,11 @@ from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
 from peftlib.models.shapes import find_card, shape_of
-from peftlib.runner import process_pool, suite, suite_worker
-from peftlib.runner.process_pool import Ending
-from peftlib.runner.suite import UNFINISHED_CODE, Settings, run, workers_of
-from peftlib.runner.suite_jobs import jobs_of, only, state_of
+from peftlib.runner import suite
+from peftlib.runner.console import STOPPED_CODE
+from peftlib.runner.executors import Ending, workers_of
+from peftlib.runner.suite import run
+from peftlib.runner.suite_jobs import Settings, job_named
 from peftlib.storage.lock import StudyLock
 from peftlib.train import estimate
 
@@ -38,19 +38,30 @@ def settings(tiny_model, make_study):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Children's work done one after another in this process, under the environment that they would have."""
+    """The runs' commands done one after another in this process."""
 
-    def play(next_task, ended, *, workers, why_stop, log):
-        while (reason := why_stop()) is None and (task := next_task()) is not None:
-            with monkeypatch.context() as patched:
-                for name, value in {**task.env, **workers[0]}.items():
-                    patched.setitem(os.environ, name, value)
-                work = suite_worker.Work(**json.loads(task.argv[-1]))
-                code = suite_worker.perform(work, log=lambda line, name=task.name: log(f"{name} | {line}"))
-            ended(Ending(task, code, is_cut=False, tail="", seconds=1.0))
-        return reason
+    class Here:
+        def __init__(self, cfg, settings):
+            self._ended = []
 
-    monkeypatch.setattr(process_pool, "run", play)
+        has_room = property(lambda self: not self._ended)
+
+        def start(self, name, words):
+            self._ended.append(Ending(name, cli.call(words), "", 1.0))
+
+        def ended(self):
+            found, self._ended = self._ended, []
+            return found
+
+        def avoid(self, node):
+            return False
+
+        def stop(self):
+            pass
+
+        close = stop
+
+    monkeypatch.setattr(suite, "Local", Here)
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
 
 
@@ -147,10 +158,10 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
     def stop():
         return "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
 
-    assert run(asked, log=lines.append, why_stop=stop) == UNFINISHED_CODE
+    assert run(asked, log=lines.append, why_stop=stop) == STOPPED_CODE
     assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command goes on" in lines
     lines.clear()
-    assert run(settings(has_report=False, minutes=0.01), log=lines.append) == UNFINISHED_CODE
+    assert run(settings(has_report=False, minutes=0.01), log=lines.append) == STOPPED_CODE
     assert not any("starts" in line for line in lines)  # none is begun that could not save in time
     assert run(settings(has_report=False, names=("galore-s1",)), log=lines.append) == 0
     assert lines[-1] == "all that was chosen is done"
@@ -170,9 +181,9 @@ def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
         return None
 
     codes = []
-    while not codes or codes[-1] == UNFINISHED_CODE:
+    while not codes or codes[-1] == STOPPED_CODE:
         codes.append(run(asked, log=lines.append, why_stop=cut))
-    assert codes == [UNFINISHED_CODE] * 3 + [0], lines[-12:]
+    assert codes == [STOPPED_CODE] * 3 + [0], lines[-12:]
     whole, cut_study = (Study.resolve(study=name, profile="demo") for name in ("whole", "cut"))
     for record in whole.records():
         method, seed = record["method"], record["seed"]
@@ -186,20 +197,21 @@ def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
 
 def test_runs_are_named_and_chosen(make_study):
     study = make_study()
-    jobs = jobs_of(study, ("base", "qlora", "galore"), (0, 1))
+    asked = Settings({}, ("base", "qlora", "galore"), (0, 1), (1.0,), 4)
     names = ["sweep-qlora", "sweep-galore", "base-s0", "qlora-s0", "galore-s0", "qlora-s1", "galore-s1"]
-    assert [job.name for job in jobs] == names
-    assert [job.name for job in only(jobs, ("qlora", "galore-s1"))] == [
-        "sweep-qlora",
-        "qlora-s0",
-        "qlora-s1",
-        "galore-s1",
-    ]
+    jobs, chosen = asked.jobs(study)
+    assert [job.name for job in jobs] == [job.name for job in chosen] == names
+    chosen = replace(asked, names=("qlora", "galore-s1")).jobs(study)[1]
+    assert [job.name for job in chosen] == ["sweep-qlora", "sweep-galore", "qlora-s0", "qlora-s1", "galore-s1"]
     with pytest.raises(ConfigError, match="--only galore-s7 means no run here: use sweep-qlora"):
-        only(jobs, ("galore-s7",))
+        replace(asked, names=("galore-s7",)).jobs(study)
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
-        jobs_of(study, ("qlor",), (0,))
-    assert {state_of(job, factors=(1.0,), rows=4).status for job in jobs} == {"waits"}
+        replace(asked, methods=("qlor",)).jobs(study)
+    assert {job.state().status for job in jobs} == {"waits"}
+    assert [job_named(study, asked, name) for name in names] == jobs
+    for name in ("galore", "galore-s", "-s0", "sweep-", "../x-s1"):
+        with pytest.raises(ConfigError, match="is no run|is unknown"):
+            job_named(study, asked, name)
 
 
 def test_a_place_for_each_share_of_each_gpu(make_study, monkeypatch):
@@ -221,7 +233,7 @@ def settings_of(monkeypatch):
     monkeypatch.setattr(suite, "run", lambda settings, log: found.append(settings))
 
     def made(words):
-        cli.call(["reference", *words.split()])
+        cli.call(["study", "run", *words.split()])
         return found.pop()
 
     return made
@@ -245,7 +257,7 @@ def test_arguments_become_settings(settings_of):
 
 def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     study = make_study()
-    words = "reference --study tiny --profile demo --dry-run --seeds 0,1 --factors 1,3 --sweep-rows 6 --only galore-s0"
+    words = "study run --study tiny --profile demo --dry-run --seeds 0,1 --factors 1,3 --sweep-rows 6 --only galore-s0"
     assert main(words.split()) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     told = {row.split()[0]: re.split("  +", row)[1:] for row in rows[1:]}
