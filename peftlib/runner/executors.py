@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from peftlib.core.errors import ConfigError
@@ -33,64 +32,49 @@ class Ending(NamedTuple):
     place: str = "here"
 
 
-def attend(words, env, kill_at=lambda: None):
-    """Run `python -m peftlib WORDS`; returns (exit code, last line, seconds). No process is left, however this ends.
-
-    kill_at() -> None, or the time.monotonic() at which the command is killed; until then it may save and stop. So it
-    may at a KeyboardInterrupt, by which Ray cancels a task.
-    """
-    started, cut = time.monotonic(), None
-    how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}  # Ctrl-C is ours alone
-    argv = [sys.executable, "-m", "peftlib", *words, "--attended"]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(argv, env={**os.environ, **env, "PYTHONUNBUFFERED": "1"}, stdout=said, **how)
-        try:
-            while process.poll() is None and not (cut and time.monotonic() > min(cut, kill_at() or cut)):
-                try:
-                    time.sleep(0.1)
-                    asked = kill_at()
-                except KeyboardInterrupt:
-                    asked = time.monotonic() + GRACE_S
-                if asked and not cut:
-                    process.terminate()
-                    cut = asked
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # the compiler's helpers too
-            process.wait()
-        said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
-        lines = said.read().decode("utf-8", errors="replace").split("\n")
-    return process.returncode, next((line for line in reversed(lines) if line.strip()), ""), time.monotonic() - started
-
-
 class Local:
-    """Child processes: at_once on each visible GPU, or one where there is none."""
+    """Child processes, one at a time on each worker: {variable: value}, what its environment has beside ours."""
 
-    def __init__(self, cfg, settings):
-        self._free, self._running, self._kill_at = workers_of(cfg, settings.at_once), {}, None
-        self._pool = ThreadPoolExecutor(len(self._free))
+    def __init__(self, workers):
+        self._free, self._running, self._kill_at = list(workers), {}, float("inf")
 
     has_room = property(lambda self: bool(self._free))
 
     def start(self, name, words):
-        worker = self._free.pop()
-        task = self._pool.submit(attend, words, {**environment(), **worker}, lambda: self._kill_at)
-        self._running[task] = name, worker
+        worker, said = self._free.pop(), tempfile.TemporaryFile()  # noqa: SIM115 - `_ending` closes it
+        argv, env = [sys.executable, "-m", "peftlib", *words, "--attended"], {**os.environ, **worker}
+        how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}  # Ctrl-C is ours
+        process = subprocess.Popen(argv, env={**env, "PYTHONUNBUFFERED": "1"}, stdout=said, **how)
+        self._running[name] = process, worker, said, time.monotonic()
 
     def ended(self):
-        done = {task: self._running.pop(task) for task in list(self._running) if task.done()}
-        self._free += [worker for _, worker in done.values()]
-        return [Ending(name, *task.result()) for task, (name, _) in done.items()]
+        if time.monotonic() > self._kill_at:
+            self._kill()
+        done = [name for name, (process, *_) in self._running.items() if process.poll() is not None]
+        return [self._ending(name, *self._running.pop(name)) for name in done]
+
+    def _ending(self, name, process, worker, said, started):
+        self._free.append(worker)
+        with said:
+            said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
+            lines = [line for line in said.read().decode("utf-8", errors="replace").split("\n") if line.strip()]
+        return Ending(name, process.returncode, lines[-1] if lines else "", time.monotonic() - started)
 
     def avoid(self, node):
         return False
 
-    def stop(self, grace_s=GRACE_S):
-        self._kill_at = time.monotonic() + grace_s
+    def stop(self):
+        self._kill_at = time.monotonic() + GRACE_S
+        for process, *_ in self._running.values():
+            process.terminate()
 
-    def close(self):
-        self.stop(0.0)
-        self._pool.shutdown()
+    def _kill(self):
+        for process, *_ in self._running.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # the compiler's helpers too
+            process.wait()
+
+    close = _kill
 
 
 class Ray:
@@ -115,18 +99,20 @@ class Ray:
         self._ray, self._running, self._avoided = ray, {}, set()
         self._kind, has = "CPU" if cfg.device == "cpu" else "GPU", ray.cluster_resources()
         if not has.get(self._kind):
-            raise ConfigError(f"no {self._kind} in the Ray cluster:  start nodes, or set -p device=cpu")
+            ray.shutdown()
+            raise ConfigError(f"no {self._kind} in the Ray cluster: start nodes that have one, or set -p device=cpu")
         gpus = 0 if cfg.device == "cpu" else 1 / settings.at_once
-        needs = {"num_gpus": gpus, "num_cpus": max(1, int(has.get("CPU", 1) / has["GPU"] * gpus)) if gpus else 1}
+        cpus = int(has.get("CPU", 1) / has["GPU"] * gpus) if gpus else 1
+        self._how = {"max_retries": 3, "scheduling_strategy": "SPREAD", "num_gpus": gpus, "num_cpus": max(1, cpus)}
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node with other code is to say so itself
-        self._task = ray.remote(_task).options(max_retries=3, scheduling_strategy="SPREAD", **needs)
+        self._task = ray.remote(_task)
         # What a node has itself goes before; its checkout is its own.
         places = {name: os.environ[name] for name in ("PEFTLIB_ROOT", "PEFTLIB_MIRROR") if name in os.environ}
         self._environment = {**{k: v for k, v in environment().items() if k != "PYTHONPATH"}, **places}
 
     def start(self, name, words):
         apart = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._avoided)})"}} if self._avoided else {}
-        self._running[self._task.options(name=name, **apart).remote(words, self._environment)] = name
+        self._running[self._task.options(name=name, **self._how, **apart).remote(words, self._environment)] = name
 
     def ended(self):
         done, _ = (
@@ -147,7 +133,7 @@ class Ray:
         self._avoided |= {node} if is_known else set()
         return is_known
 
-    def stop(self, grace_s=GRACE_S):
+    def stop(self):
         for task in self._running:
             self._ray.cancel(task)
 
@@ -156,22 +142,27 @@ class Ray:
 
 
 def _task(words, env):
-    """On a node: what an Ending holds after the name."""
+    """On a node: what an Ending holds after the name. Ray cancels it by a KeyboardInterrupt."""
     import ray
 
-    told = attend(words, {name: value for name, value in env.items() if name not in os.environ})
-    return (*told, ray.get_runtime_context().get_node_id(), f"on {socket.gethostname()}")
+    local = Local([{name: value for name, value in env.items() if name not in os.environ}])
+    with contextlib.closing(local):
+        local.start("", words)
+        while not (ended := local.ended()):
+            try:
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                local.stop()
+    return (*ended[0][1:4], ray.get_runtime_context().get_node_id(), f"on {socket.gethostname()}")
 
 
 def workers_of(cfg, at_once):
-    """[{variable: value}, ...], the environment of each worker: every visible GPU at_once times, or the CPU once."""
+    """The workers of a Local: every visible GPU at_once times, or the CPU once."""
     import torch
 
     n_gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()  # asks the driver alone, and takes no memory
-    if not n_gpus:
-        return [{}]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(n_gpus)]
-    share = max(1, (os.cpu_count() or 1) // (n_gpus * at_once))
-    threads = {"OMP_NUM_THREADS": str(share), "TORCHINDUCTOR_COMPILE_THREADS": str(share)}
-    return [{"CUDA_VISIBLE_DEVICES": name.strip(), **threads} for _ in range(at_once) for name in names[:n_gpus]]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+    share = str(max(1, (os.cpu_count() or 1) // (n_gpus * at_once or 1)))
+    threads = {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share}
+    gpus = [{"CUDA_VISIBLE_DEVICES": name.strip(), **threads} for name in names.split(",")[:n_gpus]]
+    return [{**environment(), **worker} for worker in gpus * at_once or [{}]]

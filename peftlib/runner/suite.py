@@ -9,13 +9,14 @@ import os
 import shlex
 import sys
 import time
+from operator import itemgetter
 
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, LockedError
 from peftlib.core.session import interrupts
 from peftlib.core.study import Study
 from peftlib.runner.console import STOPPED_CODE
-from peftlib.runner.executors import GRACE_S, Local, Ray
+from peftlib.runner.executors import GRACE_S, Local, Ray, workers_of
 from peftlib.runner.suite_jobs import DONE, FAILED, adopt_sweeps, table
 from peftlib.runner.suite_work import NODE_CODE, NOT_NOW_CODE
 from peftlib.storage.claims import Claims
@@ -37,7 +38,7 @@ def run(settings, *, log=print, why_stop=lambda: None):
     started, reason = time.monotonic(), None
     study = opened(settings, log)
     StudyLock(study.folder, "study run").require_free()
-    executor = Ray(study.cfg, settings) if settings.address else Local(study.cfg, settings)
+    executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(executor))
         interrupted = stack.enter_context(interrupts())  # after Ray, which takes SIGTERM for itself
@@ -100,14 +101,16 @@ class _Session:
         self.states = {job.name: job.state() for job in self.all}
         owners = Claims(self.study.folder, log=self.log).owners()
         self.notes = {name: note for name, note in self.notes.items() if name in self.running}
-        self.notes |= {name: ("held", f"by {who}") for name, who in owners.items() if name not in self.running}
+        self.notes |= {
+            name: ("held", f"by {who}") for name, who in owners.items() if name in self.states.keys() - self.running
+        }
         self.ready = [job for job in self.waiting() if job.name not in owners and job.is_ready()]
         self._look_at = time.monotonic() + _LOOK_S
 
     def waiting(self):
         """[Job, ...] that are still to be done, by this command or another's."""
         over = (DONE,) if self.settings.is_again else (DONE, FAILED)
-        left = [job for job in self.chosen if self.states[job.name].status not in over]
+        left = [job for job in self.chosen if self.states[job.name][0] not in over]
         vain = {job.method for job in left if job.is_sweep and job.name in self._tried}
         own = self.running.keys() | self._tried
         return [
@@ -141,7 +144,7 @@ class _Session:
 
         if not sys.stdout.isatty():  # it gets lines
             return contextlib.nullcontext()
-        return Live(get_renderable=lambda: Text("\n".join(table(self.states, self.notes))), refresh_per_second=1)
+        return Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
 
     def _pass_on(self, name):
         for line in self.running[name].read().splitlines():
@@ -159,7 +162,7 @@ class _Session:
         self.running.pop(name).close()
         self._restore_at = 0.0
         self._look()
-        status = self.states[name].status
+        status = self.states[name][0]
         self._tell(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
         if code == NOT_NOW_CODE:
             self.ready = [job for job in self.ready if job.name != name]  # until the next look
@@ -175,16 +178,16 @@ class _Session:
     def close(self, reason):
         """Report and table; the exit code."""
         self._look()
-        if not reason and self.settings.has_report and all(s.status in (DONE, FAILED) for s in self.states.values()):
+        if not reason and self.settings.has_report and {*map(itemgetter(0), self.states.values())} <= {DONE, FAILED}:
             from peftlib import build_report
 
             with contextlib.suppress(LockedError), Claims(self.study.folder, log=self.log).take("report"):
                 self.log(f"report of {self.study.folder.name}")
                 build_report(self.study)
-        died = {name: why for name, why in self._died.items() if self.states[name].status != DONE}
-        for line in table(self.states, {**self.notes, **{name: ("died", why) for name, why in died.items()}}):
+        died = {name: why for name, why in self._died.items() if self.states[name][0] != DONE}
+        for line in table(self.states | self.notes | {name: ("died", why) for name, why in died.items()}):
             self.log(line)
-        status = {job.name: self.states[job.name].status for job in self.chosen}
+        status = {job.name: self.states[job.name][0] for job in self.chosen}
         failed = [name for name in status if status[name] == FAILED or name in died]
         left = [name for name in status if status[name] not in (DONE, FAILED)]
         if failed:
@@ -204,4 +207,4 @@ def listing(settings, *, is_pending):
     study.freeze()
     session = _Session(study, settings, None, lambda line: None)
     commands = (shlex.join(["peftlib", *job.words()]) for job in session.ready)
-    return commands if is_pending else table(session.states, session.notes)
+    return commands if is_pending else table(session.states | session.notes)

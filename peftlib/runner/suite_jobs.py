@@ -50,17 +50,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class State:
-    """How far a job is. status: one of this module's words. detail: steps done, or the reason of a failure."""
-
-    status: str
-    detail: str = ""
-    steps: int | None = None
-    train_s: float | None = None
-    evaluate_s: float | None = None
-
-
-@dataclass(frozen=True)
 class Job:
     """One sweep of a method, or training and evaluation of one method and seed."""
 
@@ -97,23 +86,26 @@ class Job:
         return is_free or self.method in self.study.adopted_rates()
 
     def state(self):
-        """The State, read from the study's folder."""
+        """(one of this module's words, steps and minutes or the reason of a failure), read from the study's folder."""
         if self.is_sweep:
             found = self.swept()
-            return State(DONE, f"factor {found['best']['factor']:g}", found["steps"]) if found else State(OPEN)
+            return (DONE, f"{found['steps']} steps, best factor {found['best']['factor']:g}") if found else (OPEN, "")
         record = records.load(self.study, self.method, self.seed)
         if record is None:
-            return State(OPEN)
-        known = {"steps": record["steps"], "train_s": record["train_seconds"]}
+            return OPEN, ""
         if record["status"] == "failed":
-            return State(FAILED, record["error"] or "", **known)
+            return FAILED, record["error"] or ""
+        trained = f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}"
+        trained = "" if self.method == BASE else f"{trained}, trained {(record['train_seconds'] or 0) / 60:.1f} min"
         if record["status"] != "ok":
-            return State(STOPPED, f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}", **known)
+            return STOPPED, trained
         if record["evaluation"] and self.study.predictions_path(self.method, self.seed).exists():
-            return State(DONE, **known, evaluate_s=record["evaluation"].get("generate_seconds"))
-        if record.get("evaluation_error"):
-            return State(FAILED, f"evaluation: {record['evaluation_error']}", **known)
-        return State(TRAINED, "not evaluated yet", **known)
+            return (
+                DONE,
+                f"{trained}, answered {(record['evaluation'].get('generate_seconds') or 0) / 60:.1f} min".strip(", "),
+            )
+        failure = record.get("evaluation_error")
+        return (FAILED, f"evaluation: {failure}") if failure else (TRAINED, f"{trained}, not evaluated yet")
 
 
 def job_named(study, settings, name):
@@ -137,11 +129,8 @@ def adopt_sweeps(study, settings):
             study.adopt(path.stem, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
 
 
-def table(states, notes):
-    """Yield {name: State} as lines. notes: {name: (status, detail)} to show instead."""
-    yield f"{'run':<18} {'status':<8} {'steps':>6} {'train min':>10} {'answer min':>11}  "
-    for name, state in states.items():
-        steps = "" if state.steps is None else state.steps
-        train, answer = ("" if s is None else f"{s / 60:.1f}" for s in (state.train_s, state.evaluate_s))
-        status, detail = notes.get(name, (state.status, state.detail))
-        yield f"{name:<18} {status:<8} {steps:>6} {train:>10} {answer:>11}  {detail[:120]}".rstrip()
+def table(states):
+    """Yield {run: (status, detail)} as lines."""
+    yield f"{'run':<18} {'status':<8}"
+    for name, (status, detail) in states.items():
+        yield f"{name:<18} {status:<8} {detail[:120]}".rstrip()

@@ -53,7 +53,7 @@ def lines(settings):
     low_s = high_s = 0.0
     yield f"{'run':<18} {'training':<18}  now"
     for job in jobs:
-        status = job.state().status
+        status = job.state()[0]
         times = 3600 * (len(settings.factors) * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
         hours, words = hours_of.get(job.method), "none" if job.method == BASE else "does not fit"
         if hours:

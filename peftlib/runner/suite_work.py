@@ -82,7 +82,7 @@ def perform(settings, name, *, code="", data="", log=print):
             mirror.restore()  # what the claim's last holder has done
         job = _job(folder, settings, name, data)
         adopt_sweeps(job.study, settings)
-        if job.state().status == DONE:
+        if job.state()[0] == DONE:
             log(f"{name} is done")
             return 0
         if not job.is_ready():

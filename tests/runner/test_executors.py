@@ -3,7 +3,6 @@
 import itertools
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -28,8 +27,7 @@ def local(tmp_path, monkeypatch):
 
     def make(*workers):
         monkeypatch.setattr(executors.sys, "executable", str(script))
-        monkeypatch.setattr(executors, "workers_of", lambda *given: list(workers or ({},)))
-        made.append(Local(None, SimpleNamespace(at_once=1)))
+        made.append(Local(workers or ({},)))
         return made[-1]
 
     yield make
@@ -77,7 +75,7 @@ def test_each_place_has_one_command_at_a_time(local):
         assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(found))
 
 
-def test_stopping_asks_the_commands_and_kills_the_deaf(local, tmp_path):
+def test_stopping_asks_the_commands_and_kills_the_deaf(local, tmp_path, monkeypatch):
     up = tmp_path / "up"
     good = f"import time; open({str(up)!r}, 'w').close(); time.sleep(60)"
     executor = local({}, {})
@@ -85,7 +83,8 @@ def test_stopping_asks_the_commands_and_kills_the_deaf(local, tmp_path):
     executor.start("deaf", (STUBBORN.replace("print(", f"open({str(up) + '2'!r}, 'w').close(); print("),))
     while not (up.exists() and (tmp_path / "up2").exists()):
         time.sleep(0.02)
-    executor.stop(1.0)
+    monkeypatch.setattr(executors, "GRACE_S", 1.0)
+    executor.stop()
     found, end = {}, time.monotonic() + 20
     while len(found) < 2 and time.monotonic() < end:
         found |= {ending.name: ending for ending in executor.ended()}

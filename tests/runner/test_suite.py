@@ -15,6 +15,7 @@ from peftlib.core.study import Study
 from peftlib.models.shapes import find_card, shape_of
 from peftlib.runner import suite
 from peftlib.runner.console import STOPPED_CODE
+from peftlib.runner.execute import environment
 from peftlib.runner.executors import Ending, workers_of
 from peftlib.runner.suite import run
 from peftlib.runner.suite_jobs import Settings, job_named
@@ -41,7 +42,7 @@ def in_this_process(monkeypatch):
     """The runs' commands done one after another in this process."""
 
     class Here:
-        def __init__(self, cfg, settings):
+        def __init__(self, workers):
             self._ended = []
 
         has_room = property(lambda self: not self._ended)
@@ -207,7 +208,7 @@ def test_runs_are_named_and_chosen(make_study):
         replace(asked, names=("galore-s7",)).jobs(study)
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
         replace(asked, methods=("qlor",)).jobs(study)
-    assert {job.state().status for job in jobs} == {"waits"}
+    assert {job.state()[0] for job in jobs} == {"waits"}
     assert [job_named(study, asked, name) for name in names] == jobs
     for name in ("galore", "galore-s", "-s0", "sweep-", "../x-s1"):
         with pytest.raises(ConfigError, match="is no run|is unknown"):
@@ -216,7 +217,7 @@ def test_runs_are_named_and_chosen(make_study):
 
 def test_a_place_for_each_share_of_each_gpu(make_study, monkeypatch):
     cfg = make_study().cfg
-    assert workers_of(cfg, 3) == [{}]  # device='cpu'
+    assert workers_of(cfg, 3) == [environment()]  # device='cpu'
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("os.cpu_count", lambda: 32)
     found = workers_of(cfg.replace(device="auto"), 2)
