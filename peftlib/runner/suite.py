@@ -164,16 +164,14 @@ class _Session:
         self._look()
         status = self.states[name][0]
         self._tell(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
-        if code == NOT_NOW_CODE:
-            self.ready = [job for job in self.ready if job.name != name]  # until the next look
-        elif code == NODE_CODE and self.executor.avoid(ending.node):
+        self.ready = [job for job in self.ready if job.name != name]  # at the next look again, if at all
+        if code == NODE_CODE and self.executor.avoid(ending.node):
             self._tell(f"{ending.last}; no more runs go there")
-        elif not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            self._died[name] = f"{how}: {ending.last or 'no word'}"
+        elif code != NOT_NOW_CODE:
             self._tried.add(name)
-        else:
-            self._tried.add(name)
+            if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
+                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                self._died[name] = f"{how}: {ending.last or 'no word'}"
 
     def close(self, reason):
         """Report and table; the exit code."""

@@ -1,6 +1,7 @@
 """`peftlib study` on tiny models: sweeps, adoption, runs, failures, cuts, the list of commands."""
 
 import re
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -13,12 +14,13 @@ from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
 from peftlib.models.shapes import find_card, shape_of
-from peftlib.runner import suite
+from peftlib.runner import suite, suite_work
 from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.execute import environment
 from peftlib.runner.executors import Ending, workers_of
 from peftlib.runner.suite import run
 from peftlib.runner.suite_jobs import Settings, job_named
+from peftlib.storage.claims import Claims
 from peftlib.storage.lock import StudyLock
 from peftlib.train import estimate
 
@@ -48,7 +50,9 @@ def in_this_process(monkeypatch):
         has_room = property(lambda self: not self._ended)
 
         def start(self, name, words):
-            self._ended.append(Ending(name, cli.call(words), "", 1.0))
+            code = cli.call(words)
+            log = Study.existing(words[words.index("--study") + 1]).folder / "logs" / f"{name}.log"
+            self._ended.append(Ending(name, code, log.read_text().splitlines()[-1], 1.0))
 
         def ended(self):
             found, self._ended = self._ended, []
@@ -270,3 +274,117 @@ def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     assert told["base-s0"] == ["none", "waits"]
     assert last == f"left: {one_run} of training on a t4, one run at a time; answering the test rows comes on top"
     assert not (study.folder / "records").exists()
+
+
+@pytest.fixture
+def study_words(settings):
+    """The words that say which runs of the study there are, for `study list` and `study run`."""
+    given = settings().given
+    words = [
+        "--study",
+        "tiny",
+        "--profile",
+        "demo",
+        "--methods",
+        "base,qlora",
+        "--seeds",
+        "0",
+        "--factors",
+        "0.3,1",
+        "--sweep-rows",
+        "4",
+    ]
+    for name, value in given.items():
+        words += ["-p", f"{name}={value}"] if name not in ("study", "profile") else []
+    return words
+
+
+@pytest.fixture
+def listed(study_words, capsys):
+    """listed(*options) -> what `peftlib study list` prints of it, in lines."""
+
+    def made(*options):
+        capsys.readouterr()
+        assert cli.main(["study", "list", *study_words, *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return made
+
+
+def test_the_list_of_commands_leads_to_the_whole_study_and_each_command_can_be_given_twice(listed, capsys):
+    done = []
+    while commands := listed("--pending"):
+        for command in commands:
+            program, *words = shlex.split(command)
+            assert program == "peftlib" and cli.main(words) == 0
+            done.append(words[2])
+    assert done == ["sweep-qlora", "base-s0", "qlora-s0"]  # the run once its sweep is done
+    assert [line.split()[:2] for line in listed()[1:]] == [[name, "done"] for name in done]
+    log = Study.existing("tiny").folder / "logs" / "qlora-s0.log"
+    before = log.read_text()
+    assert re.search(r"^qlora-s0 starts on .*^step 2/2 .*^qlora: BLEU-4", before, re.MULTILINE | re.DOTALL)
+    assert cli.main(words) == 0
+    assert log.read_text() == before + "qlora-s0 is done\n"
+
+
+def test_what_another_worker_holds_is_neither_listed_nor_done(listed, capsys):
+    commands = listed("--pending")
+    claims = Claims(Study.existing("tiny").folder)
+    with claims.take("base-s0"):
+        assert listed("--pending") == commands[:1]
+        assert re.match(r"base-s0 +held +by .*, process \d+ \(working on base-s0", listed()[2])
+        assert cli.main(shlex.split(commands[1])[1:]) == 75
+        assert "LockedError: base-s0 of study 'tiny' is in use by" in capsys.readouterr().out
+    with StudyLock(Study.existing("tiny").folder, "a notebook"):
+        assert cli.main(shlex.split(commands[1])[1:]) == 75
+    assert cli.main(shlex.split(commands[1])[1:]) == 0
+
+
+def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
+    words = shlex.split(listed("--pending")[0])[1:]
+    assert cli.main(["qlora-s0" if word == "sweep-qlora" else word for word in words]) == 75
+    assert "qlora-s0 waits for sweep-qlora" in capsys.readouterr().out
+    assert Study.existing("tiny").records() == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, the command is of 0\.1\.0\+cafecafe: install the same"),
+        ({"--data": "0123456789ab"}, r"has rows of the hash \S+ in .*tiny, the command asks for 0123456789ab"),
+        ({"device=cpu": "device=auto"}, "has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p"),
+        ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
+        ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),
+    ],
+)
+def test_a_machine_that_cannot_do_a_run_says_why(listed, capsys, monkeypatch, tmp_path, changes, message):
+    words = shlex.split(listed("--pending")[1])[1:]
+    (tmp_path / "file").write_text("")
+    for name, value in changes.items():
+        if name == "PEFTLIB_ROOT":
+            monkeypatch.setenv(name, str(tmp_path / value))
+        elif name.startswith("--"):
+            words[words.index(name) + 1] = value
+        else:
+            words[words.index(name)] = value
+    assert cli.main(words) == 69
+    assert re.search(rf"^NodeError: \S+ {message}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_refusal_is_named_and_the_other_runs_go_on(settings, in_this_process, monkeypatch):
+    real = suite_work.code_id
+    asked = iter([real(), "0.1.0+other"])
+    monkeypatch.setattr(suite_work, "code_id", lambda: next(asked, real()))
+    lines = []
+    assert run(settings(factors=(), has_report=False), log=lines.append) == 1
+    died = [line for line in lines if " died " in line]
+    assert len(died) == 1 and re.search(r"exit code 69: NodeError: \S+ has peftlib", died[0])
+    assert sum(" done " in line for line in lines) == 4
+    assert run(settings(factors=(), has_report=False), log=lines.append) == 0
+
+
+def test_the_earlier_name_of_the_command_says_so(settings_of, capsys):
+    settings_of("--study x")
+    assert capsys.readouterr().err == ""
+    cli.call(["reference", "--study", "x"])
+    assert capsys.readouterr().err == "`peftlib reference` is now called `peftlib study run`\n"
