@@ -36,7 +36,7 @@ def run(settings, *, log=print, why_stop=lambda: None):
     works in the study as a whole.
     """
     started, reason = time.monotonic(), None
-    study = opened(settings, log)
+    study = _with_data(settings, log)
     StudyLock(study.folder, "study run").require_free()
     executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
     with contextlib.ExitStack() as stack:
@@ -59,14 +59,17 @@ def run(settings, *, log=print, why_stop=lambda: None):
         return session.close(reason)
 
 
-def opened(settings, log):
-    """The study with its data built and its config frozen, brought from its store where it has one."""
+def _resolved(settings, log):
+    open_mirror(Study.resolve(**settings.given).folder, log=log)  # brings what stands on a remote
+    return Study.resolve(**settings.given)
+
+
+def _with_data(settings, log):
+    """The study with its data built and its config frozen."""
     from peftlib.data import build_data
     from peftlib.models.locate import locate
 
-    study = Study.resolve(**settings.given)
-    open_mirror(study.folder, log=log)  # brings what stands on a remote, and copies from here alone
-    study = Study.resolve(**settings.given)
+    study = _resolved(settings, log)
     if not (study.manifest_path.exists() and study.config_path.exists()):
         log(f"builds the data of {study.folder.name}")
         build_data(study.cfg, study.data_dir)
@@ -199,10 +202,9 @@ class _Session:
 
 def listing(settings, *, is_pending):
     """The state of a study's runs as lines, or the commands that can be started now. StudyError: no data yet."""
-    open_mirror(Study.resolve(**settings.given).folder, log=lambda line: None)
-    study = Study.resolve(**settings.given)
+    study = _resolved(settings, lambda line: None)
     study.manifest()
     study.freeze()
-    session = _Session(study, settings, None, lambda line: None)
+    session = _Session(study, settings, None, None)
     commands = (shlex.join(["peftlib", *job.words()]) for job in session.ready)
     return commands if is_pending else table(session.states | session.notes)

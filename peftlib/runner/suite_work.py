@@ -130,7 +130,10 @@ def _job(folder, settings, name, data):
 
 
 def _do(job, log):
+    import torch
+
     from peftlib.evaluation.evaluate import evaluate
+    from peftlib.train.loop import TrainingRun
     from peftlib.train.placement import memory_cap
 
     study, is_trained = job.study, job.method == BASE and not job.is_sweep
@@ -141,9 +144,14 @@ def _do(job, log):
                 return 0
             if is_trained and (records.load(study, BASE, 0) or {}).get("status") == "failed":
                 study.record_path(BASE, 0).unlink()  # nothing of it can be resumed
-            is_trained = is_trained or _train(job, log)
             if not is_trained:
-                return STOPPED_CODE
+                record = TrainingRun(study, job.method, log=log).train()
+                if record["status"] != "ok":
+                    return STOPPED_CODE
+                is_trained = True
+                records.save(study, {"side_by_side": job.settings.at_once, **record})
+                gc.collect()
+                torch.cuda.empty_cache()
             record = evaluate(study, job.method, log=log)
             if record.pop("evaluation_error", None):
                 records.save(study, record)
@@ -159,20 +167,6 @@ def _do(job, log):
         log(f"{'evaluation ' if is_trained else ''}failed: {type(error).__name__}: {error}")
         _record_failure(job, error, is_trained)
         return FAILED_CODE
-
-
-def _train(job, log):
-    """Train; whether it came to its end."""
-    import torch
-
-    from peftlib.train.loop import TrainingRun
-
-    record = TrainingRun(job.study, job.method, log=log).train()
-    if record["status"] == "ok" and "side_by_side" not in record:
-        records.save(job.study, {**record, "side_by_side": job.settings.at_once})
-    gc.collect()
-    torch.cuda.empty_cache()
-    return record["status"] == "ok"
 
 
 def _record_failure(job, error, is_trained):
