@@ -85,7 +85,7 @@ def main(app, argv):
     try:
         code = call(app, argv)
         for line in mirror.flush_all():
-            print(line)
+            print(line, file=sys.stderr)  # `study list` prints commands
         sys.stdout.flush()
         return code
     except PeftlibError as error:
