@@ -28,6 +28,11 @@ $(VENV)/browser: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@touch $@
 
+# Ray, for the tests of a cluster.
+$(VENV)/cluster: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[cluster]'
+	@touch $@
+
 # What builds the pages of docs/.
 $(VENV)/docs: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -43,7 +48,7 @@ test: $(VENV)/installed $(KERNELS)
 	$(BIN)/mypy
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/cluster
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow or packaged"
 
 # Where there is no Chromium with its driver, the tests are skipped and say so. PEFTLIB_SCREENSHOTS=FOLDER keeps pictures.

@@ -11,8 +11,19 @@ from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
-from peftlib.runner import console
-from peftlib.runner.console import given_settings, require_numbers, say, sized_as_full_study, study_of
+from peftlib.runner import console, suite_cli
+from peftlib.runner.console import (
+    Flag,
+    Name,
+    Settings,
+    Sources,
+    examples_of,
+    given_settings,
+    require_numbers,
+    say,
+    sized_as_full_study,
+    study_of,
+)
 from peftlib.storage.mirror import open_study
 
 app = typer.Typer(
@@ -23,23 +34,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# What several commands share is said in one way.
-Name = Annotated[str, Option("--study", metavar="NAME", help="study folder")]
 AnyName = Annotated[str | None, Option("--study", metavar="NAME", help="study folder; default: the profile's name")]
 Profile = Annotated[str | None, Option(help="demo, t4, gpu or auto; default: by the hardware")]
-Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a setting; repeatable")]
 Seed = Annotated[int, Option(min=0, help="of the run")]
 Method = Annotated[str, Argument(metavar="METHOD", help="such as qlora; `peftlib plan` lists all")]
-Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
-_WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
-Sources = Annotated[list[str] | None, Option("--source", metavar="NAME=WHERE", help=_WHERE)]
 Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
 
 
 def _command(*examples):
     """Register a function as a command whose --help ends with examples."""
-    return app.command(epilog="\b\nExamples:\n" + "\n".join(f"  peftlib {example}" for example in examples))
+    return app.command(epilog=examples_of(*examples))
 
 
 @_command("run --profile demo", "run 01 02_qlora --study first -p lora_rank=8", "run --study second --fork first")
@@ -257,37 +262,7 @@ def sweep(
         trials.sweep(found, method, factors=factor or trials.FACTORS, rows=rows)
 
 
-@_command("reference --study big --at-once 3", "reference --study small --profile t4 --methods qlora,galore --dry-run")
-def reference(
-    study: Name = "reference",
-    profile: Annotated[str, Option(help="demo, t4 or gpu")] = "gpu",
-    source: Sources = None,
-    settings: Settings = None,
-    methods: Annotated[str | None, Option(metavar="A,B,...", help="default: base and all methods")] = None,
-    seeds: Annotated[str, Option(help="of every method but base")] = "0,1,2",
-    factors: Annotated[str, Option(help="of the rates that a sweep tries, or none")] = "0.3,1,3",
-    sweep_rows: Annotated[int, Option(help="training rows of each trial")] = 1500,
-    minutes: Annotated[float, Option(min=0, help="save and stop before so many are over; 0: no limit")] = 0.0,
-    at_once: Annotated[int, Option(min=1, help="runs side by side on each GPU")] = 1,
-    only: Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")] = "",
-    again: Annotated[bool, Option("--again", help="try what failed once more")] = False,
-    no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
-    dry_run: Flag = False,
-):
-    """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
-
-    Runs go side by side on all GPUs.
-    """
-    given = given_settings(settings, source=source, profile=profile, study=study)
-    from peftlib.runner import suite, suite_plan
-
-    words: dict = {"methods": methods, "seeds": seeds, "factors": factors, "only": only}
-    others: dict = {"rows": sweep_rows, "is_again": again, "minutes": minutes, "at_once": at_once}
-    chosen = suite.Settings.of(given, **words, **others, has_report=not no_report)
-    if dry_run:
-        print("\n".join(suite_plan.lines(chosen)))
-        return 0
-    return suite.run(chosen, log=say)
+app.add_typer(suite_cli.app, name="study")
 
 
 def call(argv):

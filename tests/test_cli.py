@@ -22,7 +22,7 @@ def test_help_lists_every_verb_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     listed = re.findall(r"^  (\w+)  ", done.stdout.split("Commands:")[1], re.MULTILINE)
-    verbs = "run data train evaluate report compare judge chat export plan sweep reference"
+    verbs = "run data train evaluate report compare judge chat export plan sweep study"
     assert listed == verbs.split()
 
 
@@ -48,7 +48,7 @@ def test_the_console_script_is_main():
         ("chat --study x --method galore", "chat --study x galore"),
         ("sweep --method qlora --method full --study x", "sweep qlora full --study x"),
         ("judge --methods base qlora --study x", "judge --methods base qlora --study x"),
-        ("reference --methods base qlora --seeds 0", "reference --methods base,qlora --seeds 0"),
+        ("reference --methods base qlora --seeds 0", "study run --methods base,qlora --seeds 0"),
     ],
 )
 def test_command_lines_of_the_first_edition_stay_valid(words, now):

@@ -27,7 +27,7 @@ def summary_of(study, built):
             runs.setdefault(run.record["method"], []).append(run)
     trained = [run for method, part in runs.items() for run in part if method != BASE]
     if not trained:
-        raise StudyError(f"no finished run in {study.folder}: run `peftlib reference --study {study.folder.name}`")
+        raise StudyError(f"no finished run in {study.folder}: run `peftlib study run --study {study.folder.name}`")
     counts = manifest["counts"]
     return {
         "date": time.strftime("%Y-%m-%d"),

@@ -33,6 +33,10 @@ class LockedError(StudyError):
     """A study folder that another live session works in."""
 
 
+class NodeError(PeftlibError, RuntimeError):
+    """A machine that cannot do a run which another one of the cluster can."""
+
+
 class DiskError(PeftlibError, OSError):
     """A disk that is full, read-only or failing, or a path that it does not take.
 

@@ -4,6 +4,7 @@ In a checkout the notebooks and results lie beside the package. pyproject.toml m
 names, so that a `pip install` of the address brings them too.
 """
 
+import hashlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -28,6 +29,19 @@ def checkout(package=PACKAGE):
 def shipped(name, package=PACKAGE):
     """A file or folder of the repository, such as 'notebooks', wherever this copy has it."""
     return (checkout(package) or package) / name
+
+
+def code_id(package=PACKAGE):
+    """The version and 8 hex digits of the SHA-256 over the package's Python files, such as 0.2.0+1f3a09bc: equal
+    wherever the same code is installed."""
+    from peftlib import __version__
+
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(
+            f"{path.relative_to(package).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode()
+        )
+    return f"{__version__}+{digest.hexdigest()[:8]}"
 
 
 def address():

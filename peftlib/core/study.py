@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from peftlib.core import record as records
 from peftlib.core.config import Config, current_names, differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root
@@ -142,6 +144,10 @@ class Study:
         rates: {field: value}. Once for each method, before its first run.
         StudyError: there are other rates already, or a run of it was begun with others.
         """
+        with FileLock(self.folder / ".rates.lock"):  # of several runs that start at once none may lose another's
+            self._adopt(method, rates, found)
+
+    def _adopt(self, method, rates, found):
         kept = self.adopted_rates()
         if method in kept:
             changed = differences(kept[method]["rates"], rates)

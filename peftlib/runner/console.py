@@ -5,8 +5,10 @@ import os
 import signal
 import stat
 import sys
+from typing import Annotated
 
 import typer
+from typer import Option
 
 from peftlib.core.config import PROFILES, from_text, resolve
 from peftlib.core.env import output_root
@@ -14,8 +16,20 @@ from peftlib.core.errors import ConfigError, PeftlibError, disk_error
 from peftlib.core.study import Study
 from peftlib.storage import mirror
 
+# What several commands share is said in one way.
+Name = Annotated[str, Option("--study", metavar="NAME", help="study folder")]
+Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a setting; repeatable")]
+Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
+_WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
+Sources = Annotated[list[str] | None, Option("--source", metavar="NAME=WHERE", help=_WHERE)]
+
 ERROR_CODE = 2  # of a command that was refused
 STOPPED_CODE = 3  # of work that was cut and saved: the same command resumes it
+
+
+def examples_of(*examples):
+    """The end of a command's --help."""
+    return "\b\nExamples:\n" + "\n".join(f"  peftlib {example}" for example in examples)
 
 
 def given_settings(settings, *, source=None, **options):
@@ -51,6 +65,17 @@ def require_numbers(options):
             raise ConfigError(f"{name} {number:g} is out of range")
 
 
+def numbers(option, text, kind):
+    """The numbers of an option that has commas between them, as kind. ConfigError: no numbers, below 0, or repeated."""
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: use numbers with commas between, such as 0,1,2") from None
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ConfigError(f"{option} {text!r}: each number once, none below 0")
+    return found
+
+
 def say(line):
     """Print a line at once, also into a pipe."""
     print(line, flush=True)
@@ -61,7 +86,7 @@ def main(app, argv):
     try:
         code = call(app, argv)
         for line in mirror.flush_all():
-            print(line)
+            print(line, file=sys.stderr)  # `study list` prints commands
         sys.stdout.flush()
         return code
     except PeftlibError as error:
@@ -95,6 +120,9 @@ def call(app, argv):
 def in_todays_words(argv):
     """A command line of the first edition (`-p NAME VALUE`, `--method M`, `--methods A B C`) as it is written now."""
     words, rest = [], list(argv)
+    if rest[:1] == ["reference"]:
+        print("`peftlib reference` is now called `peftlib study run`", file=sys.stderr)
+        rest[:1] = ["study", "run"]
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -104,7 +132,7 @@ def in_todays_words(argv):
         if word == "--method":  # now a plain argument
             continue
         words.append(word)
-        if word == "--methods" and words[0] == "reference":
+        if word == "--methods" and words[0] == "study":
             n_values = next((n for n, value in enumerate(rest) if value.startswith("-")), len(rest))
             words.append(",".join(rest[:n_values]))
             del rest[:n_values]

@@ -1,211 +1,67 @@
-"""A whole study by one command, `peftlib reference`, run again after every cut until it says that all is done.
+"""A whole study by one command, `peftlib study run`, on one machine or many, until all is done.
 
-Data, a sweep of learning rates a method, training and evaluation of every method and seed, the report. Runs are child
-processes, side by side on all visible GPUs; what stands is not made again.
+Data, a sweep of learning rates a method, training and evaluation of every method and seed, the report. Each run is a
+command that an executor starts; claims share the runs out among all who run the same study.
 """
 
 import contextlib
-import dataclasses
-import json
 import os
+import shlex
 import sys
 import time
-from dataclasses import dataclass
+from operator import itemgetter
 
-from peftlib.core.errors import ConfigError
+from peftlib.core.env import resolve_device
+from peftlib.core.errors import ConfigError, LockedError
 from peftlib.core.session import interrupts
 from peftlib.core.study import Study
-from peftlib.methods import BASE, METHODS
-from peftlib.runner import process_pool
-from peftlib.runner.execute import environment
-from peftlib.runner.suite_jobs import DONE, FAILED, jobs_of, only, state_of
-from peftlib.runner.suite_worker import STOPPED_CODE, Work
-from peftlib.storage.lock import child_environment, held
-from peftlib.storage.mirror import open_mirror
-from peftlib.train import sweep
+from peftlib.runner.console import STOPPED_CODE
+from peftlib.runner.executors import GRACE_S, Local, Ray, workers_of
+from peftlib.runner.suite_jobs import DONE, FAILED, adopt_sweeps, table
+from peftlib.runner.suite_work import NODE_CODE, NOT_NOW_CODE
+from peftlib.storage.claims import Claims
+from peftlib.storage.lock import StudyLock
+from peftlib.storage.mirror import open_mirror, running
 
-UNFINISHED_CODE = 3  # cut by --minutes or a signal: the same command goes on
 _ROOM_S = 60.0  # no run is started that has less time than this before it would be stopped
-
-
-@dataclass(frozen=True)
-class Settings:
-    """given: what Study.resolve gets. methods, seeds: to run. factors: of the sweeps, empty for none; rows: of each.
-    minutes: 0 for no limit. at_once: runs on each GPU. names: as in suite_jobs.only, empty for all. is_again: try what
-    failed once more."""
-
-    given: dict
-    methods: tuple
-    seeds: tuple
-    factors: tuple = sweep.FACTORS
-    rows: int = 1500
-    minutes: float = 0.0
-    at_once: int = 1
-    names: tuple = ()
-    is_again: bool = False
-    has_report: bool = True
-
-    @classmethod
-    def of(cls, given, *, methods, seeds, factors, only, **others):
-        """Settings from a command line's words; lists have commas between. ConfigError: a value that cannot be."""
-        known = (BASE, *METHODS)
-        names = known if methods is None else tuple(methods.replace(",", " ").split())
-        strange = [name for name in names if name not in known]
-        if strange or not names:
-            raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join(known)}")
-        return cls(
-            given,
-            names,
-            seeds=_numbers("--seeds", seeds, int),
-            factors=() if factors == "none" else _numbers("--factors", factors, float),
-            names=tuple(filter(None, only.split(","))),
-            **others,
-        )
-
-    def jobs(self, study):
-        """[Job, ...] of a study in the order in which they start."""
-        return jobs_of(study, self.methods, self.seeds, has_sweeps=bool(self.factors))
-
-
-def _numbers(option, text, kind):
-    try:
-        found = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: use numbers with commas between, such as 0,1,2") from None
-    if len(set(found)) < len(found) or min(found) < 0:
-        raise ConfigError(f"{option} {text!r}: each number once, none below 0")
-    return found
+_LOOK_S = 10.0  # seconds between two looks at what others have done, 300 at a remote
+_SILENCE_S = 30.0  # after which a line is printed
 
 
 def run(settings, *, log=print, why_stop=lambda: None):
-    """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, UNFINISHED_CODE if cut.
+    """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, STOPPED_CODE if cut.
 
     why_stop() -> None, or why to stop now: asked beside the time limit and signals.
-    LockedError: another session works in the study. StudyError, ConfigError: it does not fit the settings.
+    ConfigError, StudyError: the study does not fit the settings, or the executor cannot be had. LockedError: a session
+    works in the study as a whole.
     """
-    ends_at = time.monotonic() + 60 * settings.minutes - process_pool.GRACE_S if settings.minutes else float("inf")
+    started, reason = time.monotonic(), None
     study = _with_data(settings, log)
+    StudyLock(study.folder, "study run").require_free()
+    executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(held(study.folder, "python -m peftlib reference", log=log))
-        session = _Session(study, settings, log, ends_at)
-        interrupted = stack.enter_context(interrupts())
-
-        def why():
-            if interrupted.is_set():
-                return "interrupted"
-            return why_stop() or (
-                f"minutes={settings.minutes:g} are nearly over" if session.seconds_left() < 0 else None
-            )
-
-        workers = session.workers
-        reason = process_pool.run(session.next_task, session.ended, workers=workers, why_stop=why, log=log)
+        stack.enter_context(contextlib.closing(executor))
+        interrupted = stack.enter_context(interrupts())  # after Ray, which takes SIGTERM for itself
+        session = _Session(study, settings, executor, log)
+        stack.enter_context(session.shown())
+        while session.running or (reason is None and session.waiting()):
+            left_s = 60 * (settings.minutes or float("inf")) - GRACE_S - (time.monotonic() - started)
+            late = f"minutes={settings.minutes:g} are nearly over" if left_s < 0 else None
+            why = ("interrupted" if interrupted.is_set() else None) or why_stop() or late
+            if reason is None and why:
+                reason = why
+                log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is at work'}")
+                executor.stop()
+            elif left_s < _ROOM_S and not session.running:
+                break
+            session.step(is_cut=reason is not None, can_start=reason is None and left_s >= _ROOM_S)
+            time.sleep(0.2)
         return session.close(reason)
 
 
-class _Session:
-    """The jobs of one command: which wait, and how they ended."""
-
-    def __init__(self, study, settings, log, ends_at):
-        self.study, self.settings, self.log, self.ends_at = study, settings, log, ends_at
-        self.workers = workers_of(study.cfg, settings.at_once)
-        self.all = {job.name: job for job in settings.jobs(study)}
-        self.died = {}  # name -> what happened to a child that left no record of it
-        self.adopt()
-        chosen = only(list(self.all.values()), settings.names)
-        swept = {job.method for job in chosen if job.method != BASE}  # a run needs the rates of its method's sweep
-        self.chosen = [job for job in self.all.values() if job in chosen or (job.is_sweep and job.method in swept)]
-        over = (DONE,) if settings.is_again else (DONE, FAILED)
-        self.waiting = [job for job in self.chosen if self.state(job).status not in over]
-
-    def seconds_left(self):
-        return self.ends_at - time.monotonic()
-
-    def state(self, job):
-        return state_of(job, factors=self.settings.factors, rows=self.settings.rows)
-
-    def adopt(self):
-        """Have the study take the best rates of finished sweeps, before a first run of the method."""
-        how = {"factors": self.settings.factors, "rows": self.settings.rows}
-        for job in self.all.values():
-            found = job.is_sweep and sweep.kept(self.study, job.method, **how)
-            if found:
-                rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
-                basis = {name: found[name] for name in ("rows", "steps", "seed", "tried")}
-                self.study.adopt(job.method, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
-
-    def next_task(self):
-        """The next process_pool.Task that can be started, or None."""
-        job = next((job for job in self.waiting if self._is_ready(job)), None)
-        if job is None or self.seconds_left() < _ROOM_S:
-            return None
-        self.waiting.remove(job)
-        factors, rows = self.settings.factors, self.settings.rows
-        at_once = self.settings.at_once if self.workers[0] else 1
-        work = Work(self.settings.given, job.method, job.seed, job.is_sweep, factors, rows, at_once)
-        argv = (sys.executable, "-m", "peftlib.runner.suite_worker", json.dumps(dataclasses.asdict(work)))
-        return process_pool.Task(job.name, argv, {**environment(), **child_environment(self.study.folder)})
-
-    def _is_ready(self, job):
-        needs_rates = not job.is_sweep and job.method != BASE and self.settings.factors
-        return not needs_rates or job.method in self.study.adopted_rates()
-
-    def ended(self, ending):
-        """Take in how a child ended."""
-        self.adopt()
-        name = ending.task.name
-        status = self.state(self.all[name]).status
-        self.log(f"{name} ended after {ending.seconds / 60:.1f} min: {status}")
-        if ending.code not in (0, STOPPED_CODE) and not ending.is_cut and status != FAILED:
-            how = f"killed by signal {-ending.code}" if ending.code < 0 else f"exit code {ending.code}"
-            self.died[name] = f"{how}: {ending.tail.splitlines()[-1] if ending.tail else 'no word'}"
-
-    def close(self, reason):
-        """Report and table; the exit code."""
-        states = {name: self.state(job) for name, job in self.all.items()}
-        is_all = all(state.status in (DONE, FAILED) for state in states.values())
-        if is_all and self.settings.has_report and not reason:
-            from peftlib import build_report
-
-            self.log(f"report of {self.study.folder.name}")
-            build_report(self.study)
-        for line in table(states, self.died):
-            self.log(line)
-        names = [job.name for job in self.chosen]
-        failed = [name for name in names if states[name].status == FAILED] + list(self.died)
-        left = [name for name in names if states[name].status not in (DONE, FAILED)]
-        if failed:
-            self.log(f"failed: {', '.join(failed)}; --again tries them once more")
-        if left:
-            self.log(f"left: {', '.join(left)}; the same command goes on")
-        if not failed and not left:
-            self.log("all is done" if len(names) == len(self.all) else "all that was chosen is done")
-        return 1 if failed else UNFINISHED_CODE if left else 0
-
-
-def table(states, died):
-    """Yield the table of {name: State} as lines. died: {name: what happened to a child that left no record}."""
-    yield f"{'run':<18} {'status':<8} {'steps':>6} {'train min':>10} {'answer min':>11}  "
-    for name, state in states.items():
-        steps = "" if state.steps is None else state.steps
-        train, answer = ("" if s is None else f"{s / 60:.1f}" for s in (state.train_s, state.evaluate_s))
-        status, detail = ("died", died[name]) if name in died else (state.status, state.detail)
-        yield f"{name:<18} {status:<8} {steps:>6} {train:>10} {answer:>11}  {detail[:120]}".rstrip()
-
-
-def workers_of(cfg, at_once):
-    """[{variable: value}, ...], the environment of each worker: every visible GPU at_once times, or the CPU once."""
-    if cfg.device == "cpu":
-        return [{}]
-    import torch
-
-    n_gpus = torch.cuda.device_count()  # asks the driver alone: no memory of a GPU is taken here
-    if not n_gpus:
-        return [{}]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(n_gpus)]
-    share = max(1, (os.cpu_count() or 1) // (n_gpus * at_once))
-    threads = {"OMP_NUM_THREADS": str(share), "TORCHINDUCTOR_COMPILE_THREADS": str(share)}
-    return [{"CUDA_VISIBLE_DEVICES": name.strip(), **threads} for _ in range(at_once) for name in names[:n_gpus]]
+def _resolved(settings, log):
+    open_mirror(Study.resolve(**settings.given).folder, runs=(), log=log)  # brings what stands on a remote
+    return Study.resolve(**settings.given)
 
 
 def _with_data(settings, log):
@@ -213,16 +69,142 @@ def _with_data(settings, log):
     from peftlib.data import build_data
     from peftlib.models.locate import locate
 
-    name = settings.given["study"]
-    study = Study.resolve(**settings.given)
-    open_mirror(study.folder, log=log)  # brings what stands on a remote, and copies from here alone
-    study = Study.resolve(**settings.given)
+    study = _resolved(settings, log)
     if not (study.manifest_path.exists() and study.config_path.exists()):
-        log(f"builds the data of {name}")
+        log(f"builds the data of {study.folder.name}")
         build_data(study.cfg, study.data_dir)
     study.freeze()
     if settings.factors and not sum(study.manifest()["counts"]["valid"].values()):
         raise ConfigError("no validation rows, on which a sweep is scored: set valid_rows, or --factors none")
     if study.cfg.model == "packaged":
         locate(study.cfg.model)  # converted once, before many processes want it
+    if not settings.address and resolve_device(study.cfg.device) == "cpu":
+        study = Study(study.folder, study.cfg.replace(device="cpu"))  # runs elsewhere are not to fall back to it
     return study
+
+
+class _Session:
+    """The jobs of one command: which wait, which run, and how they ended."""
+
+    def __init__(self, study, settings, executor, log):
+        self.study, self.settings, self.executor, self.log = study, settings, executor, log
+        self.all, self.chosen = settings.jobs(study)
+        self.running, self.notes = {}, {}  # {name: its log}, {name: (status, last line)}
+        self._died, self._tried = {}, set()  # {name: why}, what is not started here again
+        self._restore_at = self._silent_at = 0.0
+        self._look()
+
+    def _look(self):
+        """See what has been done, here and elsewhere, and which runs others hold."""
+        mirror = running(self.study.folder)
+        if mirror is not None and time.monotonic() >= self._restore_at:
+            mirror.restore(())
+            self._restore_at = time.monotonic() + 30 * _LOOK_S
+        adopt_sweeps(self.study, self.settings)
+        self.states = {job.name: job.state() for job in self.all}
+        owners = Claims(self.study.folder, log=self.log).owners()
+        self.notes = {name: note for name, note in self.notes.items() if name in self.running}
+        self.notes |= {
+            name: ("held", f"by {who}") for name, who in owners.items() if name in self.states.keys() - self.running
+        }
+        self.ready = [job for job in self.waiting() if job.name not in owners and job.is_ready()]
+        self._look_at = time.monotonic() + _LOOK_S
+
+    def waiting(self):
+        """[Job, ...] that are still to be done, by this command or another's."""
+        over = (DONE,) if self.settings.is_again else (DONE, FAILED)
+        left = [job for job in self.chosen if self.states[job.name][0] not in over]
+        vain = {job.method for job in left if job.is_sweep and job.name in self._tried}
+        own = self.running.keys() | self._tried
+        return [
+            job for job in left if job.name not in own and (job.is_sweep or job.method not in vain or job.is_ready())
+        ]
+
+    def step(self, *, is_cut, can_start):
+        """Start what can be, pass on what was said, take in what has ended."""
+        if time.monotonic() >= self._look_at:
+            self._look()
+        while can_start and self.ready and self.executor.has_room:
+            job = self.ready.pop(0)
+            path = self.study.folder / "logs" / f"{job.name}.log"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            self.running[job.name] = path.open(encoding="utf-8", errors="replace")
+            self.running[job.name].seek(0, os.SEEK_END)
+            self._tell(f"{job.name} starts")
+            self.executor.start(job.name, job.words())
+        for name in self.running:
+            self._pass_on(name)
+        for ending in self.executor.ended():
+            self._ended(ending, is_cut)
+        if time.monotonic() >= self._silent_at:
+            self._tell(f"at work: {', '.join(self.running) or 'nothing here'}; waiting: {len(self.waiting())}")
+
+    def shown(self):
+        """A context in which a terminal shows the table of all runs, with what each said last."""
+        from rich.live import Live
+        from rich.text import Text
+
+        if not sys.stdout.isatty():  # it gets lines
+            return contextlib.nullcontext()
+        return Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
+
+    def _pass_on(self, name):
+        for line in self.running[name].read().splitlines():
+            self.notes[name] = ("at work", line)
+            if not sys.stdout.isatty():
+                self._tell(f"{name} | {line}")
+
+    def _tell(self, line):
+        self._silent_at = time.monotonic() + _SILENCE_S
+        self.log(line)
+
+    def _ended(self, ending, is_cut):
+        name, code = ending.name, ending.code
+        self._pass_on(name)
+        self.running.pop(name).close()
+        self._restore_at = 0.0
+        self._look()
+        status = self.states[name][0]
+        self._tell(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
+        self.ready = [job for job in self.ready if job.name != name]  # at the next look again, if at all
+        if code == NODE_CODE and self.executor.avoid(ending.node):
+            self._tell(f"{ending.last}; no more runs go there")
+        elif code != NOT_NOW_CODE:
+            self._tried.add(name)
+            if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
+                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                self._died[name] = f"{how}: {ending.last or 'no word'}"
+
+    def close(self, reason):
+        """Report and table; the exit code."""
+        self._look()
+        if not reason and self.settings.has_report and {*map(itemgetter(0), self.states.values())} <= {DONE, FAILED}:
+            from peftlib import build_report
+
+            with contextlib.suppress(LockedError), Claims(self.study.folder, log=self.log).take("report"):
+                self.log(f"report of {self.study.folder.name}")
+                build_report(self.study)
+        died = {name: why for name, why in self._died.items() if self.states[name][0] != DONE}
+        for line in table(self.states | self.notes | {name: ("died", why) for name, why in died.items()}):
+            self.log(line)
+        status = {job.name: self.states[job.name][0] for job in self.chosen}
+        failed = [name for name in status if status[name] == FAILED or name in died]
+        left = [name for name in status if status[name] not in (DONE, FAILED)]
+        if failed:
+            self.log(f"failed: {', '.join(failed)}; --again tries them once more")
+        if left:
+            self.log(f"left: {', '.join(left)}; the same command goes on")
+        if not failed and not left:
+            self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
+        return 1 if failed else STOPPED_CODE if left else 0
+
+
+def listing(settings, *, is_pending):
+    """The state of a study's runs as lines, or the commands that can be started now. StudyError: no data yet."""
+    study = _resolved(settings, lambda line: None)
+    study.manifest()
+    study.freeze()
+    session = _Session(study, settings, None, None)
+    commands = (shlex.join(["peftlib", *job.words()]) for job in session.ready)
+    return commands if is_pending else table(session.states | session.notes)

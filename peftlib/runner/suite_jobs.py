@@ -1,14 +1,52 @@
-"""The runs of a whole study: which there are, and how far each is."""
+"""The runs of a whole study: which there are, how far each is, and the command that does it."""
 
 from dataclasses import dataclass
 
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError
+from peftlib.core.paths import code_id
 from peftlib.core.study import Study
-from peftlib.methods import BASE, find
+from peftlib.methods import BASE, METHODS, find
 from peftlib.train import sweep
 
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """given: what Study.resolve gets. factors, rows: of the sweeps, no factors for none. at_once: runs on each GPU.
+    methods, seeds: to run. names: as in `jobs`, empty for all. is_again: try what failed once more. minutes: 0 for no
+    limit. address: of a Ray cluster, '' for this machine."""
+
+    given: dict
+    methods: tuple = (BASE, *METHODS)
+    seeds: tuple = (0, 1, 2)
+    factors: tuple = sweep.FACTORS
+    rows: int = sweep.ROWS
+    names: tuple = ()
+    is_again: bool = False
+    minutes: float = 0.0
+    at_once: int = 1
+    address: str = ""
+    has_report: bool = True
+
+    def jobs(self, study):
+        """([Job, ...] of a study in starting order: sweeps, base, then seed after seed; those that `names` choose).
+
+        A name is such as galore, galore-s1 or sweep-galore; a chosen run brings its method's sweep with it.
+        ConfigError: an unknown method, or a name that means none.
+        """
+        trained = [method for method in self.methods if method != BASE and find(method)]
+        jobs = [Job(study, self, method, is_sweep=True) for method in trained if self.factors]
+        jobs += [Job(study, self, BASE)] if BASE in self.methods else []
+        jobs += [Job(study, self, method, seed) for seed in self.seeds for method in trained]
+        unknown = [name for name in self.names if not any(name in (job.name, job.method) for job in jobs)]
+        if unknown:
+            known = ", ".join(job.name for job in jobs)
+            raise ConfigError(f"--only {','.join(unknown)} means no run here: use {known}")
+        chosen = [job for job in jobs if not self.names or {job.name, job.method} & {*self.names}]
+        swept = {job.method for job in chosen}
+        return jobs, [job for job in jobs if job in chosen or (job.is_sweep and job.method in swept)]
 
 
 @dataclass(frozen=True)
@@ -16,68 +54,83 @@ class Job:
     """One sweep of a method, or training and evaluation of one method and seed."""
 
     study: Study
+    settings: Settings
     method: str
     seed: int = 0
     is_sweep: bool = False
 
     @property
     def name(self):
-        """Such as sweep-galore or galore-s1; printed before its lines."""
+        """Such as sweep-galore or galore-s1."""
         return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}"
 
+    def words(self):
+        """The words after `peftlib` that do this job on any machine: settings are named where the study has others."""
+        study, asked, usual = self.study, self.settings, Settings({})
+        own = Study.existing(study.folder.name).cfg
+        words = ["study", "work", self.name, "--study", study.folder.name]
+        for name, value in study.cfg.fields_of("run").items():
+            words += ["-p", f"{name}={value}"] if value != getattr(own, name) and name != "profile" else []
+        words += ["--factors", ",".join(map(str, asked.factors)) or "none"] if asked.factors != usual.factors else []
+        words += ["--sweep-rows", str(asked.rows)] if asked.rows != usual.rows else []
+        words += ["--at-once", str(asked.at_once)] if asked.at_once != usual.at_once else []
+        return [*words, "--code", code_id(), "--data", study.manifest()["split_hash"]]
 
-@dataclass(frozen=True)
-class State:
-    """How far a job is. status: one of this module's words. detail: steps done, or the reason of a failure."""
+    def swept(self):
+        """What the method's sweep with these factors and rows has found, or None."""
+        return sweep.kept(self.study, self.method, factors=self.settings.factors, rows=self.settings.rows)
 
-    status: str
-    detail: str = ""
-    steps: int | None = None
-    train_s: float | None = None
-    evaluate_s: float | None = None
+    def is_ready(self):
+        """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps."""
+        is_free = self.is_sweep or self.method == BASE or not self.settings.factors
+        return is_free or self.method in self.study.adopted_rates()
 
-
-def jobs_of(study, methods, seeds, *, has_sweeps=True):
-    """[Job, ...] in starting order: sweeps, base, then seed after seed.
-
-    ConfigError: an unknown method.
-    """
-    for method in methods:
-        if method != BASE:
-            find(method)
-    trained = [method for method in methods if method != BASE]
-    jobs = [Job(study, method, is_sweep=True) for method in trained if has_sweeps]
-    jobs += [Job(study, BASE)] if BASE in methods else []
-    jobs += [Job(study, method, seed) for seed in seeds for method in trained]
-    return jobs
-
-
-def only(jobs, names):
-    """Those jobs that names such as galore, galore-s1 or sweep-galore mean. ConfigError: a name that means none."""
-    if not names:
-        return jobs
-    found = {name: [job for job in jobs if name in (job.name, job.method)] for name in names}
-    unknown = [name for name, meant in found.items() if not meant]
-    if unknown:
-        raise ConfigError(f"--only {','.join(unknown)} means no run here: use {', '.join(job.name for job in jobs)}")
-    return [job for job in jobs if any(job in meant for meant in found.values())]
+    def state(self):
+        """(one of this module's words, steps and minutes or the reason of a failure), read from the study's folder."""
+        if self.is_sweep:
+            found = self.swept()
+            return (DONE, f"{found['steps']} steps, best factor {found['best']['factor']:g}") if found else (OPEN, "")
+        record = records.load(self.study, self.method, self.seed)
+        if record is None:
+            return OPEN, ""
+        if record["status"] == "failed":
+            return FAILED, record["error"] or ""
+        trained = f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}"
+        trained = "" if self.method == BASE else f"{trained}, trained {(record['train_seconds'] or 0) / 60:.1f} min"
+        if record["status"] != "ok":
+            return STOPPED, trained
+        if record["evaluation"] and self.study.predictions_path(self.method, self.seed).exists():
+            return (
+                DONE,
+                f"{trained}, answered {(record['evaluation'].get('generate_seconds') or 0) / 60:.1f} min".strip(", "),
+            )
+        failure = record.get("evaluation_error")
+        return (FAILED, f"evaluation: {failure}") if failure else (TRAINED, f"{trained}, not evaluated yet")
 
 
-def state_of(job, *, factors, rows):
-    """The State of a job, read from its study's folder."""
-    if job.is_sweep:
-        found = sweep.kept(job.study, job.method, factors=factors, rows=rows)
-        return State(OPEN) if found is None else State(DONE, f"factor {found['best']['factor']:g}", found["steps"])
-    record = records.load(job.study, job.method, job.seed)
-    if record is None:
-        return State(OPEN)
-    known = {"steps": record["steps"], "train_s": record["train_seconds"]}
-    if record["status"] == "failed":
-        return State(FAILED, record["error"] or "", **known)
-    if record["status"] != "ok":
-        return State(STOPPED, f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}", **known)
-    if record["evaluation"] and job.study.predictions_path(job.method, job.seed).exists():
-        return State(DONE, **known, evaluate_s=record["evaluation"].get("generate_seconds"))
-    if record.get("evaluation_error"):
-        return State(FAILED, f"evaluation: {record['evaluation_error']}", **known)
-    return State(TRAINED, "not evaluated yet", **known)
+def job_named(study, settings, name):
+    """The Job of such a name. ConfigError: no run is called so."""
+    is_sweep = name.startswith("sweep-")
+    method, _, seed = (name.removeprefix("sweep-"), "", "0") if is_sweep else name.rpartition("-s")
+    if not (method and seed.isdecimal()):
+        raise ConfigError(f"{name!r} is no run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
+    if method != BASE:
+        find(method)
+    return Job(study, settings, method, int(seed), is_sweep)
+
+
+def adopt_sweeps(study, settings):
+    """Have a study take the best rates of all finished sweeps. StudyError: see Study.adopt."""
+    for path in (study.folder / "sweeps").glob("*.json") if settings.factors else []:
+        found = Job(study, settings, path.stem, is_sweep=True).swept()
+        if found:
+            rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
+            basis = {name: found[name] for name in ("rows", "steps", "seed", "tried")}
+            study.adopt(path.stem, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
+
+
+def table(states):
+    """Yield {run: (status, detail)} as lines."""
+    yield f"{'run':<18} {'status':<8}"
+    for name, (status, detail) in states.items():
+        yield f"{name:<18} {status:<8} {detail[:120]}".rstrip()

@@ -5,7 +5,7 @@ from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.study import Study
 from peftlib.methods import BASE
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
-from peftlib.runner.suite_jobs import DONE, only, state_of
+from peftlib.runner.suite_jobs import DONE
 from peftlib.train import estimate
 
 _FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
@@ -49,12 +49,11 @@ def lines(settings):
     found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
     hours_of = {cost.method: cost.hours for cost in found.costs}
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
-    jobs = settings.jobs(study)
-    chosen = only(jobs, settings.names)
+    jobs, chosen = settings.jobs(study)
     low_s = high_s = 0.0
     yield f"{'run':<18} {'training':<18}  now"
     for job in jobs:
-        status = state_of(job, factors=settings.factors, rows=settings.rows).status
+        status = job.state()[0]
         times = 3600 * (len(settings.factors) * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
         hours, words = hours_of.get(job.method), "none" if job.method == BASE else "does not fit"
         if hours:

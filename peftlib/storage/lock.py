@@ -2,7 +2,7 @@
 
 On one machine `filelock` decides, and the system frees its lock when a process dies. Between machines, as on Drive,
 `lock.json` does: a lock without a heartbeat for a while is taken over, a live one is refused by its owner's name.
-The session that holds a study may let child processes in, each with a lock of its own run below it.
+Workers that share out a study's runs hold one claim a run instead, see storage.claims.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -26,66 +27,61 @@ from peftlib.storage.mirror import running
 HEARTBEAT_S = 15.0  # seconds between two heartbeats
 STALE_S = 90.0  # seconds without one after which a lock counts as left behind
 _NAME = "lock.json"
-_PASS = "PEFTLIB_LOCK"  # environment variable: TOKEN@FOLDER of the lock that a child process works under
 _OWNER = {"host": str, "token": str, "heartbeat": float, "what?": str, "pid?": int, "boot?": float, "since?": float}
 _LATEST = 2.0**33  # the year 2242: a later time is no time
+
+
+_CLAIMED: dict[tuple[Path, str], Callable[[], object]] = {}  # (folder, run) -> what raises once the claim is lost
+
+
+@contextlib.contextmanager
+def claimed(folder, run, require):
+    """While it lasts, `held` lets this process, which holds the claim of a run, work on that run of a study folder.
+
+    require: raises LockedError once the claim is lost.
+    """
+    key = (Path(folder).absolute(), run)
+    _CLAIMED[key] = require
+    try:
+        yield
+    finally:
+        del _CLAIMED[key]
 
 
 @contextlib.contextmanager
 def held(folder, what, *, run="", log=print):
     """Hold the locks on a study folder, here and on its remote; yields a function that raises once another took over.
 
-    In a child process of the session that holds the folder (see child_environment) the lock is that of `run`, a name
-    such as qlora-s0, and the function raises as well once that session has ended.
+    run: such as qlora-s0; where this process holds its claim (see `claimed`), no other lock is taken.
     LockedError: another live session holds one of them. An unreachable remote is logged and goes without a lock.
     """
-    require_parent = _parents_lock(folder)
+    require_claim = _CLAIMED.get((Path(folder).absolute(), run))
+    if require_claim is not None:
+        require_claim()
+        yield require_claim
+        return
     with contextlib.ExitStack() as stack:
-        if require_parent is not None:
-            require_parent()
-            own = stack.enter_context(StudyLock(folder, what, name=f"{run or 'child'}-{_NAME}"))
-            checks = [require_parent, own.require]
-        else:
-            checks = [stack.enter_context(StudyLock(folder, what)).require]
-            mirror = running(folder)
-            if mirror is not None and mirror.remote.lock_settle_s is not None:
-                # Fewer heartbeats: Drive counts writes, and shows them late to other machines.
-                pace = {"heartbeat_s": 60.0, "stale_s": 240.0, "settle_s": mirror.remote.lock_settle_s}
-                try:
-                    checks.append(stack.enter_context(StudyLock(mirror.remote.folder, what, **pace)).require)
-                except OSError as error:
-                    log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
+        checks = [stack.enter_context(StudyLock(folder, what)).require]
+        mirror = running(folder)
+        if mirror is not None and mirror.remote.lock_settle_s is not None:
+            # Fewer heartbeats: Drive counts writes, and shows them late to other machines.
+            pace = {"heartbeat_s": 60.0, "stale_s": 240.0, "settle_s": mirror.remote.lock_settle_s}
+            try:
+                checks.append(stack.enter_context(StudyLock(mirror.remote.folder, what, **pace)).require)
+            except OSError as error:
+                log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
+        _require_no_workers(folder, log)
         yield lambda: [check() for check in checks]
 
 
-def child_environment(folder):
-    """{variable: value} with which child processes of this one, which holds the folder's lock, may work below it.
+def _require_no_workers(folder, log):
+    """LockedError where workers hold claims on runs of a study folder."""
+    from peftlib.storage.claims import Claims  # which is built on this module
 
-    LockedError: this process does not hold it.
-    """
-    path = Path(folder).absolute() / _NAME
-    owner = _read(path)
-    if owner is None or not _is_of_this_machine(owner) or owner.get("pid") != os.getpid():
-        raise LockedError(f"{path} is not this process's: nobody can be let in")
-    return {_PASS: f"{owner['token']}@{path.parent}"}
-
-
-def _parents_lock(folder):
-    """A function that raises LockedError once the session that let this process in has ended; None: none has."""
-    token, _, place = os.environ.get(_PASS, "").partition("@")
-    path = Path(folder).absolute() / _NAME
-    if not place or Path(place) != path.parent:
-        return None
-
-    def require():
-        owner = _read(path)
-        if owner is None or owner["token"] != token or _is_free(path):
-            raise LockedError(
-                f"the session that started this one has lost its lock on {path.parent.name}: stopping without "
-                "further writes"
-            )
-
-    return require
+    owners = Claims(folder, log=log).owners()
+    if owners:
+        told = ", ".join(f"{run} by {owner}" for run, owner in sorted(owners.items()))
+        raise LockedError(f"runs of study {Path(folder).name!r} are at work: {told}. Wait for them, or stop them")
 
 
 class StudyLock:

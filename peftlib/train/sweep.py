@@ -13,7 +13,7 @@ from peftlib.core.study import Study
 from peftlib.train.loop import run_training
 from peftlib.train.parallel.processes import require_one
 
-FACTORS = (0.3, 1.0, 3.0)
+FACTORS, ROWS = (0.3, 1.0, 3.0), 1500
 _TRIED = {"factor": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
 _SHAPE = {"method": str, "rows": int, "steps": int, "seed?": int, "tried": [_TRIED], "best": _TRIED}
 
@@ -23,7 +23,7 @@ def sweep(
     method: str,
     *,
     factors: Sequence[float] = FACTORS,
-    rows: int = 1500,
+    rows: int = ROWS,
     log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Train `method` on the first `rows` of the study's row order at each factor of its rates; returns the findings.
@@ -71,7 +71,7 @@ def path_of(study, method):
     return study.folder / "sweeps" / f"{method}.json"
 
 
-def kept(study, method, *, factors=FACTORS, rows=1500):
+def kept(study, method, *, factors=FACTORS, rows=ROWS):
     """Read what an earlier sweep of the same factors and rows found, or None."""
     path = path_of(study, method)
     found = require_shape(read_json(path), _SHAPE, path) if path.exists() else None

@@ -135,10 +135,14 @@ def test_every_command_is_on_the_page_of_the_command_line(commands):
 def test_every_command_that_a_page_shows_can_be_given(page, commands):
     text = page.read_text(encoding="utf-8")
     for line in re.findall(r"^    peftlib (.*)$", text, re.MULTILINE) + re.findall(
-        r"`peftlib (\w+ --study .*?)`", text
+        r"`peftlib ((?:study )?\w+ --study .*?)`", text
     ):
-        name, *args = shlex.split(line, comments=True)
-        commands[name].make_context(name, args)  # click.UsageError: an option or argument that it does not have
+        name, *args = shlex.split(line.partition(" > ")[0], comments=True)
+        command = commands[name]
+        if name == "study":
+            name, *args = args
+            command = command.commands[name]
+        command.make_context(name, args)  # click.UsageError: an option or argument that it does not have
 
 
 def test_every_setting_that_a_page_sets_exists():

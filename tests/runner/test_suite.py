@@ -1,9 +1,9 @@
-"""`python -m peftlib reference` on tiny models: sweeps, adoption, runs, failures, cuts."""
+"""`peftlib study` on tiny models: sweeps, adoption, runs, failures, cuts, the list of commands."""
 
-import json
-import os
 import re
+import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import TINY
@@ -14,10 +14,13 @@ from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
 from peftlib.models.shapes import find_card, shape_of
-from peftlib.runner import process_pool, suite, suite_worker
-from peftlib.runner.process_pool import Ending
-from peftlib.runner.suite import UNFINISHED_CODE, Settings, run, workers_of
-from peftlib.runner.suite_jobs import jobs_of, only, state_of
+from peftlib.runner import suite, suite_work
+from peftlib.runner.console import STOPPED_CODE
+from peftlib.runner.execute import environment
+from peftlib.runner.executors import Ending, workers_of
+from peftlib.runner.suite import run
+from peftlib.runner.suite_jobs import Settings, job_named
+from peftlib.storage.claims import Claims
 from peftlib.storage.lock import StudyLock
 from peftlib.train import estimate
 
@@ -38,19 +41,32 @@ def settings(tiny_model, make_study):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Children's work done one after another in this process, under the environment that they would have."""
+    """The runs' commands done one after another in this process."""
 
-    def play(next_task, ended, *, workers, why_stop, log):
-        while (reason := why_stop()) is None and (task := next_task()) is not None:
-            with monkeypatch.context() as patched:
-                for name, value in {**task.env, **workers[0]}.items():
-                    patched.setitem(os.environ, name, value)
-                work = suite_worker.Work(**json.loads(task.argv[-1]))
-                code = suite_worker.perform(work, log=lambda line, name=task.name: log(f"{name} | {line}"))
-            ended(Ending(task, code, is_cut=False, tail="", seconds=1.0))
-        return reason
+    class Here:
+        def __init__(self, workers):
+            self._ended = []
 
-    monkeypatch.setattr(process_pool, "run", play)
+        has_room = property(lambda self: not self._ended)
+
+        def start(self, name, words):
+            code = cli.call(words)
+            log = Study.existing(words[words.index("--study") + 1]).folder / "logs" / f"{name}.log"
+            self._ended.append(Ending(name, code, log.read_text().splitlines()[-1], 1.0))
+
+        def ended(self):
+            found, self._ended = self._ended, []
+            return found
+
+        def avoid(self, node):
+            return False
+
+        def stop(self):
+            pass
+
+        close = stop
+
+    monkeypatch.setattr(suite, "Local", Here)
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
 
 
@@ -147,10 +163,10 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
     def stop():
         return "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
 
-    assert run(asked, log=lines.append, why_stop=stop) == UNFINISHED_CODE
+    assert run(asked, log=lines.append, why_stop=stop) == STOPPED_CODE
     assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command goes on" in lines
     lines.clear()
-    assert run(settings(has_report=False, minutes=0.01), log=lines.append) == UNFINISHED_CODE
+    assert run(settings(has_report=False, minutes=0.01), log=lines.append) == STOPPED_CODE
     assert not any("starts" in line for line in lines)  # none is begun that could not save in time
     assert run(settings(has_report=False, names=("galore-s1",)), log=lines.append) == 0
     assert lines[-1] == "all that was chosen is done"
@@ -170,9 +186,9 @@ def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
         return None
 
     codes = []
-    while not codes or codes[-1] == UNFINISHED_CODE:
+    while not codes or codes[-1] == STOPPED_CODE:
         codes.append(run(asked, log=lines.append, why_stop=cut))
-    assert codes == [UNFINISHED_CODE] * 3 + [0], lines[-12:]
+    assert codes == [STOPPED_CODE] * 3 + [0], lines[-12:]
     whole, cut_study = (Study.resolve(study=name, profile="demo") for name in ("whole", "cut"))
     for record in whole.records():
         method, seed = record["method"], record["seed"]
@@ -186,25 +202,26 @@ def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
 
 def test_runs_are_named_and_chosen(make_study):
     study = make_study()
-    jobs = jobs_of(study, ("base", "qlora", "galore"), (0, 1))
+    asked = Settings({}, ("base", "qlora", "galore"), (0, 1), (1.0,), 4)
     names = ["sweep-qlora", "sweep-galore", "base-s0", "qlora-s0", "galore-s0", "qlora-s1", "galore-s1"]
-    assert [job.name for job in jobs] == names
-    assert [job.name for job in only(jobs, ("qlora", "galore-s1"))] == [
-        "sweep-qlora",
-        "qlora-s0",
-        "qlora-s1",
-        "galore-s1",
-    ]
+    jobs, chosen = asked.jobs(study)
+    assert [job.name for job in jobs] == [job.name for job in chosen] == names
+    chosen = replace(asked, names=("qlora", "galore-s1")).jobs(study)[1]
+    assert [job.name for job in chosen] == ["sweep-qlora", "sweep-galore", "qlora-s0", "qlora-s1", "galore-s1"]
     with pytest.raises(ConfigError, match="--only galore-s7 means no run here: use sweep-qlora"):
-        only(jobs, ("galore-s7",))
+        replace(asked, names=("galore-s7",)).jobs(study)
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
-        jobs_of(study, ("qlor",), (0,))
-    assert {state_of(job, factors=(1.0,), rows=4).status for job in jobs} == {"waits"}
+        replace(asked, methods=("qlor",)).jobs(study)
+    assert {job.state()[0] for job in jobs} == {"waits"}
+    assert [job_named(study, asked, name) for name in names] == jobs
+    for name in ("galore", "galore-s", "-s0", "sweep-", "../x-s1"):
+        with pytest.raises(ConfigError, match="is no run|is unknown"):
+            job_named(study, asked, name)
 
 
 def test_a_place_for_each_share_of_each_gpu(make_study, monkeypatch):
     cfg = make_study().cfg
-    assert workers_of(cfg, 3) == [{}]  # device='cpu'
+    assert workers_of(cfg, 3) == [environment()]  # device='cpu'
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("os.cpu_count", lambda: 32)
     found = workers_of(cfg.replace(device="auto"), 2)
@@ -221,7 +238,7 @@ def settings_of(monkeypatch):
     monkeypatch.setattr(suite, "run", lambda settings, log: found.append(settings))
 
     def made(words):
-        cli.call(["reference", *words.split()])
+        cli.call(["study", "run", *words.split()])
         return found.pop()
 
     return made
@@ -245,7 +262,7 @@ def test_arguments_become_settings(settings_of):
 
 def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     study = make_study()
-    words = "reference --study tiny --profile demo --dry-run --seeds 0,1 --factors 1,3 --sweep-rows 6 --only galore-s0"
+    words = "study run --study tiny --profile demo --dry-run --seeds 0,1 --factors 1,3 --sweep-rows 6 --only galore-s0"
     assert main(words.split()) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     told = {row.split()[0]: re.split("  +", row)[1:] for row in rows[1:]}
@@ -257,3 +274,117 @@ def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     assert told["base-s0"] == ["none", "waits"]
     assert last == f"left: {one_run} of training on a t4, one run at a time; answering the test rows comes on top"
     assert not (study.folder / "records").exists()
+
+
+@pytest.fixture
+def study_words(settings):
+    """The words that say which runs of the study there are, for `study list` and `study run`."""
+    given = settings().given
+    words = [
+        "--study",
+        "tiny",
+        "--profile",
+        "demo",
+        "--methods",
+        "base,qlora",
+        "--seeds",
+        "0",
+        "--factors",
+        "0.3,1",
+        "--sweep-rows",
+        "4",
+    ]
+    for name, value in given.items():
+        words += ["-p", f"{name}={value}"] if name not in ("study", "profile") else []
+    return words
+
+
+@pytest.fixture
+def listed(study_words, capsys):
+    """listed(*options) -> what `peftlib study list` prints of it, in lines."""
+
+    def made(*options):
+        capsys.readouterr()
+        assert cli.main(["study", "list", *study_words, *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return made
+
+
+def test_the_list_of_commands_leads_to_the_whole_study_and_each_command_can_be_given_twice(listed, capsys):
+    done = []
+    while commands := listed("--pending"):
+        for command in commands:
+            program, *words = shlex.split(command)
+            assert program == "peftlib" and cli.main(words) == 0
+            done.append(words[2])
+    assert done == ["sweep-qlora", "base-s0", "qlora-s0"]  # the run once its sweep is done
+    assert [line.split()[:2] for line in listed()[1:]] == [[name, "done"] for name in done]
+    log = Study.existing("tiny").folder / "logs" / "qlora-s0.log"
+    before = log.read_text()
+    assert re.search(r"^qlora-s0 starts on .*^step 2/2 .*^qlora: BLEU-4", before, re.MULTILINE | re.DOTALL)
+    assert cli.main(words) == 0
+    assert log.read_text() == before + "qlora-s0 is done\n"
+
+
+def test_what_another_worker_holds_is_neither_listed_nor_done(listed, capsys):
+    commands = listed("--pending")
+    claims = Claims(Study.existing("tiny").folder)
+    with claims.take("base-s0"):
+        assert listed("--pending") == commands[:1]
+        assert re.match(r"base-s0 +held +by .*, process \d+ \(working on base-s0", listed()[2])
+        assert cli.main(shlex.split(commands[1])[1:]) == 75
+        assert "LockedError: base-s0 of study 'tiny' is in use by" in capsys.readouterr().out
+    with StudyLock(Study.existing("tiny").folder, "a notebook"):
+        assert cli.main(shlex.split(commands[1])[1:]) == 75
+    assert cli.main(shlex.split(commands[1])[1:]) == 0
+
+
+def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
+    words = shlex.split(listed("--pending")[0])[1:]
+    assert cli.main(["qlora-s0" if word == "sweep-qlora" else word for word in words]) == 75
+    assert "qlora-s0 waits for sweep-qlora" in capsys.readouterr().out
+    assert Study.existing("tiny").records() == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, the command is of 0\.1\.0\+cafecafe: install the same"),
+        ({"--data": "0123456789ab"}, r"has rows of the hash \S+ in .*tiny, the command asks for 0123456789ab"),
+        ({"device=cpu": "device=auto"}, "has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p"),
+        ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
+        ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),
+    ],
+)
+def test_a_machine_that_cannot_do_a_run_says_why(listed, capsys, monkeypatch, tmp_path, changes, message):
+    words = shlex.split(listed("--pending")[1])[1:]
+    (tmp_path / "file").write_text("")
+    for name, value in changes.items():
+        if name == "PEFTLIB_ROOT":
+            monkeypatch.setenv(name, str(tmp_path / value))
+        elif name.startswith("--"):
+            words[words.index(name) + 1] = value
+        else:
+            words[words.index(name)] = value
+    assert cli.main(words) == 69
+    assert re.search(rf"^NodeError: \S+ {message}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_refusal_is_named_and_the_other_runs_go_on(settings, in_this_process, monkeypatch):
+    real = suite_work.code_id
+    asked = iter([real(), "0.1.0+other"])
+    monkeypatch.setattr(suite_work, "code_id", lambda: next(asked, real()))
+    lines = []
+    assert run(settings(factors=(), has_report=False), log=lines.append) == 1
+    died = [line for line in lines if " died " in line]
+    assert len(died) == 1 and re.search(r"exit code 69: NodeError: \S+ has peftlib", died[0])
+    assert sum(" done " in line for line in lines) == 4
+    assert run(settings(factors=(), has_report=False), log=lines.append) == 0
+
+
+def test_the_earlier_name_of_the_command_says_so(settings_of, capsys):
+    settings_of("--study x")
+    assert capsys.readouterr().err == ""
+    cli.call(["reference", "--study", "x"])
+    assert capsys.readouterr().err == "`peftlib reference` is now called `peftlib study run`\n"

@@ -13,11 +13,12 @@ import pytest
 
 import peftlib.storage.lock
 from peftlib.core.errors import LockedError
-from peftlib.storage.lock import STALE_S, StudyLock, child_environment, held
+from peftlib.storage.claims import Claims
+from peftlib.storage.lock import STALE_S, StudyLock, claimed, held
 
 HOLDER = """
 import sys, time
-from peftlib.storage.lock import StudyLock, child_environment, held
+from peftlib.storage.lock import StudyLock
 with StudyLock(sys.argv[1], "training qlora"):
     print("held", flush=True)
     time.sleep(60)
@@ -282,56 +283,35 @@ def _until(is_true, seconds=20):
         time.sleep(0.01)
 
 
-CHILD = """
-import sys, time
-from peftlib.storage.lock import held
-with held(sys.argv[1], "training", run=sys.argv[2]) as require:
-    print("in", flush=True)
-    while True:
-        require()
-        time.sleep(0.2)
-"""
-
-
-def _start(code, *words, env=None):
+def _start(code, *words):
     root = Path(__file__).resolve().parents[2]
     argv = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.Popen(
-        argv, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        argv, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def test_children_work_under_their_parents_lock_and_a_second_session_does_not(tmp_path):
-    with held(tmp_path, "reference"):
-        env = {**os.environ, **child_environment(tmp_path)}
-        first, second = (_start(CHILD, tmp_path, run, env=env) for run in ("qlora-s0", "galore-s0"))
-        try:
-            assert [process.stdout.readline() for process in (first, second)] == ["in\n", "in\n"]
-            stranger = _start(CHILD, tmp_path, "full-s0")
-            assert "in use by" in stranger.communicate(timeout=60)[0] and stranger.returncode
-            twin = _start(CHILD, tmp_path, "qlora-s0", env=env)
-            assert "in use by" in twin.communicate(timeout=60)[0] and twin.returncode
-            assert first.poll() is None and second.poll() is None
-        finally:
-            for process in (first, second):
-                process.kill()
-                process.communicate()
+def test_a_claim_lets_its_holder_work_on_that_run_and_keeps_sessions_out(tmp_path):
+    with Claims(tmp_path).take("qlora-s0") as claim, claimed(tmp_path, "qlora-s0", claim.require):
+        with held(tmp_path, "training", run="qlora-s0") as require:
+            require()
+        with (
+            pytest.raises(LockedError, match=r"runs of study .* are at work: qlora-s0 by .* \(working on qlora-s0"),
+            held(tmp_path, "training", run="full-s0"),
+        ):
+            pass
+        assert not (tmp_path / "lock.json").exists()
+    assert Claims(tmp_path).owners() == {}
+    with held(tmp_path, "training", run="qlora-s0"):
+        assert (tmp_path / "lock.json").exists()
 
 
-def test_children_stop_once_another_session_has_the_study(tmp_path):
-    with held(tmp_path, "reference"):
-        env = {**os.environ, **child_environment(tmp_path)}
-        process = _start(CHILD, tmp_path, "qlora-s0", env=env)
-        assert process.stdout.readline() == "in\n"
-    with StudyLock(tmp_path, "another session"):
-        assert "has lost its lock" in process.communicate(timeout=60)[0] and process.returncode
-    late = _start(CHILD, tmp_path, "qlora-s0", env=env)  # its parent's lock is gone: it takes none of its own
-    assert "has lost its lock" in late.communicate(timeout=60)[0] and late.returncode
+def test_work_under_a_claim_ends_once_it_is_lost(tmp_path):
+    def lost():
+        raise LockedError("another worker has taken over")
 
-
-def test_only_the_holder_lets_children_in(holder, tmp_path):
-    with pytest.raises(LockedError, match="not this process's"):
-        child_environment(tmp_path)
+    with claimed(tmp_path, "qlora-s0", lost), pytest.raises(LockedError), held(tmp_path, "x", run="qlora-s0"):
+        pass
 
 
 def test_of_two_machines_that_start_at_once_without_system_locks_one_is_refused(tmp_path, monkeypatch):

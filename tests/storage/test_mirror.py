@@ -616,7 +616,7 @@ def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
 
     monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: work(argv))
     command_line.main(["report", "--study", "mine"])
-    assert "all of the study is on" in capsys.readouterr().out
+    assert "all of the study is on" in capsys.readouterr().err
     third = Mirror(tmp_path / "third" / "mine", storage.remote_of("mine"))
     third.restore()
     assert (third.folder / "records" / "new.json").exists() and newest(third.folder) == 3

@@ -1,0 +1,168 @@
+"""Where the commands of a study's runs are executed: child processes here, or tasks of a Ray cluster; a class each.
+
+start(name, words) starts `peftlib WORDS` where has_room; ended() lists the Endings since the last call; avoid(node)
+starts nothing there any more, False where that leaves none; stop() has the commands save and end; close() ends them.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from peftlib.core.errors import ConfigError
+from peftlib.runner.execute import environment
+
+GRACE_S = 45.0  # seconds that a command gets for saving before it is killed
+
+
+class Ending(NamedTuple):
+    """code: exit code, negative for a signal. last: its last line. seconds: it ran. node, place: where, to `avoid` and
+    in words."""
+
+    name: str
+    code: int
+    last: str
+    seconds: float
+    node: str = ""
+    place: str = "here"
+
+
+class Local:
+    """Child processes, one at a time on each worker: {variable: value}, what its environment has beside ours."""
+
+    def __init__(self, workers):
+        self._free, self._running, self._kill_at = list(workers), {}, float("inf")
+
+    has_room = property(lambda self: bool(self._free))
+
+    def start(self, name, words):
+        worker, said = self._free.pop(), tempfile.TemporaryFile()  # noqa: SIM115 - `_ending` closes it
+        argv, env = [sys.executable, "-m", "peftlib", *words, "--attended"], {**os.environ, **worker}
+        how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}  # Ctrl-C is ours
+        process = subprocess.Popen(argv, env={**env, "PYTHONUNBUFFERED": "1"}, stdout=said, **how)
+        self._running[name] = process, worker, said, time.monotonic()
+
+    def ended(self):
+        if time.monotonic() > self._kill_at:
+            self._kill()
+        done = [name for name, (process, *_) in self._running.items() if process.poll() is not None]
+        return [self._ending(name, *self._running.pop(name)) for name in done]
+
+    def _ending(self, name, process, worker, said, started):
+        self._free.append(worker)
+        with said:
+            said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
+            lines = [line for line in said.read().decode("utf-8", errors="replace").split("\n") if line.strip()]
+        return Ending(name, process.returncode, lines[-1] if lines else "", time.monotonic() - started)
+
+    def avoid(self, node):
+        return False
+
+    def stop(self):
+        self._kill_at = time.monotonic() + GRACE_S
+        for process, *_ in self._running.values():
+            process.terminate()
+
+    def _kill(self):
+        for process, *_ in self._running.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # the compiler's helpers too
+            process.wait()
+
+    close = _kill
+
+
+class Ray:
+    """Tasks at_once on each GPU of a cluster, which Ray runs again elsewhere when their node dies.
+
+    ConfigError: no Ray here, no cluster at the address, or one without a GPU where device is not 'cpu'.
+    """
+
+    has_room = True  # Ray keeps the queue
+
+    def __init__(self, cfg, settings):
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("--executor ray needs Ray, which is not here: pip install 'peftlib[cluster]'") from None
+        try:
+            ray.init(address=settings.address, log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(
+                f"--address {settings.address}: no Ray cluster ({error}); `ray start --head` starts one"
+            ) from None
+        self._ray, self._running, self._avoided = ray, {}, set()
+        self._kind, has = "CPU" if cfg.device == "cpu" else "GPU", ray.cluster_resources()
+        if not has.get(self._kind):
+            ray.shutdown()
+            raise ConfigError(f"no {self._kind} in the Ray cluster: start nodes that have one, or set -p device=cpu")
+        gpus = 0 if cfg.device == "cpu" else 1 / settings.at_once
+        cpus = int(has.get("CPU", 1) / has["GPU"] * gpus) if gpus else 1
+        self._how = {"max_retries": 3, "scheduling_strategy": "SPREAD", "num_gpus": gpus, "num_cpus": max(1, cpus)}
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node with other code is to say so itself
+        self._task = ray.remote(_task)
+        # What a node has itself goes before; its checkout is its own.
+        places = {name: os.environ[name] for name in ("PEFTLIB_ROOT", "PEFTLIB_MIRROR") if name in os.environ}
+        self._environment = {**{k: v for k, v in environment().items() if k != "PYTHONPATH"}, **places}
+
+    def start(self, name, words):
+        apart = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._avoided)})"}} if self._avoided else {}
+        self._running[self._task.options(name=name, **self._how, **apart).remote(words, self._environment)] = name
+
+    def ended(self):
+        done, _ = (
+            self._ray.wait([*self._running], num_returns=len(self._running), timeout=0) if self._running else ([], 0)
+        )
+        return [self._ending(task, self._running.pop(task)) for task in done]
+
+    def _ending(self, task, name):
+        try:
+            return Ending(name, *self._ray.get(task))
+        except self._ray.exceptions.RayError as error:
+            said = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+            return Ending(name, 1, said, 0.0, place="in the cluster")
+
+    def avoid(self, node):
+        able = {node["NodeID"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get(self._kind)}
+        is_known = bool(able - self._avoided - {node})
+        self._avoided |= {node} if is_known else set()
+        return is_known
+
+    def stop(self):
+        for task in self._running:
+            self._ray.cancel(task)
+
+    def close(self):
+        self._ray.shutdown()
+
+
+def _task(words, env):
+    """On a node: what an Ending holds after the name. Ray cancels it by a KeyboardInterrupt."""
+    import ray
+
+    local = Local([{name: value for name, value in env.items() if name not in os.environ}])
+    with contextlib.closing(local):
+        local.start("", words)
+        while not (ended := local.ended()):
+            try:
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                local.stop()
+    return (*ended[0][1:4], ray.get_runtime_context().get_node_id(), f"on {socket.gethostname()}")
+
+
+def workers_of(cfg, at_once):
+    """The workers of a Local: every visible GPU at_once times, or the CPU once."""
+    import torch
+
+    n_gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()  # asks the driver alone, and takes no memory
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+    share = str(max(1, (os.cpu_count() or 1) // (n_gpus * at_once or 1)))
+    threads = {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share}
+    gpus = [{"CUDA_VISIBLE_DEVICES": name.strip(), **threads} for name in names.split(",")[:n_gpus]]
+    return [{**environment(), **worker} for worker in gpus * at_once or [{}]]

@@ -1,0 +1,136 @@
+"""The verbs of `peftlib study`: a whole study, or the commands that it is made of."""
+
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from peftlib.core.errors import ConfigError
+from peftlib.runner.console import Flag, Name, Settings, Sources, examples_of, given_settings, numbers, say
+
+_EXAMPLES = (
+    "study run --study big --at-once 3",
+    "study list --study big --pending",
+    "study work galore-s1 --study big",
+)
+app = typer.Typer(help="Run a whole study, on one machine or many.", epilog=examples_of(*_EXAMPLES))
+
+Profile = Annotated[str, Option(help="demo, t4 or gpu")]
+Methods = Annotated[str | None, Option(metavar="A,B,...", help="default: base and all methods")]
+Seeds = Annotated[str, Option(help="of every method but base")]
+Factors = Annotated[str, Option(help="of the rates that a sweep tries, or none")]
+SweepRows = Annotated[int, Option(help="training rows of each trial")]
+Only = Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")]
+Again = Annotated[bool, Option("--again", help="failed runs too")]
+AtOnce = Annotated[int, Option(min=1, help="runs side by side on each GPU")]
+
+
+def _settings(given, methods="", seeds="0", factors="none", only="", **others):
+    """suite_jobs.Settings of a command line's words, lists with commas between. ConfigError: what cannot be."""
+    from peftlib.methods import BASE, METHODS
+    from peftlib.runner.suite_jobs import Settings as SuiteSettings
+
+    names = (BASE, *METHODS) if methods is None else tuple(methods.replace(",", " ").split())
+    strange = [name for name in names if name not in (BASE, *METHODS)]
+    if strange or methods == ",":
+        raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join((BASE, *METHODS))}")
+    tried = () if factors == "none" else numbers("--factors", factors, float)
+    chosen = tuple(filter(None, only.split(",")))
+    return SuiteSettings(given, names, numbers("--seeds", seeds, int), tried, names=chosen, **others)
+
+
+def _command(*examples):
+    return app.command(epilog=examples_of(*examples))
+
+
+@_command(
+    "study run --study big --at-once 3", "study run --study big --executor ray", "study run --dry-run --study big"
+)
+def run(
+    study: Name = "reference",
+    profile: Profile = "gpu",
+    source: Sources = None,
+    settings: Settings = None,
+    methods: Methods = None,
+    seeds: Seeds = "0,1,2",
+    factors: Factors = "0.3,1,3",
+    sweep_rows: SweepRows = 1500,
+    only: Only = "",
+    again: Again = False,
+    at_once: AtOnce = 1,
+    minutes: Annotated[float, Option(min=0, help="save and stop before so many are over; 0: no limit")] = 0.0,
+    executor: Annotated[str, Option(help="local (all GPUs of this machine) or ray")] = "local",
+    address: Annotated[str, Option(help="of the Ray cluster")] = "auto",
+    no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
+    dry_run: Flag = False,
+):
+    """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
+
+    Runs go side by side on all GPUs. On several machines with one store the same command shares the runs out.
+    """
+    from peftlib.runner import suite, suite_plan
+
+    if executor not in ("local", "ray"):
+        raise ConfigError(f"--executor {executor}: use local or ray")
+    given = given_settings(settings, source=source, profile=profile, study=study)
+    others = {
+        "rows": sweep_rows,
+        "is_again": again,
+        "at_once": at_once,
+        "minutes": minutes,
+        "has_report": not no_report,
+    }
+    chosen = _settings(given, methods, seeds, factors, only, address=address if executor == "ray" else "", **others)
+    if dry_run:
+        print("\n".join(suite_plan.lines(chosen)))
+        return 0
+    return suite.run(chosen, log=say)
+
+
+@_command("study list --study big", "study list --study big --pending > runs.txt")
+def list(
+    study: Name = "reference",
+    pending: Annotated[bool, Option("--pending", help="the commands that can be started now, one a line")] = False,
+    profile: Profile = "gpu",
+    settings: Settings = None,
+    methods: Methods = None,
+    seeds: Seeds = "0,1,2",
+    factors: Factors = "0.3,1,3",
+    sweep_rows: SweepRows = 1500,
+    only: Only = "",
+    again: Again = False,
+    at_once: AtOnce = 1,
+):
+    """Show the state of a study's runs, or print the commands that do those that can be started now.
+
+    The runs of a method can be started once its sweep is done: list again then. The study's rows have to stand.
+    """
+    from peftlib.runner import suite
+
+    given = given_settings(settings, profile=profile, study=study)
+    others = {"rows": sweep_rows, "is_again": again, "at_once": at_once}
+    for line in suite.listing(_settings(given, methods, seeds, factors, only, **others), is_pending=pending):
+        print(line)
+
+
+@_command("study work sweep-galore --study big", "study work galore-s1 --study big -p device=cpu")
+def work(
+    run: Annotated[str, Argument(metavar="RUN", help="sweep-METHOD or METHOD-sSEED; `peftlib study list` shows them")],
+    study: Name,
+    settings: Settings = None,
+    factors: Factors = "0.3,1,3",
+    sweep_rows: SweepRows = 1500,
+    at_once: Annotated[int, Option(min=1, help="runs that share this GPU")] = 1,
+    code: Annotated[str, Option(metavar="ID", help="refuse to run with another version of peftlib")] = "",
+    data: Annotated[str, Option(metavar="HASH", help="refuse to run on other rows")] = "",
+    attended: Annotated[bool, Option("--attended", hidden=True)] = False,
+):
+    """Do one run of a study, or go on with it. Started twice it is done once.
+
+    Exit codes: 0 done, 1 failed (its record says why), 2 refused, 3 stopped and saved, 69 this machine cannot do it,
+    75 not now: another worker has it, or its sweep is not done.
+    """
+    from peftlib.runner.suite_work import main
+
+    chosen = _settings(given_settings(settings, study=study), factors=factors, rows=sweep_rows, at_once=at_once)
+    return main(chosen, run, code=code, data=data, is_attended=attended)
