@@ -23,7 +23,7 @@ def start(n, runs, root, log_folder, full_rank=None):
         port = found.getsockname()[1]
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared |= {"PYTHONPATH": str(HERE.parents[2]), "PEFTLIB_ROOT": str(root), "PEFTLIB_MIRROR": "off"}
-    shared |= {"HF_HUB_OFFLINE": "1"}
+    shared |= {"HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the store warns of whoever ends first
     started = []
     for rank in range(n):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
