@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import math
 import threading
 from pathlib import Path
@@ -211,6 +212,8 @@ class PeakMemory:
 
     def __enter__(self):
         if self.device == "cuda":
+            gc.collect()  # an earlier run's model lies in a cycle
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
             self._start_bytes = self._resident_bytes = _tree_bytes()

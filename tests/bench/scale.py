@@ -30,6 +30,7 @@ TINY = {
     "sliding_window": 32,
 }
 STEPS = 12
+BEST = {"qlora": (8, True), "galore": (4, False), "hybrid": (8, True)}  # micro-batch, cheap activations recomputed
 
 
 def is_tiny():
@@ -59,12 +60,14 @@ def measure(method, scaling, *, shard):
     n_rows, length, fields = prepare()
     members = join("cpu" if is_tiny() else "cuda")
     n_rows *= members.world if scaling == "weak" else 1
+    size, is_cheap = BEST[method]
     setting = {
         **bench.DEFAULTS,
         "method": method,
-        "micro_batch": min(16, -(-n_rows // members.world)),
+        "micro_batch": min(size, -(-n_rows // members.world)),
+        "is_cheap": is_cheap and not is_tiny(),
+        "cap_gib": 0.0 if is_tiny() else 14.5,
         "precision": "fp32" if is_tiny() else "bf16",
-        "checkpointing": "off" if is_tiny() else "on",
         "fields": {**fields, "shard_optimizer": shard},
     }
     with members.main_first():

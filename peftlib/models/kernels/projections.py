@@ -31,10 +31,10 @@ class View:
 
     def __init__(self, weight: Tensor, rank: int):
         self.basis = torch.zeros(min(weight.shape), rank, device=weight.device)
-        self._narrow = None  # the basis in the dtype of the products
+        self._narrow: Tensor | None = None  # the basis in the dtype of the products
         # Its numbers are never read, so one stands for all: autograd wants a leaf of R's shape.
         self.gradient = torch.zeros(1, device=weight.device).expand(rank, max(weight.shape)).requires_grad_()
-        self._take = None
+        self._take: weakref.WeakMethod | None = None
         _VIEWS[self.gradient.data_ptr()] = self
 
     def give_to(self, take: Callable[[Tensor, Tensor], Tensor | None]):
@@ -50,8 +50,8 @@ class View:
 
     def low(self, g: Tensor, x: Tensor) -> Tensor:
         """R (r, n) float32 of the gradient g^T x."""
-        take = self._take and self._take()
-        taken = take and take(self, g, x)
+        take = self._take() if self._take else None
+        taken = take(self, g, x) if take else None
         if taken is not None:
             return taken
         if self._narrow is None or self._narrow.dtype != g.dtype:
