@@ -84,6 +84,6 @@ def test_an_installed_copy_finds_its_own_files(run):
 
 
 def test_the_console_script_helps_and_plans_without_a_checkout(run):
-    assert "reference" in run("peftlib", "--help")
+    assert "study" in run("peftlib", "--help")
     planned = run("peftlib", "plan", "--gpu", "t4", "--model", "gemma-3-1b")
     assert all(method in planned for method in ("qlora", "galore", "hybrid")) and "14" in planned

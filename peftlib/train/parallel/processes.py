@@ -120,7 +120,8 @@ class Processes(OneProcess):
 
     def sum_(self, tensor):
         """As for one process. ParallelError: another has failed."""
-        self._exchange(self._dist.all_reduce, tensor)
+        # NCCL takes memory as it lies; a turned gradient is summed as it was made.
+        self._exchange(self._dist.all_reduce, tensor if tensor.is_contiguous() else tensor.T)
 
     def broadcast_(self, tensors, source=0):
         """As for one process; the tensors, of one dtype, travel as one. ParallelError: another has failed."""
