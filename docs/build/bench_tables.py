@@ -165,4 +165,26 @@ def resume(results):
         yield row["method"], row["device"], seconds, str(row["saves"]), share, f"{row['checkpoint_gib']:.2f}"
 
 
-TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume)
+def parity(results):
+    """The same rows in the same order by ours and by stock libraries: validation losses, speed, memory."""
+    yield "method", "rate", "loss, ours", "loss, stock", "difference", "useful tokens/s", "stock", "peak GiB", "stock"
+    of = {(row["method"], row["who"]): row for row in results.parity}
+    for method in (row["method"] for row in results.parity if row["who"] == "ours"):
+        ours, stock = of[method, "ours"], of[method, "stock"]
+        yield (
+            *(f"`{method}`", f"{ours['learning_rate']:g}"),
+            *(f"{ours['valid_loss']:.4f}", f"{stock['valid_loss']:.4f}", f"{ours['loss_over_stock']:+.2%}"),
+            *(f"{ours['tok_s']:,.0f}", f"{stock['tok_s']:,.0f}", f"{ours['peak_gib']:.2f}", f"{stock['peak_gib']:.2f}"),
+        )
+
+
+def scale(results):
+    """One run on several cards, 16 rows a card."""
+    yield "method", "cards", "card", "tokens/s", "ratio to one card", "MiB exchanged a step", "peak GiB a card"
+    for row in results.scale:
+        exchanged = f"{row['exchanged_mib']:.1f}" if row["gpus"] > 1 else ""
+        speed = f"{row['tok_s']:,.0f}", f"{row['ratio']:.2f}"
+        yield f"`{row['method']}`", str(row["gpus"]), short_name(row["device"]), *speed, exchanged, f"{row['peak_gib']:.2f}"
+
+
+TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale)

@@ -83,7 +83,7 @@ def estimate(
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
     kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
-    kept *= _CHEAP_KEPT if is_cheap else 1.0
+    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) + counts.casts()
     recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
     wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
     held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
@@ -197,6 +197,15 @@ class _Counts:
                 each = 4 if leaf in trained and not is_light else 2
             total += self.shape.layers * rows * columns * each
         return total
+
+    def casts(self):
+        """Of a layer: 16-bit copies of the weights that GaLore trains in float32, kept for the backward pass."""
+        is_wide = self.cfg.galore_weights != "bf16"
+        return (
+            2
+            * is_wide
+            * sum(rows * columns for rows, columns in self.shape.matrices(self.method.trains.get("galore", ())))
+        )
 
     def gradients(self, is_graphed):
         """(in the first step, later), summed over the step, at the end of its backward pass."""
