@@ -184,7 +184,14 @@ def scale(results):
     for row in results.scale:
         exchanged = f"{row['exchanged_mib']:.1f}" if row["gpus"] > 1 else ""
         speed = f"{row['tok_s']:,.0f}", f"{row['ratio']:.2f}"
-        yield f"`{row['method']}`", str(row["gpus"]), short_name(row["device"]), *speed, exchanged, f"{row['peak_gib']:.2f}"
+        yield (
+            f"`{row['method']}`",
+            str(row["gpus"]),
+            short_name(row["device"]),
+            *speed,
+            exchanged,
+            f"{row['peak_gib']:.2f}",
+        )
 
 
 TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale)
