@@ -291,7 +291,7 @@ class TrainingRun:
     def _finish(self):
         """Close the saver and write the record, whatever ended the loop."""
         self.saver.close()
-        self.stepper.release()
+        self.execution.captured = self.stepper.release()
         if not self.processes.is_main:
             return
         self._require_lock()  # another session's record is not overwritten

@@ -59,6 +59,7 @@ class ExecutionPlan:
             )
             log(f"{how}, {'runs steps as CUDA graphs' if self.is_graphed else 'runs steps kernel by kernel'}")
         self.compile_error, self._steps = None, 0
+        self.captured = 0  # lengths of a micro-batch that had CUDA graphs in this session
         if self.is_compiled:
             loaded = self._cache.load()
             log(f"compiles its layers{', from the cache' if loaded else ''}: {why}")
@@ -98,6 +99,7 @@ class ExecutionPlan:
             **failed,
             "attention": self.attention or "masks",
             "is_graphed": self.is_graphed,
+            "captured_lengths": self.captured,
         }
 
     @property

@@ -93,11 +93,13 @@ class Stepper:
         torch.cuda.empty_cache()
 
     def release(self):
-        """Free what CUDA graphs hold: no step comes any more."""
+        """Free what CUDA graphs hold: no step comes any more. Returns how many lengths of a micro-batch had graphs."""
+        captured = self.graphs.captured if self.graphs else 0
         if self.graphs:
             with contextlib.suppress(RuntimeError):  # of a device that is broken already
                 self.graphs.reset()
             self.graphs = None
+        return captured
 
     def gradients(self, batches, scored, *, seed, recover=None):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.

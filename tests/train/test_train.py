@@ -275,6 +275,7 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
         "is_compiled": False,
         "attention": "masks",
         "is_graphed": False,
+        "captured_lengths": 0,
     }
     assert [entry["grad_norm"] is None for entry in record["history"]].count(True) == 1
 
