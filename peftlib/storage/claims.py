@@ -20,7 +20,7 @@ from peftlib.core.errors import LockedError, StudyError
 from peftlib.core.files import read_json, sealed, write_json
 from peftlib.core.json_reading import fault, parse
 from peftlib.storage.hub import as_os_errors
-from peftlib.storage.lock import _OWNER, HEARTBEAT_S, STALE_S, _is_of_this_machine, _named
+from peftlib.storage.lock import OWNER, HEARTBEAT_S, STALE_S, is_of_this_machine, named_owner
 from peftlib.storage.mirror import running
 from peftlib.storage.remotes import remote_of
 from peftlib.storage.store import Remote
@@ -91,7 +91,7 @@ class Claims:
     def is_alive(self, run, text):
         """Whether the owner of a claim may still be at work: it is here and lives, or has changed it lately."""
         owner = _owner(text)
-        if owner is not None and _is_of_this_machine(owner) and owner.get("space") == _space():
+        if owner is not None and is_of_this_machine(owner) and owner.get("space") == _space():
             return psutil.pid_exists(owner.get("pid", 0))
         return self.seen_for(run, text) < self.stale_s
 
@@ -112,7 +112,7 @@ class Claims:
     def named(self, text):
         """The owner of a claim, in words."""
         owner = _owner(text)
-        return "somebody whose claim is damaged" if owner is None else _named(owner)
+        return "somebody whose claim is damaged" if owner is None else named_owner(owner)
 
 
 class Claim:
@@ -203,7 +203,7 @@ def _owner(text):
     """The owner that a claim names; None where it is damaged."""
     with contextlib.suppress(ValueError):
         owner = parse(text)
-        if not fault(owner, _OWNER) and 0 <= owner.get("since", 0) < 2**33 and 0 < owner.get("pid", 1) < 2**31:
+        if not fault(owner, OWNER) and 0 <= owner.get("since", 0) < 2**33 and 0 < owner.get("pid", 1) < 2**31:
             return owner
     return None
 

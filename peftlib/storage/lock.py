@@ -27,7 +27,7 @@ from peftlib.storage.mirror import running
 HEARTBEAT_S = 15.0  # seconds between two heartbeats
 STALE_S = 90.0  # seconds without one after which a lock counts as left behind
 _NAME = "lock.json"
-_OWNER = {"host": str, "token": str, "heartbeat": float, "what?": str, "pid?": int, "boot?": float, "since?": float}
+OWNER = {"host": str, "token": str, "heartbeat": float, "what?": str, "pid?": int, "boot?": float, "since?": float}
 _LATEST = 2.0**33  # the year 2242: a later time is no time
 
 
@@ -133,7 +133,7 @@ class StudyLock:
         """LockedError where another session has taken over."""
         if self._taker is not None:
             raise LockedError(
-                f"{_named(self._taker)} has taken over {self._place}: this session stops and writes no more"
+                f"{named_owner(self._taker)} has taken over {self._place}: this session stops and writes no more"
             )
 
     def require_free(self):
@@ -158,7 +158,7 @@ class StudyLock:
                     continue  # the session before removed the folder with its lock
                 except Timeout:
                     owner = _read(self.path)
-            if owner is not None and _is_of_this_machine(owner) and attempt >= 3:
+            if owner is not None and is_of_this_machine(owner) and attempt >= 3:
                 break
             time.sleep(0.1)  # it is just being taken or given back, or its owner is being killed
         if owner is not None:
@@ -188,7 +188,7 @@ class StudyLock:
         """Remove the lock file of a session that has ended. LockedError: it lives, or the file cannot be read."""
         owner = _read(self.path)
         if owner is not None:
-            if not _is_of_this_machine(owner):
+            if not is_of_this_machine(owner):
                 self._refuse_if_alive(owner)
         elif self.path.is_dir() or (self.path.exists() and not os.access(self.path, os.R_OK)):
             raise LockedError(
@@ -207,7 +207,7 @@ class StudyLock:
         if age <= -self.stale_s:  # of two clocks that differ neither is known to be right
             self._log(
                 f"the lock of {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
-                f"{self.stale_s:.0f} s to see whether {_named(owner)} still works"
+                f"{self.stale_s:.0f} s to see whether {named_owner(owner)} still works"
             )
             end = time.monotonic() + self.stale_s
             while (now := _read(self.path)) == owner:
@@ -223,7 +223,7 @@ class StudyLock:
         silent = time.time() - owner["heartbeat"]
         clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
         raise LockedError(
-            f"{self._place} is in use by {_named(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
+            f"{self._place} is in use by {named_owner(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
             f"or stop it. If it is gone, run this again after {clears}"
         )
 
@@ -265,16 +265,16 @@ def _read(path):
         owner = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if fault(owner, _OWNER) or not 0 < owner.get("pid", 1) < 2**31:
+    if fault(owner, OWNER) or not 0 < owner.get("pid", 1) < 2**31:
         return None
     return owner if all(0 <= owner.get(name, 0) < _LATEST for name in ("heartbeat", "boot", "since")) else None
 
 
-def _is_of_this_machine(owner):
+def is_of_this_machine(owner):
     """Whether the owner is a process of this machine, since it was started."""
     return owner["host"] == socket.gethostname() and abs(owner.get("boot", 0.0) - psutil.boot_time()) <= 5
 
 
-def _named(owner):
+def named_owner(owner):
     since = time.strftime("%H:%M", time.localtime(owner.get("since", 0.0)))
     return f"{owner['host']}, process {owner.get('pid')} ({owner.get('what')}, since {since})"
