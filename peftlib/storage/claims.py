@@ -20,7 +20,7 @@ from peftlib.core.errors import LockedError, StudyError
 from peftlib.core.files import read_json, sealed, write_json
 from peftlib.core.json_reading import fault, parse
 from peftlib.storage.hub import as_os_errors
-from peftlib.storage.lock import OWNER, HEARTBEAT_S, STALE_S, is_of_this_machine, named_owner
+from peftlib.storage.lock import HEARTBEAT_S, OWNER, STALE_S, is_of_this_machine, named_owner
 from peftlib.storage.mirror import running
 from peftlib.storage.remotes import remote_of
 from peftlib.storage.store import Remote

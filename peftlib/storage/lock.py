@@ -223,8 +223,8 @@ class StudyLock:
         silent = time.time() - owner["heartbeat"]
         clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
         raise LockedError(
-            f"{self._place} is in use by {named_owner(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for it, "
-            f"or stop it. If it is gone, run this again after {clears}"
+            f"{self._place} is in use by {named_owner(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for "
+            f"it, or stop it. If it is gone, run this again after {clears}"
         )
 
     def _beat(self):
