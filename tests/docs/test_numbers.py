@@ -134,7 +134,7 @@ KNOWN = [
     ("memory.md", "about 2,600 to 2,900"),
     ("memory.md", "A profiled step of 2,688 tokens on an H100"),
     ("memory.md", "| 37.2 | 2,887 | 21.0 | 5.1 | 2.0 | 1.9 | 1.4 |"),
-    ("memory.md", "| 40.2 | 2,685 | 20.0 | 6.9 |  | 1.9 | 1.4 |"),
+    ("memory.md", "| 40.2 | 2,685 | 20.0 | 6.9 | none | 1.9 | 1.4 |"),
     ("memory.md", "| 37.9 | 2,817 | 21.2 | 5.4 | 1.6 | 1.9 | 1.4 |"),
     ("memory.md", "(104 s before for"),
     ("memory.md", "same 4,800 real rows in the same order, 300 steps of 16"),
