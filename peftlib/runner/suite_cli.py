@@ -39,8 +39,8 @@ def _settings(given, methods="", seeds="0", factors="none", only="", **others):
     return SuiteSettings(given, names, numbers("--seeds", seeds, int), tried, names=chosen, **others)
 
 
-def _command(*examples):
-    return app.command(epilog=examples_of(*examples))
+def _command(*examples, name=None):
+    return app.command(name, epilog=examples_of(*examples))
 
 
 @_command(
@@ -87,8 +87,8 @@ def run(
     return suite.run(chosen, log=say)
 
 
-@_command("study list --study big", "study list --study big --pending > runs.txt")
-def list(
+@_command("study list --study big", "study list --study big --pending > runs.txt", name="list")
+def list_runs(
     study: Name = "reference",
     pending: Annotated[bool, Option("--pending", help="the commands that can be started now, one a line")] = False,
     profile: Profile = "gpu",
