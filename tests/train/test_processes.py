@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -21,10 +22,21 @@ from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.train import memory_model, sweep
 from peftlib.train.loop import TrainingRun
 from peftlib.train.parallel.exchange import divide
+from peftlib.train.parallel.processes import Processes
 
 # Ten steps with a refresh in them. Three rows a step, of unequal lengths: of four processes one has none.
 FIELDS = {"max_steps": 10, "epochs": 20, "batch_size": 3, "galore_update_interval": 6, "eval_steps": 5}
 SLOW = pytest.mark.slow
+
+
+def test_what_is_summed_lies_in_memory_as_nccl_wants_it(monkeypatch):
+    group, given = object.__new__(Processes), []
+    group._dist = SimpleNamespace(all_reduce=None)
+    monkeypatch.setattr(Processes, "_exchange", lambda self, call, tensor: given.append(tensor))
+    turned = torch.zeros(5, 3).T
+    for tensor in (torch.zeros(5, 3), turned):
+        group.sum_(tensor)
+        assert given[-1].is_contiguous() and given[-1].data_ptr() == tensor.data_ptr()
 
 
 def ways(methods_):
