@@ -199,13 +199,10 @@ class _Counts:
         return total
 
     def casts(self):
-        """Of a layer: 16-bit copies of the weights that GaLore trains in float32, kept for the backward pass."""
-        is_wide = self.cfg.galore_weights != "bf16"
-        return (
-            2
-            * is_wide
-            * sum(rows * columns for rows, columns in self.shape.matrices(self.method.trains.get("galore", ())))
-        )
+        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass."""
+        if "galore" in self.whole and self.cfg.galore_weights == "bf16":
+            return 0
+        return 2 * sum(rows * columns for kind in self.whole.values() for rows, columns in kind) // self.shape.layers
 
     def gradients(self, is_graphed):
         """(in the first step, later), summed over the step, at the end of its backward pass."""
