@@ -27,18 +27,18 @@ _SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling
 _SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was measured at all
 
 
-def flops_per_token(shape, method, *, length):
+def flops_per_token(shape, method, *, length, rank=128):
     """Floating-point operations that a token of training needs, without recomputation.
 
-    shape: the model's Shape. method: a MethodSpec. length: mean tokens of a row; a causal token attends to half of it.
+    shape: a Shape. method: a MethodSpec. length: mean tokens of a row, half of which a token attends to. rank: GaLore's.
     """
-    # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight; the frozen
-    # head forward and back; attention forward and twice that back.
-    whole = {leaf for kind, leaves in method.trains.items() if kind != "adapters" for leaf in leaves}
-    projections = sum(
-        2 * rows * columns * (3 if leaf in whole else 2)
-        for leaf, (rows, columns) in zip(PROJECTIONS, shape.matrices(PROJECTIONS), strict=True)
-    )
+    # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight, or to what
+    # GaLore sees of it; the frozen head forward and back; attention forward and twice that back.
+    kind_of, projections = {leaf: kind for kind, leaves in method.trains.items() for leaf in leaves}, 0
+    for leaf, (rows, columns) in zip(PROJECTIONS, shape.matrices(PROJECTIONS), strict=True):
+        whole, low = rows * columns, rank * (rows + columns)
+        own = {"adapters": 0, "galore": min(whole, low)}.get(kind_of.get(leaf, "adapters"), whole)
+        projections += 2 * (2 * whole + own)
     attention = 3 * 2 * 2 * shape.attention[0] * length / 2
     return shape.layers * (projections + attention) + 2 * 2 * shape.vocabulary * shape.hidden
 

@@ -211,8 +211,7 @@ def finalise(run):
 
 def _measure_mfu(run):
     """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
-    needed = estimate.flops_per_token(
-        Shape.of(core(run.model).config), run.method, length=float(run.rows.lengths.mean())
-    )
+    how = {"length": float(run.rows.lengths.mean()), "rank": run.cfg.galore_rank}
+    needed = estimate.flops_per_token(Shape.of(core(run.model).config), run.method, **how)
     ceiling = estimate.matmul_ceiling(run.device, DTYPES[run.precision])
     run.record.update(mfu=run.record["tokens_per_second"] * needed / ceiling, matmul_tflops=ceiling / 1e12)

@@ -59,7 +59,10 @@ def test_flops_are_those_counted_by_hand():
     per_layer = 2 * 1024 * 1152 + 2 * 256 * 1152 + 3 * 1152 * 6912
     head, attention = 4 * 262144 * 1152, 26 * 3 * 4 * 1024 * 512
     assert flops_per_token(SHAPE_1B, methods.find("qlora"), length=1024) == 26 * 4 * per_layer + head + attention
-    assert flops_per_token(SHAPE_1B, methods.find("galore"), length=1024) == 26 * 6 * per_layer + head + attention
+    assert flops_per_token(SHAPE_1B, methods.find("full"), length=1024) == 26 * 6 * per_layer + head + attention
+    sides = 2 * (1024 + 1152) + 2 * (256 + 1152) + 3 * (1152 + 6912)  # rank 128 is less than half of each
+    galore = 26 * (4 * per_layer + 2 * 128 * sides) + head + attention
+    assert flops_per_token(SHAPE_1B, methods.find("galore"), length=1024) == galore
 
 
 def test_the_ceiling_is_a_speed(capsys):
