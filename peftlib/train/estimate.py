@@ -30,7 +30,7 @@ _SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was meas
 def flops_per_token(shape, method, *, length, rank=128):
     """Floating-point operations that a token of training needs, without recomputation.
 
-    shape: a Shape. method: a MethodSpec. length: mean tokens of a row, half of which a token attends to. rank: GaLore's.
+    shape: a Shape. method: a MethodSpec. length: mean tokens of a row; a token attends to half of it. rank: GaLore's.
     """
     # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight, or to what
     # GaLore sees of it; the frozen head forward and back; attention forward and twice that back.
