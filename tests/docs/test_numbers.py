@@ -89,6 +89,7 @@ FROM_RESULTS = [
     ("memory.md", "On the H100 its {peak_gib:.2f} GiB at micro-batch 4", bench(name="unsloth_4_on", date="2026-11-27")),
     ("memory.md", "stand beside {peak_gib:.2f} GiB of ours", bench(name="qlora_memory", date="2026-11-26")),
     ("README.md", "our QLoRA runs at {tok_s:,.0f} tokens/s", bench(name="qlora")),
+    ("README.md", "on two cards ({:.2f} times the speed of one)", [R.scale[-1]["ratio"]]),
     ("README.md", "{:.2f} times Unsloth's speed", [ratio("qlora", "unsloth")]),
     ("memory.md", "({matrices} matrices, rank {rank}) GaLore's fast bases hold at least {cold_min:.2%}", R.fp16["energy"]),
     ("memory.md", "made anew, and at least {warm_min:.2%} when refreshed after {steps_apart} steps", R.fp16["energy"]),
