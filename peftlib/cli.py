@@ -1,5 +1,6 @@
 """The command line: `peftlib COMMAND`, or `python -m peftlib COMMAND`. Each command imports what it needs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ from peftlib.runner.console import (
     study_of,
 )
 from peftlib.storage.mirror import open_study
+from peftlib.storage.store import PUBLIC
 
 app = typer.Typer(
     help="QLoRA, GaLore and a layer-wise hybrid compared on Gemma 3. `peftlib COMMAND --help` shows examples.",
@@ -40,6 +42,13 @@ Seed = Annotated[int, Option(min=0, help="of the run")]
 Method = Annotated[str, Argument(metavar="METHOD", help="such as qlora; `peftlib plan` lists all")]
 Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
+
+
+@app.callback()
+def everywhere(public: Annotated[bool, Option("--public", help="allow a copy that everybody can read")] = False):
+    """What every command takes before its name."""
+    if public:
+        os.environ[PUBLIC] = "1"  # for child processes and kernels too
 
 
 def _command(*examples):

@@ -1,5 +1,6 @@
 """The command line: verbs, one way to say each option, the first edition's spellings, one-line errors."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from peftlib import cli
 from peftlib.core.errors import ConfigError
 from peftlib.runner import console, notebooks
 from peftlib.storage.mirror import open_study
+from peftlib.storage.store import PUBLIC
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
 
@@ -24,6 +26,14 @@ def test_help_lists_every_verb_and_loads_no_torch():
     listed = re.findall(r"^  (\w+)  ", done.stdout.split("Commands:")[1], re.MULTILINE)
     verbs = "run data train evaluate report compare judge chat export plan sweep study"
     assert listed == verbs.split()
+
+
+def test_a_public_copy_is_said_before_the_command(monkeypatch):
+    monkeypatch.setenv(PUBLIC, "")
+    monkeypatch.setattr("peftlib.runner.suite.listing", lambda settings, is_pending: [os.environ[PUBLIC]])
+    for words, said in (([], ""), (["--public"], "1")):
+        assert cli.main([*words, "study", "list"]) == 0
+        assert os.environ[PUBLIC] == said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

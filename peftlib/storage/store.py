@@ -230,7 +230,8 @@ class Remote:
             return None
         return (
             f"{self} is public, so everybody could read the study's rows, answers and weights: make it private in its "
-            f"settings, name another place in PEFTLIB_MIRROR, or set {PUBLIC}=1 if that is meant"
+            f"settings, name another place in PEFTLIB_MIRROR, or, if that is meant, set {PUBLIC}=1 or start with "
+            "`peftlib --public`"
         )
 
     def _is_public(self):
