@@ -9,7 +9,6 @@ from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.models.inspect import trainable
 from peftlib.models.precision import apply_step, loss_scaler
 from peftlib.notebook import training_panel
-from peftlib.optim.adamw import Accumulating
 from peftlib.optim.apollo import ApolloAdamW
 from peftlib.optim.galore import GaLoreAdamW
 from peftlib.report import figures
@@ -54,10 +53,17 @@ def spoil_gradient(run, leaf, step):
     name, weight = [pair for pair in trainable(run.model).items() if pair[0].endswith(leaf)][-1]
     build = run._build_optimizer
 
+    def spoilt(grad):
+        return grad * INF if run.progress.step == step - 1 else grad
+
     def build_and_spoil():
         build()
-        leaf = dict(zip(Accumulating.leaves(run.optimizer), run.optimizer.leaves(), strict=True))[weight]
-        leaf.register_hook(lambda grad: grad * INF if run.progress.step == step - 1 else grad)
+        view = getattr(run.optimizer, "_views", {}).get(weight)
+        if view is None:
+            weight.register_hook(spoilt)
+        else:  # whose layer makes what is projected, or the whole gradient, of the gradient of its output
+            low = view.low
+            view.low = lambda g, x: low(spoilt(g), x)
 
     run._build_optimizer = build_and_spoil
     return name
