@@ -229,9 +229,8 @@ class Remote:
         if self._is_private:
             return None
         return (
-            f"{self} is public, so everybody could read the study's rows, answers and weights: make it private in its "
-            f"settings, name another place in PEFTLIB_MIRROR, or, if that is meant, set {PUBLIC}=1 or start with "
-            "`peftlib --public`"
+            f"{self} is public, so everybody could read the study's rows, answers and weights: make it private, name "
+            f"another place in PEFTLIB_MIRROR, or, if that is meant, set {PUBLIC}=1 or start with `peftlib --public`"
         )
 
     def _is_public(self):
