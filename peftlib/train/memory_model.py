@@ -154,8 +154,7 @@ def choose(shape, method, cfg, *, device_bytes, **how):
         return plan
     raise ConfigError(
         f"{method} does not fit {device_bytes / GIB:.1f} GiB in any way: the least is {plan.line()}. {_of_cards(plan)}"
-        f"Lower max_length "
-        f"(now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore with "
+        f"Lower max_length (now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore with "
         "galore_weights='bf16', moment_bits=8)"
     )
 
@@ -199,7 +198,10 @@ class _Counts:
         return total
 
     def casts(self):
-        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass."""
+        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass.
+
+        Seen for GaLore; assumed for full and apollo.
+        """
         if "galore" in self.whole and self.cfg.galore_weights == "bf16":
             return 0
         return 2 * sum(rows * columns for kind in self.whole.values() for rows, columns in kind) // self.shape.layers
