@@ -154,8 +154,8 @@ def choose(shape, method, cfg, *, device_bytes, **how):
         return plan
     raise ConfigError(
         f"{method} does not fit {device_bytes / GIB:.1f} GiB in any way: the least is {plan.line()}. {_of_cards(plan)}"
-        f"Lower max_length (now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore with "
-        "galore_weights='bf16', moment_bits=8)"
+        f"Lower max_length (now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore "
+        "with galore_weights='bf16', moment_bits=8)"
     )
 
 
