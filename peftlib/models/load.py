@@ -46,7 +46,9 @@ def load_base(model, *, precision, device, four_bit=(), runs=True):
     bitsandbytes is missing, or a 4-bit name matches no layer.
     """
     location, _ = locate(model)
-    settings = {"dtype": DTYPES[precision], "device_map": {"": device}}
+    # With its number: files are read by threads of their own, in which "cuda" is the first card.
+    place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    settings = {"dtype": DTYPES[precision], "device_map": {"": place}}
     without_advice()
     _without_loading_bar()
     if four_bit:

@@ -105,6 +105,10 @@ class StepGraphs:
         is_kept = self._optimizer.is_steady()
         if is_kept and (size, edges) in self._bodies:
             return self._bodies[size, edges]
+        if is_kept and not self._bodies and size < self._tokens:
+            # The longest first: all others find room in its memory, where pieces of shorter ones would not join.
+            with contextlib.suppress(CaptureError):
+                self._body(self._tokens, edges)
         if edges not in self._cu_seqlens:
             self._cu_seqlens[edges] = torch.zeros(edges, dtype=torch.int32, device=self._device)
         forward, hidden = self._capture("body", self._run_forward, size, edges)

@@ -242,8 +242,8 @@ class TrainingRun:
         self._settle()
         step = self.progress.step
         with compiled.uncompiled(self.model):
-            how = {"device": self.device, "precision": self.precision}
-            loss = mean_loss(self.model, self.valid, **how, processes=self.processes)
+            how = {"device": self.device, "precision": self.precision, "processes": self.processes}
+            loss = self.stepper.with_room(lambda: mean_loss(self.model, self.valid, **how))
         is_known = math.isfinite(loss)
         self.record["valid_history"].append({"step": step, "valid_loss": loss if is_known else None})
         shown = f"{loss:.4f}" if is_known else f"is {loss}: recorded as unknown"

@@ -83,16 +83,19 @@ def estimate(
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
     kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
-    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) + counts.casts()
+    casts = counts.casts()
+    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) + casts
     recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
     wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
     held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
     # The widest moments: the last layer's backward pass, while few gradients exist yet; the first layer's, when all do;
     # and the loss. In step 1 there is no optimizer state, but some whole gradients.
     whole_layers, layer = shape.layers - recomputed, backward + (kept if recomputed else 0)
-    stack = whole_layers * kept + recomputed * held
+    stack = whole_layers * kept + recomputed * (held + (0 if is_compiled else casts))  # autocast keeps all it has cast
     activations = stack + max(backward if whole_layers else layer, loss)
-    at_peak = max(activations, layer + max(later, first - optimizer))
+    # Gradients of a pass before this one, and buffers that CUDA graphs write to, lie beside the activations.
+    stay = counts.sums() if is_graphed or micro_batch < cfg.batch_size else 0
+    at_peak = max(activations + stay, layer + max(later, first - optimizer))
     sizes = (weights, max(first, later), optimizer, activations, weights + optimizer + at_peak + _WORKSPACE)
     return Plan(micro_batch, checkpointing, recomputed, is_cheap, *map(int, sizes))
 
@@ -206,15 +209,20 @@ class _Counts:
             return 0
         return 2 * sum(rows * columns for kind in self.whole.values() for rows, columns in kind) // self.shape.layers
 
+    def sums(self):
+        """What a step sums over its passes: gradients, GaLore's projected ones."""
+        total = 4 * self.adapter_numbers
+        for kind, shapes in self.whole.items():
+            for rows, columns in shapes:
+                total += 4 * max(rows, columns) * (self.cfg.galore_rank if kind == "galore" else min(rows, columns))
+        return total
+
     def gradients(self, is_graphed):
         """(in the first step, later), summed over the step, at the end of its backward pass."""
-        adapters = 4 * self.adapter_numbers
-        if "galore" in self.whole:
-            sizes = [4 * rows * columns for rows, columns in self.whole["galore"]]
-            low = adapters + 4 * self.cfg.galore_rank * sum(max(shape) for shape in self.whole["galore"])
-            return low + min(sum(sizes), GIB), low + (min(sum(sizes), GATHERED) if is_graphed else max(sizes))
-        whole = 4 * sum(rows * columns for shapes in self.whole.values() for rows, columns in shapes)
-        return adapters + whole, adapters + whole
+        sums, sizes = self.sums(), [4 * rows * columns for rows, columns in self.whole.get("galore", ())]
+        if not sizes:
+            return sums, sums
+        return sums + min(sum(sizes), GIB), sums + (min(sum(sizes), GATHERED) if is_graphed else max(sizes))
 
     def optimizer(self):
         """Moments and bases."""
@@ -239,5 +247,5 @@ def _activations(shape, tokens, precision, is_compiled, chunk, trains_whole):
     kept *= 1.0 if is_compiled else _EAGER
     backward = tokens * 2 * sum(_BACKWARD[name] * widths[name] for name in _BACKWARD)
     backward += 2 * max(rows * columns for rows, columns in shape.matrices(PROJECTIONS)) * (4 if trains_whole else 2)
-    loss = min(chunk, tokens) * shape.vocabulary * 4 + tokens * shape.hidden * (4 + wide)
+    loss = min(chunk, tokens) * shape.vocabulary * (4 if is_compiled else 6) + tokens * shape.hidden * (4 + wide)
     return kept, backward, loss

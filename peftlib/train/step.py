@@ -92,6 +92,16 @@ class Stepper:
         self.optimizer.drop_gradients()
         torch.cuda.empty_cache()
 
+    def with_room(self, call):
+        """What `call()` returns; where it runs out of memory, it is called again without what CUDA graphs hold."""
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            if not self.graphs or not self.graphs.captured:
+                raise
+        self.graphs.reset()  # now that the error no longer holds what failed
+        return call()
+
     def release(self):
         """Free what CUDA graphs hold: no step comes any more. Returns how many lengths of a micro-batch had graphs."""
         captured = self.graphs.captured if self.graphs else 0

@@ -14,7 +14,7 @@ from peftlib.models.inspect import trainable
 from peftlib.models.kernels import attention
 from peftlib.models.load import load_base
 from peftlib.models.precision import loss_scaler
-from peftlib.train.batching import Rows
+from peftlib.train.batching import Rows, padded_size
 from peftlib.train.graphs import CaptureError, StepGraphs
 from peftlib.train.step import Stepper
 
@@ -115,6 +115,33 @@ def test_flat_rows_and_captured_steps_train_as_rows_with_masks_do(trained, metho
     assert captured.count("finish_accumulation") == captured.count("_run_moves") == is_captured
     if method == "qlora":  # all its steps are alike: a length is captured once
         assert captured.count("_run_forward") == graphed[2].graphs.captured
+
+
+def test_the_longest_pass_is_captured_first_so_that_others_find_room_in_its_memory(trained, monkeypatch):
+    sizes = []
+
+    def remember(self, pool, call, *args):
+        sizes.extend(args[:1] if call.__name__ == "_run_forward" else [])
+        return rerun(self, pool, call, *args)
+
+    monkeypatch.setattr(StepGraphs, "_capture", remember)
+    trained("qlora", is_graphed=True)
+    assert sizes[0] == padded_size(300) == max(sizes) and len(set(sizes)) > 1
+
+
+def test_what_runs_out_of_memory_beside_graphs_is_repeated_without_them(trained, monkeypatch):
+    monkeypatch.setattr(StepGraphs, "_capture", rerun)
+    stepper, calls = trained("qlora", is_graphed=True)[2], []
+
+    def once_full():
+        calls.append(stepper.graphs.captured)
+        if stepper.graphs.captured:
+            raise torch.OutOfMemoryError("planted")
+        return "done"
+
+    assert stepper.with_room(once_full) == "done" and calls[0] > 0 == calls[1]
+    with pytest.raises(torch.OutOfMemoryError):
+        stepper.with_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
 
 
 def test_what_cannot_be_captured_runs_kernel_by_kernel(trained, monkeypatch):
