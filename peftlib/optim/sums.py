@@ -10,7 +10,7 @@ from peftlib.optim.adamw import ProjectedAdamW
 from peftlib.optim.moments import parts_within
 from peftlib.optim.subspace import low_gradient, product_in_float32, tensor_cores, turned
 
-GATHERED, _STEPS_BETWEEN = 3 << 28, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
+GATHERED, _STEPS_BETWEEN = 1 << 29, 25  # bytes of whole gradients of a step that refreshes; steps from one to the next
 
 
 class SummedProjections(ProjectedAdamW):
