@@ -18,6 +18,7 @@ from peftlib.models.inspect import core, trainable
 from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
+from peftlib.models.shapes import shape_of
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.lock import held
 from peftlib.train import loggers, run_record, run_state
@@ -72,8 +73,9 @@ class TrainingRun:
             self._load_model()
 
     def _load_model(self):
-        four_bit = self.method.four_bit
         self.tokenizer = data.load_tokenizer(self.cfg.model)
+        self.method = self.method.resolve(self.cfg, shape_of(self.cfg.model).layers)
+        four_bit = self.method.four_bit
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=four_bit)
         self.model = self.method.prepare(base, self.cfg)
