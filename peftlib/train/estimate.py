@@ -288,7 +288,7 @@ def _rank_refusal(shape, spec, cfg):
 def cells(cost):
     """A Cost as texts in the order of HEADER; a range where more than one number is possible."""
     memory = f"{cost.memory_gib:.2f}" if cost.memory_gib else ""
-    name = f"{cost.method}, {cost.variant}" if cost.variant else cost.method
+    name = f"{cost.method} ({cost.variant})" if cost.variant else cost.method
     if not cost.fits:
         return (name, "no", memory, "", "", "", "", cost.mark)
     ends = dict.fromkeys(f"{_two_digits(value):,.0f}" for value in (cost.speed.low, cost.speed.high))
