@@ -56,7 +56,7 @@ class TrainingRun:
     def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
         self._given, self.study = study, study.with_rates_of(method)
         self.cfg, self.name, self.log = self.study.cfg, method, log
-        self.method = methods.find(method)
+        self.method = methods.find(method).resolve(self.cfg, shape_of(self.cfg.model).layers)
         self.manifest = study.manifest()
         self.weights_dir = study.weights_dir(method, self.cfg.seed)
         folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
@@ -74,14 +74,12 @@ class TrainingRun:
 
     def _load_model(self):
         self.tokenizer = data.load_tokenizer(self.cfg.model)
-        self.method = self.method.resolve(self.cfg, shape_of(self.cfg.model).layers)
-        four_bit = self.method.four_bit
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
-        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=four_bit)
+        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.four_bit)
         self.model = self.method.prepare(base, self.cfg)
         run_in_autocast(core(self.model), self.device, self.precision)
-        if four_bit:
-            guard_four_bit(self.model, four_bit)
+        if self.method.four_bit:
+            guard_four_bit(self.model, self.method.four_bit)
 
     def train(self, callbacks: Iterable[Callback] = ()) -> dict[str, Any]:
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
