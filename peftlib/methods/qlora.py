@@ -2,7 +2,7 @@
 
 from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
-from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, named_weights, trainable
+from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, is_named, named_weights, trainable
 from peftlib.models.kernels.adapters import fuse_adapters
 from peftlib.models.load import peft_calls
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
@@ -33,7 +33,7 @@ def with_adapters(model, cfg, targets):
     from peft import LoraConfig, get_peft_model
 
     named_weights(model, targets)
-    layers = [layer for name, layer in core(model).named_modules() if name.rsplit(".", 1)[-1] in targets]
+    layers = [layer for name, layer in core(model).named_modules() if is_named(name, targets)]
     require_rank("lora_rank", cfg.lora_rank, [(layer.out_features, layer.in_features) for layer in layers])
     if cfg.lora_init.startswith("pissa") and any(map(is_four_bit, model.parameters())):
         raise ConfigError(

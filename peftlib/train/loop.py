@@ -18,6 +18,7 @@ from peftlib.models.inspect import core, trainable
 from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
+from peftlib.models.shapes import shape_of
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.lock import held
 from peftlib.train import loggers, run_record, run_state
@@ -55,7 +56,7 @@ class TrainingRun:
     def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
         self._given, self.study = study, study.with_rates_of(method)
         self.cfg, self.name, self.log = self.study.cfg, method, log
-        self.method = methods.find(method)
+        self.method = methods.find(method).resolve(self.cfg, shape_of(self.cfg.model).layers)
         self.manifest = study.manifest()
         self.weights_dir = study.weights_dir(method, self.cfg.seed)
         folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
@@ -72,14 +73,13 @@ class TrainingRun:
             self._load_model()
 
     def _load_model(self):
-        four_bit = self.method.four_bit
         self.tokenizer = data.load_tokenizer(self.cfg.model)
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
-        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=four_bit)
+        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.four_bit)
         self.model = self.method.prepare(base, self.cfg)
         run_in_autocast(core(self.model), self.device, self.precision)
-        if four_bit:
-            guard_four_bit(self.model, four_bit)
+        if self.method.four_bit:
+            guard_four_bit(self.model, self.method.four_bit)
 
     def train(self, callbacks: Iterable[Callback] = ()) -> dict[str, Any]:
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.

@@ -51,8 +51,10 @@ def describe(run):
     step, steps = run.progress.step, run.plan.steps
     start = f"goes on at step {step} of {steps}" if step else f"starts, {steps} steps"
     shown = " and ".join(f"{rate * run.rate_factor:g}" for rate in sorted(set(rates), reverse=True))
+    variant = run.method.variant(vars(run.cfg))
+    name = f"{run.name} ({variant})" if variant else run.name
     run.log(
-        f"{run.name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
+        f"{name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
         f"peak rate {shown}, {run.precision} ({run.precision_reason}), {run.record['device']}"
     )
     run.record["processes"] = run.processes.world
@@ -165,6 +167,7 @@ def save_weights(run):
     require_finite(trainable(run.model), "the trained model")
     facts = {
         "method": run.name,
+        "description": run.method.description,
         "model": run.cfg.model,
         "model_sha256": run.record["model_sha256"],
         "model_revision": run.record["model_revision"],
