@@ -259,16 +259,20 @@ def plan(
 def sweep(
     study: Name,
     methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all")] = None,
-    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: 0.3, 1 and 3")] = None,
+    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: searched, see above")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
-    """Try learning rates of a study's methods on its validation rows."""
+    """Try learning rates of a study's methods on its validation rows.
+
+    From 1/3, 1 and 3 times the study's rates on by factors of 3, until the best lies between worse ones or the next
+    diverges; a method's two rates apart, in at most 9 trials. Cut, the same command goes on.
+    """
     found = open_study(study)
     from peftlib.methods import METHODS
     from peftlib.train import sweep as trials
 
     for method in methods or METHODS:
-        trials.sweep(found, method, factors=factor or trials.FACTORS, rows=rows)
+        trials.sweep(found, method, factors=factor or None, rows=rows)
 
 
 app.add_typer(suite_cli.app, name="study")

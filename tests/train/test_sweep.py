@@ -1,12 +1,160 @@
+import itertools
 import json
+import math
 
 import pytest
 
 from peftlib.cli import main
 from peftlib.core.errors import ConfigError, NonFiniteLossError, Stopped, StudyError
+from peftlib.core.files import read_json
+from peftlib.core.paths import shipped
 from peftlib.core.study import Study
+from peftlib.methods import METHODS
+from peftlib.train import sweep as module
 from peftlib.train.loop import TrainingRun
-from peftlib.train.sweep import kept, sweep
+from peftlib.train.sweep import curve_of, is_at_edge, is_hopeless, kept, next_trial, sweep, verdict
+
+REFERENCE = shipped("results") / "reference"
+
+
+def searched(loss_at, n_rates=1, **rules):
+    """The trials of a search in which `loss_at(powers)` is what a trial comes to."""
+    tried = {}
+    while (powers := next_trial(tried, n_rates, **rules)) is not None:
+        assert powers not in tried
+        tried[powers] = loss_at(powers)
+    return tried
+
+
+@pytest.mark.parametrize("least", [-4, -2, -1, 0, 1, 2, 5])
+def test_a_search_widens_until_the_best_rate_lies_between_worse_ones(least):
+    tried = searched(lambda powers: abs(powers[0] - least - 0.1))
+    assert list(tried)[:3] == [(0,), (-1,), (1,)]
+    assert {(least - 1,), (least,), (least + 1,)} <= set(tried) and len(tried) == 3 + max(0, abs(least))
+
+
+def test_a_search_ends_below_the_first_rate_that_diverges():
+    assert list(searched(lambda powers: None if powers[0] > 1 else -powers[0])) == [(0,), (-1,), (1,), (2,)]
+    assert list(searched(lambda powers: None if powers[0] > -3 else 1.0 - powers[0])) == [
+        (0,),
+        (-1,),
+        (-2,),
+        (-3,),
+        (-4,),
+    ]
+    assert len(searched(lambda powers: None)) == 9
+    assert list(searched(lambda powers: -powers[0], is_allowed=lambda powers: powers[0] <= 2))[-1] == (2,)
+    assert len(searched(lambda powers: -powers[0], trials=5)) == 5  # the budget
+
+
+@pytest.mark.parametrize("least", [(0, 0), (0, 1), (1, 0), (-1, 1), (1, -1)])
+def test_two_rates_are_searched_apart_within_nine_trials(least):
+    tried = searched(lambda powers: sum((p - c) ** 2 for p, c in zip(powers, least, strict=True)) + 0.1 * powers[0], 2)
+    assert min(tried, key=tried.get) == least and len(tried) <= 9
+    for axis, by in itertools.product((0, 1), (-1, 1)):  # inside along either rate
+        assert tuple(at + by * (axis == i) for i, at in enumerate(least)) in tried
+    for before, after in itertools.pairwise(tried):
+        best = min(list(tried)[: list(tried).index(after)], key=tried.get)
+        assert sum(a != b for a, b in zip(after, best, strict=True)) == 1, (before, after)
+
+
+def recorded_curves():
+    """{run: (training loss of each recorded step, final loss)} of the reference study, all on the same rows."""
+    found = {}
+    for path in sorted((REFERENCE / "records").glob("*-s0.json")):
+        record = read_json(path)
+        if record["history"]:
+            found[path.stem] = ([step["loss"] for step in record["history"]], record["valid_history"][-1]["valid_loss"])
+    return found
+
+
+def test_early_stopping_never_stops_what_would_end_best():
+    curves = recorded_curves()
+    assert len(curves) == 6
+    for (losses, end), (others, other_end) in itertools.permutations(curves.values(), 2):
+        steps = len(losses)
+        if end < other_end:
+            assert not any(is_hopeless(curve_of(losses[:n], steps), curve_of(others, steps)) for n in range(steps))
+    # The least rate of the sweeps ends 0.4 behind but catches up: slow is not hopeless. Divergence is.
+    best = [3 - 1.4 * n / 100 for n in range(100)]
+    slow = [3 - 0.2 * n / 100 for n in range(30)] + [2.94 - 1.0 * n / 70 for n in range(70)]
+    off = [3 - 1.4 * n / 100 if n < 20 else 3.5 + n / 100 for n in range(100)]
+    stopped = [[is_hopeless(curve_of(it[:n], 100), curve_of(best, 100)) for n in range(101)] for it in (slow, off)]
+    assert stopped[1].index(True) == 40 and not any(stopped[0][50:])
+    assert curve_of([None, *off[1:10]], 100) == [pytest.approx(sum(off[1:10]) / 9)] and curve_of([1.0] * 9, 9) == []
+
+
+def test_a_search_over_a_fake_trial_writes_its_bracket_and_resumes(make_study, monkeypatch):
+    study, calls, lines = make_study(), [], []
+
+    def trial(study, method, cfg, point, best, log):
+        calls.append(point)
+        if len(calls) == cut:
+            raise Stopped("cut")
+        high = cfg.lora_learning_rate > 4 * study.cfg.lora_learning_rate
+        loss = None if high else 2 - math.log(cfg.lora_learning_rate) / 10
+        return {"valid_loss": loss, "train_loss": loss, "curve": [], "stopped_at": 7 if high else None}
+
+    monkeypatch.setattr(module, "_trial", trial)
+    cut = 3
+    with pytest.raises(Stopped):
+        sweep(study, "qlora", rows=6, log=lines.append)
+    assert kept(study, "qlora", rows=6) is None
+    found = sweep(study, "qlora", rows=6, log=lines.append)
+    assert [entry["factor"] for entry in found["tried"]] == [1.0, 1 / 3, 3.0, 9.0] and found["best"]["factor"] == 3.0
+    assert found["is_at_edge"] is False and found["max_trials"] == 9
+    assert found["diverges_beyond"] == {"lora_learning_rate": pytest.approx(9 * study.cfg.lora_learning_rate)}
+    assert "stopped at step 7, clearly worse" in lines[-3]
+    assert "best of 4 trials of at most 9 on 6 rows, the next higher rate diverged" in lines[-2]
+    assert kept(study, "qlora", rows=6)["best"] == found["best"] and kept(study, "qlora", rows=8) is None
+
+
+def test_a_real_search_of_two_rates_keeps_each_trial(make_study):
+    study, lines = make_study(), []
+    found = sweep(study, "hybrid", rows=6, log=lines.append)
+    assert 5 <= len(found["tried"]) <= 9 and {"factor", "factor_2"} <= set(found["best"])
+    for entry in found["tried"]:
+        assert entry["lora_learning_rate"] == study.cfg.lora_learning_rate * entry["factor"]
+        assert entry["galore_learning_rate"] == study.cfg.galore_learning_rate * entry["factor_2"]
+    (study.folder / "sweeps" / "hybrid.json").unlink()  # as when it was killed before the end
+    lines.clear()
+    assert sweep(study, "hybrid", rows=6, log=lines.append) == found
+    assert not any("step 1/" in line for line in lines)
+    assert ("at the edge" in verdict(found)) == found["is_at_edge"] == is_at_edge(found)
+
+
+def test_a_hopeless_trial_is_stopped_and_not_taken_up_again(make_study, monkeypatch):
+    study, lines = make_study(batch_size=1), []
+    real, rate = TrainingRun._step, study.cfg.lora_learning_rate
+
+    def step(self):
+        real(self)
+        self.record["history"][-1]["loss"] += len(self.record["history"]) * (self.cfg.lora_learning_rate > rate)
+
+    monkeypatch.setattr(TrainingRun, "_step", step)
+    found = sweep(study, "qlora", rows=10, log=lines.append)
+    high = next(entry for entry in found["tried"] if entry["factor"] == 3.0)
+    assert high["stopped_at"] == 4 and high["valid_loss"] is None and len(high["curve"]) == 4
+    assert high["lora_learning_rate"] == 3 * rate
+    (study.folder / "sweeps" / "qlora.json").unlink()
+    lines.clear()
+    assert sweep(study, "qlora", rows=10, log=lines.append) == found
+    assert not any("step 1/" in line for line in lines)
+
+
+def test_sweeps_of_earlier_versions_are_read(make_study):
+    study = make_study()
+    (study.folder / "sweeps").mkdir()
+    for method in METHODS:
+        path = REFERENCE / "sweeps" / f"{method}.json"
+        if path.exists():
+            module.path_of(study, method).write_bytes(path.read_bytes())
+            found = kept(study, method, factors=(0.3, 1.0, 3.0))
+            assert is_at_edge(found) == (found["best"]["factor"] != 1.0)
+            assert verdict(found).startswith("least loss" if is_at_edge(found) else "best of 3 trials on 1,500 rows")
+            assert kept(study, method) is None  # no search, and nothing was adopted from it
+    study.adopt("galore", {"galore_learning_rate": 3e-4}, {})
+    assert kept(study, "galore")["best"]["factor"] == 0.3
 
 
 def test_a_sweep_finds_the_least_validation_loss_and_records_every_trial(make_study):
@@ -33,7 +181,7 @@ def test_a_factor_that_is_not_positive_is_refused(make_study):
 def test_the_command_sweeps_the_named_method(make_study, capsys):
     study = make_study()
     assert main(["sweep", "--study", study.folder.name, "--method", "qlora", "--factor", "1", "--rows", "2"]) == 0
-    assert "qlora: best lora_learning_rate=" in capsys.readouterr().out
+    assert "qlora: least loss of 1 trial on 2 rows, at the edge of what was tried" in capsys.readouterr().out
 
 
 def test_a_rate_that_diverges_is_recorded_and_the_sweep_goes_on(make_study, monkeypatch):
