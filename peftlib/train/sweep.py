@@ -152,7 +152,7 @@ def is_at_edge(found):
 
 
 def verdict(found):
-    """What a sweep's least loss may be called, as the start of a sentence: 'best' only inside its bracket."""
+    """What a sweep's least loss may be called, in words: 'best' only inside its bracket. found: or what was adopted."""
     n_tried = f"{len(found['tried'])} trial{'s'[: len(found['tried']) > 1]}"
     n_tried += f" of at most {found['max_trials']}" if "max_trials" in found else ""
     at = f"on {found['rows']:,} rows"
@@ -163,7 +163,7 @@ def verdict(found):
 
 def _lines(found):
     """[(entries below, entries above), ...] of the best, one pair a searched factor, the nearest last and first."""
-    best, made = found["best"], []
+    best, made = _least(found["tried"]), []
     names = [name for name in ("factor", "factor_2") if name in best]
     for name in names:
         line = [entry for entry in found["tried"] if all(entry[n] == best[n] for n in names if n != name)]
@@ -175,7 +175,7 @@ def _lines(found):
 
 def _diverges_beyond(found, fields):
     """{field: the next higher rate} of rates at which training diverged."""
-    highest, made = found["best"]["valid_loss"] + CLEARLY_WORSE, {}
+    highest, made = _least(found["tried"])["valid_loss"] + CLEARLY_WORSE, {}
     for at, (_, above) in enumerate(_lines(found)):
         if above and (above[0]["valid_loss"] is None or above[0]["valid_loss"] > highest):
             made |= {name: above[0][name] for name in (fields[at : at + 1] if "factor_2" in above[0] else fields)}
