@@ -224,8 +224,11 @@ def export(
     study: Name,
     to: Annotated[str, Option(metavar="WHERE", help="a folder, or hf://USER/REPO (made private)")],
     seed: Seed = 0,
-    form: Annotated[str, Option(help="adapter, merged (one model in bf16) or gguf")] = "adapter",
+    form: Annotated[
+        str, Option(help="adapter, lora (of what trained whole), merged (one model in bf16) or gguf")
+    ] = "adapter",
     quant: Annotated[str, Option(help="of a GGUF file: q8_0, f16 or bf16")] = "q8_0",
+    rank: Annotated[int, Option(min=1, help="of --form lora")] = 16,
     public: Annotated[bool, Option("--public", help="a repository made now may be seen by everyone")] = False,
     dry_run: Flag = False,
 ):
@@ -234,7 +237,15 @@ def export(
     from peftlib import export_model
     from peftlib.export.export import lines_of
 
-    how: dict = {"seed": seed, "to": to, "form": form, "quant": quant, "private": not public, "dry_run": dry_run}
+    how: dict = {
+        "seed": seed,
+        "to": to,
+        "form": form,
+        "quant": quant,
+        "rank": rank,
+        "private": not public,
+        "dry_run": dry_run,
+    }
     print("\n".join(lines_of(export_model(found, method, **how), dry_run=dry_run)))
 
 
