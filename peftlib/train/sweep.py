@@ -158,7 +158,9 @@ def verdict(found):
     at = f"on {found['rows']:,} rows"
     if is_at_edge(found):
         return f"least loss of {n_tried} {at}, at the edge of what was tried (a better rate may lie beyond)"
-    return f"best of {n_tried} {at}" + (", the next higher rate diverged" if found.get("diverges_beyond") else "")
+    return f"best of {n_tried} {at}" + (
+        ", the next higher rate diverged or was clearly worse" if found.get("diverges_beyond") else ""
+    )
 
 
 def _lines(found):
