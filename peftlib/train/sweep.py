@@ -193,7 +193,7 @@ def _search(cfg, fields, tried):
         except ConfigError:  # a rate that is out of range
             return False
 
-    powers: list[tuple[int, ...]] = []
+    powers = []
     while True:
         known = dict(zip(powers, (entry["valid_loss"] for entry in tried), strict=True))
         found = next_trial(known, len(fields), is_allowed=is_allowed)
