@@ -224,8 +224,11 @@ def export(
     study: Name,
     to: Annotated[str, Option(metavar="WHERE", help="a folder, or hf://USER/REPO (made private)")],
     seed: Seed = 0,
-    form: Annotated[str, Option(help="adapter, merged (one model in bf16) or gguf")] = "adapter",
+    form: Annotated[
+        str, Option(help="adapter, lora (of what trained whole), merged (one model in bf16) or gguf")
+    ] = "adapter",
     quant: Annotated[str, Option(help="of a GGUF file: q8_0, f16 or bf16")] = "q8_0",
+    rank: Annotated[int, Option(min=1, help="of --form lora")] = 16,
     public: Annotated[bool, Option("--public", help="a repository made now may be seen by everyone")] = False,
     dry_run: Flag = False,
 ):
@@ -234,7 +237,15 @@ def export(
     from peftlib import export_model
     from peftlib.export.export import lines_of
 
-    how: dict = {"seed": seed, "to": to, "form": form, "quant": quant, "private": not public, "dry_run": dry_run}
+    how: dict = {
+        "seed": seed,
+        "to": to,
+        "form": form,
+        "quant": quant,
+        "rank": rank,
+        "private": not public,
+        "dry_run": dry_run,
+    }
     print("\n".join(lines_of(export_model(found, method, **how), dry_run=dry_run)))
 
 
@@ -259,16 +270,20 @@ def plan(
 def sweep(
     study: Name,
     methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all")] = None,
-    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: 0.3, 1 and 3")] = None,
+    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: searched, see above")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
-    """Try learning rates of a study's methods on its validation rows."""
+    """Try learning rates of a study's methods on its validation rows.
+
+    From 1/3, 1 and 3 times the study's rates on by factors of 3, until the best lies between worse ones or the next
+    diverges; a method's two rates apart, in at most 9 trials. Cut, the same command goes on.
+    """
     found = open_study(study)
     from peftlib.methods import METHODS
     from peftlib.train import sweep as trials
 
     for method in methods or METHODS:
-        trials.sweep(found, method, factors=factor or trials.FACTORS, rows=rows)
+        trials.sweep(found, method, factors=factor or None, rows=rows)
 
 
 app.add_typer(suite_cli.app, name="study")

@@ -195,4 +195,20 @@ def scale(results):
         )
 
 
-TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale)
+def loras(results):
+    """What a LoRA adapter of weights that trained whole keeps."""
+    yield "method", "rank", "energy kept", "loss as trained", "with the adapter", "on the 16-bit base"
+    for row in results.export["lora"]:
+        losses = [number(row.get(name), "{:.3f}") for name in ("exact", "adapter", "on_16_bit")]
+        yield row["method"], str(row["rank"]), f"{row['kept']:.1%}", *losses
+
+
+def merges(results):
+    """The loss of adapters that were trained over NF4, on both bases."""
+    yield "method", "run", "test loss on the base in NF4", "on the 16-bit base", "untrained: in NF4", "in 16 bits"
+    for row in results.export["merges"]:
+        losses = (row[name] for name in ("into_dequantized", "into_16_bit", "base_nf4", "base_16_bit"))
+        yield row["method"], row["run"], *(number(loss, "{:.3f}") for loss in losses)
+
+
+TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale, loras, merges)

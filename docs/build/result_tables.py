@@ -11,7 +11,7 @@ from peftlib.core.config import PROFILES, Config, resolve
 from peftlib.core.files import read_json
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale")
+BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale", "export")
 _SCOPES = {"data": "rows", "math": "what is learned", "run": "where and how fast"}
 
 
@@ -22,7 +22,8 @@ class Results:
         self.demo = read_json(folder / "demo" / "summary.json")
         self.reference = read_json(folder / "reference" / "summary.json")
         bench = {name: json.loads((folder / "bench" / f"{name}.json").read_text("utf-8")) for name in BENCH}
-        self.methods, self.generate, self.resume, self.fp16, self.parity, self.scale = (bench[name] for name in BENCH)
+        for name in BENCH:
+            setattr(self, name, bench[name])
 
     @property
     def trained(self):

@@ -97,8 +97,12 @@ def _swept(sweep):
     trials = sweep["from"]["tried"]
     best = min((t for t in trials if t["valid_loss"] is not None), key=lambda trial: trial["valid_loss"])
     edge = ", at the edge" if sweep["from"].get("is_at_edge") else ""
-    tried = ", ".join(f"{trial['factor']:g}: {number(trial['valid_loss'], '{:.3f}', 'inf')}" for trial in trials)
-    return f"factor {best['factor']:g}{edge} ({tried})"
+    tried = ", ".join(f"{_factors(trial)}: {number(trial['valid_loss'], '{:.3f}', 'inf')}" for trial in trials)
+    return f"factor {_factors(best)}{edge} ({tried})"
+
+
+def _factors(trial):
+    return " and ".join(f"{trial[name]:.3g}" for name in ("factor", "factor_2") if name in trial)
 
 
 def precision(results):

@@ -1,36 +1,39 @@
-"""Export a trained model: adapter, merged model or GGUF file with its model card, to a folder or the hub."""
+"""Export a trained model: adapter, LoRA, merged model or GGUF file with its model card, to a folder or the hub."""
 
 import html
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peftlib import methods
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, ModelError, StudyError, writing
-from peftlib.core.files import copy_tree, read_json, size_text, write_json, write_text
+from peftlib.core.files import copy_tree, read_json, sha256, size_text, write_json, write_text
 from peftlib.core.study import Study
-from peftlib.export import gguf, model_card
+from peftlib.export import gguf, lora, model_card
 from peftlib.export.redact import public_config, public_model
 from peftlib.export.targets import MARKER, target_of
 from peftlib.models import identity
-from peftlib.models.saved import FACTS, export_merged
+from peftlib.models.saved import ADAPTER, FACTS, export_merged
 from peftlib.report.render import folded
 
-FORMS = ("adapter", "merged", "gguf")
+FORMS = ("adapter", "lora", "merged", "gguf")
 _CONFIG, _RECORD, _README = "study/config.json", "study/record.json", "README.md"
+_LORA = "study/lora.json"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """address: the folder or the hub's URL; where a dry run would have gone. files: {name: bytes}. card: its text."""
+    """address: the folder or the hub's URL; where a dry run would have gone. files: {name: bytes}. card: its text.
+    notes: lines on what the form lost."""
 
     address: str
     files: dict
     card: str
+    notes: tuple = ()
 
 
 def export_model(
@@ -41,6 +44,7 @@ def export_model(
     seed: int = 0,
     form: str = "adapter",
     quant: str = "q8_0",
+    rank: int = 16,
     private: bool = True,
     dry_run: bool = False,
     api: Any = None,
@@ -50,10 +54,12 @@ def export_model(
 
     to: a folder, or hf://USER/REPO, which gets one commit and is private unless private=False. A folder or repository
     that is not empty is refused, unless it is an earlier export of the same run in the same form, which is replaced.
-    form: 'adapter' as stock PEFT loads it (methods with adapters), 'merged' (one model in bf16), 'gguf' (for llama.cpp
-    and Ollama). quant: of the GGUF file, see gguf.QUANTS. dry_run: make everything, keep and send nothing.
+    form: 'adapter' as stock PEFT loads it (methods with adapters), 'lora' (what trained whole as an adapter of `rank`,
+    see lora.write_lora), 'merged' (one model in bf16), 'gguf' (for llama.cpp and Ollama). quant: of the GGUF file, see
+    gguf.QUANTS. dry_run: make everything, keep and send nothing.
     api: a huggingface_hub.HfApi. log: gets messages on what a killed export had left behind.
-    ConfigError: unknown method, form or quant, no adapter, no repository name. StudyError: the run is not finished.
+    ConfigError: unknown method, form or quant, no adapter, a rank above a matrix, no repository name. StudyError: the
+    run is not finished.
     LockedError: another process exports to the same folder.
     ModelError: no weights, or not those of the record; the target is taken; no token; the hub or the converter fails.
     """
@@ -65,19 +71,20 @@ def export_model(
     with target.workspace(f"exporting {what}", is_dry=dry_run, log=log) as folder, writing(target):
         if not dry_run:
             target.require_free(identity)
-        _fill(study.cfg, record, weights, folder, form, quant)
+        kept = _fill(study, record, weights, folder, form, quant, rank)
         scores = model_card.scores_of(study, method, seed)
-        card = str(model_card.model_card(study, record, form, scores, quant=quant, to=target.repository))
+        card = str(model_card.model_card(study, record, form, scores, quant=quant, kept=kept, to=target.repository))
         write_text(folder / _README, card)
         frozen = read_json(study.config_path)
         write_json(folder / _CONFIG, {**frozen, "config": public_config(frozen["config"])})
         public = {"config": public_config(record["config"]), "model": public_model(record["model"])}
-        write_json(folder / _RECORD, {**record, **public})
+        own = {"weights_sha256": {ADAPTER: sha256(folder / ADAPTER)}} if kept else {}
+        write_json(folder / _RECORD, {**record, **public, **own})
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         write_json(folder / MARKER, {**identity, "files": [*files, MARKER]})
         files[MARKER] = (folder / MARKER).stat().st_size
         address = str(target) if dry_run else target.put(folder, what)
-    return Exported(address, files, card)
+    return Exported(address, files, card, tuple(kept.lines()) if kept else ())
 
 
 def _finished_run(study, method, seed):
@@ -100,30 +107,46 @@ def _check_form(weights, method, form, quant):
     if form not in FORMS:
         raise ConfigError(f"form={form!r} is unknown: use {', '.join(FORMS)}")
     if form == "adapter" and not read_json(weights / FACTS)["is_adapter"]:
-        raise ConfigError(f"form='adapter': {method} trains the model itself and has no adapter: use merged or gguf")
+        raise ConfigError(
+            f"form='adapter': {method} trains the model itself and has no adapter: use lora, merged or gguf"
+        )
+    if form == "lora":
+        lora.require_whole_weights(weights, method)
     if form == "gguf":
         gguf.require_converter(quant)
 
 
-def _fill(cfg, record, weights, folder, form, quant):
-    """Write the model; of an adapter the base is named as others can find it, not by its path on this machine."""
-    if form == "adapter":
-        facts = read_json(weights / FACTS)
-        copy_tree(weights, folder, ignore=shutil.ignore_patterns(_README, FACTS), dirs_exist_ok=True)
+def _fill(study, record, weights, folder, form, quant, rank):
+    """Write the model; of an adapter the base is named as others can find it, not by its path on this machine.
+
+    Returns the lora.Kept of that form, else None.
+    """
+    cfg, kept = study.cfg, None
+    if form in ("adapter", "lora"):
+        facts = {**read_json(weights / FACTS), "is_adapter": True}
+        left_out = [_README, FACTS] if form == "adapter" else [_README, "*.safetensors*", "config.json", "adapter_*"]
+        copy_tree(weights, folder, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
+        if form == "lora":
+            layers = lora.write_lora(weights, folder, rank)
+            write_json(folder / FACTS, facts)
+            kept = lora.Kept(rank, *layers, lora.losses_of(study, weights, folder))
+            write_json(folder / _LORA, asdict(kept))
         write_json(folder / FACTS, {**facts, "model": public_model(facts["model"])})
         model_card.name_base_model(folder / "adapter_config.json", cfg.model)
-        return
+        return kept
     merged = export_merged(weights, folder / "merged")
     if form == "gguf":
         gguf.write_gguf(merged, folder, quant=quant, name=f"{cfg.study} {record['method']}")
     else:
         copy_tree(merged, folder, copy_function=os.replace, dirs_exist_ok=True)
     shutil.rmtree(merged)
+    return None
 
 
 def lines_of(exported, *, dry_run=False):
     """What was made, as lines to print."""
     yield from _sizes(exported)
+    yield from exported.notes
     if dry_run:
         yield f"dry run: nothing was written to {exported.address}; its card:"
         yield exported.card

@@ -67,10 +67,11 @@ def scores_of(study, method, seed):
     return Scores(run, base, boot, len(found.test_rows), tuple(found.sources), found.cut_at_words)
 
 
-def model_card(study, record, form, scores, *, quant=None, to=None):
+def model_card(study, record, form, scores, *, quant=None, kept=None, to=None):
     """The huggingface_hub.ModelCard of a finished run.
 
-    form: 'adapter', 'merged' or 'gguf'. scores: Scores. quant: of a GGUF file. to: USER/REPO, None for a folder.
+    form: one of export.FORMS. scores: Scores. quant: of a GGUF file. kept: lora.Kept of that form. to: USER/REPO, None
+    for a folder.
     """
     manifest, weights = study.manifest(), study.weights_dir(record["method"], record["seed"])
     facts, sources = read_json(weights / FACTS), _sources(manifest)
@@ -97,7 +98,8 @@ def model_card(study, record, form, scores, *, quant=None, to=None):
         "four_bit": facts["four_bit"],
         "skipped": [*skipped, "lm_head"] if skipped else [],
         "dtype": _TORCH_NAMES[facts["precision"]],
-        "is_split": (weights / ATTENTION_FILE).exists(),
+        "is_split": form == "adapter" and (weights / ATTENTION_FILE).exists(),
+        "kept": kept,
         "torchao": TORCHAO_MIN,
         "file": quant and gguf_name(quant),
         "modelfile": MODELFILE,
@@ -148,10 +150,10 @@ def _header(model, manifest, record, form, scores, sources):
         license="gemma",
         license_link="https://ai.google.dev/gemma/terms",
         base_model=base,
-        base_model_relation=("adapter" if form == "adapter" else "finetune") if base else None,
+        base_model_relation=("adapter" if form in ("adapter", "lora") else "finetune") if base else None,
         datasets=[found["hub"] for found in manifest["inputs"]["sources"].values() if "hub" in found] or None,
         language="en" if is_english else None,
-        library_name="peft" if form == "adapter" else "transformers",
+        library_name="peft" if form in ("adapter", "lora") else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
         model_name=f"{_base_name(model).split('/')[-1]} fine-tuned with {record['method']}",

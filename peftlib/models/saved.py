@@ -85,6 +85,7 @@ def load_trained(
     *,
     device: str | torch.device = "cpu",
     merge: bool = True,
+    on_16_bit: bool = False,
     dtype: torch.dtype = torch.float32,
     log: Callable[[str], object] = print,
 ) -> torch.nn.Module:
@@ -93,6 +94,7 @@ def load_trained(
     merge=True: one plain model in `dtype`, adapters merged into dequantized matrices. The 4-bit matrices are
     dequantized before any forward pass and never merged in place, which would quantize the result again. In fp16 only
     matrices are, and the model runs under autocast with its residual in float32, as in training.
+    on_16_bit=True: merged into the base that was never rounded to 4 bits, as programs do that do not know of NF4.
     merge=False: the form that was trained (4-bit, adapters beside), with the logits it had in training.
     log: told once what could not be checked.
     ModelError: no such folder, its files are not those of the run's record or not readable, or the base model that an
@@ -104,7 +106,8 @@ def load_trained(
     if facts["is_adapter"]:
         _require_adapter(folder)
         identity.require_base(facts, facts["model"], what=f"the adapter in {folder}", log=log)
-        model = _load_adapter(folder, facts, device=device, merge=merge, dtype=dtype)
+        based = {**facts, "four_bit": []} if on_16_bit and merge else facts
+        model = _load_adapter(folder, based, device=device, merge=merge, dtype=dtype)
     else:
         first = torch.float32 if dtype == torch.float16 else dtype
         model = _in_dtype(causal_model(folder, dtype=first, device_map={"": device}), dtype, device)

@@ -20,6 +20,7 @@ from peftlib.methods import BASE, METHODS
 from peftlib.report import charts, findings
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 from peftlib.train import run_record
+from peftlib.train.sweep import verdict
 
 N_SAMPLES = 10
 _ANSWER_CHARACTERS = 700  # of an answer in the report
@@ -39,7 +40,8 @@ class Report:
     numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
     {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
     notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. n_other_verdicts: verdicts
-    on other answers or under another rubric. folder: of the study. theme: 'light' or 'dark', of its notebooks."""
+    on other answers or under another rubric. rates: {method: what its swept rates may be called}. folder: of the study.
+    theme: 'light' or 'dark', of its notebooks."""
 
     results: pd.DataFrame
     table: pd.DataFrame
@@ -56,6 +58,7 @@ class Report:
     notes: list
     judged: list
     n_other_verdicts: int
+    rates: dict
     study: results.ScoredStudy = field(repr=False)
     folder: Path
     theme: str
@@ -102,6 +105,7 @@ def build_report(study: Study) -> Report:
         notes=notes,
         judged=judged,
         n_other_verdicts=n_other_verdicts,
+        rates={name: verdict(of["from"]) for name, of in study.adopted_rates().items() if "tried" in of["from"]},
         study=found,
         folder=study.folder,
         theme=study.cfg.theme,

@@ -74,7 +74,7 @@ def _with_data(settings, log):
         log(f"builds the data of {study.folder.name}")
         build_data(study.cfg, study.data_dir)
     study.freeze()
-    if settings.factors and not sum(study.manifest()["counts"]["valid"].values()):
+    if settings.factors != () and not sum(study.manifest()["counts"]["valid"].values()):
         raise ConfigError("no validation rows, on which a sweep is scored: set valid_rows, or --factors none")
     if study.cfg.model == "packaged":
         locate(study.cfg.model)  # converted once, before many processes want it

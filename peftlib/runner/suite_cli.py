@@ -18,7 +18,7 @@ app = typer.Typer(help="Run a whole study, on one machine or many.", epilog=exam
 Profile = Annotated[str, Option(help="demo, t4 or gpu")]
 Methods = Annotated[str | None, Option(metavar="A,B,...", help="default: base and all methods")]
 Seeds = Annotated[str, Option(help="of every method but base")]
-Factors = Annotated[str, Option(help="of the rates that a sweep tries, or none")]
+Factors = Annotated[str, Option(help="of the rates that a sweep tries; auto: until the best is bracketed; or none")]
 SweepRows = Annotated[int, Option(help="training rows of each trial")]
 Only = Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")]
 Again = Annotated[bool, Option("--again", help="failed runs too")]
@@ -34,7 +34,7 @@ def _settings(given, methods="", seeds="0", factors="none", only="", **others):
     strange = [name for name in names if name not in (BASE, *METHODS)]
     if strange or methods == ",":
         raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join((BASE, *METHODS))}")
-    tried = () if factors == "none" else numbers("--factors", factors, float)
+    tried = None if factors == "auto" else () if factors == "none" else numbers("--factors", factors, float)
     chosen = tuple(filter(None, only.split(",")))
     return SuiteSettings(given, names, numbers("--seeds", seeds, int), tried, names=chosen, **others)
 
@@ -53,7 +53,7 @@ def run(
     settings: Settings = None,
     methods: Methods = None,
     seeds: Seeds = "0,1,2",
-    factors: Factors = "0.3,1,3",
+    factors: Factors = "auto",
     sweep_rows: SweepRows = 1500,
     only: Only = "",
     again: Again = False,
@@ -95,7 +95,7 @@ def list_runs(
     settings: Settings = None,
     methods: Methods = None,
     seeds: Seeds = "0,1,2",
-    factors: Factors = "0.3,1,3",
+    factors: Factors = "auto",
     sweep_rows: SweepRows = 1500,
     only: Only = "",
     again: Again = False,
@@ -118,7 +118,7 @@ def work(
     run: Annotated[str, Argument(metavar="RUN", help="sweep-METHOD or METHOD-sSEED; `peftlib study list` shows them")],
     study: Name,
     settings: Settings = None,
-    factors: Factors = "0.3,1,3",
+    factors: Factors = "auto",
     sweep_rows: SweepRows = 1500,
     at_once: Annotated[int, Option(min=1, help="runs that share this GPU")] = 1,
     code: Annotated[str, Option(metavar="ID", help="refuse to run with another version of peftlib")] = "",

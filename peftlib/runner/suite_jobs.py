@@ -14,14 +14,14 @@ OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "f
 
 @dataclass(frozen=True)
 class Settings:
-    """given: what Study.resolve gets. factors, rows: of the sweeps, no factors for none. at_once: runs on each GPU.
-    methods, seeds: to run. names: as in `jobs`, empty for all. is_again: try what failed once more. minutes: 0 for no
-    limit. address: of a Ray cluster, '' for this machine."""
+    """given: what Study.resolve gets. factors, rows: of the sweeps; None: as train.sweep searches, (): no sweeps.
+    at_once: runs on each GPU. methods, seeds: to run. names: as in `jobs`, empty for all. is_again: try what failed
+    once more. minutes: 0 for no limit. address: of a Ray cluster, '' for this machine."""
 
     given: dict
     methods: tuple = (BASE, *METHODS)
     seeds: tuple = (0, 1, 2)
-    factors: tuple = sweep.FACTORS
+    factors: tuple | None = None
     rows: int = sweep.ROWS
     names: tuple = ()
     is_again: bool = False
@@ -37,7 +37,7 @@ class Settings:
         ConfigError: an unknown method, or a name that means none.
         """
         trained = [method for method in self.methods if method != BASE and find(method)]
-        jobs = [Job(study, self, method, is_sweep=True) for method in trained if self.factors]
+        jobs = [Job(study, self, method, is_sweep=True) for method in trained if self.factors != ()]
         jobs += [Job(study, self, BASE)] if BASE in self.methods else []
         jobs += [Job(study, self, method, seed) for seed in self.seeds for method in trained]
         unknown = [name for name in self.names if not any(name in (job.name, job.method) for job in jobs)]
@@ -82,14 +82,14 @@ class Job:
 
     def is_ready(self):
         """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps."""
-        is_free = self.is_sweep or self.method == BASE or not self.settings.factors
+        is_free = self.is_sweep or self.method == BASE or self.settings.factors == ()
         return is_free or self.method in self.study.adopted_rates()
 
     def state(self):
         """(one of this module's words, steps and minutes or the reason of a failure), read from the study's folder."""
         if self.is_sweep:
             found = self.swept()
-            return (DONE, f"{found['steps']} steps, best factor {found['best']['factor']:g}") if found else (OPEN, "")
+            return (DONE, f"{found['steps']} steps, {sweep.verdict(found)}") if found else (OPEN, "")
         record = records.load(self.study, self.method, self.seed)
         if record is None:
             return OPEN, ""
@@ -121,11 +121,11 @@ def job_named(study, settings, name):
 
 def adopt_sweeps(study, settings):
     """Have a study take the best rates of all finished sweeps. StudyError: see Study.adopt."""
-    for path in (study.folder / "sweeps").glob("*.json") if settings.factors else []:
+    for path in (study.folder / "sweeps").glob("*.json") if settings.factors != () else []:
         found = Job(study, settings, path.stem, is_sweep=True).swept()
         if found:
             rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
-            basis = {name: found[name] for name in ("rows", "steps", "seed", "tried")}
+            basis = {name: value for name, value in found.items() if name not in ("schema_version", "method", "best")}
             study.adopt(path.stem, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
 
 

@@ -7,6 +7,7 @@ from peftlib.methods import BASE
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
 from peftlib.runner.suite_jobs import DONE
 from peftlib.train import estimate
+from peftlib.train.sweep import TRIALS
 
 _FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
 
@@ -54,7 +55,8 @@ def lines(settings):
     yield f"{'run':<18} {'training':<18}  now"
     for job in jobs:
         status = job.state()[0]
-        times = 3600 * (len(settings.factors) * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
+        n_trials = TRIALS if settings.factors is None else len(settings.factors)  # at most
+        times = 3600 * (n_trials * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
         hours, words = hours_of.get(job.method), "none" if job.method == BASE else "does not fit"
         if hours:
             low, high = (times * end for end in hours)

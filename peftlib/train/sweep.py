@@ -1,6 +1,7 @@
-"""A small learning-rate sweep per method, scored on the validation rows and kept beside the study."""
+"""A learning-rate sweep per method that brackets its best rate, scored on the validation rows and kept in the study."""
 
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,60 +11,119 @@ from peftlib.core.errors import ConfigError, NonFiniteLossError, Stopped
 from peftlib.core.files import copy_tree, read_json, rename, write_json
 from peftlib.core.json_reading import Maybe, require_shape
 from peftlib.core.study import Study
-from peftlib.train.loop import run_training
+from peftlib.train.callbacks import Callback
+from peftlib.train.loop import TrainingRun
 from peftlib.train.parallel.processes import require_one
 
-FACTORS, ROWS = (0.3, 1.0, 3.0), 1500
-_TRIED = {"factor": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
+ROWS, TRIALS = 1500, 9  # of each trial; at most, for every method
+CLEARLY_WORSE = 0.5  # nats per token above the least loss: a rate that ends there, or stays there, has diverged
+_FIRST_LOOK = 4  # tenths of the steps before which no trial is stopped
+_TRIED = {"factor": float, "factor_2?": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
 _SHAPE = {"method": str, "rows": int, "steps": int, "seed?": int, "tried": [_TRIED], "best": _TRIED}
+_SHAPE |= {"max_trials?": int, "is_at_edge?": bool, "diverges_beyond?": {}}
 
 
 def sweep(
     study: Study,
     method: str,
     *,
-    factors: Sequence[float] = FACTORS,
+    factors: Sequence[float] | None = None,
     rows: int = ROWS,
     log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Train `method` on the first `rows` of the study's row order at each factor of its rates; returns the findings.
+    """Train `method` on the first `rows` of the study's row order at several rates; returns the findings.
 
-    A method with two rates (the hybrid) has both multiplied. {'method', 'rows', 'steps', 'tried': [{'factor', one
-    entry a rate field, 'valid_loss', 'train_loss'}, ...], 'best': the entry of the least validation loss}, also written
-    to sweeps/<method>.json. valid_loss is None where the loss became inf or nan. Test rows are never seen. A cut sweep
-    resumes where it stopped.
+    factors: of the study's rates, all rates of a method multiplied; each is trained to the end. None: searched by
+    `next_trial` from 1/3, 1 and 3 on, two rates (the hybrid's) apart, in at most TRIALS trials, and a trial that
+    `is_hopeless` is stopped. A cut sweep resumes where it stopped, each trial is kept; test rows are never seen.
+    Returned, and written to sweeps/<method>.json: {'method', 'rows', 'steps', 'seed', 'tried': [{'factor', 'factor_2'
+    where two rates are searched apart, one entry a rate field, 'valid_loss' (None where the loss became inf or nan, or
+    the trial was stopped), 'train_loss', 'curve': see curve_of, 'stopped_at': its step, or None}, ...], 'best': the
+    entry of the least validation loss, 'is_at_edge': nothing was tried on one side of it, so it may not be called best,
+    'diverges_beyond': {field: the next higher rate, which diverged}, 'max_trials' of a search}.
     ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. StudyError: the
     study has begun with other settings. Stopped: cut, and saved. NonFiniteLossError: no factor led to a finite loss.
     """
     require_one("a sweep")
-    cfg = study.cfg
+    cfg, fields = study.cfg, methods.find(method).rates
     if cfg.valid_rows == 0:
         raise ConfigError("valid_rows=0: a sweep is scored on validation rows, so build the data with some")
-    if not factors or min(factors) <= 0:
+    if factors is not None and (not factors or min(factors) <= 0):
         raise ConfigError(f"factors={factors!r}: use positive numbers")
-    fields = methods.find(method).rates
     study.freeze()
     steps = max(1, rows // cfg.batch_size)
-    tried = []
-    for factor in factors:
-        rates = {name: getattr(cfg, name) * factor for name in fields}
+    tried: list[dict[str, Any]] = []
+    for point in _search(cfg, fields, tried) if factors is None else [(factor,) for factor in factors]:
+        rates = _rates(cfg, fields, point)
         own = {"max_steps": steps, "resume_rate_factor": 1.0}  # a trial that diverges is a finding, not to be saved
-        record = _trial(study, method, cfg.replace(**own, **rates), factor, log)
-        last = record["valid_history"][-1]["valid_loss"] if record["status"] == "ok" else None
-        tried.append({"factor": factor, **rates, "valid_loss": last, "train_loss": record["train_loss"]})
-        log(f"{method}, {_shown(rates)}: " + ("not finite" if last is None else f"validation loss {last:.4f}"))
-    known = [entry for entry in tried if entry["valid_loss"] is not None]
-    if not known:
+        least = _least(tried) if factors is None else None
+        entry = _trial(study, method, cfg.replace(**own, **rates), point, least and least["curve"], log)
+        tried.append({**dict(zip(("factor", "factor_2"), point)), **rates, **entry})
+        last, cut = entry["valid_loss"], entry["stopped_at"]
+        ended = "not finite" if last is None else f"validation loss {last:.4f}"
+        log(f"{method}, {_shown(rates)}: " + (f"stopped at step {cut}, clearly worse" if cut else ended))
+    best = _least(tried)
+    if best is None:
         raise NonFiniteLossError(f"{method}: no rate of {len(tried)} led to a finite loss: sweep with smaller factors")
-    best = min(known, key=lambda entry: entry["valid_loss"])
     found = {"method": method, "rows": rows, "steps": steps, "seed": cfg.seed, "tried": tried, "best": best}
+    found |= {"is_at_edge": is_at_edge(found), "diverges_beyond": _diverges_beyond(found, fields)}
+    found |= {"max_trials": TRIALS} if factors is None else {}
     write_json(path_of(study, method), found)
-    edge = " (at the edge of what was tried: try further)" if is_at_edge(found) else ""
-    log(f"{method}: best {_shown({name: best[name] for name in fields})}{edge}")
-    if best["factor"] != 1:
+    log(f"{method}: {verdict(found)}: {_shown({name: best[name] for name in fields})}")
+    if any(best[name] != getattr(cfg, name) for name in fields):
         given = " ".join(f"-p {name}={best[name]:g}" for name in fields)
         log(f"to train with it: {given}, in a study in which nothing was trained yet")
     return found
+
+
+def next_trial(tried, n_rates=1, *, trials=TRIALS, is_allowed=lambda powers: True):
+    """The powers of 3 by which to multiply the rates next, or None when the search is over.
+
+    tried: {powers: validation loss, or None where it diverged}, in the order of the trials. First 0, -1 and 1 of the
+    first rate; then the untried neighbours of what has the least loss, along the rate that was varied last before the
+    other, until there are none, so the best lies between worse rates or below one that diverged. While nothing was
+    finite all rates are lowered. is_allowed(powers): whether such rates exist. Never more than `trials` in all.
+    """
+    known = {powers: loss for powers, loss in tried.items() if loss is not None}
+    if len(tried) >= trials:
+        return None
+    if not known:
+        return (-len(tried),) * n_rates
+    start = (0,) * n_rates
+    if len(tried) == 2 and start in known and is_allowed(_moved(start, 0, 1)):
+        return _moved(start, 0, 1)
+    best = min(known, key=known.__getitem__)
+    *_, last = tried
+    before = {powers: loss for powers, loss in known.items() if powers != last}
+    centre = min(before, key=before.__getitem__) if before else last
+    varied = next((axis for axis in range(n_rates) if last[axis] != centre[axis]), 0)
+    around = [_moved(best, (varied + turn) % n_rates, by) for turn in range(n_rates) for by in (-1, 1)]
+    return next((powers for powers in around if powers not in tried and is_allowed(powers)), None)
+
+
+def _moved(powers, axis, by):
+    return (*powers[:axis], powers[axis] + by, *powers[axis + 1 :])
+
+
+def curve_of(losses, steps):
+    """Mean training loss over each tenth of `steps` that is over; of under ten steps none. A skipped step has None."""
+    size = steps // 10
+    parts = [losses[k * size : (k + 1) * size] for k in range(min(10, len(losses) // size))] if size else []
+    known = [[loss for loss in part if loss is not None] for part in parts]
+    return [statistics.fmean(part) if part else None for part in known]
+
+
+def is_hopeless(curve, best):
+    """Whether a trial may be stopped: from four tenths of the steps on, its training loss lies more than CLEARLY_WORSE
+    above the best trial's at the same steps and rows, and the gap has not shrunk since the tenth before.
+
+    A rate too low, which catches up slowly, is therefore trained to the end.
+    """
+    last = [*curve[-2:], *best[max(0, len(curve) - 2) : len(curve)]]
+    if len(curve) < _FIRST_LOOK or len(last) < 4 or None in last:
+        return False
+    before, now = last[0] - last[2], last[1] - last[3]
+    return now > CLEARLY_WORSE and now >= before
 
 
 def path_of(study, method):
@@ -71,25 +131,120 @@ def path_of(study, method):
     return study.folder / "sweeps" / f"{method}.json"
 
 
-def kept(study, method, *, factors=FACTORS, rows=ROWS):
-    """Read what an earlier sweep of the same factors and rows found, or None."""
+def kept(study, method, *, factors=None, rows=ROWS):
+    """Read what an earlier sweep of the same factors and rows found, or None.
+
+    factors=None: a search, or whatever the study has adopted its rates from.
+    """
     path = path_of(study, method)
     found = require_shape(read_json(path), _SHAPE, path) if path.exists() else None
-    is_same = found is not None and (found["rows"], [e["factor"] for e in found["tried"]]) == (rows, list(factors))
-    return found if is_same else None
+    if found is None or found["rows"] != rows:
+        return None
+    if factors is None:
+        return found if "max_trials" in found or method in study.adopted_rates() else None
+    return found if [entry["factor"] for entry in found["tried"]] == list(factors) else None
 
 
 def is_at_edge(found):
-    """Whether the best factor is the least or the largest that was tried, so that a better one may lie beyond."""
-    factors = [entry["factor"] for entry in found["tried"]]
-    return found["best"]["factor"] in (min(factors), max(factors))
+    """Whether on one side of the best rate nothing was tried, so that a better one may lie beyond."""
+    lines = _lines(found)
+    return any(not below or not above for below, above in lines)
 
 
-def _trial(study, method, cfg, factor, log):
-    """The record of one run of the sweep, read or trained now; 'failed' where it diverged. Only the record is kept."""
-    small = Study(study.folder / "sweeps" / f"{method}-{factor:g}", cfg)
+def verdict(found):
+    """What a sweep's least loss may be called, in words: 'best' only inside its bracket. found: or what was adopted."""
+    n_tried = f"{len(found['tried'])} trial{'s'[: len(found['tried']) > 1]}"
+    n_tried += f" of at most {found['max_trials']}" if "max_trials" in found else ""
+    at = f"on {found['rows']:,} rows"
+    if is_at_edge(found):
+        return f"least loss of {n_tried} {at}, at the edge of what was tried (a better rate may lie beyond)"
+    return f"best of {n_tried} {at}" + (
+        ", the next higher rate diverged or was clearly worse" if found.get("diverges_beyond") else ""
+    )
+
+
+def _lines(found):
+    """[(entries below, entries above), ...] of the best, one pair a searched factor, the nearest last and first."""
+    best, made = _least(found["tried"]), []
+    names = [name for name in ("factor", "factor_2") if name in best]
+    for name in names:
+        line = [entry for entry in found["tried"] if all(entry[n] == best[n] for n in names if n != name)]
+        line.sort(key=lambda entry, name=name: entry[name])
+        here = best[name]
+        made.append(([e for e in line if e[name] < here], [e for e in line if e[name] > here]))
+    return made
+
+
+def _diverges_beyond(found, fields):
+    """{field: the next higher rate} of rates at which training diverged."""
+    highest, made = _least(found["tried"])["valid_loss"] + CLEARLY_WORSE, {}
+    for at, (_, above) in enumerate(_lines(found)):
+        if above and (above[0]["valid_loss"] is None or above[0]["valid_loss"] > highest):
+            made |= {name: above[0][name] for name in (fields[at : at + 1] if "factor_2" in above[0] else fields)}
+    return made
+
+
+def _search(cfg, fields, tried):
+    """Yield the factors of the next trial; its entry is in `tried` when the next one is asked for."""
+
+    def is_allowed(powers):
+        try:
+            return bool(cfg.replace(**_rates(cfg, fields, [3.0**power for power in powers])))
+        except ConfigError:  # a rate that is out of range
+            return False
+
+    powers = []
+    while True:
+        known = dict(zip(powers, (entry["valid_loss"] for entry in tried), strict=True))
+        found = next_trial(known, len(fields), is_allowed=is_allowed)
+        if found is None:
+            return
+        powers.append(found)
+        yield tuple(3.0**power for power in found)
+
+
+def _rates(cfg, fields, point):
+    """{field: rate}; one factor is that of all rates."""
+    each = point if len(point) > 1 else point * len(fields)
+    return {name: getattr(cfg, name) * factor for name, factor in zip(fields, each, strict=True)}
+
+
+def _least(tried):
+    known = [entry for entry in tried if entry["valid_loss"] is not None]
+    return min(known, key=lambda entry: entry["valid_loss"]) if known else None
+
+
+class _Hopeless(Callback):
+    """Asks a trial to stop when it is hopeless beside the best trial's curve."""
+
+    is_so = False
+
+    def __init__(self, run, best):
+        self._run, self._best = run, best
+
+    def stop_asked(self):
+        self.is_so = _is_hopeless(self._run.record, self._best)
+        return self.is_so
+
+
+def _is_hopeless(record, best):
+    losses, steps = [step["loss"] for step in record["history"]], record["config"]["max_steps"]
+    return best is not None and is_hopeless(curve_of(losses, steps), best)
+
+
+def _trial(study, method, cfg, point, best, log):
+    """What one run of the sweep came to, read or trained now. Only its record is kept.
+
+    best: the curve of the best trial, beside which a hopeless one is stopped, or None.
+    """
+    shown = "x".join(f"{factor:g}" for factor in point)
+    small = Study(study.folder / "sweeps" / f"{method}-{shown}", cfg)
     record = records.load(small, method, cfg.seed)
-    is_settled = record is not None and (record["status"] == "ok" or _has_diverged(record))
+    is_settled = record is not None and (
+        record["status"] == "ok"
+        or _has_diverged(record)
+        or (record["status"] == "stopped" and _is_hopeless(record, best))
+    )
     if not is_settled or record["run_hash"] != cfg.run_hash(method):
         if not small.data_dir.exists():
             beside = small.folder / "data.copying"  # a cut copy must not pass for the data
@@ -97,15 +252,22 @@ def _trial(study, method, cfg, factor, log):
             copy_tree(study.data_dir, beside)
             rename(beside, small.data_dir)
         small.freeze()
+        run = TrainingRun(small, method, log=log)
+        watch = _Hopeless(run, best)
         try:
-            record = run_training(small, method, log=log)
+            record = run.train([watch])
         except NonFiniteLossError:
             record = records.load(small, method, cfg.seed)
-        if record["status"] == "stopped":
-            raise Stopped(f"the sweep of {method} stopped at factor {factor:g}, step {record['steps']}: run it again")
+        if record["status"] == "stopped" and not watch.is_so:
+            raise Stopped(f"the sweep of {method} stopped at factor {shown}, step {record['steps']}: run it again")
     for name in ("weights", "checkpoints", "compile", "data"):
         shutil.rmtree(small.folder / name, ignore_errors=True)
-    return record
+    return {
+        "valid_loss": record["valid_history"][-1]["valid_loss"] if record["status"] == "ok" else None,
+        "train_loss": record["train_loss"],
+        "curve": curve_of([step["loss"] for step in record["history"]], cfg.max_steps),
+        "stopped_at": record["steps"] if record["status"] == "stopped" else None,
+    }
 
 
 def _has_diverged(record):

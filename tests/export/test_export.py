@@ -338,14 +338,16 @@ def test_a_preview_of_a_run_that_has_not_ended_says_so(finished, tmp_path):
 @pytest.mark.parametrize("method", ["galore", "full", "apollo"])
 def test_a_method_without_adapter_names_the_way_out(finished, tmp_path, method):
     study = finished(method)
-    with pytest.raises(ConfigError, match=f"{method} trains the model itself and has no adapter: use merged or gguf"):
+    with pytest.raises(
+        ConfigError, match=f"{method} trains the model itself and has no adapter: use lora, merged or gguf"
+    ):
         export_model(study, method, to=tmp_path / "out")
 
 
 def test_only_what_a_finished_run_left_is_exported(finished, tmp_path):
     study = finished("qlora")
     for settings, error, told in (
-        ({"method": "qlora", "form": "onnx"}, ConfigError, "form='onnx' is unknown: use adapter, merged, gguf"),
+        ({"method": "qlora", "form": "onnx"}, ConfigError, "form='onnx' is unknown: use adapter, lora, merged, gguf"),
         ({"method": "base"}, ConfigError, "method='base' is unknown"),
         ({"method": "hybrid"}, StudyError, r"no record of hybrid \(seed 0\).*train it first"),
         ({"method": "qlora", "seed": 7}, StudyError, r"no record of qlora \(seed 7\)"),
@@ -368,7 +370,7 @@ def test_the_command_line_exports(finished, tmp_path, capsys):
     finished("galore")
     call = ["export", "--study", "tiny", "--method", "galore", "--to", str(tmp_path / "out")]
     assert command_line.main(call) == 2
-    assert "use merged or gguf" in capsys.readouterr().err
+    assert "use lora, merged or gguf" in capsys.readouterr().err
     assert command_line.main([*call, "--form", "merged", "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert command_line.main([*call, "--form", "merged"]) == 0

@@ -1,8 +1,11 @@
 import json
+import os
 import re
 import shutil
+import subprocess
 
 import pytest
+import tiny
 import torch
 from card_code import logits, run_code_of
 from gguf import GGUFReader, GGUFWriter
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftlib import cli as command_line
 from peftlib.core.errors import ConfigError, ModelError
+from peftlib.data.sources import SAMPLE
 from peftlib.export import gguf as export_gguf
 from peftlib.export.export import export_model
 from peftlib.models.chat_template import template_text
@@ -124,3 +128,41 @@ def test_a_tokenizer_that_sentencepiece_cannot_follow_is_refused(tiny_model, tmp
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="cannot be written as SentencePiece's"):
         export_gguf._add_tokenizer_model(folder)
+
+
+_ANSWER = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=256, verbose=False, type_k=0, type_v=0, flash_attn=False)  # a float32 cache
+made = []
+for ids in json.load(sys.stdin):
+    model.reset()
+    answer = []
+    for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+        answer.append(token)
+        if token in (1, 106) or len(answer) == 24:
+            break
+    made.append(answer)
+json.dump(made, sys.stdout)
+"""
+
+
+@needs_converter
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_PYTHON" not in os.environ, reason="LLAMA_PYTHON names no Python with llama-cpp-python")
+def test_llama_cpp_answers_as_transformers_does(finished, tmp_path):
+    # llama.cpp takes the attention's scale from the size of a head, as it is in Gemma's own models
+    model = tiny.model_folder(tmp_path / "model", query_pre_attn_scalar=tiny.config().head_dim)
+    study, n_prompts = finished("galore", model=str(model)), 20
+    for form, quant in (("gguf", "f16"), ("merged", "q8_0")):
+        export_model(study, "galore", to=tmp_path / form, form=form, quant=quant)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    rows = (SAMPLE / "alpaca.jsonl").read_text(encoding="utf-8").splitlines()[:n_prompts]
+    asked = [[{"role": "user", "content": json.loads(row)["instruction"]}] for row in rows]
+    prompts = [tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_dict=False) for ask in asked]
+    command = [os.environ["LLAMA_PYTHON"], "-c", _ANSWER, str(tmp_path / "gguf" / "model-f16.gguf")]
+    told = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    for ids, answer in zip(prompts, json.loads(told.stdout), strict=True):
+        ours = plain.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+        assert ours[0, len(ids) :].tolist() == answer

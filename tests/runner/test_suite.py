@@ -91,6 +91,16 @@ def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_proc
     assert not any("step 1/" in line or "starts" in line for line in lines)
 
 
+def test_without_factors_a_study_adopts_what_a_search_finds(settings, in_this_process):
+    assert run(settings(methods=("qlora",), seeds=(0,), factors=None), log=str) == 0
+    study = Study.resolve(study="tiny", profile="demo")
+    found, adopted = read_json(study.folder / "sweeps" / "qlora.json"), study.adopted_rates()["qlora"]
+    assert adopted["rates"]["lora_learning_rate"] == found["best"]["lora_learning_rate"]
+    assert adopted["from"]["max_trials"] == 9 >= len(found["tried"]) >= 3
+    said = study.report_path.read_text().split("Learning rate of qlora: ")[1].split("\n")[0]
+    assert said.startswith("least loss of " if found["is_at_edge"] else "best of ")
+
+
 def test_later_rates_are_refused(settings, in_this_process):
     run(settings(methods=("qlora",), seeds=(0,), has_report=False), log=str)
     with pytest.raises(StudyError, match="has learning rates of qlora already"):
