@@ -41,6 +41,8 @@ RENAMED = {
     "keep_checkpoints": "save_total_limit",
 }
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
+# Settings of data or mathematics that came after studies had been made: those had the default, and keep their hashes.
+_ADDED_LATER: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,24 @@ class Config:
 
 
 def current_names(fields):
-    """Stored settings {name: value} under today's names: files of the first edition have those of `RENAMED`."""
-    return {RENAMED.get(name, name): value for name, value in fields.items()}
+    """Stored settings {name: value} under today's names: files of the first edition have those of `RENAMED`.
+
+    What was added later has its default where a file does not hold it.
+    """
+    return {**_later_defaults(), **{RENAMED.get(name, name): value for name, value in fields.items()}}
 
 
 def first_names(fields):
-    """Settings under the first edition's names, over which hashes are taken, so that standing studies keep theirs."""
-    return {_FIRST_NAMES.get(name, name): value for name, value in fields.items()}
+    """Settings under the first edition's names, over which hashes are taken, so that standing studies keep theirs.
+
+    What was added later is left out while it has its default.
+    """
+    later = _later_defaults().items()
+    return {_FIRST_NAMES.get(name, name): value for name, value in fields.items() if (name, value) not in later}
+
+
+def _later_defaults():
+    return {f.name: f.default for f in dataclasses.fields(Config) if f.name in _ADDED_LATER}
 
 
 def short_hash(value):
@@ -246,4 +259,4 @@ def _accepted(given):
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"{name!r} is not a setting: {hint}")
-    return current_names(given)
+    return {RENAMED.get(name, name): value for name, value in given.items()}

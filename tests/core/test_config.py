@@ -150,3 +150,18 @@ def test_hashes_are_those_of_the_first_edition():
         ("t4", "qlora"): "d680d972b6ce",
         ("t4", "galore"): "260ebc7a35f0",
     }
+
+
+def test_a_setting_added_later_is_part_of_hashes_only_where_it_is_not_at_its_default(monkeypatch):
+    cfg, fields = config.resolve("demo"), config.resolve("demo").study_fields()
+    before = {name: value for name, value in fields.items() if name != "galore_on_refresh"}
+    assert "galore_on_refresh" in config.first_names(fields)
+    monkeypatch.setattr(config, "_ADDED_LATER", frozenset({"galore_on_refresh"}))
+    assert config.first_names(fields) == config.first_names(before)
+    assert config.first_names({**fields, "galore_on_refresh": "project"}) == {
+        **config.first_names(before),
+        "galore_on_refresh": "project",
+    }
+    assert cfg.run_hash("galore") != cfg.replace(galore_on_refresh="project").run_hash("galore")
+    assert config.current_names(before) == fields, "a file without it had its default"
+    assert config.current_names({"galore_on_refresh": "project"}) == {"galore_on_refresh": "project"}
