@@ -1,0 +1,192 @@
+"""PEFT's adapters: which kinds a run can train, their configs read and checked, put into a model, and counted."""
+
+import difflib
+import math
+
+import torch
+
+from peftlib.core.errors import ConfigError
+from peftlib.models.inspect import core, is_four_bit, trainable
+from peftlib.models.kernels.adapters import fuse_adapters
+from peftlib.models.load import peft_calls
+
+# {peft_type: whether PEFT's layers of it take 4-bit weights}. Each was seen to train, to be saved and loaded, and to be
+# merged into the matrices (tests/models/test_adapters.py); what changes the base's own matrices in a way that a second
+# loading may not repeat, or needs calls between the steps, is left out.
+KINDS = {
+    **dict.fromkeys(("LORA", "OFT", "BOFT", "IA3", "VERA", "C3A", "FOURIERFT", "HIRA", "LN_TUNING", "MISS"), True),
+    **dict.fromkeys(("RANDLORA", "ROAD", "WAVEFT"), True),
+    **dict.fromkeys(("LOHA", "LOKR", "HRA", "DELORA", "GRALORA", "VBLORA"), False),
+}
+_LOW_RANK = ("LORA", "LOHA", "HIRA", "DELORA")  # whose r is a rank of the layer's own matrix
+_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # of LoRA, which a second loading repeats
+_OF_16_BITS = ("pissa", "olora")  # they change the frozen weights
+# Of LoRA: they need data, other models, or calls that training does not make.
+_BEYOND = ("alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora")
+_BEYOND += ("use_bdlora",)
+_ODD = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, NotImplementedError, AssertionError)
+
+
+def config_of(fields, *, source):
+    """The PeftConfig of an adapter_config.json's content, for training a causal model.
+
+    source: what errors name. ConfigError: no object, an unknown or unfit peft_type, task_type or field, or a value that
+    PEFT refuses.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{source} holds a {type(fields).__name__}: use an object as in PEFT's adapter_config.json")
+    kind = fields.get("peft_type")
+    if kind not in KINDS:
+        raise ConfigError(f"{source}: peft_type={kind!r} {_why_not(kind)}: use {', '.join(KINDS)}")
+    if fields.get("auto_map"):
+        raise ConfigError(f"{source} names code in auto_map, which peftlib never runs: take it out")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = made.__dataclass_fields__
+    for name, value in fields.items():
+        if name not in known and value:  # a newer PEFT writes what is unused as null or false
+            near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+            raise ConfigError(f"{source}: {name}={value!r} is no field of {made.__name__}: use {' or '.join(near)}")
+        if value and (name in _BEYOND or (name.endswith("_config") and kind == "LORA")):
+            raise ConfigError(f"{source}: {name} needs more than the rows of a study: leave it out")
+    task, start = fields.get("task_type"), fields.get("init_lora_weights", True)
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"{source}: task_type={task!r} is no language model's: use 'CAUSAL_LM'")
+    if kind == "LORA" and start not in _STARTS:
+        raise ConfigError(f"{source}: init_lora_weights={start!r} cannot be repeated on loading: use one of {_STARTS}")
+    given = {name: value for name, value in fields.items() if name in known and name != "runtime_config"}
+    # As saved adapters have them, and as a run needs them.
+    given |= {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None, "revision": None}
+    with _as_config_error(source):
+        return made(**{name: value for name, value in given.items() if name in known})
+
+
+def _why_not(kind):
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if kind is None:
+        return "is missing"
+    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
+    if found is None:
+        near = difflib.get_close_matches(str(kind).upper(), KINDS, n=2)
+        return f"is unknown (did you mean {' or '.join(near)}?)" if near else "is unknown"
+    if issubclass(found, PromptLearningConfig):
+        return "trains a prompt before each row, not weights in the layers, and packed rows have no place for it"
+    return "is not among the kinds that peftlib trains, saves, loads and merges"
+
+
+class _as_config_error:  # noqa: N801 - a context
+    def __init__(self, source):
+        self.source = source
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, _ODD) and not isinstance(error, (ConfigError, torch.OutOfMemoryError)):
+            raise ConfigError(f"{self.source}: PEFT refuses it ({' '.join(str(error).split())[:300]})") from error
+
+
+def with_adapter(model, config, *, source):
+    """A PeftModel with the adapter of a PeftConfig, in float32; all else is frozen. Layers are fused where they can be.
+
+    source: what errors name. ConfigError: 4-bit weights that this kind does not take, targets that no layer bears (with
+    near names) or that hold the embedding, a rank above a layer's shorter side, or what PEFT refuses.
+    """
+    from peft import get_peft_model
+
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if any(map(is_four_bit, model.parameters())):
+        if not KINDS[kind]:
+            raise ConfigError(f"{source}: peft_type={kind!r} takes no 4-bit weights: train it on the 16-bit model")
+        if getattr(config, "init_lora_weights", None) in _OF_16_BITS:
+            raise ConfigError(
+                f"{source}: init_lora_weights={config.init_lora_weights!r} needs the singular values of 16-bit "
+                "weights: train it on the 16-bit model, or use true"
+            )
+    _require_targets(model, config, source)
+    ends = [core(model).get_input_embeddings(), core(model).get_output_embeddings()]
+    is_meta = next(model.parameters()).is_meta
+    with _as_config_error(source), peft_calls():
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=is_meta)
+    if [core(adapted).get_input_embeddings(), core(adapted).get_output_embeddings()] != ends:
+        raise ConfigError(f"{source}: target_modules or modules_to_save hold the embedding, which stays frozen")
+    if not trainable(adapted):
+        raise ConfigError(f"{source}: nothing of it trains: check target_modules and layers_to_transform")
+    _require_rank(adapted, config, kind, source)
+    for p in trainable(adapted).values():
+        p.data = p.data.float()  # some kinds take the base's 16 bits, which would lose small updates
+    fuse_adapters(adapted)
+    return adapted
+
+
+def _require_targets(model, config, source):
+    """ConfigError: a listed target or module to save is the name of no layer; PEFT lets one that is pass for all."""
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = {name.rsplit(".", 1)[-1] for name in names} - {"model", "layers"}
+    for field in ("target_modules", "modules_to_save", "feedforward_modules"):
+        wanted = getattr(config, field, None)
+        for target in () if wanted is None or isinstance(wanted, str) else sorted(wanted):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                near = difflib.get_close_matches(target, leaves, n=3) or sorted(x for x in leaves if not x.isdigit())
+                raise ConfigError(f"{source}: {field} has {target!r}, which no layer is called: use {', '.join(near)}")
+
+
+def _require_rank(adapted, config, kind, source):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if kind not in _LOW_RANK:
+        return
+    for name, layer in adapted.named_modules():
+        if isinstance(layer, BaseTunerLayer) and hasattr(layer.get_base_layer(), "in_features"):
+            base, rank = layer.get_base_layer(), layer.r.get("default", 0)
+            if rank > min(base.in_features, base.out_features):
+                shape = f"{base.out_features} x {base.in_features}"
+                most = min(base.in_features, base.out_features)
+                raise ConfigError(f"{source}: r={rank} is larger than {name} ({shape}): use 1..{most}")
+
+
+def adapter_path(model):
+    """'fused', 'peft' or both: whose forward pass the adapted layers of a model run. None: it has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    found = {"fused" if hasattr(layer, "fused") else "peft" for layer in layers}
+    return " and ".join(sorted(found)) or None
+
+
+def draws(model):
+    """Whether the adapter of a model has any dropout, so that its forward pass draws random numbers."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(value for config in configs for name, value in vars(config).items() if "dropout" in name)
+
+
+def adapter_numbers(shape, prepare):
+    """(numbers that train, numbers held beside the base's) of the adapter that prepare(model) puts into a Gemma.
+
+    shape: shapes.Shape. Counted on a model without memory, so that each kind's own layers say it.
+    """
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    query, key, _ = shape.attention
+    width = math.gcd(query, key)
+    config = Gemma3TextConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=query // width,
+        num_key_value_heads=key // width,
+        head_dim=width,
+    )
+    with torch.device("meta"):
+        model = Gemma3ForCausalLM(config).requires_grad_(False)
+    before = _held(model)
+    adapted = prepare(model)
+    return sum(p.numel() for p in trainable(adapted).values()), _held(adapted) - before
+
+
+def _held(model):
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
