@@ -16,7 +16,7 @@ from typing import Any
 
 from peftlib.core.env import profile_for_hardware
 from peftlib.core.errors import ConfigError
-from peftlib.core.limits import checked, parsed, require_folder_name, setting
+from peftlib.core.limits import checked, last_layers, parsed, projections_of, require_folder_name, setting
 
 _MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
@@ -42,7 +42,8 @@ RENAMED = {
 }
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 # Settings of data or mathematics that came after studies had been made: those had the default, and keep their hashes.
-_ADDED_LATER: frozenset[str] = frozenset()
+_ADDED_LATER = frozenset({"hybrid_galore", "galore_engine", "muon_learning_rate"})
+_ADDED_LATER |= {"loraplus_lr_ratio", "oft_block_size"}
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,25 @@ class Config:
     lora_use_rslora: bool = setting(False, "math", "rsLoRA: the scale is alpha / sqrt(rank)")
     lora_use_dora: bool = setting(False, "math", "train each row's length apart from its direction (DoRA; slower)")
     lora_learning_rate: float = setting(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
+    loraplus_lr_ratio: float = setting(16.0, "math", "lora_plus: B's learning rate over A's", low=1.0, high=1000.0)
+    oft_block_size: int = setting(32, "math", "numbers of a layer's input that oft rotates together", low=2)
     galore_rank: int = setting(128, "math", "columns kept of each gradient's basis", low=1)
     galore_update_interval: int = setting(200, "math", "steps between two refreshes of a projection", low=1)
     galore_scale: float = setting(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)
     galore_learning_rate: float = setting(1e-3, "math", "peak, for projected weights", above=0.0, high=1.0)
 
     galore_weights: str = setting("fp32", "math", "projected; bf16 rounds stochastically", choices=("fp32", "bf16"))
+    galore_engine: str = setting("peftlib", "math", "galore_torch: by its authors", choices=("peftlib", "galore_torch"))
     galore_on_refresh: str = setting("keep", "math", "moments at a change of basis", choices=("keep", "project"))
     moment_bits: int = setting(32, "math", "of Adam's moments (full: always 8)", choices=(8, 32))
     apollo_rank: int = setting(128, "math", "columns of the random projection", low=1)
     apollo_scale: float = setting(1.0, "math", "factor on the scaled gradient", above=0.0, high=1000.0)
     apollo_learning_rate: float = setting(1e-4, "math", "peak, for everything apollo trains", above=0.0, high=1.0)
+    hybrid_galore: str = setting(
+        "attention", "math", "what the hybrid trains by GaLore: mlp, o_proj, last_4_layers, .."
+    )
     full_learning_rate: float = setting(2e-5, "math", "peak, for everything full trains", above=0.0, high=1.0)
+    muon_learning_rate: float = setting(2e-5, "math", "peak, for everything muon trains", above=0.0, high=1.0)
 
     max_new_tokens: int = setting(48, "data", "tokens of an answer", low=1, high=8192)
 
@@ -122,6 +130,8 @@ class Config:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
         require_folder_name("study", self.study)
+        if not last_layers(self.hybrid_galore):
+            projections_of("hybrid_galore", self.hybrid_galore)
         if self.fork:
             require_folder_name("fork", self.fork)
 

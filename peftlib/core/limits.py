@@ -1,11 +1,15 @@
 """What a setting may be: limits declared beside each field of Config and checked when one is made."""
 
+import difflib
 import math
+import re
 import unicodedata
 from dataclasses import field
 
 from peftlib.core.errors import ConfigError
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # the linear layers of a Gemma layer, by their names there
+MLP = ("gate_proj", "up_proj", "down_proj")
 _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _NAME_BYTES = 200  # of a study's name; file systems take 255, and other names are made from it
 _NOT_IN_NAMES = '/\\:<>"|?*'
@@ -52,6 +56,31 @@ def parsed(f, text):
         return f.type(text)
     except (ValueError, KeyError):
         raise ConfigError(f"{f.name}={text!r} is not a {_KINDS[f.type]}") from None
+
+
+def last_layers(text):
+    """K of 'last_K_layers', None of another text."""
+    found = re.fullmatch(r"last_(\d+)_layers", text)
+    return found and int(found[1])
+
+
+def projections_of(name, text):
+    """The projections, in their order, that "attention", "mlp" or a comma list of their names stands for.
+
+    name: of the setting. ConfigError: a name that is none, or no or every projection.
+    """
+    groups = {"attention": ATTENTION, "mlp": MLP, **{leaf: (leaf,) for leaf in ATTENTION + MLP}}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if part not in groups:
+            near = difflib.get_close_matches(part, [*groups, "last_4_layers"], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(groups)}"
+            raise ConfigError(f"{name}={text!r}: {part!r} names no projection: {hint} Or last_K_layers, K a number")
+    chosen = tuple(leaf for leaf in ATTENTION + MLP if any(leaf in groups[part] for part in parts))
+    if len(chosen) in (0, len(ATTENTION + MLP)):
+        is_all = "every projection, so none is left in 4 bits: take the method galore for that"
+        raise ConfigError(f"{name}={text!r} names {is_all if chosen else 'no projection: that is the method qlora'}")
+    return chosen
 
 
 def require_folder_name(name, text):

@@ -31,6 +31,7 @@ from peftlib.evaluation.results import BASE_CUT
 from peftlib.methods import BASE
 from peftlib.models import identity
 from peftlib.models.saved import load_plain, load_rounded, load_trained
+from peftlib.models.shapes import shape_of
 from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
 
@@ -66,7 +67,7 @@ def evaluate_path(
     model = external.open_folder(Path(folder).expanduser(), study.cfg.model, log=log)
     name = name or model.folder.name
     require_folder_name("name", name)
-    if name in (*registry.METHODS, BASE, BASE_CUT) or "-vs-" in name:
+    if registry.known(name) or name in (BASE, BASE_CUT) or "-vs-" in name:
         raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
     with held(study.folder, f"answering the test rows with {name}", run=f"{name}-s0", log=log):
         study.freeze()
@@ -208,7 +209,8 @@ def _add_rounding(study, record, *, log):
     same precision as the rest.
     """
     done, method = record["evaluation"], record["method"]
-    layers = registry.find(method).four_bit if method in registry.METHODS else ()
+    spec = registry.known(method)
+    layers = spec.resolve(study.cfg, shape_of(study.cfg.model).layers).four_bit if spec and spec.four_bit else ()
     device = resolve_device(study.cfg.device)
     dtype, precision, _ = evaluation_dtype(device)
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done

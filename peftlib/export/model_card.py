@@ -13,10 +13,11 @@ from peftlib.evaluation import forgetting, results, stats
 from peftlib.export.gguf import MODELFILE, TEMPLATES, gguf_name
 from peftlib.export.redact import hub_base, public_model
 from peftlib.methods import BASE, find
-from peftlib.models.inspect import PROJECTIONS
+from peftlib.models.inspect import PROJECTIONS, in_layers
 from peftlib.models.packaged import PROVENANCE
 from peftlib.models.precision import DTYPES
 from peftlib.models.saved import ATTENTION_FILE, FACTS
+from peftlib.models.shapes import shape_of
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 
 _OWN_FILE = "the user's own file, licence unknown"
@@ -73,12 +74,15 @@ def model_card(study, record, form, scores, *, quant=None, to=None):
     """
     manifest, weights = study.manifest(), study.weights_dir(record["method"], record["seed"])
     facts, sources = read_json(weights / FACTS), _sources(manifest)
-    skipped = [name for name in PROJECTIONS if name not in facts["four_bit"]]
+    by_layer = any("." in name for name in facts["four_bit"])
+    known = in_layers(range(shape_of(study.cfg.model).layers)) if by_layer else PROJECTIONS
+    skipped = [name for name in known if name not in facts["four_bit"]]
     content = {
         "data": _header(study.cfg.model, manifest, record, form, scores, sources),
         "record": {"total_params": None, "precision_reason": None, "forked_from": None, **record},
         "form": form,
         "method": find(record["method"]),
+        "description": facts.get("description", find(record["method"]).description),
         "scores": scores,
         "sources": sources,
         "shared": _SHARED,

@@ -1,10 +1,12 @@
 """GaLore: all projections train in full, Adam's moments in a rank-r view (Zhao et al. 2024, arXiv:2403.03507)."""
 
-from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec
+from peftlib.core.errors import ConfigError
+from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec, require_rank
 from peftlib.models.inspect import PROJECTIONS, named_weights, trainable
 from peftlib.models.kernels.projections import train_in_views
 from peftlib.models.precision import DTYPES
 from peftlib.optim.galore import GaLoreAdamW
+from peftlib.optim.galore_original import galore_torch_adamw
 from peftlib.optim.sharded import ShardedGaLoreAdamW
 
 
@@ -46,6 +48,8 @@ def build_optimizer(model, cfg):
 def galore_adamw(model, cfg, projected, plain):
     """GaLoreAdamW over `projected` weights of a model, whose layers then make projected gradients alone, and one group
     of plain weights."""
+    if cfg.galore_engine == "galore_torch":
+        return _by_its_authors(cfg, projected, plain)
     make = ShardedGaLoreAdamW if cfg.shard_optimizer else GaLoreAdamW
     optimizer = make(
         [projected_group(projected, cfg, rank=cfg.galore_rank, scale=cfg.galore_scale), plain],
@@ -58,6 +62,27 @@ def galore_adamw(model, cfg, projected, plain):
     )
     optimizer.see_through(train_in_views(model, projected, cfg.galore_rank))
     return optimizer
+
+
+def _by_its_authors(cfg, projected, plain):
+    """galore_torch's optimizer. ConfigError: a setting that it has nothing for."""
+    needed = {"moment_bits": 32, "galore_weights": "fp32", "galore_on_refresh": "keep", "shard_optimizer": False}
+    for field, value in needed.items():
+        if getattr(cfg, field) != value:
+            raise ConfigError(
+                f"{field}={getattr(cfg, field)!r} is not for galore_engine='galore_torch': set {field} to {value!r}, "
+                "or galore_engine='peftlib'"
+            )
+    require_rank("galore_rank", cfg.galore_rank, [p.shape for p in projected])
+    group = {"params": projected, "rank": cfg.galore_rank, "update_proj_gap": cfg.galore_update_interval}
+    group |= {"scale": cfg.galore_scale, "proj_type": "std"}
+    how = {"lr": cfg.galore_learning_rate, "weight_decay": cfg.weight_decay, "max_grad_norm": cfg.max_grad_norm}
+    return galore_torch_adamw([group, plain], **how)
+
+
+def by_engine(cfg):
+    """What MethodSpec.trains calls GaLore by cfg.galore_engine."""
+    return "galore" if cfg.galore_engine == "peftlib" else cfg.galore_engine
 
 
 def projected_group(weights, cfg, *, rank, scale):
@@ -77,4 +102,6 @@ SPEC = MethodSpec(
     settings=GALORE_SETTINGS,
     prepare=prepare,
     build_optimizer=build_optimizer,
+    variants=("galore_engine",),
+    by_config=lambda cfg, layers: {"trains": {by_engine(cfg): PROJECTIONS}},
 )

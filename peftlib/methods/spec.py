@@ -1,15 +1,22 @@
 """What a method is, in one object: training, planner, report, model card and command line read it from here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+from peftlib.core.config import Config
 from peftlib.core.errors import ConfigError
 
 BASE = "base"  # the untrained model, which tables show first
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "lora_use_rslora", "lora_use_dora")
 GALORE_SETTINGS = ("galore_rank", "galore_update_interval", "galore_scale", "galore_weights", "galore_on_refresh")
-_RANK_FIELDS = {"adapters": "lora_rank", "galore": "galore_rank", "apollo": "apollo_rank"}
+GALORE_SETTINGS += ("galore_engine",)
+_RANK_FIELDS = {
+    "adapters": "lora_rank",
+    "galore": "galore_rank",
+    "galore_torch": "galore_rank",
+    "apollo": "apollo_rank",
+}
 
 METHODS: dict[str, "MethodSpec"] = {}  # {name: MethodSpec} in study order
 
@@ -20,11 +27,17 @@ class MethodSpec:
 
     name: in commands, files and tables. label: in prose. description: one phrase for model cards, with its paper.
     colors: hex, on light and on dark paper. marker: matplotlib's.
-    trains: {how ("adapters", "galore", "apollo" or "full"): projections}, which the memory model counts.
+    trains: {how ("adapters", "galore", "galore_torch", "apollo", "muon" or "full"): projections}, which the memory
+        model counts. A projection is named as in inspect.is_named, alone for all layers or with its layer.
     rates: its learning rates in the config. settings: its other own fields there.
     prepare(model, cfg): the model with what trains switched on.
     build_optimizer(model, cfg): an optimizer with finish_accumulation(scale) -> (grad_norm, found_inf).
     four_bit: projections that are held in NF4.
+    variants: its settings of which a table names the value where it is not the default.
+    by_config(cfg, layers): {field of this: value} that a config changes, for a model of so many layers.
+    is_default: whether a study, a sweep and a plan take it where no methods are named.
+    is_counted: the memory model puts its adapter into an empty model, in place of counting LoRA of lora_rank.
+    peft_config: the adapter_config.json that it came from.
     """
 
     name: str
@@ -38,6 +51,21 @@ class MethodSpec:
     prepare: Callable
     build_optimizer: Callable
     four_bit: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
+    by_config: Callable | None = None
+    is_default: bool = True
+    is_counted: bool = False
+    peft_config: dict | None = None
+
+    def resolve(self, cfg, layers):
+        """The MethodSpec that a config means on a model of so many layers. ConfigError: it cannot be on that model."""
+        return replace(self, **self.by_config(cfg, layers)) if self.by_config else self
+
+    def variant(self, config):
+        """'hybrid_galore=mlp' of a run's config {field: value}: what of `variants` is not the default; else ''."""
+        defaults = {f.name: f.default for f in fields(Config)}
+        chosen = {name: config.get(name, defaults[name]) for name in self.variants}
+        return ", ".join(f"{name}={value}" for name, value in chosen.items() if value != defaults[name])
 
     def require_ranks(self, cfg, shapes_of):
         """ConfigError: a rank in cfg is too large for a matrix.
@@ -45,8 +73,8 @@ class MethodSpec:
         shapes_of(projections): the (rows, columns) of each in one layer.
         """
         for how, projections in self.trains.items():
-            if how in _RANK_FIELDS:
-                field = _RANK_FIELDS[how]
+            field = _RANK_FIELDS.get(how)
+            if field in self.settings:
                 require_rank(field, getattr(cfg, field), shapes_of(projections))
 
 
@@ -60,14 +88,14 @@ def register(spec):
 
 def unregister(name):
     """Forget a method that `register` made known. ConfigError: no such method."""
-    del METHODS[find(name).name]
-
-
-def find(name):
-    """The MethodSpec of a name. ConfigError: no such method."""
     if name not in METHODS:
         raise ConfigError(f"method={name!r} is unknown: use {', '.join(METHODS)}")
-    return METHODS[name]
+    del METHODS[name]
+
+
+def default_methods():
+    """Names of the methods that a study has where none are named, in study order."""
+    return tuple(name for name, spec in METHODS.items() if spec.is_default)
 
 
 def study_order(name):

@@ -157,12 +157,6 @@ def adapter_path(model):
     return " and ".join(sorted(found)) or None
 
 
-def draws(model):
-    """Whether the adapter of a model has any dropout, so that its forward pass draws random numbers."""
-    configs = getattr(model, "peft_config", {}).values()
-    return any(value for config in configs for name, value in vars(config).items() if "dropout" in name)
-
-
 def adapter_numbers(shape, prepare):
     """(numbers that train, numbers held beside the base's) of the adapter that prepare(model) puts into a Gemma.
 

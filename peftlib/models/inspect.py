@@ -5,9 +5,8 @@ from collections import Counter
 import torch
 
 from peftlib.core.errors import ModelError
+from peftlib.core.limits import ATTENTION, MLP
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + MLP
 
 
@@ -58,16 +57,33 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def named_weights(model, leaves):
-    """{name: weight} of the plain projections in `leaves`. ModelError: none matches."""
+def is_named(name, projections):
+    """Whether a module's path ends in one of them: "up_proj", or one layer's "layers.3.mlp.up_proj"."""
+    return any(f".{name}".endswith(f".{projection}") for projection in projections)
+
+
+def in_layers(numbers):
+    """The names of all projections of some layers, by their numbers, each with its layer."""
+    groups = {"self_attn": ATTENTION, "mlp": MLP}
+    return tuple(f"layers.{n}.{group}.{leaf}" for n in numbers for group in groups for leaf in groups[group])
+
+
+def named_weights(model, projections):
+    """{name: weight} of the plain layers that bear such a name (`is_named`). ModelError: none does."""
     found = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in leaves and isinstance(module, torch.nn.Linear)
+        if is_named(name, projections) and isinstance(module, torch.nn.Linear)
     }
     if not found:
-        raise ModelError(f"no layer is named {', '.join(leaves)}: this is not a Gemma-like model")
+        raise ModelError(f"no layer is named {', '.join(projections)}: this is not a Gemma-like model")
     return found
+
+
+def has_dropout(model):
+    """Whether the adapter of a model has any dropout, so that its forward pass draws random numbers."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(value for config in configs for name, value in vars(config).items() if "dropout" in name)
 
 
 def is_four_bit(p):

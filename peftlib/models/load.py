@@ -18,10 +18,11 @@ from peftlib.core.env import require_bitsandbytes
 from peftlib.core.errors import ModelError, PeftlibError
 from peftlib.core.files import sha256
 from peftlib.models import chat_template
-from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, named_weights
+from peftlib.models.inspect import PROJECTIONS, core, in_layers, is_four_bit, is_named, named_weights
 from peftlib.models.layers import keep_residual_in_float32
 from peftlib.models.locate import hub_errors, locate, token_for
 from peftlib.models.precision import DTYPES
+from peftlib.models.shapes import shape_of
 
 _CODE = "auto_map"  # names classes in Python files beside the weights
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -37,8 +38,8 @@ _PEFT_WARNING = (  # PEFT asks transformers for an attribute that the newest tra
 def load_base(model, *, precision, device, four_bit=(), runs=True):
     """The base model, all weights frozen, in training layout on `device`.
 
-    precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projection names to hold in NF4 with double
-    quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
+    precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projections (see inspect.is_named) to hold in
+    NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
     Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
     Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too. runs: False for its weights
     alone, to be brought to another precision: without those hooks, which would give it a float32 residual there.
@@ -51,7 +52,9 @@ def load_base(model, *, precision, device, four_bit=(), runs=True):
     _without_loading_bar()
     if four_bit:
         require_bitsandbytes("a 4-bit model")
-        settings["quantization_config"] = _nf4(precision, set(PROJECTIONS) - set(four_bit))
+        by_layer = any("." in name for name in four_bit)
+        known = in_layers(range(shape_of(model).layers)) if by_layer else PROJECTIONS
+        settings["quantization_config"] = _nf4(precision, set(known) - set(four_bit))
     with hub_errors(model):
         loaded = causal_model(location, token=token_for(location), **settings)
     loaded.requires_grad_(False)
@@ -96,7 +99,7 @@ def guard_four_bit(model, four_bit):
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
         is_projection = leaf in PROJECTIONS and isinstance(module, torch.nn.Linear)
-        if is_projection and isinstance(module, Linear4bit) != (leaf in four_bit):
+        if is_projection and isinstance(module, Linear4bit) != is_named(name, four_bit):
             raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
 
 

@@ -28,8 +28,8 @@ class Shape:
             config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers, (query, key, key)
         )
 
-    def matrices(self, leaves):
-        """[(out, in), ...] of the named projections of one layer."""
+    def matrices(self, names):
+        """[(out, in), ...] of the named projections, one each."""
         query, key, value = self.attention
         shapes = {
             "q_proj": (query, self.hidden),
@@ -40,7 +40,12 @@ class Shape:
             "up_proj": (self.intermediate, self.hidden),
             "down_proj": (self.hidden, self.intermediate),
         }
-        return [shapes[leaf] for leaf in leaves]
+        return [shapes[name.rsplit(".", 1)[-1]] for name in names]
+
+    def all_matrices(self, names):
+        """[(out, in), ...] of the named projections of the whole model; a name may be one layer's, "layers.3.mlp.…"."""
+        each = zip(names, self.matrices(names), strict=True)
+        return [matrix for name, matrix in each for _ in range(1 if "." in name else self.layers)]
 
 
 # Text models of one shape: their config.json on the hub is gated.

@@ -16,7 +16,7 @@ from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, rouge, stats
 from peftlib.evaluation.judging import verdicts
 from peftlib.evaluation.metrics import bleu_signature
-from peftlib.methods import BASE
+from peftlib.methods import BASE, METHODS
 from peftlib.report import charts, findings
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 from peftlib.train import run_record
@@ -188,7 +188,9 @@ def _method_table(found, boot):
 
 def _technique(method, runs):
     states = [run.record["status"] for run in runs if run.record["status"] != "ok"]
-    notes = [f"{len(runs)} seeds"] if len(runs) > 1 else []
+    variant = METHODS[method].variant(runs[0].record["config"]) if method in METHODS else ""
+    notes = [variant] if variant else []
+    notes += [f"{len(runs)} seeds"] if len(runs) > 1 else []
     notes += [f"{states.count(state)} {state}" if len(runs) > 1 else state for state in dict.fromkeys(states)]
     return f"{method} ({', '.join(notes)})" if notes else method
 

@@ -4,6 +4,7 @@ Hours come from speeds measured on that card, else from a range scaled from thos
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from operator import itemgetter
@@ -34,13 +35,13 @@ def flops_per_token(shape, method, *, length, rank=128):
     """
     # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight, or to what
     # GaLore sees of it; the frozen head forward and back; attention forward and twice that back.
-    kind_of, projections = {leaf: kind for kind, leaves in method.trains.items() for leaf in leaves}, 0
-    for leaf, (rows, columns) in zip(PROJECTIONS, shape.matrices(PROJECTIONS), strict=True):
-        whole, low = rows * columns, rank * (rows + columns)
-        own = {"adapters": 0, "galore": min(whole, low)}.get(kind_of.get(leaf, "adapters"), whole)
-        projections += 2 * (2 * whole + own)
+    projections = 4 * sum(map(math.prod, shape.all_matrices(PROJECTIONS)))
+    for kind, names in method.trains.items():
+        for rows, columns in shape.all_matrices(names):
+            whole, low = rows * columns, rank * (rows + columns)
+            projections += 2 * {"adapters": 0, "galore": min(whole, low)}.get(kind, whole)
     attention = 3 * 2 * 2 * shape.attention[0] * length / 2
-    return shape.layers * (projections + attention) + 2 * 2 * shape.vocabulary * shape.hidden
+    return projections + shape.layers * attention + 2 * 2 * shape.vocabulary * shape.hidden
 
 
 def matmul_ceiling(device, dtype, *, size=None, seconds=0.2):
@@ -88,18 +89,20 @@ def measured_rows(path=MEASURED):
     ]
 
 
-def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpointing=None):
+def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpointing=None, spec=None):
     """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows();
-    one of the same micro-batch and checkpointing (None: any) is this setting's own speed."""
+    one of the same micro-batch and checkpointing (None: any) is this setting's own speed. spec: the method's MethodSpec
+    as a config has it, which may train what was not measured; None: its default."""
+    spec = spec or methods.find(method)
     usable = [row for row in rows if row["precision"] == precision]
     own = [row for row in usable if row["method"] == method]
     here = [row for row in own if card_of_device(row["device"]) == card]
     alike = [row for row in here if checkpointing in (None, row["checkpointing"])]
     fitting = [row for row in alike if row["micro_batch"] == micro_batch]
-    if fitting and shape == SHAPES[_MEASURED_MODEL]:
+    if fitting and shape == SHAPES[_MEASURED_MODEL] and spec.trains == methods.find(method).trains:
         best = max(fitting, key=itemgetter("tok_s"))
         return Speed(best["tok_s"], best["tok_s"], f"measured, {_source(best)}")
-    needed = flops_per_token(shape, methods.find(method), length=length)
+    needed = flops_per_token(shape, spec, length=length)
     if not usable:
         low, high = (share * card.tflops * 1e12 / needed for share in _SHARES)
         share = f"{_SHARES[0]:.0%} to {_SHARES[1]:.0%}"
@@ -156,8 +159,10 @@ def study_tokens(cfg, manifest=None):
 class Cost:
     """One method on one card.
 
-    fits: whether it can be trained there. memory_gib: predicted peak of training; where nothing fits, the least.
+    fits: whether it can be trained there. memory_gib: predicted peak of training; where nothing fits, the least;
+    0 where that is not known.
     hours: (shortest, longest) of one run, or None. speed: a Speed, or None. refused: why it cannot be trained, or ''.
+    variant: as MethodSpec.variant.
     """
 
     method: str
@@ -168,6 +173,7 @@ class Cost:
     speed: Speed | None
     hours: tuple | None
     refused: str
+    variant: str = ""
 
     @property
     def mark(self):
@@ -250,23 +256,30 @@ def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
     tokens = study_tokens(cfg, manifest)
     rows = measured_rows() if rows is None else rows
     costs = []
-    for method in methods.METHODS:
+    for method, spec in methods.METHODS.items():
+        variant = spec.variant(vars(cfg))
+        try:
+            spec = spec.resolve(cfg, shape.layers)
+        except ConfigError as error:
+            costs.append(Cost(method, False, 0.0, 0, "", None, None, str(error), variant))
+            continue
+        refused, found, hours = _rank_refusal(shape, spec, cfg), None, None
         plan = memory_model.best_plan(shape, method, cfg, precision=precision, device_bytes=int(gib * GIB))
-        refused, found, hours = _rank_refusal(shape, method, cfg), None, None
         fits = plan.fits(int(gib * GIB)) and not refused
         if fits:
             how = {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
-            found = speed(card, shape, method, precision=precision, length=cfg.max_length, **how, rows=rows)
+            how |= {"precision": precision, "length": cfg.max_length, "rows": rows, "spec": spec}
+            found = speed(card, shape, method, **how)
             hours = tokens[0] / found.high / 3600, tokens[1] / found.low / 3600
         size = plan.total / GIB
-        costs.append(Cost(method, fits, size, plan.micro_batch, plan.checkpointing, found, hours, refused))
+        costs.append(Cost(method, fits, size, plan.micro_batch, plan.checkpointing, found, hours, refused, variant))
     return Forecast(cfg, card, card_name, gib, precision, costs, tokens)
 
 
-def _rank_refusal(shape, method, cfg):
+def _rank_refusal(shape, spec, cfg):
     """What the method's own checks would say of its ranks, or ''."""
     try:
-        methods.find(method).require_ranks(cfg, shape.matrices)
+        spec.require_ranks(cfg, shape.matrices)
     except ConfigError as error:
         return str(error)
     return ""
@@ -274,12 +287,13 @@ def _rank_refusal(shape, method, cfg):
 
 def cells(cost):
     """A Cost as texts in the order of HEADER; a range where more than one number is possible."""
-    memory = f"{cost.memory_gib:.2f}"
+    memory = f"{cost.memory_gib:.2f}" if cost.memory_gib else ""
+    name = f"{cost.method} ({cost.variant})" if cost.variant else cost.method
     if not cost.fits:
-        return (cost.method, "no", memory, "", "", "", "", cost.mark)
+        return (name, "no", memory, "", "", "", "", cost.mark)
     ends = dict.fromkeys(f"{_two_digits(value):,.0f}" for value in (cost.speed.low, cost.speed.high))
     time_ = duration(*(3600 * hours for hours in cost.hours))
-    return (cost.method, "yes", memory, str(cost.micro_batch), cost.checkpointing, " to ".join(ends), time_, cost.mark)
+    return (name, "yes", memory, str(cost.micro_batch), cost.checkpointing, " to ".join(ends), time_, cost.mark)
 
 
 def duration(low_s, high_s):

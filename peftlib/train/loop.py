@@ -18,6 +18,7 @@ from peftlib.models.inspect import core, trainable
 from peftlib.models.load import guard_four_bit, load_base
 from peftlib.models.precision import loss_scaler, run_in_autocast
 from peftlib.models.saved import load_trained
+from peftlib.models.shapes import shape_of
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.storage.lock import held
 from peftlib.train import loggers, run_record, run_state
@@ -43,7 +44,7 @@ def run_training(
 class TrainingRun:
     """One method and seed of a study. Building it loads and prepares the model; train() starts or resumes.
 
-    method: a name in peftlib.methods.METHODS. log: called with each line of progress; may be exchanged until train().
+    method: as methods.find has it. log: called with each line of progress; may be exchanged until train().
     StudyError: 01_data has not run. ConfigError: unknown method, rank too large, report_to names a package that is not
     installed, or processes that have no GPU or differ. Of the processes that a launcher started for one run, the main
     one alone logs, is watched, holds the lock and writes. ParallelError: another one has failed.
@@ -53,12 +54,12 @@ class TrainingRun:
     record: dict[str, Any]
 
     def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
-        self._given, self.study = study, study.with_rates_of(method)
-        self.cfg, self.name, self.log = self.study.cfg, method, log
-        self.method = methods.find(method)
-        self.manifest = study.manifest()
-        self.weights_dir = study.weights_dir(method, self.cfg.seed)
-        folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
+        self.name = methods.find(method).name
+        self._given, self.study, self.log = study, study.with_rates_of(self.name), log
+        self.cfg, self.manifest = self.study.cfg, study.manifest()
+        self.method = methods.find(self.name)
+        self.weights_dir = study.weights_dir(self.name, self.cfg.seed)
+        folder, keep = study.checkpoint_dir(self.name, self.cfg.seed), self.cfg.save_total_limit
         self.checkpoints = CheckpointDir(folder, keep=keep, log=lambda line: self.log(line))
         loggers.require(self.cfg.report_to)
         self.device = resolve_device(self.cfg.device)
@@ -72,8 +73,9 @@ class TrainingRun:
             self._load_model()
 
     def _load_model(self):
-        four_bit = self.method.four_bit
         self.tokenizer = data.load_tokenizer(self.cfg.model)
+        self.method = self.method.resolve(self.cfg, shape_of(self.cfg.model).layers)
+        four_bit = self.method.four_bit
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
         base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=four_bit)
         self.model = self.method.prepare(base, self.cfg)
@@ -127,6 +129,7 @@ class TrainingRun:
 
     def _begin(self):
         self._given.freeze()
+        methods.keep(self.name, self.study.folder)
         return self.finished_record()
 
     def finished_record(self):

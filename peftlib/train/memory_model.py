@@ -4,11 +4,14 @@ Everything is counted from the model's shape: weights, gradients, optimizer and 
 by what a layer keeps for its backward pass. tests/bench/methods.py prints the prediction beside each measured peak.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
+from peftlib.models.adapters import adapter_numbers
 from peftlib.models.inspect import PROJECTIONS
 from peftlib.optim.sums import GATHERED
 from peftlib.train.parallel.processes import n_processes
@@ -23,7 +26,10 @@ _BACKWARD = {"hidden": 4.0, "intermediate": 2.5}
 _EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
 # What is left of a layer's activations where its backward pass recomputes the cheap ones, and the time that costs.
 CHEAP_BUDGET = 0.8  # of torch.compile's own measure
-_CHEAP_KEPT, _CHEAP_TIME = 0.65, {"adapters": 1.0, "full": 1.055, "apollo": 1.055}  # GaLore's layers: nearly all go
+_CHEAP_KEPT, _CHEAP_TIME = (
+    0.65,
+    {"adapters": 1.0, **dict.fromkeys(("full", "apollo", "muon", "galore_torch"), 1.055)},
+)  # GaLore's layers: nearly all go
 # A step's time over that of endless micro-batches without recomputation: tokens that a launch of all kernels is worth,
 # and the shares that recomputing or offloading every layer adds. Fitted by hand to an H200's speeds of the 1B shape,
 # but for the kernels' launches and offloading, which are assumed.
@@ -79,7 +85,7 @@ def estimate(
 
     shape: Shape. recomputed: layers that checkpoint, None for all. chunk: positions whose logits are held at once.
     """
-    counts = _Counts(shape, methods.find(method), cfg)
+    counts = _Counts(shape, method, cfg)
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
     kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
@@ -99,7 +105,13 @@ def estimate(
 
 def optimizer_bytes(shape, method, cfg):
     """Bytes of a method's optimizer state: moments and bases."""
-    return int(_Counts(shape, methods.find(method), cfg).optimizer())
+    return int(_Counts(shape, method, cfg).optimizer())
+
+
+def trained_numbers(shape, method, cfg):
+    """Weights of a method that train, without norms."""
+    counts = _Counts(shape, method, cfg)
+    return counts.adapter_numbers + sum(map(math.prod, itertools.chain(*counts.whole.values())))
 
 
 def candidates(cfg, *, layers, cheap_time=1.0, is_compiled=True, is_graphed=True, tokens=None):
@@ -136,7 +148,9 @@ def best_plan(shape, method, cfg, *, device_bytes, tokens=None, **how):
         settings = [{"micro_batch": size, "checkpointing": cfg.activation_checkpointing}]
     else:
         kinds = {name: value for name, value in how.items() if name in ("is_compiled", "is_graphed")}
-        times = [_CHEAP_TIME[kind] for kind in methods.find(method).trains if kind in _CHEAP_TIME]
+        times = [
+            _CHEAP_TIME[kind] for kind in methods.find(method).resolve(cfg, shape.layers).trains if kind in _CHEAP_TIME
+        ]
         kinds |= {"cheap_time": max(times, default=None), "tokens": tokens}
         settings = candidates(cfg, layers=shape.layers, **kinds)
     plans = []
@@ -173,29 +187,26 @@ class _Counts:
     """Bytes that do not depend on the batch."""
 
     def __init__(self, shape, method, cfg):
-        self.shape, self.method, self.cfg = shape, method, cfg
+        self.shape, self.cfg = shape, cfg
+        method = methods.find(method).resolve(cfg, shape.layers)
         self.moment_bytes = cfg.moment_bits // 8
-        adapters = shape.matrices(method.trains.get("adapters", ()))
-        self.adapter_numbers = shape.layers * cfg.lora_rank * sum(rows + columns for rows, columns in adapters)
-        self.whole = {
-            kind: shape.matrices(leaves) * shape.layers for kind, leaves in method.trains.items() if kind != "adapters"
-        }
+        self.whole = {kind: shape.all_matrices(names) for kind, names in method.trains.items()}
+        adapters = self.whole.pop("adapters", ())
+        self.adapter_numbers = cfg.lora_rank * sum(map(sum, adapters))
+        self.adapter_numbers += cfg.lora_use_dora * sum(rows for rows, _ in adapters)
+        self.held_numbers = self.adapter_numbers
+        if method.is_counted:
+            self.adapter_numbers, self.held_numbers = _counted(shape, method, cfg)
+        self.four_bit = shape.all_matrices(method.four_bit)
 
     def weights(self):
         """Embedding, projections in the form they are held in, adapters."""
-        total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.adapter_numbers
-        trained = {leaf for kind in self.whole for leaf in self.method.trains[kind]}
+        total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.held_numbers
         is_light = "galore" in self.whole and self.cfg.galore_weights == "bf16"
-        for leaf in PROJECTIONS:
-            ((rows, columns),) = self.shape.matrices([leaf])
-            if leaf in self.method.four_bit:
-                each = (
-                    0.5 + 1 / 64 + 4 / 64
-                )  # 4 bits, an 8-bit scale for each 64 and the fused layers' float32 copy of it
-            else:
-                each = 4 if leaf in trained and not is_light else 2
-            total += self.shape.layers * rows * columns * each
-        return total
+        in_all, in_four = (sum(map(math.prod, kind)) for kind in (self.shape.all_matrices(PROJECTIONS), self.four_bit))
+        trained = 0 if is_light else sum(map(math.prod, itertools.chain(*self.whole.values())))
+        # 4 bits, an 8-bit scale for each 64 and the fused layers' float32 copy of it
+        return total + 2 * (in_all - in_four) + 2 * trained + (0.5 + 1 / 64 + 4 / 64) * in_four
 
     def casts(self):
         """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass.
@@ -204,7 +215,7 @@ class _Counts:
         """
         if "galore" in self.whole and self.cfg.galore_weights == "bf16":
             return 0
-        return 2 * sum(rows * columns for kind in self.whole.values() for rows, columns in kind) // self.shape.layers
+        return 2 * sum(map(math.prod, itertools.chain(*self.whole.values()))) // self.shape.layers
 
     def gradients(self, is_graphed):
         """(in the first step, later), summed over the step, at the end of its backward pass."""
@@ -213,7 +224,7 @@ class _Counts:
             sizes = [4 * rows * columns for rows, columns in self.whole["galore"]]
             low = adapters + 4 * self.cfg.galore_rank * sum(max(shape) for shape in self.whole["galore"])
             return low + min(sum(sizes), GIB), low + (min(sum(sizes), GATHERED) if is_graphed else max(sizes))
-        whole = 4 * sum(rows * columns for shapes in self.whole.values() for rows, columns in shapes)
+        whole = 4 * sum(map(math.prod, itertools.chain(*self.whole.values())))
         return adapters + whole, adapters + whole
 
     def optimizer(self):
@@ -221,14 +232,25 @@ class _Counts:
         total = 2 * self.moment_bytes * self.adapter_numbers
         for kind, shapes in self.whole.items():
             for short, long in map(sorted, shapes):
-                if kind == "galore":
+                if kind in ("galore", "galore_torch"):
                     shares = n_processes() if self.cfg.shard_optimizer else 1
                     total += self.cfg.galore_rank * (4 * short + 2 * self.moment_bytes * long / shares)
                 elif kind == "apollo":
                     total += self.cfg.apollo_rank * (4 * short + 8 * long)
                 else:
-                    total += 2 * short * long  # 8-bit moments
+                    total += {"muon": 4, "full": 2}[kind] * short * long  # float32 momentum, or moments in 8 bits
         return total
+
+
+_COUNTED: dict = {}  # what `_counted` has found: some kinds take seconds
+
+
+def _counted(shape, method, cfg):
+    """(numbers that train, numbers held) of a method's adapter. ConfigError: the adapter does not fit the model."""
+    key = (shape, method.name, cfg.model, *(getattr(cfg, name) for name in method.settings))
+    if key not in _COUNTED:
+        _COUNTED[key] = adapter_numbers(shape, lambda model: method.prepare(model, cfg))
+    return _COUNTED[key]
 
 
 def _activations(shape, tokens, precision, is_compiled, chunk, trains_whole):

@@ -51,11 +51,14 @@ def describe(run):
     step, steps = run.progress.step, run.plan.steps
     start = f"goes on at step {step} of {steps}" if step else f"starts, {steps} steps"
     shown = " and ".join(f"{rate * run.rate_factor:g}" for rate in sorted(set(rates), reverse=True))
+    variant = run.method.variant(vars(run.cfg))
+    name = f"{run.name} ({variant})" if variant else run.name
     run.log(
-        f"{run.name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
+        f"{name}, seed {run.cfg.seed}, {start}: {trained:,} of {total:,} parameters train, "
         f"peak rate {shown}, {run.precision} ({run.precision_reason}), {run.record['device']}"
     )
     run.record["processes"] = run.processes.world
+    run.record["peft_config"] = run.method.peft_config
     if run.processes.world > 1:
         held = "moments of projected weights are divided among them" if run.optimizer.shares_state() else ""
         run.log(
@@ -165,6 +168,7 @@ def save_weights(run):
     require_finite(trainable(run.model), "the trained model")
     facts = {
         "method": run.name,
+        "description": run.method.description,
         "model": run.cfg.model,
         "model_sha256": run.record["model_sha256"],
         "model_revision": run.record["model_revision"],

@@ -43,6 +43,7 @@ def sweep(
         raise ConfigError(f"factors={factors!r}: use positive numbers")
     fields = methods.find(method).rates
     study.freeze()
+    method = methods.keep(method, study.folder)
     steps = max(1, rows // cfg.batch_size)
     tried = []
     for factor in factors:

@@ -38,7 +38,7 @@ def test_the_adapters_card_loads_the_model_that_was_scored(finished, tiny_model,
 def test_the_hybrids_adapter_without_its_attention_is_another_model(finished, tiny_model, tmp_path):
     study = finished("hybrid")
     card = export_model(study, "hybrid", to=tmp_path / "out", form="adapter").card
-    start, end = card.index("# The attention weights"), card.index("model.eval()")
+    start, end = card.index("# Weights beside the adapter"), card.index("model.eval()")
     names, _ = run_code_of(tmp_path / "out", card[:start] + card[end:], base=tiny_model)
     ours = load_trained(study.weights_dir("hybrid", 0))
     assert (logits(names["model"]) - logits(ours)).abs().max() > 1e-3

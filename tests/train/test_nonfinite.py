@@ -76,6 +76,7 @@ LEAVES = {
     "hybrid": "self_attn.q_proj.weight",
     "full": "mlp.up_proj.weight",
     "apollo": "mlp.up_proj.weight",
+    "muon": "mlp.up_proj.weight",
 }
 SLOW = pytest.mark.slow
 CASES = [

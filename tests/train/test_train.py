@@ -45,6 +45,7 @@ FAST = {
     "galore_learning_rate": 1e-2,
     "full_learning_rate": 3e-3,
     "apollo_learning_rate": 3e-3,
+    "muon_learning_rate": 3e-3,
 }
 
 
@@ -79,6 +80,7 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
             "lora": "lora_" in name,
             "full": "embed" not in name and "lm_head" not in name,
             "apollo": "embed" not in name and "lm_head" not in name,
+            "muon": "embed" not in name and "lm_head" not in name,
         }[method]
         assert (name in trains) == wanted, name
     assert all(p.dtype == torch.float32 for p in trainable(run.model).values())
@@ -187,7 +189,7 @@ def test_training_before_data_is_refused(make_study):
 @pytest.mark.parametrize(
     "method, fields, message",
     [
-        ("nosuch", {}, "'nosuch' is unknown: use qlora, galore, hybrid, lora, full, apollo"),
+        ("nosuch", {}, "'nosuch' is unknown: use qlora, galore, hybrid, lora, full, apollo, muon"),
         ("qlora", {"lora_rank": 65}, r"lora_rank=65 is larger than a layer: use 1\.\.32"),
         ("galore", {"galore_rank": 65}, r"galore_rank=65, weight \(32, 64\): use 1\.\.32"),
     ],
