@@ -20,17 +20,18 @@ def t4(results):
     forecast = estimate.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=rows)
     yield "method", "planned", "planned GiB", "measured", "GiB", "tokens/s", "on", "hours expected on a T4"
     for found in forecast.costs:
-        row = max((row for row in rows if row["method"] == found.method), key=lambda row: row["tok_s"], default={})
+        row = max((row for row in rows if row["method"] == found.method), key=lambda row: row["tok_s"], default=None)
+        if row is None:
+            continue  # not measured yet
         measured = number(row.get("peak_gib"), "{:.2f}"), number(row.get("tok_s"), "{:,.0f}")
-        setting = f"{row['micro_batch']}, recompute {row['checkpointing']}" if row else ""
         hours = [tokens / speed / 3600 for speed in (found.speed.high, found.speed.low)] if found.fits else None
         yield (
             f"`{found.method}`",
             f"{found.micro_batch}, recompute {found.checkpointing}" if found.fits else "",
             f"{found.memory_gib:.2f}",
-            setting,
+            f"{row['micro_batch']}, recompute {row['checkpointing']}",
             *measured,
-            short_name(row["device"]) if row else "",
+            short_name(row["device"]),
             f"{hours[0]:.2f} to {hours[1]:.2f}" if hours else "does not fit",
         )
 

@@ -55,7 +55,7 @@ def known(name):
 
 
 def keep(name, folder):
-    """What a method is called in files, as `find` knows it; the study in `folder` gets a copy of a config of its own."""
+    """What a method (as in `find`) is called in files; the study in `folder` gets a copy of a PEFT config."""
     spec = find(name)
     path = Path(folder) / _FOLDER / f"{spec.name}.json"
     if spec.peft_config is not None and not path.exists():
@@ -87,7 +87,7 @@ def _spec(form, stem, fields, path):
     _known[name] = MethodSpec(
         name=name,
         label=f"{kind.value} by {stem}",
-        description=f"PEFT's {kind.value} by a config of its own ({stem}, SHA-256 {digest[:8]}), the rest frozen in {held}",
+        description=f"PEFT's {kind.value} by the config {stem} (SHA-256 {digest[:8]}...), the rest frozen in {held}",
         colors=colors,
         marker=marker,
         trains={"adapters": PROJECTIONS},

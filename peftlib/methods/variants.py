@@ -1,4 +1,4 @@
-"""Adapters beside plain LoRA, one entry of a table each. PEFT makes their layers; see `peft_file` for its other kinds."""
+"""Adapters beside plain LoRA, one entry of a table each. `peft_file` takes PEFT's other kinds."""
 
 from functools import partial
 
@@ -86,7 +86,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "pissa",
         "PiSSA",
-        f"PiSSA (arXiv:2404.02948): LoRA adapters that start as the largest singular directions of the weights, {_PLACE}",
+        f"PiSSA (arXiv:2404.02948): LoRA adapters that start as the largest singular parts of the weights, {_PLACE}",
         ("#0e370b", "#a0f789"),
         "*",
         {"prepare": _lora(init_lora_weights="pissa"), "settings": _but("lora_init")},

@@ -1,5 +1,6 @@
 """PEFT's adapters: which kinds a run can train, their configs read and checked, put into a model, and counted."""
 
+import contextlib
 import difflib
 import math
 
@@ -24,7 +25,6 @@ _OF_16_BITS = ("pissa", "olora")  # they change the frozen weights
 # Of LoRA: they need data, other models, or calls that training does not make.
 _BEYOND = ("alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora")
 _BEYOND += ("use_bdlora",)
-_ODD = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, NotImplementedError, AssertionError)
 
 
 def config_of(fields, *, source):
@@ -77,16 +77,15 @@ def _why_not(kind):
     return "is not among the kinds that peftlib trains, saves, loads and merges"
 
 
-class _as_config_error:  # noqa: N801 - a context
-    def __init__(self, source):
-        self.source = source
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, _ODD) and not isinstance(error, (ConfigError, torch.OutOfMemoryError)):
-            raise ConfigError(f"{self.source}: PEFT refuses it ({' '.join(str(error).split())[:300]})") from error
+@contextlib.contextmanager
+def _as_config_error(source):
+    """Turn what PEFT raises for a value into a ConfigError that names where it comes from."""
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{source}: PEFT refuses it ({' '.join(str(error).split())[:300]})") from error
 
 
 def with_adapter(model, config, *, source):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from peftlib.core.errors import ModelError
 from peftlib.core.files import read_json, rename, sync_tree, write_json, write_text
 from peftlib.models import identity
+from peftlib.models.adapters import KINDS
 from peftlib.models.chat_template import stop_at
 from peftlib.models.inspect import core, trainable
-from peftlib.models.adapters import KINDS
 from peftlib.models.kernels.adapters import fuse_adapters
 from peftlib.models.layers import keep_residual_in_float32
 from peftlib.models.load import (

@@ -91,8 +91,7 @@ def measured_rows(path=MEASURED):
 
 def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpointing=None, spec=None):
     """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows();
-    one of the same micro-batch and checkpointing (None: any) is this setting's own speed. spec: the method's MethodSpec
-    as a config has it, which may train what was not measured; None: its default."""
+    one of the same micro-batch and checkpointing (None: any) is this setting's own speed. spec: of a config."""
     spec = spec or methods.find(method)
     usable = [row for row in rows if row["precision"] == precision]
     own = [row for row in usable if row["method"] == method]
@@ -159,10 +158,8 @@ def study_tokens(cfg, manifest=None):
 class Cost:
     """One method on one card.
 
-    fits: whether it can be trained there. memory_gib: predicted peak of training; where nothing fits, the least;
-    0 where that is not known.
+    memory_gib: predicted peak of training; where nothing fits, the least; 0: unknown. variant: as MethodSpec.variant.
     hours: (shortest, longest) of one run, or None. speed: a Speed, or None. refused: why it cannot be trained, or ''.
-    variant: as MethodSpec.variant.
     """
 
     method: str
@@ -246,43 +243,32 @@ class Forecast:
         yield from self.notes()
 
 
-def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
+def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None, names=None):
     """The Forecast of a config on a card. card: shapes.Card. shape: of cfg.model. manifest: of the data, if they exist.
 
-    rows: speeds to go by, measured_rows() where not given.
+    rows: speeds to go by, measured_rows() where not given. names: of methods, by default those of a study.
     """
     precision = card.precision if cfg.precision == "auto" else cfg.precision
     gib = min(card.gib, cfg.memory_gib) if cfg.memory_gib else card.gib
     tokens = study_tokens(cfg, manifest)
     rows = measured_rows() if rows is None else rows
     costs = []
-    for method, spec in methods.METHODS.items():
-        variant = spec.variant(vars(cfg))
+    for spec in map(methods.find, names or methods.default_methods()):
+        refused, found, hours, size, how = "", None, None, 0.0, {"micro_batch": 0, "checkpointing": ""}
         try:
             spec = spec.resolve(cfg, shape.layers)
+            plan = memory_model.best_plan(shape, spec.name, cfg, precision=precision, device_bytes=int(gib * GIB))
+            size, how = plan.total / GIB, {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
+            spec.require_ranks(cfg, shape.matrices)
         except ConfigError as error:
-            costs.append(Cost(method, False, 0.0, 0, "", None, None, str(error), variant))
-            continue
-        refused, found, hours = _rank_refusal(shape, spec, cfg), None, None
-        plan = memory_model.best_plan(shape, method, cfg, precision=precision, device_bytes=int(gib * GIB))
-        fits = plan.fits(int(gib * GIB)) and not refused
+            refused = str(error)
+        fits = not refused and plan.fits(int(gib * GIB))
         if fits:
-            how = {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
-            how |= {"precision": precision, "length": cfg.max_length, "rows": rows, "spec": spec}
-            found = speed(card, shape, method, **how)
+            of = {"precision": precision, "length": cfg.max_length, "rows": rows, "spec": spec}
+            found = speed(card, shape, spec.name, **how, **of)
             hours = tokens[0] / found.high / 3600, tokens[1] / found.low / 3600
-        size = plan.total / GIB
-        costs.append(Cost(method, fits, size, plan.micro_batch, plan.checkpointing, found, hours, refused, variant))
+        costs.append(Cost(spec.name, fits, size, *how.values(), found, hours, refused, spec.variant(vars(cfg))))
     return Forecast(cfg, card, card_name, gib, precision, costs, tokens)
-
-
-def _rank_refusal(shape, spec, cfg):
-    """What the method's own checks would say of its ranks, or ''."""
-    try:
-        spec.require_ranks(cfg, shape.matrices)
-    except ConfigError as error:
-        return str(error)
-    return ""
 
 
 def cells(cost):

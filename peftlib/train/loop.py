@@ -57,7 +57,7 @@ class TrainingRun:
         self.name = methods.find(method).name
         self._given, self.study, self.log = study, study.with_rates_of(self.name), log
         self.cfg, self.manifest = self.study.cfg, study.manifest()
-        self.method = methods.find(self.name)
+        self.method = methods.find(self.name).resolve(self.cfg, shape_of(self.cfg.model).layers)
         self.weights_dir = study.weights_dir(self.name, self.cfg.seed)
         folder, keep = study.checkpoint_dir(self.name, self.cfg.seed), self.cfg.save_total_limit
         self.checkpoints = CheckpointDir(folder, keep=keep, log=lambda line: self.log(line))
@@ -74,20 +74,17 @@ class TrainingRun:
 
     def _load_model(self):
         self.tokenizer = data.load_tokenizer(self.cfg.model)
-        self.method = self.method.resolve(self.cfg, shape_of(self.cfg.model).layers)
-        four_bit = self.method.four_bit
         torch.manual_seed(self.cfg.seed)  # adapter initialisation
-        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=four_bit)
+        base = load_base(self.cfg.model, precision=self.precision, device=self.device, four_bit=self.method.four_bit)
         self.model = self.method.prepare(base, self.cfg)
         run_in_autocast(core(self.model), self.device, self.precision)
-        if four_bit:
-            guard_four_bit(self.model, four_bit)
+        if self.method.four_bit:
+            guard_four_bit(self.model, self.method.four_bit)
 
     def train(self, callbacks: Iterable[Callback] = ()) -> dict[str, Any]:
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
 
         callbacks: callbacks.Callback objects that see the run while it trains, and may ask it to save and stop.
-
         A finished run is not repeated: its weights are loaded and its record is returned.
         NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale could cure it; that step changed
         nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint was made with other

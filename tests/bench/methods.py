@@ -72,7 +72,7 @@ def settings():
     yield {"name": "galore_layerwise_liger", "peer": "galore_layerwise_liger", "micro_batch": 4, "accumulation": 1}
     yield {"name": "galore8", "peer": "galore8", "micro_batch": 4, "accumulation": 4}
     yield {"name": "qlora_liger_nogc", "peer": "qlora_liger_nogc", "micro_batch": 4, "accumulation": 4}
-    for method in ("qlora", "galore", "hybrid", "lora", "full", "apollo"):
+    for method in ("qlora", "galore", "hybrid", "lora", "full", "apollo", "muon"):
         yield {"name": f"{method}_fp16", "method": method, **speed, "precision": "fp16"}
     mixed = {"micro_batch": 16, "steps": 3, "mixed": MIXED}
     yield {"name": "mixed_lengths", "method": "galore", **mixed}
@@ -86,7 +86,7 @@ def settings():
     yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": "on", "seq": 512, **unseen}
     yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": "on", "seq": 2048, **unseen}
     yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light, **unseen}
-    for method in ("lora", "full", "apollo"):
+    for method in ("lora", "full", "apollo", "muon"):
         yield {"name": method, "method": method, **speed}
     yield from peers_at_their_best()
 
@@ -143,7 +143,7 @@ def build(setting, **how):
     cfg = config.resolve(
         "gpu", model=str(FOLDER), activation_checkpointing=setting["checkpointing"], **setting["fields"]
     )
-    method = methods.find(setting["method"])
+    method = methods.find(setting["method"]).resolve(cfg, SHAPE_1B["num_hidden_layers"])
     base = load_base(str(FOLDER), precision=setting["precision"], device=device, four_bit=method.four_bit)
     model = method.prepare(base, cfg)
     checkpoint_layers(model, cfg, setting["recomputed"])

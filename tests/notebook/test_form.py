@@ -86,7 +86,7 @@ def test_where_nothing_fits_it_says_what_to_change(fresh):
     assert "Set micro_batch_size to 0, lower max_length (now 1024), or take a smaller model" in found.refusal
     too_wide = resolve("t4", lora_rank=10**6, galore_rank=10**6, apollo_rank=10**6)
     found = estimate.forecast(too_wide, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"])
-    assert [cost.method for cost in found.costs if cost.fits] == ["full"]
+    assert [cost.method for cost in found.costs if cost.fits] == ["full", "muon"]
 
 
 def test_a_set_micro_batch_is_what_is_planned_for():
