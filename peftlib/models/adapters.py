@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +12,41 @@ from peftlib.models.inspect import core, is_four_bit, trainable
 from peftlib.models.kernels.adapters import fuse_adapters
 from peftlib.models.load import peft_calls
 
-# {peft_type: whether PEFT's layers of it take 4-bit weights}. Each was seen to train, to be saved and loaded, and to be
-# merged into the matrices (tests/models/test_adapters.py); what changes the base's own matrices in a way that a second
-# loading may not repeat, or needs calls between the steps, is left out.
+
+class Kind(NamedTuple):
+    """takes_4_bit: whether PEFT's layers work over 4-bit weights. What a layer keeps for its backward pass, counted in
+    the 1B's shape: kept: numbers a token, over those with fused LoRA; copies: 16-bit copies of all its matrices."""
+
+    takes_4_bit: bool
+    kept: float = 1.0
+    copies: float = 0.0
+
+
+# Each was seen to train, to be saved and loaded, and to be merged into the matrices (tests/models/test_adapters.py).
+# What changes the base's own matrices in a way that a second loading may not repeat, or needs calls between the steps,
+# is left out.
 KINDS = {
-    **dict.fromkeys(("LORA", "OFT", "BOFT", "IA3", "VERA", "C3A", "FOURIERFT", "HIRA", "LN_TUNING", "MISS"), True),
-    **dict.fromkeys(("RANDLORA", "ROAD", "WAVEFT"), True),
-    **dict.fromkeys(("LOHA", "LOKR", "HRA", "DELORA", "GRALORA", "VBLORA"), False),
+    "LORA": Kind(True),
+    "OFT": Kind(True, 1.06, 0.11),
+    "BOFT": Kind(True, 1.33, 6.2),
+    "IA3": Kind(True, 1.4),
+    "VERA": Kind(True, 1.18, 0.3),
+    "LOHA": Kind(False, 1.0, 1.0),
+    "LOKR": Kind(False, 1.06, 1.0),
+    "C3A": Kind(True, 1.34),
+    "FOURIERFT": Kind(True, 1.06, 1.0),
+    "HIRA": Kind(True, 1.06, 1.04),
+    "LN_TUNING": Kind(True),
+    "MISS": Kind(True, 1.0, 0.04),
+    "RANDLORA": Kind(True, 1.0, 1.23),
+    "ROAD": Kind(True, 2.23),
+    "WAVEFT": Kind(True, 1.0, 2.0),
+    "HRA": Kind(False, 1.0, 19.6),
+    "DELORA": Kind(False, 1.07),
+    "GRALORA": Kind(False, 1.07, 0.04),
+    "VBLORA": Kind(False, 1.06, 0.02),
 }
+UNFUSED_LORA = Kind(True, 1.8)  # DoRA
 _LOW_RANK = ("LORA", "LOHA", "HIRA", "DELORA")  # whose r is a rank of the layer's own matrix
 _STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # of LoRA, which a second loading repeats
 _OF_16_BITS = ("pissa", "olora")  # they change the frozen weights
@@ -38,7 +66,7 @@ def config_of(fields, *, source):
     if not isinstance(fields, dict):
         raise ConfigError(f"{source} holds a {type(fields).__name__}: use an object as in PEFT's adapter_config.json")
     kind = fields.get("peft_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{source}: peft_type={kind!r} {_why_not(kind)}: use {', '.join(KINDS)}")
     if fields.get("auto_map"):
         raise ConfigError(f"{source} names code in auto_map, which peftlib never runs: take it out")
@@ -98,7 +126,7 @@ def with_adapter(model, config, *, source):
 
     kind = getattr(config.peft_type, "value", config.peft_type)
     if any(map(is_four_bit, model.parameters())):
-        if not KINDS[kind]:
+        if not KINDS[kind].takes_4_bit:
             raise ConfigError(f"{source}: peft_type={kind!r} takes no 4-bit weights: train it on the 16-bit model")
         if getattr(config, "init_lora_weights", None) in _OF_16_BITS:
             raise ConfigError(
@@ -114,7 +142,7 @@ def with_adapter(model, config, *, source):
         raise ConfigError(f"{source}: target_modules or modules_to_save hold the embedding, which stays frozen")
     if not trainable(adapted):
         raise ConfigError(f"{source}: nothing of it trains: check target_modules and layers_to_transform")
-    _require_rank(adapted, config, kind, source)
+    _require_rank(adapted, kind, source)
     for p in trainable(adapted).values():
         p.data = p.data.float()  # some kinds take the base's 16 bits, which would lose small updates
     fuse_adapters(adapted)
@@ -133,18 +161,17 @@ def _require_targets(model, config, source):
                 raise ConfigError(f"{source}: {field} has {target!r}, which no layer is called: use {', '.join(near)}")
 
 
-def _require_rank(adapted, config, kind, source):
+def _require_rank(adapted, kind, source):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if kind not in _LOW_RANK:
         return
     for name, layer in adapted.named_modules():
-        if isinstance(layer, BaseTunerLayer) and hasattr(layer.get_base_layer(), "in_features"):
-            base, rank = layer.get_base_layer(), layer.r.get("default", 0)
-            if rank > min(base.in_features, base.out_features):
-                shape = f"{base.out_features} x {base.in_features}"
-                most = min(base.in_features, base.out_features)
-                raise ConfigError(f"{source}: r={rank} is larger than {name} ({shape}): use 1..{most}")
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
+            rank, base = layer.r["default"], layer.get_base_layer()
+            most = min(base.in_features, base.out_features)
+            if rank > most:
+                raise ConfigError(f"{source}: r={rank} is larger than {name.rsplit('.', 1)[-1]}: use 1..{most} there")
 
 
 def adapter_path(model):
@@ -156,10 +183,19 @@ def adapter_path(model):
     return " and ".join(sorted(found)) or None
 
 
-def adapter_numbers(shape, prepare):
-    """(numbers that train, numbers held beside the base's) of the adapter that prepare(model) puts into a Gemma.
+class Size(NamedTuple):
+    """Numbers that train, numbers held beside the base's, and what layers keep, as in Kind."""
 
-    shape: shapes.Shape. Counted on a model without memory, so that each kind's own layers say it.
+    trained: int
+    held: int
+    kept: float
+    copies: float
+
+
+def adapter_size(shape, prepare):
+    """The Size of the adapter that prepare(model) puts into a Gemma of a shapes.Shape.
+
+    Counted on a model without memory, so that each kind's own layers say it.
     """
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -178,7 +214,12 @@ def adapter_numbers(shape, prepare):
         model = Gemma3ForCausalLM(config).requires_grad_(False)
     before = _held(model)
     adapted = prepare(model)
-    return sum(p.numel() for p in trainable(adapted).values()), _held(adapted) - before
+    name = adapted.peft_config["default"].peft_type
+    kind = KINDS[getattr(name, "value", name)]
+    if kind is KINDS["LORA"] and adapter_path(adapted) != "fused":
+        kind = UNFUSED_LORA
+    trained = sum(p.numel() for p in trainable(adapted).values())
+    return Size(trained, _held(adapted) - before, kind.kept, kind.copies)
 
 
 def _held(model):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
-from peftlib.models.adapters import adapter_numbers
+from peftlib.models.adapters import UNFUSED_LORA, Size, adapter_size
 from peftlib.models.inspect import PROJECTIONS
 from peftlib.optim.sums import GATHERED
 from peftlib.train.parallel.processes import n_processes
@@ -89,7 +89,7 @@ def estimate(
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
     kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
-    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) + counts.casts()
+    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) * counts.size.kept + counts.casts()
     recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
     wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
     held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
@@ -194,14 +194,16 @@ class _Counts:
         adapters = self.whole.pop("adapters", ())
         self.adapter_numbers = cfg.lora_rank * sum(map(sum, adapters))
         self.adapter_numbers += cfg.lora_use_dora * sum(rows for rows, _ in adapters)
-        self.held_numbers = self.adapter_numbers
+        kept = UNFUSED_LORA.kept if adapters and cfg.lora_use_dora else 1.0
+        self.size = Size(self.adapter_numbers, self.adapter_numbers, kept, 0.0)
         if method.is_counted:
-            self.adapter_numbers, self.held_numbers = _counted(shape, method, cfg)
+            self.size = _counted(shape, method, cfg)
+            self.adapter_numbers = self.size.trained
         self.four_bit = shape.all_matrices(method.four_bit)
 
     def weights(self):
         """Embedding, projections in the form they are held in, adapters."""
-        total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.held_numbers
+        total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.size.held
         is_light = "galore" in self.whole and self.cfg.galore_weights == "bf16"
         in_all, in_four = (sum(map(math.prod, kind)) for kind in (self.shape.all_matrices(PROJECTIONS), self.four_bit))
         trained = 0 if is_light else sum(map(math.prod, itertools.chain(*self.whole.values())))
@@ -209,13 +211,15 @@ class _Counts:
         return total + 2 * (in_all - in_four) + 2 * trained + (0.5 + 1 / 64 + 4 / 64) * in_four
 
     def casts(self):
-        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass.
+        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass, or of what an
+        adapter makes of the matrices.
 
         Seen for GaLore; assumed for full and apollo.
         """
         if "galore" in self.whole and self.cfg.galore_weights == "bf16":
             return 0
-        return 2 * sum(map(math.prod, itertools.chain(*self.whole.values()))) // self.shape.layers
+        copies = self.size.copies * sum(map(math.prod, self.shape.matrices(PROJECTIONS)))
+        return int(2 * copies) + 2 * sum(map(math.prod, itertools.chain(*self.whole.values()))) // self.shape.layers
 
     def gradients(self, is_graphed):
         """(in the first step, later), summed over the step, at the end of its backward pass."""
@@ -246,10 +250,10 @@ _COUNTED: dict = {}  # what `_counted` has found: some kinds take seconds
 
 
 def _counted(shape, method, cfg):
-    """(numbers that train, numbers held) of a method's adapter. ConfigError: the adapter does not fit the model."""
+    """The adapters.Size of a method's adapter. ConfigError: the adapter does not fit the model."""
     key = (shape, method.name, cfg.model, *(getattr(cfg, name) for name in method.settings))
     if key not in _COUNTED:
-        _COUNTED[key] = adapter_numbers(shape, lambda model: method.prepare(model, cfg))
+        _COUNTED[key] = adapter_size(shape, lambda model: method.prepare(model, cfg))
     return _COUNTED[key]
 
 

@@ -128,7 +128,7 @@ def assert_stock_logits(folder, spec, base):
 
 
 def test_the_list_of_methods_names_all_with_numbers_memory_and_paper():
-    first, *rows, _, _ = method_lines()
+    _, *rows, _, _ = method_lines()
     assert [row.split()[0] for row in rows] == list(methods.METHODS)
     for row in rows:
         assert re.search(r"  \d[\d.,]* M  +\d+\.\d\d", row), row

@@ -80,8 +80,8 @@ LEAVES = {
 }
 SLOW = pytest.mark.slow
 CASES = [
-    *(pytest.param(m, "fp32", 4, marks=() if m in ("galore", "full") else SLOW) for m in methods.METHODS),
-    *(pytest.param(m, "bf16", 3, marks=() if m == "hybrid" else SLOW) for m in methods.METHODS),
+    *(pytest.param(m, "fp32", 4, marks=() if m in ("galore", "full") else SLOW) for m in LEAVES),
+    *(pytest.param(m, "bf16", 3, marks=() if m == "hybrid" else SLOW) for m in LEAVES),
     pytest.param("qlora", "fp32", 6),  # the last step
 ]
 
