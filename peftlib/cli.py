@@ -245,7 +245,7 @@ def export(
 
 
 _command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(plan_cli.plan)
-_command("methods", "methods dora peft:my_config.json")(plan_cli.methods)
+_command("methods dora qdora", "methods peft:my_config.json")(plan_cli.methods)
 
 
 @_command("sweep qlora galore --study first", "sweep hybrid --study first --factor 0.5 --factor 2 --rows 800")

@@ -56,11 +56,11 @@ def checkpoint_layers(model, cfg, count=None):
     if cfg.activation_checkpointing == "off":
         return
     # Keeping the random state would wait for the device at every layer; only dropout draws from it.
-    keeps_random_state = has_dropout(model)
+    keeps_random_state = cfg.lora_dropout > 0 or has_dropout(model)
     if cfg.activation_checkpointing == "offload" and keeps_random_state:
+        what = f"lora_dropout={cfg.lora_dropout:g}" if cfg.lora_dropout else "dropout in the adapter"
         raise ConfigError(
-            f"activation_checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}, or another dropout of the "
-            "adapter: use activation_checkpointing='on', or no dropout"
+            f"activation_checkpointing='offload' with {what}: use activation_checkpointing='on', or no dropout"
         )
     settings = {"use_reentrant": False, "preserve_rng_state": keeps_random_state, "determinism_check": "none"}
     newer = getattr(model, "activation_checkpointing_enable", None)  # the newer transformers' name

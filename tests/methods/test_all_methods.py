@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from unittest import mock
 
 import finished_study
 import pytest
@@ -125,6 +126,36 @@ def assert_stock_logits(folder, spec, base):
     else:
         stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.allclose(stock.eval()(input_ids=ids).logits, ours, atol=2e-5)
+
+
+def test_lora_fa_moves_b_as_pefts_optimizer_does_and_a_stays(make_study):
+    from peft.optimizers import create_lorafa_optimizer
+
+    run = TrainingRun(make_study(), "lora_fa", log=silent)
+    ours, theirs = run.model, TrainingRun(make_study(), "lora", log=silent).model
+    rate = run.cfg.lora_learning_rate
+    optimizers = run.method.build_optimizer(ours, run.cfg), create_lorafa_optimizer(theirs, 4, run.cfg.lora_alpha, rate)
+    optimizers[1].param_groups[0]["eps"] = 1e-8  # ours; theirs is 1e-6, and these gradients are small
+    ids = torch.randint(107, 400, (2, 20), generator=torch.Generator().manual_seed(1))
+    with mock.patch("peft.optimizers.lorafa.is_bf16_available", lambda: False):  # else it rounds to bf16
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    moved = 0
+    for (name, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, other, atol=rate / 50), name
+        moved += "lora_B" in name and p.abs().max() > rate / 2
+        assert "lora_A" not in name or not p.requires_grad
+    assert moved == 14
+
+
+def test_lora_plus_has_pefts_two_rates(make_study):
+    run = TrainingRun(make_study(loraplus_lr_ratio=8.0, weight_decay=0.1), "lora_plus", log=silent)
+    a, b = run.method.build_optimizer(run.model, run.cfg).param_groups
+    names = {p: name for name, p in run.model.named_parameters()}
+    assert all("lora_A" in names[p] for p in a["params"]) and all("lora_B" in names[p] for p in b["params"])
+    assert (a["lr"], b["lr"]) == (run.cfg.lora_learning_rate, 8 * run.cfg.lora_learning_rate)
+    assert a["weight_decay"] == b["weight_decay"] == 0.1
 
 
 def test_the_list_of_methods_names_all_with_numbers_memory_and_paper():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from peftlib import methods
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.models.inspect import trainable
