@@ -12,10 +12,12 @@ from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
-from peftlib.runner import console, suite_cli
+from peftlib.runner import console, plan_cli, suite_cli
 from peftlib.runner.console import (
+    AnyName,
     Flag,
     Name,
+    Profile,
     Settings,
     Sources,
     examples_of,
@@ -36,10 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AnyName = Annotated[str | None, Option("--study", metavar="NAME", help="study folder; default: the profile's name")]
-Profile = Annotated[str | None, Option(help="demo, t4, gpu or auto; default: by the hardware")]
 Seed = Annotated[int, Option(min=0, help="of the run")]
-Method = Annotated[str, Argument(metavar="METHOD", help="such as qlora; `peftlib plan` lists all")]
+Method = Annotated[
+    str, Argument(metavar="METHOD", help="such as qlora, or peft:FILE.json; `peftlib methods` lists all")
+]
 Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
 
@@ -142,7 +144,11 @@ def evaluate(
     found = Study(found.folder, found.cfg.replace(seed=seed))
     from peftlib.evaluation import evaluate as evaluation
 
-    record = evaluation.evaluate(found, method) if method else evaluation.evaluate_path(found, path or "", name=name)
+    record = (
+        evaluation.evaluate(found, _name_of(method))
+        if method
+        else evaluation.evaluate_path(found, path or "", name=name)
+    )
     loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
     scored_on = (record.get("trained_elsewhere") or {}).get("scored_on")
     base = f", on {scored_on}" if scored_on else ""
@@ -215,7 +221,7 @@ def chat(
     found.cfg.replace(max_new_tokens=max_new_tokens)  # refuses what is out of range
     from peftlib.evaluation.chat import main as talk
 
-    return talk(found, method, seed=seed, max_new_tokens=max_new_tokens)
+    return talk(found, _name_of(method), seed=seed, max_new_tokens=max_new_tokens)
 
 
 @_command("export galore --study first --to exported/", "export qlora --study first --form gguf --to hf://USER/REPO")
@@ -246,30 +252,17 @@ def export(
         "private": not public,
         "dry_run": dry_run,
     }
-    print("\n".join(lines_of(export_model(found, method, **how), dry_run=dry_run)))
+    print("\n".join(lines_of(export_model(found, _name_of(method), **how), dry_run=dry_run)))
 
 
-@_command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")
-def plan(
-    gpu: Annotated[str | None, Option(help="t4, l4, a100, h100 ...; default: the one here, else a t4")] = None,
-    model: Annotated[str | None, Option(help="'packaged', gemma-3-1b, a folder or a hub id")] = None,
-    study: AnyName = None,
-    profile: Profile = None,
-    settings: Settings = None,
-):
-    """Say which method fits a GPU, in which micro-batch, and for how many hours."""
-    given = given_settings(settings, profile=profile, model=model)
-    found = open_study(study) if study else None
-    from peftlib.runner.suite_plan import plan_lines
-
-    for line in plan_lines(gpu, given, found):
-        print(line)
+_command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(plan_cli.plan)
+_command("methods dora qdora", "methods peft:my_config.json")(plan_cli.methods)
 
 
 @_command("sweep qlora galore --study first", "sweep hybrid --study first --factor 0.5 --factor 2 --rows 800")
 def sweep(
     study: Name,
-    methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all")] = None,
+    methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: a study's six")] = None,
     factor: Annotated[list[float] | None, Option(help="of the study's rates; default: searched, see above")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
@@ -279,14 +272,21 @@ def sweep(
     diverges; a method's two rates apart, in at most 9 trials. Cut, the same command goes on.
     """
     found = open_study(study)
-    from peftlib.methods import METHODS
+    from peftlib.methods import default_methods
     from peftlib.train import sweep as trials
 
-    for method in methods or METHODS:
+    for method in methods or default_methods():
         trials.sweep(found, method, factors=factor or None, rows=rows)
 
 
 app.add_typer(suite_cli.app, name="study")
+
+
+def _name_of(method):
+    """What a METHOD of a command line is called in files."""
+    from peftlib.methods import BASE, find
+
+    return method if method == BASE else find(method).name
 
 
 def call(argv):

@@ -43,6 +43,7 @@ RENAMED = {
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 # Settings of data or mathematics that came after studies had been made: those had the default, and keep their hashes.
 _ADDED_LATER = frozenset({"hybrid_galore", "galore_engine", "muon_learning_rate"})
+_ADDED_LATER |= {"loraplus_lr_ratio", "oft_block_size"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Config:
     lora_use_rslora: bool = setting(False, "math", "rsLoRA: the scale is alpha / sqrt(rank)")
     lora_use_dora: bool = setting(False, "math", "train each row's length apart from its direction (DoRA; slower)")
     lora_learning_rate: float = setting(2e-4, "math", "peak, for adapters", above=0.0, high=1.0)
+    loraplus_lr_ratio: float = setting(16.0, "math", "lora_plus: B's learning rate over A's", low=1.0, high=1000.0)
+    oft_block_size: int = setting(32, "math", "numbers of a layer's input that oft rotates together", low=2)
     galore_rank: int = setting(128, "math", "columns kept of each gradient's basis", low=1)
     galore_update_interval: int = setting(200, "math", "steps between two refreshes of a projection", low=1)
     galore_scale: float = setting(0.25, "math", "factor on the projected-back update", above=0.0, high=100.0)

@@ -39,7 +39,7 @@ _OUTCOME = {
 }
 _LATER = (
     "total_params first_step_s mfu matmul_tflops skipped_steps saves save_stall_seconds forked_from "
-    "placement rate_factor processes exchange"
+    "placement rate_factor processes exchange peft_config"
 )
 _OUTCOME_NAMES = [name.removesuffix("?") for name in _OUTCOME]
 _AT_START = "method seed status error config split_hash model model_provenance precision device"
@@ -63,6 +63,7 @@ _SHAPE = {
     "git?": {"commit?": _TEXT, "is_dirty?": Maybe(bool)},
     "changes?": [{"step": int, "what": str}],
     "placement?": Maybe({}),
+    "peft_config?": Maybe({}),
     "exchange?": Maybe({"bytes_a_step": int, "bytes": int}),
     "side_by_side?": int,
 }

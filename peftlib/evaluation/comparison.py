@@ -7,7 +7,7 @@ from peftlib.evaluation.results import BASE_CUT
 from peftlib.methods import BASE
 
 # Settings of one method alone: they may differ between methods without making them unequal.
-_OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "seed")
+_OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "loraplus_", "oft_", "seed")
 _RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")  # of the record
 PAIR_COLUMNS = ("metric", "method", "other", "difference", "low", "high", "p", "verdict")
 

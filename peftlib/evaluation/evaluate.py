@@ -67,7 +67,7 @@ def evaluate_path(
     model = external.open_folder(Path(folder).expanduser(), study.cfg.model, log=log)
     name = name or model.folder.name
     require_folder_name("name", name)
-    if name in (*registry.METHODS, BASE, BASE_CUT) or "-vs-" in name:
+    if registry.known(name) or name in (BASE, BASE_CUT) or "-vs-" in name:
         raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
     with held(study.folder, f"answering the test rows with {name}", run=f"{name}-s0", log=log):
         study.freeze()
@@ -209,7 +209,7 @@ def _add_rounding(study, record, *, log):
     same precision as the rest.
     """
     done, method = record["evaluation"], record["method"]
-    spec = registry.METHODS.get(method)
+    spec = registry.known(method)
     layers = spec.resolve(study.cfg, shape_of(study.cfg.model).layers).four_bit if spec and spec.four_bit else ()
     device = resolve_device(study.cfg.device)
     dtype, precision, _ = evaluation_dtype(device)

@@ -1,9 +1,13 @@
-"""The methods, in study order. A new one is a module with a MethodSpec, passed to `register`."""
+"""The methods, in study order. A new one is a module with a MethodSpec, passed to `register`, or an entry of
+`variants`."""
 
-from peftlib.methods import apollo, full, galore, hybrid, lora, muon, qlora
-from peftlib.methods.spec import BASE, METHODS, MethodSpec, find, register, require_rank, study_order, unregister
+from peftlib.methods import apollo, full, galore, hybrid, lora, muon, qlora, variants
+from peftlib.methods.peft_file import find, keep, known
+from peftlib.methods.spec import BASE, METHODS, MethodSpec, default_methods, register, require_rank, study_order
+from peftlib.methods.spec import unregister as unregister
 
-for _module in (qlora, galore, hybrid, lora, full, apollo, muon):
-    register(_module.SPEC)
+for _spec in (*(module.SPEC for module in (qlora, galore, hybrid, lora, full, apollo, muon)), *variants.SPECS):
+    register(_spec)
 
-__all__ = ["BASE", "METHODS", "MethodSpec", "find", "register", "require_rank", "study_order", "unregister"]
+__all__ = ["BASE", "METHODS", "MethodSpec", "default_methods", "find", "keep", "known", "register", "require_rank"]
+__all__ += ["study_order", "unregister"]

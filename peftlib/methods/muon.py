@@ -23,6 +23,7 @@ SPEC = MethodSpec(
     "AdamW",
     colors=("#7512f4", "#8c3cef"),
     marker="p",
+    is_default=False,
     trains={"muon": PROJECTIONS},
     rates=("muon_learning_rate",),
     prepare=prepare,

@@ -2,9 +2,8 @@
 
 from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
+from peftlib.models.adapters import with_adapter
 from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, is_named, named_weights, trainable
-from peftlib.models.kernels.adapters import fuse_adapters
-from peftlib.models.load import peft_calls
 from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
 
 
@@ -24,13 +23,14 @@ def build_optimizer(model, cfg):
     )
 
 
-def with_adapters(model, cfg, targets):
+def with_adapters(model, cfg, targets, **changes):
     """A PeftModel with LoRA (Hu et al. 2021, arXiv:2106.09685) on `targets`: W x + alpha/r B A x, B zero at first.
 
-    PEFT's options rsLoRA, DoRA and PiSSA come from the config. ConfigError: lora_rank above the shorter side of a
-    target, or PiSSA over 4-bit weights. ModelError: no layer bears one of the names.
+    PEFT's options rsLoRA, DoRA and PiSSA come from the config. changes: fields of PEFT's LoraConfig that a method sets.
+    ConfigError: lora_rank above the shorter side of a target, or PiSSA over 4-bit weights. ModelError: no layer bears
+    one of the names.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     named_weights(model, targets)
     layers = [layer for name, layer in core(model).named_modules() if is_named(name, targets)]
@@ -40,22 +40,17 @@ def with_adapters(model, cfg, targets):
             f"lora_init={cfg.lora_init!r} needs the singular values of 16-bit weights: use it with method lora, "
             "or lora_init='default'"
         )
-    adapters = LoraConfig(
-        r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=list(targets),
-        use_rslora=cfg.lora_use_rslora,
-        use_dora=cfg.lora_use_dora,
-        init_lora_weights=True if cfg.lora_init == "default" else cfg.lora_init,
-        task_type="CAUSAL_LM",
-    )
-    with peft_calls():
-        adapted = get_peft_model(model, adapters)
-    for p in trainable(adapted).values():
-        p.data = p.data.float()  # PiSSA and DoRA take the base's 16 bits, which would lose small updates
-    fuse_adapters(adapted)
-    return adapted
+    settings = {
+        "r": cfg.lora_rank,
+        "lora_alpha": cfg.lora_alpha,
+        "lora_dropout": cfg.lora_dropout,
+        "target_modules": list(targets),
+        "use_rslora": cfg.lora_use_rslora,
+        "use_dora": cfg.lora_use_dora,
+        "init_lora_weights": True if cfg.lora_init == "default" else cfg.lora_init,
+        "task_type": "CAUSAL_LM",
+    }
+    return with_adapter(model, LoraConfig(**(settings | changes)), source="LoRA")
 
 
 SPEC = MethodSpec(

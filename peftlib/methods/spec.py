@@ -35,6 +35,9 @@ class MethodSpec:
     four_bit: projections that are held in NF4.
     variants: its settings of which a table names the value where it is not the default.
     by_config(cfg, layers): {field of this: value} that a config changes, for a model of so many layers.
+    is_default: whether a study, a sweep and a plan take it where no methods are named.
+    is_counted: the memory model puts its adapter into an empty model, in place of counting LoRA of lora_rank.
+    peft_config: the adapter_config.json that it came from.
     """
 
     name: str
@@ -50,6 +53,9 @@ class MethodSpec:
     four_bit: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
     by_config: Callable | None = None
+    is_default: bool = True
+    is_counted: bool = False
+    peft_config: dict | None = None
 
     def resolve(self, cfg, layers):
         """The MethodSpec that a config means on a model of so many layers. ConfigError: it cannot be on that model."""
@@ -67,8 +73,8 @@ class MethodSpec:
         shapes_of(projections): the (rows, columns) of each in one layer.
         """
         for how, projections in self.trains.items():
-            if how in _RANK_FIELDS:
-                field = _RANK_FIELDS[how]
+            field = _RANK_FIELDS.get(how)
+            if field in self.settings:
                 require_rank(field, getattr(cfg, field), shapes_of(projections))
 
 
@@ -82,14 +88,14 @@ def register(spec):
 
 def unregister(name):
     """Forget a method that `register` made known. ConfigError: no such method."""
-    del METHODS[find(name).name]
-
-
-def find(name):
-    """The MethodSpec of a name. ConfigError: no such method."""
     if name not in METHODS:
         raise ConfigError(f"method={name!r} is unknown: use {', '.join(METHODS)}")
-    return METHODS[name]
+    del METHODS[name]
+
+
+def default_methods():
+    """Names of the methods that a study has where none are named, in study order."""
+    return tuple(name for name, spec in METHODS.items() if spec.is_default)
 
 
 def study_order(name):

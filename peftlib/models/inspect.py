@@ -80,6 +80,12 @@ def named_weights(model, projections):
     return found
 
 
+def has_dropout(model):
+    """Whether the adapter of a model has any dropout, so that its forward pass draws random numbers."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(value for config in configs for name, value in vars(config).items() if "dropout" in name)
+
+
 def is_four_bit(p):
     """Whether a parameter is held in 4 bits by bitsandbytes."""
     return getattr(p, "quant_state", None) is not None

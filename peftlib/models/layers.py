@@ -6,7 +6,7 @@ import types
 import torch
 
 from peftlib.core.errors import ConfigError
-from peftlib.models.inspect import core
+from peftlib.models.inspect import core, has_dropout
 
 _FP16_PRODUCT = 1024.0  # largest MLP product that enters down_proj in fp16: leaves a factor 64 for the sum over it
 
@@ -55,13 +55,13 @@ def checkpoint_layers(model, cfg, count=None):
     """
     if cfg.activation_checkpointing == "off":
         return
-    if cfg.activation_checkpointing == "offload" and cfg.lora_dropout > 0:
-        raise ConfigError(
-            f"activation_checkpointing='offload' with lora_dropout={cfg.lora_dropout:g}: use "
-            "activation_checkpointing='on', or no dropout"
-        )
     # Keeping the random state would wait for the device at every layer; only dropout draws from it.
-    keeps_random_state = cfg.lora_dropout > 0
+    keeps_random_state = cfg.lora_dropout > 0 or has_dropout(model)
+    if cfg.activation_checkpointing == "offload" and keeps_random_state:
+        what = f"lora_dropout={cfg.lora_dropout:g}" if cfg.lora_dropout else "dropout in the adapter"
+        raise ConfigError(
+            f"activation_checkpointing='offload' with {what}: use activation_checkpointing='on', or no dropout"
+        )
     settings = {"use_reentrant": False, "preserve_rng_state": keeps_random_state, "determinism_check": "none"}
     newer = getattr(model, "activation_checkpointing_enable", None)  # the newer transformers' name
     (newer or model.gradient_checkpointing_enable)(settings)

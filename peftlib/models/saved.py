@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from peftlib.core.errors import ModelError
 from peftlib.core.files import read_json, rename, sync_tree, write_json, write_text
 from peftlib.models import identity
+from peftlib.models.adapters import KINDS
 from peftlib.models.chat_template import stop_at
 from peftlib.models.inspect import core, trainable
 from peftlib.models.kernels.adapters import fuse_adapters
@@ -67,9 +68,10 @@ def _empty_beside(folder):
 
 def _save_adapter(model, folder):
     model.save_pretrained(folder)
-    whole = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items() if "lora_" not in name}
+    own = (model.base_model.prefix, "modules_to_save")  # in the names of what PEFT saves
+    whole = {name: p for name, p in trainable(model).items() if not any(part in name for part in own)}
     if whole:
-        save_file(whole, folder / ATTENTION_FILE)
+        save_file({name: p.detach().cpu().contiguous() for name, p in whole.items()}, folder / ATTENTION_FILE)
 
 
 def _save_full(model, folder):
@@ -145,7 +147,9 @@ def _put_whole_weights(model, path, device):
 
 def _dequantized(base):
     hide_log("transformers.integrations.bitsandbytes", "The modules are dequantized in")  # as was asked for
-    return base.dequantize(dtype=torch.float32)
+    plain = base.dequantize(dtype=torch.float32)
+    plain.is_loaded_in_4bit = False  # PEFT refuses to merge some kinds where it says so
+    return plain
 
 
 def _in_dtype(model, dtype, device):
@@ -225,7 +229,7 @@ def tensors_of(path, device="cpu"):
 
 
 def _require_adapter(folder):
-    """ModelError unless a folder holds a LoRA adapter as PEFT saves it."""
+    """ModelError unless a folder holds an adapter as PEFT saves it."""
     path = folder / ADAPTER_CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -235,7 +239,7 @@ def _require_adapter(folder):
         raise ModelError(f"{path} is damaged ({error}): {_AGAIN}") from None
     wrong = _wrong_field(found)
     if wrong:
-        raise ModelError(f"{path} is no config of a LoRA adapter ({wrong}): {_AGAIN}")
+        raise ModelError(f"{path} is no config of an adapter that peftlib trains ({wrong}): {_AGAIN}")
     refuse_pickles(folder)
     if not (folder / ADAPTER).is_file():
         raise ModelError(f"{folder} has no {ADAPTER}: {_AGAIN}")
@@ -245,12 +249,12 @@ def _wrong_field(found):
     """The fault of an adapter's config, in words, or None."""
     if not isinstance(found, dict):
         return f"a {type(found).__name__}"
-    rank, alpha = found.get("r"), found.get("lora_alpha")
+    rank, alpha, is_lora = found.get("r"), found.get("lora_alpha"), found.get("peft_type") == "LORA"
     faults = {
         "it names code in auto_map": bool(found.get("auto_map")),
-        f"peft_type={found.get('peft_type')!r}": found.get("peft_type") != "LORA",
-        f"r={rank!r}": type(rank) is not int or rank < 1,
-        f"lora_alpha={alpha!r}": type(alpha) not in (int, float),
+        f"peft_type={found.get('peft_type')!r}": found.get("peft_type") not in KINDS,
+        f"r={rank!r}": is_lora and (type(rank) is not int or rank < 1),
+        f"lora_alpha={alpha!r}": is_lora and type(alpha) not in (int, float),
     }
     return next((fault for fault, is_so in faults.items() if is_so), None)
 
@@ -260,8 +264,10 @@ def _require_adapter_fits(folder, model):
 
     PEFT leaves an adapter whose tensor is missing as it was drawn.
     """
+    from peft import get_peft_model_state_dict
+
     held = {name: tensor.shape for name, tensor in tensors_of(folder / ADAPTER).items()}
-    has = {name.replace(".default", ""): p.shape for name, p in model.named_parameters() if "lora_" in name}
+    has = {name: t.shape for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     for name in sorted(held.keys() | has.keys()):
         if held.get(name) != has.get(name):
             there, here = (tuple(shapes[name]) if name in shapes else "nothing" for shapes in (held, has))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peftlib.methods import BASE, METHODS
+from peftlib.methods import BASE, METHODS, known
 
 _BASES = {BASE: ("#5e5e5e", "#dedede"), "base (cut)": ("#323232", "#acacac")}  # {name: (light, dark)}
 _BASE_MARKER, _OTHER_MARKER = "X", "*"
@@ -10,7 +10,8 @@ _BASE_MARKER, _OTHER_MARKER = "X", "*"
 
 def marker_of(method):
     """matplotlib's marker of a method's points."""
-    return METHODS[method].marker if method in METHODS else _BASE_MARKER if method == BASE else _OTHER_MARKER
+    spec = known(method)
+    return spec.marker if spec else _BASE_MARKER if method == BASE else _OTHER_MARKER
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Theme:
 
     def color_of(self, method):
         """The colour of a method's lines, bars and points."""
-        return self.colors().get(method, self.other)
+        spec = known(method)
+        return spec.colors[self.position] if spec else self.colors().get(method, self.other)
 
     def colors(self):
         """{method: colour} of the base and every known method."""

@@ -15,6 +15,7 @@ from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, LockedError
 from peftlib.core.session import interrupts
 from peftlib.core.study import Study
+from peftlib.methods import BASE, keep
 from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.executors import GRACE_S, Local, Ray, workers_of
 from peftlib.runner.suite_jobs import DONE, FAILED, adopt_sweeps, table
@@ -89,6 +90,8 @@ class _Session:
     def __init__(self, study, settings, executor, log):
         self.study, self.settings, self.executor, self.log = study, settings, executor, log
         self.all, self.chosen = settings.jobs(study)
+        for method in {job.method for job in self.all} - {BASE}:
+            keep(method, study.folder)
         self.running, self.notes = {}, {}  # {name: its log}, {name: (status, last line)}
         self._died, self._tried = {}, set()  # {name: why}, what is not started here again
         self._restore_at = self._silent_at = 0.0

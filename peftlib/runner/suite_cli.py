@@ -16,7 +16,7 @@ _EXAMPLES = (
 app = typer.Typer(help="Run a whole study, on one machine or many.", epilog=examples_of(*_EXAMPLES))
 
 Profile = Annotated[str, Option(help="demo, t4 or gpu")]
-Methods = Annotated[str | None, Option(metavar="A,B,...", help="default: base and all methods")]
+Methods = Annotated[str | None, Option(metavar="A,B,...", help="default: base and the first six; or peft:FILE.json")]
 Seeds = Annotated[str, Option(help="of every method but base")]
 Factors = Annotated[str, Option(help="of the rates that a sweep tries; auto: until the best is bracketed; or none")]
 SweepRows = Annotated[int, Option(help="training rows of each trial")]
@@ -27,13 +27,14 @@ AtOnce = Annotated[int, Option(min=1, help="runs side by side on each GPU")]
 
 def _settings(given, methods="", seeds="0", factors="none", only="", **others):
     """suite_jobs.Settings of a command line's words, lists with commas between. ConfigError: what cannot be."""
-    from peftlib.methods import BASE, METHODS
+    from peftlib.methods import BASE, METHODS, default_methods, find, known
     from peftlib.runner.suite_jobs import Settings as SuiteSettings
 
-    names = (BASE, *METHODS) if methods is None else tuple(methods.replace(",", " ").split())
-    strange = [name for name in names if name not in (BASE, *METHODS)]
+    names = (BASE, *default_methods()) if methods is None else tuple(methods.replace(",", " ").split())
+    strange = [name for name in names if name != BASE and ":" not in name and not known(name)]
     if strange or methods == ",":
         raise ConfigError(f"--methods {' '.join(strange) or repr('')}: use {', '.join((BASE, *METHODS))}")
+    names = tuple(name if name == BASE else find(name).name for name in names)
     tried = None if factors == "auto" else () if factors == "none" else numbers("--factors", factors, float)
     chosen = tuple(filter(None, only.split(",")))
     return SuiteSettings(given, names, numbers("--seeds", seeds, int), tried, names=chosen, **others)

@@ -6,7 +6,7 @@ from peftlib.core import record as records
 from peftlib.core.errors import ConfigError
 from peftlib.core.paths import code_id
 from peftlib.core.study import Study
-from peftlib.methods import BASE, METHODS, find
+from peftlib.methods import BASE, default_methods, find
 from peftlib.train import sweep
 
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
@@ -19,7 +19,7 @@ class Settings:
     once more. minutes: 0 for no limit. address: of a Ray cluster, '' for this machine."""
 
     given: dict
-    methods: tuple = (BASE, *METHODS)
+    methods: tuple = (BASE, *default_methods())
     seeds: tuple = (0, 1, 2)
     factors: tuple | None = None
     rows: int = sweep.ROWS

@@ -1,23 +1,29 @@
 """What work costs before it is done: the methods on a card, and each run of a whole study."""
 
+import re
+
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.study import Study
-from peftlib.methods import BASE
+from peftlib.methods import BASE, METHODS, default_methods, find
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
 from peftlib.runner.suite_jobs import DONE
-from peftlib.train import estimate
+from peftlib.train import estimate, memory_model
 from peftlib.train.sweep import TRIALS
 
+_COLUMNS = ("method", "name", "projections that train", "bits", "trained", "GiB on a T4", "paper")
+_HOW = {"adapters": "by adapters", "galore": "by GaLore", "full": "whole", "apollo": "by APOLLO", "muon": "by Muon"}
+_PAPER = re.compile(r"arXiv:([0-9.]*[0-9])")
 _FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
 
 
-def plan_lines(gpu, given, study=None):
+def plan_lines(gpu, given, study=None, names=None):
     """Yield which method fits a GPU, in which micro-batch and for how long, as lines of text.
 
     gpu: a name in shapes.CARDS; None for the one here, or a t4, which is said. given: {field: value} of the config.
-    study: a Study whose config and data to plan for. ConfigError: an unknown GPU or setting, or a card on which no
-    method fits. ModelError: the model's shape cannot be had.
+    study: a Study whose config and data to plan for. names: of methods; None for those of a study.
+    ConfigError: an unknown GPU or setting, or a card on which no method fits. ModelError: the model's shape cannot be
+    had.
     """
     name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
     if gpu is None:
@@ -28,10 +34,42 @@ def plan_lines(gpu, given, study=None):
         is_large = card.gib > _FULL_PROFILE_GIB and card.precision == "bf16"
         cfg = resolve(**{"profile": "gpu" if is_large else "t4", **given})
     manifest = study.manifest() if study is not None and study.manifest_path.exists() else None
-    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
+    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names)
     if found.refusal:
         raise ConfigError(found.refusal)
     yield from found.lines()
+
+
+def method_lines(names=()):
+    """Yield a table of methods, by default all, as lines: what trains, how the base is held, memory, paper.
+
+    names: as methods.find has them. ConfigError: there is no such method.
+    """
+    rows = [_COLUMNS, *(_method_row(cost) for cost in method_costs(names))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield f"A study takes {', '.join(default_methods())} where no methods are named."
+    yield "Any other adapter of PEFT: peft:FILE.json with its adapter_config.json, on the NF4 base peft4:FILE.json."
+
+
+def method_costs(names=()):
+    """[estimate.Cost, ...] of methods, by default all, on a T4 with the profile t4's settings and model, 1B."""
+    name, card = find_card("t4")
+    cfg = resolve("t4")
+    return estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), names=names or tuple(METHODS)).costs
+
+
+def _method_row(cost):
+    spec, cfg = find(cost.method), resolve("t4")
+    shape = shape_of(cfg.model)
+    spec = spec.resolve(cfg, shape.layers)
+    trains = ", ".join(f"{len(leaves)} {_HOW.get(how, how)}" for how, leaves in spec.trains.items())
+    n_trained = "" if cost.refused else f"{memory_model.trained_numbers(shape, spec.name, cfg) / 1e6:,.2f} M"
+    bits = f"4 ({len(spec.four_bit)} of 7)" if spec.four_bit else "16"
+    memory = f"{cost.memory_gib:.2f}" if cost.fits else cost.mark
+    papers = " ".join(f"arXiv:{found}" for found in dict.fromkeys(_PAPER.findall(spec.description)))
+    return spec.name, spec.label, trains, bits, n_trained, memory, papers
 
 
 def lines(settings):
@@ -47,7 +85,8 @@ def lines(settings):
         )
     cfg, manifest = study.cfg, study.manifest()
     name, card = card_at_hand() or find_card("t4")
-    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest)
+    names = [method for method in settings.methods if method != BASE]
+    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names)
     hours_of = {cost.method: cost.hours for cost in found.costs}
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
     jobs, chosen = settings.jobs(study)

@@ -243,21 +243,21 @@ class Forecast:
         yield from self.notes()
 
 
-def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
+def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None, names=None):
     """The Forecast of a config on a card. card: shapes.Card. shape: of cfg.model. manifest: of the data, if they exist.
 
-    rows: speeds to go by, measured_rows() where not given.
+    rows: speeds to go by, measured_rows() where not given. names: of methods, by default those of a study.
     """
     precision = card.precision if cfg.precision == "auto" else cfg.precision
     gib = min(card.gib, cfg.memory_gib) if cfg.memory_gib else card.gib
     tokens = study_tokens(cfg, manifest)
     rows = measured_rows() if rows is None else rows
     costs = []
-    for method, spec in methods.METHODS.items():
+    for spec in map(methods.find, names or methods.default_methods()):
         refused, found, hours, size, how = "", None, None, 0.0, {"micro_batch": 0, "checkpointing": ""}
         try:
             spec = spec.resolve(cfg, shape.layers)
-            plan = memory_model.best_plan(shape, method, cfg, precision=precision, device_bytes=int(gib * GIB))
+            plan = memory_model.best_plan(shape, spec.name, cfg, precision=precision, device_bytes=int(gib * GIB))
             size, how = plan.total / GIB, {"micro_batch": plan.micro_batch, "checkpointing": plan.checkpointing}
             spec.require_ranks(cfg, shape.matrices)
         except ConfigError as error:
@@ -265,9 +265,9 @@ def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None):
         fits = not refused and plan.fits(int(gib * GIB))
         if fits:
             of = {"precision": precision, "length": cfg.max_length, "rows": rows, "spec": spec}
-            found = speed(card, shape, method, **how, **of)
+            found = speed(card, shape, spec.name, **how, **of)
             hours = tokens[0] / found.high / 3600, tokens[1] / found.low / 3600
-        costs.append(Cost(method, fits, size, *how.values(), found, hours, refused, spec.variant(vars(cfg))))
+        costs.append(Cost(spec.name, fits, size, *how.values(), found, hours, refused, spec.variant(vars(cfg))))
     return Forecast(cfg, card, card_name, gib, precision, costs, tokens)
 
 

@@ -44,7 +44,7 @@ def run_training(
 class TrainingRun:
     """One method and seed of a study. Building it loads and prepares the model; train() starts or resumes.
 
-    method: a name in peftlib.methods.METHODS. log: called with each line of progress; may be exchanged until train().
+    method: as methods.find has it. log: called with each line of progress; may be exchanged until train().
     StudyError: 01_data has not run. ConfigError: unknown method, rank too large, report_to names a package that is not
     installed, or processes that have no GPU or differ. Of the processes that a launcher started for one run, the main
     one alone logs, is watched, holds the lock and writes. ParallelError: another one has failed.
@@ -54,12 +54,12 @@ class TrainingRun:
     record: dict[str, Any]
 
     def __init__(self, study: Study, method: str, *, log: Callable[[str], object] = print):
-        self._given, self.study = study, study.with_rates_of(method)
-        self.cfg, self.name, self.log = self.study.cfg, method, log
-        self.method = methods.find(method).resolve(self.cfg, shape_of(self.cfg.model).layers)
-        self.manifest = study.manifest()
-        self.weights_dir = study.weights_dir(method, self.cfg.seed)
-        folder, keep = study.checkpoint_dir(method, self.cfg.seed), self.cfg.save_total_limit
+        self.name = methods.find(method).name
+        self._given, self.study, self.log = study, study.with_rates_of(self.name), log
+        self.cfg, self.manifest = self.study.cfg, study.manifest()
+        self.method = methods.find(self.name).resolve(self.cfg, shape_of(self.cfg.model).layers)
+        self.weights_dir = study.weights_dir(self.name, self.cfg.seed)
+        folder, keep = study.checkpoint_dir(self.name, self.cfg.seed), self.cfg.save_total_limit
         self.checkpoints = CheckpointDir(folder, keep=keep, log=lambda line: self.log(line))
         loggers.require(self.cfg.report_to)
         self.device = resolve_device(self.cfg.device)
@@ -85,7 +85,6 @@ class TrainingRun:
         """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
 
         callbacks: callbacks.Callback objects that see the run while it trains, and may ask it to save and stop.
-
         A finished run is not repeated: its weights are loaded and its record is returned.
         NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale could cure it; that step changed
         nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint was made with other
@@ -127,6 +126,7 @@ class TrainingRun:
 
     def _begin(self):
         self._given.freeze()
+        methods.keep(self.name, self.study.folder)
         return self.finished_record()
 
     def finished_record(self):

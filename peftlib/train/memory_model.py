@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from peftlib import methods
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
+from peftlib.models.adapters import UNFUSED_LORA, Size, adapter_size
 from peftlib.models.inspect import PROJECTIONS
 from peftlib.optim.sums import GATHERED
 from peftlib.train.parallel.processes import n_processes
@@ -89,7 +90,7 @@ def estimate(
     tokens = micro_batch * cfg.max_length
     kept, backward, loss = _activations(shape, tokens, precision, is_compiled, chunk, bool(counts.whole))
     casts = counts.casts()
-    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) + casts
+    kept = kept * (_CHEAP_KEPT if is_cheap else 1.0) * counts.size.kept + casts
     recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
     wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
     held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
@@ -193,12 +194,19 @@ class _Counts:
         method = methods.find(method).resolve(cfg, shape.layers)
         self.moment_bytes = cfg.moment_bits // 8
         self.whole = {kind: shape.all_matrices(names) for kind, names in method.trains.items()}
-        self.adapter_numbers = cfg.lora_rank * sum(map(sum, self.whole.pop("adapters", ())))
+        adapters = self.whole.pop("adapters", ())
+        self.adapter_numbers = cfg.lora_rank * sum(map(sum, adapters))
+        self.adapter_numbers += cfg.lora_use_dora * sum(rows for rows, _ in adapters)
+        kept = UNFUSED_LORA.kept if adapters and cfg.lora_use_dora else 1.0
+        self.size = Size(self.adapter_numbers, self.adapter_numbers, kept, 0.0)
+        if method.is_counted:
+            self.size = _counted(shape, method, cfg)
+            self.adapter_numbers = self.size.trained
         self.four_bit = shape.all_matrices(method.four_bit)
 
     def weights(self):
         """Embedding, projections in the form they are held in, adapters."""
-        total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.adapter_numbers
+        total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.size.held
         is_light = "galore" in self.whole and self.cfg.galore_weights == "bf16"
         in_all, in_four = (sum(map(math.prod, kind)) for kind in (self.shape.all_matrices(PROJECTIONS), self.four_bit))
         trained = 0 if is_light else sum(map(math.prod, itertools.chain(*self.whole.values())))
@@ -206,13 +214,15 @@ class _Counts:
         return total + 2 * (in_all - in_four) + 2 * trained + (0.5 + 1 / 64 + 4 / 64) * in_four
 
     def casts(self):
-        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass.
+        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass, or of what an
+        adapter makes of the matrices.
 
         Seen for GaLore; assumed for full and apollo.
         """
         if "galore" in self.whole and self.cfg.galore_weights == "bf16":
             return 0
-        return 2 * sum(map(math.prod, itertools.chain(*self.whole.values()))) // self.shape.layers
+        copies = self.size.copies * sum(map(math.prod, self.shape.matrices(PROJECTIONS)))
+        return int(2 * copies) + 2 * sum(map(math.prod, itertools.chain(*self.whole.values()))) // self.shape.layers
 
     def sums(self):
         """What a step sums over its passes: gradients, GaLore's projected ones."""
@@ -242,6 +252,17 @@ class _Counts:
                 else:
                     total += {"muon": 4, "full": 2}[kind] * short * long  # float32 momentum, or moments in 8 bits
         return total
+
+
+_COUNTED: dict = {}  # what `_counted` has found: some kinds take seconds
+
+
+def _counted(shape, method, cfg):
+    """The adapters.Size of a method's adapter. ConfigError: the adapter does not fit the model."""
+    key = (shape, method.name, cfg.model, *(getattr(cfg, name) for name in method.settings))
+    if key not in _COUNTED:
+        _COUNTED[key] = adapter_size(shape, lambda model: method.prepare(model, cfg))
+    return _COUNTED[key]
 
 
 def _activations(shape, tokens, precision, is_compiled, chunk, trains_whole):

@@ -14,6 +14,7 @@ from peftlib import methods
 from peftlib.core.errors import ConfigError, PeftlibError
 from peftlib.core.files import GIB
 from peftlib.models import compile as compiled
+from peftlib.models.adapters import adapter_path
 from peftlib.models.inspect import core
 from peftlib.models.kernels.attention import choose_kernel, use_kernel
 from peftlib.models.layers import checkpoint_layers
@@ -91,12 +92,14 @@ class ExecutionPlan:
     def facts(self):
         """What the record holds of it."""
         failed = {"compile_error": self.compile_error} if self.compile_error else {}
+        path = adapter_path(self.model)
         return {
             "micro_batch_size": self.micro_batch_size,
             "activation_checkpointing": self.cfg.activation_checkpointing,
             "recomputed_layers": self.recomputed,
             "is_compiled": self.is_compiled,
             **failed,
+            **({"adapter_path": path} if path else {}),
             "attention": self.attention or "masks",
             "is_graphed": self.is_graphed,
             "captured_lengths": self.captured,

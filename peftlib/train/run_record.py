@@ -58,6 +58,7 @@ def describe(run):
         f"peak rate {shown}, {run.precision} ({run.precision_reason}), {run.record['device']}"
     )
     run.record["processes"] = run.processes.world
+    run.record["peft_config"] = run.method.peft_config
     if run.processes.world > 1:
         held = "moments of projected weights are divided among them" if run.optimizer.shares_state() else ""
         run.log(

@@ -51,6 +51,7 @@ def sweep(
     if factors is not None and (not factors or min(factors) <= 0):
         raise ConfigError(f"factors={factors!r}: use positive numbers")
     study.freeze()
+    method = methods.keep(method, study.folder)
     steps = max(1, rows // cfg.batch_size)
     tried: list[dict[str, Any]] = []
     for point in _search(cfg, fields, tried) if factors is None else [(factor,) for factor in factors]:

@@ -25,7 +25,7 @@ def test_a_t4_gets_every_method_with_hours_that_are_marked_as_estimates():
     said = list(plan_lines("T4", {}))
     assert said[0].startswith("google/gemma-3-1b-it on a t4: 14.6 GiB, fp16, rows of up to 1024 tokens, 16 a step")
     found = rows_of(said)
-    assert list(found) == list(methods.METHODS)
+    assert list(found) == list(methods.default_methods())
     assert all(cells[1] == "yes" and cells[-1] == "estimate" and " to " in cells[-2] for cells in found.values())
     text = "\n".join(said)
     assert "65 TFLOPS, 320 GB/s" in text and "no data yet" in text and "NVIDIA H200" in text
@@ -35,7 +35,7 @@ def test_memory_and_micro_batch_are_the_planners():
     cfg = config.resolve("gpu")
     how = {"precision": "bf16", "device_bytes": int(CARDS["l4"].gib * plan.GIB)}
     found = rows_of(plan_lines("l4", {}))
-    for method in methods.METHODS:
+    for method in methods.default_methods():
         best = plan.best_plan(SHAPES["gemma-3-1b"], method, cfg, **how)
         assert found[method][2:5] == [f"{best.total / plan.GIB:.2f}", str(best.micro_batch), best.checkpointing]
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from peftlib import methods
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, NonFiniteLossError
 from peftlib.models.inspect import trainable
@@ -80,8 +79,8 @@ LEAVES = {
 }
 SLOW = pytest.mark.slow
 CASES = [
-    *(pytest.param(m, "fp32", 4, marks=() if m in ("galore", "full") else SLOW) for m in methods.METHODS),
-    *(pytest.param(m, "bf16", 3, marks=() if m == "hybrid" else SLOW) for m in methods.METHODS),
+    *(pytest.param(m, "fp32", 4, marks=() if m in ("galore", "full") else SLOW) for m in LEAVES),
+    *(pytest.param(m, "bf16", 3, marks=() if m == "hybrid" else SLOW) for m in LEAVES),
     pytest.param("qlora", "fp32", 6),  # the last step
 ]
 
