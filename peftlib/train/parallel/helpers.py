@@ -79,15 +79,13 @@ class _Helper:
     """Process `rank` of n. As a context manager it is gone in the end."""
 
     def __init__(self, run, rank, n):
-        self._rank, self._n, self._said, self._grace_s = rank, n, tempfile.TemporaryFile(), 0.0
-        threads = {} if run.device == "cuda" else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n))}
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)}
-        how = {"stdout": self._said, "stderr": subprocess.STDOUT, "start_new_session": True}  # interrupts are the kernel's
-        given = [str(run.study.folder), asdict(run.cfg), run.name]
-        command = [sys.executable, "-m", __name__, json.dumps(given)]
-        self._process = subprocess.Popen(
-            command, env={**threads, **os.environ, **place}, stdin=subprocess.DEVNULL, **how
-        )
+        self._rank, self._n, self._grace_s = rank, n, 0.0
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - __exit__ closes it
+        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n))} if run.device == "cpu" else {}
+        env |= os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", __name__, json.dumps([str(run.study.folder), asdict(run.cfg), run.name])]
+        how = {"stdin": subprocess.DEVNULL, "stdout": self._said, "stderr": subprocess.STDOUT, "env": env}
+        self._process = subprocess.Popen(command, **how, start_new_session=True)  # interrupts are for the main one
 
     def await_in(self, words):
         """Wait until it has joined."""

@@ -102,7 +102,7 @@ def words_of(store):
 
 
 class Processes(OneProcess):
-    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'. outlives: as in `join`."""
+    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'. outlives: see `join`."""
 
     def __init__(self, device, *, outlives=False):
         import torch
