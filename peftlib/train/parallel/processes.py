@@ -16,6 +16,7 @@ import psutil
 
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, ParallelError
+from peftlib.train.parallel.alone import OneProcess
 
 _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 1.0
@@ -23,42 +24,6 @@ _GRACE_S = 10.0  # for a process whose exchange cannot come to an end, after whi
 _HEARD_S = 5.0  # in which all others have heard why the main process fails
 _GONE = "process 0 is gone, the main one"
 _LEAVE_S = 60.0  # that a process stays for the main one to write its record: the launcher kills it when the first ends
-
-
-class OneProcess:
-    """A run in this process alone: everything that several processes agree on is its own word."""
-
-    rank, world = 0, 1
-    is_main = True
-    bytes_exchanged = 0  # handed to the group by this process, in all
-
-    def sum_(self, tensor):
-        """Replace a tensor by its sum over all processes."""
-
-    def broadcast_(self, tensors, source=0):
-        """Replace tensors by those of one process."""
-
-    def from_main(self, call):
-        """What `call` returns in the main process, a JSON value; it runs there alone."""
-        return call()
-
-    @contextlib.contextmanager
-    def main_first(self):
-        """The main process goes through first: what it downloads or writes the others find."""
-        yield
-
-    def require_alike(self, facts):
-        """ConfigError where {name: value} of two processes differ."""
-
-    @contextlib.contextmanager
-    def together(self):
-        """Within it the failure of one process ends the others with its reason; nobody leaves before the main one."""
-        yield
-
-    def require(self):
-        """ParallelError: another process has failed."""
-
-
 _JOINED: dict = {}  # the group of this process, once it has joined
 
 
