@@ -112,6 +112,7 @@ class Config:
     )
     compile: str = setting("auto", "run", "torch.compile by layer; auto: where it pays", choices=("auto", "on", "off"))
     cuda_graphs: str = setting("auto", "run", "CUDA graphs for steps; auto: without masks", choices=("auto", "off"))
+    processes: int = setting(0, "run", "that train a notebook's run together; 0: one for each GPU", low=0, high=64)
     shard_optimizer: bool = setting(False, "run", "GaLore's moments divided among the processes of a run")
     memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
     max_seconds: float = setting(0.0, "run", "wall clock of a training call, then save and stop; 0: no limit", low=0.0)

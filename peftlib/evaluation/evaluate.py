@@ -146,9 +146,8 @@ def _new_record(study, name, model):
     """A finished record without any training."""
     device = resolve_device(study.cfg.device)
     _, precision, reason = evaluation_dtype(device)
-    base = identity.provenance_of(study.cfg.model, study.records(), study=study.folder.name)
     how = {"device": device, "precision": precision, "precision_reason": reason}
-    record = {**records.new_record(study, name, provenance=base, **how), "status": "ok"}
+    record = {**identity.new_record(study, name, **how), "status": "ok"}
     if model is not None:
         record |= {"seed": 0, "config": {}, **model.record_fields()}
         del record["run_hash"]  # of settings, which are not known

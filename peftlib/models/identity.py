@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peftlib.core import record as records
 from peftlib.core.errors import ModelError
 from peftlib.core.files import sha256, write_text
 from peftlib.models.locate import hub_errors, locate, weight_paths
@@ -51,16 +52,18 @@ def base_facts(model, *, is_local=False):
     return {"model_sha256": digest, "model_revision": revision}
 
 
-def provenance_of(model, records, *, study):
-    """{'model_provenance', 'model_sha256', 'model_revision'} of a config's `model`, for a new record.
+def new_record(study, method, **how):
+    """core.record.new_record with the provenance of the study's model. how: device, precision, precision_reason.
 
-    records: of the study's other runs. study: its name, for messages.
-    ModelError: another run was made with another base model of this name, or see base_facts.
+    ModelError: another run of the study was made with another base model of this name, or see base_facts.
     """
-    for other in records:
+    model = study.cfg.model
+    for other in study.records():
         if other.get("model_sha256") and other.get("model") == model:
-            require_base(other, model, what=f"{other['method']} (seed {other['seed']}) in study {study}")
-    return {"model_provenance": locate(model)[1], **base_facts(model)}
+            what = f"{other['method']} (seed {other['seed']}) in study {study.folder.name}"
+            require_base(other, model, what=what)
+    provenance = {"model_provenance": locate(model)[1], **base_facts(model)}
+    return records.new_record(study, method, provenance=provenance, **how)
 
 
 def require_base(kept, model, *, what, log=print, error=ModelError, is_local=False):

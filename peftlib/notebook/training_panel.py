@@ -15,6 +15,7 @@ from peftlib.report.chart import image
 from peftlib.report.palette import LIGHT, THEMES
 from peftlib.report.render import folded, plain
 from peftlib.train.callbacks import Callback, clock
+from peftlib.train.parallel.helpers import helping
 
 _SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
 _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
@@ -27,12 +28,14 @@ _STOP = "To stop, interrupt the kernel: it saves a checkpoint first, and this ce
 def train_live(run):
     """Train as run.train() does, with a live panel where somebody looks on; returns the record. run: a TrainingRun.
 
-    Errors as in TrainingRun.train.
+    It trains on all GPUs that are like the first, or on run.cfg.processes of them. Errors as in TrainingRun.train, and
+    ParallelError: a process on another GPU could not start.
     """
-    if not is_watched():
-        return run.train()
-    with Panel(run) as panel:
-        return run.train([panel])
+    with helping(run):
+        if not is_watched():
+            return run.train()
+        with Panel(run) as panel:
+            return run.train([panel])
 
 
 class Panel(Callback):

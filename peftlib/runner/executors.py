@@ -49,7 +49,7 @@ class Local:
 
     def ended(self):
         if time.monotonic() > self._kill_at:
-            self._kill()
+            self.close()
         done = [name for name, (process, *_) in self._running.items() if process.poll() is not None]
         return [self._ending(name, *self._running.pop(name)) for name in done]
 
@@ -57,8 +57,8 @@ class Local:
         self._free.append(worker)
         with said:
             said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
-            lines = [line for line in said.read().decode("utf-8", errors="replace").split("\n") if line.strip()]
-        return Ending(name, process.returncode, lines[-1] if lines else "", time.monotonic() - started)
+            lines = said.read().decode("utf-8", errors="replace").strip().split("\n")
+        return Ending(name, process.returncode, lines[-1], time.monotonic() - started)
 
     def avoid(self, node):
         return False
@@ -68,13 +68,11 @@ class Local:
         for process, *_ in self._running.values():
             process.terminate()
 
-    def _kill(self):
+    def close(self):
         for process, *_ in self._running.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # the compiler's helpers too
             process.wait()
-
-    close = _kill
 
 
 class Ray:
@@ -88,14 +86,13 @@ class Ray:
     def __init__(self, cfg, settings):
         try:
             import ray
+
+            ray.init(address=settings.address, log_to_driver=False)
         except ImportError:
             raise ConfigError("--executor ray needs Ray, which is not here: pip install 'peftlib[cluster]'") from None
-        try:
-            ray.init(address=settings.address, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
-            raise ConfigError(
-                f"--address {settings.address}: no Ray cluster ({error}); `ray start --head` starts one"
-            ) from None
+            how = f"no Ray cluster ({error}); `ray start --head` starts one"
+            raise ConfigError(f"--address {settings.address}: {how}") from None
         self._ray, self._running, self._avoided = ray, {}, set()
         self._kind, has = "CPU" if cfg.device == "cpu" else "GPU", ray.cluster_resources()
         if not has.get(self._kind):
@@ -115,9 +112,8 @@ class Ray:
         self._running[self._task.options(name=name, **self._how, **apart).remote(words, self._environment)] = name
 
     def ended(self):
-        done, _ = (
-            self._ray.wait([*self._running], num_returns=len(self._running), timeout=0) if self._running else ([], 0)
-        )
+        tasks = [*self._running]
+        done = self._ray.wait(tasks, num_returns=len(tasks), timeout=0)[0] if tasks else []
         return [self._ending(task, self._running.pop(task)) for task in done]
 
     def _ending(self, task, name):
@@ -145,8 +141,7 @@ def _task(words, env):
     """On a node: what an Ending holds after the name. Ray cancels it by a KeyboardInterrupt."""
     import ray
 
-    local = Local([{name: value for name, value in env.items() if name not in os.environ}])
-    with contextlib.closing(local):
+    with contextlib.closing(Local([{name: value for name, value in env.items() if name not in os.environ}])) as local:
         local.start("", words)
         while not (ended := local.ended()):
             try:

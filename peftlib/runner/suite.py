@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 import time
-from operator import itemgetter
 
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, LockedError
@@ -40,23 +39,21 @@ def run(settings, *, log=print, why_stop=lambda: None):
     study = _with_data(settings, log)
     StudyLock(study.folder, "study run").require_free()
     executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(executor))
-        interrupted = stack.enter_context(interrupts())  # after Ray, which takes SIGTERM for itself
+    with contextlib.closing(executor), interrupts() as interrupted:  # Ray first, which takes SIGTERM for itself
         session = _Session(study, settings, executor, log)
-        stack.enter_context(session.shown())
-        while session.running or (reason is None and session.waiting()):
-            left_s = 60 * (settings.minutes or float("inf")) - GRACE_S - (time.monotonic() - started)
-            late = f"minutes={settings.minutes:g} are nearly over" if left_s < 0 else None
-            why = ("interrupted" if interrupted.is_set() else None) or why_stop() or late
-            if reason is None and why:
-                reason = why
-                log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is at work'}")
-                executor.stop()
-            elif left_s < _ROOM_S and not session.running:
-                break
-            session.step(is_cut=reason is not None, can_start=reason is None and left_s >= _ROOM_S)
-            time.sleep(0.2)
+        with session.shown():
+            while session.running or (reason is None and session.waiting()):
+                left_s = 60 * (settings.minutes or float("inf")) - GRACE_S - (time.monotonic() - started)
+                late = f"minutes={settings.minutes:g} are nearly over" if left_s < 0 else None
+                why = ("interrupted" if interrupted.is_set() else None) or why_stop() or late
+                if reason is None and why:
+                    reason = why
+                    log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is at work'}")
+                    executor.stop()
+                elif left_s < _ROOM_S and not session.running:
+                    break
+                session.step(is_cut=reason is not None, can_start=reason is None and left_s >= _ROOM_S)
+                time.sleep(0.2)
         return session.close(reason)
 
 
@@ -93,7 +90,7 @@ class _Session:
         for method in {job.method for job in self.all} - {BASE}:
             keep(method, study.folder)
         self.running, self.notes = {}, {}  # {name: its log}, {name: (status, last line)}
-        self._died, self._tried = {}, set()  # {name: why}, what is not started here again
+        self._died, self._tried = {}, set()  # {name: (status, why)}, what is not started here again
         self._restore_at = self._silent_at = 0.0
         self._look()
 
@@ -106,22 +103,18 @@ class _Session:
         adopt_sweeps(self.study, self.settings)
         self.states = {job.name: job.state() for job in self.all}
         owners = Claims(self.study.folder, log=self.log).owners()
-        self.notes = {name: note for name, note in self.notes.items() if name in self.running}
-        self.notes |= {
-            name: ("held", f"by {who}") for name, who in owners.items() if name in self.states.keys() - self.running
-        }
+        held = {name: ("held", f"by {who}") for name, who in owners.items() if name in self.states}
+        self.notes = held | {name: note for name, note in self.notes.items() if name in self.running}
         self.ready = [job for job in self.waiting() if job.name not in owners and job.is_ready()]
         self._look_at = time.monotonic() + _LOOK_S
 
     def waiting(self):
         """[Job, ...] that are still to be done, by this command or another's."""
-        over = (DONE,) if self.settings.is_again else (DONE, FAILED)
+        over = {DONE} if self.settings.is_again else {DONE, FAILED}
         left = [job for job in self.chosen if self.states[job.name][0] not in over]
         vain = {job.method for job in left if job.is_sweep and job.name in self._tried}
-        own = self.running.keys() | self._tried
-        return [
-            job for job in left if job.name not in own and (job.is_sweep or job.method not in vain or job.is_ready())
-        ]
+        left = [job for job in left if job.name not in self._tried and job.name not in self.running]
+        return [job for job in left if job.is_sweep or job.method not in vain or job.is_ready()]
 
     def step(self, *, is_cut, can_start):
         """Start what can be, pass on what was said, take in what has ended."""
@@ -131,9 +124,7 @@ class _Session:
             job = self.ready.pop(0)
             path = self.study.folder / "logs" / f"{job.name}.log"
             path.parent.mkdir(exist_ok=True)
-            path.touch()
-            self.running[job.name] = path.open(encoding="utf-8", errors="replace")
-            self.running[job.name].seek(0, os.SEEK_END)
+            self.running[job.name] = path.open("a+", encoding="utf-8", errors="replace")  # at its end
             self._tell(f"{job.name} starts")
             self.executor.start(job.name, job.words())
         for name in self.running:
@@ -148,9 +139,8 @@ class _Session:
         from rich.live import Live
         from rich.text import Text
 
-        if not sys.stdout.isatty():  # it gets lines
-            return contextlib.nullcontext()
-        return Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
+        seen = Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
+        return seen if sys.stdout.isatty() else contextlib.nullcontext()  # which gets lines
 
     def _pass_on(self, name):
         for line in self.running[name].read().splitlines():
@@ -177,29 +167,29 @@ class _Session:
             self._tried.add(name)
             if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
                 how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                self._died[name] = f"{how}: {ending.last or 'no word'}"
+                self._died[name] = "died", f"{how}: {ending.last or 'no word'}"
 
     def close(self, reason):
         """Report and table; the exit code."""
         self._look()
-        if not reason and self.settings.has_report and {*map(itemgetter(0), self.states.values())} <= {DONE, FAILED}:
+        if not reason and self.settings.has_report and all(s in (DONE, FAILED) for s, _ in self.states.values()):
             from peftlib import build_report
 
             with contextlib.suppress(LockedError), Claims(self.study.folder, log=self.log).take("report"):
                 self.log(f"report of {self.study.folder.name}")
                 build_report(self.study)
-        died = {name: why for name, why in self._died.items() if self.states[name][0] != DONE}
-        for line in table(self.states | self.notes | {name: ("died", why) for name, why in died.items()}):
-            self.log(line)
-        status = {job.name: self.states[job.name][0] for job in self.chosen}
-        failed = [name for name in status if status[name] == FAILED or name in died]
-        left = [name for name in status if status[name] not in (DONE, FAILED)]
-        if failed:
-            self.log(f"failed: {', '.join(failed)}; --again tries them once more")
-        if left:
-            self.log(f"left: {', '.join(left)}; the same command goes on")
+        status = {name: state for name, (state, _) in self.states.items()}
+        died = {name: why for name, why in self._died.items() if status[name] != DONE}
+        names = [job.name for job in self.chosen]
+        failed = [name for name in names if status[name] == FAILED or name in died]
+        left = [name for name in names if status[name] not in (DONE, FAILED)]
+        told = [*table(self.states | self.notes | died)]
+        told += [f"failed: {', '.join(failed)}; --again tries them once more"] if failed else []
+        told += [f"left: {', '.join(left)}; the same command goes on"] if left else []
         if not failed and not left:
-            self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
+            told.append("all is done" if len(names) == len(status) else "all that was chosen is done")
+        for line in told:
+            self.log(line)
         return 1 if failed else STOPPED_CODE if left else 0
 
 

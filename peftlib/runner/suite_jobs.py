@@ -1,5 +1,6 @@
 """The runs of a whole study: which there are, how far each is, and the command that does it."""
 
+import re
 from dataclasses import dataclass
 
 from peftlib.core import record as records
@@ -40,10 +41,10 @@ class Settings:
         jobs = [Job(study, self, method, is_sweep=True) for method in trained if self.factors != ()]
         jobs += [Job(study, self, BASE)] if BASE in self.methods else []
         jobs += [Job(study, self, method, seed) for seed in self.seeds for method in trained]
-        unknown = [name for name in self.names if not any(name in (job.name, job.method) for job in jobs)]
+        unknown = {*self.names} - {name for job in jobs for name in (job.name, job.method)}
         if unknown:
             known = ", ".join(job.name for job in jobs)
-            raise ConfigError(f"--only {','.join(unknown)} means no run here: use {known}")
+            raise ConfigError(f"--only {','.join(sorted(unknown))} means no run here: use {known}")
         chosen = [job for job in jobs if not self.names or {job.name, job.method} & {*self.names}]
         swept = {job.method for job in chosen}
         return jobs, [job for job in jobs if job in chosen or (job.is_sweep and job.method in swept)]
@@ -59,10 +60,7 @@ class Job:
     seed: int = 0
     is_sweep: bool = False
 
-    @property
-    def name(self):
-        """Such as sweep-galore or galore-s1."""
-        return f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}"
+    name = property(lambda self: f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}")
 
     def words(self):
         """The words after `peftlib` that do this job on any machine: settings are named where the study has others."""
@@ -87,36 +85,35 @@ class Job:
 
     def state(self):
         """(one of this module's words, steps and minutes or the reason of a failure), read from the study's folder."""
-        if self.is_sweep:
-            found = self.swept()
-            return (DONE, f"{found['steps']} steps, {sweep.verdict(found)}") if found else (OPEN, "")
-        record = records.load(self.study, self.method, self.seed)
-        if record is None:
+        found = self.swept() if self.is_sweep else records.load(self.study, self.method, self.seed)
+        if found is None:
             return OPEN, ""
-        if record["status"] == "failed":
-            return FAILED, record["error"] or ""
-        trained = f"step {record['steps'] or 0} of {record['planned_steps'] or '?'}"
-        trained = "" if self.method == BASE else f"{trained}, trained {(record['train_seconds'] or 0) / 60:.1f} min"
-        if record["status"] != "ok":
-            return STOPPED, trained
-        if record["evaluation"] and self.study.predictions_path(self.method, self.seed).exists():
-            return (
-                DONE,
-                f"{trained}, answered {(record['evaluation'].get('generate_seconds') or 0) / 60:.1f} min".strip(", "),
-            )
-        failure = record.get("evaluation_error")
-        return (FAILED, f"evaluation: {failure}") if failure else (TRAINED, f"{trained}, not evaluated yet")
+        if self.is_sweep:
+            return DONE, f"{found['steps']} steps, {sweep.verdict(found)}"
+        if found["status"] == "failed":
+            return FAILED, found["error"] or ""
+        minutes = f"trained {(found['train_seconds'] or 0) / 60:.1f} min"
+        told = (
+            "" if self.method == BASE else f"step {found['steps'] or 0} of {found['planned_steps'] or '?'}, {minutes}"
+        )
+        if found["status"] != "ok":
+            return STOPPED, told
+        done = found["evaluation"]
+        if done and self.study.predictions_path(self.method, self.seed).exists():
+            return DONE, f"{told}, answered {(done.get('generate_seconds') or 0) / 60:.1f} min".removeprefix(", ")
+        failure = found.get("evaluation_error")
+        return (FAILED, f"evaluation: {failure}") if failure else (TRAINED, f"{told}, not evaluated yet")
 
 
 def job_named(study, settings, name):
     """The Job of such a name. ConfigError: no run is called so."""
-    is_sweep = name.startswith("sweep-")
-    method, _, seed = (name.removeprefix("sweep-"), "", "0") if is_sweep else name.rpartition("-s")
-    if not (method and seed.isdecimal()):
+    found = re.fullmatch(r"sweep-(.+)|(.+)-s(\d+)", name)
+    if not found:
         raise ConfigError(f"{name!r} is no run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
+    method = found[1] or found[2]
     if method != BASE:
         find(method)
-    return Job(study, settings, method, int(seed), is_sweep)
+    return Job(study, settings, method, int(found[3] or 0), bool(found[1]))
 
 
 def adopt_sweeps(study, settings):
@@ -131,6 +128,5 @@ def adopt_sweeps(study, settings):
 
 def table(states):
     """Yield {run: (status, detail)} as lines."""
-    yield f"{'run':<18} {'status':<8}"
-    for name, (status, detail) in states.items():
+    for name, (status, detail) in {"run": ("status", ""), **states}.items():
         yield f"{name:<18} {status:<8} {detail[:120]}".rstrip()

@@ -3,7 +3,7 @@
 import re
 
 from peftlib.core.config import resolve
-from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
 from peftlib.methods import BASE, METHODS, default_methods, find
 from peftlib.models.shapes import card_at_hand, find_card, shape_of
@@ -14,7 +14,6 @@ from peftlib.train.sweep import TRIALS
 _COLUMNS = ("method", "name", "projections that train", "bits", "trained", "GiB on a T4", "paper")
 _HOW = {"adapters": "by adapters", "galore": "by GaLore", "full": "whole", "apollo": "by APOLLO", "muon": "by Muon"}
 _PAPER = re.compile(r"arXiv:([0-9.]*[0-9])")
-_FULL_PROFILE_GIB = 17  # the line that core.env.profile_for_hardware draws
 
 
 def plan_lines(gpu, given, study=None, names=None):
@@ -28,12 +27,9 @@ def plan_lines(gpu, given, study=None, names=None):
     name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
     if gpu is None:
         yield f"no --gpu given: planned for a {name}"
-    if study is not None:
-        cfg = study.cfg.replace(**{field: value for field, value in given.items() if field != "profile"})
-    else:
-        is_large = card.gib > _FULL_PROFILE_GIB and card.precision == "bf16"
-        cfg = resolve(**{"profile": "gpu" if is_large else "t4", **given})
-    manifest = study.manifest() if study is not None and study.manifest_path.exists() else None
+    own = {field: value for field, value in given.items() if field != "profile"}
+    cfg = study.cfg.replace(**own) if study else resolve(**{"profile": "gpu", **given})  # t4 asks for the same rows
+    manifest = study.manifest() if study and study.manifest_path.exists() else None
     found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names)
     if found.refusal:
         raise ConfigError(found.refusal)
@@ -75,33 +71,22 @@ def _method_row(cost):
 def lines(settings):
     """Yield the runs of a study with the time that training takes and their status, then the total of what is left.
 
-    settings: suite.Settings. StudyError: the study has no data yet. ModelError: the model's shape cannot be had.
+    settings: suite_jobs.Settings. StudyError: the study has no data yet. ModelError: the model's shape cannot be had.
     """
     study = Study.resolve(**settings.given)
-    if not study.manifest_path.exists():
-        raise StudyError(
-            f"--dry-run counts the rows of study {study.cfg.study!r}, which has no data yet: the command without "
-            "--dry-run builds them first, and so does `python -m peftlib data` with the same --study, --source and -p"
-        )
-    cfg, manifest = study.cfg, study.manifest()
-    name, card = card_at_hand() or find_card("t4")
+    cfg, manifest, (name, card) = study.cfg, study.manifest(), card_at_hand() or find_card("t4")
     names = [method for method in settings.methods if method != BASE]
-    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names)
-    hours_of = {cost.method: cost.hours for cost in found.costs}
+    costs = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names).costs
+    hours_of = {BASE: (0.0, 0.0)} | {cost.method: cost.hours for cost in costs}
     n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
     jobs, chosen = settings.jobs(study)
-    low_s = high_s = 0.0
+    left, words = [(0.0, 0.0)], lambda low, high: estimate.duration(low, high) if high else "none"
     yield f"{'run':<18} {'training':<18}  now"
     for job in jobs:
-        status = job.state()[0]
         n_trials = TRIALS if settings.factors is None else len(settings.factors)  # at most
         times = 3600 * (n_trials * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
-        hours, words = hours_of.get(job.method), "none" if job.method == BASE else "does not fit"
-        if hours:
-            low, high = (times * end for end in hours)
-            words = estimate.duration(low, high)
-            is_left = job in chosen and status != DONE
-            low_s, high_s = low_s + low * is_left, high_s + high * is_left
-        yield f"{job.name:<18} {words:<18}  {status}"
-    total = estimate.duration(low_s, high_s) if high_s else "none"
+        status, seconds = job.state()[0], [times * end for end in hours_of[job.method] or ()]
+        left += [seconds] if seconds and job in chosen and status != DONE else []
+        yield f"{job.name:<18} {words(*seconds) if seconds else 'does not fit':<18}  {status}"
+    total = words(*map(sum, zip(*left, strict=True)))
     yield f"left: {total} of training on a {name}, one run at a time; answering the test rows comes on top"

@@ -11,18 +11,19 @@ import socket
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 import psutil
 from filelock import FileLock
 
 from peftlib.core import record as records
 from peftlib.core.env import output_root, resolve_device, training_precision
-from peftlib.core.errors import LockedError, NodeError, PeftlibError, Stopped, StudyError, writing
+from peftlib.core.errors import LockedError, NodeError, PeftlibError, Stopped, StudyError
 from peftlib.core.paths import code_id
 from peftlib.core.study import Study
 from peftlib.methods import BASE
 from peftlib.runner.console import ERROR_CODE, STOPPED_CODE, say
-from peftlib.runner.suite_jobs import DONE, Job, adopt_sweeps, job_named
+from peftlib.runner.suite_jobs import DONE, FAILED, adopt_sweeps, job_named
 from peftlib.storage.claims import Claims
 from peftlib.storage.lock import StudyLock, claimed
 from peftlib.storage.mirror import open_mirror
@@ -31,7 +32,6 @@ from peftlib.train.sweep import sweep
 FAILED_CODE = 1  # the run's record says why
 NODE_CODE = 69  # this machine cannot do it, another can (EX_UNAVAILABLE)
 NOT_NOW_CODE = 75  # another worker has it, or its sweep is not done: the same command later (EX_TEMPFAIL)
-_CODES = {LockedError: NOT_NOW_CODE, NodeError: NODE_CODE}
 
 
 def main(settings, name, *, code="", data="", is_attended=False):
@@ -46,14 +46,17 @@ def main(settings, name, *, code="", data="", is_attended=False):
     with contextlib.ExitStack() as stack:
         try:
             job_named(None, settings, name)  # before it names a file
-            with _storing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                out = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
             log = lambda line: (say(line), out.write(f"{line}\n"))  # noqa: E731
             return perform(settings, name, code=code, data=data, log=log)
+        except (NodeError, OSError) as error:  # what disks do to a training is in its record
+            why = error if isinstance(error, NodeError) else f"cannot write to the store: {error}"
+            log(f"NodeError: {socket.gethostname()} {why}")
+            return NODE_CODE
         except PeftlibError as error:
             log(f"{type(error).__name__}: {error}")
-            return _CODES.get(type(error), ERROR_CODE)
+            return NOT_NOW_CODE if isinstance(error, LockedError) else ERROR_CODE
         except Exception:  # noqa: BLE001 - the log keeps it, and other runs go on
             log(traceback.format_exc())
             return FAILED_CODE
@@ -65,18 +68,15 @@ def perform(settings, name, *, code="", data="", log=print):
     settings.given: the study's name, and settings that this run has beside the study's. name: such as galore-s1.
     code, data: what code_id() and the rows' split_hash have to be; '' for anything.
     LockedError: another worker is at it, a session has the study, or the run's sweep is not done. NodeError: this
-    machine has other code or rows, no GPU, or cannot write to the store. StudyError: nothing can be written.
+    machine has other code or rows, or no GPU. OSError: it cannot write to the store.
     """
     if code not in ("", code_id()):
-        raise _node_error(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
-    with contextlib.ExitStack() as stack:
-        folder = output_root() / settings.given["study"]
-        with _storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".restore.lock"):  # several runs may start here at once
-                mirror = open_mirror(folder, runs=(name,), log=log)
-            claim = stack.enter_context(Claims(folder, log=log).take(name))
-        stack.enter_context(claimed(folder, name, claim.require))
+        raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
+    folder = output_root() / settings.given["study"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".restore.lock"):  # several runs may start here at once
+        mirror = open_mirror(folder, runs=(name,), log=log)
+    with Claims(folder, log=log).take(name) as claim, claimed(folder, name, claim.require):
         StudyLock(folder, name).require_free()
         if mirror is not None:
             mirror.restore((name,))  # what the claim's last holder has done
@@ -90,43 +90,29 @@ def perform(settings, name, *, code="", data="", log=print):
         log(f"{name} starts on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
         ended = _do(job, log)
         if mirror is not None and not mirror.flush():
-            raise _node_error(mirror.state())
+            raise NodeError(mirror.state())
         return ended
-
-
-def _node_error(why):
-    return NodeError(f"{socket.gethostname()} {why}")
-
-
-@contextlib.contextmanager
-def _storing(path):
-    """NodeError for what a disk or remote refuses."""
-    try:
-        with writing(path):
-            yield
-    except OSError as error:
-        raise _node_error(f"cannot write to the store: {error}") from error
 
 
 def _job(folder, settings, name, data):
     """The Job with this machine's settings."""
     if not (folder / "config.json").exists():
         place = "PEFTLIB_ROOT to the folder that all machines share, or PEFTLIB_MIRROR to the study's store"
-        raise _node_error(f"has no study {folder.name!r} in {folder.parent}: set {place}")
+        raise NodeError(f"has no study {folder.name!r} in {folder.parent}: set {place}")
     study = Study.existing(folder.name)
     found = study.manifest()["split_hash"]
     if data not in ("", found):
-        raise _node_error(f"has rows of the hash {found} in {folder}, the command asks for {data}: remove that folder")
+        raise NodeError(f"has rows of the hash {found} in {folder}, the command asks for {data}: remove that folder")
     job = job_named(study, settings, name)
     cfg = study.cfg.replace(**settings.given, seed=job.seed)
     if cfg.device == "auto" and resolve_device("auto") == "cpu":
-        raise _node_error("has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p device=cpu")
+        raise NodeError("has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p device=cpu")
     if settings.at_once > 1 and cfg.device != "cpu" and not cfg.memory_gib:
         import torch
 
         whole_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         cfg = cfg.replace(memory_gib=0.95 * whole_gib / settings.at_once)  # the rest is for the driver
-    return Job(Study(folder, cfg), settings, job.method, job.seed, job.is_sweep)
+    return replace(job, study=Study(folder, cfg))
 
 
 def _do(job, log):
@@ -136,13 +122,13 @@ def _do(job, log):
     from peftlib.train.loop import TrainingRun
     from peftlib.train.placement import memory_cap
 
-    study, is_trained = job.study, job.method == BASE and not job.is_sweep
+    study, is_trained = job.study, job.method == BASE
     try:
         with memory_cap(study.cfg, resolve_device(study.cfg.device)):
             if job.is_sweep:
                 sweep(study, job.method, factors=job.settings.factors, rows=job.settings.rows, log=log)
                 return 0
-            if is_trained and (records.load(study, BASE, 0) or {}).get("status") == "failed":
+            if is_trained and job.state()[0] == FAILED:
                 study.record_path(BASE, 0).unlink()  # nothing of it can be resumed
             if not is_trained:
                 record = TrainingRun(study, job.method, log=log).train()
@@ -170,7 +156,7 @@ def _do(job, log):
 
 
 def _record_failure(job, error, is_trained):
-    from peftlib.models.identity import provenance_of
+    from peftlib.models.identity import new_record
 
     study, reason = job.study, f"{type(error).__name__}: {error}"
     record = records.load(study, job.method, job.seed)
@@ -180,8 +166,6 @@ def _record_failure(job, error, is_trained):
     if record is None or record["status"] == "ok":
         device = resolve_device(study.cfg.device)
         precision, why = training_precision(device, study.cfg.precision)
-        adopted = study.with_rates_of(job.method)
         how = {"device": device, "precision": precision, "precision_reason": why}
-        how["provenance"] = provenance_of(adopted.cfg.model, adopted.records(), study=adopted.folder.name)
-        record = records.new_record(adopted, job.method, **how)
+        record = new_record(study.with_rates_of(job.method), job.method, **how)
     records.save(study, {**record, "status": "failed", "error": reason})

@@ -259,9 +259,8 @@ class TrainingRun:
         return (self._why_stop() or "another process is asked to") if stop else None, save
 
     def _reason_to_stop(self, interrupted, deadline):
-        if self._callbacks.any("stop_asked"):
-            return "asked to"
-        return "interrupted" if interrupted.is_set() else deadline.passed()
+        asked = self._callbacks.any("stop_asked") and "asked to"
+        return asked or ("interrupted" if interrupted.is_set() else deadline.passed())
 
     def save(self, *, must=True):
         """Write a checkpoint of the last complete step.
@@ -279,6 +278,7 @@ class TrainingRun:
     def _settle(self):
         """Wait for the device, add that time to the last step, and stop the clock until it is started again."""
         rest = self._watch.lap(waits=True)
+        self.processes.require()  # of an exchange that was given up nothing may be saved
         self.progress.train_seconds += rest
         self.record["history"][-1]["seconds"] += rest
 

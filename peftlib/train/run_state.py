@@ -106,14 +106,8 @@ def checkpoint_bytes(run):
 def open_run(run):
     """Open the record of a TrainingRun, and restore the newest checkpoint if there is any."""
     run.progress = Progress()
-    run.record = records.new_record(
-        run.study,
-        run.name,
-        device=run.device,
-        precision=run.precision,
-        precision_reason=run.precision_reason,
-        provenance=identity.provenance_of(run.cfg.model, run.study.records(), study=run.study.folder.name),
-    )
+    how = {"device": run.device, "precision": run.precision, "precision_reason": run.precision_reason}
+    run.record = identity.new_record(run.study, run.name, **how)
     run.record["layers"] = layer_table(run.model)
     size = checkpoint_bytes(run)
     run.saver = Saver(

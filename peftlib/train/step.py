@@ -16,8 +16,8 @@ from peftlib.models.kernels.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train.graphs import CaptureError, StepGraphs, brief
 from peftlib.train.memory_model import GPU_CHUNK
+from peftlib.train.parallel.alone import OneProcess
 from peftlib.train.parallel.exchange import Exchange
-from peftlib.train.parallel.processes import OneProcess
 
 _ALONE = OneProcess()
 _CAPTURE_FAILURES = 8  # of a run, after which it goes on without CUDA graphs

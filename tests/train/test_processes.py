@@ -14,13 +14,14 @@ from test_train import trained
 
 from peftlib import methods
 from peftlib.core import record as records
-from peftlib.core.errors import ConfigError
+from peftlib.core.errors import ConfigError, ParallelError
 from peftlib.core.files import GIB
 from peftlib.models.inspect import trainable
 from peftlib.models.shapes import SHAPES
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.train import memory_model, sweep
 from peftlib.train.loop import TrainingRun
+from peftlib.train.parallel.alone import OneProcess
 from peftlib.train.parallel.exchange import divide
 from peftlib.train.parallel.processes import Processes
 
@@ -155,6 +156,25 @@ def test_a_killed_process_ends_the_others_and_the_checkpoint_stays(make_study, t
 
 def said_by(folder):
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.log")))
+
+
+def test_what_an_exchange_that_was_given_up_has_left_is_not_saved(make_study):
+    study = make_study(save_steps=2)
+    run, step = TrainingRun(study, "qlora", log=lambda line: None), TrainingRun._step
+
+    class Group(OneProcess):
+        """Its other process dies in step 3, whose exchange comes to no end but to garbage."""
+
+        def require(self):
+            if run.progress.step == 3:
+                raise ParallelError("process 1 is gone")
+
+    run.processes, run._step = Group(), lambda: (step(run), run.save() if run.progress.step == 3 else None)
+    with pytest.raises(ParallelError, match="process 1 is gone"):
+        run.train()
+    assert CheckpointDir(study.checkpoint_dir("qlora", 0), keep=1).last_step() == 2
+    record = records.load(study, "qlora", 0)
+    assert (record["status"], record["error"]) == ("failed", "ParallelError: process 1 is gone")
 
 
 @SLOW

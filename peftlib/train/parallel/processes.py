@@ -1,4 +1,4 @@
-"""The processes that train one run together, as torchrun or `accelerate launch` started them.
+"""The processes that train one run together, as torchrun, `accelerate launch` or a notebook (`helpers`) started them.
 
 Tensors travel by torch.distributed (NCCL on GPUs, gloo on CPUs). Words, and waiting for the main process, go through
 the launcher's key-value store instead: a wait there can be given up, and then says why another process has failed.
@@ -16,6 +16,7 @@ import psutil
 
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, ParallelError
+from peftlib.train.parallel.alone import OneProcess
 
 _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 1.0
@@ -23,42 +24,6 @@ _GRACE_S = 10.0  # for a process whose exchange cannot come to an end, after whi
 _HEARD_S = 5.0  # in which all others have heard why the main process fails
 _GONE = "process 0 is gone, the main one"
 _LEAVE_S = 60.0  # that a process stays for the main one to write its record: the launcher kills it when the first ends
-
-
-class OneProcess:
-    """A run in this process alone: everything that several processes agree on is its own word."""
-
-    rank, world = 0, 1
-    is_main = True
-    bytes_exchanged = 0  # handed to the group by this process, in all
-
-    def sum_(self, tensor):
-        """Replace a tensor by its sum over all processes."""
-
-    def broadcast_(self, tensors, source=0):
-        """Replace tensors by those of one process."""
-
-    def from_main(self, call):
-        """What `call` returns in the main process, a JSON value; it runs there alone."""
-        return call()
-
-    @contextlib.contextmanager
-    def main_first(self):
-        """The main process goes through first: what it downloads or writes the others find."""
-        yield
-
-    def require_alike(self, facts):
-        """ConfigError where {name: value} of two processes differ."""
-
-    @contextlib.contextmanager
-    def together(self):
-        """Within it the failure of one process ends the others with its reason; nobody leaves before the main one."""
-        yield
-
-    def require(self):
-        """ParallelError: another process has failed."""
-
-
 _JOINED: dict = {}  # the group of this process, once it has joined
 
 
@@ -73,28 +38,43 @@ def require_one(what):
         raise ConfigError(f"{n_processes()} processes: {what} works in one process; start it without torchrun")
 
 
-def join(device):
+def join(device, *, outlives=False):
     """The processes of this run. device: as a config has it. Imports nothing where there is one.
 
-    ConfigError: more processes than GPUs on this machine.
+    outlives: where another fails, this process is not ended for waiting too long. ConfigError: more processes than GPUs
+    on this machine.
     """
     if n_processes() == 1:
         return OneProcess()
     device = resolve_device(device)
     if device not in _JOINED:
-        _JOINED[device] = Processes(device)
+        _JOINED[device] = Processes(device, outlives=outlives)
     return _JOINED[device]
 
 
-class Processes(OneProcess):
-    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'."""
+def leave():
+    """Leave what `join` has formed, so that this process can form another."""
+    while _JOINED:
+        _JOINED.popitem()[1].close()
 
-    def __init__(self, device):
+
+def words_of(store):
+    """The part of a launcher's store in which the processes of a run write to each other."""
+    from torch.distributed import PrefixStore
+
+    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    return PrefixStore(f"peftlib/{launch}", store)
+
+
+class Processes(OneProcess):
+    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'. outlives: see `join`."""
+
+    def __init__(self, device, *, outlives=False):
         import torch
         import torch.distributed as dist
 
         self.rank, self.world = int(os.environ["RANK"]), n_processes()
-        self.is_main, self._dist, self._torch = self.rank == 0, dist, torch
+        self.is_main, self._dist, self._torch, self._outlives = self.rank == 0, dist, torch, outlives
         if device == "cuda":
             here, cards = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
             if here >= cards:
@@ -103,19 +83,22 @@ class Processes(OneProcess):
                     f"(--nproc-per-node {cards})"
                 )
             torch.cuda.set_device(here)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self._server = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
         # A client of its own for each thread, for one that waits blocks the others that share it.
-        store, watched = (dist.TCPStore(*address, is_master=False, wait_for_workers=False) for _ in range(2))
-        launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-        self._store, self._watched = (dist.PrefixStore(f"peftlib/{launch}", each) for each in (store, watched))
+        clients = [dist.TCPStore(*address, is_master=False, wait_for_workers=False) for _ in range(3)]
+        self._store, self._watched, group = map(words_of, clients)
         self._turn, self.failed, self._is_leaving, self._has_told = 0, None, False, False
         here = psutil.Process()
         self._store.set(f"process/{self.rank}", json.dumps([socket.gethostname(), here.pid, here.create_time()]))
         self._peers = [json.loads(self._wait(f"process/{rank}")) for rank in range(self.world)]
+        if not dist.is_initialized():  # only now, for its wait for the others cannot be interrupted
+            kind, group = "nccl" if device == "cuda" else "gloo", dist.PrefixStore("group", group)
+            dist.init_process_group(kind, store=group, rank=self.rank, world_size=self.world)
         self._is_over = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         atexit.register(self._leave)
 
     def sum_(self, tensor):
@@ -222,8 +205,8 @@ class Processes(OneProcess):
     def _raise(self, reason, cause=None):
         self.failed = reason
         raise ParallelError(
-            f"process {self.rank} of {self.world} cannot go on: {reason}. The last checkpoint is kept; start all "
-            "processes again, and the run goes on from there"
+            f"process {self.rank} of {self.world} cannot go on: {reason}. The last checkpoint is kept, and the "
+            "same command or cell goes on from there"
         ) from cause
 
     def _reason(self, wait_s=0.0):
@@ -255,11 +238,19 @@ class Processes(OneProcess):
             with contextlib.suppress(Exception):
                 self._dist.distributed_c10d._abort_process_group()
             until = time.monotonic() + _GRACE_S
-            while time.monotonic() < until:
+            while self._outlives or time.monotonic() < until:
                 if self._is_leaving or self._is_over.wait(_LOOK_EVERY_S):
                     return
             print(f"process {self.rank} ends: {reason}; the last checkpoint is kept", flush=True)
             os._exit(1)
+
+    def close(self):
+        """Leave the group, whatever state it is in."""
+        atexit.unregister(self._leave)
+        self._leave()
+        self._watcher.join()
+        if self._dist.is_initialized():
+            self._dist.distributed_c10d._abort_process_group()
 
     def _leave(self):
         self._is_over.set()
