@@ -5,7 +5,6 @@ command that an executor starts; claims share the runs out among all who run the
 """
 
 import contextlib
-import os
 import shlex
 import sys
 import time
