@@ -16,15 +16,13 @@ from peftlib.core.study import Study
 from peftlib.methods import BASE, keep
 from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.executors import GRACE_S, Local, Ray, workers_of
-from peftlib.runner.suite_jobs import DONE, FAILED, adopt_sweeps, table
+from peftlib.runner.suite_jobs import DIED, DONE, FAILED, adopt_sweeps, table
 from peftlib.runner.suite_work import NODE_CODE, NOT_NOW_CODE
 from peftlib.storage.claims import Claims
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import open_mirror, running
 
-_ROOM_S = 60.0  # no run is started that has less time than this before it would be stopped
 _LOOK_S = 10.0  # seconds between two looks at what others have done, 300 at a remote
-_SILENCE_S = 30.0  # after which a line is printed
 
 
 def run(settings, *, log=print, why_stop=lambda: None):
@@ -40,18 +38,17 @@ def run(settings, *, log=print, why_stop=lambda: None):
     executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
     with contextlib.closing(executor), interrupts() as interrupted:  # Ray first, which takes SIGTERM for itself
         session = _Session(study, settings, executor, log)
+        log(f"to be done: {', '.join(job.name for job in session.waiting()) or 'nothing'}")
         with session.shown():
             while session.running or (reason is None and session.waiting()):
-                left_s = 60 * (settings.minutes or float("inf")) - GRACE_S - (time.monotonic() - started)
-                late = f"minutes={settings.minutes:g} are nearly over" if left_s < 0 else None
-                why = ("interrupted" if interrupted.is_set() else None) or why_stop() or late
+                late = settings.minutes and time.monotonic() - started > 60 * settings.minutes - GRACE_S
+                why = "interrupted" if interrupted.is_set() else why_stop()
+                why = why or (f"minutes={settings.minutes:g} are nearly over" if late else None)
                 if reason is None and why:
                     reason = why
                     log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is at work'}")
                     executor.stop()
-                elif left_s < _ROOM_S and not session.running:
-                    break
-                session.step(is_cut=reason is not None, can_start=reason is None and left_s >= _ROOM_S)
+                session.step(is_cut=reason is not None)
                 time.sleep(0.2)
         return session.close(reason)
 
@@ -89,8 +86,8 @@ class _Session:
         for method in {job.method for job in self.all} - {BASE}:
             keep(method, study.folder)
         self.running, self.notes = {}, {}  # {name: its log}, {name: (status, last line)}
-        self._died, self._tried = {}, set()  # {name: (status, why)}, what is not started here again
-        self._restore_at = self._silent_at = 0.0
+        self._died, self._tried = {}, set()  # {name: (DIED, why)}, what is not started here again
+        self._restore_at = 0.0
         self._look()
 
     def _look(self):
@@ -101,6 +98,7 @@ class _Session:
             self._restore_at = time.monotonic() + 30 * _LOOK_S
         adopt_sweeps(self.study, self.settings)
         self.states = {job.name: job.state() for job in self.all}
+        self.states |= {name: died for name, died in self._died.items() if self.states[name][0] != DONE}
         owners = Claims(self.study.folder, log=self.log).owners()
         held = {name: ("held", f"by {who}") for name, who in owners.items() if name in self.states}
         self.notes = held | {name: note for name, note in self.notes.items() if name in self.running}
@@ -115,23 +113,21 @@ class _Session:
         left = [job for job in left if job.name not in self._tried and job.name not in self.running]
         return [job for job in left if job.is_sweep or job.method not in vain or job.is_ready()]
 
-    def step(self, *, is_cut, can_start):
+    def step(self, *, is_cut):
         """Start what can be, pass on what was said, take in what has ended."""
         if time.monotonic() >= self._look_at:
             self._look()
-        while can_start and self.ready and self.executor.has_room:
+        while not is_cut and self.ready and self.executor.has_room:
             job = self.ready.pop(0)
             path = self.study.folder / "logs" / f"{job.name}.log"
             path.parent.mkdir(exist_ok=True)
             self.running[job.name] = path.open("a+", encoding="utf-8", errors="replace")  # at its end
-            self._tell(f"{job.name} starts")
+            self.log(f"{job.name} starts")
             self.executor.start(job.name, job.words())
         for name in self.running:
             self._pass_on(name)
         for ending in self.executor.ended():
             self._ended(ending, is_cut)
-        if time.monotonic() >= self._silent_at:
-            self._tell(f"at work: {', '.join(self.running) or 'nothing here'}; waiting: {len(self.waiting())}")
 
     def shown(self):
         """A context in which a terminal shows the table of all runs, with what each said last."""
@@ -145,11 +141,7 @@ class _Session:
         for line in self.running[name].read().splitlines():
             self.notes[name] = ("at work", line)
             if not sys.stdout.isatty():
-                self._tell(f"{name} | {line}")
-
-    def _tell(self, line):
-        self._silent_at = time.monotonic() + _SILENCE_S
-        self.log(line)
+                self.log(f"{name} | {line}")
 
     def _ended(self, ending, is_cut):
         name, code = ending.name, ending.code
@@ -158,15 +150,15 @@ class _Session:
         self._restore_at = 0.0
         self._look()
         status = self.states[name][0]
-        self._tell(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
+        self.log(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
         self.ready = [job for job in self.ready if job.name != name]  # at the next look again, if at all
         if code == NODE_CODE and self.executor.avoid(ending.node):
-            self._tell(f"{ending.last}; no more runs go there")
+            self.log(f"{ending.last}; no more runs go there")
         elif code != NOT_NOW_CODE:
             self._tried.add(name)
             if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
                 how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                self._died[name] = "died", f"{how}: {ending.last or 'no word'}"
+                self._died[name] = DIED, f"{how}: {ending.last or 'no word'}"
 
     def close(self, reason):
         """Report and table; the exit code."""
@@ -177,18 +169,17 @@ class _Session:
             with contextlib.suppress(LockedError), Claims(self.study.folder, log=self.log).take("report"):
                 self.log(f"report of {self.study.folder.name}")
                 build_report(self.study)
-        status = {name: state for name, (state, _) in self.states.items()}
-        died = {name: why for name, why in self._died.items() if status[name] != DONE}
-        names = [job.name for job in self.chosen]
-        failed = [name for name in names if status[name] == FAILED or name in died]
-        left = [name for name in names if status[name] not in (DONE, FAILED)]
-        told = [*table(self.states | self.notes | died)]
-        told += [f"failed: {', '.join(failed)}; --again tries them once more"] if failed else []
-        told += [f"left: {', '.join(left)}; the same command goes on"] if left else []
-        if not failed and not left:
-            told.append("all is done" if len(names) == len(status) else "all that was chosen is done")
-        for line in told:
+        for line in table(self.states | self.notes):
             self.log(line)
+        status = {job.name: self.states[job.name][0] for job in self.chosen}
+        failed = [name for name in status if status[name] in (FAILED, DIED)]
+        left = [name for name in status if status[name] not in (DONE, FAILED)]
+        if failed:
+            self.log(f"failed: {', '.join(failed)}; --again tries them once more")
+        if left:
+            self.log(f"left: {', '.join(left)}; the same command goes on")
+        if not failed and not left:
+            self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
         return 1 if failed else STOPPED_CODE if left else 0
 
 

@@ -11,6 +11,7 @@ from peftlib.methods import BASE, default_methods, find
 from peftlib.train import sweep
 
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
+DIED = "died"  # in this session, without a word in its record
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,12 @@ class Job:
             return DONE, f"{found['steps']} steps, {sweep.verdict(found)}"
         if found["status"] == "failed":
             return FAILED, found["error"] or ""
-        minutes = f"trained {(found['train_seconds'] or 0) / 60:.1f} min"
-        told = (
-            "" if self.method == BASE else f"step {found['steps'] or 0} of {found['planned_steps'] or '?'}, {minutes}"
-        )
+        told = "" if self.method == BASE else f"step {found['steps'] or 0} of {found['planned_steps'] or '?'}"
+        told += f", trained {found['train_seconds'] / 60:.1f} min" if found["train_seconds"] else ""
         if found["status"] != "ok":
             return STOPPED, told
-        done = found["evaluation"]
-        if done and self.study.predictions_path(self.method, self.seed).exists():
-            return DONE, f"{told}, answered {(done.get('generate_seconds') or 0) / 60:.1f} min".removeprefix(", ")
+        if found["evaluation"] and self.study.predictions_path(self.method, self.seed).exists():
+            return DONE, told
         failure = found.get("evaluation_error")
         return (FAILED, f"evaluation: {failure}") if failure else (TRAINED, f"{told}, not evaluated yet")
 

@@ -35,21 +35,25 @@ NOT_NOW_CODE = 75  # another worker has it, or its sweep is not done: the same c
 
 
 def main(settings, name, *, code="", data="", is_attended=False):
-    """Do one run, whose lines go to logs/RUN.log of the study too; returns the exit code. Arguments as in `perform`.
+    """Do one run unless it is done, whose lines go to logs/RUN.log of the study too; returns the exit code.
 
-    is_attended: an executor started this process, which stops once its parent is gone.
+    settings.given: the study's name, and settings that this run has beside the study's. name: such as galore-s1.
+    code, data: what code_id() and the rows' split_hash have to be; '' for anything. is_attended: an executor started
+    this process, which stops once its parent is gone. A failure is kept in the run's record.
     """
     if is_attended:
         parent = psutil.Process(os.getppid())
         threading.Thread(target=lambda: (parent.wait(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
-    log, path = say, output_root() / settings.given["study"] / "logs" / f"{name}.log"
+    folder, log = output_root() / settings.given["study"], say
     with contextlib.ExitStack() as stack:
         try:
             job_named(None, settings, name)  # before it names a file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            out = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context((folder / "logs" / f"{name}.log").open("a", encoding="utf-8", buffering=1))
             log = lambda line: (say(line), out.write(f"{line}\n"))  # noqa: E731
-            return perform(settings, name, code=code, data=data, log=log)
+            if code not in ("", code_id()):
+                raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
+            return _claimed(folder, settings, name, data, log)
         except (NodeError, OSError) as error:  # what disks do to a training is in its record
             why = error if isinstance(error, NodeError) else f"cannot write to the store: {error}"
             log(f"NodeError: {socket.gethostname()} {why}")
@@ -62,18 +66,7 @@ def main(settings, name, *, code="", data="", is_attended=False):
             return FAILED_CODE
 
 
-def perform(settings, name, *, code="", data="", log=print):
-    """Do a run unless it is done; returns 0, FAILED_CODE or STOPPED_CODE. A failure is kept in the run's record.
-
-    settings.given: the study's name, and settings that this run has beside the study's. name: such as galore-s1.
-    code, data: what code_id() and the rows' split_hash have to be; '' for anything.
-    LockedError: another worker is at it, a session has the study, or the run's sweep is not done. NodeError: this
-    machine has other code or rows, or no GPU. OSError: it cannot write to the store.
-    """
-    if code not in ("", code_id()):
-        raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
-    folder = output_root() / settings.given["study"]
-    folder.mkdir(parents=True, exist_ok=True)
+def _claimed(folder, settings, name, data, log):
     with FileLock(folder / ".restore.lock"):  # several runs may start here at once
         mirror = open_mirror(folder, runs=(name,), log=log)
     with Claims(folder, log=log).take(name) as claim, claimed(folder, name, claim.require):

@@ -19,7 +19,7 @@ from peftlib.data.schemas import convert, detect
 from peftlib.data.sources import SAMPLE
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.evaluate import evaluate
-from peftlib.models.identity import provenance_of
+from peftlib.models.identity import new_record
 from peftlib.models.load import load_base
 from peftlib.train.loop import TrainingRun
 
@@ -170,8 +170,7 @@ def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done
 
 def test_a_record_that_lacks_a_field_is_not_evaluated_and_stays_as_it_is(make_study):
     study = make_study()
-    base = provenance_of(study.cfg.model, [], study="tiny")
-    made = record.new_record(study, "qlora", provenance=base, device="cpu", precision="fp32", precision_reason="test")
+    made = new_record(study, "qlora", device="cpu", precision="fp32", precision_reason="test")
     del made["train_tokens"], made["evaluation"]
     path = record.save(study, {**made, "status": "ok"})
     before = path.read_bytes()

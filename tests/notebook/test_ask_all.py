@@ -9,7 +9,7 @@ from peftlib.core.env import resolve_device
 from peftlib.core.files import sha256
 from peftlib.evaluation.evaluate import load_model
 from peftlib.evaluation.generate import ask
-from peftlib.models.identity import provenance_of
+from peftlib.models.identity import new_record
 from peftlib.models.saved import save_trained
 from peftlib.notebook import ask as ask_all
 from peftlib.notebook.ask import Models, ask_box
@@ -31,8 +31,7 @@ def train(study, method, seed):
     facts = {"model": study.cfg.model, "four_bit": [], "precision": "fp32"}
     tokenizer, folder = data.load_tokenizer(study.cfg.model), study.weights_dir(method, 0)
     save_trained(tiny.model(seed=seed), tokenizer, folder, facts)
-    base = provenance_of(study.cfg.model, [], study="tiny")
-    record = records.new_record(study, method, provenance=base, device="cpu", precision="fp32", precision_reason="")
+    record = new_record(study, method, device="cpu", precision="fp32", precision_reason="")
     digests = {"model.safetensors": sha256(folder / "model.safetensors")}
     records.save(study, {**record, "status": "ok", "weights_sha256": digests})
 

@@ -18,7 +18,7 @@ from peftlib.core.paths import PACKAGE
 from peftlib.core.study import Study
 from peftlib.runner.suite import run
 from peftlib.runner.suite_jobs import Settings
-from peftlib.runner.suite_work import perform
+from peftlib.runner.suite_work import main
 
 pytestmark = pytest.mark.slow
 RUNS = {"max_steps": 160, "save_steps": 10, "epochs": 60, "eval_steps": 80}
@@ -48,7 +48,7 @@ def whole(settings, finished_before, tmp_path_factory):
     run_time = {name: value for name, value in asked.given.items() if name in study.cfg.fields_of("run")}
     own = Settings(run_time, asked.methods, asked.seeds, asked.factors, asked.rows)
     for job in asked.jobs(study)[0]:
-        assert perform(own, job.name, log=lambda line: None) == 0
+        assert main(own, job.name) == 0
     finished_before["whole"] = shutil.copytree(study.folder, tmp_path_factory.mktemp("finished") / "whole")
     return study
 
