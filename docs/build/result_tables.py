@@ -9,6 +9,7 @@ import study_tables
 
 from peftlib.core.config import PROFILES, Config, resolve
 from peftlib.core.files import read_json
+from peftlib.runner.suite_plan import method_rows
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale", "export")
@@ -33,14 +34,21 @@ class Results:
 
 def make_all(results):
     """{marker: Markdown table} of everything that stands between markers in README and docs."""
-    return {
-        rows.__name__: _table(list(rows(results))) for rows in (*study_tables.TABLES, *bench_tables.TABLES, settings)
-    }
+    tables = (*study_tables.TABLES, *bench_tables.TABLES, settings, method_list)
+    return {rows.__name__: _table(list(rows(results))) for rows in tables}
 
 
 def _table(rows):
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def method_list(results):
+    """Every registered method as `peftlib methods` lists it."""
+    header, *rows = method_rows()
+    yield header
+    for name, *cells in rows:
+        yield f"`{name}`", *cells
 
 
 def settings(results):

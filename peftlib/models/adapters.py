@@ -51,7 +51,13 @@ _LOW_RANK = ("LORA", "LOHA", "HIRA", "DELORA")  # whose r is a rank of the layer
 _STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # of LoRA, which a second loading repeats
 _OF_16_BITS = ("pissa", "olora")  # they change the frozen weights
 # Of LoRA: they need data, other models, or calls that training does not make.
-_BEYOND = ("alora_invocation_tokens", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora")
+_BEYOND: tuple[str, ...] = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+)
 _BEYOND += ("use_bdlora",)
 
 

@@ -11,9 +11,8 @@ from peftlib.runner.suite_jobs import DONE
 from peftlib.train import estimate, memory_model
 from peftlib.train.sweep import TRIALS
 
-_COLUMNS = ("method", "name", "projections that train", "bits", "trained", "GiB on a T4", "paper")
 _HOW = {"adapters": "by adapters", "galore": "by GaLore", "full": "whole", "apollo": "by APOLLO", "muon": "by Muon"}
-_PAPER = re.compile(r"arXiv:([0-9.]*[0-9])")
+_PAPER = re.compile(r"arXiv:[0-9.]*[0-9]")
 
 
 def plan_lines(gpu, given, study=None, names=None):
@@ -37,11 +36,8 @@ def plan_lines(gpu, given, study=None, names=None):
 
 
 def method_lines(names=()):
-    """Yield a table of methods, by default all, as lines: what trains, how the base is held, memory, paper.
-
-    names: as methods.find has them. ConfigError: there is no such method.
-    """
-    rows = [_COLUMNS, *(_method_row(cost) for cost in method_costs(names))]
+    """Yield `method_rows` as aligned lines, and what a reader may want to know of them."""
+    rows = list(method_rows(names))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -49,23 +45,23 @@ def method_lines(names=()):
     yield "Any other adapter of PEFT: peft:FILE.json with its adapter_config.json, on the NF4 base peft4:FILE.json."
 
 
-def method_costs(names=()):
-    """[estimate.Cost, ...] of methods, by default all, on a T4 with the profile t4's settings and model, 1B."""
-    name, card = find_card("t4")
-    cfg = resolve("t4")
-    return estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), names=names or tuple(METHODS)).costs
+def method_rows(names=()):
+    """Yield the header and a row of texts for each method: what trains, how the base is held, memory, paper.
 
-
-def _method_row(cost):
-    spec, cfg = find(cost.method), resolve("t4")
+    Numbers are those of the profile t4's settings and model, the 1B, on a T4. names: as methods.find has them; all
+    where there are none. ConfigError: there is no such method.
+    """
+    (name, card), cfg = find_card("t4"), resolve("t4")
     shape = shape_of(cfg.model)
-    spec = spec.resolve(cfg, shape.layers)
-    trains = ", ".join(f"{len(leaves)} {_HOW.get(how, how)}" for how, leaves in spec.trains.items())
-    n_trained = "" if cost.refused else f"{memory_model.trained_numbers(shape, spec.name, cfg) / 1e6:,.2f} M"
-    bits = f"4 ({len(spec.four_bit)} of 7)" if spec.four_bit else "16"
-    memory = f"{cost.memory_gib:.2f}" if cost.fits else cost.mark
-    papers = " ".join(f"arXiv:{found}" for found in dict.fromkeys(_PAPER.findall(spec.description)))
-    return spec.name, spec.label, trains, bits, n_trained, memory, papers
+    yield "method", "name", "projections that train", "bits", "trained", "GiB on a T4", "paper"
+    for cost in estimate.forecast(cfg, name, card, shape=shape, names=names or tuple(METHODS)).costs:
+        spec = find(cost.method).resolve(cfg, shape.layers)
+        trains = ", ".join(f"{len(leaves)} {_HOW.get(how, how)}" for how, leaves in spec.trains.items())
+        bits = f"4 ({len(spec.four_bit)} of 7)" if spec.four_bit else "16"
+        n_trained = memory_model.trained_numbers(shape, spec.name, cfg) if cost.memory_gib else 0  # 0: it is refused
+        memory = f"{cost.memory_gib:.2f}" if cost.fits else cost.mark
+        papers = ", ".join(dict.fromkeys(_PAPER.findall(spec.description)))
+        yield spec.name, spec.label, trains, bits, f"{n_trained / 1e6:,.2f} M", memory, papers
 
 
 def lines(settings):
