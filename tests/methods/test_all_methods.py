@@ -25,9 +25,10 @@ FILES = {
 }
 # tests/train runs those with a module of their own; of the table's, some stand for what is alike in the others.
 QUICK = ("dora", "lora_fa", "oft", "peft4:")
+TABLE = tuple(name for name, spec in methods.METHODS.items() if spec.is_counted)
 ALL = [pytest.param(m, marks=() if m in QUICK else SLOW) for m in (*methods.METHODS, *FILES)]
 RATES = {name: 3e-3 for name in ("full_learning_rate", "apollo_learning_rate", "muon_learning_rate")}
-RATES |= {"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2}
+RATES |= {"lora_learning_rate": 1e-2, "galore_learning_rate": 1e-2, "loraplus_lr_ratio": 2.0}
 # Every step has all rows.
 REPEATED = {**RATES, "batch_size": 12, "epochs": 6, "lr_scheduler": "constant", "warmup_ratio": 0.0, "max_length": 128}
 
@@ -126,6 +127,17 @@ def assert_stock_logits(folder, spec, base):
     else:
         stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.allclose(stock.eval()(input_ids=ids).logits, ours, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=SLOW) for name in (*TABLE, *FILES)])
+@pytest.mark.parametrize("precision, moments", [("fp16", 8), ("bf16", 32)])
+def test_adapters_train_in_16_bits_with_recomputed_activations_and_8_bit_moments(
+    make_study, named, method, precision, moments
+):
+    how = {"activation_checkpointing": "on", "precision": precision, "moment_bits": moments}
+    record = TrainingRun(make_study(**{**REPEATED, **how, "epochs": 4}), named(method), log=silent).train()
+    losses = [entry["loss"] for entry in record["history"]]
+    assert record["skipped_steps"] == 0 and losses[-1] < losses[0] - 0.01
 
 
 def test_lora_fa_gives_b_the_gradient_of_pefts_optimizer_and_a_none(make_study):

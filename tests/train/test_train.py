@@ -276,6 +276,7 @@ def test_a_planted_fp16_overflow_skips_exactly_one_step(make_study, monkeypatch)
         "activation_checkpointing": "off",
         "recomputed_layers": None,
         "is_compiled": False,
+        "adapter_path": "fused",
         "attention": "masks",
         "is_graphed": False,
         "captured_lengths": 0,
