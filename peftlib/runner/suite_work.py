@@ -3,7 +3,6 @@
 A claim keeps others from the same run; what is done is not done again, and what was cut goes on.
 """
 
-import contextlib
 import gc
 import os
 import signal
@@ -45,25 +44,31 @@ def main(settings, name, *, code="", data="", is_attended=False):
         parent = psutil.Process(os.getppid())
         threading.Thread(target=lambda: (parent.wait(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
     folder, log = output_root() / settings.given["study"], say
-    with contextlib.ExitStack() as stack:
-        try:
-            job_named(None, settings, name)  # before it names a file
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            out = stack.enter_context((folder / "logs" / f"{name}.log").open("a", encoding="utf-8", buffering=1))
-            log = lambda line: (say(line), out.write(f"{line}\n"))  # noqa: E731
-            if code not in ("", code_id()):
-                raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
-            return _claimed(folder, settings, name, data, log)
-        except (NodeError, OSError) as error:  # what disks do to a training is in its record
-            why = error if isinstance(error, NodeError) else f"cannot write to the store: {error}"
-            log(f"NodeError: {socket.gethostname()} {why}")
-            return NODE_CODE
-        except PeftlibError as error:
-            log(f"{type(error).__name__}: {error}")
-            return NOT_NOW_CODE if isinstance(error, LockedError) else ERROR_CODE
-        except Exception:  # noqa: BLE001 - the log keeps it, and other runs go on
-            log(traceback.format_exc())
-            return FAILED_CODE
+    path = folder / "logs" / f"{name}.log"
+
+    def log_both(line):
+        say(line)
+        with path.open("a", encoding="utf-8") as out:  # for the copying thread too, which outlives this call
+            out.write(f"{line}\n")
+
+    try:
+        job_named(None, settings, name)  # before it names a file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        log = log_both
+        if code not in ("", code_id()):
+            raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
+        return _claimed(folder, settings, name, data, log)
+    except (NodeError, OSError) as error:  # what disks do to a training is in its record
+        why = error if isinstance(error, NodeError) else f"cannot write to the store: {error}"
+        log(f"NodeError: {socket.gethostname()} {why}")
+        return NODE_CODE
+    except PeftlibError as error:
+        log(f"{type(error).__name__}: {error}")
+        return NOT_NOW_CODE if isinstance(error, LockedError) else ERROR_CODE
+    except Exception:  # noqa: BLE001 - the log keeps it, and other runs go on
+        log(traceback.format_exc())
+        return FAILED_CODE
 
 
 def _claimed(folder, settings, name, data, log):

@@ -365,13 +365,14 @@ def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
         ({"device=cpu": "device=auto"}, "has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p"),
         ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
         ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),
+        ({"PEFTLIB_MIRROR": "file/remote"}, "cannot write to the store: .*file"),
     ],
 )
 def test_a_machine_that_cannot_do_a_run_says_why(listed, capsys, monkeypatch, tmp_path, changes, message):
     words = shlex.split(listed("--pending")[1])[1:]
     (tmp_path / "file").write_text("")
     for name, value in changes.items():
-        if name == "PEFTLIB_ROOT":
+        if name.startswith("PEFTLIB"):
             monkeypatch.setenv(name, str(tmp_path / value))
         elif name.startswith("--"):
             words[words.index(name) + 1] = value

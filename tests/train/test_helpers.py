@@ -10,12 +10,13 @@ import pytest
 from conftest import TINY
 
 from peftlib.core import record as records
-from peftlib.core.errors import ParallelError
+from peftlib.core.errors import ConfigError, ParallelError
 from peftlib.core.paths import PACKAGE
 from peftlib.notebook.training_panel import train_live
+from peftlib.train import run_record
 from peftlib.train.loop import TrainingRun
 from peftlib.train.parallel import helpers
-from peftlib.train.parallel.processes import n_processes
+from peftlib.train.parallel.processes import Processes, n_processes
 
 FIELDS = {"max_steps": 6, "epochs": 20, "batch_size": 3, "eval_steps": 3}
 LAUNCHERS = {
@@ -77,6 +78,37 @@ def test_a_process_that_cannot_start_is_told_and_none_is_left(make_study, monkey
     with pytest.raises(ParallelError, match="process 1 of 2 did not start: .*ConfigError: lora_rank=0.*processes=1"):
         lived(make_study(processes=2, **FIELDS))
     assert n_processes() == 1 and not psutil.Process().children()
+
+
+def test_a_process_with_other_settings_is_named(make_study, monkeypatch):
+    real = helpers.asdict
+    monkeypatch.setattr(helpers, "asdict", lambda cfg: real(cfg) | {"lr_scheduler": "linear"})
+    study = make_study(processes=2, **FIELDS)
+    said = r"process 1 failed with ConfigError: run_hash is '\w+' in process 1 \(\S+\) and '\w+' in process 0"
+    with pytest.raises(ParallelError, match=said):
+        lived(study)
+    assert not psutil.Process().children() and records.load(study, "galore", 0) is None
+
+
+def test_processes_have_to_be_alike_in_code_data_and_settings(make_study, monkeypatch):
+    run, asked = TrainingRun(make_study(), "galore", log=lambda line: None), {}
+    run.processes = SimpleNamespace(world=2, require_alike=asked.update)
+    run_record.require_alike(run)
+    assert {"run_hash", "split_hash", "precision", "peftlib's commit", "version of torch"} <= asked.keys()
+    group = object.__new__(Processes)
+    group.rank, group._peers = 1, [["first-node", 1, 0.0], ["second-node", 2, 0.0]]
+    for name in asked:
+        group.from_main = lambda call, name=name: call() | {name: "another"}
+        with pytest.raises(ConfigError, match=f"{name} is .* in process 1 .* and 'another' in process 0 .first-node"):
+            group.require_alike(asked)
+
+
+def test_a_process_without_a_gpu_says_so(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"process 1 of this machine has no GPU: torch sees 1; .*--nproc-per-node 1"):
+        Processes("cuda")
 
 
 def test_a_finished_run_starts_no_process(finished, monkeypatch):
