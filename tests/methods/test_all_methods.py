@@ -74,7 +74,7 @@ def test_it_trains_resumes_loads_in_stock_libraries_and_is_exported(make_study, 
     for name, p in run.model.named_parameters():
         assert name not in frozen or torch.equal(p, frozen[name]), name
     losses = [entry["loss"] for entry in record["history"]]
-    assert losses[-1] < losses[0] - 0.01 and losses[-1] == min(losses), losses
+    assert max(losses[3:]) < losses[0] - 0.01, losses
 
     again = make_study(study="resumed", **REPEATED)
     assert stopped_at(TrainingRun(again, named(method), log=silent), 3).train()["status"] == "stopped"
