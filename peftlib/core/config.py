@@ -42,8 +42,9 @@ RENAMED = {
 }
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 # Settings of data or mathematics that came after studies had been made: those had the default, and keep their hashes.
-_ADDED_LATER = frozenset({"hybrid_galore", "galore_engine", "muon_learning_rate"})
-_ADDED_LATER |= {"loraplus_lr_ratio", "oft_block_size"}
+_ADDED_LATER = frozenset(
+    {"hybrid_galore", "galore_engine", "muon_learning_rate", "loraplus_lr_ratio", "oft_block_size"}
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,14 @@ from peftlib.core.errors import ConfigError
 BASE = "base"  # the untrained model, which tables show first
 
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "lora_use_rslora", "lora_use_dora")
-GALORE_SETTINGS: tuple[str, ...] = ("galore_rank", "galore_update_interval", "galore_scale", "galore_weights")
-GALORE_SETTINGS += ("galore_on_refresh", "galore_engine")
+GALORE_SETTINGS: tuple[str, ...] = (
+    "galore_rank",
+    "galore_update_interval",
+    "galore_scale",
+    "galore_weights",
+    "galore_on_refresh",
+    "galore_engine",
+)
 _RANK_FIELDS = {
     "adapters": "lora_rank",
     "galore": "galore_rank",

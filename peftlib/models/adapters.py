@@ -57,8 +57,8 @@ _BEYOND: tuple[str, ...] = (
     "target_parameters",
     "trainable_token_indices",
     "use_qalora",
+    "use_bdlora",
 )
-_BEYOND += ("use_bdlora",)
 
 
 def config_of(fields, *, source):
