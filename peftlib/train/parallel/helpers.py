@@ -60,7 +60,7 @@ def helping(run):
         for other in others:
             other.await_in(processes.words_of(store))
         stack.callback(processes.leave)
-        run.processes = processes.join(run.device, outlives=True)
+        run.processes = processes.join(run.device, end_others=lambda: [other.kill() for other in others])
         stack.callback(setattr, run, "processes", alone)
         with run.processes.main_first():  # the others load the model, which is here
             pass
@@ -100,13 +100,17 @@ class _Helper:
             time.sleep(_LOOK_EVERY_S)
         self._grace_s = _END_S
 
+    def kill(self):
+        """End it at once."""
+        self._process.kill()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         with contextlib.suppress(subprocess.TimeoutExpired), self._said:
             self._process.wait(self._grace_s)
-        self._process.kill()
+        self.kill()
         self._process.wait()
 
 

@@ -38,17 +38,17 @@ def require_one(what):
         raise ConfigError(f"{n_processes()} processes: {what} works in one process; start it without torchrun")
 
 
-def join(device, *, outlives=False):
+def join(device, *, end_others=None):
     """The processes of this run. device: as a config has it. Imports nothing where there is one.
 
-    outlives: where another fails, this process is not ended for waiting too long. ConfigError: more processes than GPUs
-    on this machine.
+    end_others: called where another has failed and this process still waits for it; without it this process is ended.
+    ConfigError: more processes than GPUs on this machine.
     """
     if n_processes() == 1:
         return OneProcess()
     device = resolve_device(device)
     if device not in _JOINED:
-        _JOINED[device] = Processes(device, outlives=outlives)
+        _JOINED[device] = Processes(device, end_others=end_others)
     return _JOINED[device]
 
 
@@ -67,14 +67,14 @@ def words_of(store):
 
 
 class Processes(OneProcess):
-    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'. outlives: see `join`."""
+    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'. end_others: of `join`."""
 
-    def __init__(self, device, *, outlives=False):
+    def __init__(self, device, *, end_others=None):
         import torch
         import torch.distributed as dist
 
         self.rank, self.world = int(os.environ["RANK"]), n_processes()
-        self.is_main, self._dist, self._torch, self._outlives = self.rank == 0, dist, torch, outlives
+        self.is_main, self._dist, self._torch, self._end_others = self.rank == 0, dist, torch, end_others
         if device == "cuda":
             here, cards = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
             if here >= cards:
@@ -238,9 +238,12 @@ class Processes(OneProcess):
             with contextlib.suppress(Exception):
                 self._dist.distributed_c10d._abort_process_group()
             until = time.monotonic() + _GRACE_S
-            while self._outlives or time.monotonic() < until:
+            while time.monotonic() < until:
                 if self._is_leaving or self._is_over.wait(_LOOK_EVERY_S):
                     return
+            if self._end_others:
+                self._end_others()  # gloo waits for as long as the other end of a connection lives
+                return
             print(f"process {self.rank} ends: {reason}; the last checkpoint is kept", flush=True)
             os._exit(1)
 
