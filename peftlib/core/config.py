@@ -117,7 +117,7 @@ class Config:
     processes: int = setting(0, "run", "that train a notebook's run together; 0: one for each GPU", low=0, high=64)
     shard_optimizer: bool = setting(False, "run", "GaLore's moments divided among the processes of a run")
     memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
-    build_data: bool = setting(False, "run", "02 to 05 build missing data themselves; else they stop and say so")
+    make_missing: bool = setting(False, "run", "notebooks make data and runs that they read and that are not there")
     max_seconds: float = setting(0.0, "run", "wall clock of a training call, then save and stop; 0: no limit", low=0.0)
     session_hours: float = setting(0.0, "run", "until this machine ends; 0: 12 on Colab and Kaggle, else none", low=0.0)
     save_steps: int = setting(50, "run", "optimizer steps between checkpoints, at least", low=1)
@@ -217,7 +217,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "logging_steps": 3,
     },
     "quick": {
-        # A first result on a free T4 within ten minutes, at the slow end of the planner's ranges (its test adds them up).
+        # A first result on a free T4 within ten minutes, at the slow end of notebook.planner's sum.
         **_STUDY,
         "model": "unsloth/gemma-3-270m-it",  # a public copy of google's, which asks for no token
         "train_rows": 500,

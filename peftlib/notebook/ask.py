@@ -55,7 +55,7 @@ class Models:
         for number, method in enumerate(methods, start=1):
             at = f"{method} ({number} of {len(methods)})"
             try:
-                model = self._model(method, at)
+                model = self.load(method, at)[0]
                 self.log(f"answering with {at}")
                 started = time.monotonic()
                 prompt = encode_prompt(self._tokenizer, [{"role": "user", "content": question}])
@@ -75,7 +75,8 @@ class Models:
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
-    def _model(self, method, at):
+    def load(self, method, at):
+        """(model, tokenizer) of a method. at: how to call it in the log. Errors: see evaluate.load_model."""
         facts = self._study.weights_dir(method, self._study.cfg.seed) / "peftlib.json"
         key = method, facts.stat().st_mtime_ns if facts.exists() else None
         if key not in self._loaded:
@@ -84,7 +85,7 @@ class Models:
             self._tokenizer = self._tokenizer or load_tokenizer(self._study.cfg.model)
             how = {"device": self._device, "dtype": evaluation_dtype(self._device)[0], "log": self.log}
             self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
-        return self._loaded[key]
+        return self._loaded[key], self._tokenizer
 
     def _free_bytes(self):
         return torch.cuda.mem_get_info()[0] if self._device == "cuda" else psutil.virtual_memory().available

@@ -156,7 +156,7 @@ def test_without_somebody_to_click_it_is_a_table(fresh):
 def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):
     box, shown = form.study_form(fresh, is_interactive=True).children
     widgets = {widget.description: widget for widget in box.children}
-    assert set(widgets) == {"GPU", *form.CHOICES}
+    assert set(widgets) == {"GPU", "profile", *form.CHOICES}
     assert "on a t4" in shown.value
     widgets["GPU"].value = "h100"
     assert "on a h100" in shown.value
