@@ -92,7 +92,7 @@ def plan(cfg):
     )
     here = card_at_hand() if resolve_device(cfg.device) == "cuda" else None
     if here is None:
-        is_demo = cfg.profile == "demo" and resolve_device(cfg.device) == "cpu"
+        is_demo = cfg.fields_of("data", "math") == resolve("demo").fields_of("data", "math")
         known = f"up to {DEMO_MINUTES} min and {DEMO_GIB} GiB for 01 to 05, as measured on two cores"
         return f"{doing}; {known if is_demo else 'how long is not known for this machine'}"
     with contextlib.suppress(ModelError):

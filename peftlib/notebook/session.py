@@ -96,7 +96,7 @@ def _require_inputs(name, study):
 
 
 def _offer(name, study, missing):
-    what = " and ".join(missing)
+    what = ", ".join(missing)
     print(f"not there yet: {what}; make_missing = True in the settings cell makes it here")
     if can_click():
         from IPython.display import display

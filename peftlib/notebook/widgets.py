@@ -64,8 +64,8 @@ class Action(Shown):
         self.button.disabled = True
         try:
             self.shown.value = work(self.say) or ""
-        except (PeftlibError, OSError) as error:
-            self.say(error)
+        except Exception as error:  # noqa: BLE001 - on Colab nobody sees the traceback of a click
+            self.say(error if isinstance(error, PeftlibError) else f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
             self.say("Interrupted.")
         finally:

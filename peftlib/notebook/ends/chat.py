@@ -30,11 +30,15 @@ class ChatBox(Action):
         super().__init__("Send", self._send, [self.method, self.again], self.text)
         self.instead = "a box to chat with the result (run the cell to see it)"
         self._start_over()
-        self.method.observe(self._start_over, "value")
+        self.method.observe(self._change_model, "value")
         self.again.on_click(self._start_over)
 
     def _start_over(self, change=None):
         self._talk, self.shown.value = None, ""
+
+    def _change_model(self, change):
+        self._start_over()
+        self._models.close()
 
     def _send(self, say):
         text, name = self.text.value.strip(), self.method.value
@@ -44,20 +48,25 @@ class ChatBox(Action):
         model, tokenizer = self._models.load(name, name)
         if self._talk is None:
             self._talk = Conversation(model, tokenizer, max_new_tokens=self._study.cfg.max_new_tokens)
-        pieces, before = [], [(m["role"], m["content"]) for m in self._talk.messages]
+        pieces, before = [], list(self._talk.messages)
 
         def show(piece):
             pieces.append(piece)
-            self.shown.value = self._cards([*before, ("user", text), ("assistant", "".join(pieces))])
+            answer = {"role": "assistant", "content": "".join(pieces) or "..."}
+            self.shown.value = self._cards([*before, {"role": "user", "content": text}, answer])
 
+        show("")
         self.text.value = ""
         say(f"{name} is answering")
-        self._talk.say(text, show)
+        try:
+            self._talk.say(text, show)
+        except BaseException:  # a question without its answer would stand before the next one
+            self._talk.messages = before
+            raise
         say("Greedy answers: the same words give them again.")
-        return self._cards([(m["role"], m["content"]) for m in self._talk.messages])
+        return self._cards(self._talk.messages)
 
     def _cards(self, turns):
-        name, color = self.method.value, self._theme.color_of(self.method.value)
-        return page(
-            [answer_card(*(("you", "") if role == "user" else (name, color)), "", said) for role, said in turns]
-        )
+        name = self.method.value
+        heads = {"user": ("you", ""), "assistant": (name, self._theme.color_of(name))}
+        return page([answer_card(*heads[turn["role"]], "", turn["content"]) for turn in turns])
