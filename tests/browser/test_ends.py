@@ -44,7 +44,8 @@ def test_the_result_answers_in_the_notebook(opened):
         chat.enter("you", "What is two and two?")
         chat.press("Send")
         chat.wait_for("Greedy answers: the same words give them again", seconds=120)
-        assert chat.parts(".pl-card h4") == ["you", "qlora"] and chat.value("you") == ""
+        assert chat.parts(".pl-card h4") == ["you", "qlora"] and "What is two and two?" in chat.text
+        chat.lab.wait(lambda: chat.value("you") == "", "an empty field for the next message")
         chat.press("Start over")
         chat.lab.wait(lambda: not chat.parts(".pl-card"), "an empty conversation")
         chat.choose("model", "base")

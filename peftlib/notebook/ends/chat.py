@@ -23,7 +23,9 @@ class ChatBox(Action):
 
         self._models, self._study, self._theme = Models(study, self.say), study, THEMES[study.cfg.theme]
         names = self._models.names
-        self.text = w.Textarea(placeholder="Type here, then press Send.", description="you", **look("40rem"))
+        # Sent when it is left, as for Send: a click can overtake the letters of a text that is sent while it is typed.
+        how = {"placeholder": "Type here, then press Send.", "continuous_update": False}
+        self.text = w.Textarea(description="you", **how, **look("40rem"))
         chosen = method if method in names else names[-1]
         self.method = w.Dropdown(options=names, value=chosen, description="model", **look("17rem"))
         self.again = w.Button(description="Start over", layout={"width": "auto"})

@@ -75,7 +75,7 @@ class HubBox(Action):
         self.to = w.Text(description="repository", **hint, **look("25rem", "6rem"))
         self.form = w.Dropdown(options=FORMS, value=form, description="form", **look("14rem", "4rem"))
         self.private = w.Checkbox(value=True, description="private", indent=False, layout={"width": "auto"})
-        self.push = w.Button(description="Push to the hub", disabled=True, layout={"width": "auto"})
+        self.push = w.Button(description="Push to the hub", disabled=True, layout={"align_self": "flex-start"})
         super().__init__("Preview", self._preview, [self.to, self.form, self.private])
         self.box.children = [*self.box.children, self.push]
         self.push.on_click(lambda _: self.do(self._push))
