@@ -110,7 +110,8 @@ class AskBox(Shown):
         self._models = Models(study, self._say)
         self._theme = THEMES[study.cfg.theme]
         limit = {"value": study.cfg.max_new_tokens, "min": 1, "max": _MOST_TOKENS}
-        self.question = w.Textarea(value=_QUESTION, description="question", **look("40rem"))
+        how = {"continuous_update": False, **look("40rem")}  # else a click can overtake what was typed last
+        self.question = w.Textarea(value=_QUESTION, description="question", **how)
         self.tokens = w.BoundedIntText(description="at most", **limit, **look("10rem"))
         self.methods = checkboxes(self._models.names)
         self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")

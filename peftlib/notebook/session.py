@@ -153,6 +153,8 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
         print(f"stopped before its end: run {name} again to go on from here")
     else:
         print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
+        if study.cfg.profile == "quick" and not later:
+            print(f'the full study: profile = "t4" in the settings cells; {hosted.plan(resolve("t4"))}')
     print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
 
 
