@@ -72,27 +72,40 @@ def answer(study, choices, card_name=None):
 
 
 def notebooks_cost(found):
-    """(shortest, longest seconds of 01 to 05, GiB of the largest training) by a Forecast; None: one does not fit.
-
-    Installs and downloads are not counted. Speeds of other cards are scaled as estimate.scaling_note says.
-    """
-    costs = [cost for cost in found.costs if cost.method in TRAINED]
-    if not all(cost.fits for cost in costs):
+    """(shortest, longest seconds of 01 to 05, GiB of the largest training) by a Forecast; None: one does not fit."""
+    if not all(cost.fits for cost in _trained(found)):
         return None
-    cfg, shape, small, source = found.cfg, shape_of(found.cfg.model), SHAPES["gemma-3-270m"], CARDS["h100"]
-    n_rows = cfg.test_rows * len([part for part in cfg.sources.split(";") if part.strip()])
-    ratios = found.card.tflops / source.tflops, found.card.gb_per_s / source.gb_per_s
+    low, high = map(sum, zip(*notebooks_parts(found).values(), strict=True))
+    return low, high, max(cost.memory_gib for cost in _trained(found))
+
+
+def notebooks_parts(found):
+    """{part of 01 to 05: (shortest, longest) seconds} of a Forecast in which TRAINED fit; no installs and downloads.
+
+    Speeds of other cards are scaled as estimate.scaling_note says.
+    """
+    cfg, card, costs, source = found.cfg, found.card, _trained(found), CARDS["h100"]
+    n_rows, n_models = cfg.test_rows * len([part for part in cfg.sources.split(";") if part.strip()]), len(TRAINED) + 1
     measured = ANSWERED[max((n for n in ANSWERED if n <= n_rows), default=min(ANSWERED))]
-    speed = measured * _numbers(small) / _numbers(shape)
-    ends = []
-    for end, share in ((0, 1 / 5), (1, 1.0)):  # of the longest row and answer, as study_tokens has it
-        per_s = speed * max(ratios) if end == 0 else speed * min(ratios) / estimate.SLOWER
-        read = n_rows * cfg.max_length * share + cfg.general_tokens  # for the losses: as fast as training, at least
-        reading = max(read / (cost.speed.high if end == 0 else cost.speed.low) for cost in costs)
-        answering = n_rows * cfg.max_new_tokens * share / per_s + reading
-        training = sum(3600 * cost.hours[end] for cost in costs)
-        ends.append(training + (len(TRAINED) + 1) * answering + (len(TRAINED) + 2) * OPENING_S)
-    return (*ends, max(cost.memory_gib for cost in costs))
+    speed = measured * _numbers(SHAPES["gemma-3-270m"]) / _numbers(shape_of(cfg.model))
+    ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
+    speeds = speed * max(ratios), speed * min(ratios) / estimate.SLOWER
+    reads = (
+        max(cost.speed.high for cost in costs),
+        min(cost.speed.low for cost in costs),
+    )  # at least as fast as training
+    shares = 1 / 5, 1.0  # of the longest row and answer, as study_tokens has it
+    lengths = [n_rows * cfg.max_length * share + cfg.general_tokens for share in shares]
+    return {
+        "training": tuple(sum(3600 * cost.hours[end] for cost in costs) for end in (0, 1)),
+        "answering": tuple(n_models * n_rows * cfg.max_new_tokens * n / v for n, v in zip(shares, speeds)),
+        "reading": tuple(n_models * n / v for n, v in zip(lengths, reads)),
+        "opening": ((n_models + 1) * OPENING_S,) * 2,
+    }
+
+
+def _trained(found):
+    return [cost for cost in found.costs if cost.method in TRAINED]
 
 
 def _numbers(shape):
