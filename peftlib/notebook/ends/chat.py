@@ -1,7 +1,7 @@
 """A conversation with a model of a study in a notebook: a box to type in, answers shown while they are made."""
 
 from peftlib.evaluation.chat import Conversation
-from peftlib.notebook.answers import answer_card, page
+from peftlib.notebook.answers import answer_card, page, side
 from peftlib.notebook.ask import Models
 from peftlib.notebook.ends import off
 from peftlib.notebook.widgets import Action, can_click, look
@@ -71,4 +71,4 @@ class ChatBox(Action):
     def _cards(self, turns):
         name = self.method.value
         heads = {"user": ("you", ""), "assistant": (name, self._theme.color_of(name))}
-        return page([answer_card(*heads[turn["role"]], "", turn["content"]) for turn in turns])
+        return page([side([answer_card(*heads[turn["role"]], "", turn["content"])]) for turn in turns])
