@@ -87,9 +87,8 @@ def plan(cfg):
     from peftlib.train.estimate import duration, forecast
 
     n = len([part for part in cfg.sources.split(";") if part.strip()])
-    doing = (
-        f"profile {cfg.profile} trains {cfg.model} on {n * cfg.train_rows:,} rows and tests on {n * cfg.test_rows:,}"
-    )
+    rows = f"{n * cfg.train_rows:,} rows and tests on {n * cfg.test_rows:,}"
+    doing = f"profile {cfg.profile} trains {_model_of(cfg)} on {rows}"
     here = card_at_hand() if resolve_device(cfg.device) == "cuda" else None
     if here is None:
         is_demo = cfg.fields_of("data", "math") == resolve("demo").fields_of("data", "math")
@@ -146,12 +145,15 @@ def without_gpu(device, cfg):
         return []
     lines = [f"no GPU     this session has none: {_CHOOSE_GPU[host()]}, then run the cells from the top"]
     if cfg.profile == "demo":
-        what = "Gemma 3 270M" if cfg.model == "packaged" else cfg.model
         return [
             *lines,
-            f"           without one all works as a small demo: {what}, {cfg.train_rows} rows a source, minutes",
+            f"           without one all works as a small demo: {_model_of(cfg)}, {cfg.train_rows} rows a source, minutes",
         ]
     return [*lines, f'           without one profile = {cfg.profile!r} takes days: profile = "demo" is made for it']
+
+
+def _model_of(cfg):
+    return "Gemma 3 270M" if cfg.model == "packaged" else cfg.model
 
 
 def where_data_come_from(name, study):
