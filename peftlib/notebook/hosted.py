@@ -145,10 +145,8 @@ def without_gpu(device, cfg):
         return []
     lines = [f"no GPU     this session has none: {_CHOOSE_GPU[host()]}, then run the cells from the top"]
     if cfg.profile == "demo":
-        return [
-            *lines,
-            f"           without one all works as a small demo: {_model_of(cfg)}, {cfg.train_rows} rows a source, minutes",
-        ]
+        what = f"{_model_of(cfg)}, {cfg.train_rows} rows a source, minutes"
+        return [*lines, f"           without one all works as a small demo: {what}"]
     return [*lines, f'           without one profile = {cfg.profile!r} takes days: profile = "demo" is made for it']
 
 
