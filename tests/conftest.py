@@ -12,7 +12,9 @@ from peftlib.core import config, hub_token, paths
 from peftlib.core.study import Study
 from peftlib.storage import remotes as storage
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+# Tiny tensors: a second thread only waits, and two processes that do so on two cores take forty times as long.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the kernels and commands that tests start
 # No test copies a study to a place of its user's own, nor do the kernels and commands that tests start.
 os.environ["PEFTLIB_MIRROR"] = "off"
 
