@@ -7,34 +7,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny import TINY
 
 from peftlib.core import config, hub_token, paths
 from peftlib.core.study import Study
 from peftlib.storage import remotes as storage
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+# Tiny tensors: a second thread only waits, and two processes that do so on two cores take forty times as long.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the kernels and commands that tests start
 # No test copies a study to a place of its user's own, nor do the kernels and commands that tests start.
 os.environ["PEFTLIB_MIRROR"] = "off"
-
-# What every tiny study shares: the bundled sample, few rows, ranks that fit a width of 64.
-TINY = {
-    "train_rows": 4,
-    "valid_rows": 1,
-    "test_rows": 2,
-    "max_length": 700,
-    "max_new_tokens": 6,
-    "batch_size": 2,
-    "micro_batch_size": 2,
-    "lora_rank": 4,
-    "galore_rank": 8,
-    "apollo_rank": 8,
-    "galore_update_interval": 3,
-    "precision": "fp32",
-    "device": "cpu",
-    "workers": 1,
-    "logging_steps": 1,
-    "max_save_overhead": 0.0,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import shutil
 
 import fake_study
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from peftlib import data
 from peftlib.core import config

@@ -1,7 +1,7 @@
 """Each notebook as a reader opens and runs it in JupyterLab, in order, in one tiny study."""
 
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from peftlib.notebook import session as notebook
 from peftlib.runner import notebook_io as executed

@@ -4,8 +4,8 @@ import re
 import shutil
 
 import pytest
-from conftest import TINY
 from lab_server import KERNEL_6, KERNEL_6_FOLDER
+from tiny import TINY
 
 from peftlib.core import config
 from peftlib.core.study import Study

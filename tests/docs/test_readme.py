@@ -13,8 +13,8 @@ import pytest
 import typer
 import update
 from cells import ends
-from conftest import TINY
 from result_tables import RESULTS, Results, make_all
+from tiny import TINY
 
 import peftlib
 from peftlib import cli

@@ -7,7 +7,7 @@ import leaks
 import pytest
 import tiny
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from peftlib import data
 from peftlib.core import record

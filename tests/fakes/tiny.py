@@ -3,6 +3,25 @@
 from functools import cache
 
 WORDS = 512
+# What every tiny study shares: the bundled sample, few rows, ranks that fit a width of 64.
+TINY = {
+    "train_rows": 4,
+    "valid_rows": 1,
+    "test_rows": 2,
+    "max_length": 700,
+    "max_new_tokens": 6,
+    "batch_size": 2,
+    "micro_batch_size": 2,
+    "lora_rank": 4,
+    "galore_rank": 8,
+    "apollo_rank": 8,
+    "galore_update_interval": 3,
+    "precision": "fp32",
+    "device": "cpu",
+    "workers": 1,
+    "logging_steps": 1,
+    "max_save_overhead": 0.0,
+}
 
 
 @cache

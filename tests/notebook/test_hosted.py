@@ -179,7 +179,7 @@ def test_on_kaggle_persistence_and_inputs_are_named_and_elsewhere_the_first_sent
 
 
 def test_the_line_for_missing_data_makes_the_study_that_the_notebook_asks_for(at, monkeypatch, tiny_model, capsys):
-    from conftest import TINY
+    from tiny import TINY
 
     from peftlib.cli import main
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import update_badges as badges
-from conftest import TINY
 from IPython.core.inputtransformer2 import TransformerManager
+from tiny import TINY
 
 from peftlib import cli as command_line
 from peftlib.core.config import resolve

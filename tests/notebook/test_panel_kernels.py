@@ -4,8 +4,8 @@ import os
 import re
 
 import pytest
-from conftest import TINY
 from front_end import INSTALLED, OTHERS, FrontEnd
+from tiny import TINY
 
 from peftlib.core import record as records
 from peftlib.storage.checkpoint import CheckpointDir

@@ -8,8 +8,8 @@ import sys
 import nbformat
 import psutil
 import pytest
-from conftest import TINY
 from front_end import CHECKOUT, INSTALLED, FrontEnd
+from tiny import TINY
 
 from peftlib.core import record as records
 from peftlib.storage.checkpoint import CheckpointDir

@@ -7,8 +7,8 @@ import os
 import re
 
 import pytest
-from conftest import TINY
 from front_end import INSTALLED, FrontEnd
+from tiny import TINY
 
 from peftlib.notebook.widgets import VIEW
 

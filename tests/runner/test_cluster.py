@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from peftlib.core.errors import ConfigError
 from peftlib.core.files import read_json
@@ -21,7 +21,8 @@ from peftlib.runner.suite_jobs import Settings
 from peftlib.runner.suite_work import main
 
 pytestmark = pytest.mark.slow
-RUNS = {"max_steps": 160, "save_steps": 10, "epochs": 60, "eval_steps": 80}
+RUNS = {"max_steps": 60, "save_steps": 10, "epochs": 30, "eval_steps": 30}
+SEEDS = tuple(range(8))  # with base and two sweeps 19 runs
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def settings(tiny_model, make_study):
 @pytest.fixture
 def whole(settings, finished_before, tmp_path_factory):
     """The study that one process does, run after run; made once for all tests."""
-    asked = settings("whole")
+    asked = settings("whole", seeds=SEEDS)
     study = Study.resolve(**asked.given)
     if "whole" in finished_before:
         shutil.copytree(finished_before["whole"], study.folder, dirs_exist_ok=True)
@@ -53,13 +54,13 @@ def whole(settings, finished_before, tmp_path_factory):
     return study
 
 
-def require_equal(study, whole):
-    """The records, losses and answers of both are the same."""
-    assert {(r["method"], r["seed"]) for r in whole.records()} == {(r["method"], r["seed"]) for r in study.records()}
+def require_equal(study, whole, asked):
+    """All runs that were asked for have the records, losses and answers of the study of one process."""
+    runs = {(job.method, job.seed) for job in asked.jobs(study)[0] if not job.is_sweep}
+    assert {(r["method"], r["seed"]) for r in study.records()} == runs
     assert study.adopted_rates() == whole.adopted_rates()
-    for record in whole.records():
-        method, seed = record["method"], record["seed"]
-        other = read_json(study.record_path(method, seed))
+    for method, seed in runs:
+        record, other = (read_json(found.record_path(method, seed)) for found in (whole, study))
         for name in ("status", "eval_loss", "steps", "learning_rate", "valid_history", "weights_sha256"):
             assert record.get(name) == other.get(name), (method, seed, name)
         assert [e["loss"] for e in record["history"]] == [e["loss"] for e in other["history"]]
@@ -116,7 +117,7 @@ def test_a_ray_node_dies_another_has_other_code_and_the_study_is_as_of_one_proce
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
             name = next((word for word in words if word.endswith(("-s0", "-s1"))), "")
-            if any(re.match(rf"{name} \| step [3-9]\d/160", line) for line in lines if name):
+            if any(re.match(rf"{name} \| step [2-4]\d/60", line) for line in lines if name):
                 killed.append(name)
                 kill_tree(raylet)
                 cluster.remove_node(made["second"], allow_graceful=False)
@@ -127,9 +128,9 @@ def test_a_ray_node_dies_another_has_other_code_and_the_study_is_as_of_one_proce
     told = "\n".join(lines)
     assert re.search(r"has peftlib \S+, the command is of \S+: install the same on all machines; no more runs go", told)
     study = Study.resolve(study="cluster", profile="demo")
-    require_equal(study, whole)
+    require_equal(study, whole, asked)
     [name] = killed
-    assert starts_of(study)[name] == 2 and re.search(rf"{name} \| .* goes on at step \d+0 of 160", told), told
+    assert starts_of(study)[name] == 2 and re.search(rf"{name} \| .* goes on at step \d+0 of 60", told), told
     assert all(times == 1 for other, times in starts_of(study).items() if other != name)
 
 
@@ -142,9 +143,10 @@ done
 
 
 def test_two_workers_without_ray_and_one_is_killed(settings, whole, tmp_path):
-    asked = settings("shared")
+    asked = settings("shared", seeds=SEEDS)
     study = Study.resolve(**asked.given)
-    words = ["--methods", "base,qlora,galore", "--seeds", "0,1", "--factors", "1,3", "--sweep-rows", "8"]
+    words = ["--methods", "base,qlora,galore", "--seeds", ",".join(map(str, SEEDS))]
+    words += ["--factors", "1,3", "--sweep-rows", "8"]
     words += ["--study", "shared", "--profile", "demo"]
     for name, value in asked.given.items():
         words += ["-p", f"{name}={value}"] if name not in ("study", "profile") else []
@@ -157,22 +159,22 @@ def test_two_workers_without_ray_and_one_is_killed(settings, whole, tmp_path):
     loop = subprocess.Popen(["sh", "-c", LOOP, "sh", *words], env=env)
     other = subprocess.Popen(["peftlib", "study", "run", *words], env=env, stdout=subprocess.PIPE, text=True)
     try:
-        killed, end = "", time.monotonic() + 200
+        killed, end = "", time.monotonic() + 400
         while not killed:
             assert time.monotonic() < end and loop.poll() is None and other.poll() is None
             found = re.match(r"peftlib study work (\w+-s\d)", runs.read_text()) if runs.exists() else None
             log = study.folder / "logs" / f"{found[1]}.log" if found else runs
-            if found and log.exists() and re.search(r"^step [3-9]\d/160", log.read_text(), re.MULTILINE):
+            if found and log.exists() and re.search(r"^step [2-4]\d/60", log.read_text(), re.MULTILINE):
                 killed = found[1]
             time.sleep(0.02)
         kill_tree(loop.pid)
-        told = other.communicate(timeout=200)[0]
+        told = other.communicate(timeout=400)[0]
         assert other.returncode == 0, told
     finally:
         for process in (loop, other):
             if process.poll() is None:
                 kill_tree(process.pid)
             process.wait()
-    require_equal(study, whole)
+    require_equal(study, whole, asked)
     starts = starts_of(study)
     assert starts.pop(killed) == 2 and set(starts.values()) == {1}, told

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from peftlib import cli
 from peftlib.cli import main

@@ -1,4 +1,3 @@
-# ruff: noqa: F811
 """The remote on a real S3 server on loopback, with faults in its answers."""
 
 import subprocess
@@ -6,7 +5,7 @@ import sys
 import time
 
 import pytest
-from test_mirror import newest, save, study  # noqa: F401
+from kept_study import newest, save
 
 from peftlib.core.errors import ConfigError, LockedError
 from peftlib.storage import mirror

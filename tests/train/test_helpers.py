@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, ParallelError

@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from test_train import trained
+from trainings import trained
 
 from peftlib import methods
 from peftlib.core import record as records

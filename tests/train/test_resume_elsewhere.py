@@ -9,7 +9,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_train import trained
+from trainings import trained
 
 from peftlib import methods
 from peftlib.core import files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_planted0token0that0must0not0appear"
