@@ -1,7 +1,7 @@
 """A notebook opened first in JupyterLab: its first cell, the data made by a click, and the last cells worked by hand."""
 
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from peftlib.core import config
 from peftlib.core.study import Study

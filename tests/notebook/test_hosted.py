@@ -259,7 +259,7 @@ def test_auto_is_quick_on_a_hosted_t4_until_a_full_study_stands_there(at, on_t4,
 
 
 def test_a_notebook_opened_alone_makes_what_it_lacks_when_asked(at, monkeypatch, tiny_model, capsys):
-    from conftest import TINY
+    from tiny import TINY
 
     at("")
     given = {"profile": "demo", "study": "mine", "model": str(tiny_model), **TINY, "max_steps": 1}
