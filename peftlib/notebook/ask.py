@@ -14,7 +14,7 @@ from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
 from peftlib.notebook.answers import answer_card, ended, page, side
-from peftlib.notebook.widgets import Shown, can_click, checkboxes, look, stacked, ticked
+from peftlib.notebook.widgets import Action, can_click, checkboxes, look, ticked
 from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
@@ -99,45 +99,33 @@ def ask_box(study, *, is_interactive=None):
     return None
 
 
-class AskBox(Shown):
+class AskBox(Action):
     """Widgets that ask; `box` holds them all. The kernel answers between cells, when it has nothing else to do."""
-
-    instead = "a box to ask all models (run the cell to see it)"
 
     def __init__(self, study):
         import ipywidgets as w
 
-        self._models = Models(study, self._say)
+        self._models = Models(study, self.say)
         self._theme = THEMES[study.cfg.theme]
         limit = {"value": study.cfg.max_new_tokens, "min": 1, "max": _MOST_TOKENS}
         how = {"continuous_update": False, **look("40rem")}  # else a click can overtake what was typed last
         self.question = w.Textarea(value=_QUESTION, description="question", **how)
         self.tokens = w.BoundedIntText(description="at most", **limit, **look("10rem"))
         self.methods = checkboxes(self._models.names)
-        self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")
-        self.status, self.shown = w.Label(), w.HTML()
         settings = [self.tokens, w.Label("tokens"), *self.methods.values()]
-        self.box = stacked(self.question, settings, [self.button, self.status], self.shown)
-        self.button.on_click(self._ask)
+        super().__init__("Ask all models", self._ask, self.question, settings)
+        self.instead = "a box to ask all models (run the cell to see it)"
 
-    def _say(self, text):
-        self.status.value = text
-
-    def _ask(self, button):
-        question, methods = self.question.value.strip(), ticked(self.methods)
+    def _ask(self, say):
+        question, methods, cards = self.question.value.strip(), ticked(self.methods), []
         if not question or not methods:
-            self._say("Type a question first." if not question else "Tick a model first.")
-            return
-        self.button.disabled, cards = True, []
-        try:
-            for reply in self._models.ask(question, methods, self.tokens.value):
-                cards.append(self._card(reply))
-                self.shown.value = page([side(cards)])
-            self._say("Greedy answers: the same question gives them again.")
-        except KeyboardInterrupt:
-            self._say("Interrupted; the answers so far are below.")
-        finally:
-            self.button.disabled = False
+            say("Type a question first." if not question else "Tick a model first.")
+            return self.shown.value
+        for reply in self._models.ask(question, methods, self.tokens.value):
+            cards.append(self._card(reply))
+            self.shown.value = page([side(cards)])
+        say("Greedy answers: the same question gives them again.")
+        return self.shown.value
 
     def _card(self, reply):
         color = self._theme.color_of(reply.method)
