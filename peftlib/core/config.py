@@ -43,7 +43,7 @@ RENAMED = {
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 # Settings of data or mathematics that came after studies had been made: those had the default, and keep their hashes.
 _ADDED_LATER = frozenset(
-    {"hybrid_galore", "galore_engine", "muon_learning_rate", "loraplus_lr_ratio", "oft_block_size"}
+    {"hybrid_galore", "galore_engine", "muon_learning_rate", "loraplus_lr_ratio", "oft_block_size", "max_read_rows"}
 )
 
 
@@ -51,7 +51,7 @@ _ADDED_LATER = frozenset(
 class Config:
     """All settings of a run. ConfigError: a value of the wrong type or outside its limits."""
 
-    profile: str = setting("demo", "run", "profile that filled the defaults", choices=("demo", "t4", "gpu"))
+    profile: str = setting("demo", "run", "profile that filled the defaults", choices=("demo", "quick", "t4", "gpu"))
     study: str = setting("demo", "run", "name of the study folder under the output root")
 
     model: str = setting(PACKAGED_MODEL, "math", "hub id, local folder, or 'packaged' (Gemma 3 270M from PyPI)")
@@ -60,6 +60,7 @@ class Config:
     valid_rows: int = setting(8, "data", "rows per source", low=0)
     test_rows: int = setting(16, "data", "rows per source", low=1)
     split_seed: int = setting(0, "data", "orders the candidates of each source", low=0, high=_MOST)
+    max_read_rows: int = setting(0, "data", "rows read of each source, from its beginning; 0: all", low=0)
     allow_short: bool = setting(False, "data", "divide the rows of a too short source among the splits as asked")
     max_length: int = setting(256, "data", "tokens; longer conversations are cut after whole turns", low=16, high=32768)
 
@@ -116,6 +117,7 @@ class Config:
     processes: int = setting(0, "run", "that train a notebook's run together; 0: one for each GPU", low=0, high=64)
     shard_optimizer: bool = setting(False, "run", "GaLore's moments divided among the processes of a run")
     memory_gib: float = setting(0.0, "run", "GPU memory that training may take; 0 is all of it", low=0.0)
+    make_missing: bool = setting(False, "run", "notebooks make data and runs that they read and that are not there")
     max_seconds: float = setting(0.0, "run", "wall clock of a training call, then save and stop; 0: no limit", low=0.0)
     session_hours: float = setting(0.0, "run", "until this machine ends; 0: 12 on Colab and Kaggle, else none", low=0.0)
     save_steps: int = setting(50, "run", "optimizer steps between checkpoints, at least", low=1)
@@ -213,6 +215,24 @@ PROFILES: dict[str, dict[str, Any]] = {
         "save_steps": 12,
         "eval_steps": 8,
         "logging_steps": 3,
+    },
+    "quick": {
+        # A first result on a free T4 within ten minutes, at the slow end of notebook.planner's sum.
+        **_STUDY,
+        "model": "unsloth/gemma-3-270m-it",  # a public copy of google's, which asks for no token
+        "train_rows": 500,
+        "valid_rows": 30,
+        "test_rows": 34,
+        "max_read_rows": 10_000,  # of the hub's sets, which are streamed: all of them take minutes
+        "max_length": 512,
+        "max_new_tokens": 128,
+        "batch_size": 8,
+        # For 188 steps, from the sweeps of the reference study, which has the same shape.
+        "lora_learning_rate": 5e-4,
+        "galore_learning_rate": 5e-4,
+        "galore_update_interval": 50,
+        "eval_steps": 50,
+        "general_tokens": 4096,
     },
     "t4": _STUDY,
     "gpu": _STUDY,

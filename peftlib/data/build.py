@@ -39,7 +39,7 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
     DataError: a source that cannot be read, or that falls short (see allow_short). ConfigError: `sources` is malformed.
     ModelError: no tokenizer. StudyError: the folder cannot be written, or another session works in it.
     """
-    folder, sources = Path(folder), parse_sources(cfg.sources)
+    folder, sources = Path(folder), parse_sources(cfg.sources, most=cfg.max_read_rows)
     for source in sources:
         source.check()
     inputs = _inputs(cfg, sources)
@@ -84,6 +84,7 @@ def _inputs(cfg, sources):
         "code_version": _CODE_VERSION,
         "sources": {source.name: source.identity() for source in sources},
         **{name: getattr(cfg, name) for name in fields},
+        **({"max_read_rows": cfg.max_read_rows} if cfg.max_read_rows else {}),  # older data have no such field
         "tokenizer_sha256": tokenizer_sha256(cfg.model),
         "template_sha256": chat_template.TEMPLATE_SHA256,
     }

@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,13 @@ class Source:
     """One named source. where: 'hub', 'sample' or 'file'.
 
     streams: {'main', and 'test' where test rows come from rows of their own: file, or split of the hub}.
+    most: rows that are read of a stream, from its beginning; 0: all.
     """
 
     name: str
     where: str
     streams: dict
+    most: int = 0
 
     def check(self):
         """DataError: one of its files is missing, empty, a folder, or of no known kind."""
@@ -53,16 +56,17 @@ class Source:
 
     def rows(self, stream):
         """Yields (row number, row or Broken) of a stream. DataError: it cannot be read."""
-        return self._hub_rows(stream) if self.where == "hub" else read_rows(self.streams[stream], FIELDS_READ)
+        found = self._hub_rows(stream) if self.where == "hub" else read_rows(self.streams[stream], FIELDS_READ)
+        return islice(found, self.most or None)
 
     def label(self, stream, *, is_public=False):
         """The stream in words. is_public: without the folder of a user's own file."""
-        place = self.streams[stream]
+        place, part = self.streams[stream], f", its first {self.most:,} rows" if self.most else ""
         if self.where == "hub":
-            return f"{HUB[self.name].id} {place} at {HUB[self.name].revision[:12]}"
+            return f"{HUB[self.name].id} {place} at {HUB[self.name].revision[:12]}{part}"
         if self.where == "sample":
-            return f"the bundled sample {place.name}"
-        return os.fsencode(place.name if is_public else place).decode(errors="backslashreplace")
+            return f"the bundled sample {place.name}{part}"
+        return os.fsencode(place.name if is_public else place).decode(errors="backslashreplace") + part
 
     def identity(self):
         """What decides its rows: the hub's revision, or each file's SHA-256. DiskError: a file cannot be read."""
@@ -103,8 +107,10 @@ class Source:
             ) from error
 
 
-def parse_sources(text):
+def parse_sources(text, *, most=0):
     """[Source, ...] of a config's `sources`, in order of precedence: alpaca, tulu, ultrachat, then as given.
+
+    most: as in Source.
 
     ConfigError: not of the form NAME=WHERE; ..., a name twice, or hub/sample for a name they do not have.
     """
@@ -115,7 +121,7 @@ def parse_sources(text):
             raise ConfigError(f"sources: {part!r} is not of the form {_FORM}")
         if name in found:
             raise ConfigError(f"sources: {name!r} is given twice")
-        found[name] = _source(name, where)
+        found[name] = replace(_source(name, where), most=most)
     if not found:
         raise ConfigError(f"sources={text!r} names no source: use {_FORM}")
     first = [found[name] for name in HUB if name in found]

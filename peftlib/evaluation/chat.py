@@ -26,8 +26,11 @@ class Conversation:
         self._limit = limit or model.config.get_text_config().max_position_embeddings
         self.messages = []
 
-    def say(self, text):
-        """Print the model's answer to one more user turn while it is made, and return it."""
+    def say(self, text, show=None):
+        """Print the model's answer to one more user turn while it is made, and return it.
+
+        show: takes the pieces of the answer in place of the terminal.
+        """
         self.messages.append({"role": "user", "content": text})
         ids = encode_prompt(self._tokenizer, self.messages)
         while len(ids) + self._max_new_tokens > self._limit and len(self.messages) > 1:
@@ -35,7 +38,7 @@ class Conversation:
             ids = encode_prompt(self._tokenizer, self.messages)
         kept = ids[-max(1, self._limit - self._max_new_tokens) :]  # of one turn that is too long, its end
         prompt = torch.tensor([kept], device=self._model.device)
-        shown = _shown(self._tokenizer)
+        shown = _shown(self._tokenizer, show)
         made = greedy(self._model, prompt, torch.ones_like(prompt), self._max_new_tokens, streamer=shown)
         answer = self._tokenizer.decode(made[0], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": answer})
@@ -65,13 +68,16 @@ def main(study, method, *, seed, max_new_tokens):
     return 0
 
 
-def _shown(tokenizer):
-    """A streamer that prints an answer as it comes, with nothing in it that a terminal would act on."""
+def _shown(tokenizer, show):
+    """A streamer that shows an answer as it comes, on a terminal with nothing in it that this would act on."""
     from transformers import TextStreamer
 
     class Shown(TextStreamer):
         def on_finalized_text(self, text, stream_end=False):
-            print(visible(text), flush=True, end="\n" if stream_end else "")
+            if show:
+                show(text)
+            else:
+                print(visible(text), flush=True, end="\n" if stream_end else "")
 
     return Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
 

@@ -166,8 +166,8 @@ class Preview:
 
     def __init__(self, study, method, *, seed=0, **how):
         record = records.load(study, method, seed)
-        is_finished = record is not None and record.get("status") == "ok"
-        self._exported = export_model(study, method, seed=seed, dry_run=True, **how) if is_finished else None
+        self.is_finished = record is not None and record.get("status") == "ok"
+        self._exported = export_model(study, method, seed=seed, dry_run=True, **how) if self.is_finished else None
         self._name = f"{method} (seed {seed})"
 
     def __repr__(self):

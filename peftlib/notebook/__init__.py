@@ -17,6 +17,11 @@ _API = {
     "show_charts": ("peftlib.notebook.charts", "show_charts"),
     "explore": ("peftlib.notebook.explorer", "explore"),
     "ask_box": ("peftlib.notebook.ask", "ask_box"),
+    "chat_box": ("peftlib.notebook.ends.chat", "chat_box"),
+    "drive_box": ("peftlib.notebook.ends.hand_on", "drive_box"),
+    "hub_box": ("peftlib.notebook.ends.hand_on", "hub_box"),
+    "gguf_box": ("peftlib.notebook.ends.hand_on", "gguf_box"),
+    "show_runtime": ("peftlib.notebook.hosted", "show_runtime"),
     "ExportPreview": ("peftlib.export.export", "Preview"),
 }
 __all__ = list(_API)

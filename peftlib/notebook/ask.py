@@ -14,7 +14,7 @@ from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
 from peftlib.notebook.answers import answer_card, ended, page, side
-from peftlib.notebook.widgets import Shown, can_click, checkboxes, look, stacked, ticked
+from peftlib.notebook.widgets import Action, can_click, checkboxes, look, ticked
 from peftlib.report.palette import THEMES
 
 # A model stays loaded while so many times its size is free: the next one and what merging it takes.
@@ -55,7 +55,7 @@ class Models:
         for number, method in enumerate(methods, start=1):
             at = f"{method} ({number} of {len(methods)})"
             try:
-                model = self._model(method, at)
+                model = self.load(method, at)[0]
                 self.log(f"answering with {at}")
                 started = time.monotonic()
                 prompt = encode_prompt(self._tokenizer, [{"role": "user", "content": question}])
@@ -75,7 +75,8 @@ class Models:
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
-    def _model(self, method, at):
+    def load(self, method, at):
+        """(model, tokenizer) of a method. at: how to call it in the log. Errors: see evaluate.load_model."""
         facts = self._study.weights_dir(method, self._study.cfg.seed) / "peftlib.json"
         key = method, facts.stat().st_mtime_ns if facts.exists() else None
         if key not in self._loaded:
@@ -84,7 +85,7 @@ class Models:
             self._tokenizer = self._tokenizer or load_tokenizer(self._study.cfg.model)
             how = {"device": self._device, "dtype": evaluation_dtype(self._device)[0], "log": self.log}
             self._loaded[key] = load_model(self._study, method, self._study.cfg.seed, **how)
-        return self._loaded[key]
+        return self._loaded[key], self._tokenizer
 
     def _free_bytes(self):
         return torch.cuda.mem_get_info()[0] if self._device == "cuda" else psutil.virtual_memory().available
@@ -98,44 +99,33 @@ def ask_box(study, *, is_interactive=None):
     return None
 
 
-class AskBox(Shown):
+class AskBox(Action):
     """Widgets that ask; `box` holds them all. The kernel answers between cells, when it has nothing else to do."""
-
-    instead = "a box to ask all models (run the cell to see it)"
 
     def __init__(self, study):
         import ipywidgets as w
 
-        self._models = Models(study, self._say)
+        self._models = Models(study, self.say)
         self._theme = THEMES[study.cfg.theme]
         limit = {"value": study.cfg.max_new_tokens, "min": 1, "max": _MOST_TOKENS}
-        self.question = w.Textarea(value=_QUESTION, description="question", **look("40rem"))
+        how = {"continuous_update": False, **look("40rem")}  # else a click can overtake what was typed last
+        self.question = w.Textarea(value=_QUESTION, description="question", **how)
         self.tokens = w.BoundedIntText(description="at most", **limit, **look("10rem"))
         self.methods = checkboxes(self._models.names)
-        self.button = w.Button(description="Ask all models", button_style="primary", icon="comments")
-        self.status, self.shown = w.Label(), w.HTML()
         settings = [self.tokens, w.Label("tokens"), *self.methods.values()]
-        self.box = stacked(self.question, settings, [self.button, self.status], self.shown)
-        self.button.on_click(self._ask)
+        super().__init__("Ask all models", self._ask, self.question, settings)
+        self.instead = "a box to ask all models (run the cell to see it)"
 
-    def _say(self, text):
-        self.status.value = text
-
-    def _ask(self, button):
-        question, methods = self.question.value.strip(), ticked(self.methods)
+    def _ask(self, say):
+        question, methods, cards = self.question.value.strip(), ticked(self.methods), []
         if not question or not methods:
-            self._say("Type a question first." if not question else "Tick a model first.")
-            return
-        self.button.disabled, cards = True, []
-        try:
-            for reply in self._models.ask(question, methods, self.tokens.value):
-                cards.append(self._card(reply))
-                self.shown.value = page([side(cards)])
-            self._say("Greedy answers: the same question gives them again.")
-        except KeyboardInterrupt:
-            self._say("Interrupted; the answers so far are below.")
-        finally:
-            self.button.disabled = False
+            say("Type a question first." if not question else "Tick a model first.")
+            return self.shown.value
+        for reply in self._models.ask(question, methods, self.tokens.value):
+            cards.append(self._card(reply))
+            self.shown.value = page([side(cards)])
+        say("Greedy answers: the same question gives them again.")
+        return self.shown.value
 
     def _card(self, reply):
         color = self._theme.color_of(reply.method)

@@ -1,16 +1,21 @@
-"""Notebooks on Colab and Kaggle: tell before work begins what a session lacks."""
+"""Notebooks on Colab, Kaggle and elsewhere: tell before work begins what runs here, what it takes and what it lacks."""
 
+import contextlib
 import importlib.metadata
 import shlex
 import sys
 import warnings
 
+import psutil
 from packaging.version import Version
 
 from peftlib.core.config import resolve
+from peftlib.core.env import output_root, profile_for_hardware, resolve_device
 from peftlib.core.errors import ModelError
+from peftlib.core.files import gib
 from peftlib.core.paths import TORCHAO_MIN
-from peftlib.core.session import host
+from peftlib.core.session import host, is_watched
+from peftlib.storage.remotes import remote_of
 
 _CHANGED_BY_INSTALL = ("huggingface_hub", "tokenizers", "transformers", "accelerate", "peft", "torchao")
 _CHOOSE_GPU = {
@@ -25,6 +30,77 @@ _KAGGLE_KEEPS = (
     "Kaggle keeps /kaggle/working where Settings > Persistence says so; another notebook's output can be added by "
     "Add Input and copied to {root}. "
 )
+
+
+# What `make demo` takes on two CPU cores (README), and its largest training (results/demo/results.csv).
+DEMO_MINUTES, DEMO_GIB = 10, 2.4
+
+
+def show_runtime():
+    """Print in a notebook's first cell what runs here, what its profile will do, and what that takes, in one line.
+
+    On Colab and Kaggle without a GPU, how to get one too. ModelError: see require_sound_packages.
+    """
+    require_sound_packages()
+    if not is_watched():  # its settings are injected below this cell
+        print(f"{runtime()}: the setup cell says what is planned")
+        return
+    cfg = resolve(**with_first_profile({}))
+    print(f"{runtime()}: {plan(cfg)}")
+    for line in without_gpu(resolve_device(cfg.device), cfg):
+        print(line)
+    if cfg.profile == "quick":
+        print(f'the full study is profile = "t4" in the settings cell: {plan(resolve("t4"))}')
+
+
+def with_first_profile(given):
+    """Settings in which `auto` is quick on Colab's and Kaggle's T4, until a study t4 stands here or on its remote."""
+    is_open = all(given.get(name) in (None, "auto") for name in ("profile", "study"))
+    if not (is_open and host() and is_watched() and profile_for_hardware() == "t4") or _stands("t4"):
+        return given
+    return {**given, "profile": "quick"}
+
+
+def _stands(study):
+    with contextlib.suppress(OSError):
+        remote = remote_of(study)
+        return (output_root() / study).exists() or bool(remote and remote.listing())
+    return False
+
+
+def runtime():
+    """'Colab, Tesla T4 with 14.6 GiB': the host, whether anybody looks on, the card or CPU, and its memory."""
+    import torch
+
+    where = {"colab": "Colab", "kaggle": "Kaggle"}.get(host(), "Jupyter")
+    where += "" if is_watched() else ", headless"
+    if not torch.cuda.is_available():
+        return f"{where}, no GPU, {psutil.cpu_count()} CPU cores with {gib(psutil.virtual_memory().total):.1f} GiB"
+    card, n = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    return f"{where}, {f'{n} x ' * (n > 1)}{card.name} with {gib(card.total_memory):.1f} GiB"
+
+
+def plan(cfg):
+    """What a config will do here, and for how long and with how much memory by the planner, in words."""
+    from peftlib.models.shapes import card_at_hand, shape_of
+    from peftlib.notebook.planner import TRAINED, notebooks_cost
+    from peftlib.train.estimate import duration, forecast
+
+    n = len([part for part in cfg.sources.split(";") if part.strip()])
+    rows = f"{n * cfg.train_rows:,} rows and tests on {n * cfg.test_rows:,}"
+    doing = f"profile {cfg.profile} trains {_model_of(cfg)} on {rows}"
+    here = card_at_hand() if resolve_device(cfg.device) == "cuda" else None
+    if here is None:
+        is_demo = cfg.fields_of("data", "math") == resolve("demo").fields_of("data", "math")
+        known = f"up to {DEMO_MINUTES} min and {DEMO_GIB} GiB for 01 to 05, as measured on two cores"
+        return f"{doing}; {known if is_demo else 'how long is not known for this machine'}"
+    with contextlib.suppress(ModelError):
+        found = forecast(cfg, *here, shape=shape_of(cfg.model), names=TRAINED)
+        low, high, size = notebooks_cost(found) or (0, 0, 0)
+        if not size:
+            return f"{doing}; {found.refusal or 'not every method fits this card'}"
+        return f"{doing}; 01 to 05 take {duration(low, high)} and {size:.1f} GiB, as planned, downloads not counted"
+    return f"{doing}; what it takes is not known for this model"
 
 
 def require_sound_packages(modules=None, version=importlib.metadata.version):
@@ -69,12 +145,13 @@ def without_gpu(device, cfg):
         return []
     lines = [f"no GPU     this session has none: {_CHOOSE_GPU[host()]}, then run the cells from the top"]
     if cfg.profile == "demo":
-        what = "Gemma 3 270M" if cfg.model == "packaged" else cfg.model
-        return [
-            *lines,
-            f"           without one all works as a small demo: {what}, {cfg.train_rows} rows a source, minutes",
-        ]
+        what = f"{_model_of(cfg)}, {cfg.train_rows} rows a source, minutes"
+        return [*lines, f"           without one all works as a small demo: {what}"]
     return [*lines, f'           without one profile = {cfg.profile!r} takes days: profile = "demo" is made for it']
+
+
+def _model_of(cfg):
+    return "Gemma 3 270M" if cfg.model == "packaged" else cfg.model
 
 
 def where_data_come_from(name, study):

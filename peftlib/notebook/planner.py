@@ -4,12 +4,14 @@ It changes nothing: it shows the lines for the parameters cell, and the command,
 """
 
 import html
+import math
 import shlex
 from dataclasses import dataclass, field
 
-from peftlib.core.config import PACKAGED_MODEL, Config, describe, resolve
+from peftlib.core.config import PACKAGED_MODEL, PROFILES, Config, describe, resolve
 from peftlib.core.errors import ModelError, PeftlibError, StudyError
 from peftlib.core.study import Study
+from peftlib.models.inspect import PROJECTIONS
 from peftlib.models.shapes import CARDS, SHAPES, card_at_hand, find_card, shape_of
 from peftlib.notebook.answers import StaticRows
 from peftlib.notebook.widgets import bar, can_click, look
@@ -19,6 +21,10 @@ from peftlib.train import estimate
 CHOICES: tuple[str, ...] = ("model", "train_rows", "max_length", "epochs", "batch_size")
 CHOICES += ("lora_rank", "galore_rank", "moment_bits", "galore_weights")
 _WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one
+TRAINED = ("qlora", "galore", "hybrid")  # by 02, 03 and 05; 04 and 05 answer with them and with base
+# Tokens/s that the engine answered with on an H100, by rows: Gemma 3 270M in 16 bits (results/bench/generate.json).
+ANSWERED = {192: 9456, 1800: 26418}
+OPENING_S = 45.0  # of each notebook: loading models, its demonstrations, the first step. An allowance, not measured
 _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind in ("it", "pt")))
 
 
@@ -65,6 +71,48 @@ def answer(study, choices, card_name=None):
     return Answer(refused=found.refusal, cfg=cfg, forecast=found, remarks=remarks)
 
 
+def notebooks_cost(found):
+    """(shortest, longest seconds of 01 to 05, GiB of the largest training) by a Forecast; None: one does not fit."""
+    if not all(cost.fits for cost in _trained(found)):
+        return None
+    low, high = map(sum, zip(*notebooks_parts(found).values(), strict=True))
+    return low, high, max(cost.memory_gib for cost in _trained(found))
+
+
+def notebooks_parts(found):
+    """{part of 01 to 05: (shortest, longest) seconds} of a Forecast in which TRAINED fit; no installs and downloads.
+
+    Speeds of other cards are scaled as estimate.scaling_note says.
+    """
+    cfg, card, costs, source = found.cfg, found.card, _trained(found), CARDS["h100"]
+    n_rows, n_models = cfg.test_rows * len([part for part in cfg.sources.split(";") if part.strip()]), len(TRAINED) + 1
+    measured = ANSWERED[max((n for n in ANSWERED if n <= n_rows), default=min(ANSWERED))]
+    speed = measured * _numbers(SHAPES["gemma-3-270m"]) / _numbers(shape_of(cfg.model))
+    ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
+    speeds = speed * max(ratios), speed * min(ratios) / estimate.SLOWER
+    reads = (
+        max(cost.speed.high for cost in costs),
+        min(cost.speed.low for cost in costs),
+    )  # at least as fast as training
+    shares = 1 / 5, 1.0  # of the longest row and answer, as study_tokens has it
+    lengths = [n_rows * cfg.max_length * share + cfg.general_tokens for share in shares]
+    return {
+        "training": tuple(sum(3600 * cost.hours[end] for cost in costs) for end in (0, 1)),
+        "answering": tuple(n_models * n_rows * cfg.max_new_tokens * n / v for n, v in zip(shares, speeds)),
+        "reading": tuple(n_models * n / v for n, v in zip(lengths, reads)),
+        "opening": ((n_models + 1) * OPENING_S,) * 2,
+    }
+
+
+def _trained(found):
+    return [cost for cost in found.costs if cost.method in TRAINED]
+
+
+def _numbers(shape):
+    """Of the weights that each token is multiplied by."""
+    return sum(map(math.prod, shape.all_matrices(PROJECTIONS))) + shape.vocabulary * shape.hidden
+
+
 def parameter_lines(cfg):
     """['NAME = VALUE', ...] for the parameters cell: the profile, the study, and what differs from the profile."""
     return [f"{name} = {value!r}" for name, value in {"profile": cfg.profile, "study": cfg.study, **_set(cfg)}.items()]
@@ -83,6 +131,8 @@ def as_html(found):
         parts.append(f"<p><b>Not possible:</b> {html.escape(found.refused)}</p>")
     if found.forecast is not None:
         parts += [f"<p>{html.escape(found.forecast.headline)}</p>", _html_table(found.forecast)]
+        cost = notebooks_cost(found.forecast)
+        parts += [f"<p>All five notebooks: {estimate.duration(*cost[:2])}, downloads not counted.</p>"] if cost else []
     parts += [f"<p>{html.escape(line)}</p>" for line in found.remarks]
     if found.forecast is not None:
         parts.append(folded("what these numbers rest on", "\n".join(found.forecast.notes())))
@@ -147,14 +197,30 @@ def _widgets(study):
     gpu = w.Dropdown(description="GPU", options=names, value=here[0] if here else _WITHOUT_GPU, **look("25em", "12em"))
     shown = w.HTML()
 
+    profiles = [("as set", ""), *((name, name) for name in PROFILES)]
+    profile = w.Dropdown(description="profile", options=profiles, value="", **look("25em", "12em"))
+    base, is_changing = study, False
+
     def show(change=None):
-        choices = {name: widget.value for name, widget in inputs.items()}
-        shown.value = as_html(answer(study, choices, gpu.value))
+        if not is_changing:
+            choices = {name: widget.value for name, widget in inputs.items()}
+            shown.value = as_html(answer(base, choices, gpu.value))
+
+    def take_profile(change):
+        nonlocal base, is_changing
+        base, is_changing = study, True  # one answer, not one a widget
+        if profile.value:
+            base = Study(study.folder.parent / profile.value, resolve(profile.value))
+        for name, widget in inputs.items():
+            widget.value = getattr(base.cfg, name)
+        is_changing = False
+        show()
 
     for widget in (*inputs.values(), gpu):
         widget.observe(show, "value")
+    profile.observe(take_profile, "value")
     show()
-    return w.VBox([w.HBox([gpu, *inputs.values()], layout={"flex_flow": "row wrap"}), shown])
+    return w.VBox([w.HBox([gpu, profile, *inputs.values()], layout={"flex_flow": "row wrap"}), shown])
 
 
 def _input(w, name, value):

@@ -15,6 +15,7 @@ from peftlib.core.record import device_name
 from peftlib.core.session import host, is_watched
 from peftlib.core.study import Study
 from peftlib.notebook import hosted
+from peftlib.notebook.widgets import Action, can_click
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import open_mirror, running
 from peftlib.storage.remotes import mount_drive
@@ -50,21 +51,23 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
     hosted.require_sound_packages()
     hosted.quiet_torchao()
     given = executed_parameters(_ipython().user_ns["In"])
-    named = resolve(**given)  # refuses bad settings before anything is mounted
+    resolve(**given)  # refuses bad settings before anything is mounted
     if drive is None:
         drive = os.environ.get("PEFTLIB_DRIVE", "1" if host() == "colab" else "0") == "1"
     if drive and not is_headless:
         mount_drive()
+    named = resolve(**(given := hosted.with_first_profile(given)))
     mirror = open_mirror(output_root() / named.study)
     StudyLock(output_root() / named.study, name).require_free()
     study = Study.resolve(**given)
-    _require_data(name, study)
+    _require_inputs(name, study)
     cfg = study.cfg
     device = resolve_device(cfg.device)
     precision, reason = training_precision(device, cfg.precision)
     seed_everything(cfg.seed)
     print(f"{name}, study {cfg.study}, profile {cfg.profile}")
     print(compact(cfg))
+    print(f"runtime    {hosted.runtime()}: {hosted.plan(cfg)}")
     print(f"device     {device_name(device)}")
     print(f"precision  {precision}: {reason}")
     print(f"folder     {readable_path(study.folder)}")
@@ -74,14 +77,55 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
     return study
 
 
-def _require_data(name, study):
-    """StudyError: the notebook reads what 01_data writes, and it is not there; before any model is opened."""
-    if "01_data" not in NOTEBOOKS.get(name, ()):
-        return
+def _require_inputs(name, study):
+    """Say what the notebook reads and is not there; make_missing or a button makes it.
+
+    StudyError: that are the data; before any model is opened.
+    """
+    missing = missing_inputs(name, study)
+    if study.cfg.make_missing:
+        make_inputs(name, study, missing, print)
+    elif missing:
+        _offer(name, study, missing)
     try:
-        study.manifest()
+        if "01_data" in NOTEBOOKS.get(name, ()):
+            study.manifest()
     except StudyError as error:
-        raise StudyError("\n".join(filter(None, [str(error), hosted.where_data_come_from(name, study)]))) from None
+        ways = [f"{error}, or set make_missing = True", hosted.where_data_come_from(name, study)]
+        raise StudyError("\n".join(filter(None, ways))) from None
+
+
+def _offer(name, study, missing):
+    what = ", ".join(missing)
+    print(f"not there yet: {what}; make_missing = True in the settings cell makes it here")
+    if can_click():
+        from IPython.display import display
+
+        display(Action(f"Make {what} now", lambda say: make_inputs(name, study, missing, say)))
+
+
+def missing_inputs(name, study):
+    """What earlier notebooks make, this one reads and the study lacks: 'data', and methods without a finished run."""
+    done = {r["method"] for r in study.records() if r["status"] == "ok" and r["seed"] == study.cfg.seed}
+    done |= {"data"} if study.manifest_path.exists() and study.config_path.exists() else set()
+    return [other[3:] for other in NOTEBOOKS.get(name, ()) if other != "04_eval" and other[3:] not in done]
+
+
+def make_inputs(name, study, missing, say):
+    """Make what `missing_inputs` found, by the calls of the notebooks that else make it. Errors: theirs."""
+    from peftlib import build_data, evaluate, run_training
+
+    for what in missing:
+        say(f"making {what}")
+        if what == "data":
+            build_data(study.cfg, study.data_dir, log=say)
+            study.freeze()
+        else:
+            run_training(study, what, log=say)
+            if "04_eval" in NOTEBOOKS[name]:
+                evaluate(study, what, log=say)
+    if missing and say is not print:
+        say("Made. Run this cell again.")
 
 
 def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "ok") -> None:
@@ -109,6 +153,8 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
         print(f"stopped before its end: run {name} again to go on from here")
     else:
         print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
+        if study.cfg.profile == "quick" and not later:
+            print(f'the full study: profile = "t4" in the settings cells; {hosted.plan(resolve("t4"))}')
     print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
 
 

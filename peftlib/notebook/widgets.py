@@ -8,6 +8,7 @@ import base64
 import html
 import importlib.util
 
+from peftlib.core.errors import PeftlibError
 from peftlib.core.files import readable_path, write_text
 from peftlib.core.session import is_watched
 
@@ -37,6 +38,38 @@ class Shown:
 
     def _repr_mimebundle_(self, **given):
         return bundle(self.box, self.instead)
+
+
+class Action(Shown):
+    """A button that does `work(say)` between cells and shows the HTML that it returns; errors go to the status line.
+
+    controls: as for stacked, above the button.
+    """
+
+    def __init__(self, title, work, *controls):
+        import ipywidgets as w
+
+        self.instead = f"a button: {title} (run the cell to see it)"
+        self.button = w.Button(description=title, button_style="primary", layout={"width": "auto"})
+        self.status, self.shown, self._work = w.HTML(), w.HTML(), work
+        self.box = stacked(*controls, [self.button, self.status], self.shown)
+        self.button.on_click(lambda _: self.do(self._work))
+
+    def say(self, text):
+        """Show a line of text beside the button."""
+        self.status.value = html.escape(str(text))
+
+    def do(self, work):
+        """Do some work as the button does."""
+        self.button.disabled = True
+        try:
+            self.shown.value = work(self.say) or ""
+        except Exception as error:  # noqa: BLE001 - on Colab nobody sees the traceback of a click
+            self.say(error if isinstance(error, PeftlibError) else f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            self.say("Interrupted.")
+        finally:
+            self.button.disabled = False
 
 
 def look(width, label_width="4.5rem"):

@@ -19,7 +19,7 @@ from peftlib.storage import mirror
 # What several commands share is said in one way.
 Name = Annotated[str, Option("--study", metavar="NAME", help="study folder")]
 AnyName = Annotated[str | None, Option("--study", metavar="NAME", help="study folder; default: the profile's name")]
-Profile = Annotated[str | None, Option(help="demo, t4, gpu or auto; default: by the hardware")]
+Profile = Annotated[str | None, Option(help="demo, quick, t4, gpu or auto; default: by the hardware")]
 Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a setting; repeatable")]
 Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
 _WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"

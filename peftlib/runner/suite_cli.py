@@ -15,7 +15,7 @@ _EXAMPLES = (
 )
 app = typer.Typer(help="Run a whole study, on one machine or many.", epilog=examples_of(*_EXAMPLES))
 
-Profile = Annotated[str, Option(help="demo, t4 or gpu")]
+Profile = Annotated[str, Option(help="demo, quick, t4 or gpu")]
 Methods = Annotated[str | None, Option(metavar="A,B,...", help="default: base and the first six; or peft:FILE.json")]
 Seeds = Annotated[str, Option(help="of every method but base")]
 Factors = Annotated[str, Option(help="of the rates that a sweep tries; auto: until the best is bracketed; or none")]

@@ -34,7 +34,7 @@ def mount_drive():
     ConfigError: this is not Colab.
     """
     global _mounted_by_us
-    if not _can_ask_colab():
+    if not can_ask_colab():
         raise ConfigError("Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it")
     was_mounted = (DRIVE / "MyDrive").is_dir()
     try:
@@ -58,7 +58,7 @@ def _mount(**how):
         raise OSError(errno.ENOTCONN, f"Google Drive is not mounted ({error})") from error
 
 
-def _can_ask_colab():
+def can_ask_colab():
     """Whether this kernel can talk to Colab's page, as mounting needs: of one that papermill started there is none."""
     return "google.colab" in sys.modules and is_watched()
 
@@ -91,7 +91,7 @@ class DriveRemote(Remote):
     def reconnect(self):
         """Mount a Drive again whose mount has died. OSError: it does not come back."""
         # Of one that lives this would kill the uploads, and for every other process too.
-        if _can_ask_colab() and not self._is_mounted():
+        if can_ask_colab() and not self._is_mounted():
             _mount(force_remount=True)
 
     def flush(self):
@@ -100,7 +100,7 @@ class DriveRemote(Remote):
         Colab can do it only by unmounting Drive for the whole machine, so not in a headless run, nor where somebody
         else has mounted it.
         """
-        if not _mounted_by_us or not _can_ask_colab():
+        if not _mounted_by_us or not can_ask_colab():
             return self.doubt
         from google.colab import drive
 

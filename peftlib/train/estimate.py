@@ -24,7 +24,7 @@ MEASURED = shipped("results/bench/methods.json")
 HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
 _ALIGNED = "<<>><>><"
 _MEASURED_MODEL = "gemma-3-1b"  # tests/bench/methods.py makes this shape
-_SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling, a slower host
+SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling, a slower host
 _SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was measured at all
 
 
@@ -112,7 +112,7 @@ def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpoi
     base = row["tok_s"] * flops_per_token(SHAPES[_MEASURED_MODEL], methods.find(row["method"]), length=row["seq"])
     ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
     # A small micro-batch leaves a large card idle, in the worst case in proportion.
-    low = base / needed * min(ratios) / _SLOWER * min(1.0, micro_batch / row["micro_batch"])
+    low = base / needed * min(ratios) / SLOWER * min(1.0, micro_batch / row["micro_batch"])
     return Speed(low, base / needed * max(ratios), f"estimate from {_source(row)}")
 
 
@@ -129,7 +129,7 @@ def scaling_note(card):
     return (
         f"estimates scale speeds of the {_MEASURED_MODEL} shape by the work per token and by published figures (this "
         f"card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s): the fast end by the better ratio, the slow end by "
-        f"{_SLOWER:g} times the worse one, and slower still where the micro-batch is smaller than the measured one"
+        f"{SLOWER:g} times the worse one, and slower still where the micro-batch is smaller than the measured one"
     )
 
 

@@ -31,7 +31,7 @@ class _Server(LabServer):
 
 
 def take(lab, study, folder):
-    """Write panel.png, form.png, explorer.png and charts.png into `folder`."""
+    """Write panel.png, form.png, explorer.png, charts.png and chat.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(study, lab.server.runs / "demo", ignore=shutil.ignore_patterns("notebooks", "checkpoints"))
     shutil.copytree(study / "data", lab.server.runs / "again" / "data")
@@ -43,6 +43,14 @@ def take(lab, study, folder):
     with lab.opened(lab.server.put("04_eval", fields={"profile": "demo", "study": "demo"})) as opened:
         _run_to(opened, "show_charts(", folder / "charts.png", "")
         _run_to(opened, "explore(", folder / "explorer.png", "reference")
+    with lab.opened(lab.server.put("05_hybrid", fields={"profile": "demo", "study": "demo"})) as opened:
+        for words in ("# Parameters", "setup(", "chat_box("):
+            opened.cell(words).run()
+        chat = opened.cell("chat_box(")
+        chat.enter("you", "Explain in one sentence why leaves are green.")
+        chat.press("Send")
+        chat.wait_for("Greedy answers", seconds=200)
+        _keep(opened, chat, folder / "chat.png")
 
 
 def _run_to(opened, words, path, pattern):
@@ -52,6 +60,10 @@ def _run_to(opened, words, path, pattern):
     assert not opened.problems(), opened.problems()
     cell.start()
     cell.wait_for(pattern or ".", seconds=200)
+    _keep(opened, cell, path)
+
+
+def _keep(opened, cell, path):
     area = cell.element.find_element(By.CSS_SELECTOR, ".jp-Cell-outputArea")
     with opened.tall_window():
         opened.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", area)

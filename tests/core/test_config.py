@@ -23,13 +23,20 @@ def test_profiles_hold_the_contracts_numbers():
         assert (cfg.epochs, cfg.split_seed, cfg.seed) == (1, 0, 0)
 
 
+def test_quick_asks_for_500_rows_a_source_and_about_100_test_rows_without_a_token():
+    quick = config.resolve("quick")
+    assert (quick.study, quick.model) == ("quick", "unsloth/gemma-3-270m-it")
+    assert (quick.train_rows, 3 * quick.test_rows, quick.max_read_rows) == (500, 102, 10_000)
+    assert quick.sources == config.resolve("t4").sources
+
+
 def test_unknown_field_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"'lora_rnk' is not a setting: did you mean lora_rank"):
         config.resolve("demo", lora_rnk=8)
 
 
 def test_unknown_profile_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"profile='t5' is unknown: use auto, demo, t4, gpu"):
+    with pytest.raises(ConfigError, match=r"profile='t5' is unknown: use auto, demo, quick, t4, gpu"):
         config.resolve("t5")
 
 

@@ -69,6 +69,16 @@ def test_candidates_do_not_depend_on_how_many_are_held(tmp_path, capacity):
     assert len(flat) == 60 and sum(c.copies for c in flat) + sum(tally.rejected.values()) == tally.read == len(rows)
 
 
+def test_of_a_long_source_only_its_first_rows_are_read(cfg_of, two_files, tmp_path):
+    cfg = cfg_of(sources_text(two_files), max_read_rows=50)
+    manifest = data.build_data(cfg, tmp_path / "data", quiet)
+    assert manifest["read"] == {"alpaca": 50, "tulu": 50} and manifest["inputs"]["max_read_rows"] == 50
+    assert manifest["sources"]["alpaca"]["where"]["main"] == "a.jsonl.gz, its first 50 rows"
+    whole = data.build_data(cfg_of(sources_text(two_files)), tmp_path / "data", quiet)
+    assert whole["read"] == {"alpaca": 80, "tulu": 80}, "other rows: built again"
+    assert "max_read_rows" not in whole["inputs"], "as in data that were made before there was such a setting"
+
+
 def test_held_candidates_and_workers_do_not_change_the_split(two_files, cfg_of, tmp_path, monkeypatch):
     cfg = cfg_of(sources_text(two_files))
     whole = data.build_data(cfg, tmp_path / "whole", quiet)

@@ -11,6 +11,11 @@ from bench_tables import best_of_grids
 from cells import loss_gap, pair_of
 from result_tables import Results
 
+from peftlib.core.config import resolve
+from peftlib.models.shapes import find_card, shape_of
+from peftlib.notebook import planner
+from peftlib.train import estimate
+
 R = Results()
 METHODS, BASE = R.reference["methods"], R.reference["methods"]["base"]
 BENCH = Path(__file__).resolve().parents[2] / "results" / "bench"
@@ -55,6 +60,23 @@ def gain(method, metric, over="over_base"):
 
 def rise(method):
     return loss_gap(R, "general_loss", method, "base")["value"]
+
+
+def quick():
+    """{part: minutes at the slow end} of the profile quick on a T4, and both ends of the sum."""
+    cfg, (name, card) = resolve("quick"), find_card("t4")
+    found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model))
+    parts = {part: high / 60 for part, (_, high) in planner.notebooks_parts(found).items()}
+    low, high, _ = planner.notebooks_cost(found)
+    n = len(cfg.sources.split(";"))
+    return {
+        **vars(cfg),
+        **parts,
+        "low": low / 60,
+        "high": high / 60,
+        "all_rows": n * cfg.train_rows,
+        "tested": n * cfg.test_rows,
+    }
 
 
 def by_rounding(method):
@@ -129,6 +151,13 @@ FROM_RESULTS = [
     ("reference-study.md", "cut at {} tokens when you compare", [R.reference["first_look"]["max_new_tokens"]]),
     ("resume.md", "checkpoint of the 1B has {:.2f} GiB", [checkpoint()]),
     ("running.md", "{train} training and {test} test rows, {steps} steps", {**R.demo["rows"], "steps": R.demo["steps"]}),
+    ("running.md", "| {train_rows} / {valid_rows} / {test_rows}, from the first {max_read_rows:,} rows of each |", quick()),
+    ("running.md", "is planned at {low:.1f} to {high:.1f} minutes for all five", quick()),
+    ("running.md", "| three trainings of {all_rows:,} rows, all of {max_length} tokens | {training:.1f} |", quick()),
+    ("running.md", "four models answer {tested} rows, all to the limit of {max_new_tokens} tokens | {answering:.1f} |", quick()),
+    ("running.md", "read the test rows and {general_tokens:,} tokens of general text | {reading:.1f} |", quick()),
+    ("running.md", "demonstrations; 45 s each are allowed | {opening:.1f} |", quick()),
+    ("data.md", "reads the first {max_read_rows:,} rows of each source", quick()),
     ("running.md", "with {} rows the intervals are wide", [R.demo["rows"]["test"]]),
 ]  # fmt: skip
 # (page, words) whose numbers are settings, published facts, or were measured by hand at the date the page tells.

@@ -1,6 +1,7 @@
 """The study form: what a choice costs, what cannot be and why, and lines and a command that give just that config."""
 
 import html
+import json
 import shlex
 
 import pytest
@@ -156,7 +157,7 @@ def test_without_somebody_to_click_it_is_a_table(fresh):
 def test_widgets_answer_at_once_and_leave_the_study_alone(fresh):
     box, shown = form.study_form(fresh, is_interactive=True).children
     widgets = {widget.description: widget for widget in box.children}
-    assert set(widgets) == {"GPU", *form.CHOICES}
+    assert set(widgets) == {"GPU", "profile", *form.CHOICES}
     assert "on a t4" in shown.value
     widgets["GPU"].value = "h100"
     assert "on a h100" in shown.value
@@ -195,3 +196,42 @@ def test_a_live_kernel_gets_widgets_and_papermill_does_not(kernel_of):
         kinds = {kind for content in shown for kind in content.get("data", {})}
         assert kind in kinds, shown
         assert is_watched or not any("widget" in kind for kind in kinds)
+
+
+def cost_of(profile, card_name="t4"):
+    cfg, (name, card) = resolve(profile), cards.find_card(card_name)
+    found = estimate.forecast(cfg, name, card, shape=cards.shape_of(cfg.model), names=form.TRAINED)
+    return found, form.notebooks_cost(found)
+
+
+def test_quick_fits_ten_minutes_of_a_t4_at_the_slow_end_and_the_full_study_does_not():
+    found, (low, high, gib) = cost_of("quick")
+    assert low < high <= 600 and gib < 0.86 * CARDS["t4"].gib
+    # The sum by hand: three trainings, four models that read and answer 102 rows, five openings.
+    training = sum(3600 * cost.hours[1] for cost in found.costs)
+    reading = (102 * 512 + 4096) / min(cost.speed.low for cost in found.costs)
+    answering = 102 * 128 / (9456 * (65 / 989) / 1.5)
+    assert high == pytest.approx(training + 4 * (reading + answering) + 5 * 45)
+    assert cost_of("t4")[1][1] > 3600 and cost_of("quick", "h100")[1][1] < high
+
+
+def test_speeds_of_answering_are_the_measured_ones():
+    rows = json.loads((form.estimate.MEASURED.parent / "generate.json").read_text(encoding="utf-8"))
+    ours = {r["rows"]: r["tok_s"] for r in rows if r["engine"] == "slots" and "H100" in r["device"]}
+    assert {n: round(speed) for n, speed in ours.items()} == form.ANSWERED
+
+
+def test_where_a_method_does_not_fit_there_is_no_sum():
+    cfg, (name, card) = resolve("t4", memory_gib=1.0), cards.find_card("t4")
+    assert form.notebooks_cost(estimate.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"])) is None
+
+
+def test_another_profile_is_one_choice_and_its_lines_name_it(fresh):
+    box, shown = form.study_form(fresh, is_interactive=True).children
+    widgets = {widget.description: widget for widget in box.children}
+    widgets["profile"].value = "quick"
+    assert widgets["train_rows"].value == 500 and widgets["model"].value == "unsloth/gemma-3-270m-it"
+    assert "profile = &#x27;quick&#x27;" in shown.value and "--profile quick --study quick" in shown.value
+    assert "All five notebooks: 4.4 to 9.5 min" in shown.value
+    widgets["profile"].value = "t4"
+    assert "profile = &#x27;t4&#x27;" in shown.value and widgets["train_rows"].value == 5000

@@ -1,5 +1,6 @@
 """What a session of Colab or Kaggle lacks is said before work begins, with the line that mends it."""
 
+import csv
 import importlib
 import shutil
 import subprocess
@@ -190,3 +191,85 @@ def test_the_line_for_missing_data_makes_the_study_that_the_notebook_asks_for(at
     assert main(line.split()[3:]) == 0
     assert open_notebook(monkeypatch, "02_qlora", **given).manifest()["split_hash"]
     assert isinstance(Study.existing("mine"), Study)
+
+
+@pytest.fixture
+def on_t4(monkeypatch):
+    """A T4 for everything that asks what card is here."""
+    card = types.SimpleNamespace(name="Tesla T4", total_memory=int(14.6 * 2**30), major=7)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: card)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    monkeypatch.setattr(hosted, "is_watched", lambda: True)
+
+
+def test_the_first_cell_says_runtime_plan_and_cost_in_one_line_and_the_full_study_next(at, on_t4, watched, capsys):
+    at("colab")
+    hosted.show_runtime()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Colab, Tesla T4 with 14.6 GiB: profile quick trains unsloth/gemma-3-270m-it on 1,500 rows")
+    assert "tests on 102; 01 to 05 take 4.4 to 9.5 min and 4.4 GiB" in first
+    assert second.startswith(
+        'the full study is profile = "t4" in the settings cell: profile t4 trains google/gemma-3-1b'
+    )
+
+
+def test_a_first_cell_without_a_gpu_says_how_to_get_one(at, watched, capsys):
+    at("kaggle")
+    hosted.show_runtime()
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("Kaggle, no GPU") and "up to 10 min and 2.4 GiB" in first
+    assert "Settings > Accelerator > GPU T4 x2" in second and "small demo" in third
+
+
+def test_several_cards_and_a_headless_run_are_named(at, on_t4, monkeypatch, capsys):
+    at("kaggle")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    hosted.show_runtime()
+    assert capsys.readouterr().out.startswith("Kaggle, headless, 2 x Tesla T4 with 14.6 GiB: the setup cell says")
+
+
+def test_what_the_demo_takes_is_what_was_measured():
+    rows = (CHECKOUT / "results/demo/results.csv").read_text(encoding="utf-8").splitlines()
+    at = rows[0].split(",").index("peak_memory_gib")
+    peaks = [next(csv.reader([row]))[at] for row in rows[1:]]
+    assert pytest.approx(max(float(peak) for peak in peaks if peak), abs=0.05) == hosted.DEMO_GIB
+    assert f"up to {'ten' if hosted.DEMO_MINUTES == 10 else '?'} minutes on two CPU cores" in (
+        CHECKOUT / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_auto_is_quick_on_a_hosted_t4_until_a_full_study_stands_there(at, on_t4, watched, monkeypatch, tmp_path):
+    at("colab")
+    assert hosted.with_first_profile({"profile": "auto", "lora_rank": 8}) == {"profile": "quick", "lora_rank": 8}
+    for given in ({"profile": "t4"}, {"profile": "auto", "study": "mine"}):
+        assert hosted.with_first_profile(given) == given
+    monkeypatch.setattr(hosted, "remote_of", lambda name: types.SimpleNamespace(listing=lambda: {"a": name}))
+    assert hosted.with_first_profile({}) == {}, "it is on Drive"
+    monkeypatch.setattr(hosted, "remote_of", lambda name: None)
+    (tmp_path / "runs" / "t4").mkdir(parents=True)
+    assert hosted.with_first_profile({}) == {}
+    at("")
+    shutil.rmtree(tmp_path / "runs")
+    assert hosted.with_first_profile({}) == {}, "elsewhere auto is what it was"
+
+
+def test_a_notebook_opened_alone_makes_what_it_lacks_when_asked(at, monkeypatch, tiny_model, capsys):
+    from tiny import TINY
+
+    at("")
+    given = {"profile": "demo", "study": "mine", "model": str(tiny_model), **TINY, "max_steps": 1}
+    with pytest.raises(StudyError, match="run 01_data first.*make_missing = True"):
+        open_notebook(monkeypatch, "04_eval", **given)
+    assert "not there yet: data, qlora, galore; make_missing = True" in capsys.readouterr().out
+    study = open_notebook(monkeypatch, "02_qlora", **given, make_missing=True)
+    assert study.manifest()["split_hash"] and "making data" in capsys.readouterr().out
+    open_notebook(monkeypatch, "03_galore", **given)
+    assert "not there yet" not in capsys.readouterr().out
+    study = open_notebook(monkeypatch, "05_hybrid", **given, make_missing=True)
+    assert {r["method"]: "evaluation" in r for r in study.records()} == {"galore": True, "qlora": True}
+    assert notebook.missing_inputs("05_hybrid", study) == []

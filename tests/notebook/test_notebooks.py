@@ -62,9 +62,10 @@ def test_it_is_a_valid_notebook_of_the_plain_python_kernel(name):
 
 def test_the_badges_open_a_machine_with_a_t4(name):
     metadata = executed.load(PATHS[name])["metadata"]
-    assert metadata["accelerator"] == "GPU" and metadata["colab"] == {"gpuType": "T4", "provenance": []}
+    colab = {"gpuType": "T4", "name": f"{name}.ipynb", "provenance": [], "toc_visible": True}
+    assert metadata["accelerator"] == "GPU" and metadata["colab"] == colab
     kaggle = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}
-    assert metadata["kaggle"] == kaggle
+    assert metadata["kaggle"] == {**kaggle, "dataSources": [], "language": "python", "sourceType": "notebook"}
     assert list(metadata) == sorted(metadata), "as Jupyter writes it"
     assert badges.badge(name).endswith("&accelerator=nvidiaTeslaT4)")
 
@@ -122,6 +123,27 @@ def test_badge_and_install_cell_hold_the_one_address(name, cells):
 def test_readmes_table_holds_the_one_address():
     readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     assert badges.with_badge_table(readme, NAMES) == readme, "run make badges"
+
+
+def test_the_first_cell_ends_by_saying_what_runs_here(cells):
+    first = code_of(cells)[0]
+    assert is_install(first) and first.splitlines()[-1] == "show_runtime()"
+    assert first.index("No GPU. Colab: Runtime") < first.index("%pip install"), "before anything is downloaded"
+
+
+ENDS = ("chat_box", "drive_box", "hub_box", "gguf_box")
+
+
+@pytest.mark.parametrize("name, method", [("02_qlora", "qlora"), ("03_galore", "galore"), ("05_hybrid", "hybrid")])
+def test_each_end_is_one_cell_of_two_lines(name, method):
+    sources = code_of(executed.load(PATHS[name])["cells"])
+    for end in ENDS:
+        assert sources.count(f'from peftlib.notebook import {end}\n\n{end}(study, "{method}")') == 1
+    assert all(
+        sources.index(s) > sources.index(next(t for t in sources if "train_live(run)" in t))
+        for s in sources
+        if "_box(" in s
+    )
 
 
 def test_nothing_private_dead_or_decorative(cells):

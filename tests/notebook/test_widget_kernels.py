@@ -20,7 +20,7 @@ from pathlib import Path
 import fake_study, pytest, torch
 torch.set_num_threads(1)
 from peftlib import Study, build_report, load_split, load_tokenizer
-from peftlib.notebook import ask_box, browse, explore, show_charts, study_form
+from peftlib.notebook import ask_box, browse, chat_box, explore, gguf_box, hub_box, show_charts, study_form
 from peftlib.report import charts as report_charts
 os.environ["PEFTLIB_ROOT"] = {root!r}
 study = Study.resolve(profile="demo", study="tiny", **{fields!r})
@@ -201,3 +201,28 @@ def test_the_question_box_asks_what_is_typed_of_what_is_ticked(page):
     page.change("base", value=False)
     page.press("Ask all models")
     assert "Tick a model first." in page.html()
+
+
+def test_the_chat_box_answers_and_starts_over(page):
+    assert page.show('chat_box(study, "qlora")') == "a box to chat with the result (run the cell to see it)"
+    page.press("Send")
+    assert "Type something first." in page.html()
+    page.change("you", value="Hello <b>there</b>")
+    page.press("Send")
+    assert "Hello &lt;b&gt;there" in page.html() and "<h4>base</h4>" in page.html()
+    page.press("Start over")
+    assert "<h4>" not in page.html()
+
+
+def test_the_boxes_that_hand_a_run_on_say_what_it_lacks(page):
+    page.show('hub_box(study, "qlora")')
+    page.change("repository", value="me/my-model")
+    page.pick("form", "merged")
+    page.press("Preview")
+    assert "can be exported once its training has finished" in page.html()
+    assert page.models[page.control("Push to the hub")]["disabled"]
+    page.heard.clear()
+    page.show('gguf_box(study, "qlora")')
+    page.pick("type", "f16")
+    page.press("Make GGUF for Ollama")
+    assert "no record of qlora" in page.html()

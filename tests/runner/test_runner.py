@@ -233,7 +233,7 @@ def test_a_killed_runner_takes_its_kernel_with_it(notebooks, studies):
         (["-p", "lora_rnk", "8"], "'lora_rnk' is not a setting: did you mean lora_rank"),
         (["-p", "seed", "three"], "seed='three' is not a whole number"),
         (["-p", "lora_rank", "0"], "lora_rank=0 is out of range: use 1 or more"),
-        (["--profile", "t5"], "profile='t5' is unknown: use auto, demo, t4, gpu"),
+        (["--profile", "t5"], "profile='t5' is unknown: use auto, demo, quick, t4, gpu"),
         (["--notebooks", "nowhere"], "no notebooks in nowhere"),
     ],
 )
