@@ -75,14 +75,13 @@ def build_report(study: Study) -> Report:
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
     # Load: records, predictions and verdicts, checked against the test rows. Score: all rows, and each source's.
-    found, boot, by_source = scored(study)
+    found, boot, by_source, numbers = scored(study)
     judged, n_other_verdicts = verdicts.load(study, found)
     # Compare: every two methods, and what was not equal between them.
     pairs = comparison.pairs_of(found.systems(), boot) if boot else []
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
     # Draw.
-    numbers = charts.numbers_of(found, boot, by_source)
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
         results=result_frame(found),
@@ -115,10 +114,14 @@ def build_report(study: Study) -> Report:
 
 
 def scored(study):
-    """(ScoredStudy, Bootstrap over all rows or None, {source: Bootstrap}) of a study. StudyError: as results.load."""
+    """(ScoredStudy, Bootstrap over all rows or None, {source: Bootstrap}, charts.Numbers) of a study.
+
+    StudyError: as results.load.
+    """
     found = results.load(study)
     systems = found.systems()
-    return found, stats.bootstrap(systems) if systems else None, _by_source(found)
+    boot, by_source = stats.bootstrap(systems) if systems else None, _by_source(found)
+    return found, boot, by_source, charts.numbers_of(found, boot, by_source)
 
 
 def result_frame(found):

@@ -14,7 +14,6 @@ from peftlib.evaluation.comparison import unmatched
 from peftlib.evaluation.results import BASE, Run
 from peftlib.evaluation.stats import METRICS
 from peftlib.methods import study_order
-from peftlib.report import charts
 from peftlib.report.answers import SAME, Answers, marked
 from peftlib.report.build import result_frame, scored
 from peftlib.report.compare import folder_of, names_of, require_same_rows
@@ -27,7 +26,7 @@ FIGURES = {
     "rougeL": ("ROUGE-L", "", 3, 1),
     "bleu4": ("BLEU-4", "", 3, 1),
     "eval_loss": ("test loss", "nats/token", 3, -1),
-    "forgetting": ("forgetting: loss on general text", "% over base", 1, -1),
+    "forgetting": ("forgetting", "% loss on general text", 1, -1),
     "peak_memory_gib": ("peak memory", "GiB", 2, -1),
     "tokens_per_second": ("speed", "tokens/s", 0, 1),
     "hours": ("training time", "h", 3, -1),
@@ -37,7 +36,8 @@ FIGURES = {
     "learning_rate": ("learning rate", "", None, 0),
     "n_test": ("test rows", "", 0, 0),
 }
-_BENCH, _ENDS = "bench_", ("_low", "_high", "_n", "_stderr")  # columns beside a benchmark's score
+_BENCH = "bench_"  # columns of benchmarks
+_BENCH_FACTS = ("metric", "is_perplexity", "chance")
 _SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross"}
 
 
@@ -57,11 +57,11 @@ def site_data(folders):
     require_same_rows({part["study"]["name"]: part["study"]["split_hash"] for part in parts})
     runs = [run for part in parts for run in part["runs"]]
     methods = sorted({run["method"] for run in runs}, key=study_order)
-    figures = {name: of for name, of in FIGURES.items() if any(run[name] is not None for run in runs)}
-    benches = dict.fromkeys(name for run in runs for name in run if name.startswith(_BENCH))
-    figures |= {
-        name: (name.removeprefix(_BENCH).replace("_", " "), "", 3, 1) for name in benches if not name.endswith(_ENDS)
-    }
+    figures = {name: of for name, of in FIGURES.items() if any(run.get(name) is not None for run in runs)}
+    for name in dict.fromkeys(name for run in runs for name in run if name.startswith(_BENCH)):
+        task = name.removeprefix(_BENCH)
+        known = next((run["benchmarks"][task] for run in runs if task in run["benchmarks"]), {})
+        figures[name] = (task.replace("_", " "), known.get("metric") or "", 3, -1 if known.get("is_perplexity") else 1)
     data = {
         "studies": [part["study"] for part in parts],
         "figures": [
@@ -71,14 +71,14 @@ def site_data(folders):
         "runs": runs,
         "intervals": [entry for part in parts for entry in part["intervals"]],
         "sources": [entry for part in parts for entry in part["sources"]],
+        "rewound": [entry for part in parts for entry in part.get("rewound", ())],
     }
     return data, [(part["study"]["name"], part["answers"]) for part in parts if part["answers"]]
 
 
 def _own(folder, name):
     """What is known of a study that has its data: scored anew, as its report is."""
-    found, boot, by_source = scored(_study(folder))
-    numbers, frame = charts.numbers_of(found, boot, by_source), result_frame(found)
+    found, _, _, numbers = scored(_study(folder))
     intervals = [_interval(name, m, k, i) for m, of in numbers.intervals.items() for k, i in of.items()]
     sources = [
         {"source": source, **_interval(name, method, key, interval)}
@@ -90,9 +90,10 @@ def _own(folder, name):
     study = _facts(name, found.split_hash, found.runs, len(found.test_rows), found.sources, bool(answers))
     return {
         "study": study,
-        "runs": _runs(name, frame, found.runs),
+        "runs": _runs(name, result_frame(found), found.runs),
         "intervals": intervals,
         "sources": sources,
+        "rewound": [{"study": name, "method": m, "points": of} for m, of in getattr(numbers, "rewound", {}).items()],
         "answers": answers,
     }
 
@@ -102,13 +103,14 @@ def _published(folder, name):
     study, path = _study(folder), folder / "results.csv"
     if not path.exists():
         raise StudyError(f"no results in {folder}: run `peftlib report --study {folder.name}`, or 04_eval, first")
+    records = {(record["method"], record["seed"]): record for record in study.records()}
     with reading(path):
         frame = pd.read_csv(path)
-        runs = {(r["method"], r["seed"]): Run(r) for r in study.records()}
-        runs = [runs[method, seed] for method, seed in zip(frame["method"], frame["seed"])]
-        hashes = sorted(set(frame["split_hash"]))
-        if len(hashes) != 1:
-            raise ValueError(f"split_hash {hashes}")
+        unlike = set(zip(frame.get("method", ()), frame.get("seed", ()))) ^ set(records)
+        hashes = sorted({record["split_hash"] for record in records.values()})
+        if unlike or len(hashes) != 1:
+            raise ValueError(f"not what its records say: {unlike or hashes}")
+    runs = [Run(records[row.method, row.seed]) for row in frame.itertuples()]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     scores = (
         (m, k, of) for m, known in summary.get("methods", {}).items() for k, of in (known.get("scores") or {}).items()
@@ -162,14 +164,16 @@ def _runs(study, frame, runs):
     rows = []
     for row, run in zip(frame.astype(object).where(frame.notna(), None).to_dict("records"), runs):
         changed = None if run.record["method"] == BASE else forgetting.change(base, run.general)
-        seconds = row["train_seconds"]
-        row |= {"forgetting": None if changed is None else 100 * changed}
+        benchmarks, seconds = run.record.get("benchmarks") or {}, row["train_seconds"]
+        row |= {f"{_BENCH}{task}": facts["score"] for task, facts in benchmarks.items()}
         row |= {
-            "hours": None if seconds is None else seconds / 3600,
             "study": study,
-            "rewind": run.record.get("rewind"),
+            "forgetting": None if changed is None else 100 * changed,
+            "hours": None if seconds is None else seconds / 3600,
+            "benchmarks": {task: {n: of.get(n) for n in _BENCH_FACTS} for task, of in benchmarks.items()},
+            "curve": _curve(run.record["history"]),
+            "valid": _points(run.record["valid_history"], "valid_loss"),
         }
-        row |= {"curve": _curve(run.record["history"]), "valid": _points(run.record["valid_history"], "valid_loss")}
         rows.append({name: _plain(value) for name, value in row.items()})
     return rows
 

@@ -6,7 +6,6 @@
   const title = ({ label, unit }) => (unit ? `${label} (${unit})` : label);
   const several = () => data().studies.length > 1;
   const ENTRY = (at) => (several() ? `${at.study}: ${at.method}` : at.method);
-  const ORDER = "x y y2 color shape xOffset detail text strokeDash order tooltip".split(" ");
 
   /** [{study, method, runs}, ...] of the runs that are shown and finished, in the study's order. */
   function groups() {
@@ -26,8 +25,6 @@
     if (entry) return { value: entry.value, low: entry.low ?? entry.value, high: entry.high ?? entry.value };
     const values = source === undefined ? group.runs.map((run) => run[key]) : [], value = mean(values);
     if (value === null) return null;
-    const ends = ["low", "high"].map((end) => mean(group.runs.map((run) => run[`${key}_${end}`])));  // of a benchmark
-    if (ends[0] !== null && ends[1] !== null) return { value, low: ends[0], high: ends[1] };
     return { value, low: Math.min(...values), high: Math.max(...values) };
   }
 
@@ -43,7 +40,7 @@
     const [ink, quiet, line, paper] = isDark() ? ["#e4e6e8", "#a3abb3", "#363b41", "#16181b"] : ["#1d2024", "#575e66", "#d9dcdf", "#ffffff"];
     const axis = { labelColor: quiet, titleColor: quiet, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 12 };
     return {
-      aria: false, background: paper, font: "system-ui, sans-serif", axis, view: { stroke: null }, text: { color: ink },
+      aria: false, background: paper, font: "system-ui, sans-serif", axis, axisQuantitative: { tickCount: 6 }, view: { stroke: null }, text: { color: ink },
       legend: { labelColor: ink, title: null, orient: "top", labelFontSize: 12 },
     };
   }
@@ -71,7 +68,7 @@
     const { view } = await window.vegaEmbed(box, { $schema: "https://vega.github.io/schema/vega-lite/v5.json", ...sized },
       { ast: true, renderer: "svg", actions: false, defaultStyle: false, config: look(), tooltip: tip });
     const file = (kind, make) => el("button", { type: "button", textContent: kind, title: `Save this chart as ${kind}`, onclick: async () => save(`${id}.${kind.toLowerCase()}`, ...(await make())) });
-    caption.replaceChildren(el("p", {}, words),
+    caption.replaceChildren(el("details", {}, el("summary", {}, "In words"), el("p", {}, words)),
       file("SVG", async () => [await view.toSVG(), "image/svg+xml"]),
       file("PNG", async () => [await view.toImageURL("png", 2), "image/png"]),
       file("CSV", async () => [csv(rows), "text/csv"]));
@@ -135,7 +132,7 @@
     return draw("loss", spec, words, [["run", "step", "loss", "rows"], ...values.map((v) => [v.run, v.step, v.loss, v.what])]);
   }
 
-  function bars(id, values, of, across) {
+  function bars(id, values, of, across, chance) {
     const coded = encodings(values.map((v) => v.method));
     const width = across ? { xOffset: { field: "name", sort: null } } : {};
     const spec = {
@@ -144,10 +141,11 @@
       layer: [
         { mark: { type: "bar", cornerRadiusEnd: 2 }, encoding: { y: { field: "value", type: "quantitative", title: title(of) }, color: { ...coded.color, legend: across ? {} : null }, tooltip: [{ field: "source" }, { field: "name" }, { field: "said", title: of.label }].slice(across ? 0 : 1) } },
         { transform: [{ filter: "datum.low !== datum.high" }], mark: { type: "rule", strokeWidth: 1.5, color: isDark() ? "#e4e6e8" : "#1d2024" }, encoding: { y: { field: "low", type: "quantitative" }, y2: { field: "high" } } },
+        ...(chance ? [{ data: { values: [{ chance }] }, mark: { type: "rule", strokeDash: [4, 4], color: isDark() ? "#a3abb3" : "#575e66" }, encoding: { x: null, y: { field: "chance", type: "quantitative" } } }] : []),
       ],
     };
     const said = values.map((v) => `${across ? `${v.source}, ` : ""}${v.name} ${interval(v, of)}`);
-    return draw(id, spec, `${of.label}: ${said.join("; ")}.`, [["source", "study", "method", of.key, "low", "high"], ...values.map((v) => [v.source, v.study, v.method, v.value, v.low, v.high])]);
+    return draw(id, spec, `${of.label}: ${said.join("; ")}.${chance ? ` Dashed: ${number(chance, 3)}, by chance.` : ""}`, [["source", "study", "method", of.key, "low", "high"], ...values.map((v) => [v.source, v.study, v.method, v.value, v.low, v.high])]);
   }
 
   const barsOf = (key, source) => groups().flatMap((group) => {
@@ -162,43 +160,43 @@
 
   function benchmarks() {
     const of = figure($("bench-score").value);
-    return of && bars("bench-bars", barsOf(of.key), of, false);
+    const chances = data().runs.map((run) => run.benchmarks[of?.key.slice("bench_".length)]?.chance);
+    return of && bars("bench-bars", barsOf(of.key), of, false, chances.find(Boolean));
   }
 
-  /** Records hold `rewind` as a list of points: {share, one number a figure}. */
+  /** The models between base (0) and tuned (1), a mean over the seeds. */
   function rewind() {
-    const key = $("rewind-score").value;
-    const values = shown().flatMap((run) => (run.rewind ?? []).filter((point) => typeof point[key] === "number")
-      .map((point) => ({ run: `${ENTRY(run)}, seed ${run.seed}`, method: run.method, share: point.share, value: point[key] })));
+    const choice = $("rewind-score"), of = { label: choice.selectedOptions[0].textContent, unit: choice.value === "rougeL" ? "" : "nats/token", digits: 3 };
+    const known = groups().map((group) => data().rewound.find((one) => one.study === group.study && one.method === group.method));
+    const values = known.filter(Boolean).flatMap((one) => one.points.map((point) => ({ name: ENTRY(one), method: one.method, factor: point.factor, value: point[choice.value] })))
+      .filter((point) => point.value !== null);
     const coded = encodings(values.map((v) => v.method));
     const spec = {
       data: { values }, mark: { type: "line", point: true },
       encoding: {
-        x: { field: "share", type: "quantitative", title: "share of the change that is kept" },
-        y: { field: "value", type: "quantitative", scale: { zero: false }, title: key },
-        color: { ...coded.color, legend: {} }, detail: { field: "run" },
+        x: { field: "factor", type: "quantitative", title: "share of what training changed" },
+        y: { field: "value", type: "quantitative", scale: { zero: false }, title: title(of) },
+        color: { ...coded.color, legend: {} }, detail: { field: "name" },
       },
     };
-    const words = `${key} by the share of the change: ${values.map((v) => `${v.run} at ${v.share}: ${number(v.value, 3)}`).join("; ")}.`;
-    return draw("rewind-lines", spec, words, [["run", "share", key], ...values.map((v) => [v.run, v.share, v.value])]);
+    const words = `${of.label} by the share of what training changed: ${values.map((v) => `${v.name} at ${v.factor}: ${number(v.value, of.digits)}`).join("; ")}.`;
+    return draw("rewind-lines", spec, words, [["method", "factor", choice.value], ...values.map((v) => [v.name, v.factor, v.value])]);
   }
 
   peftlib.prepareCharts = () => {
     const known = data().figures.filter((of) => of.better), pairs = (all) => all.map((of) => [of.key, title(of)]);
-    const across = known.filter((of) => AGAINST.includes(of.key));
+    const across = AGAINST.map(figure).filter(Boolean);
     $("tradeoffs").hidden = !across.length;
     options($("pareto-y"), pairs(known), known[0]?.key);
     options($("pareto-x"), pairs(across), across[0]?.key);
     const scored = new Set(data().sources.map((one) => one.key));
     options($("source-score"), pairs(known.filter((of) => scored.has(of.key))), "rougeL");
     options($("bench-score"), pairs(known.filter((of) => of.key.startsWith("bench_"))));
-    const keys = new Set(data().runs.flatMap((run) => (run.rewind ?? []).flatMap(Object.keys)));
-    keys.delete("share");
-    options($("rewind-score"), [...keys].map((key) => [key, key]));
+    options($("rewind-score"), [["general_loss", "loss on general text"], ["test_loss", "loss on the test rows"], ["rougeL", "ROUGE-L"]]);
     const places = { tradeoffs: pareto, training: loss, sources, benchmarks, rewind };
     $("sources").hidden = !scored.size;
     $("benchmarks").hidden = !$("bench-score").options.length;
-    $("rewind").hidden = !keys.size;
+    $("rewind").hidden = !data().rewound.length;
     for (const [id, redraw] of Object.entries(places)) {
       for (const control of $(id).querySelectorAll("select, input")) control.addEventListener("input", redraw);
     }

@@ -105,10 +105,6 @@ const peftlib = (() => {
 
   function table() {
     const visible = columns().filter((column) => !state.hidden.has(column.key));
-    const best = new Map(visible.filter((column) => column.better).map((column) => {
-      const values = shown.map((run) => run[column.key]).filter((value) => value !== null);
-      return [column.key, column.better > 0 ? Math.max(...values) : Math.min(...values)];
-    }));
     const head = visible.map((column) => {
       const is = state.sort === column.key;
       const button = el("button", { type: "button", onclick: () => sortBy(column) }, column.label);
@@ -120,8 +116,7 @@ const peftlib = (() => {
       const value = run[column.key];
       if (column.key === "method") return el("th", { scope: "row" }, swatch(value), el("bdi", {}, value));
       if (column.isText) return el("td", {}, el("bdi", {}, value ?? ""));
-      const isBest = shown.length > 1 && value !== null && best.get(column.key) === value;
-      return el("td", { className: isBest ? "number best" : "number" }, number(value, column.digits ?? (column.key === "seed" ? 0 : null)));
+      return el("td", { className: "number" }, number(value, column.digits ?? (column.key === "seed" ? 0 : null)));
     })));
     $("table").replaceChildren(el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
   }
@@ -162,10 +157,10 @@ const peftlib = (() => {
     $("study-label").hidden = names.length < 2;
     if (names.length < 2) state.hidden.add("study");
     if (data().runs.every((run) => run.status === "ok")) state.hidden.add("status");
-    $("columns").append(...columns().map((column) => labelled("", el("input", {
+    $("columns").append(...columns().map((column) => el("label", {}, el("input", {
       type: "checkbox", checked: !state.hidden.has(column.key),
       onchange(event) { state.hidden[event.target.checked ? "delete" : "add"](column.key); table(); },
-    }))).map((label, at) => { label.append(columns()[at].label); return label; }));
+    }), column.label)));
     const notes = studies.flatMap((study) => study.notes.map((note) => (names.length > 1 ? `${study.name}: ${note}` : note)));
     $("notes").hidden = !notes.length;
     $("notes").querySelector("ul").append(...notes.map((note) => el("li", {}, note)));
