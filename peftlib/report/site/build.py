@@ -16,6 +16,7 @@ from peftlib.report.site.data import answer_data, row_data, site_data
 from peftlib.report.site.plan import plan_data
 
 PAGE = ("index.html", "site.css", "site.js", "charts.js", "explorer.js", "plan.js")
+PAGE_FOLDER = Path(__file__).parent / "page"
 _MARK = "vega.js"  # a folder that has it holds a page, which may be written anew
 # What would end a script element, and what JavaScript once took for line ends; lone surrogates are no UTF-8.
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
@@ -50,7 +51,7 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
     _write(to, "runs", {"version": __version__, **data, "answers": files})
     write_text(to / "vega.js", library)
     for name in PAGE:
-        write_text(to / name, (Path(__file__).parent / "page" / name).read_text(encoding="utf-8"))
+        write_text(to / name, (PAGE_FOLDER / name).read_text(encoding="utf-8"))
     return to / "index.html"
 
 

@@ -93,7 +93,7 @@
     const way = { 1: "more is better", "-1": "less is better", 0: "" };
     const spec = {
       data: { values },
-      encoding: { x: { field: "x", type: "quantitative", scale: { zero: false, padding: 30 }, title: `${title(x)}, ${way[x.better]}` } },
+      encoding: { x: { field: "x", type: "quantitative", scale: { zero: false, padding: 50 }, title: `${title(x)}, ${way[x.better]}` } },
       layer: [
         { data: { values: front }, mark: { type: "line", strokeDash: [4, 4], color: isDark() ? "#a3abb3" : "#575e66", strokeWidth: 1 }, encoding: { y: { field: "value", type: "quantitative" } } },
         { mark: { type: "rule", strokeWidth: 1.5 }, encoding: { y: { field: "low", type: "quantitative", scale: { zero: false }, title: `${title(y)}, ${way[y.better]}` }, y2: { field: "high" }, color: encodings(points.map((p) => p.method)).color } },

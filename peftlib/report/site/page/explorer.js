@@ -84,12 +84,13 @@ peftlib.explorer = (() => {
 
   function list() {
     const first = Math.floor(at / PAGE) * PAGE, metric = METRICS.find(([key]) => key === parts.metric.value);
-    const head = ["row", "source", "prompt", labelOf(chosen("run")), labelOf(chosen("over")), "gain"];
+    const head = ["prompt", "source", labelOf(chosen("run")), labelOf(chosen("over")), "gain", "row"], isNumber = (n) => n > 1 && n < 5;
     const line = (i, place) => el("tr", { "aria-current": place === at ? "true" : null },
-      el("th", { scope: "row" }, el("bdi", {}, rows.rows[i][0])), el("td", {}, el("bdi", {}, rows.rows[i][1])),
-      el("td", { className: "prompt" }, el("button", { type: "button", dir: "auto", onclick: () => pick(place) }, rows.prompts[i].trim().slice(0, 120) || "(empty)")),
-      ...[...pair().map((run) => run[metric[0]][i]), gainOf(pair(), i)].map((value) => el("td", { className: "number" }, number(value, 3))));
-    parts.list.replaceChildren(el("caption", { hidden: true }, `Rows found, ${metric[1]}`), el("thead", {}, el("tr", {}, ...head.map((name, n) => el("th", { scope: "col", className: n > 2 ? "number" : "" }, name)))),
+      el("th", { scope: "row", className: "prompt" }, el("button", { type: "button", dir: "auto", onclick: () => pick(place) }, rows.prompts[i].trim().slice(0, 120) || "(empty)")),
+      el("td", {}, el("bdi", {}, rows.rows[i][1])),
+      ...[...pair().map((run) => run[metric[0]][i]), gainOf(pair(), i)].map((value) => el("td", { className: "number" }, number(value, 3))),
+      el("td", { className: "quiet" }, el("bdi", {}, rows.rows[i][0])));
+    parts.list.replaceChildren(el("caption", { hidden: true }, `Rows found, ${metric[1]}`), el("thead", {}, el("tr", {}, ...head.map((name, n) => el("th", { scope: "col", className: isNumber(n) ? "number" : "" }, el("bdi", {}, name))))),
       el("tbody", {}, ...found.slice(first, first + PAGE).map((i, n) => line(i, first + n))));
     parts.count.textContent = found.length ? `${number(first + 1, 0)} to ${number(Math.min(first + PAGE, found.length), 0)} of ${number(found.length, 0)} rows` : "No row holds this: shorten the search, or take all sources.";
     parts.previous.disabled = first === 0;
@@ -101,7 +102,7 @@ peftlib.explorer = (() => {
     at = place;
     list();
     show();
-    parts.list.querySelectorAll("td button")[place % PAGE].focus();
+    parts.list.querySelectorAll("th button")[place % PAGE].focus();
   }
 
   /** A text with the reference's words marked: lengths of parts in turn, other words first. */
