@@ -112,7 +112,7 @@ class Page:
 
     def explore(self):
         self.click("#explorer > button")
-        self.wait("return document.querySelectorAll('.found tbody tr').length", "rows found")
+        self.wait("return document.activeElement.type === 'search'", "rows found")
 
     def faults(self):
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -160,7 +160,7 @@ def test_charts_say_what_they_show_and_follow_the_filter(opened):
 
 
 def test_explorer_finds_sorts_marks_and_loads_what_is_asked_for(opened, page):
-    asked = "return performance.getEntriesByType('resource').map(e => e.name.split('/').at(-1)).filter(n => /answers|rows/.test(n))"
+    asked = "return [...document.querySelectorAll('script[src]')].map(e => e.src).filter(n => /answers-|rows/.test(n))"
     assert opened.run(asked) == []
     opened.explore()
     assert len(opened.run(asked)) == 3  # the rows, and two of seven runs' answers
@@ -185,7 +185,7 @@ def test_planted_text_stays_text(opened):
     for n, text in enumerate(PLANTED):
         opened.run("document.querySelectorAll('.found th button')[arguments[0]].click()", n)
         shown = opened.run("return [...document.querySelectorAll('#explorer .text')].map(e => e.textContent)")
-        assert shown == [text] * 4  # prompt, reference and two answers
+        assert text in shown[0] and shown[1:] == [text] * 3  # prompt, reference and two answers
     assert opened.run("return document.querySelectorAll('main img, main script, header img').length") == 0
     assert PLANTED[1] in opened.run("return document.getElementById('about').textContent")
     isolated = "return getComputedStyle(document.querySelector('#explorer .text')).unicodeBidi"
@@ -200,7 +200,6 @@ def test_planted_text_stays_text(opened):
 
 
 def test_the_calculator_says_what_the_planner_says(opened):
-    opened.run("document.getElementById('plan').scrollIntoView()")
     opened.wait("return document.querySelectorAll('#plans tbody tr').length", "plans")
     for card, model, length, rows in (("t4", "gemma-3-1b", 1024, 5000), ("h100", "gemma-3-4b", 512, 123)):
         for css, value in (("#card", card), ("#model", model), ("#length", length), ("#rows", rows)):
@@ -296,7 +295,6 @@ def test_phone_width_themes_and_no_serious_fault_of_accessibility(opened, width,
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
     )
     opened.explore()
-    opened.run("document.getElementById('plan').scrollIntoView()")
     opened.wait("return document.querySelectorAll('#plans tbody tr').length", "plans")
     opened.drawn("bench-bars")
     paper = opened.run("return getComputedStyle(document.body).backgroundColor")
@@ -307,7 +305,7 @@ def test_phone_width_themes_and_no_serious_fault_of_accessibility(opened, width,
     if not AXE.exists():
         pytest.skip(f"no axe-core in {AXE}: make test-browser installs it where there is npm")
     opened.run(AXE.read_text(encoding="utf-8"))
-    found = opened.driver.execute_async_script("axe.run().then(arguments[0])")
+    found = opened.driver.execute_async_script("axe.run({preload: false}).then(arguments[0])")
     assert len(found["passes"]) > 20
     serious = [
         (v["id"], [n["html"][:200] for n in v["nodes"]])
@@ -315,7 +313,6 @@ def test_phone_width_themes_and_no_serious_fault_of_accessibility(opened, width,
         if v["impact"] in ("serious", "critical")
     ]
     assert serious == []
-    opened.faults()  # axe's own
 
 
 def keep(opened, path, screen):
@@ -381,7 +378,7 @@ def test_first_paint_and_filters_are_within_the_budget(driver, large, capsys):
     )
     for _ in range(5):
         opened = Page(driver, large)
-        [paint] = opened.run("return performance.getEntriesByName('first-contentful-paint').map(e => e.startTime)")
+        paint = opened.wait("return performance.getEntriesByName('first-contentful-paint')[0]?.startTime", "paint")
         table = opened.run("return performance.getEntriesByName('peftlib-table')[0].startTime")
         paints.append(max(paint, table) / 1000)
     opened.drawn("loss")

@@ -57,16 +57,17 @@
   /** Draw a Vega-Lite spec into a figure. words: what it shows. rows: [[cell, ...], ...] of its CSV, the header first. */
   async function draw(id, spec, words, rows) {
     const place = $(id);
-    if (!place.firstChild) place.append(el("div", { className: "chart", role: "img" }), el("figcaption"));
+    if (!place.firstChild) place.append(el("div", { className: "chart" }), el("figcaption"));
     const [box, caption] = place.children;
     place.closest("section").hidden = rows.length < 2;
     if (rows.length < 2) return;
-    box.setAttribute("aria-label", words);
     await peftlib.script("vega.js");
     const sized = { width: "container", height: 320, autosize: { type: "fit", contains: "padding" }, ...spec };
     // Interpreted (ast), for the page's policy allows no text to become code.
     const { view } = await window.vegaEmbed(box, { $schema: "https://vega.github.io/schema/vega-lite/v5.json", ...sized },
       { ast: true, renderer: "svg", actions: false, defaultStyle: false, config: look(), tooltip: tip });
+    for (const [name, value] of [["role", "img"], ["aria-label", words]]) box.setAttribute(name, value);  // Vega sets its own
+    box.querySelector("svg").setAttribute("aria-hidden", "true");
     const file = (kind, make) => el("button", { type: "button", textContent: kind, title: `Save this chart as ${kind}`, onclick: async () => save(`${id}.${kind.toLowerCase()}`, ...(await make())) });
     caption.replaceChildren(el("details", {}, el("summary", {}, "In words"), el("p", {}, words)),
       file("SVG", async () => [await view.toSVG(), "image/svg+xml"]),

@@ -1,5 +1,5 @@
 "use strict";
-// The planner's table, loaded when the section comes into view. Hours are in proportion to the rows; nothing else is computed.
+// The planner's table, loaded when the rest of the page stands. Hours are in proportion to the rows; nothing else is computed.
 (() => {
   const { $, el, number, options, labelled, load } = peftlib;
 
@@ -64,9 +64,5 @@
     show();
   }
 
-  peftlib.startPlan = () => {
-    new IntersectionObserver((entries, watcher) => {
-      if (entries.some((entry) => entry.isIntersecting)) { watcher.disconnect(); make(); }
-    }, { rootMargin: "400px" }).observe($("planner"));
-  };
+  peftlib.startPlan = () => setTimeout(make, 0);
 })();
