@@ -140,7 +140,7 @@
       data: { values: values.map((v) => ({ ...v, said: interval(v, of) })) },
       encoding: { x: { field: across ? "source" : "name", type: "nominal", sort: null, title: null, axis: { labelAngle: across || values.length < 7 ? 0 : -30 } }, ...width },
       layer: [
-        { mark: { type: "bar", cornerRadiusEnd: 2 }, encoding: { y: { field: "value", type: "quantitative", title: title(of) }, color: { ...coded.color, legend: across ? {} : null }, tooltip: [{ field: "source" }, { field: "name" }, { field: "said", title: of.label }].slice(across ? 0 : 1) } },
+        { mark: { type: "bar", cornerRadiusEnd: 2, ...(across ? {} : { width: { band: 0.5 } }) }, encoding: { y: { field: "value", type: "quantitative", title: title(of) }, color: { ...coded.color, legend: across ? {} : null }, tooltip: [{ field: "source" }, { field: "name" }, { field: "said", title: of.label }].slice(across ? 0 : 1) } },
         { transform: [{ filter: "datum.low !== datum.high" }], mark: { type: "rule", strokeWidth: 1.5, color: isDark() ? "#e4e6e8" : "#1d2024" }, encoding: { y: { field: "low", type: "quantitative" }, y2: { field: "high" } } },
         ...(chance ? [{ data: { values: [{ chance }] }, mark: { type: "rule", strokeDash: [4, 4], color: isDark() ? "#a3abb3" : "#575e66" }, encoding: { x: null, y: { field: "chance", type: "quantitative" } } }] : []),
       ],
