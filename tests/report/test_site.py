@@ -128,6 +128,18 @@ def test_a_study_without_rows_and_answers_shows_the_rest(study, tmp_path):
     assert [run["method"] for run in data["runs"]] == ["base", "qlora", "hybrid"] and data["runs"][1]["curve"]
 
 
+def test_studies_of_equal_rows_share_a_page(study, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(study.folder, other)
+    folder = build_site([study.folder, other], tmp_path / "page").parent
+    data = taken(folder, "runs")
+    assert [of["name"] for of in data["studies"]] == ["made-up", "other"]
+    assert [(of["study"], of["run"]) for of in data["answers"]] == [
+        (name, run) for name in ("made-up", "other") for run in ("base", "qlora", "hybrid")
+    ]
+    assert all((folder / "data" / f"{of['file']}.js").is_file() for of in data["answers"])
+
+
 def test_benchmarks_of_records_are_columns(study, tmp_path):
     for method, score in (("base", 0.25), ("qlora", 0.5)):
         path = study.record_path(method, 0)
