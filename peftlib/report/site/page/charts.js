@@ -112,7 +112,7 @@
     const column = $("raw").checked ? 1 : 2;
     const runs = shown().filter((run) => run.curve.length || run.valid.length);
     const name = (run) => `${ENTRY(run)}, seed ${run.seed}`;
-    const rows = (run, points, what, at) => points.map((point) => ({ run: name(run), method: run.method, step: point[0], loss: point[at], what }));
+    const rows = (run, points, what, at) => points.map((point) => ({ run: name(run), study: run.study, method: run.method, step: point[0], loss: point[at], what }));
     const values = runs.flatMap((run) => [...rows(run, run.curve, "training", column), ...rows(run, run.valid, "validation", 1)]);
     const coded = encodings(runs.map((run) => run.method));
     const spec = {
@@ -123,7 +123,7 @@
         color: { ...coded.color, legend: {} },
       },
       layer: [
-        { transform: [{ filter: "datum.what === 'training'" }], mark: { type: "line", strokeWidth: 1.4, opacity: 0.85 }, encoding: { detail: { field: "run" } } },
+        { transform: [{ filter: "datum.what === 'training'" }], mark: { type: "line", strokeWidth: 1.4, opacity: 0.85 }, encoding: { detail: { field: "run" }, ...(several() ? { strokeDash: { field: "study", type: "nominal", legend: {} } } : {}) } },
         { transform: [{ filter: "datum.what === 'validation'" }], mark: { type: "point", filled: true, size: 40, opacity: 1 }, encoding: { shape: coded.shape, tooltip: [{ field: "run" }, { field: "step" }, { field: "loss", format: ".3f" }] } },
       ],
     };

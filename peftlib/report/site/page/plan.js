@@ -23,7 +23,7 @@
     const rows = el("input", { id: "rows", type: "number", min: 1, step: 1, value: plan.rows });
     const table = el("table", { id: "plans" }), said = el("output"), settings = el("pre", { id: "settings", tabIndex: 0, role: "region", "aria-label": "Settings to copy" });
     const copy = el("button", { type: "button", textContent: "Copy", onclick: async () => {
-      await navigator.clipboard.writeText(settings.textContent);
+      try { await navigator.clipboard.writeText(settings.textContent); } catch { getSelection().selectAllChildren(settings); return; }
       copy.textContent = "Copied";
       setTimeout(() => { copy.textContent = "Copy"; }, 1500);
     } });
