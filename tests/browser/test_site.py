@@ -15,6 +15,7 @@ import pytest
 from peftlib.core import config
 from peftlib.core.files import read_json, write_json
 from peftlib.models.shapes import CARDS, SHAPES
+from peftlib.report import build as report
 from peftlib.report.site import build
 from peftlib.train import estimate
 
@@ -61,6 +62,10 @@ def page(tmp_path_factory):
             fake_study.write_predictions(study, record["method"], record["seed"], rows, answers)
         patch.setattr("peftlib.report.site.plan.CARDS", {name: CARDS[name] for name in ("t4", "h100")})
         patch.setattr("peftlib.report.site.plan.LENGTHS", (512, 1024))
+        found = report.scored(study)
+        points = [{"factor": f, "test_loss": 3 - f, "general_loss": 3 + f, "rougeL": 0.3 + f / 4} for f in (0, 0.5, 1)]
+        found[-1].__dict__["rewound"] = {"qlora": points}  # as a study has it that was rewound
+        patch.setattr("peftlib.report.site.data.scored", lambda _: found)
         return build.build_site([study.folder], root / "page & more")
 
 
@@ -143,7 +148,7 @@ def test_filter_and_sort(opened):
 
 
 def test_charts_say_what_they_show_and_follow_the_filter(opened):
-    for name in ("pareto", "loss", "source-bars", "bench-bars"):
+    for name in ("pareto", "loss", "source-bars", "bench-bars", "rewind-lines"):
         assert opened.drawn(name)
         assert opened.run("return !!document.querySelector(`#${arguments[0]} svg path`)", name)
     words = "return document.querySelector('#pareto [role=img]').getAttribute('aria-label')"
@@ -156,7 +161,9 @@ def test_charts_say_what_they_show_and_follow_the_filter(opened):
     opened.wait(
         "return document.querySelector('#pareto [role=img]').ariaLabel.includes('against training time')", "hours"
     )
-    assert opened.run("return document.getElementById('rewind').hidden")  # this study has none
+    opened.choose("#rewind-score", "rougeL")
+    said = "return document.querySelector('#rewind-lines [role=img]').ariaLabel"
+    opened.wait(f"{said}.includes('qlora at 0.5: 0.425')", "rewound ROUGE-L")
 
 
 def test_explorer_finds_sorts_marks_and_loads_what_is_asked_for(opened, page):
@@ -230,7 +237,6 @@ def test_downloads(opened, tmp_path):
         opened.click(css)
     opened.run("[...document.querySelectorAll('#explorer button')].find(b => b.textContent === 'CSV').click()")
     names = {"runs.csv", "pareto.svg", "pareto.png", "pareto.csv", "answers.csv"}
-    opened.wait("return true", "")
     for _ in range(200):
         if {path.name for path in tmp_path.iterdir()} == names:
             break

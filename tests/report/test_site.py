@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import fake_study
 import pytest
@@ -13,6 +14,7 @@ from peftlib.cli import main
 from peftlib.core import config
 from peftlib.core.errors import ConfigError, DiskError, StudyError
 from peftlib.core.files import read_json, write_json
+from peftlib.evaluation import stats
 from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.report import build as report
 from peftlib.report import charts
@@ -140,12 +142,21 @@ def test_studies_of_equal_rows_share_a_page(study, tmp_path):
     assert all((folder / "data" / f"{of['file']}.js").is_file() for of in data["answers"])
 
 
-def test_benchmarks_of_records_are_columns(study, tmp_path):
+def test_benchmarks_and_rewound_models_are_shown_where_there_are_any(study, tmp_path, monkeypatch):
     for method, score in (("base", 0.25), ("qlora", 0.5)):
         path = study.record_path(method, 0)
         facts = {"score": score, "metric": "acc", "is_perplexity": False, "chance": 0.25}
         write_json(path, {**read_json(path), "benchmarks": {"arc_easy": facts}})
+    found, boot, by_source, numbers = report.scored(study)
+    interval = stats.Interval(0.5, 0.4, 0.6)
+    task = SimpleNamespace(task="arc_easy", boot=SimpleNamespace(value={"qlora": {}}), interval=lambda method: interval)
+    points = [{"factor": 0.5, "test_loss": 2.9, "general_loss": 3.0, "rougeL": 0.4}]
+    more = SimpleNamespace(**vars(numbers), benchmarks=[task], rewound={"qlora": points})
+    monkeypatch.setattr("peftlib.report.site.data.scored", lambda _: (found, boot, by_source, more))
     data = taken(build_site([study.folder], tmp_path / "page").parent, "runs")
+    [entry] = [entry for entry in data["intervals"] if entry["key"] == "bench_arc_easy"]
+    assert (entry["method"], entry["value"], entry["low"], entry["high"]) == ("qlora", 0.5, 0.4, 0.6)
+    assert data["rewound"] == [{"study": "made-up", "method": "qlora", "points": points}]
     [of] = [of for of in data["figures"] if of["key"] == "bench_arc_easy"]
     assert (of["label"], of["unit"], of["better"]) == ("arc easy", "acc", 1)
     assert [run.get("bench_arc_easy") for run in data["runs"]] == [0.25, 0.5, None]

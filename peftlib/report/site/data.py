@@ -80,6 +80,8 @@ def _own(folder, name):
     """What is known of a study that has its data: scored anew, as its report is."""
     found, _, _, numbers = scored(_study(folder))
     intervals = [_interval(name, m, k, i) for m, of in numbers.intervals.items() for k, i in of.items()]
+    for task in getattr(numbers, "benchmarks", ()):
+        intervals += [_interval(name, m, f"{_BENCH}{task.task}", task.interval(m)) for m in task.boot.value]
     sources = [
         {"source": source, **_interval(name, method, key, interval)}
         for source, methods in numbers.per_source.items()
