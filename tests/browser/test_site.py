@@ -161,6 +161,10 @@ def test_charts_say_what_they_show_and_follow_the_filter(opened):
     opened.wait(
         "return document.querySelector('#pareto [role=img]').ariaLabel.includes('against training time')", "hours"
     )
+    hidden = "return document.getElementById('rewind').hidden"
+    opened.wait(hidden, "end of the chart that has no method left")
+    opened.choose("#filter", "")
+    opened.wait(f"{hidden} === false", "return of the chart")
     opened.choose("#rewind-score", "rougeL")
     said = "return document.querySelector('#rewind-lines [role=img]').ariaLabel"
     opened.wait(f"{said}.includes('qlora at 0.5: 0.425')", "rewound ROUGE-L")

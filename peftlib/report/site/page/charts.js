@@ -187,7 +187,6 @@
   peftlib.prepareCharts = () => {
     const known = data().figures.filter((of) => of.better), pairs = (all) => all.map((of) => [of.key, title(of)]);
     const across = AGAINST.map(figure).filter(Boolean);
-    $("tradeoffs").hidden = !across.length;
     options($("pareto-y"), pairs(known), known[0]?.key);
     options($("pareto-x"), pairs(across), across[0]?.key);
     const scored = new Set(data().sources.map((one) => one.key));
@@ -195,12 +194,11 @@
     options($("bench-score"), pairs(known.filter((of) => of.key.startsWith("bench_"))));
     options($("rewind-score"), [["general_loss", "loss on general text"], ["test_loss", "loss on the test rows"], ["rougeL", "ROUGE-L"]]);
     const places = { tradeoffs: pareto, training: loss, sources, benchmarks, rewind };
-    $("sources").hidden = !scored.size;
-    $("benchmarks").hidden = !$("bench-score").options.length;
-    $("rewind").hidden = !data().rewound.length;
+    const has = { tradeoffs: across.length, training: true, sources: scored.size, benchmarks: $("bench-score").options.length, rewind: data().rewound.length };
+    for (const id of Object.keys(places)) $(id).hidden = !has[id];
     for (const [id, redraw] of Object.entries(places)) {
       for (const control of $(id).querySelectorAll("select, input")) control.addEventListener("input", redraw);
     }
-    peftlib.drawCharts = () => Promise.all(Object.entries(places).filter(([id]) => id === "sources" ? scored.size : !$(id).hidden || ["training", "tradeoffs"].includes(id)).map(([, redraw]) => redraw()));
+    peftlib.drawCharts = () => Promise.all(Object.entries(places).filter(([id]) => has[id]).map(([, redraw]) => redraw()));
   };
 })();
