@@ -54,6 +54,7 @@
     box.style.top = `${event.clientY + 14}px`;
   }
 
+  const turns = {}, views = {};
   /** Draw a Vega-Lite spec into a figure. words: what it shows. rows: [[cell, ...], ...] of its CSV, the header first. */
   async function draw(id, spec, words, rows) {
     const place = $(id);
@@ -61,11 +62,15 @@
     const [box, caption] = place.children;
     place.closest("section").hidden = rows.length < 2;
     if (rows.length < 2) return;
+    const turn = turns[id] = (turns[id] ?? 0) + 1;
     await peftlib.script("vega.js");
+    if (turns[id] !== turn) return;  // asked for anew meanwhile
+    views[id]?.finalize();
     const sized = { width: "container", height: 320, autosize: { type: "fit", contains: "padding" }, ...spec };
     // Interpreted (ast), for the page's policy allows no text to become code.
     const { view } = await window.vegaEmbed(box, { $schema: "https://vega.github.io/schema/vega-lite/v5.json", ...sized },
       { ast: true, renderer: "svg", actions: false, defaultStyle: false, config: look(), tooltip: tip });
+    views[id] = view;
     for (const [name, value] of [["role", "img"], ["aria-label", words]]) box.setAttribute(name, value);  // Vega sets its own
     box.querySelector("svg").setAttribute("aria-hidden", "true");
     const file = (kind, make) => el("button", { type: "button", textContent: kind, title: `Save this chart as ${kind}`, onclick: async () => save(`${id}.${kind.toLowerCase()}`, ...(await make())) });
