@@ -28,6 +28,12 @@ $(VENV)/browser: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@touch $@
 
+# The accessibility checker, by the hash of its lock file; without npm its test says that it is skipped.
+$(VENV)/axe/installed: tests/browser/axe/package-lock.json | $(VENV)/installed
+	@mkdir -p $(@D) && cp tests/browser/axe/*.json $(@D)
+	@if command -v npm >/dev/null; then cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund; else echo "no npm: no axe-core"; fi
+	@touch $@
+
 # Ray, for the tests of a cluster.
 $(VENV)/cluster: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[cluster]'
@@ -52,7 +58,7 @@ test-slow: $(VENV)/cluster
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow or packaged"
 
 # Where there is no Chromium with its driver, the tests are skipped and say so. PEFTLIB_SCREENSHOTS=FOLDER keeps pictures.
-test-browser: $(VENV)/browser $(VENV)/ipykernel6
+test-browser: $(VENV)/browser $(VENV)/ipykernel6 $(VENV)/axe/installed
 	$(OFFLINE) $(BIN)/python -m pytest -q -rs -m browser tests/browser
 
 # Real training processes, killed; KILLS=n says how often, PROCESSES=n how many train a run together.

@@ -167,14 +167,6 @@ def report(study: Name):
     print("\n".join(readable_path(path) for path in (*pages, *built.figures.values())))
 
 
-@_command("compare first second", "compare runs/first runs/second")
-def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, two or more")]):
-    """Compare studies that were evaluated on the same test rows."""
-    from peftlib import compare_studies
-
-    print(compare_studies(studies), end="")
-
-
 @_command(
     "judge --study first --methods base qlora --endpoint http://127.0.0.1:8000/v1 --model judge-model --dry-run",
     "judge --study first --methods qlora galore --local packaged --rows 20",
@@ -257,6 +249,8 @@ def export(
 
 _command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(plan_cli.plan)
 _command("methods dora qdora", "methods peft:my_config.json")(plan_cli.methods)
+_command("compare first second", "compare runs/first runs/second")(plan_cli.compare)
+_command("site runs/first runs/second --to page")(plan_cli.site)
 
 
 @_command("sweep qlora galore --study first", "sweep hybrid --study first --factor 0.5 --factor 2 --rows 800")

@@ -1,29 +1,14 @@
-"""The test rows of a study with every run's answer: found, sorted, written as CSV, and shown as HTML cards.
+"""Test rows with the answers of several runs as HTML cards.
 
 The cards wrap on narrow screens; their colours mix with the page's own text colour, so that they suit light and dark
 pages. All texts are escaped.
 """
 
-import csv
-import difflib
 import html
-import unicodedata
-from itertools import groupby
 
-import numpy as np
-import pandas as pd
-
-from peftlib.evaluation import rouge
-from peftlib.evaluation.results import BASE, prompt_text
+from peftlib.report.answers import METRICS, SAME, marked
 from peftlib.report.palette import LIGHT
 
-# As a row's own scores are called; BLEU needs smoothing on one row, the table's corpus BLEU-4 does not.
-METRICS = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4 of the row"}
-_COLUMNS = {"rougeL": "rougeL", "bleu4": "sample_bleu4"}
-FILE, HIGHEST, LOWEST, GAIN, LOSS = "file order", "highest score", "lowest score", "largest gain", "largest loss"
-ORDERS = (FILE, HIGHEST, LOWEST, GAIN, LOSS)
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-SAME, OTHER = "same", "other"
 _FOLDED = 300  # characters of a prompt that are shown unfolded at most
 # Blue and orange differ with every common colour blindness; the lines below say the same without colour.
 STYLE = """<style>
@@ -45,101 +30,6 @@ LEGEND = (
     "words. ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace "
     "with nltk's smoothing (method1), for most rows share no four words with their reference.</div>"
 )
-
-
-class Answers:
-    """n test rows and, by run name, their answers. runs: {name: scored.Run}; a name is the method's, with the seed
-    where it has several."""
-
-    def __init__(self, found):
-        self.rows, self.references, self.sources = found.test_rows, found.references, found.sources
-        self.runs = {
-            method if len(runs) == 1 else f"{method}, seed {run.record['seed']}": run
-            for method, runs in found.scored.items()
-            for run in runs
-        }
-        self.prompts = [prompt_text(row) for row in self.rows]
-        self._source_of = np.array([row["source"] for row in self.rows])
-
-    def __len__(self):
-        return len(self.rows)
-
-    @property
-    def trained(self):
-        """Names of the runs of trained methods."""
-        return [name for name, run in self.runs.items() if run.record["method"] != BASE]
-
-    def method_of(self, name):
-        """The method of a run's name."""
-        return self.runs[name].record["method"]
-
-    def scores(self, name, metric):
-        """(n,) scores of a run's answers, 0-1."""
-        return getattr(self.runs[name].rows, _COLUMNS[metric])
-
-    def chosen(self, *, source=None, text="", order=FILE, metric="rougeL", name=None, other=None):
-        """Indices of rows: of one source or all (None), which hold a text, in one of ORDERS.
-
-        text: looked for in prompt, reference and answers, whatever its case. name, other: runs; scores are name's,
-        gains and losses those of name over other. Equal ones stay in file order.
-        """
-        found = np.flatnonzero(self._source_of == source) if source is not None else np.arange(len(self))
-        wanted = text.strip().casefold()
-        if wanted:
-            found = np.array([at for at in found if self._holds(at, wanted)], dtype=int)
-        if order == FILE:
-            return found
-        values = self.scores(name, metric)
-        if order in (GAIN, LOSS):
-            values = values - self.scores(other, metric)
-        values = values[found]
-        return found[np.argsort(-values if order in (HIGHEST, GAIN) else values, kind="stable")]
-
-    def _holds(self, at, wanted):
-        texts = (self.prompts[at], self.references[at], *(run.answers[at] for run in self.runs.values()))
-        return any(wanted in text.casefold() for text in texts)
-
-    def notable(self):
-        """{index: {why: [run, ...]}} by ROUGE-L: each trained run's largest gain over base, its median and its largest
-        loss, or the smallest where no row lost or none gained.
-
-        Without the untrained model: its highest, its median and its lowest score.
-        """
-        base = next((name for name in self.runs if name not in self.trained), None)
-        notable = {}
-        for name in self.trained or list(self.runs):
-            scores, whys = self.scores(name, "rougeL"), (HIGHEST, "typical score", LOWEST)
-            if base not in (None, name):
-                scores = scores - self.scores(base, "rougeL")
-                best, worst = scores.max() > 0, scores.min() < 0
-                whys = (GAIN if best else "smallest loss", "typical gain", LOSS if worst else "smallest gain")
-            ranked = np.argsort(-scores, kind="stable")
-            for at, why in zip((0, len(ranked) // 2, -1), whys):
-                notable.setdefault(int(ranked[at]), {}).setdefault(why, []).append(name)
-        return notable
-
-    def to_csv(self, found, names):
-        """CSV text of the rows with these indices, in that order, with the answers and scores of some runs.
-
-        No cell is a formula to a spreadsheet.
-        """
-        columns = {name: [_as_text(self.rows[at][name]) for at in found] for name in ("source", "id")}
-        columns["prompt"] = [_as_text(self.prompts[at]) for at in found]
-        columns["reference"] = [_as_text(self.references[at]) for at in found]
-        for name in names:
-            run = self.runs[name]
-            columns[f"{name} answer"] = [_as_text(run.answers[at]) for at in found]
-            for label, metric in (("rougeL", "rougeL"), ("row_bleu4", "bleu4")):
-                columns[f"{name} {label}"] = [f"{score:.6f}" for score in self.scores(name, metric)[list(found)]]
-            columns[f"{name} n_tokens"] = [run.n_tokens[at] for at in found]
-            columns[f"{name} finish_reason"] = [run.finish_reasons[at] for at in found]
-        # All quoted: a lone carriage return would else begin a new row, and with it a formula.
-        return pd.DataFrame(columns).to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
-
-
-def _as_text(cell):
-    """A cell that no spreadsheet takes for a formula: the apostrophe is what OWASP advises against CSV injection."""
-    return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell
 
 
 def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit=None, is_marked=True):
@@ -234,30 +124,3 @@ def _cut(text, limit=None, reference=None):
             made += f"<{tag}>{html.escape(words)}</{tag}>" * bool(words) + html.escape(part[len(words) :])
     rest = len(text) - len(shown)
     return made + (f' <span class="pl-note">... ({rest:,} more characters)</span>' if rest else "")
-
-
-def marked(answer, reference):
-    """[(SAME or OTHER, text), ...] whose texts join to the answer.
-
-    Words are ROUGE's (any script, case and punctuation do not count); what stands between two words belongs to the
-    one before it. Longest common runs first (difflib), so that a phrase stays in one piece.
-    """
-    spans, wanted = _spans(answer), [_key(reference[a:b]) for a, b in _spans(reference)]
-    own = [_key(answer[a:b]) for a, b in spans]
-    blocks = difflib.SequenceMatcher(None, wanted, own, autojunk=False).get_matching_blocks()
-    shared = {at for block in blocks for at in range(block.b, block.b + block.size)}
-    starts = [0, *(a for a, _ in spans[1:])] if spans else []
-    ends = [*starts[1:], len(answer)]
-    words = [(SAME if at in shared else OTHER, answer[a:b]) for at, (a, b) in enumerate(zip(starts, ends))]
-    if not words and answer:
-        return [(OTHER, answer)]
-    return [(kind, "".join(text for _, text in run)) for kind, run in groupby(words, key=lambda word: word[0])]
-
-
-def _key(word):
-    return unicodedata.normalize("NFC", word).lower()
-
-
-def _spans(text):
-    """[(start, end), ...] of the words in a text, as rouge.words finds them."""
-    return [found.span() for found in rouge.WORD.finditer(text)]

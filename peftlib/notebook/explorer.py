@@ -3,8 +3,9 @@
 import html
 
 from peftlib.evaluation.results import BASE
-from peftlib.notebook.answers import FILE, GAIN, LEGEND, LOSS, METRICS, ORDERS, Answers, StaticRows, page, row_html
+from peftlib.notebook.answers import LEGEND, StaticRows, page, row_html
 from peftlib.notebook.widgets import Shown, can_click, checkboxes, look, offer_csv, stacked, ticked
+from peftlib.report.answers import FILE, GAIN, LOSS, METRICS, ORDERS, Answers
 from peftlib.report.palette import THEMES
 
 ALL = "all sources"

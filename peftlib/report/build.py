@@ -74,23 +74,17 @@ def build_report(study: Study) -> Report:
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
-    # Load: records, predictions and verdicts, checked against the test rows.
-    found = results.load(study)
+    # Load: records, predictions and verdicts, checked against the test rows. Score: all rows, and each source's.
+    found, boot, by_source, numbers = scored(study)
     judged, n_other_verdicts = verdicts.load(study, found)
-    # Score: intervals over all rows and over each source's.
-    rows = [_result_row(run) for run in found.runs]
-    systems = found.systems()
-    boot = stats.bootstrap(systems) if systems else None
-    by_source = _by_source(found)
     # Compare: every two methods, and what was not equal between them.
-    pairs = comparison.pairs_of(systems, boot) if boot else []
+    pairs = comparison.pairs_of(found.systems(), boot) if boot else []
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
     # Draw.
-    numbers = charts.numbers_of(found, boot, by_source)
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=_frame(rows),
+        results=result_frame(found),
         table=_method_table(found, boot),
         per_source=_source_frame(by_source),
         pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
@@ -117,6 +111,22 @@ def build_report(study: Study) -> Report:
     text = report.results.to_csv(index=False, float_format="%.10g", lineterminator="\n")
     write_text(study.results_path, text)
     return report
+
+
+def scored(study):
+    """(ScoredStudy, Bootstrap over all rows or None, {source: Bootstrap}, charts.Numbers) of a study.
+
+    StudyError: as results.load.
+    """
+    found = results.load(study)
+    systems = found.systems()
+    boot, by_source = stats.bootstrap(systems) if systems else None, _by_source(found)
+    return found, boot, by_source, charts.numbers_of(found, boot, by_source)
+
+
+def result_frame(found):
+    """results.csv of a ScoredStudy, as a DataFrame."""
+    return _frame([_result_row(run) for run in found.runs])
 
 
 def _result_row(run):

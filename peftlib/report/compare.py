@@ -19,14 +19,17 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     studies: folders, or names under the output root. StudyError: a folder that is no study, the same one twice, one
     without scores, or studies of other test rows.
     """
-    folders = [_folder(name) for name in studies]
+    folders = [folder_of(name) for name in studies]
     if len(set(folders)) < max(len(folders), 2):
         raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
-    names = _names(folders)
+    names = names_of(folders)
     found = {
         name: results.load(Study(folder, resolve("demo", study=folder.name))) for name, folder in zip(names, folders)
     }
-    _require_same_rows(found)
+    require_same_rows({name: study.split_hash for name, study in found.items()})
+    empty = [name for name, study in found.items() if not study.scored]
+    if empty:
+        raise StudyError(f"no scores in {', '.join(empty)}: run 04_eval there first")
     boot = stats.bootstrap(
         {
             f"{name}: {method}": [run.rows for run in runs]
@@ -50,14 +53,15 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     return render("compare.md.jinja", **content)
 
 
-def _folder(name):
+def folder_of(name):
+    """The folder of a study that is given as a folder or by name. StudyError: there is none."""
     for folder in (Path(name), output_root() / name):
         if (folder / "config.json").exists():
             return folder.resolve()
     raise StudyError(f"{name} is no study: there is no config.json in {Path(name)} or {output_root() / name}")
 
 
-def _names(folders):
+def names_of(folders):
     """Folder names, with as much of the path before them as tells them apart."""
     depth = 1
     while len({folder.parts[-depth:] for folder in folders}) < len(folders):
@@ -65,11 +69,8 @@ def _names(folders):
     return ["/".join(folder.parts[-depth:]) for folder in folders]
 
 
-def _require_same_rows(found):
-    hashes = {name: study.split_hash for name, study in found.items()}
+def require_same_rows(hashes):
+    """StudyError: studies of unlike test rows. hashes: {name: split_hash}."""
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{name} has {value}" for name, value in hashes.items())
         raise StudyError(f"not of the same test rows, so not comparable: split_hash differs: {listed}")
-    empty = [name for name, study in found.items() if not study.scored]
-    if empty:
-        raise StudyError(f"no scores in {', '.join(empty)}: run 04_eval there first")

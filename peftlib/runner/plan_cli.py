@@ -1,5 +1,6 @@
-"""The verbs `plan` and `methods`: what can be trained on a card, and what there is to train."""
+"""The verbs that only look: what can be trained on a card, what there is to train, and what studies have found."""
 
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -33,3 +34,20 @@ def methods(
 
     for line in method_lines(names or ()):
         print(line)
+
+
+def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, two or more")]):
+    """Compare studies that were evaluated on the same test rows."""
+    from peftlib import compare_studies
+
+    print(compare_studies(studies), end="")
+
+
+def site(
+    studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, with equal test rows")],
+    to: Annotated[Path, Option(metavar="DIR", help="a new or empty folder, or one that holds a page already")],
+):
+    """Write a page about studies that opens from a disk: runs, charts, answers, and what fits which GPU."""
+    from peftlib.report.site.build import build_site
+
+    print(build_site(studies, to))

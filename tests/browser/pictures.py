@@ -18,8 +18,10 @@ from lab import Lab, headless_chromium
 from lab_server import LabServer
 from PIL import Image
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from peftlib.models.packaged import packaged_folder
+from peftlib.report.site.build import build_site
 
 _HALF_WAY = r"step (?:1[0-9])/"
 
@@ -53,6 +55,20 @@ def take(lab, study, folder):
         _keep(opened, chat, folder / "chat.png")
 
 
+def take_page(driver, study, folder):
+    """Write page.png, the upper part of the study's results page, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        size = {"width": 1200, "height": 980, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get(build_site([study], Path(place) / "page").as_uri())
+        is_drawn = "return document.getElementById('loss').dataset.drawn"
+        WebDriverWait(driver, 60).until(lambda _: driver.execute_script(is_drawn))
+        driver.save_screenshot(str(folder / "page.png"))
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    _fewer_bytes(folder / "page.png", colors=200)
+
+
 def _run_to(opened, words, path, pattern):
     """Run all above the cell that holds `words`, then that cell until its output says `pattern`; keep what it shows."""
     cell = opened.cell(words)
@@ -70,8 +86,12 @@ def _keep(opened, cell, path):
         images = area.find_elements(By.TAG_NAME, "img")
         opened.lab.wait(lambda: all(image.get_property("complete") for image in images), "images")
         area.screenshot(str(path))
+    _fewer_bytes(path)
+
+
+def _fewer_bytes(path, colors=64):
     with Image.open(path) as shot:
-        shot.convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes, nothing to be seen
+        shot.convert("RGB").quantize(colors).save(path, optimize=True)  # a third of the bytes, nothing to be seen
 
 
 def main(argv):
@@ -84,6 +104,7 @@ def main(argv):
         _Server(Path(place) / "server") as server,
         headless_chromium() as driver,
     ):
+        take_page(driver, args.study, args.folder)
         take(Lab(server, driver, args.folder), args.study, args.folder)
 
 

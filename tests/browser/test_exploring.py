@@ -157,7 +157,7 @@ def test_the_explorer_goes_through_sorts_and_finds_rows(opened, finished_study):
 
 def largest_gain(study, method):
     """The id of the row where a method's ROUGE-L is furthest above base's."""
-    from peftlib.notebook.answers import GAIN, Answers
+    from peftlib.report.answers import GAIN, Answers
     from peftlib.report.build import build_report
 
     answers = Answers(build_report(study).study)

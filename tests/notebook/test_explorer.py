@@ -13,11 +13,11 @@ import pytest
 
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.metrics import sentence_bleu
-from peftlib.notebook import answers as answers_module
 from peftlib.notebook import widgets
-from peftlib.notebook.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, Answers, side_by_side
+from peftlib.notebook.answers import side_by_side
 from peftlib.notebook.explorer import explore
 from peftlib.report import charts as report_charts
+from peftlib.report.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, METRICS, Answers
 from peftlib.report.build import build_report
 from peftlib.storage import archive
 
@@ -82,7 +82,7 @@ def test_scores_are_the_studys_own_by_row(report, answers):
     assert answers.scores("qlora", "bleu4") == pytest.approx(bleu)
 
 
-@pytest.mark.parametrize("metric", answers_module.METRICS)
+@pytest.mark.parametrize("metric", METRICS)
 def test_gains_and_losses_of_one_method_over_another_come_largest_first(answers, metric):
     gain = answers.scores("galore", metric) - answers.scores("qlora", metric)
     for order, sign in ((GAIN, -1), (LOSS, 1)):

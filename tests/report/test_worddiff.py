@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlib.evaluation import rouge
-from peftlib.notebook.answers import OTHER, SAME, marked
+from peftlib.report.answers import OTHER, SAME, marked
 
 
 def same(answer, reference):
