@@ -163,9 +163,9 @@ def _losses(study, record, model, rows, *, precision, log):
     if kept is not None and kept.get("precision") == precision:
         return kept
     log(f"{record['method']}: loss on {len(rows)} test rows")
-    how = {"device": resolve_device(study.cfg.device), "precision": _autocast(precision)}
+    how = {"device": resolve_device(study.cfg.device), "precision": autocast_of(precision)}
     measured = {"eval_loss": mean_loss(model, Rows(rows), **how)}
-    measured |= forgetting.record_fields(_general_loss(study, model, **how))
+    measured |= forgetting.record_fields(general_loss(study, model, **how))
     for field, value in measured.items():
         if isinstance(value, float) and not math.isfinite(value):
             log(f"{record['method']}: {field} is {value}: recorded as unknown")
@@ -175,7 +175,8 @@ def _losses(study, record, model, rows, *, precision, log):
     return record["losses"]
 
 
-def _general_loss(study, model, **how):
+def general_loss(study, model, **how):
+    """The forgetting.GeneralLoss of a model on the text that is apart from the study's training rows, or None."""
     train = data.load_split(study.data_dir, "train")
     return forgetting.general_loss(model, data.load_tokenizer(study.cfg.model), study.cfg, train, **how)
 
@@ -219,7 +220,8 @@ def _add_rounding(study, record, *, log):
     try:
         _require_base(study, record, log)
         model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
-        done[forgetting.ROUNDED_FIELD] = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
+        how = {"device": device, "precision": autocast_of(precision)}
+        done[forgetting.ROUNDED_FIELD] = general_loss(study, model, **how).loss
     except (PeftlibError, RuntimeError, OSError) as error:
         log(f"{method}: not measured, and nothing rests on it: {error}")
         return False
@@ -227,7 +229,7 @@ def _add_rounding(study, record, *, log):
     return True
 
 
-def _autocast(precision):
+def autocast_of(precision):
     """A bf16 model needs no autocast; fp16 matrices beside a float32 residual do."""
     return "fp16" if precision == "fp16" else "fp32"
 

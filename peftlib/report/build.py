@@ -14,6 +14,7 @@ import pandas as pd
 from peftlib.core.files import gib, write_text
 from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, rouge, stats
+from peftlib.evaluation.benchmarks import rewind
 from peftlib.evaluation.judging import verdicts
 from peftlib.evaluation.metrics import bleu_signature
 from peftlib.methods import BASE, METHODS
@@ -87,7 +88,7 @@ def build_report(study: Study) -> Report:
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
     # Draw.
-    numbers = charts.numbers_of(found, boot, by_source)
+    numbers = charts.numbers_of(found, boot, by_source, rewind.curves(study, found.runs))
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
         results=_frame(rows),

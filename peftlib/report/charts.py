@@ -1,6 +1,6 @@
 """Which charts a report has, and the numbers that they are drawn from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftlib.core.files import gib
 from peftlib.evaluation import stats
@@ -30,7 +30,8 @@ ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 @dataclass(frozen=True)
 class Numbers:
     """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
-    same without base cut}. The others: {method: mean over its finished runs} of the methods whose runs all know it."""
+    same without base cut}. rewound: of rewind.curves. The others: {method: mean over its finished runs} of the methods
+    whose runs all know it."""
 
     records: list
     intervals: dict
@@ -41,10 +42,12 @@ class Numbers:
     general_loss: dict
     tokens_per_second: dict
     train_seconds: dict
+    rewound: dict = field(default_factory=dict)
 
 
-def numbers_of(found, boot, by_source):
-    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}."""
+def numbers_of(found, boot, by_source, rewound=None):
+    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}; rewound: of
+    rewind.curves."""
     texts = [run.general.text_sha256 for run in found.runs if run.general]
 
     def general_loss(run):  # losses on another text than the first run's cannot be compared with it
@@ -65,6 +68,7 @@ def numbers_of(found, boot, by_source):
         general_loss=means(general_loss),
         tokens_per_second=means(lambda run: run.record["tokens_per_second"]),
         train_seconds=means(lambda run: run.record["train_seconds"]),
+        rewound=rewound or {},
     )
 
 
@@ -115,6 +119,7 @@ def charts_of(numbers, theme=LIGHT):
         "rougeL_against_memory": chart_of(numbers, "ROUGE-L against memory", theme=theme),
         "bleu4_against_memory": chart_of(numbers, "BLEU-4 against memory", theme=theme),
         "memory": chart_of(numbers, MEMORY, theme=theme),
+        "rewind": figures.rewind_curves(numbers.rewound, theme),
     }
     return {name: chart for name, chart in drawn.items() if not chart.is_empty}
 
