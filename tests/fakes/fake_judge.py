@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import socketserver
 import struct
@@ -13,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from peftlib import cli
+from peftlib.evaluation.judging.backends import Endpoint
+
+KEY = "sk-planted0key0that0must0not0appear"
 
 
 def completion(text, *, sent=100, received=10):
@@ -169,3 +173,31 @@ def lines_of(study):
     """[verdict, ...] that a study has of base against qlora."""
     text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def call(study, url, *more):
+    words = ["--study", "x", "--methods", "qlora", "base", "--endpoint", url, "--model", "m", *more]
+    return judged(study, words)
+
+
+def shown(body):
+    """(answer 1, answer 2) of a request to the judge."""
+    text = body["messages"][0]["content"]
+    return re.findall(r"===== answer \d \(\w+\) =====\n(.*?)\n===== end", text, re.DOTALL)
+
+
+def shorter(body):
+    """A fair judge: the shorter answer, which is qlora's, wins; the equal of both ties."""
+    first, second = (len(answer) for answer in shown(body))
+    return f"One is shorter.\nVERDICT: {1 if first < second else 2 if second < first else 'TIE'}"
+
+
+def quick(monkeypatch):
+    """Waits between retries are noted, not waited for."""
+    waits, real = [], Endpoint.__init__
+
+    def init(self, *args, **given):
+        real(self, *args, **given, sleep=waits.append)
+
+    monkeypatch.setattr(Endpoint, "__init__", init)
+    return waits
