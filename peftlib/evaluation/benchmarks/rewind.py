@@ -142,7 +142,7 @@ def path_of(study, method, seed):
 
 
 def _read(path):
-    return require_shape(read_json(path), _SHAPE, path)
+    return require_shape(read_json(path), _SHAPE, path, "delete it and rewind again")
 
 
 def _identity(study, record):

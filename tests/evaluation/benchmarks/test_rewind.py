@@ -2,14 +2,16 @@
 
 import json
 
+import fake_study
 import pytest
 import torch
-from fake_judge import cli
 
+from peftlib import cli
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
+from peftlib.evaluation import results as scored
 from peftlib.evaluation.benchmarks import rewind
 from peftlib.evaluation.predictions import read_predictions
 from peftlib.report import build as report
@@ -131,7 +133,7 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
     assert report.build_report(study).numbers.rewound == {}
 
     rewind.path_of(study, "galore", 0).write_text('{"schema_version": 1, "of": {}, "points": [{"factor": "x"}]}')
-    with pytest.raises(StudyError, match=r"galore-s0\.json is damaged .*factor"):
+    with pytest.raises(StudyError, match=r"galore-s0\.json is damaged .*points"):
         report.build_report(study)
 
 
@@ -147,12 +149,24 @@ def test_the_command_scores_after_the_evaluation(finished, monkeypatch, capsys):
     assert len(rows) == 6
 
 
-def test_a_curve_is_the_mean_over_seeds_at_their_common_factors():
-    made = charts.figures.rewind_curves(
-        {
-            "qlora": [{"factor": f, "test_loss": 3 - f, "general_loss": 2 + f, "rougeL": 0.1} for f in (0.0, 0.5, 1.0)],
-            "galore": [{"factor": f, "test_loss": 3 - f, "general_loss": None, "rougeL": 0.1} for f in (0.0, 1.0)],
-        }
-    )
-    assert "qlora" in made.alt and "galore" not in made.alt  # no general text, no point
-    assert charts.figures.rewind_curves({}).is_empty
+def test_a_curve_is_the_mean_over_seeds_at_their_common_factors(tmp_path, monkeypatch):
+    study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), seeds=(0, 1))
+    runs = scored.load(study).runs
+
+    def point(factor, loss):
+        text = {"general_text_sha256": None, "seconds": 1.0}
+        losses = {"valid_loss": {"all": 9.0}, "test_loss": {"all": loss}, "general_loss": loss + 1}
+        return {"factor": factor, **losses, "rougeL": 0.5, "bleu4": 0.1, **text}
+
+    for run, points in zip(runs, ([point(0.0, 4.0)], [point(0.5, 3.0), point(1.0, 2.0)], [point(1.0, 1.0)])):
+        path = rewind.path_of(study, run.record["method"], run.record["seed"])
+        write_json(path, {"of": rewind._identity(study, run.record), "points": points})
+    curve = rewind.curves(study, runs)["qlora"]
+    assert [(at["factor"], at["test_loss"], at["general_loss"]) for at in curve] == [(0.0, 4.0, 5.0), (1.0, 1.5, 2.5)]
+    drawn = charts.figures.rewind_curves({"qlora": curve})
+    assert "qlora 4.000 and 5.000 at 0, 1.500 and 2.500 at 1" in drawn.alt
+
+
+def test_without_a_loss_on_general_text_there_is_no_line():
+    points = [{"factor": at, "test_loss": 3 - at, "general_loss": None, "rougeL": 0.1} for at in (0.0, 1.0)]
+    assert charts.figures.rewind_curves({"qlora": points}).is_empty and charts.figures.rewind_curves({}).is_empty

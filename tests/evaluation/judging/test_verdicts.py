@@ -185,7 +185,7 @@ def test_seeds_are_judged_by_themselves(tmp_path, monkeypatch):
     with fake_judge.serving(fake_judge.Server(shorter)) as url:
         call(study, url)
         call(study, url, "--seed", "1")
-    made, other = judge_verdicts.load(study, scored.load(study))
+    made, _, other = judge_verdicts.load(study, scored.load(study))
     assert [(found.b, found.n_rows) for found in made] == [("qlora-s0", 6), ("qlora-s1", 6)] and other == 0
 
 
@@ -214,3 +214,66 @@ def test_a_local_model_judges(tiny_model, tmp_path, study):
     reply = backend.ask([{"role": "user", "content": "Which?"}], max_tokens=4)
     assert isinstance(reply.text, str) and 0 < reply.output_tokens <= 4 and reply.input_tokens > 5
     assert backend.name.endswith("judge-model (local)")
+
+
+def test_the_rubric_has_the_version_that_its_text_was_given(study):
+    """Whoever changes a word of what judges read gives it another version, in this table too."""
+    known = {"1": "fd7a6dd4f489d96d"}
+    assert known[judge.RUBRIC_VERSION] == judge.RUBRIC_SHA256[:16]
+    with fake_judge.serving(fake_judge.Server(shorter)) as url:
+        call(study, url, "--rows", "2")
+    assert all(line["rubric_version"] == judge.RUBRIC_VERSION for line in lines_of(study))
+    report.build_report(study)
+    assert f"Rubric and prompts: version 1, SHA-256 {judge.RUBRIC_SHA256[:12]}" in study.report_path.read_text()
+
+
+def test_a_judge_that_goes_by_length_is_even_at_equal_lengths(study, capsys):
+    """`shorter` is that judge, and qlora's answers are the shorter ones throughout."""
+    with fake_judge.serving(fake_judge.Server(shorter)) as url:
+        call(study, url)
+    made = report.build_report(study)
+    (found,) = made.judged
+    assert found.win_rate.low > 0.8 and found.length_controlled.low < 0.5 < found.length_controlled.high
+    assert "at equal lengths" in capsys.readouterr().out
+    columns = made.results.set_index("method")
+    assert columns.loc["qlora", "judge_win_rate"] == pytest.approx(found.win_rate.value)
+    assert columns.loc["qlora", "judge_win_rate_length_controlled"] == pytest.approx(found.length_controlled.value)
+    assert columns.loc["base"].isna()["judge_win_rate"]
+    assert "at equal lengths (95 %)" in study.report_path.read_text(encoding="utf-8")
+
+
+def test_asked_again_it_is_told_whether_it_agrees_with_itself(study, capsys):
+    """A judge that takes the first answer, but not always when it sees the same a second time."""
+    asked = []
+
+    def moody(body):
+        asked.append(shown(body))
+        return "VERDICT: 2" if asked.count(asked[-1]) == 2 and len(set(map(tuple, asked))) % 2 else "VERDICT: 1"
+
+    with fake_judge.serving(fake_judge.Server(moody)) as url:
+        call(study, url, "--again", "4", "--parallel", "1")
+        lines = lines_of(study)
+        call(study, url, "--again", "4", "--parallel", "1")  # nothing is asked a third time
+    assert lines_of(study) == lines and [line["time"] for line in lines].count(2) == 8
+    (found,) = report.build_report(study).judged
+    assert found.n_rows == 12 and found.consistency.value == 0.0  # it always takes the first place
+    again = {(line["id"], line["order"]): line["verdict"] for line in lines if line["time"] == 2}
+    first = {(line["id"], line["order"]): line["verdict"] for line in lines if line["time"] == 1}
+    equal = {line["id"] for line in lines if line["is_identical"]}
+    same = [again[key] == first[key] for key in again if key[0] not in equal]
+    assert found.self_agreement.value == pytest.approx(sum(same) / len(same))
+    assert "same verdict when asked again" in capsys.readouterr().out
+
+
+def test_two_judges_stand_side_by_side_with_their_agreement(study):
+    with fake_judge.serving(fake_judge.Server(shorter)) as url:
+        call(study, url)
+    with fake_judge.serving(fake_judge.Server(lambda body: "VERDICT: 1")) as url:
+        call(study, url)
+    made = report.build_report(study)
+    assert len(made.judged) == 2 and len(made.agreed) == 1
+    (agreed,) = made.agreed
+    assert agreed.n_rows == 11 and agreed.share.value == pytest.approx(0.5)  # equal answers are no agreement
+    assert agreed.kappa.value == pytest.approx(0.0)
+    assert made.judged[0].consistency.value == 1.0 and made.judged[1].consistency.value == 0.0
+    assert "Cohen's kappa" in study.report_path.read_text(encoding="utf-8")
