@@ -141,8 +141,10 @@ def evaluate(
     rewind: Annotated[str, Option(metavar="A,B,...", help="score the models between base (0) and METHOD (1) too")] = "",
 ):
     """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
-    if (method is None) == (path is None) or (rewind and method is None):
-        raise ConfigError("name one model: a METHOD (which alone can be rewound), or --path FOLDER")
+    if (method is None) == (path is None):
+        raise ConfigError("name one model: a METHOD, or --path FOLDER")
+    if rewind and path:
+        raise ConfigError("--rewind needs a METHOD of the study: of a model made elsewhere the base is not known")
     factors = numbers("--rewind", rewind, float) if rewind else ()
     found = open_study(study)
     found = Study(found.folder, found.cfg.replace(seed=seed))

@@ -185,11 +185,17 @@ def _answers(study, record, model, rows, *, engine, log):
     """Answer the rows that are not answered yet; returns what the record's evaluation says about the answers."""
     cfg, split_hash = study.cfg, record["split_hash"]
     kept = Predictions(study.predictions_path(record["method"], record["seed"]), split_hash)
+    seconds, tokens = answer_into(
+        kept, cfg, model, rows, engine=engine, log=lambda line: log(f"{record['method']}: {line}")
+    )
+    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
+
+
+def answer_into(kept, cfg, model, rows, *, engine="auto", log=print):
+    """Answer the rows that `kept`, a Predictions, lacks, by a study's settings; returns what generate.answer_rows does."""
     deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds limits training
     how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine, "deadline": deadline}
-    how["log"] = lambda line: log(f"{record['method']}: {line}")
-    seconds, tokens = answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how)
-    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
+    return answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how, log=log)
 
 
 def _log_scores(study, record, rows, *, log):

@@ -5,7 +5,7 @@ from peftlib.report.chart import bundle, image
 from peftlib.report.charts import KINDS, chart_of, row_choices
 from peftlib.report.palette import THEMES
 
-_STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory")  # of a report's figures
+_STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory", "rewind")  # of a report's figures
 
 
 def show_charts(report, *, is_interactive=None):

@@ -23,7 +23,8 @@ _MEANS = {  # {name: (field of Numbers, title, unit, format)}
     MEMORY: ("peak_gib", "Peak memory of training", "GiB", ".2f"),
     "training speed": ("tokens_per_second", "Speed of training", "tokens/s", ",.0f"),
 }
-KINDS = (*_SCORES, *_MEANS, TRAINING)
+REWIND = "between base and tuned"
+KINDS = (*_SCORES, *_MEANS, TRAINING, REWIND)
 ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 
 
@@ -88,6 +89,8 @@ def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
     """One chart by a name of KINDS. rows: one of row_choices(numbers, kind)."""
     if kind == TRAINING:
         return figures.loss_curves(numbers.records, theme)
+    if kind == REWIND:
+        return figures.rewind_curves(numbers.rewound, theme)
     if kind in _MEANS:
         field, *words = _MEANS[kind]
         outlines = numbers.reserved_gib if kind == MEMORY else None
@@ -119,7 +122,7 @@ def charts_of(numbers, theme=LIGHT):
         "rougeL_against_memory": chart_of(numbers, "ROUGE-L against memory", theme=theme),
         "bleu4_against_memory": chart_of(numbers, "BLEU-4 against memory", theme=theme),
         "memory": chart_of(numbers, MEMORY, theme=theme),
-        "rewind": figures.rewind_curves(numbers.rewound, theme),
+        "rewind": chart_of(numbers, REWIND, theme=theme),
     }
     return {name: chart for name, chart in drawn.items() if not chart.is_empty}
 

@@ -17,11 +17,9 @@ from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, require_shape
-from peftlib.core.session import Deadline
 from peftlib.evaluation import forgetting
-from peftlib.evaluation.evaluate import autocast_of, evaluation_dtype, general_loss, load_model
-from peftlib.evaluation.generate import answer_rows
-from peftlib.evaluation.predictions import Predictions, read_predictions
+from peftlib.evaluation.evaluate import answer_into, autocast_of, evaluation_dtype, general_loss, load_model
+from peftlib.evaluation.predictions import Predictions
 from peftlib.methods import BASE
 from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
@@ -29,7 +27,7 @@ from peftlib.train.batching import Rows, mean_loss
 ALL = "all"  # sources together
 _NUMBER = Maybe(float)
 _POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
-_POINT |= {"general_loss": _NUMBER, "general_text_sha256": Maybe(str), "seconds": float}
+_POINT |= {"general_loss": _NUMBER, "seconds": float}
 _SHAPE = {"of": {}, "points": [_POINT]}
 
 
@@ -59,9 +57,7 @@ def rewound(model, base, factor):
 def require_factors(method, factors):
     """ConfigError unless a method can be rewound to factors."""
     if method == BASE or not all(0 <= factor <= 1 for factor in factors):
-        raise ConfigError(
-            f"rewind {', '.join(map(str, factors))} of {method}: use factors from 0 to 1 of a trained method"
-        )
+        raise ConfigError(f"rewind {factors} of {method}: use factors from 0 to 1 of a trained method")
 
 
 def rewind(study, method, factors, *, log=print):
@@ -97,7 +93,8 @@ def _points(study, method, seed, factors, log):
         started = time.monotonic()
         models = models or _models(study, method, seed, log)
         with contextlib.nullcontext(models[0]) if method == BASE else rewound(*models, factor) as model:
-            point = {"factor": factor, **_scores(study, record, model, path.with_suffix("") / f"{factor!r}.jsonl", log)}
+            answers = path.with_suffix("") / f"{factor!r}.jsonl"
+            point = {"factor": factor, **_scores(study, model, answers, short_hash(of), log)}
         points[factor] = {**point, "seconds": time.monotonic() - started}
         write_json(path, {"of": of, "points": [points[factor] for factor in sorted(points)]})
         log(f"{method} at {factor:g}: test loss {point['test_loss'][ALL]}, general {point['general_loss']}, "
@@ -111,11 +108,11 @@ def _models(study, method, seed, log):
     return [load_model(study, name, seed, **how) for name in dict.fromkeys((method, BASE))]
 
 
-def _scores(study, record, model, path, log):
-    """What a point holds of one model; its answers go to a predictions file at `path`."""
+def _scores(study, model, path, made_by, log):
+    """What a point holds of one model; its answers go to a predictions file at `path`, marked by what made them."""
     from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
 
-    cfg, device = study.cfg, resolve_device(study.cfg.device)
+    device = resolve_device(study.cfg.device)
     how, found = {"device": device, "precision": autocast_of(evaluation_dtype(device)[1])}, {}
     for split in ("valid", "test"):
         rows = list(data.load_split(study.data_dir, split))
@@ -124,16 +121,13 @@ def _scores(study, record, model, path, log):
         losses = {name: mean_loss(model, Rows(part), **how) for name, part in parts.items() if part}
         found[f"{split}_loss"] = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
     general = forgetting.record_fields(general_loss(study, model, **how))
-    kept = Predictions(path, record["split_hash"])
-    engine = "auto" if cfg.engine == "vllm" else cfg.engine  # it would read the weights from a folder
-    limits = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine}
-    limits |= {"deadline": Deadline(cfg.replace(max_seconds=0.0)), "log": log}
-    answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **limits)
-    answers = [row["answer"] for row in read_predictions(path, rows, record["split_hash"])]
-    scores = score(answers, [row["messages"][-1]["content"] for row in rows])
-    loss, text = general["general_loss"], general["general_text_sha256"]
-    loss = loss if loss is not None and math.isfinite(loss) else None
-    return {**found, "general_loss": loss, "general_text_sha256": text, **{n: scores[n] for n in ("rougeL", "bleu4")}}
+    kept = Predictions(path, made_by)
+    engine = "auto" if study.cfg.engine == "vllm" else study.cfg.engine  # that one reads the weights from a folder
+    answer_into(kept, study.cfg, model, rows, engine=engine, log=log)
+    scores = score([kept.rows[row["id"]]["answer"] for row in rows], [row["messages"][-1]["content"] for row in rows])
+    loss = general["general_loss"]
+    found["general_loss"] = loss if loss is not None and math.isfinite(loss) else None
+    return {**found, "rougeL": scores["rougeL"], "bleu4": scores["bleu4"]}
 
 
 def path_of(study, method, seed):

@@ -6,18 +6,15 @@ file a turn. A conversation of two turns is asked turn by turn and judged as a w
 
 from pathlib import Path
 
-from peftlib import data
 from peftlib.core import record as records
 from peftlib.core.config import short_hash
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import ConfigError, DataError, StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import require_shape
-from peftlib.core.session import Deadline
 from peftlib.data.dedup import prompt_sha256
 from peftlib.data.readers import read_rows
-from peftlib.evaluation.evaluate import evaluation_dtype, load_model
-from peftlib.evaluation.generate import answer_rows
+from peftlib.evaluation.evaluate import answer_into, evaluation_dtype, load_model
 from peftlib.evaluation.predictions import Predictions
 from peftlib.methods import BASE
 from peftlib.storage.lock import held
@@ -122,9 +119,7 @@ def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
                 device = resolve_device(cfg.device)
                 dtype = evaluation_dtype(device)[0]
                 model = model or load_model(study, method, seed, device=device, dtype=dtype, log=log)
-                how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "log": log}
-                how["deadline"] = Deadline(cfg.replace(max_seconds=0.0))
-                answer_rows(model, data.load_tokenizer(cfg.model), asked, kept, **how)
+                answer_into(kept, cfg, model, asked, log=log)
     whole = {}
     for row, own in zip(rows, turns):
         said = [file.rows[row["id"]]["answer"] for file in files[: len(own)] if row["id"] in file.rows]
