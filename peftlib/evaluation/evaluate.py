@@ -192,7 +192,7 @@ def _answers(study, record, model, rows, *, engine, log):
 
 
 def answer_into(kept, cfg, model, rows, *, engine="auto", log=print):
-    """Answer the rows that `kept`, a Predictions, lacks, by a study's settings; returns what generate.answer_rows does."""
+    """Answer what `kept`, a Predictions, lacks of the rows, by a study's settings; returns what answer_rows does."""
     deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds limits training
     how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine, "deadline": deadline}
     return answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how, log=log)

@@ -23,8 +23,8 @@ _MEANS = {  # {name: (field of Numbers, title, unit, format)}
     MEMORY: ("peak_gib", "Peak memory of training", "GiB", ".2f"),
     "training speed": ("tokens_per_second", "Speed of training", "tokens/s", ",.0f"),
 }
-REWIND = "between base and tuned"
-KINDS = (*_SCORES, *_MEANS, TRAINING, REWIND)
+KINDS = (*_SCORES, *_MEANS, TRAINING)
+REWIND = "between base and tuned"  # one more of a study that has rewound a method
 ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 
 
@@ -86,7 +86,7 @@ def _intervals(boot):
 
 
 def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
-    """One chart by a name of KINDS. rows: one of row_choices(numbers, kind)."""
+    """One chart by a name of KINDS, or REWIND. rows: one of row_choices(numbers, kind)."""
     if kind == TRAINING:
         return figures.loss_curves(numbers.records, theme)
     if kind == REWIND:

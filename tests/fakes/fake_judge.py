@@ -11,10 +11,12 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fake_study
 import pytest
 
 from peftlib import cli
-from peftlib.evaluation.judging.backends import Endpoint
+from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
+from peftlib.report import charts
 from peftlib.runner import judge_cli
 
 KEY = "sk-planted0key0that0must0not0appear"
@@ -174,6 +176,19 @@ def lines_of(study):
     """[verdict, ...] that a study has of base against qlora."""
     text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def made_study(tmp_path, monkeypatch, rows=None):
+    """Base and qlora on some rows, or on twelve of which one has equal answers; the key is set, no charts are drawn."""
+    monkeypatch.setattr(charts, "charts_of", lambda *_: {})
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    made = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=rows or 12)
+    if rows is None:
+        shown_rows = fake_study.made_rows(12)
+        answers = fake_study.answers_of(shown_rows, "qlora", 0)
+        answers[5] = fake_study.answers_of(shown_rows, "base", 0)[5]
+        fake_study.write_predictions(made, "qlora", 0, shown_rows, answers)
+    return made
 
 
 def call(study, url, *more):

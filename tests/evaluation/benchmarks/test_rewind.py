@@ -13,8 +13,10 @@ from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.benchmarks import rewind
+from peftlib.notebook.charts import ChartPanel
 from peftlib.report import build as report
 from peftlib.report import charts
+from peftlib.report.charts import REWIND
 
 QUIET = {"log": lambda line: None}
 MEASURED = ("valid_loss", "test_loss", "general_loss", "rougeL", "bleu4")
@@ -123,6 +125,7 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
     rewind.rewind(study, "galore", [0.5], **QUIET)
     record = records.load(study, "galore", 0)
     made = report.build_report(study)
+    assert REWIND in ChartPanel(made).kind.options
     assert [point["factor"] for point in made.numbers.rewound["galore"]] == [0.0, 0.5, 1.0]
     assert "rewind" in made.figures and "galore" in made.alt["rewind"]
     text = study.report_path.read_text(encoding="utf-8")

@@ -9,8 +9,12 @@ from fake_judge import call, lines_of
 from peftlib.core.errors import JudgeError
 from peftlib.evaluation.judging.backends import Endpoint
 
-ROWS = 6  # of the study
 ASKED = [{"role": "user", "content": "Which?"}]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    return fake_judge.made_study(tmp_path, monkeypatch, rows=6)
 
 
 def choices(message):

@@ -9,6 +9,11 @@ from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging.backends import KEY_VARIABLE
 
 
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    return fake_judge.made_study(tmp_path, monkeypatch)
+
+
 def test_planted_faults_are_retried_counted_and_lose_nothing(study, capsys, monkeypatch):
     faults = [429, "timeout", 500, "reset", "malformed", "empty", 503, None, "malformed", 429, "cut"]
     server = fake_judge.Server(shorter, faults=faults)

@@ -16,11 +16,13 @@ from peftlib.core.errors import ConfigError, JudgeError, LockedError, Stopped
 from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.evaluation.judging.backends import Endpoint
 
-ROWS = 6  # of the study
 ASKED = [{"role": "user", "content": "Which?"}]
-
-
 MIB = 1 << 20
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    return fake_judge.made_study(tmp_path, monkeypatch, rows=6)
 
 
 def drip(connection, data, *, every_s=0.05):

@@ -10,8 +10,12 @@ from peftlib.core.errors import JudgeError
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.report import build as report
 
-ROWS = 6  # of the study
 ASKED = [{"role": "user", "content": "Which?"}]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    return fake_judge.made_study(tmp_path, monkeypatch, rows=6)
 
 
 def test_the_key_is_sent_and_stands_nowhere_else(study, capsys):

@@ -15,6 +15,11 @@ from peftlib.evaluation.judging import verdicts as judge_verdicts
 from peftlib.report import build as report
 
 
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    return fake_judge.made_study(tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize(
     "reply, verdict",
     [
