@@ -138,9 +138,10 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
     assert rewind.path_of(study, "galore", 0).read_bytes() == before
     assert report.build_report(study).numbers.rewound == {}
 
-    rewind.path_of(
-        study, "galore", 0
-    ).unlink()  # as if killed within a point: the answers are there, and of other weights
+    # As if killed within a point: the answers are there, and were made with other settings.
+    rewind.path_of(study, "galore", 0).unlink()
+    changed = {**record, "evaluation": {**record["evaluation"], "max_new_tokens": 5}}
+    write_json(study.record_path("galore", 0), changed)
     with pytest.raises(StudyError, match=r"1\.0\.jsonl has split_hash|0\.5\.jsonl has split_hash"):
         rewind.rewind(study, "galore", [0.5], **QUIET)
 
