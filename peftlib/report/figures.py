@@ -156,7 +156,7 @@ def rewind_curves(curves, theme=LIGHT):
             said.append(f"{method} {steps}")
     if not said:
         return empty(chart, axes, "no model between base and tuned was scored")
-    title(axes, "From base (right) to tuned (large marks): down and left is better")
+    title(axes, "From base (cross) to tuned (large marks): lower is better")
     legend(axes, "right")
     chart.alt = (
         f"Loss on test rows and on general text of the models between base (0) and tuned (1): {'; '.join(said)}."

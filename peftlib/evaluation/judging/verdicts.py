@@ -138,8 +138,11 @@ def summary(cases, verdicts, judge, names, prompts=""):
     asked = {row: found for row, found in both.items() if not of_row[row].is_identical}
     took_first = [verdict == order[0] for of in asked.values() for order, verdict in of.items() if verdict != "tie"]
     same = [len(set(found.values())) == 1 for found in asked.values()]
-    twice = [[known[row][order] == verdict for order, verdict in again[row].items() if order in known.get(row, ())]
-             for row in again if not of_row[row].is_identical]  # fmt: skip
+    twice = [
+        [first == of[order] for order, first in known.get(row, {}).items() if {first, of.get(order)} <= {*_SCORE}]
+        for row, of in again.items()
+        if not of_row[row].is_identical
+    ]
     twice = [sum(of) / len(of) for of in twice if of]
     by_place = [set(found.values()) == {"a", "b"} for found in asked.values()]
     return Judged(

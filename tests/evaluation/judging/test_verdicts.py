@@ -270,6 +270,14 @@ def test_asked_again_it_is_told_whether_it_agrees_with_itself(study, capsys):
     assert "same verdict when asked again" in capsys.readouterr().out
 
 
+def test_a_judge_without_verdicts_does_not_agree_with_itself(study, capsys):
+    with fake_judge.serving(fake_judge.Server(lambda body: "Hm.")) as url:
+        call(study, url, "--rows", "3", "--again", "3")
+    (found,) = report.build_report(study).judged
+    assert found.self_agreement is None and found.consistency is None
+    assert "same verdict" not in capsys.readouterr().out
+
+
 def test_two_judges_stand_side_by_side_with_their_agreement(study):
     with fake_judge.serving(fake_judge.Server(shorter)) as url:
         call(study, url)
