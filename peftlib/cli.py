@@ -12,7 +12,7 @@ from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
-from peftlib.runner import console, plan_cli, suite_cli
+from peftlib.runner import console, judge_cli, plan_cli, suite_cli
 from peftlib.runner.console import (
     AnyName,
     Flag,
@@ -22,8 +22,7 @@ from peftlib.runner.console import (
     Sources,
     examples_of,
     given_settings,
-    require_numbers,
-    say,
+    numbers,
     sized_as_full_study,
     study_of,
 )
@@ -43,7 +42,6 @@ Method = Annotated[
     str, Argument(metavar="METHOD", help="such as qlora, or peft:FILE.json; `peftlib methods` lists all")
 ]
 Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
-Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
 
 
 @app.callback()
@@ -129,21 +127,33 @@ def train(method: Method, study: AnyName = None, profile: Profile = None, seed: 
     return 0 if record["status"] == "ok" else console.STOPPED_CODE
 
 
-@_command("evaluate base --study first", "evaluate qlora --study first", "evaluate --path my-adapter --study first")
+@_command(
+    "evaluate base --study first",
+    "evaluate qlora --study first --rewind 0.25,0.5,0.75",
+    "evaluate --path my-adapter --study first",
+)
 def evaluate(
     study: Name,
     method: Annotated[str | None, Argument(metavar="METHOD", help="a trained method, or base")] = None,
     path: Annotated[Path | None, Option(metavar="FOLDER", help="instead: an adapter or model made elsewhere")] = None,
     name: Annotated[str, Option(help="of the model in FOLDER; default: the folder's name")] = "",
     seed: Seed = 0,
+    rewind: Annotated[str, Option(metavar="A,B,...", help="score the models between base (0) and METHOD (1) too")] = "",
 ):
     """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
     if (method is None) == (path is None):
         raise ConfigError("name one model: a METHOD, or --path FOLDER")
+    if rewind and path:
+        raise ConfigError("--rewind needs a METHOD of the study: of a model made elsewhere the base is not known")
+    factors = numbers("--rewind", rewind, float) if rewind else ()
     found = open_study(study)
     found = Study(found.folder, found.cfg.replace(seed=seed))
     from peftlib.evaluation import evaluate as evaluation
 
+    if factors:
+        from peftlib.evaluation.benchmarks import rewind as rewinding
+
+        rewinding.require_factors(method, factors)
     record = (
         evaluation.evaluate(found, _name_of(method))
         if method
@@ -153,6 +163,8 @@ def evaluate(
     scored_on = (record.get("trained_elsewhere") or {}).get("scored_on")
     base = f", on {scored_on}" if scored_on else ""
     print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows{base}")
+    if factors:
+        rewinding.rewind(found, record["method"], factors)
 
 
 @_command("report --study first")
@@ -167,41 +179,11 @@ def report(study: Name):
     print("\n".join(readable_path(path) for path in (*pages, *built.figures.values())))
 
 
-@_command(
+_command(
     "judge --study first --methods base qlora --endpoint http://127.0.0.1:8000/v1 --model judge-model --dry-run",
     "judge --study first --methods qlora galore --local packaged --rows 20",
-)
-def judge(
-    study: Name,
-    methods: Annotated[tuple[str, str], Option(metavar="A B", help="such as: base qlora")],
-    seed: Seed = 0,
-    rows: Annotated[int, Option(min=0, metavar="N", help="so many test rows; 0: all")] = 0,
-    endpoint: Annotated[str | None, Option(metavar="URL", help="OpenAI-compatible; mostly ends in /v1")] = None,
-    model: Annotated[str | None, Option(metavar="M", help="that the endpoint serves")] = None,
-    local: Annotated[str | None, Option(metavar="MODEL", help="instead: a folder, 'packaged' or a hub id")] = None,
-    dry_run: Flag = False,
-    price_in: Price = None,
-    price_out: Price = None,
-    parallel: Annotated[int, Option(min=1, metavar="N", help="calls at a time")] = 4,
-    reply_tokens: Annotated[int, Option(min=1, metavar="N", help="of a reply; more for a judge that thinks")] = 300,
-    timeout: Annotated[float, Option(metavar="SECONDS", help="of one call in all")] = 60.0,
-    retries: Annotated[int, Option(min=0, metavar="N", help="of a call that failed")] = 5,
-):
-    """Have a language model compare two methods' answers to the same test rows, in both orders.
-
-    An endpoint's key is read from the environment variable OPENAI_API_KEY and stored nowhere.
-    """
-    require_numbers({"--timeout": timeout or -1, "--price-in": price_in or 0, "--price-out": price_out or 0})
-    if (endpoint is None) == (local is None):
-        raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
-    if endpoint is not None and model is None:
-        raise ConfigError("--endpoint needs --model, the name under which the server knows its model")
-    from peftlib.evaluation.judging.backends import Endpoint, Local
-    from peftlib.evaluation.judging.study import judge_study
-
-    backend = Local(local) if local else Endpoint(endpoint, model, timeout_s=timeout, retries=retries)
-    how = {"seed": seed, "n_rows": rows, "reply_tokens": reply_tokens, "parallel": 1 if local else parallel, "log": say}
-    judge_study(open_study(study), methods, backend, prices=(price_in, price_out), dry_run=dry_run, **how)
+    "judge --study first --methods base qlora --local packaged --prompts mt_bench --data DIR",
+)(judge_cli.judge)
 
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")

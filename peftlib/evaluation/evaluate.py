@@ -163,9 +163,9 @@ def _losses(study, record, model, rows, *, precision, log):
     if kept is not None and kept.get("precision") == precision:
         return kept
     log(f"{record['method']}: loss on {len(rows)} test rows")
-    how = {"device": resolve_device(study.cfg.device), "precision": _autocast(precision)}
+    how = {"device": resolve_device(study.cfg.device), "precision": autocast_of(precision)}
     measured = {"eval_loss": mean_loss(model, Rows(rows), **how)}
-    measured |= forgetting.record_fields(_general_loss(study, model, **how))
+    measured |= forgetting.record_fields(general_loss(study, model, **how))
     for field, value in measured.items():
         if isinstance(value, float) and not math.isfinite(value):
             log(f"{record['method']}: {field} is {value}: recorded as unknown")
@@ -175,7 +175,8 @@ def _losses(study, record, model, rows, *, precision, log):
     return record["losses"]
 
 
-def _general_loss(study, model, **how):
+def general_loss(study, model, **how):
+    """The forgetting.GeneralLoss of a model on the text that is apart from the study's training rows, or None."""
     train = data.load_split(study.data_dir, "train")
     return forgetting.general_loss(model, data.load_tokenizer(study.cfg.model), study.cfg, train, **how)
 
@@ -184,11 +185,17 @@ def _answers(study, record, model, rows, *, engine, log):
     """Answer the rows that are not answered yet; returns what the record's evaluation says about the answers."""
     cfg, split_hash = study.cfg, record["split_hash"]
     kept = Predictions(study.predictions_path(record["method"], record["seed"]), split_hash)
+    seconds, tokens = answer_into(
+        kept, cfg, model, rows, engine=engine, log=lambda line: log(f"{record['method']}: {line}")
+    )
+    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
+
+
+def answer_into(kept, cfg, model, rows, *, engine="auto", log=print):
+    """Answer what `kept`, a Predictions, lacks of the rows, by a study's settings; returns what answer_rows does."""
     deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds limits training
     how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine, "deadline": deadline}
-    how["log"] = lambda line: log(f"{record['method']}: {line}")
-    seconds, tokens = answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how)
-    return {"split_hash": split_hash, "generate_seconds": seconds, "generated_tokens": tokens, "engine": engine}
+    return answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how, log=log)
 
 
 def _log_scores(study, record, rows, *, log):
@@ -219,7 +226,8 @@ def _add_rounding(study, record, *, log):
     try:
         _require_base(study, record, log)
         model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
-        done[forgetting.ROUNDED_FIELD] = _general_loss(study, model, device=device, precision=_autocast(precision)).loss
+        how = {"device": device, "precision": autocast_of(precision)}
+        done[forgetting.ROUNDED_FIELD] = general_loss(study, model, **how).loss
     except (PeftlibError, RuntimeError, OSError) as error:
         log(f"{method}: not measured, and nothing rests on it: {error}")
         return False
@@ -227,7 +235,7 @@ def _add_rounding(study, record, *, log):
     return True
 
 
-def _autocast(precision):
+def autocast_of(precision):
     """A bf16 model needs no autocast; fp16 matrices beside a float32 residual do."""
     return "fp16" if precision == "fp16" else "fp32"
 

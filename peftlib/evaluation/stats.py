@@ -115,11 +115,19 @@ def swap_test(runs, others, metric, *, resamples=2000, seed=0):
 
 def mean_interval(values, *, resamples=2000, seed=0):
     """95 % Interval of the mean of one number a row, by the same bootstrap of rows. DataError: no values."""
-    values = np.asarray(values, dtype=np.float64)
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), 1)
+    return sums_interval(values, lambda sums: sums[:, 0] / len(values), resamples=resamples, seed=seed)
+
+
+def sums_interval(values, score, *, resamples=2000, seed=0):
+    """95 % Interval of score(sums over rows), by the same bootstrap. values: (rows, k). score: of (draws, k) sums.
+
+    DataError: no rows.
+    """
     if not len(values):
         raise DataError("no rows, so no mean")
-    drawn = _resampled_sums(values, resamples, np.random.default_rng(seed)) / len(values)
-    return _interval(float(values.mean()), drawn, len(values), resamples)
+    drawn = score(_resampled_sums(values, resamples, np.random.default_rng(seed)))
+    return _interval(float(score(values.sum(axis=0, keepdims=True))[0]), drawn, len(values), resamples)
 
 
 def seed_weights(n_seeds, draws, rng):

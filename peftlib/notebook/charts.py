@@ -2,10 +2,10 @@
 
 from peftlib.notebook.widgets import CSV, PNG, Shown, can_click, link, look, stacked
 from peftlib.report.chart import bundle, image
-from peftlib.report.charts import KINDS, chart_of, row_choices
+from peftlib.report.charts import KINDS, REWIND, chart_of, row_choices
 from peftlib.report.palette import THEMES
 
-_STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory")  # of a report's figures
+_STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory", "rewind")  # of a report's figures
 
 
 def show_charts(report, *, is_interactive=None):
@@ -35,7 +35,8 @@ class ChartPanel(Shown):
 
         self._report, self._is_changing = report, False
         wide = look("19rem")
-        self.kind = w.Dropdown(options=KINDS, description="show", **wide)
+        kinds = [*KINDS, REWIND] if report.numbers.rewound else KINDS
+        self.kind = w.Dropdown(options=kinds, description="show", **wide)
         self.rows = w.Dropdown(options=row_choices(report.numbers, KINDS[0]), description="of", **wide)
         self.theme = w.Dropdown(options=list(THEMES), value=report.theme, description="theme", **wide)
         self.shown, self.download = w.HTML(), w.HTML()

@@ -14,7 +14,8 @@ import pandas as pd
 from peftlib.core.files import gib, write_text
 from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, rouge, stats
-from peftlib.evaluation.judging import verdicts
+from peftlib.evaluation.benchmarks import rewind
+from peftlib.evaluation.judging import judge, verdicts
 from peftlib.evaluation.metrics import bleu_signature
 from peftlib.methods import BASE, METHODS
 from peftlib.report import charts, findings
@@ -30,6 +31,7 @@ COLUMNS = (
     *("train_tokens", "learning_rate", "learning_rate_2", "precision", "device", "peak_memory_gib"),
     *("peak_reserved_gib", "tokens_per_second", "train_seconds", "split_hash"),
 )
+_JUDGED = {"judge_win_rate": "win_rate", "judge_win_rate_length_controlled": "length_controlled"}  # if base was judged
 _DTYPES = dict.fromkeys(("method", "status", "precision", "device", "split_hash"), "object")
 _DTYPES |= dict.fromkeys(("seed", "n_test", "trainable_params", "steps", "train_tokens"), "Int64")  # others: float64
 
@@ -39,9 +41,9 @@ class Report:
     """results: results.csv. table: before and after training, one row per method, texts. per_source, pairs, scores:
     numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
     {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
-    notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. n_other_verdicts: verdicts
-    on other answers or under another rubric. rates: {method: what its swept rates may be called}. folder: of the study.
-    theme: 'light' or 'dark', of its notebooks."""
+    notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. agreed:
+    [rates.Agreement, ...]. n_other_verdicts: on other answers or under another rubric. rates: {method: what its swept
+    rates may be called}. folder: of the study. theme: 'light' or 'dark', of its notebooks."""
 
     results: pd.DataFrame
     table: pd.DataFrame
@@ -57,6 +59,7 @@ class Report:
     samples: list = field(repr=False)
     notes: list
     judged: list
+    agreed: list
     n_other_verdicts: int
     rates: dict
     study: results.ScoredStudy = field(repr=False)
@@ -74,9 +77,9 @@ def build_report(study: Study) -> Report:
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
-    # Load: records, predictions and verdicts, checked against the test rows. Score: all rows, and each source's.
+    # Load and score: records, predictions and verdicts, checked against the test rows; all rows, and each source's.
     found, boot, by_source, numbers = scored(study)
-    judged, n_other_verdicts = verdicts.load(study, found)
+    judged, agreed, n_other_verdicts = verdicts.load(study, found)
     # Compare: every two methods, and what was not equal between them.
     pairs = comparison.pairs_of(found.systems(), boot) if boot else []
     notes = comparison.unmatched(found.runs)
@@ -84,7 +87,7 @@ def build_report(study: Study) -> Report:
     # Draw.
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=result_frame(found),
+        results=result_frame(found, judged),
         table=_method_table(found, boot),
         per_source=_source_frame(by_source),
         pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
@@ -98,6 +101,7 @@ def build_report(study: Study) -> Report:
         samples=_samples(found),
         notes=notes,
         judged=judged,
+        agreed=agreed,
         n_other_verdicts=n_other_verdicts,
         rates={name: verdict(of["from"]) for name, of in study.adopted_rates().items() if "tried" in of["from"]},
         study=found,
@@ -121,12 +125,12 @@ def scored(study):
     found = results.load(study)
     systems = found.systems()
     boot, by_source = stats.bootstrap(systems) if systems else None, _by_source(found)
-    return found, boot, by_source, charts.numbers_of(found, boot, by_source)
+    return found, boot, by_source, charts.numbers_of(found, boot, by_source, rewind.curves(study, found.runs))
 
 
-def result_frame(found):
-    """results.csv of a ScoredStudy, as a DataFrame."""
-    return _frame([_result_row(run) for run in found.runs])
+def result_frame(found, judged):
+    """results.csv of a ScoredStudy and its [verdicts.Judged, ...], as a DataFrame."""
+    return _frame([{**_result_row(run), **_judged_columns(run, judged)} for run in found.runs])
 
 
 def _result_row(run):
@@ -143,8 +147,17 @@ def _result_row(run):
     }
 
 
+def _judged_columns(run, judged):
+    """Win rates of a run's answers to the test rows against base, means over the judges; {} where nothing is judged."""
+    own = [of for of in judged if not of.prompts and of.a == f"{BASE}-s0" and of.length_controlled is not None]
+    of_run = [of for of in own if of.b == f"{run.record['method']}-s{run.record['seed']}"]
+    means = (comparison.mean_of(of_run, lambda of, name=name: getattr(of, name).value) for name in _JUDGED.values())
+    return dict(zip(_JUDGED, means)) if own else {}
+
+
 def _frame(rows):
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+    names = [*COLUMNS, *(name for name in _JUDGED if rows and name in rows[0])]
+    columns = {name: [row[name] for row in rows] for name in names}
     return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
 
 
@@ -271,6 +284,7 @@ def _content(report, pairs, by_source):
         "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],
         "stats": stats,
         "forgetting": forgetting,
+        "judge": judge,
         "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),
         "changes": [sentence for run in found.runs for sentence in run_record.change_sentences(run.record)],

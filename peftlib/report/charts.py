@@ -1,6 +1,6 @@
 """Which charts a report has, and the numbers that they are drawn from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftlib.core.files import gib
 from peftlib.evaluation import stats
@@ -24,13 +24,15 @@ _MEANS = {  # {name: (field of Numbers, title, unit, format)}
     "training speed": ("tokens_per_second", "Speed of training", "tokens/s", ",.0f"),
 }
 KINDS = (*_SCORES, *_MEANS, TRAINING)
+REWIND = "between base and tuned"  # one more of a study that has rewound a method
 ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 
 
 @dataclass(frozen=True)
 class Numbers:
     """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
-    same without base cut}. The others: {method: mean over its finished runs} of the methods whose runs all know it."""
+    same without base cut}. rewound: of rewind.curves. The others: {method: mean over its finished runs} of the methods
+    whose runs all know it."""
 
     records: list
     intervals: dict
@@ -41,10 +43,12 @@ class Numbers:
     general_loss: dict
     tokens_per_second: dict
     train_seconds: dict
+    rewound: dict = field(default_factory=dict)
 
 
-def numbers_of(found, boot, by_source):
-    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}."""
+def numbers_of(found, boot, by_source, rewound=None):
+    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}; rewound: of
+    rewind.curves."""
     texts = [run.general.text_sha256 for run in found.runs if run.general]
 
     def general_loss(run):  # losses on another text than the first run's cannot be compared with it
@@ -65,6 +69,7 @@ def numbers_of(found, boot, by_source):
         general_loss=means(general_loss),
         tokens_per_second=means(lambda run: run.record["tokens_per_second"]),
         train_seconds=means(lambda run: run.record["train_seconds"]),
+        rewound=rewound or {},
     )
 
 
@@ -81,9 +86,11 @@ def _intervals(boot):
 
 
 def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
-    """One chart by a name of KINDS. rows: one of row_choices(numbers, kind)."""
+    """One chart by a name of KINDS, or REWIND. rows: one of row_choices(numbers, kind)."""
     if kind == TRAINING:
         return figures.loss_curves(numbers.records, theme)
+    if kind == REWIND:
+        return figures.rewind_curves(numbers.rewound, theme)
     if kind in _MEANS:
         field, *words = _MEANS[kind]
         outlines = numbers.reserved_gib if kind == MEMORY else None
@@ -115,6 +122,7 @@ def charts_of(numbers, theme=LIGHT):
         "rougeL_against_memory": chart_of(numbers, "ROUGE-L against memory", theme=theme),
         "bleu4_against_memory": chart_of(numbers, "BLEU-4 against memory", theme=theme),
         "memory": chart_of(numbers, MEMORY, theme=theme),
+        "rewind": chart_of(numbers, REWIND, theme=theme),
     }
     return {name: chart for name, chart in drawn.items() if not chart.is_empty}
 

@@ -140,6 +140,30 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     return chart
 
 
+def rewind_curves(curves, theme=LIGHT):
+    """Loss on general text over loss on the test rows, a line a method from base to tuned. curves: of rewind.curves."""
+    chart, axes = drawing(5.6, 3.5, "loss on test rows (nats per token)", "loss on general text", theme)
+    said = []
+    for method in sorted(curves, key=_order):
+        known = [p for p in curves[method] if _is_number(p["test_loss"]) and _is_number(p["general_loss"])]
+        if known:
+            x, y = ([point[name] for point in known] for name in ("test_loss", "general_loss"))
+            color, look = theme.color_of(method), {"markersize": 9, "linestyle": "none", "zorder": 3}
+            axes.plot(x, y, color=color, linewidth=1.7, marker=".", label=method)
+            axes.plot(x[-1:], y[-1:], color=color, marker=marker_of(method), **look)
+            axes.plot(x[:1], y[:1], color=theme.color_of(BASE), marker=marker_of(BASE), **look)
+            steps = ", ".join(f"{p['test_loss']:.3f} and {p['general_loss']:.3f} at {p['factor']:g}" for p in known)
+            said.append(f"{method} {steps}")
+    if not said:
+        return empty(chart, axes, "no model between base and tuned was scored")
+    title(axes, "From base (cross) to tuned (large marks): lower is better")
+    legend(axes, "right")
+    chart.alt = (
+        f"Loss on test rows and on general text of the models between base (0) and tuned (1): {'; '.join(said)}."
+    )
+    return chart
+
+
 def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
     """A horizontal bar a method whose value is known, with the number at its end.
 

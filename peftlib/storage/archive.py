@@ -16,7 +16,8 @@ from peftlib.core.files import MANIFEST, remove_tree, rename, sha256
 # Folders that are archives of their own, here and in a sweep's trial; the compiler's cache is never copied, and one on
 # a remote never restored: loading it runs it.
 _OWN = {"data", "compile", "weights", "checkpoints", "claims"}
-_OF_RUNS = ("records", "predictions", "logs")  # folders whose files and folders are named after runs, as qlora-s0
+# Folders whose files and folders are named after runs, as qlora-s0.
+_OF_RUNS = ("records", "predictions", "rewind", "logs")
 NOT_RESTORED = ("compile",)
 # Suffixes excluded from the copies: lock files, in-progress notebooks, on-demand CSV exports.
 _NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")

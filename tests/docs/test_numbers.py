@@ -174,6 +174,8 @@ KNOWN = [
     ("evaluation.md", "81 to 87 % of the answers"),
     ("evaluation.md", "within 1.5 times of its speed"),
     ("evaluation.md", "on 256 rows"),
+    ("evaluation.md", "AlpacaEval 2.0"),
+    ("evaluation.md", "All have 95 % intervals"),
     ("export.md", "torchao 0.10"),
     ("export.md", "logits are 0.003 apart"),
     ("running.md", "trains on the first 1,500 rows at"),

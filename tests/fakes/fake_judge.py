@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import socketserver
 import struct
@@ -10,9 +11,15 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fake_study
 import pytest
 
 from peftlib import cli
+from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
+from peftlib.report import charts
+from peftlib.runner import judge_cli
+
+KEY = "sk-planted0key0that0must0not0appear"
 
 
 def completion(text, *, sent=100, received=10):
@@ -161,7 +168,7 @@ def free_port():
 def judged(study, words):
     """The exit code of the judge command on a study. ConfigError and others: as the command raises them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "open_study", lambda name: study)
+        patch.setattr(judge_cli, "open_study", lambda name: study)
         return cli.call(["judge", *words])
 
 
@@ -169,3 +176,44 @@ def lines_of(study):
     """[verdict, ...] that a study has of base against qlora."""
     text = (study.folder / "judge" / "base-vs-qlora.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def made_study(tmp_path, monkeypatch, rows=None):
+    """Base and qlora on some rows, or on twelve of which one has equal answers; the key is set, no charts are drawn."""
+    monkeypatch.setattr(charts, "charts_of", lambda *_: {})
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    made = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=rows or 12)
+    if rows is None:
+        shown_rows = fake_study.made_rows(12)
+        answers = fake_study.answers_of(shown_rows, "qlora", 0)
+        answers[5] = fake_study.answers_of(shown_rows, "base", 0)[5]
+        fake_study.write_predictions(made, "qlora", 0, shown_rows, answers)
+    return made
+
+
+def call(study, url, *more):
+    words = ["--study", "x", "--methods", "qlora", "base", "--endpoint", url, "--model", "m", *more]
+    return judged(study, words)
+
+
+def shown(body):
+    """(answer 1, answer 2) of a request to the judge."""
+    text = body["messages"][0]["content"]
+    return re.findall(r"===== answer \d \(\w+\) =====\n(.*?)\n===== end", text, re.DOTALL)
+
+
+def shorter(body):
+    """A fair judge: the shorter answer, which is qlora's, wins; the equal of both ties."""
+    first, second = (len(answer) for answer in shown(body))
+    return f"One is shorter.\nVERDICT: {1 if first < second else 2 if second < first else 'TIE'}"
+
+
+def quick(monkeypatch):
+    """Waits between retries are noted, not waited for."""
+    waits, real = [], Endpoint.__init__
+
+    def init(self, *args, **given):
+        real(self, *args, **given, sleep=waits.append)
+
+    monkeypatch.setattr(Endpoint, "__init__", init)
+    return waits

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftlib import data
@@ -21,6 +21,7 @@ from peftlib.methods import BASE, study_order
 RUBRIC = (Path(__file__).parent / "rubric.txt").read_text(encoding="utf-8").strip()
 _CHOICE = "VERDICT: 1, VERDICT: 2 or VERDICT: TIE"
 REMINDER = f"That did not end with one verdict line. Reply with one line and nothing else: {_CHOICE}"
+RUBRIC_VERSION = "1"  # of rubric, frame and reminder: raise it with any change, which asks everything again
 RUBRIC_SHA256 = hashlib.sha256(f"{RUBRIC}\n{REMINDER}".encode()).hexdigest()
 ORDERS = ("ab", "ba")
 REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
@@ -35,12 +36,14 @@ _VERDICT_LIKE = re.compile(r"(?i)verdict\W*:")
 
 @dataclass(frozen=True)
 class Case:
-    """One question to the judge. order: 'ab' shows the answer of method a first. message: the whole prompt."""
+    """One question to the judge. order: 'ab' shows the answer of method a first. message: the whole prompt. time: 2 for
+    the same asked again, which shows whether the judge agrees with itself."""
 
     row: dict = field(repr=False)
     order: str
     first: str = field(repr=False)
     second: str = field(repr=False)
+    time: int = 1
 
     @property
     def message(self):
@@ -58,7 +61,7 @@ class Case:
 
     def key(self, judge):
         """16 hex digits over the judge, the rubric, the order and everything that was shown."""
-        shown = [judge, RUBRIC_SHA256, self.order, self.message]
+        shown = [judge, RUBRIC_SHA256, self.order, self.message, *([self.time] if self.time > 1 else [])]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
@@ -79,17 +82,32 @@ def in_order(methods):
     return tuple(sorted(methods, key=study_order))
 
 
+def first_rows(rows, n_rows):
+    """The rows whose prompts have the smallest hashes, so that more of them include fewer; all, in order, for 0."""
+    return sorted(rows, key=lambda row: (row["prompt_sha256"], row["id"]))[:n_rows] if n_rows else list(rows)
+
+
 def cases_of(rows, answers_a, answers_b, *, n_rows=0):
-    """[Case, ...]: both orders of each test row, or of the `n_rows` whose prompts have the smallest hashes."""
-    picked = range(len(rows))
-    if n_rows:
-        picked = sorted(picked, key=lambda i: (rows[i]["prompt_sha256"], rows[i]["id"]))[:n_rows]
+    """[Case, ...]: both orders of each row, or of its `first_rows`. answers: {row's id: text}."""
     shown = {"ab": (answers_a, answers_b), "ba": (answers_b, answers_a)}
-    return [Case(rows[i], order, *(answers[i] for answers in shown[order])) for i in picked for order in ORDERS]
+    picked = first_rows(rows, n_rows)
+    return [Case(row, order, *(answers[row["id"]] for answers in shown[order])) for row in picked for order in ORDERS]
+
+
+def asked_again(cases, n_rows):
+    """The cases of the first `n_rows` of their rows, as to be asked a second time."""
+    again = {case.row["id"]: case.row for case in cases}
+    again = {row["id"] for row in first_rows(again.values(), n_rows)} if n_rows else ()
+    return [replace(case, time=2) for case in cases if case.row["id"] in again]
+
+
+def own_seed(method, seed):
+    """The seed of a method's run; an untrained model has none."""
+    return 0 if method == BASE else seed
 
 
 def cases_of_study(study, methods, seed, n_rows=0):
-    """((name of each run), [Case, ...]) of two methods' answers in a study, see cases_of.
+    """((name of each run), [Case, ...]) of two methods' answers to a study's test rows, see cases_of.
 
     seed: of the runs. StudyError: no answers yet, or answers to other rows.
     """
@@ -97,11 +115,11 @@ def cases_of_study(study, methods, seed, n_rows=0):
     rows = list(data.load_split(study.data_dir, "test"))
     names, answers = [], []
     for method in methods:
-        own = 0 if method == BASE else seed  # an untrained model has no seed
+        own = own_seed(method, seed)
         path = study.predictions_path(method, own)
         if not path.exists():
             raise StudyError(f"no answers of {method} (seed {own}) in {study.folder}: run 04_eval first")
-        answers.append([row["answer"] for row in read_predictions(path, rows, split_hash)])
+        answers.append({row["id"]: row["answer"] for row in read_predictions(path, rows, split_hash)})
         names.append(f"{method}-s{own}")
     return tuple(names), cases_of(rows, *answers, n_rows=n_rows)
 

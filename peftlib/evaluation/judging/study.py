@@ -3,30 +3,44 @@
 import contextlib
 
 from peftlib.evaluation.judging import judge, verdicts
+from peftlib.evaluation.judging import prompts as sets
 from peftlib.storage.lock import StudyLock
 
 _CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
 
 
-def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, prices=(None, None), parallel=1,
-                dry_run=False, log=print):  # fmt: skip
+def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, again=0, prompts="", folder=None,
+                prices=(None, None), parallel=1, dry_run=False, log=print):  # fmt: skip
     """Have a judge compare the answers of two methods, as far as it has not before.
 
-    backend: a backends.Endpoint or Local. n_rows: so many test rows, 0 for all. prices: of a million tokens sent and
-    received, None where unknown. dry_run: only say what it takes. The rest: see judge.run.
+    backend: a backends.Endpoint or Local. n_rows: so many rows, 0 for all. again: so many rows are asked twice, for the
+    judge's agreement with itself. prompts: a set of prompts.SETS in place of the test rows, which both methods answer
+    first; folder: see prompts.rows_of. prices: of a million tokens sent and received, None where unknown. dry_run: only
+    say what it takes. The rest: see judge.run.
     StudyError: no predictions of a method, or of other rows. LockedError: another session judges these methods.
-    JudgeError: see judge.run.
+    JudgeError: see judge.run. ConfigError, DataError: see prompts.rows_of.
     """
     methods = judge.in_order(methods)
-    names, cases = judge.cases_of_study(study, methods, seed, n_rows)
+    if prompts:
+        rows = judge.first_rows(sets.rows_of(study, prompts, folder, is_kept=not dry_run), n_rows)
+        runs = [(method, judge.own_seed(method, seed)) for method in methods]
+        found = [sets.answers(study, *run, prompts, rows, is_asked=not dry_run, log=log) for run in runs]
+        for (method, _), known in zip(runs, found):
+            if len(known) < len(rows):
+                log(f"{method} has to answer {len(rows) - len(known)} of {len(rows)} prompts first")
+        rows = [row for row in rows if all(row["id"] in known for known in found)]
+        names, cases = tuple(f"{method}-s{own}" for method, own in runs), judge.cases_of(rows, *found)
+    else:
+        names, cases = judge.cases_of_study(study, methods, seed, n_rows)
+    cases += judge.asked_again(cases, again)
     doing, what = f"judging {methods[0]} against {methods[1]}", "-vs-".join(methods)
     place = f"the judging of {what} in study {study.folder.name!r}"
     # Two that judge at once would ask, and pay, twice.
     lock = StudyLock(study.folder, doing, name=f"judge-{what}-lock.json", place=place)
     with contextlib.nullcontext() if dry_run else lock:
-        kept = verdicts.Verdicts(verdicts.path_of(study, methods), names)
+        kept = verdicts.Verdicts(verdicts.path_of(study, methods, prompts), names)
         found = judge.open_cases(cases, kept, backend.name, reply_tokens)
-        log(f"{methods[0]} against {methods[1]}, judged by {backend.name}")
+        log(f"{methods[0]} against {methods[1]}{prompts and f' on {prompts}'}, judged by {backend.name}")
         log("\n".join(_plan(len(cases), found, reply_tokens, prices)))
         if dry_run:
             return
@@ -34,7 +48,8 @@ def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, pric
             how = {"reply_tokens": reply_tokens, "parallel": parallel, "log": log, "require": lock.require}
             log("\n".join(_what_it_took(judge.run(cases, kept, backend, **how), backend.counts, prices)))
         log("\n".join(verdicts.sentences(verdicts.summary(cases, kept, backend.name, names))))
-    log(f"verdicts: judge/{kept.path.name}; in the report: python -m peftlib report --study {study.folder.name}")
+    shown = kept.path.relative_to(study.folder).as_posix()
+    log(f"verdicts: {shown}; in the report: python -m peftlib report --study {study.folder.name}")
 
 
 def _plan(n_cases, found, reply_tokens, prices):

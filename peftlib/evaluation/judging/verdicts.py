@@ -1,21 +1,23 @@
-"""A judge's verdicts on disk, and their summary: win rates with intervals, position bias, malformed replies."""
+"""A judge's verdicts on disk, and their summary: win rates with intervals, consistency, malformed replies."""
 
 import hashlib
 import itertools
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peftlib.core.errors import StudyError, reading, writing
 from peftlib.core.files import SCHEMA_VERSION, append_text
 from peftlib.core.json_reading import fault, parse
 from peftlib.evaluation import stats
-from peftlib.evaluation.judging.judge import ORDERS, RUBRIC_SHA256, cases_of, in_order
+from peftlib.evaluation.judging import prompts as sets
+from peftlib.evaluation.judging import rates
+from peftlib.evaluation.judging.judge import ORDERS, RUBRIC_SHA256, RUBRIC_VERSION, cases_of, in_order
 from peftlib.methods import BASE
 
 _TEXTS = dict.fromkeys(("key", "id", "judge", "rubric_sha256", "a", "b"), str)
 _CHOICES = {"order": ORDERS, "verdict": ("a", "b", "tie", "malformed")}
-_SHAPE = {**_TEXTS, **_CHOICES, "schema_version": int, "reply_tokens": int}
+_SHAPE = {**_TEXTS, **_CHOICES, "schema_version": int, "reply_tokens": int, "rubric_version?": str, "time?": int}
 _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 
 
@@ -44,10 +46,10 @@ class Verdicts:
 
         Its tokens count reminders too; None for a number that the judge did not tell.
         """
-        of_case = {"id": case.row["id"], "source": case.row["source"], "order": case.order, **found}
+        of_case = {"id": case.row["id"], "source": case.row["source"], "order": case.order, "time": case.time, **found}
         of_pair = {"a": self.names[0], "b": self.names[1], "is_identical": case.is_identical}
         line = {"schema_version": SCHEMA_VERSION, "key": case.key(judge), **of_case, **of_pair}
-        line |= {"judge": judge, "rubric_sha256": RUBRIC_SHA256}
+        line |= {"judge": judge, "rubric_version": RUBRIC_VERSION, "rubric_sha256": RUBRIC_SHA256}
         if self.is_cut:
             with writing(self.path):
                 os.truncate(self.path, self._whole_bytes)
@@ -76,9 +78,9 @@ def _seal(line):
     return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def path_of(study, methods):
-    """The file of the verdicts on two methods, whatever their order."""
-    return study.folder / "judge" / f"{'-vs-'.join(in_order(methods))}.jsonl"
+def path_of(study, methods, prompts=""):
+    """The file of the verdicts on two methods, whatever their order. prompts: a set's name, '' for the test rows."""
+    return study.folder / "judge" / prompts / f"{'-vs-'.join(in_order(methods))}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ class Judged:
     """One judge's verdicts on two runs. a, b: their names. n_rows: rows with a verdict in both orders.
 
     wins, ties, losses: rows where b wins in both orders or wins once and ties once, neither, or the other way round.
-    win_rate: of b, a tie as a half, mean of both orders, by row; None without rows. position_bias: share of the rows of
-    different answers whose two verdicts both took the first answer, or both the second. first_share: of the verdicts
-    that chose one, those that chose the first.
+    win_rate: of b, a tie as a half, mean of both orders, by row; None without rows. length_controlled: that of answers
+    of equal length, see rates. consistency: share of the rows of different answers with one verdict in both orders.
+    self_agreement: of the same question asked twice. position_bias: share of the rows of different answers whose two
+    verdicts both took the first answer, or both the second. first_share: of the verdicts that chose one, those that
+    chose the first. prompts: the set judged on, '' for the test rows.
     """
 
     judge: str
@@ -99,24 +103,48 @@ class Judged:
     ties: int
     losses: int
     win_rate: stats.Interval = field(repr=False)
+    length_controlled: stats.Interval = field(repr=False)
+    consistency: stats.Interval = field(repr=False)
+    self_agreement: stats.Interval = field(repr=False)
     n_identical: int
     position_bias: float
     first_share: float
     n_malformed: int
+    prompts: str = ""
 
 
-def summary(cases, verdicts, judge, names):
+def _known(cases, verdicts, judge):
+    """{row: {order: verdict}} of the cases that have one."""
+    found = {}
+    for case in cases:
+        line = verdicts.by_key.get(case.key(judge))
+        if line is not None:
+            found.setdefault(case.row["id"], {})[case.order] = line["verdict"]
+    return found
+
+
+def _in_both_orders(known):
+    """The rows of _known with a verdict in both orders, no malformed one among them."""
+    return {row: of for row, of in known.items() if len(of) == len(ORDERS) and "malformed" not in of.values()}
+
+
+def summary(cases, verdicts, judge, names, prompts=""):
     """The Judged of one judge's verdicts on the cases."""
-    known = [(case, verdicts.by_key[key]["verdict"]) for case in cases if (key := case.key(judge)) in verdicts.by_key]
-    by_row, identical = {}, {case.row["id"] for case, _ in known if case.is_identical}
-    for case, verdict in known:
-        if verdict != "malformed":
-            by_row.setdefault(case.row["id"], {})[case.order] = verdict
-    both = {row: found for row, found in by_row.items() if len(found) == len(ORDERS)}
+    cases = [case for case in cases if case.time == 1]
+    known, again = (_known(of, verdicts, judge) for of in (cases, [replace(case, time=2) for case in cases]))
+    both, of_row = _in_both_orders(known), {case.row["id"]: case for case in cases if case.order == ORDERS[0]}
     scores = [sum(map(_SCORE.get, found.values())) / len(ORDERS) for found in both.values()]
-    asked = [found for row, found in both.items() if row not in identical]
-    took_first = [verdict == order[0] for found in asked for order, verdict in found.items() if verdict != "tie"]
-    by_place = [set(found.values()) == {"a", "b"} for found in asked]
+    lengths = [[len(text) for text in (of_row[row].first, of_row[row].second)] for row in both]
+    asked = {row: found for row, found in both.items() if not of_row[row].is_identical}
+    took_first = [verdict == order[0] for of in asked.values() for order, verdict in of.items() if verdict != "tie"]
+    same = [len(set(found.values())) == 1 for found in asked.values()]
+    twice = [
+        [first == of[order] for order, first in known.get(row, {}).items() if {first, of.get(order)} <= {*_SCORE}]
+        for row, of in again.items()
+        if not of_row[row].is_identical
+    ]
+    twice = [sum(of) / len(of) for of in twice if of]
+    by_place = [set(found.values()) == {"a", "b"} for found in asked.values()]
     return Judged(
         judge,
         *names,
@@ -125,15 +153,20 @@ def summary(cases, verdicts, judge, names):
         ties=sum(score == 0.5 for score in scores),
         losses=sum(score < 0.5 for score in scores),
         win_rate=stats.mean_interval(scores) if scores else None,
+        length_controlled=rates.length_controlled(scores, *zip(*lengths)) if scores else None,
+        consistency=stats.mean_interval(same) if same else None,
+        self_agreement=stats.mean_interval(twice) if twice else None,
         n_identical=len(both) - len(asked),
         position_bias=sum(by_place) / len(asked) if asked else None,
         first_share=sum(took_first) / len(took_first) if took_first else None,
-        n_malformed=sum(verdict == "malformed" for _, verdict in known),
+        n_malformed=sum(verdict == "malformed" for of in known.values() for verdict in of.values()),
+        prompts=prompts,
     )
 
 
 def sentences(judged):
     """Yield sentences on a Judged, the win rate first."""
+    of_set = f" on {judged.prompts}" if judged.prompts else ""
     if judged.win_rate is None:
         yield "no row has a verdict in both orders, so there is no win rate"
     else:
@@ -141,19 +174,32 @@ def sentences(judged):
         is_noise = rate.low <= 0.5 <= rate.high
         state = "inside the noise" if is_noise else "better" if rate.value > 0.5 else "worse"
         range_ = f"95 % interval {rate.low:.1%} to {rate.high:.1%}, {judged.n_rows} rows, a tie counts half"
-        yield f"{judged.b} wins {rate.value:.1%} against {judged.a} ({range_}): {state}"
+        yield f"{judged.b} wins {rate.value:.1%} against {judged.a}{of_set} ({range_}): {state}"
+        if judged.length_controlled is not None:
+            yield f"at equal lengths {_percent(judged.length_controlled)}"
         equal = f"{judged.n_identical} of equal answers"
         yield f"rows won {judged.wins}, tied {judged.ties} ({equal}), lost {judged.losses}"
     if judged.position_bias is not None:
         first = "" if judged.first_share is None else f"; of its choices {judged.first_share:.0%} were the first answer"
         yield f"position bias: {judged.position_bias:.1%} of rows judged by place alone{first}"
+    if judged.consistency is not None:
+        yield f"same verdict after a swap of the order: {_percent(judged.consistency)}"
+    if judged.self_agreement is not None:
+        yield f"same verdict when asked again: {_percent(judged.self_agreement)}"
     if judged.n_malformed:
         yield f"malformed verdicts: {judged.n_malformed}, left out with their rows"
 
 
+def _percent(interval):
+    return f"{interval.value:.1%} ({interval.low:.1%} to {interval.high:.1%})"
+
+
 def findings(judged):
     """One sentence for each Judged with a win rate."""
-    return [f"Judged by {found.judge}: {next(sentences(found))}." for found in judged if found.win_rate is not None]
+    for found in judged:
+        if found.win_rate is not None:
+            told = itertools.islice(sentences(found), 1 if found.length_controlled is None else 2)
+            yield f"Judged by {found.judge}: {'; '.join(told)}."
 
 
 def uncounted(study):
@@ -163,32 +209,51 @@ def uncounted(study):
         why = "the last line is cut" if found.is_cut else "" if found.by_key else "the file is empty"
         if why:
             asked = "`judge` with the same methods asks again for what is missing"
-            yield f"judge/{path.name}: {why} and does not count; {asked}."
+            yield f"{path.relative_to(study.folder).as_posix()}: {why} and does not count; {asked}."
 
 
 def _paths(study):
-    return sorted((study.folder / "judge").glob("*-vs-*.jsonl"))
+    """The files of verdicts on the test rows, then those on sets of prompts."""
+    folder = study.folder / "judge"
+    return [path for name in ("", *sets.SETS) for path in sorted((folder / name).glob("*-vs-*.jsonl"))]
 
 
 def load(study, found):
-    """([Judged, ...], number of verdicts left out) of the study's verdict files, against the answers of today.
+    """([Judged, ...], [rates.Agreement, ...], number of verdicts left out) of the study's verdict files, against the
+    answers of today.
 
     found: results.ScoredStudy. Left out are verdicts on other answers or under another rubric.
     StudyError: a damaged line.
     """
-    made, n_unused = [], 0
+    made, agreed, n_unused = [], [], 0
     for path in _paths(study):
-        methods = tuple(path.stem.split("-vs-"))
+        methods, prompts = tuple(path.stem.split("-vs-")), path.parent.name if path.parent.name in sets.SETS else ""
         verdicts = Verdicts(path, methods)
         unused = set(verdicts.by_key)
-        for run_a, run_b in _pairs(found, methods):
-            names = tuple(f"{run.record['method']}-s{run.record['seed']}" for run in (run_a, run_b))
-            cases = cases_of(found.test_rows, run_a.answers, run_b.answers)
+        for runs in _pairs(found, methods):
+            names = tuple(f"{run.record['method']}-s{run.record['seed']}" for run in runs)
+            cases, known = _cases(study, found, runs, prompts), {}
+            asked = [case for case in cases if not case.is_identical]
             for judge in dict.fromkeys(line["judge"] for line in verdicts.by_key.values()):
-                unused -= {case.key(judge) for case in cases}
-                made.append(summary(cases, verdicts, judge, names))
+                unused -= {replace(case, time=time).key(judge) for case in cases for time in (1, 2)}
+                made.append(summary(cases, verdicts, judge, names, prompts))
+                known[judge] = _in_both_orders(_known(asked, verdicts, judge))
+            agreed += rates.agreements(known, names, prompts)
         n_unused += len(unused)
-    return [judged for judged in made if judged.n_rows or judged.n_malformed], n_unused
+    return [judged for judged in made if judged.n_rows or judged.n_malformed], agreed, n_unused
+
+
+def _cases(study, found, runs, prompts):
+    """The Cases of two runs' answers of today, to the test rows or to a set of prompts."""
+    if not prompts:
+        texts = [dict(zip((row["id"] for row in found.test_rows), run.answers)) for run in runs]
+        return cases_of(found.test_rows, *texts)
+    if not sets.path_of(study, prompts).exists():  # a report asks no hub
+        raise StudyError(f"{sets.path_of(study, prompts)} is gone: run `judge --prompts {prompts}` again")
+    rows = sets.rows_of(study, prompts)
+    keys = [(run.record["method"], run.record["seed"]) for run in runs]
+    texts = [sets.answers(study, *key, prompts, rows, is_asked=False) for key in keys]
+    return cases_of([row for row in rows if all(row["id"] in of for of in texts)], *texts)
 
 
 def _pairs(found, methods):

@@ -11,6 +11,7 @@ from peftlib.core.files import read_json
 from peftlib.core.study import Study
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.comparison import unmatched
+from peftlib.evaluation.judging import verdicts
 from peftlib.evaluation.results import BASE, Run
 from peftlib.evaluation.stats import METRICS
 from peftlib.methods import study_order
@@ -78,7 +79,9 @@ def site_data(folders):
 
 def _own(folder, name):
     """What is known of a study that has its data: scored anew, as its report is."""
-    found, _, _, numbers = scored(_study(folder))
+    study = _study(folder)
+    found, _, _, numbers = scored(study)
+    judged = verdicts.load(study, found)[0]
     intervals = [_interval(name, m, k, i) for m, of in numbers.intervals.items() for k, i in of.items()]
     for task in getattr(numbers, "benchmarks", ()):
         intervals += [_interval(name, m, f"{_BENCH}{task.task}", task.interval(m)) for m in task.boot.value]
@@ -89,10 +92,10 @@ def _own(folder, name):
         for key, interval in of.items()
     ]
     answers = Answers(found) if found.scored else None
-    study = _facts(name, found.split_hash, found.runs, len(found.test_rows), found.sources, bool(answers))
+    facts = _facts(name, found.split_hash, found.runs, len(found.test_rows), found.sources, bool(answers))
     return {
-        "study": study,
-        "runs": _runs(name, result_frame(found), found.runs),
+        "study": facts,
+        "runs": _runs(name, result_frame(found, judged), found.runs),
         "intervals": intervals,
         "sources": sources,
         "rewound": [{"study": name, "method": m, "points": of} for m, of in getattr(numbers, "rewound", {}).items()],

@@ -2,6 +2,7 @@
 it."""
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def served(tmp_path_factory):
     """(URL without /v1, name) of a tiny random Gemma 3 behind `transformers serve`."""
     folder = tmp_path_factory.mktemp("served") / "tiny"
     tiny.model(max_position_embeddings=8192).save_pretrained(folder)
-    set_template(tiny.tokenizer()).save_pretrained(folder)
+    set_template(copy.deepcopy(tiny.tokenizer())).save_pretrained(folder)
     port = fake_judge.free_port()
     words = [
         Path(sys.executable).with_name("transformers"),

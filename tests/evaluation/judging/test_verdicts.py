@@ -1,4 +1,4 @@
-"""The judge asks in both orders, reads verdicts strictly, keeps each one, and loses none to faults of a server."""
+"""The judge asks in both orders, reads verdicts strictly, keeps each one, and its win rates stand in the report."""
 
 import json
 import re
@@ -6,47 +6,18 @@ import re
 import fake_judge
 import fake_study
 import pytest
-from fake_judge import judged, lines_of
+from fake_judge import call, judged, lines_of, shorter, shown
 
 from peftlib.core.errors import ConfigError, JudgeError, StudyError
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.judging import judge
 from peftlib.evaluation.judging import verdicts as judge_verdicts
-from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.report import build as report
-from peftlib.report import charts as report_charts
-
-KEY = "sk-planted0key0that0must0not0appear"
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Base and qlora on twelve rows, of which one has equal answers."""
-    monkeypatch.setattr(report_charts, "charts_of", lambda *_: {})
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    made = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), n=12)
-    rows = fake_study.made_rows(12)
-    answers = fake_study.answers_of(rows, "qlora", 0)
-    answers[5] = fake_study.answers_of(rows, "base", 0)[5]
-    fake_study.write_predictions(made, "qlora", 0, rows, answers)
-    return made
-
-
-def shown(body):
-    """(answer 1, answer 2) of a request to the judge."""
-    text = body["messages"][0]["content"]
-    return re.findall(r"===== answer \d \(\w+\) =====\n(.*?)\n===== end", text, re.DOTALL)
-
-
-def shorter(body):
-    """A fair judge: the shorter answer, which is qlora's, wins; the equal of both ties."""
-    first, second = (len(answer) for answer in shown(body))
-    return f"One is shorter.\nVERDICT: {1 if first < second else 2 if second < first else 'TIE'}"
-
-
-def call(study, url, *more):
-    words = ["--study", "x", "--methods", "qlora", "base", "--endpoint", url, "--model", "m", *more]
-    return judged(study, words)
+    return fake_judge.made_study(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -126,32 +97,6 @@ def test_other_answers_or_another_judge_do_not_reuse_a_verdict(study):
     assert [judged.n_rows for judged in found.judged] == [12, 12] and found.n_other_verdicts == 4
 
 
-def test_planted_faults_are_retried_counted_and_lose_nothing(study, capsys, monkeypatch):
-    faults = [429, "timeout", 500, "reset", "malformed", "empty", 503, None, "malformed", 429, "cut"]
-    server = fake_judge.Server(shorter, faults=faults)
-    waits = quick(monkeypatch)
-    with fake_judge.serving(server) as url:
-        assert call(study, url, "--timeout", "0.3", "--parallel", "2") == 0
-    printed = capsys.readouterr().out
-    for said in ("2 status 429", "1 timeout", "1 status 500", "1 connection", "1 status 503", "1 unreadable answer"):
-        assert said in printed
-    assert "asked 22: 0 malformed, 0 refused" in printed and len(waits) == 7
-    found = lines_of(study)
-    assert len(found) == 24 and {line["verdict"] for line in found} == {"b", "tie"}
-    assert sum(line["tries"] - 1 for line in found if line["tries"]) == 3
-
-
-def quick(monkeypatch):
-    """Waits between retries are noted, not waited for."""
-    waits, real = [], Endpoint.__init__
-
-    def init(self, *args, **given):
-        real(self, *args, **given, sleep=waits.append)
-
-    monkeypatch.setattr(Endpoint, "__init__", init)
-    return waits
-
-
 def test_a_judge_that_never_says_a_verdict_is_counted_and_never_guessed(study, capsys):
     server = fake_judge.Server(lambda body: "Answer 1 is better.")
     with fake_judge.serving(server) as url:
@@ -176,89 +121,6 @@ def test_malformed_verdicts_are_asked_for_again_only_with_more_room(study):
     assert len(server.requests) == asked + 22
     (found,) = report.build_report(study).judged
     assert (found.n_rows, found.n_malformed) == (12, 0)
-
-
-def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monkeypatch):
-    waits = quick(monkeypatch)
-    port = fake_judge.free_port()
-    with pytest.raises(JudgeError, match=r"m at http://127\.0\.0\.1:\d+/v1 cannot be asked: connection 3 times"):
-        call(study, f"http://127.0.0.1:{port}/v1", "--retries", "2", "--parallel", "1")
-    assert len(waits) == 2 and waits[0] >= 1 and waits[1] >= 2
-    assert [line["verdict"] for line in lines_of(study)] == ["tie", "tie"]  # of equal answers
-    server = fake_judge.Server(shorter, faults=[None] * 7 + [500] * 9)
-    with fake_judge.serving(server, port) as url:
-        with pytest.raises(JudgeError, match="status 500 3 times.*planted 500.*9 verdicts are kept in base-vs-qlora"):
-            call(study, url, "--retries", "2", "--parallel", "1")
-        before = lines_of(study)
-        server.faults.clear()
-        call(study, url)
-    assert lines_of(study)[: len(before)] == before and len(lines_of(study)) == 24
-    assert len(server.requests) == 22 + 3
-
-
-@pytest.mark.parametrize(
-    "status, message",
-    [
-        (401, rf"unauthorised \(status 401\): the key in {KEY_VARIABLE} was refused"),
-        (403, r"unauthorised \(status 403\)"),
-        (404, r"is not there \(status 404: .*planted 404.*check --model"),
-        ("page", r"answers, but not as an OpenAI-compatible API does"),
-        (400, r"refused 3 requests in a row \(.*planted 400"),
-    ],
-)
-def test_a_server_that_refuses_is_named(study, status, message):
-    server = fake_judge.Server(shorter, faults=[status] * 9)
-    with fake_judge.serving(server) as url, pytest.raises(JudgeError, match=message):
-        call(study, url, "--parallel", "1")
-    assert len(server.requests) == (3 if status == 400 else 1)
-
-
-def test_a_missing_key_is_named_as_such(study, monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE)
-    server = fake_judge.Server(shorter, faults=[401])
-    with fake_judge.serving(server) as url, pytest.raises(JudgeError, match=f"{KEY_VARIABLE} is not set"):
-        call(study, url, "--parallel", "1")
-
-
-def test_one_request_that_is_refused_is_asked_again_by_the_next_run(study, capsys):
-    server = fake_judge.Server(shorter, faults=[None, 400])
-    with fake_judge.serving(server) as url:
-        call(study, url, "--parallel", "1")
-        assert "1 refused by the server" in capsys.readouterr().out and len(lines_of(study)) == 23
-        call(study, url)
-    assert len(lines_of(study)) == 24
-
-
-def test_parameters_that_a_server_does_not_take_are_given_otherwise(study):
-    server = fake_judge.Server(shorter, faults=[400], param="max_tokens")
-    server.faults *= 4  # each of the calls that run at a time is refused once
-    with fake_judge.serving(server) as url:
-        call(study, url, "--parallel", "4", "--retries", "0")
-        first, last = server.requests[0][0], server.requests[-1][0]
-        assert "max_tokens" in first and "max_tokens" not in last
-        assert last["max_completion_tokens"] == judge.REPLY_TOKENS
-        server.faults, server.param = [400], "temperature"
-        call(study, url, "--model", "other", "--parallel", "1")
-    assert "temperature" not in server.requests[-1][0]
-
-
-def test_the_key_is_sent_and_stands_nowhere_else(study, capsys):
-    server = fake_judge.Server(shorter, faults=[400])
-    server.param = KEY  # a server that repeats the key in what it says
-    with fake_judge.serving(server) as url:
-        call(study, url)
-    assert all(headers["authorization"] == f"Bearer {KEY}" for _, headers in server.requests)
-    report.build_report(study)
-    captured = capsys.readouterr()
-    assert KEY not in captured.out + captured.err
-    assert all(KEY.encode() not in path.read_bytes() for path in study.folder.rglob("*") if path.is_file())
-
-
-@pytest.mark.parametrize("url", ["http://user:pass@host/v1", "https://host/v1?api-key=abc", "ftp://host", "host:80"])
-def test_an_endpoint_that_is_no_plain_url_is_refused(study, url):
-    with pytest.raises(JudgeError) as error:
-        call(study, url)
-    assert "pass" not in str(error.value) and "abc" not in str(error.value)
 
 
 def test_what_does_not_name_one_judge_and_two_methods_is_refused(study):
@@ -328,7 +190,7 @@ def test_seeds_are_judged_by_themselves(tmp_path, monkeypatch):
     with fake_judge.serving(fake_judge.Server(shorter)) as url:
         call(study, url)
         call(study, url, "--seed", "1")
-    made, other = judge_verdicts.load(study, scored.load(study))
+    made, _, other = judge_verdicts.load(study, scored.load(study))
     assert [(found.b, found.n_rows) for found in made] == [("qlora-s0", 6), ("qlora-s1", 6)] and other == 0
 
 
@@ -357,3 +219,74 @@ def test_a_local_model_judges(tiny_model, tmp_path, study):
     reply = backend.ask([{"role": "user", "content": "Which?"}], max_tokens=4)
     assert isinstance(reply.text, str) and 0 < reply.output_tokens <= 4 and reply.input_tokens > 5
     assert backend.name.endswith("judge-model (local)")
+
+
+def test_the_rubric_has_the_version_that_its_text_was_given(study):
+    """Whoever changes a word of what judges read gives it another version, in this table too."""
+    known = {"1": "fd7a6dd4f489d96d"}
+    assert known[judge.RUBRIC_VERSION] == judge.RUBRIC_SHA256[:16]
+    with fake_judge.serving(fake_judge.Server(shorter)) as url:
+        call(study, url, "--rows", "2")
+    assert all(line["rubric_version"] == judge.RUBRIC_VERSION for line in lines_of(study))
+    report.build_report(study)
+    assert f"Rubric and prompts: version 1, SHA-256 {judge.RUBRIC_SHA256[:12]}" in study.report_path.read_text()
+
+
+def test_a_judge_that_goes_by_length_is_even_at_equal_lengths(study, capsys):
+    """`shorter` is that judge, and qlora's answers are the shorter ones throughout."""
+    with fake_judge.serving(fake_judge.Server(shorter)) as url:
+        call(study, url)
+    made = report.build_report(study)
+    (found,) = made.judged
+    assert found.win_rate.low > 0.8 and found.length_controlled.low < 0.5 < found.length_controlled.high
+    assert "at equal lengths" in capsys.readouterr().out
+    columns = made.results.set_index("method")
+    assert columns.loc["qlora", "judge_win_rate"] == pytest.approx(found.win_rate.value)
+    assert columns.loc["qlora", "judge_win_rate_length_controlled"] == pytest.approx(found.length_controlled.value)
+    assert columns.loc["base"].isna()["judge_win_rate"]
+    assert "at equal lengths (95 %)" in study.report_path.read_text(encoding="utf-8")
+
+
+def test_asked_again_it_is_told_whether_it_agrees_with_itself(study, capsys):
+    """A judge that takes the first answer, but not always when it sees the same a second time."""
+    asked = []
+
+    def moody(body):
+        asked.append(shown(body))
+        return "VERDICT: 2" if asked.count(asked[-1]) == 2 and len(set(map(tuple, asked))) % 2 else "VERDICT: 1"
+
+    with fake_judge.serving(fake_judge.Server(moody)) as url:
+        call(study, url, "--again", "4", "--parallel", "1")
+        lines = lines_of(study)
+        call(study, url, "--again", "4", "--parallel", "1")  # nothing is asked a third time
+    assert lines_of(study) == lines and [line["time"] for line in lines].count(2) == 8
+    (found,) = report.build_report(study).judged
+    assert found.n_rows == 12 and found.consistency.value == 0.0  # it always takes the first place
+    again = {(line["id"], line["order"]): line["verdict"] for line in lines if line["time"] == 2}
+    first = {(line["id"], line["order"]): line["verdict"] for line in lines if line["time"] == 1}
+    equal = {line["id"] for line in lines if line["is_identical"]}
+    same = [again[key] == first[key] for key in again if key[0] not in equal]
+    assert found.self_agreement.value == pytest.approx(sum(same) / len(same))
+    assert "same verdict when asked again" in capsys.readouterr().out
+
+
+def test_a_judge_without_verdicts_does_not_agree_with_itself(study, capsys):
+    with fake_judge.serving(fake_judge.Server(lambda body: "Hm.")) as url:
+        call(study, url, "--rows", "3", "--again", "3")
+    (found,) = report.build_report(study).judged
+    assert found.self_agreement is None and found.consistency is None
+    assert "same verdict" not in capsys.readouterr().out
+
+
+def test_two_judges_stand_side_by_side_with_their_agreement(study):
+    with fake_judge.serving(fake_judge.Server(shorter)) as url:
+        call(study, url)
+    with fake_judge.serving(fake_judge.Server(lambda body: "VERDICT: 1")) as url:
+        call(study, url)
+    made = report.build_report(study)
+    assert len(made.judged) == 2 and len(made.agreed) == 1
+    (agreed,) = made.agreed
+    assert agreed.n_rows == 11 and agreed.share.value == pytest.approx(0.5)  # equal answers are no agreement
+    assert agreed.kappa.value == pytest.approx(0.0)
+    assert made.judged[0].consistency.value == 1.0 and made.judged[1].consistency.value == 0.0
+    assert "Cohen's kappa" in study.report_path.read_text(encoding="utf-8")

@@ -1,0 +1,173 @@
+"""Rewinding: the models between the untrained and a trained one, and what they have learnt and forgotten so far.
+
+W(a) = base + a (tuned - base) of merged weights, as in Wortsman et al. 2022 (WiSE-FT, arXiv:2109.01903). Every method's
+base is the unquantized one, so all curves begin at one point; a 4-bit method's rounding is scaled with the rest.
+"""
+
+import contextlib
+import math
+import time
+
+import torch
+
+from peftlib import data
+from peftlib.core import record as records
+from peftlib.core.config import differences, short_hash
+from peftlib.core.env import resolve_device
+from peftlib.core.errors import ConfigError, ModelError, StudyError
+from peftlib.core.files import read_json, write_json
+from peftlib.core.json_reading import Map, Maybe, require_shape
+from peftlib.evaluation import forgetting
+from peftlib.evaluation.evaluate import answer_into, autocast_of, evaluation_dtype, general_loss, load_model
+from peftlib.evaluation.predictions import Predictions
+from peftlib.methods import BASE
+from peftlib.storage.lock import held
+from peftlib.train.batching import Rows, mean_loss
+
+ALL = "all"  # sources together
+_NUMBER = Maybe(float)
+_POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
+_POINT |= {"general_loss": _NUMBER, "seconds": float}
+_SHAPE = {"of": {}, "points": [_POINT]}
+
+
+@contextlib.contextmanager
+def rewound(model, base, factor):
+    """`model` with the weights base + factor (tuned - base) while the block lasts; afterwards its own again.
+
+    model, base: plain models of one shape, adapters merged. factor: 1 leaves the model as it is, 0 makes it the base,
+    both to the bit. ModelError: their parameters differ in name or shape.
+    """
+    own, of_base = dict(model.named_parameters()), dict(base.named_parameters())
+    unlike = {(name, p.shape) for name, p in own.items()} ^ {(name, p.shape) for name, p in of_base.items()}
+    if unlike:
+        raise ModelError(f"cannot rewind to a base of another shape: {min(unlike)[0]} differs")
+    kept = {name: p.detach().clone() for name, p in own.items()}
+    try:
+        with torch.no_grad():
+            for name, p in own.items():  # in place, for what holds the weights' addresses
+                p.copy_(torch.lerp(of_base[name].to(p.device).float(), kept[name].float(), factor))
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(kept[name])
+
+
+def require_factors(method, factors):
+    """ConfigError unless a method can be rewound to factors."""
+    if method == BASE or not all(0 <= factor <= 1 for factor in factors):
+        raise ConfigError(f"rewind {factors} of {method}: use factors from 0 to 1 of a trained method")
+
+
+def rewind(study, method, factors, *, log=print):
+    """Score an evaluated run at some factors between base (0) and tuned (1), both included; returns [point, ...].
+
+    A point is a dict: factor, valid_loss and test_loss ({source or 'all': nats per token}), general_loss, rougeL, bleu4
+    and seconds. They are kept in rewind/<method>-s<seed>.json, answers beside it; what is there is not done again.
+    ConfigError: a factor outside 0 to 1, or base. StudyError: not trained or evaluated yet, or points of other weights.
+    Stopped: this session ends soon.
+    """
+    require_factors(method, factors)
+    seed = study.cfg.seed
+    with held(study.folder, f"rewinding {method}", run=f"{method}-s{seed}", log=log):
+        at_base = _points(study, BASE, 0, {0.0}, log)
+        return at_base + _points(study, method, seed, {float(f) for f in factors if f} | {1.0}, log)
+
+
+def _points(study, method, seed, factors, log):
+    """[point, ...] of one run at the factors and those that its file has, in order; what is missing is measured."""
+    record = records.load(study, method, seed)
+    if record is None or not record["evaluation"]:
+        raise StudyError(f"{method} (seed {seed}) is not evaluated in {study.folder}: peftlib evaluate {method} first")
+    path, of = path_of(study, method, seed), _identity(study, record)
+    kept = _read(path) if path.exists() else {"of": of, "points": []}
+    changed = differences(kept["of"], of)
+    if changed:
+        raise StudyError(f"{path} holds other points ({'; '.join(changed)}): move it and the folder of its name away")
+    now = evaluation_dtype(resolve_device(study.cfg.device))[1]
+    if now != of["precision"]:
+        raise StudyError(f"{method} was evaluated in {of['precision']}, here it would be {now}: rewind it where it was")
+    points, models = {point["factor"]: point for point in kept["points"]}, None
+    for factor in sorted(factors - points.keys()):
+        started = time.monotonic()
+        models = models or _models(study, method, seed, log)
+        with contextlib.nullcontext(models[0]) if method == BASE else rewound(*models, factor) as model:
+            answers = path.with_suffix("") / f"{factor!r}.jsonl"
+            point = {"factor": factor, **_scores(study, model, answers, short_hash(of), log)}
+        points[factor] = {**point, "seconds": time.monotonic() - started}
+        write_json(path, {"of": of, "points": [points[factor] for factor in sorted(points)]})
+        log(f"{method} at {factor:g}: test loss {point['test_loss'][ALL]}, general {point['general_loss']}, "
+            f"ROUGE-L {point['rougeL']:.4f}")  # fmt: skip
+    return [points[factor] for factor in sorted(points)]
+
+
+def _models(study, method, seed, log):
+    device = resolve_device(study.cfg.device)
+    how = {"device": device, "dtype": evaluation_dtype(device)[0], "log": log}
+    return [load_model(study, name, seed, **how) for name in dict.fromkeys((method, BASE))]
+
+
+def _scores(study, model, path, made_by, log):
+    """What a point holds of one model; its answers go to a predictions file at `path`, marked by what made them."""
+    from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
+
+    device = resolve_device(study.cfg.device)
+    how, found = {"device": device, "precision": autocast_of(evaluation_dtype(device)[1])}, {}
+    for split in ("valid", "test"):
+        rows = list(data.load_split(study.data_dir, split))
+        sources = dict.fromkeys(row["source"] for row in rows)
+        parts = {ALL: rows} | {name: [row for row in rows if row["source"] == name] for name in sources}
+        losses = {name: mean_loss(model, Rows(part), **how) for name, part in parts.items() if part}
+        found[f"{split}_loss"] = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+    general = forgetting.record_fields(general_loss(study, model, **how))
+    kept = Predictions(path, made_by)
+    engine = "auto" if study.cfg.engine == "vllm" else study.cfg.engine  # that one reads the weights from a folder
+    answer_into(kept, study.cfg, model, rows, engine=engine, log=log)
+    scores = score([kept.rows[row["id"]]["answer"] for row in rows], [row["messages"][-1]["content"] for row in rows])
+    loss = general["general_loss"]
+    found["general_loss"] = loss if loss is not None and math.isfinite(loss) else None
+    return {**found, "rougeL": scores["rougeL"], "bleu4": scores["bleu4"]}
+
+
+def path_of(study, method, seed):
+    """The file of a run's points."""
+    return study.folder / "rewind" / f"{method}-s{seed}.json"
+
+
+def _read(path):
+    return require_shape(read_json(path), _SHAPE, path, "delete it and rewind again")
+
+
+def _identity(study, record):
+    """What a run's points rest on."""
+    weights, done = short_hash(record.get("weights_sha256")), record["evaluation"]
+    fields = {name: done.get(name) for name in ("precision", "max_new_tokens", "general_text_sha256")}
+    return {"weights": weights, "model": record.get("model_sha256"), "split_hash": record["split_hash"], **fields}
+
+
+def curves(study, runs):
+    """{method: [point, ...]} of scored runs from base on, a mean over the seeds; points of other weights are left out.
+
+    Of means: factor, test_loss, general_loss, rougeL; None where a seed's is.
+    """
+    found = {}
+    for run in runs:
+        path = path_of(study, run.record["method"], run.record["seed"])
+        if run.is_scored and path.exists():
+            kept = _read(path)
+            if not differences(kept["of"], _identity(study, run.record)):
+                points = {point["factor"]: point for point in kept["points"]}
+                found.setdefault(run.record["method"], []).append(points)
+    at_base = found.pop(BASE, [{}])[0]
+    made = {}
+    for method, seeds in found.items():
+        seeds = [{**at_base, **points} for points in seeds]
+        made[method] = [_mean(factor, seeds) for factor in sorted(set.intersection(*map(set, seeds)))]
+    return made
+
+
+def _mean(factor, seeds):
+    values = [(p[factor]["test_loss"][ALL], p[factor]["general_loss"], p[factor]["rougeL"]) for p in seeds]
+    means = (None if None in of else sum(of) / len(of) for of in zip(*values))
+    return {"factor": factor, **dict(zip(("test_loss", "general_loss", "rougeL"), means))}

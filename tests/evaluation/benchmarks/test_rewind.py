@@ -1,0 +1,181 @@
+"""Models between base and tuned: exact at both ends, kept point by point, and drawn as one line a method."""
+
+import json
+
+import fake_study
+import pytest
+import torch
+
+from peftlib import cli
+from peftlib.core import record as records
+from peftlib.core.errors import ConfigError, ModelError, StudyError
+from peftlib.core.files import write_json
+from peftlib.evaluation import evaluate as evaluation
+from peftlib.evaluation import results as scored
+from peftlib.evaluation.benchmarks import rewind
+from peftlib.notebook.charts import ChartPanel
+from peftlib.report import build as report
+from peftlib.report import charts
+from peftlib.report.charts import REWIND
+
+QUIET = {"log": lambda line: None}
+MEASURED = ("valid_loss", "test_loss", "general_loss", "rougeL", "bleu4")
+
+
+def answers(path):
+    return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def measured(point):
+    return {name: point[name] for name in MEASURED}
+
+
+@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", "dora"])
+def test_the_ends_are_the_tuned_model_and_the_base_to_the_bit(finished, method):
+    study = finished(method, is_scored=True, general_tokens=128)
+    points = {point["factor"]: point for point in rewind.rewind(study, method, [0.5], **QUIET)}
+    assert list(points) == [0.0, 0.5, 1.0]
+    for factor, name in ((0.0, "base"), (1.0, method)):
+        record, point = records.load(study, name, 0), points[factor]
+        assert point["test_loss"]["all"] == record["eval_loss"]
+        assert point["general_loss"] == record["evaluation"]["general_loss"]
+        kept = study.folder / "rewind" / f"{name}-s0" / f"{factor}.jsonl"
+        assert answers(kept) == answers(study.predictions_path(name, 0))
+    assert points[0.5]["test_loss"]["all"] not in (points[0.0]["test_loss"]["all"], points[1.0]["test_loss"]["all"])
+    assert set(points[0.5]["valid_loss"]) == set(points[0.5]["test_loss"]) == {"all", "alpaca", "tulu", "ultrachat"}
+
+    how = {"device": "cpu", "dtype": torch.float32, **QUIET}
+    tuned, base = (evaluation.load_model(study, name, 0, **how) for name in (method, "base"))
+    before = {name: p.clone() for name, p in tuned.named_parameters()}
+    prompt = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        at_base = base(prompt).logits
+        with rewind.rewound(tuned, base, 0.0) as model:
+            assert torch.equal(model(prompt).logits, at_base)
+        with rewind.rewound(tuned, base, 0.5) as model:  # half of each change
+            for name, p in model.named_parameters():
+                half = (before[name] + dict(base.named_parameters())[name]) / 2
+                torch.testing.assert_close(p, half, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(p, before[name]) for name, p in tuned.named_parameters())
+
+
+def test_bf16_ends_are_exact_too_and_an_error_puts_the_weights_back():
+    tuned, base = (torch.nn.Linear(64, 64).to(torch.bfloat16) for _ in range(2))
+    own = tuned.weight.clone()
+    with rewind.rewound(tuned, base, 0.0):
+        assert torch.equal(tuned.weight, base.weight)
+    with rewind.rewound(tuned, base, 1.0):
+        assert torch.equal(tuned.weight, own)
+    with pytest.raises(KeyError), rewind.rewound(tuned, base, 0.3):
+        raise KeyError
+    assert torch.equal(tuned.weight, own)
+    with pytest.raises(ModelError, match="another shape: bias differs"):
+        rewind.rewound(tuned, torch.nn.Linear(64, 32), 0.5).__enter__()
+
+
+def test_killed_in_a_point_and_run_again_it_makes_the_same_points(finished, monkeypatch):
+    study = finished("galore", is_scored=True, general_tokens=128)
+    whole = rewind.rewind(study, "galore", [0.25, 0.75], **QUIET)
+    files = {path: path.read_bytes() for path in sorted((study.folder / "rewind").rglob("*.jsonl"))}
+    for path in [*files, *(study.folder / "rewind").glob("*.json")]:
+        path.unlink()
+
+    real, asked = rewind.Predictions.add, []
+
+    def killed(self, row, answer):
+        asked.append(row["id"])
+        if len(asked) == 6 + 6 + 3:  # base, 0.25, and half of 0.75
+            raise KeyboardInterrupt
+        real(self, row, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rewind.Predictions, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rewind.rewind(study, "galore", [0.25, 0.75], **QUIET)
+    kept = json.loads(rewind.path_of(study, "galore", 0).read_text())["points"]
+    assert [point["factor"] for point in kept] == [0.25]
+    again = rewind.rewind(study, "galore", [0.75, 0.25], **QUIET)
+    assert [measured(point) for point in again] == [measured(point) for point in whole]
+    assert [point["seconds"] for point in again[1:2]] == [kept[0]["seconds"]]  # not measured again
+    assert {path: path.read_bytes() for path in files} == files
+
+    monkeypatch.setattr(rewind, "load_model", lambda *args, **how: pytest.fail("everything is known"))
+    assert rewind.rewind(study, "galore", [0.25], **QUIET) == again
+
+
+def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, monkeypatch):
+    study = finished("galore")
+    monkeypatch.setattr("peftlib.cli.open_study", lambda name: study)
+    monkeypatch.setattr(evaluation, "load_model", lambda *args, **how: pytest.fail("nothing is loaded"))
+    for words, said in (
+        (["base", "--rewind", "0.5"], "rewind .0.5,. of base: use factors from 0 to 1 of a trained method"),
+        (["galore", "--rewind", "0.5,2"], "rewind .0.5, 2.0. of galore: use factors from 0 to 1"),
+        (["galore", "--rewind", "half"], "--rewind 'half': use numbers"),
+        (["galore", "--rewind", "nan"], "rewind .nan,. of galore"),
+        (["--path", "x", "--rewind", "0.5"], "--rewind needs a METHOD of the study"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            cli.call(["evaluate", *words, "--study", "x"])
+    with pytest.raises(StudyError, match="base .seed 0. is not evaluated"):
+        rewind.rewind(study, "galore", [0.5], **QUIET)
+
+
+def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished):
+    study = finished("galore", is_scored=True, general_tokens=128)
+    rewind.rewind(study, "galore", [0.5], **QUIET)
+    record = records.load(study, "galore", 0)
+    made = report.build_report(study)
+    assert REWIND in ChartPanel(made).kind.options
+    assert [point["factor"] for point in made.numbers.rewound["galore"]] == [0.0, 0.5, 1.0]
+    assert "rewind" in made.figures and "galore" in made.alt["rewind"]
+    text = study.report_path.read_text(encoding="utf-8")
+    assert "## Between base and tuned" in text and "| galore | 0.5 |" in text
+
+    write_json(study.record_path("galore", 0), {**record, "weights_sha256": {"model.safetensors": "0" * 64}})
+    before = rewind.path_of(study, "galore", 0).read_bytes()
+    with pytest.raises(StudyError, match=r"galore-s0\.json holds other points \(weights: "):
+        rewind.rewind(study, "galore", [0.75], **QUIET)
+    assert rewind.path_of(study, "galore", 0).read_bytes() == before
+    assert report.build_report(study).numbers.rewound == {}
+
+    # As if killed within a point: the answers are there, and were made with other settings.
+    rewind.path_of(study, "galore", 0).unlink()
+    changed = {**record, "evaluation": {**record["evaluation"], "max_new_tokens": 5}}
+    write_json(study.record_path("galore", 0), changed)
+    with pytest.raises(StudyError, match=r"1\.0\.jsonl has split_hash|0\.5\.jsonl has split_hash"):
+        rewind.rewind(study, "galore", [0.5], **QUIET)
+
+    rewind.path_of(study, "galore", 0).write_text('{"schema_version": 1, "of": {}, "points": [{"factor": "x"}]}')
+    with pytest.raises(StudyError, match=r"galore-s0\.json is damaged .*points"):
+        report.build_report(study)
+
+
+def test_the_command_scores_after_the_evaluation(finished, monkeypatch, capsys):
+    study = finished("qlora", is_scored=True)
+    monkeypatch.setattr("peftlib.cli.open_study", lambda name: study)
+    assert cli.call(["evaluate", "qlora", "--rewind", "0.5", "--study", "x"]) == 0
+    said = capsys.readouterr().out
+    assert "base at 0: test loss" in said and "qlora at 0.5: test loss" in said and "qlora at 1: test loss" in said
+    assert len(answers(study.folder / "rewind" / "qlora-s0" / "0.5.jsonl")) == 6
+
+
+def test_a_curve_is_the_mean_over_seeds_at_their_common_factors(tmp_path, monkeypatch):
+    study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"), seeds=(0, 1))
+    runs = scored.load(study).runs
+
+    def point(factor, loss):
+        losses = {"valid_loss": {"all": 9.0}, "test_loss": {"all": loss}, "general_loss": loss + 1}
+        return {"factor": factor, **losses, "rougeL": 0.5, "bleu4": 0.1, "seconds": 1.0}
+
+    for run, points in zip(runs, ([point(0.0, 4.0)], [point(0.5, 3.0), point(1.0, 2.0)], [point(1.0, 1.0)])):
+        path = rewind.path_of(study, run.record["method"], run.record["seed"])
+        write_json(path, {"of": rewind._identity(study, run.record), "points": points})
+    curve = rewind.curves(study, runs)["qlora"]
+    assert [(at["factor"], at["test_loss"], at["general_loss"]) for at in curve] == [(0.0, 4.0, 5.0), (1.0, 1.5, 2.5)]
+    drawn = charts.figures.rewind_curves({"qlora": curve})
+    assert "qlora 4.000 and 5.000 at 0, 1.500 and 2.500 at 1" in drawn.alt
+
+
+def test_without_a_loss_on_general_text_there_is_no_line():
+    points = [{"factor": at, "test_loss": 3 - at, "general_loss": None, "rougeL": 0.1} for at in (0.0, 1.0)]
+    assert charts.figures.rewind_curves({"qlora": points}).is_empty and charts.figures.rewind_curves({}).is_empty
