@@ -12,7 +12,7 @@ from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
-from peftlib.runner import console, plan_cli, suite_cli
+from peftlib.runner import bench_cli, console, plan_cli, suite_cli
 from peftlib.runner.console import (
     AnyName,
     Flag,
@@ -256,6 +256,7 @@ def export(
 
 
 _command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(plan_cli.plan)
+_command(*bench_cli.EXAMPLES)(bench_cli.bench)
 _command("methods dora qdora", "methods peft:my_config.json")(plan_cli.methods)
 
 

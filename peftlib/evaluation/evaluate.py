@@ -44,11 +44,20 @@ def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print)
     StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session works in the
     study. ModelError: engine='vllm' without vLLM. Stopped: this session ends soon; the answers so far are kept.
     """
+    with opened(study, method, "answering the test rows", log=log) as (record, load):
+        return _evaluate(study, record, load, log=log)
+
+
+@contextlib.contextmanager
+def opened(study, method, doing, *, log):
+    """(record, load) of a finished run or of the untrained model; the study is locked meanwhile.
+
+    load(device=, dtype=): the model, plain and merged. doing: in words, for others who want the study.
+    """
     seed = 0 if method == BASE else study.cfg.seed
-    with held(study.folder, f"answering the test rows with {method}", run=f"{method}-s{seed}", log=log):
+    with held(study.folder, f"{doing} with {method}", run=f"{method}-s{seed}", log=log):
         study.freeze()
-        record = _record_of(study, method, seed)
-        return _evaluate(study, record, partial(load_model, study, method, seed, log=log), log=log)
+        yield _record_of(study, method, seed), partial(load_model, study, method, seed, log=log)
 
 
 def evaluate_path(
@@ -64,16 +73,23 @@ def evaluate_path(
     stands for other weights. ModelError: an adapter of another base model, one that cannot be merged, another
     tokenizer, pickled or damaged files.
     """
+    with opened_path(study, folder, name, "answering the test rows", log=log) as (record, load):
+        return _evaluate(study, record, load, log=log)
+
+
+@contextlib.contextmanager
+def opened_path(study, folder, name, doing, *, log):
+    """As `opened`, of a model that was trained elsewhere."""
     model = external.open_folder(Path(folder).expanduser(), study.cfg.model, log=log)
     name = name or model.folder.name
     require_folder_name("name", name)
     if registry.known(name) or name in (BASE, BASE_CUT) or "-vs-" in name:
         raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
-    with held(study.folder, f"answering the test rows with {name}", run=f"{name}-s0", log=log):
+    with held(study.folder, f"{doing} with {name}", run=f"{name}-s0", log=log):
         study.freeze()
         if model.scored_on:
             log(f"{name}: scored on {model.scored_on}")
-        return _evaluate(study, _record_of(study, name, 0, model), model.load, log=log)
+        yield _record_of(study, name, 0, model), model.load
 
 
 def _evaluate(study, record, load, *, log):
