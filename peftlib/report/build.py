@@ -14,9 +14,11 @@ import pandas as pd
 from peftlib.core.files import gib, write_text
 from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, rouge, stats
+from peftlib.evaluation.benchmarks import scores as benchmark_scores
 from peftlib.evaluation.judging import verdicts
 from peftlib.evaluation.metrics import bleu_signature
 from peftlib.methods import BASE, METHODS
+from peftlib.report import benchmarks as benchmark_report
 from peftlib.report import charts, findings
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
 from peftlib.train import run_record
@@ -40,8 +42,8 @@ class Report:
     numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
     {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
     notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. n_other_verdicts: verdicts
-    on other answers or under another rubric. rates: {method: what its swept rates may be called}. folder: of the study.
-    theme: 'light' or 'dark', of its notebooks."""
+    on other answers or under another rubric. benchmarks: [scores.TaskScores, ...]. rates: {method: what its swept rates
+    may be called}. folder: of the study. theme: 'light' or 'dark', of its notebooks."""
 
     results: pd.DataFrame
     table: pd.DataFrame
@@ -58,6 +60,7 @@ class Report:
     notes: list
     judged: list
     n_other_verdicts: int
+    benchmarks: list
     rates: dict
     study: results.ScoredStudy = field(repr=False)
     folder: Path
@@ -77,6 +80,7 @@ def build_report(study: Study) -> Report:
     # Load: records, predictions and verdicts, checked against the test rows.
     found = results.load(study)
     judged, n_other_verdicts = verdicts.load(study, found)
+    benchmarks = benchmark_scores.load([(run.record["method"], study, run.record) for run in found.runs])
     # Score: intervals over all rows and over each source's.
     rows = [_result_row(run) for run in found.runs]
     systems = found.systems()
@@ -86,11 +90,12 @@ def build_report(study: Study) -> Report:
     pairs = comparison.pairs_of(systems, boot) if boot else []
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
+    details += benchmark_report.sentences(benchmarks)
     # Draw.
-    numbers = charts.numbers_of(found, boot, by_source)
+    numbers = charts.numbers_of(found, boot, by_source, benchmarks)
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=_frame(rows),
+        results=_frame(rows, [f"bench_{scores.task}" for scores in benchmarks]),
         table=_method_table(found, boot),
         per_source=_source_frame(by_source),
         pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
@@ -105,6 +110,7 @@ def build_report(study: Study) -> Report:
         notes=notes,
         judged=judged,
         n_other_verdicts=n_other_verdicts,
+        benchmarks=benchmarks,
         rates={name: verdict(of["from"]) for name, of in study.adopted_rates().items() if "tried" in of["from"]},
         study=found,
         folder=study.folder,
@@ -130,11 +136,12 @@ def _result_row(run):
         "eval_loss": run.eval_loss,
         "peak_memory_gib": gib(record["peak_memory_bytes"]),
         "peak_reserved_gib": gib(record["peak_reserved_bytes"]),
+        **{f"bench_{task}": of["score"] for task, of in (record.get("benchmarks") or {}).items()},
     }
 
 
-def _frame(rows):
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+def _frame(rows, benchmarks):
+    columns = {name: [row.get(name) for row in rows] for name in (*COLUMNS, *benchmarks)}
     return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
 
 
@@ -261,6 +268,8 @@ def _content(report, pairs, by_source):
         "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],
         "stats": stats,
         "forgetting": forgetting,
+        "benchmark_table": benchmark_report.table(report.benchmarks),
+        "BASE": BASE,
         "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),
         "changes": [sentence for run in found.runs for sentence in run_record.change_sentences(run.record)],

@@ -1,10 +1,12 @@
 """Which charts a report has, and the numbers that they are drawn from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftlib.core.files import gib
 from peftlib.evaluation import stats
+from peftlib.evaluation.benchmarks import scores
 from peftlib.evaluation.comparison import mean_of
+from peftlib.methods import BASE
 from peftlib.report import figures
 from peftlib.report.chart import save
 from peftlib.report.palette import DARK, LIGHT
@@ -30,7 +32,9 @@ ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 @dataclass(frozen=True)
 class Numbers:
     """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
-    same without base cut}. The others: {method: mean over its finished runs} of the methods whose runs all know it."""
+    same without base cut}. benchmarks: [scores.TaskScores, ...]. trade: {method: Intervals (of its gain of ROUGE-L on
+    the test rows, of its change on the tasks of lost_on)}, against base. The others: {method: mean over its finished
+    runs} of the methods whose runs all know it."""
 
     records: list
     intervals: dict
@@ -41,10 +45,16 @@ class Numbers:
     general_loss: dict
     tokens_per_second: dict
     train_seconds: dict
+    benchmarks: list = field(default_factory=list)
+    trade: dict = field(default_factory=dict)
+    lost_on: list = field(default_factory=list)
 
 
-def numbers_of(found, boot, by_source):
+def numbers_of(found, boot, by_source, benchmarks=()):
     """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}."""
+    changes, lost_on = scores.lost(benchmarks)
+    known = boot.value if boot else {}
+    both = [method for method in changes if method in known and BASE in known]
     texts = [run.general.text_sha256 for run in found.runs if run.general]
 
     def general_loss(run):  # losses on another text than the first run's cannot be compared with it
@@ -65,6 +75,9 @@ def numbers_of(found, boot, by_source):
         general_loss=means(general_loss),
         tokens_per_second=means(lambda run: run.record["tokens_per_second"]),
         train_seconds=means(lambda run: run.record["train_seconds"]),
+        benchmarks=list(benchmarks),
+        trade={method: (boot.difference(method, BASE, "rougeL"), changes[method]) for method in both},
+        lost_on=lost_on,
     )
 
 
@@ -115,6 +128,8 @@ def charts_of(numbers, theme=LIGHT):
         "rougeL_against_memory": chart_of(numbers, "ROUGE-L against memory", theme=theme),
         "bleu4_against_memory": chart_of(numbers, "BLEU-4 against memory", theme=theme),
         "memory": chart_of(numbers, MEMORY, theme=theme),
+        "benchmarks": figures.benchmark_points(numbers.benchmarks, theme),
+        "gain_against_loss": figures.gain_against_loss(numbers.trade, numbers.lost_on, theme),
     }
     return {name: chart for name, chart in drawn.items() if not chart.is_empty}
 

@@ -9,7 +9,9 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import gib
 from peftlib.core.study import Study, frozen_of
 from peftlib.evaluation import results, stats
+from peftlib.evaluation.benchmarks import scores
 from peftlib.evaluation.comparison import mean_of
+from peftlib.report.benchmarks import table
 from peftlib.report.render import render
 
 
@@ -23,9 +25,8 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     if len(set(folders)) < max(len(folders), 2):
         raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
     names = _names(folders)
-    found = {
-        name: results.load(Study(folder, resolve("demo", study=folder.name))) for name, folder in zip(names, folders)
-    }
+    opened = {name: Study(folder, resolve("demo", study=folder.name)) for name, folder in zip(names, folders)}
+    found = {name: results.load(study) for name, study in opened.items()}
     _require_same_rows(found)
     boot = stats.bootstrap(
         {
@@ -34,11 +35,17 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
             for method, runs in study.scored.items()
         }
     )
+    runs = [(name, run.record) for name, study in found.items() for run in study.runs]
+    benchmarks = scores.load(
+        [(f"{name}: {record['method']}", opened[name], record) for name, record in runs], leaves_out=True
+    )
     first, *others = (frozen_of(folder / "config.json")["config"] for folder in folders)
     content = {
         "found": found,
         "boot": boot,
         "stats": stats,
+        "benchmark_table": table(benchmarks),
+        "benchmark_pairs": _between_studies(benchmarks, names),
         "changed": {name: differences(first, config) for name, config in zip(names[1:], others)},
         "mean_of": mean_of,
         "values": {
@@ -48,6 +55,18 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
         },
     }
     return render("compare.md.jinja", **content)
+
+
+def _between_studies(benchmarks, names):
+    """[Pair, ...] of the same method in the first study and in another."""
+    wanted = {(f"{name}: ", f"{names[0]}: ") for name in names[1:]}
+    pairs = [pair for task in benchmarks for pair in task.pairs()]
+    return [pair for pair in pairs if any(_same(pair, *ends) for ends in wanted)]
+
+
+def _same(pair, start, other):
+    is_of = pair.method.startswith(start) and pair.other.startswith(other)
+    return is_of and pair.method.removeprefix(start) == pair.other.removeprefix(other)
 
 
 def _folder(name):

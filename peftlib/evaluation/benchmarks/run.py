@@ -39,8 +39,8 @@ def bench(
     one the rows come from the hub. limit: the first so many rows of each task, 0 for all. A task that was scored on as
     many rows is not scored again; one that was cut goes on.
     ConfigError: no such task or folder. DataError: a file is missing or of other rows, the harness has renamed a
-    metric, or an answer breaks a task's parser. ModelError: lm-evaluation-harness is missing, or memory does not hold one row.
-    StudyError: as in `evaluate`, or kept scores are of other rows or weights. Stopped: this session ends soon.
+    metric, or an answer breaks a task's parser. ModelError: lm-evaluation-harness is missing, or memory does not hold
+    one row. StudyError: as in `evaluate`, or kept scores are of other rows or weights. Stopped: this session ends soon.
     """
     chosen, doing = tasks.chosen(names), "running benchmarks"
     benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most mistakes show here

@@ -48,39 +48,39 @@ class TaskScores:
         ]
 
 
-def load(study, records):
-    """[TaskScores, ...] of all tasks that any of the records (in study order) has been scored on.
+def load(runs, *, leaves_out=False):
+    """[TaskScores, ...] of all tasks that any run was scored on.
 
-    StudyError: rows that are damaged, of another metric, or not shared by the runs of a task.
+    runs: [(name of the method, its Study, record), ...] in the study's order. leaves_out: tasks of which the runs share
+    no rows, instead of a StudyError. StudyError: rows that are damaged, or not shared by the runs of a task.
     """
-    tasks = dict.fromkeys(task for record in records for task in record.get("benchmarks") or {})
+    tasks = dict.fromkeys(task for _, _, record in runs for task in record.get("benchmarks") or {})
     order = [task for names in SETS.values() for task in names if task in tasks]
-    return [_task_scores(study, task, records) for task in (*order, *(task for task in tasks if task not in order))]
+    order += [task for task in tasks if task not in order]
+    return [found for task in order if (found := _task_scores(task, runs, leaves_out))]
 
 
-def _task_scores(study, task, records):
+def _task_scores(task, runs, leaves_out):
     facts, rows = {}, {}
-    for record in records:
-        run = (record["method"], record["seed"])
+    for method, study, record in runs:
         if task in (record.get("benchmarks") or {}):
+            run = (method, record["seed"])
             facts[run] = record["benchmarks"][task]
-            found = read_rows(study.benchmark_path(*run, task), facts[run])
+            found = read_rows(study.benchmark_path(record["method"], record["seed"], task), facts[run])
             rows[run] = {(row["id"], row["doc"]): (row["value"], row["weight"]) for row in found}
     fewest = min(rows, key=lambda run: len(rows[run]))
     shared = [key for key in rows[fewest] if all(key in found for found in rows.values())]
     if not shared or len({(of["metric"], of["filter"]) for of in facts.values()}) > 1:
+        if leaves_out:
+            return None
         named = ", ".join(f"{method} (seed {seed})" for method, seed in rows)
         raise StudyError(f"the scores of {task} are not of the same rows and metric for {named}: score them again")
-    runs = {}
+    by_method = {}
     for (method, seed), found in rows.items():
-        runs.setdefault(method, {})[seed] = np.array([found[key] for key in shared])
-    is_perplexity = facts[fewest]["is_perplexity"]
-    boot = stats.ratio_bootstrap([_listed(runs)], is_perplexity=is_perplexity)
-    return TaskScores(task, facts[fewest], boot, runs)
-
-
-def _listed(runs):
-    return {method: list(by_seed.values()) for method, by_seed in runs.items()}
+        by_method.setdefault(method, {})[seed] = np.array([found[key] for key in shared])
+    seeds = {method: list(by_seed.values()) for method, by_seed in by_method.items()}
+    boot = stats.ratio_bootstrap([seeds], is_perplexity=facts[fewest]["is_perplexity"])
+    return TaskScores(task, facts[fewest], boot, by_method)
 
 
 def lost(found):
