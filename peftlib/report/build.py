@@ -269,6 +269,7 @@ def _content(report, pairs, by_source):
         "stats": stats,
         "forgetting": forgetting,
         "benchmark_table": benchmark_report.table(report.benchmarks),
+        "benchmark_pairs": [pair for scores in report.benchmarks for pair in scores.pairs()],
         "BASE": BASE,
         "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),
