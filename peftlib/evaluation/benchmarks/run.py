@@ -3,13 +3,14 @@
 import gc
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peftlib import data as splits
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import DataError, StudyError
 from peftlib.core.files import sha256, write_text
 from peftlib.core.session import Deadline
 from peftlib.core.study import Study
@@ -50,6 +51,29 @@ def bench(
         for benchmark in benchmarks:
             _score(study, record, benchmark, lent, limit=limit, log=log)
         return record
+
+
+def bench_study(study: Study, methods: list[str], *, log: Callable[[str], object] = print) -> bool:
+    """Score methods as the settings `benchmarks`, `benchmark_data` and `benchmark_limit` say; returns whether any was.
+
+    "auto" is the retention set where there is a GPU and lm-evaluation-harness; rows that cannot be had then are said
+    and left out. Errors as in `bench`.
+    """
+    cfg, names = study.cfg, study.cfg.benchmarks
+    if names == "auto":
+        names = tasks.RETENTION if resolve_device(cfg.device) == "cuda" and find_spec("lm_eval") else ""
+    if not names:
+        log("no benchmarks: set benchmarks='retention' and install peftlib[bench] to score some")
+        return False
+    try:
+        for method in methods:
+            bench(study, method, names, data=cfg.benchmark_data or None, limit=cfg.benchmark_limit, log=log)
+    except DataError as error:
+        if cfg.benchmarks != "auto":
+            raise
+        log(f"no benchmarks: {error}")
+        return False
+    return True
 
 
 class _Lent:
