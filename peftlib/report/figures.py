@@ -176,7 +176,9 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
 
     trade: {method: (gain, change)} of stats.Intervals. tasks: names of those that the change is a mean over.
     """
-    chart, axes = drawing(5.6, 3.6, "ROUGE-L gained on the test rows", "accuracy gained or lost elsewhere", theme)
+    chart, axes = drawing(
+        5.6, 3.6, "ROUGE-L gained on the test rows", f"mean change of accuracy on {len(tasks)} tasks", theme
+    )
     if not trade:
         return empty(chart, axes, "no method with scores on test rows and on benchmarks beside base")
     said = []
@@ -187,7 +189,7 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
         said.append(f"{method} {gain.value:+.3f} and {change.value:+.3f} ({change.verdict})")
     for line in (axes.axhline, axes.axvline):
         line(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
-    title(axes, f"Gained on the task against lost elsewhere ({len(tasks)} tasks): up and right is better")
+    title(axes, "Gained on the task against lost elsewhere: up is better")
     legend(axes, "right")
     chart.alt = f"ROUGE-L gained against base, and mean change of accuracy on {', '.join(tasks)}: {'; '.join(said)}."
     return chart

@@ -1,20 +1,15 @@
 """Benchmark scores are compared by rows they share, with intervals that hold; what guessing reaches is no finding."""
 
-import json
-
 import numpy as np
 import pytest
+from fake_study import column
+from fake_study import write_benchmark as write
 
 from peftlib.core import record as records
 from peftlib.core.errors import StudyError
 from peftlib.core.files import sha256
 from peftlib.evaluation import stats
 from peftlib.evaluation.benchmarks import scores
-
-
-def column(values, weights=1.0):
-    values = np.asarray(values, dtype=float)
-    return np.column_stack([values, np.broadcast_to(weights, values.shape)])
 
 
 def answered(rng, n_rows, skill, ease):
@@ -59,23 +54,6 @@ def test_paired_intervals_cover_the_true_difference(n_tasks, seeds):
         unpaired.append(sum((of.high - of.low) ** 2 for of in alone) ** 0.5)
     assert hits / rounds >= 0.925  # 0.95 less two standard errors of 200 rounds
     assert seeds > 1 or np.mean(width) < 0.95 * np.mean(unpaired)  # pairing narrows
-
-
-def write(study, record, task, values, *, chance=0.5, start=0, **facts):
-    """A record's score of a task as scoring leaves it."""
-    weights = facts.pop("weights", 1.0)
-    rows = [
-        {"id": start + i, "doc": f"{start + i:032x}", "value": float(v), "weight": float(w)}
-        for i, (v, w) in enumerate(column(values, weights))
-    ]
-    path = study.benchmark_path(record["method"], record["seed"], task)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = dict.fromkeys(("source", "harness", "precision", "device"), "made up")
-    found = {"metric": "acc", "filter": "none", "is_perplexity": False, "shots": 0, "is_chat": False, **texts, **facts}
-    score = scores.score_of(rows, found["is_perplexity"])
-    found |= {"n": len(rows), "score": score, "chance": chance, "seconds": 1.0, "rows_sha256": sha256(path)}
-    record["benchmarks"] = {**(record.get("benchmarks") or {}), task: found}
 
 
 @pytest.fixture

@@ -310,6 +310,15 @@ def test_files_that_are_missing_or_of_other_rows_are_named(tmp_path, files, name
         benchmarks.load("arc_easy", files)
 
 
+def test_an_answer_that_a_rendering_repeats_stands_once():
+    row = local._arc({"query": "Question: Q", "choices": ["up", "down", "up", "same"], "gold": 3})
+    assert row == {
+        "question": "Q",
+        "choices": {"text": ["up", "down", "same"], "label": ["A", "B", "C"]},
+        "answerKey": "C",
+    }
+
+
 def test_renderings_that_cannot_be_taken_apart_are_refused():
     gap = {"context_options": ["a_b c", "a_b d"], "continuation": "e", "gold": 0}
     with pytest.raises(ValueError, match="before the gap"):

@@ -3,7 +3,7 @@
 import fake_study
 import numpy as np
 import pytest
-from test_benchmark_scores import write
+from fake_study import write_benchmark as write
 
 from peftlib.core import record as records
 from peftlib.report import build as report

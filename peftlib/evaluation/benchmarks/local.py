@@ -24,12 +24,10 @@ def _after(text, start):
 
 
 def _lettered(row, field, text):
-    choices, gold = row["choices"], row["gold"]
-    return {
-        field: text,
-        "choices": {"text": choices, "label": list(_LETTERS[: len(choices)])},
-        "answerKey": _LETTERS[gold],
-    }
+    # llm-foundry repeats an answer where a question has fewer than four.
+    choices = list(dict.fromkeys(row["choices"]))
+    key = _LETTERS[choices.index(row["choices"][row["gold"]])]
+    return {field: text, "choices": {"text": choices, "label": list(_LETTERS[: len(choices)])}, "answerKey": key}
 
 
 def _arc(row):
