@@ -39,7 +39,7 @@ def bench(
 
     found = open_study(study)
     found = Study(found.folder, found.cfg.replace(seed=seed))
-    how = {"data": data, "limit": limit, "log": say}
+    how: dict = {"data": data, "limit": limit, "log": say}
     if path:
         score(found, None, tasks, path=path, name=name, **how)
     for method in methods or ():

@@ -22,7 +22,7 @@ from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, DataError, ModelError, StudyError
 from peftlib.evaluation.benchmarks import harness, local
 from peftlib.evaluation.benchmarks import tasks as benchmarks
-from peftlib.evaluation.benchmarks.run import bench
+from peftlib.evaluation.benchmarks.run import bench, bench_study
 from peftlib.models.chat_template import set_template
 from peftlib.runner import console
 
@@ -240,6 +240,28 @@ def test_a_trained_method_and_a_model_made_elsewhere_are_scored_too(finished, fi
     found = bench(study, None, "boolq", path=bare, data=files, **QUIET)
     assert found["method"] == "theirs" and found["benchmarks"]["boolq"]["n"] == 5
     assert main(["bench", "--study", "tiny"]) == console.ERROR_CODE
+
+
+def test_the_setting_of_a_study_says_what_its_notebook_scores(make_study, files, monkeypatch):
+    lines = []
+    how = {"log": lines.append}
+    assert not bench_study(make_study(), ["base"], **how) and lines == [
+        "no benchmarks: set benchmarks='retention' and install peftlib[bench] to score some"
+    ]
+    asked = {"benchmarks": "arc_easy", "benchmark_data": str(files), "benchmark_limit": 2}
+    study = make_study(**asked)
+    assert bench_study(study, ["base"], **how)
+    assert records.load(study, "base", 0)["benchmarks"]["arc_easy"]["n"] == 2
+    # what was not asked for does not end a notebook
+    monkeypatch.setattr("peftlib.evaluation.benchmarks.run.resolve_device", lambda device: "cuda")
+    missing = str(files / "none")
+    with pytest.raises(ConfigError, match="no such folder"):
+        bench_study(make_study(**{**asked, "benchmark_data": missing}), ["base"], **how)
+    (files / "arc_easy.jsonl").unlink()
+    with pytest.raises(DataError, match="needs one arc_easy.jsonl"):
+        bench_study(make_study(**{**asked, "benchmark_limit": 3}), ["base"], **how)
+    assert not bench_study(make_study(**{**asked, "benchmarks": "auto"}), ["base"], **how)
+    assert lines[-1].startswith("no benchmarks: arc_easy needs one arc_easy.jsonl")
 
 
 def responding(model, study, path, **changes):
