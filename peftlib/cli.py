@@ -175,9 +175,6 @@ def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names 
     print(compare_studies(studies), end="")
 
 
-_command(*bench_cli.EXAMPLES)(bench_cli.bench)
-
-
 @_command(
     "judge --study first --methods base qlora --endpoint http://127.0.0.1:8000/v1 --model judge-model --dry-run",
     "judge --study first --methods qlora galore --local packaged --rows 20",
@@ -258,6 +255,7 @@ def export(
     print("\n".join(lines_of(export_model(found, _name_of(method), **how), dry_run=dry_run)))
 
 
+_command(*bench_cli.EXAMPLES)(bench_cli.bench)
 _command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(plan_cli.plan)
 _command("methods dora qdora", "methods peft:my_config.json")(plan_cli.methods)
 

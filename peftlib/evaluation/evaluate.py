@@ -48,18 +48,6 @@ def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print)
         return _evaluate(study, record, load, log=log)
 
 
-@contextlib.contextmanager
-def opened(study, method, doing, *, log):
-    """(record, load) of a finished run or of the untrained model; the study is locked meanwhile.
-
-    load(device=, dtype=): the model, plain and merged. doing: in words, for others who want the study.
-    """
-    seed = 0 if method == BASE else study.cfg.seed
-    with held(study.folder, f"{doing} with {method}", run=f"{method}-s{seed}", log=log):
-        study.freeze()
-        yield _record_of(study, method, seed), partial(load_model, study, method, seed, log=log)
-
-
 def evaluate_path(
     study: Study, folder: str | Path, *, name: str = "", log: Callable[[str], object] = print
 ) -> dict[str, Any]:
@@ -73,23 +61,33 @@ def evaluate_path(
     stands for other weights. ModelError: an adapter of another base model, one that cannot be merged, another
     tokenizer, pickled or damaged files.
     """
-    with opened_path(study, folder, name, "answering the test rows", log=log) as (record, load):
+    doing = "answering the test rows"
+    with opened(study, name, doing, path=Path(folder).expanduser(), log=log) as (record, load):
         return _evaluate(study, record, load, log=log)
 
 
 @contextlib.contextmanager
-def opened_path(study, folder, name, doing, *, log):
-    """As `opened`, of a model that was trained elsewhere."""
-    model = external.open_folder(Path(folder).expanduser(), study.cfg.model, log=log)
-    name = name or model.folder.name
-    require_folder_name("name", name)
-    if registry.known(name) or name in (BASE, BASE_CUT) or "-vs-" in name:
-        raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
-    with held(study.folder, f"{doing} with {name}", run=f"{name}-s0", log=log):
+def opened(study, method, doing, *, path=None, log):
+    """(record, load) of a finished run, of the untrained model, or of a folder by name; the study is locked meanwhile.
+
+    load(device=, dtype=): the model, plain and merged. doing: in words, for others who want the study. path: of a
+    model that was trained elsewhere, `method` then its name or ''.
+    """
+    model = path and external.open_folder(path, study.cfg.model, log=log)
+    if model:
+        method = method or model.folder.name
+        require_folder_name("name", method)
+        if registry.known(method) or method in (BASE, BASE_CUT) or "-vs-" in method:
+            raise ConfigError(
+                f"name={method!r} has a meaning here: choose another name for the model in {model.folder}"
+            )
+    seed = 0 if model or method == BASE else study.cfg.seed
+    with held(study.folder, f"{doing} with {method}", run=f"{method}-s{seed}", log=log):
         study.freeze()
-        if model.scored_on:
-            log(f"{name}: scored on {model.scored_on}")
-        yield _record_of(study, name, 0, model), model.load
+        if model and model.scored_on:
+            log(f"{method}: scored on {model.scored_on}")
+        load = model.load if model else partial(load_model, study, method, seed, log=log)
+        yield _record_of(study, method, seed, model), load
 
 
 def _evaluate(study, record, load, *, log):

@@ -136,7 +136,6 @@ def test_pages_of_wikitext_are_the_harness_s(make_study, tmp_path, monkeypatch):
     assert found["chance"] is None and found["is_perplexity"]
 
 
-@pytest.mark.slow
 def test_answers_are_generated_and_parsed_as_by_the_harness(make_study, tmp_path, monkeypatch):
     rows = [{"question": f"What is {n} and {n}?", "answer": f"{n}\n#### {2 * n}"} for n in range(6)]
     theirs = the_harness_itself("gsm8k", rows, monkeypatch)
@@ -300,8 +299,18 @@ def test_tasks_are_named(files, tmp_path, make_study):
         bench(make_study(), "base", "arc_easy", data=tmp_path / "none")
 
 
+def test_a_name_is_answered_with_near_ones(monkeypatch):
+    monkeypatch.setattr(benchmarks, "_manager", lambda _, plain=benchmarks._manager: plain("arc"))
+    with pytest.raises(ConfigError, match="no task is called 'arc_esy': did you mean arc_easy"):
+        benchmarks.load("arc_esy")
+    with pytest.raises(ConfigError, match="ai2_arc is a group"):
+        benchmarks.load("ai2_arc")
+    with pytest.raises(ConfigError, match="no task is called 'q': sets: retention, skill"):
+        benchmarks.load("q")
+
+
 @pytest.mark.slow
-def test_unknown_tasks_are_answered_with_near_names():
+def test_all_tasks_of_the_harness_are_known_by_their_names():
     with pytest.raises(ConfigError, match="no task is called 'arc_esy': did you mean arc_easy"):
         benchmarks.load("arc_esy")
     with pytest.raises(ConfigError, match="mmlu is a group"):

@@ -16,7 +16,7 @@ from peftlib.core.session import Deadline
 from peftlib.core.study import Study
 from peftlib.evaluation.benchmarks import tasks
 from peftlib.evaluation.benchmarks.scores import read_rows, score_of
-from peftlib.evaluation.evaluate import evaluation_dtype, opened, opened_path
+from peftlib.evaluation.evaluate import evaluation_dtype, opened
 
 _BATCH = {"cuda": 32}  # rows at a time; halved where memory runs out
 _BATCH_CPU = 8
@@ -45,8 +45,8 @@ def bench(
     """
     chosen, doing = tasks.chosen(names), "running benchmarks"
     benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most mistakes show here
-    place = opened_path(study, path, name, doing, log=log) if path else opened(study, method, doing, log=log)
-    with place as (record, load):
+    path = Path(path).expanduser() if path else None
+    with opened(study, name if path else method, doing, path=path, log=log) as (record, load):
         lent = _Lent(load, study)
         for benchmark in benchmarks:
             _score(study, record, benchmark, lent, limit=limit, log=log)
