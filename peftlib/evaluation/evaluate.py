@@ -18,16 +18,14 @@ from peftlib import data
 from peftlib import methods as registry
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import ConfigError, PeftlibError, StudyError, writing
+from peftlib.core.errors import PeftlibError, StudyError, writing
 from peftlib.core.files import sha256
-from peftlib.core.limits import require_folder_name
 from peftlib.core.session import Deadline
 from peftlib.core.study import Study
 from peftlib.evaluation import external, forgetting
 from peftlib.evaluation.generate import answer_rows
 from peftlib.evaluation.inference.engines import require_vllm, resolve_engine
 from peftlib.evaluation.predictions import Predictions, read_predictions, require_unchanged
-from peftlib.evaluation.results import BASE_CUT
 from peftlib.methods import BASE
 from peftlib.models import identity
 from peftlib.models.saved import load_plain, load_rounded, load_trained
@@ -73,14 +71,8 @@ def opened(study, method, doing, *, path=None, log):
     load(device=, dtype=): the model, plain and merged. doing: in words, for others who want the study. path: of a
     model that was trained elsewhere, `method` then its name or ''.
     """
-    model = path and external.open_folder(path, study.cfg.model, log=log)
-    if model:
-        method = method or model.folder.name
-        require_folder_name("name", method)
-        if registry.known(method) or method in (BASE, BASE_CUT) or "-vs-" in method:
-            raise ConfigError(
-                f"name={method!r} has a meaning here: choose another name for the model in {model.folder}"
-            )
+    model = path and external.open_folder(path, study.cfg.model, name=method, log=log)
+    method = model.name if model else method
     seed = 0 if model or method == BASE else study.cfg.seed
     with held(study.folder, f"{doing} with {method}", run=f"{method}-s{seed}", log=log):
         study.freeze()
