@@ -45,7 +45,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
         "boot": boot,
         "stats": stats,
         "benchmark_table": table(benchmarks),
-        "benchmark_pairs": _between_studies(benchmarks, names),
+        "benchmarks": benchmarks,
         "changed": {name: differences(first, config) for name, config in zip(names[1:], others)},
         "mean_of": mean_of,
         "values": {
@@ -55,18 +55,6 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
         },
     }
     return render("compare.md.jinja", **content)
-
-
-def _between_studies(benchmarks, names):
-    """[Pair, ...] of the same method in the first study and in another."""
-    wanted = {(f"{name}: ", f"{names[0]}: ") for name in names[1:]}
-    pairs = [pair for task in benchmarks for pair in task.pairs()]
-    return [pair for pair in pairs if any(_same(pair, *ends) for ends in wanted)]
-
-
-def _same(pair, start, other):
-    is_of = pair.method.startswith(start) and pair.other.startswith(other)
-    return is_of and pair.method.removeprefix(start) == pair.other.removeprefix(other)
 
 
 def _folder(name):

@@ -77,6 +77,6 @@ def test_a_report_without_benchmarks_says_nothing_of_them(tmp_path, monkeypatch)
 def test_studies_are_compared_on_the_benchmarks_that_they_share(tmp_path, monkeypatch):
     one, two = (scored(tmp_path / name, monkeypatch, seed) for name, seed in (("one", 0), ("two", 1)))
     shown = " ".join(compare_studies([one.folder, two.folder]).split())
-    pair = "two/made-up: qlora - one/made-up: qlora"
+    pair = "qlora: two/made-up - one/made-up"
     assert "## Standard benchmarks" in shown and f"{pair} | arc_easy | inside the noise" in shown
-    assert "galore - one/made-up: base" not in shown
+    assert "made-up | piqa |" not in shown and shown.count("arc_easy | ") == 4

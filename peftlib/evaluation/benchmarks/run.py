@@ -99,7 +99,7 @@ def _score(study, record, benchmark, lent, *, limit, log):
     n_rows = min(limit or len(benchmark.task.eval_docs), len(benchmark.task.eval_docs))
     done = (record.get("benchmarks") or {}).get(task)
     path = study.benchmark_path(*run, task)
-    before = read_rows(path, done) if done else []
+    before = read_rows(path, done) if done and path.exists() else []
     if len(before) >= n_rows:
         log(f"{record['method']}: {task} was scored on {len(before)} rows before, nothing to do")
         return

@@ -111,7 +111,7 @@ def read_rows(path, facts):
     """[row, ...] of a task's file. StudyError: it is not what scoring left, as the record says."""
     if not path.exists():
         raise StudyError(
-            f"{path} is missing, its record has a score of it: bring it back, or delete the record's entry"
+            f"{path} is missing, but its record has a score: bring it back, or score it again by `peftlib bench`"
         )
     if sha256(path) != facts["rows_sha256"]:
         raise StudyError(f"{path} is not what scoring wrote (its SHA-256 differs): bring it back from a copy")

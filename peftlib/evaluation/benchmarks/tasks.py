@@ -96,9 +96,9 @@ def version():
 def load(name, folder=None):
     """The Benchmark of a task, its rows from a folder of files, or from the hub without one.
 
-    ConfigError: no such task, or a group of tasks. DataError: no such file, other rows in it than the task asks for,
-    the hub does not give them, or the harness has renamed the metric. ModelError: the harness or a library that the
-    task needs is missing.
+    ConfigError: no such task, a group of tasks, or one that runs code. DataError: no such file, other rows in it than
+    the task asks for, the hub does not give them, or the harness has renamed the metric. ModelError: the harness or a
+    library that the task needs is missing.
     """
     version()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes are for its own command line
@@ -118,6 +118,8 @@ def load(name, folder=None):
             f"the rows of {name} cannot be had from the hub ({error}): see the network, or name a folder with its "
             "files (--data DIR)"
         ) from None
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"{name} runs code that the model writes, or shows it pictures, which peftlib does not do")
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
     return Benchmark(task, *_metric_of(name, task, known), source)

@@ -373,6 +373,12 @@ def test_a_metric_that_the_harness_has_renamed_is_named(files, monkeypatch):
         benchmarks.load("arc_easy", files)
 
 
+def test_a_task_that_runs_what_the_model_writes_is_refused(files, monkeypatch):
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.UNSAFE_CODE", True, raising=False)
+    with pytest.raises(ConfigError, match="arc_easy runs code that the model writes"):
+        benchmarks.load("arc_easy", files)
+
+
 def test_the_metric_of_any_other_task_is_its_first_mean(files):
     task = benchmarks.load("arc_easy", files).task
     assert benchmarks._metric_of("mine", task, None) == ("acc", "none", False)
@@ -401,6 +407,10 @@ def test_scores_of_other_rows_or_weights_are_refused(make_study, files, tmp_path
     path = study.benchmark_path("base", 0, "arc_easy")
     with pytest.raises(StudyError, match="answers of other weights"):
         harness.Responses(path.with_name("arc_easy.responses.jsonl"), "model:0123")
+    kept = path.read_bytes()
+    path.unlink()  # its answers are still there
+    bench(study, "base", "arc_easy", data=files, limit=2, **QUIET)
+    assert path.read_bytes() == kept
     path.write_text(path.read_text().replace('"value": ', '"value":  '))
     with pytest.raises(StudyError, match="is not what scoring wrote"):
         bench(study, "base", "arc_easy", data=files, **QUIET)
