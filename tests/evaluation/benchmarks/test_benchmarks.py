@@ -373,6 +373,33 @@ def test_a_metric_that_the_harness_has_renamed_is_named(files, monkeypatch):
         benchmarks.load("arc_easy", files)
 
 
+def test_orders_of_ifeval_are_checked_by_the_harness_s_own_program(tmp_path, monkeypatch):
+    orders = [
+        ("punctuation:no_comma", {}),
+        ("length_constraints:number_words", {"relation": "at least", "num_words": 3}),
+    ]
+    rows = [
+        {"key": i, "prompt": "Say it.", "instruction_id_list": [name], "kwargs": [words]}
+        for i, (name, words) in enumerate(orders)
+    ]
+    folder = written(tmp_path / "ifeval", "input_data.jsonl", rows).parent
+    with monkeypatch.context() as patch:
+        patch.setattr("nltk.data.find", lambda name: name)  # these orders need no sentences
+        found = benchmarks.load("ifeval", folder)
+    docs = list(found.task.eval_docs)
+    for answer, obeyed in (("four words, one comma", [0, 1]), ("two words", [1, 0])):
+        samples = [found.task.process_results(doc, [answer]) for doc in docs]
+        assert [found.row(sample)[0] for sample in samples] == obeyed
+    assert found.is_generated and found.chance(docs) is None
+
+    def nothing(name):
+        raise LookupError(name)
+
+    monkeypatch.setattr("nltk.data.find", nothing)
+    with pytest.raises(ModelError, match="python -m nltk.downloader punkt_tab"):
+        benchmarks.load("ifeval", folder)
+
+
 def test_a_task_that_runs_what_the_model_writes_is_refused(files, monkeypatch):
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.UNSAFE_CODE", True, raising=False)
     with pytest.raises(ConfigError, match="arc_easy runs code that the model writes"):
