@@ -24,7 +24,7 @@ def test_help_lists_every_verb_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     listed = re.findall(r"^  (\w+)  ", done.stdout.split("Commands:")[1], re.MULTILINE)
-    verbs = "run data train evaluate report judge chat export plan methods compare site sweep study"
+    verbs = "run data train evaluate report judge chat export bench plan methods compare site sweep study"
     assert listed == verbs.split()
 
 

@@ -109,6 +109,9 @@ class Config:
     eval_batch_size: int = setting(0, "run", "rows answered at a time; 0: what the device's memory holds", low=0)
     engine: str = setting("auto", "run", "generates the answers; auto: slots; plain: transformers", choices=_ENGINES)
     general_tokens: int = setting(512, "run", "tokens of general text that measure forgetting; 0 is none", low=0)
+    benchmarks: str = setting("auto", "run", "04_eval's, such as retention,gsm8k; auto: on a GPU with lm-eval; '' none")
+    benchmark_data: str = setting("", "run", "folder with the benchmarks' files; '' is the hub")
+    benchmark_limit: int = setting(0, "run", "first rows of each benchmark; 0 is all", low=0)
     activation_checkpointing: str = setting(
         "off", "run", "recompute activations; planned where micro_batch_size is 0", choices=("off", "on", "offload")
     )

@@ -45,6 +45,13 @@ _OUTCOME_NAMES = [name.removesuffix("?") for name in _OUTCOME]
 _AT_START = "method seed status error config split_hash model model_provenance precision device"
 _NEEDED = [*_AT_START.split(), *_OUTCOME_NAMES, "history", "valid_history"]
 _STEP = {"step": int, **_optional(_NUMBER, "loss learning_rate grad_norm seconds")}
+_BENCHMARK = {
+    **dict.fromkeys(("n", "shots"), int),
+    **dict.fromkeys(("score", "seconds"), float),
+    **dict.fromkeys(("metric", "filter", "source", "harness", "precision", "device", "rows_sha256"), str),
+    **dict.fromkeys(("is_perplexity", "is_chat"), bool),
+    "chance": _NUMBER,
+}
 _SHAPE = {
     "method": str,
     "seed": int,
@@ -66,6 +73,7 @@ _SHAPE = {
     "peft_config?": Maybe({}),
     "exchange?": Maybe({"bytes_a_step": int, "bytes": int}),
     "side_by_side?": int,
+    "benchmarks?": Map(_BENCHMARK),
 }
 
 

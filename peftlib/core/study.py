@@ -192,6 +192,9 @@ class Study:
     def predictions_path(self, method, seed):
         return self.folder / "predictions" / f"{method}-s{seed}.jsonl"
 
+    def benchmark_path(self, method, seed, task):
+        return self.folder / "benchmarks" / f"{method}-s{seed}" / f"{task}.jsonl"
+
     def manifest(self) -> dict[str, Any]:
         """data/manifest.json as a dict. StudyError: 01_data has not finished here."""
         if not (self.manifest_path.exists() and self.config_path.exists()):

@@ -18,16 +18,14 @@ from peftlib import data
 from peftlib import methods as registry
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device
-from peftlib.core.errors import ConfigError, PeftlibError, StudyError, writing
+from peftlib.core.errors import PeftlibError, StudyError, writing
 from peftlib.core.files import sha256
-from peftlib.core.limits import require_folder_name
 from peftlib.core.session import Deadline
 from peftlib.core.study import Study
 from peftlib.evaluation import external, forgetting
 from peftlib.evaluation.generate import answer_rows
 from peftlib.evaluation.inference.engines import require_vllm, resolve_engine
 from peftlib.evaluation.predictions import Predictions, read_predictions, require_unchanged
-from peftlib.evaluation.results import BASE_CUT
 from peftlib.methods import BASE
 from peftlib.models import identity
 from peftlib.models.saved import load_plain, load_rounded, load_trained
@@ -44,11 +42,8 @@ def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print)
     StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session works in the
     study. ModelError: engine='vllm' without vLLM. Stopped: this session ends soon; the answers so far are kept.
     """
-    seed = 0 if method == BASE else study.cfg.seed
-    with held(study.folder, f"answering the test rows with {method}", run=f"{method}-s{seed}", log=log):
-        study.freeze()
-        record = _record_of(study, method, seed)
-        return _evaluate(study, record, partial(load_model, study, method, seed, log=log), log=log)
+    with opened(study, method, "answering the test rows", log=log) as (record, load):
+        return _evaluate(study, record, load, log=log)
 
 
 def evaluate_path(
@@ -64,16 +59,27 @@ def evaluate_path(
     stands for other weights. ModelError: an adapter of another base model, one that cannot be merged, another
     tokenizer, pickled or damaged files.
     """
-    model = external.open_folder(Path(folder).expanduser(), study.cfg.model, log=log)
-    name = name or model.folder.name
-    require_folder_name("name", name)
-    if registry.known(name) or name in (BASE, BASE_CUT) or "-vs-" in name:
-        raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {model.folder}")
-    with held(study.folder, f"answering the test rows with {name}", run=f"{name}-s0", log=log):
+    doing = "answering the test rows"
+    with opened(study, name, doing, path=Path(folder).expanduser(), log=log) as (record, load):
+        return _evaluate(study, record, load, log=log)
+
+
+@contextlib.contextmanager
+def opened(study, method, doing, *, path=None, log):
+    """(record, load) of a finished run, of the untrained model, or of a folder by name; the study is locked meanwhile.
+
+    load(device=, dtype=): the model, plain and merged. doing: in words, for others who want the study. path: of a
+    model that was trained elsewhere, `method` then its name or ''.
+    """
+    model = path and external.open_folder(path, study.cfg.model, name=method, log=log)
+    method = model.name if model else method
+    seed = 0 if model or method == BASE else study.cfg.seed
+    with held(study.folder, f"{doing} with {method}", run=f"{method}-s{seed}", log=log):
         study.freeze()
-        if model.scored_on:
-            log(f"{name}: scored on {model.scored_on}")
-        return _evaluate(study, _record_of(study, name, 0, model), model.load, log=log)
+        if model and model.scored_on:
+            log(f"{method}: scored on {model.scored_on}")
+        load = model.load if model else partial(load_model, study, method, seed, log=log)
+        yield _record_of(study, method, seed, model), load
 
 
 def _evaluate(study, record, load, *, log):

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from peftlib import data
+from peftlib import methods as registry
 from peftlib.core.errors import ConfigError, ModelError
+from peftlib.core.limits import require_folder_name
+from peftlib.evaluation.results import BASE_CUT
 from peftlib.models import identity, saved
 from peftlib.models.chat_template import stop_at
 from peftlib.models.load import auto_tokenizer, peft_calls, readable, refuse_pickles
@@ -23,10 +26,11 @@ _ROUNDED = "the base with its 4-bit matrices dequantized, as it was trained"
 
 @dataclass(frozen=True)
 class External:
-    """A checked folder. base: the study's model, a config's `model`. scored_on: what an adapter is merged into, in
-    words; '' for a whole model. files: {name: SHA-256} of its weights."""
+    """A checked folder. name: of its row in the report. base: the study's model, a config's `model`. scored_on: what an
+    adapter is merged into, in words; '' for a whole model. files: {name: SHA-256} of its weights."""
 
     folder: Path
+    name: str
     base: str
     scored_on: str
     files: dict
@@ -58,12 +62,16 @@ class External:
         return model
 
 
-def open_folder(folder, base, *, log=print):
+def open_folder(folder, base, *, name="", log=print):
     """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in
     evaluate.evaluate_path."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give that of a PEFT adapter or of a transformers model")
     folder, scored_on = folder.resolve(), ""
+    name = name or folder.name
+    require_folder_name("name", name)
+    if registry.known(name) or name in (registry.BASE, BASE_CUT) or "-vs-" in name:
+        raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {folder}")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / _MODEL_CONFIG).is_file():
         raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter and no model")
@@ -80,7 +88,7 @@ def open_folder(folder, base, *, log=print):
     files = {path.name: identity.known_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     if not files:
         raise ModelError(f"{folder} has no safetensors files, so no weights that can be evaluated")
-    return External(folder, base, scored_on, files, log)
+    return External(folder, name, base, scored_on, files, log)
 
 
 def _check_adapter(folder, base):

@@ -14,6 +14,7 @@ from peftlib.core.errors import DataError
 from peftlib.evaluation.metrics import corpus_bleu
 
 METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
+RATIO = "ratio"
 FEW_ROWS = 100
 _CHUNK = 250  # resamples whose row counts are held at once
 # Means over seeds that are drawn with each resample of rows: Student's t of few degrees has far tails, a draw is cheap.
@@ -74,17 +75,46 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     """
     n_rows = _checked_rows(runs)
     rng = np.random.default_rng(seed)
-    owners = [method for method, seeds in runs.items() for _ in seeds]
     stacked = np.hstack([_columns(rows) for seeds in runs.values() for rows in seeds])
     scores = _scores_of_sums(stacked.sum(axis=0, keepdims=True), n_rows)
     drawn = _scores_of_sums(_resampled_sums(stacked, resamples, rng), n_rows)
-    value, replicates = {}, {}
+    return _over_seeds(runs, n_rows, scores, drawn, rng)
+
+
+def ratio_bootstrap(strata, *, is_perplexity=False, resamples=2000, seed=0):
+    """As `bootstrap`, of the metric RATIO: sum(value) / sum(weight) over rows, with weights of 1 a mean.
+
+    strata: [{method: [(n, 2) values and weights of one seed, ...]}, ...], the same methods and seeds in each; rows are
+    drawn within each, and the score is the mean over them. is_perplexity: exp of the ratio instead.
+    """
+    counts = [_checked_rows(runs) for runs in strata]
+    rng = np.random.default_rng(seed)
+    scores, drawn = [], []
+    for runs in strata:
+        stacked = np.hstack([np.asarray(rows, dtype=np.float64) for seeds in runs.values() for rows in seeds])
+        scores.append(_ratios(stacked.sum(axis=0, keepdims=True), is_perplexity))
+        drawn.append(_ratios(_resampled_sums(stacked, resamples, rng), is_perplexity))
+    means = ({RATIO: np.mean(found, axis=0)} for found in (scores, drawn))
+    return _over_seeds(strata[0], min(counts), *means, rng)
+
+
+def _ratios(sums, is_perplexity):
+    ratios = sums[:, 0::2] / sums[:, 1::2]
+    return np.exp(ratios) if is_perplexity else ratios
+
+
+def _over_seeds(runs, n_rows, scores, drawn, rng):
+    """Bootstrap of means over seeds. scores, drawn: {metric: (1 or resamples, runs)}, runs in the order of `runs`."""
+    owners = [method for method, seeds in runs.items() for _ in seeds]
+    resamples, value, replicates = len(next(iter(drawn.values()))), {}, {}
     draws = 1 if max(map(len, runs.values())) == 1 else _SEED_DRAWS
     for method in runs:
         mine = [column for column, owner in enumerate(owners) if owner == method]
         weights = seed_weights(len(mine), resamples * draws, rng).reshape(resamples, draws, -1)
-        value[method] = {name: float(scores[name][0, mine].mean()) for name in METRICS}
-        replicates[method] = {name: (drawn[name][:, None, mine] * weights).sum(axis=-1).ravel() for name in METRICS}
+        value[method] = {name: float(found[0, mine].mean()) for name, found in scores.items()}
+        replicates[method] = {
+            name: (found[:, None, mine] * weights).sum(axis=-1).ravel() for name, found in drawn.items()
+        }
     return Bootstrap(n_rows, resamples, value, replicates)
 
 

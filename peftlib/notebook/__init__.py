@@ -15,6 +15,7 @@ _API = {
     "side_by_side": ("peftlib.notebook.answers", "side_by_side"),
     "trained_methods": ("peftlib.evaluation.evaluate", "trained_methods"),
     "show_charts": ("peftlib.notebook.charts", "show_charts"),
+    "show_benchmarks": ("peftlib.notebook.charts", "show_benchmarks"),
     "explore": ("peftlib.notebook.explorer", "explore"),
     "ask_box": ("peftlib.notebook.ask", "ask_box"),
     "chat_box": ("peftlib.notebook.ends.chat", "chat_box"),

@@ -1,6 +1,10 @@
 """A study's charts in a notebook: to pick by what is measured and on which rows, where somebody can click."""
 
+from peftlib.evaluation.benchmarks.run import bench_study
+from peftlib.evaluation.evaluate import trained_methods
 from peftlib.notebook.widgets import CSV, PNG, Shown, can_click, link, look, stacked
+from peftlib.report import benchmarks
+from peftlib.report.build import build_report
 from peftlib.report.chart import bundle, image
 from peftlib.report.charts import KINDS, REWIND, chart_of, row_choices
 from peftlib.report.palette import THEMES
@@ -23,6 +27,22 @@ def show_charts(report, *, is_interactive=None):
             display(bundle(figures[name].read_bytes(), report.alt[name]), raw=True)
     print("all figures:", ", ".join(report.figures))
     return None
+
+
+def show_benchmarks(study, report):
+    """Score what the study's setting `benchmarks` names, and show it as a table and two figures; returns the Report,
+    built again where anything was scored."""
+    from IPython.display import display
+
+    if bench_study(study, ["base", *trained_methods(study)]):
+        report = build_report(study)
+    if report.benchmarks:
+        display(benchmarks.table(report.benchmarks).set_index("task"))
+    figures = report.dark_figures if report.theme == "dark" else report.figures
+    for name in ("benchmarks", "gain_against_loss"):
+        if name in figures:
+            display(bundle(figures[name].read_bytes(), report.alt[name]), raw=True)
+    return report
 
 
 class ChartPanel(Shown):

@@ -15,25 +15,19 @@ from peftlib.core.files import gib, write_text
 from peftlib.core.study import Study
 from peftlib.evaluation import comparison, forgetting, results, rouge, stats
 from peftlib.evaluation.benchmarks import rewind
+from peftlib.evaluation.benchmarks import scores as benchmark_scores
 from peftlib.evaluation.judging import judge, verdicts
 from peftlib.evaluation.metrics import bleu_signature
 from peftlib.methods import BASE, METHODS
+from peftlib.report import benchmarks as benchmark_report
 from peftlib.report import charts, findings
 from peftlib.report.render import UNKNOWN, interval_text, render, shown
+from peftlib.report.results_csv import result_frame
 from peftlib.train import run_record
 from peftlib.train.sweep import verdict
 
 N_SAMPLES = 10
 _ANSWER_CHARACTERS = 700  # of an answer in the report
-# results.csv: one row a method and seed.
-COLUMNS = (
-    *("method", "seed", "status", "n_test", "bleu4", "rougeL", "train_loss", "eval_loss", "trainable_params", "steps"),
-    *("train_tokens", "learning_rate", "learning_rate_2", "precision", "device", "peak_memory_gib"),
-    *("peak_reserved_gib", "tokens_per_second", "train_seconds", "split_hash"),
-)
-_JUDGED = {"judge_win_rate": "win_rate", "judge_win_rate_length_controlled": "length_controlled"}  # if base was judged
-_DTYPES = dict.fromkeys(("method", "status", "precision", "device", "split_hash"), "object")
-_DTYPES |= dict.fromkeys(("seed", "n_test", "trainable_params", "steps", "train_tokens"), "Int64")  # others: float64
 
 
 @dataclass(frozen=True)
@@ -42,8 +36,9 @@ class Report:
     numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
     {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
     notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. agreed:
-    [rates.Agreement, ...]. n_other_verdicts: on other answers or under another rubric. rates: {method: what its swept
-    rates may be called}. folder: of the study. theme: 'light' or 'dark', of its notebooks."""
+    [rates.Agreement, ...]. n_other_verdicts: on other answers or under another rubric. benchmarks: [scores.TaskScores,
+    ...]. rates: {method: what its swept rates may be called}. folder: of the study. theme: 'light' or 'dark', of its
+    notebooks."""
 
     results: pd.DataFrame
     table: pd.DataFrame
@@ -61,6 +56,7 @@ class Report:
     judged: list
     agreed: list
     n_other_verdicts: int
+    benchmarks: list
     rates: dict
     study: results.ScoredStudy = field(repr=False)
     folder: Path
@@ -84,10 +80,11 @@ def build_report(study: Study) -> Report:
     pairs = comparison.pairs_of(found.systems(), boot) if boot else []
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
+    details += benchmark_report.sentences(numbers.benchmarks)
     # Draw.
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=result_frame(found, judged),
+        results=result_frame(found, judged, numbers.benchmarks),
         table=_method_table(found, boot),
         per_source=_source_frame(by_source),
         pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
@@ -103,6 +100,7 @@ def build_report(study: Study) -> Report:
         judged=judged,
         agreed=agreed,
         n_other_verdicts=n_other_verdicts,
+        benchmarks=numbers.benchmarks,
         rates={name: verdict(of["from"]) for name, of in study.adopted_rates().items() if "tried" in of["from"]},
         study=found,
         folder=study.folder,
@@ -125,40 +123,9 @@ def scored(study):
     found = results.load(study)
     systems = found.systems()
     boot, by_source = stats.bootstrap(systems) if systems else None, _by_source(found)
-    return found, boot, by_source, charts.numbers_of(found, boot, by_source, rewind.curves(study, found.runs))
-
-
-def result_frame(found, judged):
-    """results.csv of a ScoredStudy and its [verdicts.Judged, ...], as a DataFrame."""
-    return _frame([{**_result_row(run), **_judged_columns(run, judged)} for run in found.runs])
-
-
-def _result_row(run):
-    """{column of results.csv: value or None} of a results.Run, among others."""
-    record = run.record
-    scores = run.rows.scores() if run.is_scored else {}
-    return {
-        **record,
-        **{metric: scores.get(metric) for metric in stats.METRICS},
-        "n_test": len(run.rows) if run.is_scored else None,
-        "eval_loss": run.eval_loss,
-        "peak_memory_gib": gib(record["peak_memory_bytes"]),
-        "peak_reserved_gib": gib(record["peak_reserved_bytes"]),
-    }
-
-
-def _judged_columns(run, judged):
-    """Win rates of a run's answers to the test rows against base, means over the judges; {} where nothing is judged."""
-    own = [of for of in judged if not of.prompts and of.a == f"{BASE}-s0" and of.length_controlled is not None]
-    of_run = [of for of in own if of.b == f"{run.record['method']}-s{run.record['seed']}"]
-    means = (comparison.mean_of(of_run, lambda of, name=name: getattr(of, name).value) for name in _JUDGED.values())
-    return dict(zip(_JUDGED, means)) if own else {}
-
-
-def _frame(rows):
-    names = [*COLUMNS, *(name for name in _JUDGED if rows and name in rows[0])]
-    columns = {name: [row[name] for row in rows] for name in names}
-    return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
+    rewound = rewind.curves(study, found.runs)
+    benchmarks = benchmark_scores.load([(run.record["method"], study, run.record) for run in found.runs])
+    return found, boot, by_source, charts.numbers_of(found, boot, by_source, rewound, benchmarks)
 
 
 def _by_source(found):
@@ -285,6 +252,9 @@ def _content(report, pairs, by_source):
         "stats": stats,
         "forgetting": forgetting,
         "judge": judge,
+        "benchmark_table": benchmark_report.table(report.benchmarks),
+        "benchmark_pairs": [pair for scores in report.benchmarks for pair in scores.pairs()],
+        "BASE": BASE,
         "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),
         "changes": [sentence for run in found.runs for sentence in run_record.change_sentences(run.record)],

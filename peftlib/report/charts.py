@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 from peftlib.core.files import gib
 from peftlib.evaluation import stats
+from peftlib.evaluation.benchmarks import scores
 from peftlib.evaluation.comparison import mean_of
+from peftlib.methods import BASE
 from peftlib.report import figures
 from peftlib.report.chart import save
 from peftlib.report.palette import DARK, LIGHT
@@ -31,8 +33,9 @@ ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 @dataclass(frozen=True)
 class Numbers:
     """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
-    same without base cut}. rewound: of rewind.curves. The others: {method: mean over its finished runs} of the methods
-    whose runs all know it."""
+    same without base cut}. rewound: of rewind.curves. benchmarks: [scores.TaskScores, ...]. trade: {method: Intervals
+    (of its gain of ROUGE-L on the test rows, of its change on the tasks of lost_on)}, against base. The others:
+    {method: mean over its finished runs} of the methods whose runs all know it."""
 
     records: list
     intervals: dict
@@ -44,11 +47,17 @@ class Numbers:
     tokens_per_second: dict
     train_seconds: dict
     rewound: dict = field(default_factory=dict)
+    benchmarks: list = field(default_factory=list)
+    trade: dict = field(default_factory=dict)
+    lost_on: list = field(default_factory=list)
 
 
-def numbers_of(found, boot, by_source, rewound=None):
+def numbers_of(found, boot, by_source, rewound=None, benchmarks=()):
     """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}; rewound: of
     rewind.curves."""
+    changes, lost_on = scores.lost(benchmarks)
+    known = boot.value if boot else {}
+    both = [method for method in changes if method in known and BASE in known]
     texts = [run.general.text_sha256 for run in found.runs if run.general]
 
     def general_loss(run):  # losses on another text than the first run's cannot be compared with it
@@ -70,6 +79,9 @@ def numbers_of(found, boot, by_source, rewound=None):
         tokens_per_second=means(lambda run: run.record["tokens_per_second"]),
         train_seconds=means(lambda run: run.record["train_seconds"]),
         rewound=rewound or {},
+        benchmarks=list(benchmarks),
+        trade={method: (boot.difference(method, BASE, "rougeL"), changes[method]) for method in both},
+        lost_on=lost_on,
     )
 
 
@@ -123,6 +135,8 @@ def charts_of(numbers, theme=LIGHT):
         "bleu4_against_memory": chart_of(numbers, "BLEU-4 against memory", theme=theme),
         "memory": chart_of(numbers, MEMORY, theme=theme),
         "rewind": chart_of(numbers, REWIND, theme=theme),
+        "benchmarks": figures.benchmark_points(numbers.benchmarks, theme),
+        "gain_against_loss": figures.gain_against_loss(numbers.trade, numbers.lost_on, theme),
     }
     return {name: chart for name, chart in drawn.items() if not chart.is_empty}
 

@@ -9,7 +9,9 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import gib
 from peftlib.core.study import Study, frozen_of
 from peftlib.evaluation import results, stats
+from peftlib.evaluation.benchmarks import scores
 from peftlib.evaluation.comparison import mean_of
+from peftlib.report.benchmarks import table
 from peftlib.report.render import render
 
 
@@ -23,9 +25,8 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     if len(set(folders)) < max(len(folders), 2):
         raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
     names = names_of(folders)
-    found = {
-        name: results.load(Study(folder, resolve("demo", study=folder.name))) for name, folder in zip(names, folders)
-    }
+    opened = {name: Study(folder, resolve("demo", study=folder.name)) for name, folder in zip(names, folders)}
+    found = {name: results.load(study) for name, study in opened.items()}
     require_same_rows({name: study.split_hash for name, study in found.items()})
     empty = [name for name, study in found.items() if not study.scored]
     if empty:
@@ -37,11 +38,17 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
             for method, runs in study.scored.items()
         }
     )
+    runs = [(name, run.record) for name, study in found.items() for run in study.runs]
+    benchmarks = scores.load(
+        [(f"{name}: {record['method']}", opened[name], record) for name, record in runs], leaves_out=True
+    )
     first, *others = (frozen_of(folder / "config.json")["config"] for folder in folders)
     content = {
         "found": found,
         "boot": boot,
         "stats": stats,
+        "benchmark_table": table(benchmarks),
+        "benchmarks": benchmarks,
         "changed": {name: differences(first, config) for name, config in zip(names[1:], others)},
         "mean_of": mean_of,
         "values": {

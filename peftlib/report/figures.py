@@ -164,6 +164,61 @@ def rewind_curves(curves, theme=LIGHT):
     return chart
 
 
+def benchmark_points(benchmarks, theme=LIGHT):
+    """A row a task and a point a method with its 95 % interval; a grey line where guessing lies.
+
+    benchmarks: [scores.TaskScores, ...]; perplexities, which are no accuracy, are left out.
+    """
+    tasks = [scores for scores in benchmarks if not scores.facts["is_perplexity"]]
+    chart, axes = drawing(6.2, 1.2 + 0.55 * max(len(tasks), 2), "score (0-1)", "", theme, grid="x")
+    if not tasks:
+        return empty(chart, axes, "no benchmark scores yet")
+    methods = sorted({method for scores in tasks for method in scores.runs}, key=_order)
+    said = []
+    for row, scores in enumerate(tasks):
+        for at, method in enumerate(method for method in methods if method in scores.runs):
+            found, y = scores.interval(method), row + (at - (len(scores.runs) - 1) / 2) * 0.7 / len(scores.runs)
+            look = {"marker": marker_of(method), "color": theme.color_of(method), "linestyle": "none", "capsize": 2}
+            look["alpha"] = 0.35 if scores.is_at_floor(method) else 1.0
+            axes.errorbar(found.value, y, xerr=_spans(found), label=None if row else method, **look)
+        if scores.chance is not None:
+            axes.vlines(scores.chance, row - 0.45, row + 0.45, color=theme.ink, linewidth=1.2, linestyle="--")
+        points = ", ".join(
+            f"{method} {scores.interval(method).value:.3f}" for method in methods if method in scores.runs
+        )
+        said.append(f"{scores.task} {points}" + ("" if scores.chance is None else f" (guessing {scores.chance:.3f})"))
+    axes.set_yticks(range(len(tasks)), [scores.task for scores in tasks])
+    axes.invert_yaxis()
+    title(axes, "Benchmarks, 95 % intervals (dashed: guessing; pale: not above it)")
+    legend(axes, "right")
+    chart.alt = f"Scores on standard benchmarks: {'; '.join(said)}."
+    return chart
+
+
+def gain_against_loss(trade, tasks, theme=LIGHT):
+    """A point a method: its gain on the test rows across, its mean change on other tasks up, both against base.
+
+    trade: {method: (gain, change)} of stats.Intervals. tasks: names of those that the change is a mean over.
+    """
+    chart, axes = drawing(
+        5.6, 3.6, "ROUGE-L gained on the test rows", f"mean change of accuracy on {len(tasks)} tasks", theme
+    )
+    if not trade:
+        return empty(chart, axes, "no method with scores on test rows and on benchmarks beside base")
+    said = []
+    for method in sorted(trade, key=_order):
+        gain, change = trade[method]
+        look = {"marker": marker_of(method), "markersize": 9, "color": theme.color_of(method), "linestyle": "none"}
+        axes.errorbar(gain.value, change.value, xerr=_spans(gain), yerr=_spans(change), capsize=4, label=method, **look)
+        said.append(f"{method} {gain.value:+.3f} and {change.value:+.3f} ({change.verdict})")
+    for line in (axes.axhline, axes.axvline):
+        line(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
+    title(axes, "Gained on the task against lost elsewhere: up is better")
+    legend(axes, "right")
+    chart.alt = f"ROUGE-L gained against base, and mean change of accuracy on {', '.join(tasks)}: {'; '.join(said)}."
+    return chart
+
+
 def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
     """A horizontal bar a method whose value is known, with the number at its end.
 
@@ -186,7 +241,7 @@ def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
         axes.annotate(text, (ends[-1], at), **look)
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(ends) * (1.15 if outlines is None else 1.3))
+    axes.set_xlim(0, (max(ends) or 1.0) * (1.15 if outlines is None else 1.3))
     title(axes, f"{name} (outline and brackets: reserved)" if outer else name)
     chart.alt = f"{name.replace(':', ',')}: {'; '.join(f'{m} {values[m]:{form}} {unit}' for m in methods)}."
     return chart

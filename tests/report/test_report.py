@@ -16,9 +16,9 @@ from peftlib.core.markdown import escape, table
 from peftlib.evaluation import comparison, hf_metrics, metrics, stats
 from peftlib.report import build as report
 from peftlib.report import charts, findings
-from peftlib.report.build import COLUMNS
 from peftlib.report.compare import compare_studies
 from peftlib.report.render import render
+from peftlib.report.results_csv import COLUMNS
 
 # As the contract lists them.
 CONTRACT = [

@@ -5,16 +5,16 @@ import json
 import re
 import shutil
 import sys
-from types import SimpleNamespace
 
 import fake_study
+import numpy as np
 import pytest
 
 from peftlib.cli import main
 from peftlib.core import config
+from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, DiskError, StudyError
 from peftlib.core.files import read_json, write_json
-from peftlib.evaluation import stats
 from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.report import build as report
 from peftlib.report import charts
@@ -143,19 +143,16 @@ def test_studies_of_equal_rows_share_a_page(study, tmp_path):
 
 
 def test_benchmarks_and_rewound_models_are_shown_where_there_are_any(study, tmp_path, monkeypatch):
-    for method, score in (("base", 0.25), ("qlora", 0.5)):
-        path = study.record_path(method, 0)
-        facts = {"score": score, "metric": "acc", "is_perplexity": False, "chance": 0.25}
-        write_json(path, {**read_json(path), "benchmarks": {"arc_easy": facts}})
-    found, boot, by_source, numbers = report.scored(study)
-    interval = stats.Interval(0.5, 0.4, 0.6)
-    task = SimpleNamespace(task="arc_easy", boot=SimpleNamespace(value={"qlora": {}}), interval=lambda method: interval)
+    for method, share in (("base", 0.25), ("qlora", 0.5)):
+        record = records.load(study, method, 0)
+        fake_study.write_benchmark(study, record, "arc_easy", np.arange(100) < 100 * share, chance=0.25)
+        records.save(study, record)
     points = [{"factor": 0.5, "test_loss": 2.9, "general_loss": 3.0, "rougeL": 0.4}]
-    more = SimpleNamespace(**vars(numbers), benchmarks=[task], rewound={"qlora": points})
-    monkeypatch.setattr("peftlib.report.site.data.scored", lambda _: (found, boot, by_source, more))
+    monkeypatch.setattr(report.rewind, "curves", lambda *_: {"qlora": points})
     data = taken(build_site([study.folder], tmp_path / "page").parent, "runs")
-    [entry] = [entry for entry in data["intervals"] if entry["key"] == "bench_arc_easy"]
-    assert (entry["method"], entry["value"], entry["low"], entry["high"]) == ("qlora", 0.5, 0.4, 0.6)
+    found = {entry["method"]: entry for entry in data["intervals"] if entry["key"] == "bench_arc_easy"}
+    assert found.keys() == {"base", "qlora"}
+    assert found["qlora"]["low"] < found["qlora"]["value"] == 0.5 < found["qlora"]["high"]
     assert data["rewound"] == [{"study": "made-up", "method": "qlora", "points": points}]
     [of] = [of for of in data["figures"] if of["key"] == "bench_arc_easy"]
     assert (of["label"], of["unit"], of["better"]) == ("arc easy", "acc", 1)

@@ -16,10 +16,11 @@ from peftlib.evaluation.results import BASE, Run
 from peftlib.evaluation.stats import METRICS
 from peftlib.methods import study_order
 from peftlib.report.answers import SAME, Answers, marked
-from peftlib.report.build import result_frame, scored
+from peftlib.report.build import scored
 from peftlib.report.compare import folder_of, names_of, require_same_rows
 from peftlib.report.figures import smoothed
 from peftlib.report.palette import DARK, LIGHT, marker_of
+from peftlib.report.results_csv import result_frame
 
 _CURVE = 200  # points of a loss curve
 # {column: (label, unit, decimals, which is better: 1 more, -1 less, 0 neither)}, in the order of the page's table.
@@ -83,7 +84,7 @@ def _own(folder, name):
     found, _, _, numbers = scored(study)
     judged = verdicts.load(study, found)[0]
     intervals = [_interval(name, m, k, i) for m, of in numbers.intervals.items() for k, i in of.items()]
-    for task in getattr(numbers, "benchmarks", ()):
+    for task in numbers.benchmarks:
         intervals += [_interval(name, m, f"{_BENCH}{task.task}", task.interval(m)) for m in task.boot.value]
     sources = [
         {"source": source, **_interval(name, method, key, interval)}
@@ -95,10 +96,10 @@ def _own(folder, name):
     facts = _facts(name, found.split_hash, found.runs, len(found.test_rows), found.sources, bool(answers))
     return {
         "study": facts,
-        "runs": _runs(name, result_frame(found, judged), found.runs),
+        "runs": _runs(name, result_frame(found, judged, numbers.benchmarks), found.runs),
         "intervals": intervals,
         "sources": sources,
-        "rewound": [{"study": name, "method": m, "points": of} for m, of in getattr(numbers, "rewound", {}).items()],
+        "rewound": [{"study": name, "method": m, "points": of} for m, of in numbers.rewound.items()],
         "answers": answers,
     }
 

@@ -1,0 +1,149 @@
+"""`peftlib bench`: models of a study scored on standard benchmarks, resumable, with the score of every row kept."""
+
+import gc
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peftlib import data as splits
+from peftlib.core import record as records
+from peftlib.core.env import resolve_device
+from peftlib.core.errors import DataError, StudyError
+from peftlib.core.files import sha256, write_text
+from peftlib.core.session import Deadline
+from peftlib.core.study import Study
+from peftlib.evaluation.benchmarks import tasks
+from peftlib.evaluation.benchmarks.scores import read_rows, score_of
+from peftlib.evaluation.evaluate import evaluation_dtype, opened
+
+_BATCH = {"cuda": 32}  # rows at a time; halved where memory runs out
+_BATCH_CPU = 8
+
+
+def bench(
+    study: Study,
+    method: str | None = None,
+    names: str = tasks.RETENTION,
+    *,
+    path: str | Path | None = None,
+    name: str = "",
+    data: str | Path | None = None,
+    limit: int = 0,
+    log: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Score a finished run, or the untrained model ('base'), on benchmarks; returns its record with the scores.
+
+    names: tasks and sets ('retention', 'skill') with commas between. path: instead of a method the folder of a model
+    that was trained elsewhere, name: of its row, as in `evaluate_path`. data: a folder with the tasks' files; without
+    one the rows come from the hub. limit: the first so many rows of each task, 0 for all. A task that was scored on as
+    many rows is not scored again; one that was cut goes on.
+    ConfigError: no such task or folder. DataError: a file is missing or of other rows, the harness has renamed a
+    metric, or an answer breaks a task's parser. ModelError: lm-evaluation-harness is missing, or memory does not hold
+    one row. StudyError: as in `evaluate`, or kept scores are of other rows or weights. Stopped: this session ends soon.
+    """
+    chosen, doing = tasks.chosen(names), "running benchmarks"
+    benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most mistakes show here
+    path = Path(path).expanduser() if path else None
+    with opened(study, name if path else method, doing, path=path, log=log) as (record, load):
+        lent = _Lent(load, study)
+        for benchmark in benchmarks:
+            _score(study, record, benchmark, lent, limit=limit, log=log)
+        return record
+
+
+def bench_study(study: Study, methods: list[str], *, log: Callable[[str], object] = print) -> bool:
+    """Score methods as the settings `benchmarks`, `benchmark_data` and `benchmark_limit` say; returns whether any was.
+
+    "auto" is the retention set where there is a GPU and lm-evaluation-harness; rows that cannot be had then are said
+    and left out. Errors as in `bench`.
+    """
+    cfg, names = study.cfg, study.cfg.benchmarks
+    if names == "auto":
+        names = tasks.RETENTION if resolve_device(cfg.device) == "cuda" and find_spec("lm_eval") else ""
+    if not names:
+        log("no benchmarks: set benchmarks='retention' and install peftlib[bench] to score some")
+        return False
+    try:
+        for method in methods:
+            bench(study, method, names, data=cfg.benchmark_data or None, limit=cfg.benchmark_limit, log=log)
+    except DataError as error:
+        if cfg.benchmarks != "auto":
+            raise
+        log(f"no benchmarks: {error}")
+        return False
+    return True
+
+
+class _Lent:
+    """The model, loaded when a task first needs it."""
+
+    def __init__(self, load, study):
+        self.device = resolve_device(study.cfg.device)
+        self.dtype, self.precision, _ = evaluation_dtype(self.device)
+        self._load, self._model = load, None
+        self.batch = study.cfg.eval_batch_size or _BATCH.get(self.device, _BATCH_CPU)
+
+    def model(self):
+        if self._model is None:
+            self._model = self._load(device=self.device, dtype=self.dtype)
+        return self._model
+
+
+def _score(study, record, benchmark, lent, *, limit, log):
+    """Score one task and put it into the record and its file, unless that was done on as many rows."""
+    from peftlib.evaluation.benchmarks import harness
+
+    task, run = benchmark.task.task_name, (record["method"], record["seed"])
+    n_rows = min(limit or len(benchmark.task.eval_docs), len(benchmark.task.eval_docs))
+    done = (record.get("benchmarks") or {}).get(task)
+    path = study.benchmark_path(*run, task)
+    before = read_rows(path, done) if done and path.exists() else []
+    if len(before) >= n_rows:
+        log(f"{record['method']}: {task} was scored on {len(before)} rows before, nothing to do")
+        return
+    log(f"{record['method']}: {task}, {n_rows} rows from {benchmark.source}")
+    responses = harness.Responses(path.with_name(f"{task}.responses.jsonl"), _weights_of(record))
+    tokenizer = splits.load_tokenizer(study.cfg.model)
+    how = {"batch": lent.batch, "precision": lent.precision, "deadline": Deadline(study.cfg.replace(max_seconds=0.0))}
+    how["log"] = lambda line: log(f"{record['method']}: {task}: {line}")
+    lm = harness.KeepingModel(lent.model(), tokenizer, responses, **how)
+    samples = harness.score(lm, benchmark, limit=n_rows)
+    lent.batch = lm.batch_size_per_gpu  # what memory holds
+    rows = [_row(benchmark, sample) for sample in samples]
+    if [row["doc"] for row in rows[: len(before)]] != [row["doc"] for row in before]:
+        raise StudyError(f"{path} has scores of other rows than {benchmark.source} holds: move it away and run again")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    found = {
+        "n": len(rows),
+        "metric": benchmark.metric,
+        "filter": benchmark.filter,
+        "is_perplexity": benchmark.is_perplexity,
+        "score": score_of(rows, benchmark.is_perplexity),
+        "chance": benchmark.chance([sample["doc"] for sample in samples]),
+        "shots": benchmark.task.config.num_fewshot,
+        "is_chat": benchmark.is_generated,
+        "source": benchmark.source,
+        "harness": tasks.version(),
+        "precision": " and ".join(sorted({row["precision"] for row in responses.lines.values()})),
+        "device": records.device_name(lent.device),
+        "seconds": responses.total("seconds"),
+        "rows_sha256": sha256(path),
+    }
+    record["benchmarks"] = {**(record.get("benchmarks") or {}), task: found}
+    records.save(study, record)
+    log(f"{record['method']}: {task} {found['metric']} {found['score']:.4f} on {len(rows)} rows")
+    gc.collect()
+
+
+def _row(benchmark, sample):
+    value, weight = benchmark.row(sample)
+    return {"id": sample["doc_id"], "doc": sample["doc_hash"][:32], "value": value, "weight": weight}
+
+
+def _weights_of(record):
+    """What tells a record's weights from others, as a short text."""
+    known = record.get("weights_sha256") or (record.get("trained_elsewhere") or {}).get("files")
+    known = known or {"model": record.get("model_sha256") or record["model"]}
+    return " ".join(f"{name}:{digest[:16]}" for name, digest in sorted(known.items()))

@@ -1,0 +1,128 @@
+"""Benchmark scores of a study's runs: intervals, paired differences, what lies at its floor, and what was lost."""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peftlib.core.errors import StudyError
+from peftlib.core.files import read_text, sha256
+from peftlib.core.json_reading import fault
+from peftlib.evaluation import stats
+from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
+from peftlib.evaluation.comparison import Pair
+from peftlib.methods import BASE
+
+_ROW = {"id": int, "doc": str, "value": float, "weight": float}
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One task on the rows that all runs share. facts: what a record says of it. runs: {method: {seed: (n, 2)}}."""
+
+    task: str
+    facts: dict
+    boot: stats.Bootstrap = field(repr=False)
+    runs: dict = field(repr=False)
+
+    @property
+    def chance(self):
+        return self.facts["chance"]
+
+    def interval(self, method):
+        return self.boot.interval(method, stats.RATIO)
+
+    def is_at_floor(self, method):
+        """Whether guessing could have scored this."""
+        return self.chance is not None and self.interval(method).low <= self.chance
+
+    def pairs(self):
+        """[Pair, ...] of every two methods of which one is above the floor, the later one first."""
+        names = list(self.boot.value)
+        both = [(method, other) for at, method in enumerate(names) for other in names[:at]]
+        return [
+            Pair(self.task, method, other, self.boot.difference(method, other, stats.RATIO), None)
+            for method, other in both
+            if not (self.is_at_floor(method) and self.is_at_floor(other))
+        ]
+
+
+def load(runs, *, leaves_out=False):
+    """[TaskScores, ...] of all tasks that any run was scored on.
+
+    runs: [(name of the method, its Study, record), ...] in the study's order. leaves_out: tasks of which the runs share
+    no rows, instead of a StudyError. StudyError: rows that are damaged, or not shared by the runs of a task.
+    """
+    tasks = dict.fromkeys(task for _, _, record in runs for task in record.get("benchmarks") or {})
+    order = [task for names in SETS.values() for task in names if task in tasks]
+    order += [task for task in tasks if task not in order]
+    return [found for task in order if (found := _task_scores(task, runs, leaves_out))]
+
+
+def _task_scores(task, runs, leaves_out):
+    facts, rows = {}, {}
+    for method, study, record in runs:
+        if task in (record.get("benchmarks") or {}):
+            run = (method, record["seed"])
+            facts[run] = record["benchmarks"][task]
+            found = read_rows(study.benchmark_path(record["method"], record["seed"], task), facts[run])
+            rows[run] = {(row["id"], row["doc"]): (row["value"], row["weight"]) for row in found}
+    fewest = min(rows, key=lambda run: len(rows[run]))
+    shared = [key for key in rows[fewest] if all(key in found for found in rows.values())]
+    if not shared or len({(of["metric"], of["filter"]) for of in facts.values()}) > 1:
+        if leaves_out:
+            return None
+        named = ", ".join(f"{method} (seed {seed})" for method, seed in rows)
+        raise StudyError(f"the scores of {task} are not of the same rows and metric for {named}: score them again")
+    by_method = {}
+    for (method, seed), found in rows.items():
+        by_method.setdefault(method, {})[seed] = np.array([found[key] for key in shared])
+    seeds = {method: list(by_seed.values()) for method, by_seed in by_method.items()}
+    boot = stats.ratio_bootstrap([seeds], is_perplexity=facts[fewest]["is_perplexity"])
+    return TaskScores(task, facts[fewest], boot, by_method)
+
+
+def lost(found):
+    """({method: Interval of its mean change of accuracy against base}, [task, ...]) over the retention tasks.
+
+    Tasks on which base is at its floor are left out, for nothing can be lost there; so is perplexity, which is no
+    accuracy, and a method or seed that lacks one of the tasks. ({}, []) where nothing remains.
+    """
+    of = [scores for scores in found if scores.task in SETS[RETENTION] and BASE in scores.runs]
+    of = [scores for scores in of if not (scores.facts["is_perplexity"] or scores.is_at_floor(BASE))]
+    if not of:
+        return {}, []
+    every = [{(method, seed) for method in scores.runs for seed in scores.runs[method]} for scores in of]
+    kept = set.intersection(*every)
+    strata = []
+    for scores in of:
+        runs = {
+            method: [rows for seed, rows in by_seed.items() if (method, seed) in kept]
+            for method, by_seed in scores.runs.items()
+        }
+        strata.append({method: seeds for method, seeds in runs.items() if seeds})
+    boot = stats.ratio_bootstrap(strata)
+    changes = {method: boot.difference(method, BASE, stats.RATIO) for method in boot.value if method != BASE}
+    return changes, [scores.task for scores in of]
+
+
+def read_rows(path, facts):
+    """[row, ...] of a task's file. StudyError: it is not what scoring left, as the record says."""
+    if not path.exists():
+        raise StudyError(
+            f"{path} is missing, but its record has a score: bring it back, or score it again by `peftlib bench`"
+        )
+    if sha256(path) != facts["rows_sha256"]:
+        raise StudyError(f"{path} is not what scoring wrote (its SHA-256 differs): bring it back from a copy")
+    rows = [json.loads(line) for line in read_text(path).splitlines()]
+    wrong = next(filter(None, (fault(row, _ROW) for row in rows)), None)
+    if wrong:
+        raise StudyError(f"{path} is damaged ({wrong}): bring it back from a copy")
+    return rows
+
+
+def score_of(rows, is_perplexity):
+    """The harness's score of rows."""
+    ratio = sum(row["value"] for row in rows) / sum(row["weight"] for row in rows)
+    return math.exp(ratio) if is_perplexity else ratio

@@ -1,0 +1,173 @@
+"""Which tasks of lm-evaluation-harness there are, which metric of each is read, and what guessing would score.
+
+Prompts, few-shot examples, answer parsers and metrics are the harness's own (https://github.com/EleutherAI/
+lm-evaluation-harness); a task differs from `lm_eval --tasks NAME` at most in where its rows come from.
+"""
+
+import difflib
+import importlib.metadata
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftlib.core.errors import ConfigError, DataError, ModelError
+from peftlib.evaluation.benchmarks import local
+
+GENERATED = "generate_until"  # the harness's word for tasks whose answer is written, not ranked
+RETENTION, SKILL = "retention", "skill"
+SETS = {
+    RETENTION: (
+        *("arc_easy", "arc_challenge", "piqa", "winogrande", "boolq", "openbookqa", "lambada_openai", "wikitext"),
+    ),
+    SKILL: ("ifeval", "gsm8k"),
+}
+# {task: (metric, filter of the answers, folder of the task in the harness)}. Length-normalised accuracy where the field
+# reports that one (Gu & Dao 2023, Mamba, section 4.2.2).
+_KNOWN = {
+    "arc_easy": ("acc", "none", "arc"),
+    "arc_challenge": ("acc_norm", "none", "arc"),
+    "piqa": ("acc", "none", "piqa"),
+    "winogrande": ("acc", "none", "winogrande"),
+    "boolq": ("acc", "none", "super_glue"),
+    "openbookqa": ("acc_norm", "none", "openbookqa"),
+    "lambada_openai": ("acc", "none", "lambada"),
+    "wikitext": ("word_perplexity", "none", "wikitext"),
+    "ifeval": ("prompt_level_strict_acc", "none", "ifeval"),
+    "gsm8k": ("exact_match", "flexible-extract", "gsm8k"),
+}
+_NO_GUESS = ("lambada_openai", "gsm8k")  # nobody guesses a word or a number
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """task: the harness's. metric, filter: of its rows. is_perplexity: exp(sum of nats / sum of words), lower is
+    better; else a mean over rows. source: where its rows come from, in words."""
+
+    task: object
+    metric: str
+    filter: str
+    is_perplexity: bool
+    source: str
+
+    @property
+    def is_generated(self):
+        return self.task.OUTPUT_TYPE == GENERATED
+
+    def chance(self, docs):
+        """The score of guessing on these rows, None where that is not known.
+
+        Of multiple choice: the mean of 1 / choices, or where all rows have the same choices (yes and no) the share of
+        the most frequent answer, if that is more.
+        """
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return 0.0 if self.task.task_name in _NO_GUESS else None
+        choices = [tuple(self.task.doc_to_choice(doc)) for doc in docs]
+        blind = sum(1 / len(found) for found in choices) / len(docs)
+        if len(set(choices)) > 1:
+            return blind
+        return max(blind, Counter(str(self.task.doc_to_target(doc)) for doc in docs).most_common(1)[0][1] / len(docs))
+
+    def row(self, sample):
+        """(value, weight) of one row that the harness scored; a score is sum(value) / sum(weight)."""
+        found = sample[self.metric]
+        if self.is_perplexity:
+            log_likelihood, words = found if isinstance(found, tuple) else (found, 1)
+            return -float(log_likelihood), float(words)
+        return float(found), 1.0
+
+
+def chosen(words):
+    """[task, ...] of names and sets with commas between, each once. ConfigError: none is named."""
+    names = [word.strip() for word in words.split(",") if word.strip()]
+    if not names:
+        raise ConfigError(f"tasks {words!r}: name some, such as {RETENTION} or arc_easy,gsm8k")
+    return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
+
+
+def version():
+    """Of lm-evaluation-harness. ModelError: it is not installed."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError("benchmarks need lm-evaluation-harness: pip install 'peftlib[bench]'") from None
+
+
+def load(name, folder=None):
+    """The Benchmark of a task, its rows from a folder of files, or from the hub without one.
+
+    ConfigError: no such task, a group of tasks, or one that runs code. DataError: no such file, other rows in it than
+    the task asks for, the hub does not give them, or the harness has renamed the metric. ModelError: the harness or a
+    library that the task needs is missing.
+    """
+    version()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes are for its own command line
+    known = _KNOWN.get(name)
+    manager = _manager(known and known[2])
+    _require_task(name, manager)
+    if name == "ifeval":
+        _require_sentences()
+    changed, source = local.overrides(name, folder) if folder else ({}, "the hub")
+    try:
+        # A group of one: the harness changes what it knows by a name only there.
+        task = manager.load([{"group": "peftlib", "task": [{"task": name, **changed}]}])["tasks"][name]
+    except ImportError as error:
+        raise ModelError(f"{name} needs a library that is missing ({error}): pip install 'peftlib[bench]'") from None
+    except OSError as error:
+        raise DataError(
+            f"the rows of {name} cannot be had from the hub ({error}): see the network, or name a folder with its "
+            "files (--data DIR)"
+        ) from None
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"{name} runs code that the model writes, or shows it pictures, which peftlib does not do")
+    if task.config.num_fewshot is None:
+        task.set_config(key="num_fewshot", value=0)
+    return Benchmark(task, *_metric_of(name, task, known), source)
+
+
+def _manager(folder):
+    from lm_eval import tasks
+
+    if folder is None:
+        return tasks.TaskManager()  # reads all the harness's 13,000 tasks, which takes seconds
+    return tasks.TaskManager(include_path=str(Path(tasks.__file__).parent / folder), include_defaults=False)
+
+
+def _require_task(name, manager):
+    if name in manager.all_subtasks:
+        return
+    if name in manager.all_tasks:
+        raise ConfigError(f"{name} is a group of the harness's tasks: name the tasks themselves")
+    near = difflib.get_close_matches(name, [*SETS, *manager.all_subtasks], n=4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"sets: {', '.join(SETS)}; tasks: `lm_eval ls tasks`"
+    raise ConfigError(f"no task is called {name!r}: {hint}")
+
+
+def _require_sentences():
+    try:
+        import nltk
+
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        raise ModelError(
+            "ifeval counts sentences with NLTK's punkt_tab, which is not here: python -m nltk.downloader punkt_tab"
+        ) from None
+
+
+def _metric_of(name, task, known):
+    """(metric, filter, whether it is a perplexity) that is read of a task."""
+    from lm_eval.api import metrics
+
+    perplexities = (metrics.perplexity, metrics.weighted_perplexity)
+    found, filters = task.aggregation(), [part.name for part in task._filters]
+    if known is None:
+        by_row = [metric for metric, whole in found.items() if whole in (metrics.mean, *perplexities)]
+        known = (by_row[0] if by_row else None, filters[0])
+    metric, chosen_filter = known[:2]
+    if metric not in found or chosen_filter not in filters:
+        raise DataError(
+            f"{name} of lm-eval {version()} has no metric {metric!r} with filter {chosen_filter!r} that is a mean over "
+            f"its rows (it has {', '.join(found)}; {', '.join(filters)}): install the version of peftlib[bench], or "
+            "leave the task out"
+        )
+    return metric, chosen_filter, found[metric] in perplexities
