@@ -383,6 +383,7 @@ def test_a_machine_that_cannot_do_a_run_says_why(listed, capsys, monkeypatch, tm
     assert re.search(rf"^NodeError: \S+ {message}", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_named_and_the_other_runs_go_on(settings, in_this_process, monkeypatch):
     real = suite_work.code_id
     asked = iter([real(), "0.1.0+other"])

@@ -80,6 +80,7 @@ def test_a_process_that_cannot_start_is_told_and_none_is_left(make_study, monkey
     assert n_processes() == 1 and not psutil.Process().children()
 
 
+@pytest.mark.slow
 def test_a_process_with_other_settings_is_named(make_study, monkeypatch):
     real = helpers.asdict
     monkeypatch.setattr(helpers, "asdict", lambda cfg: real(cfg) | {"lr_scheduler": "linear"})
