@@ -55,7 +55,7 @@ test: $(VENV)/installed $(KERNELS)
 	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/cluster
-	$(OFFLINE) $(BIN)/python -m pytest -q -m "slow or packaged"
+	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "slow or packaged"
 
 # Where there is no Chromium with its driver, the tests are skipped and say so. PEFTLIB_SCREENSHOTS=FOLDER keeps pictures.
 test-browser: $(VENV)/browser $(VENV)/ipykernel6 $(VENV)/axe/installed
