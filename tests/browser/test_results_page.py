@@ -55,9 +55,9 @@ def page(tmp_path_factory):
         for row, text in zip(rows, PLANTED):
             row["messages"][0]["content"] = row["messages"][-1]["content"] = text
         for path in sorted((study.folder / "records").glob("*.json")):
-            record = read_json(path)
-            score = {"score": 0.3, "metric": "acc", "is_perplexity": False, "chance": 0.25}
-            write_json(path, {**record, "device": PLANTED[1], "benchmarks": {"arc_easy": score}})
+            record = {**read_json(path), "device": PLANTED[1]}
+            fake_study.write_benchmark(study, record, "arc_easy", [at < 30 for at in range(100)], chance=0.25)
+            write_json(path, record)
             answers = [PLANTED[n] if n < len(PLANTED) else a for n, a in enumerate(_answers(rows, record))]
             fake_study.write_predictions(study, record["method"], record["seed"], rows, answers)
         patch.setattr("peftlib.report.site.plan.CARDS", {name: CARDS[name] for name in ("t4", "h100")})
