@@ -129,6 +129,8 @@ FROM_RESULTS = [
     ("memory.md", "{:.0f} to {:.0f} s on two cores of an H100's host with an empty cache, {:.0f} to {:.0f} s with a filled one",
      [f(r["first_step_s"] for r in bench_file("first_steps") if r["cache"] == cache)
       for cache in ("empty", "filled") for f in (min, max)]),
+    ("memory.md", "take {:.2f} (`qlora`) and {:.2f} (`galore`) of the time, at {:.1f} and {:.1f} times the rate of one",
+     [*(r["products_share"] for r in bench_file("cpu")["rows"]), *(r["products_of_ceiling"] for r in bench_file("cpu")["rows"])]),
     ("memory.md", "by at most {:.1e} (`qlora`), {:.1e} (`galore`), {:.1e} (`hybrid`) and {:.1e} (`full`) of the loss",
      [r["largest_relative_loss_difference"] for m in ("qlora", "galore", "hybrid", "full")
       for r in bench_file("resume_gpu") if r["method"] == m]),
