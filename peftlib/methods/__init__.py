@@ -6,7 +6,7 @@ from peftlib.methods.peft_file import find, keep, known
 from peftlib.methods.spec import BASE, METHODS, MethodSpec, default_methods, register, require_rank, study_order
 from peftlib.methods.spec import unregister as unregister
 
-for _spec in (*(module.SPEC for module in (qlora, galore, hybrid, lora, full, apollo, muon)), *variants.SPECS):
+for _spec in (*(m.SPEC for m in (qlora, galore, hybrid, lora, full, apollo, muon)), hybrid.MLP_SPEC, *variants.SPECS):
     register(_spec)
 
 __all__ = ["BASE", "METHODS", "MethodSpec", "default_methods", "find", "keep", "known", "register", "require_rank"]

@@ -1,5 +1,7 @@
 """The layer-wise hybrid: LoRA on 4-bit projections, the others unquantized and trained by GaLore."""
 
+from dataclasses import replace
+
 from peftlib.core.errors import ConfigError
 from peftlib.core.limits import last_layers, projections_of
 from peftlib.methods.galore import by_engine, galore_adamw, split_trained, train_in
@@ -73,4 +75,28 @@ SPEC = MethodSpec(
     four_bit=MLP,
     variants=("hybrid_galore", "galore_engine"),
     by_config=_by_config,
+)
+
+
+def _of_mlp(cfg):
+    return cfg.replace(hybrid_galore="mlp")
+
+
+# The ablation of the hybrid's placement as a method of its own, so that one study can hold both.
+MLP_SPEC = replace(
+    SPEC,
+    name="hybrid_mlp",
+    label="hybrid, reversed",
+    description="the hybrid the other way round: the three MLP projections in full by GaLore (arXiv:2403.03507), LoRA "
+    "adapters on the four attention projections over NF4 weights (arXiv:2305.14314), the rest frozen",
+    colors=("#0d95ff", "#bb68fd"),
+    marker="1",
+    trains={"adapters": ATTENTION, "galore": MLP},
+    settings=(*LORA_SETTINGS, *GALORE_SETTINGS),
+    prepare=lambda model, cfg: prepare(model, _of_mlp(cfg)),
+    build_optimizer=lambda model, cfg: build_optimizer(model, _of_mlp(cfg)),
+    four_bit=ATTENTION,
+    variants=("galore_engine",),
+    by_config=lambda cfg, layers: {"trains": {"adapters": ATTENTION, by_engine(cfg): MLP}},
+    is_default=False,
 )

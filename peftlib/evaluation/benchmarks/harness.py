@@ -12,13 +12,15 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from peftlib.core.errors import DataError, ModelError, Stopped, StudyError
 from peftlib.core.files import append_text, read_text
+from peftlib.evaluation.inference.engines import generate_rows, resolve_engine
 
 MAX_LENGTH = 2048  # tokens: the harness's own default, and what logits of 262,144 words leave memory for
 _CHUNK = {"loglikelihood_rolling": 4, "generate_until": 32}  # requests between two writes
-_MANY = 128
+_MANY, _MANY_WRITTEN = 128, 1024  # of likelihoods; of answers on a GPU, which is busy only with many
 _LOG_SECONDS = 10.0
 
 
@@ -75,7 +77,24 @@ class KeepingModel(HFLM):
         return self._answered("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests, disable_tqdm=True):
-        return self._answered("generate_until", super().generate_until, requests)
+        is_greedy = not any(_settings(self, request)["do_sample"] for request in requests)
+        is_ours = is_greedy and resolve_engine(self.model, "auto") == "slots"
+        return self._answered("generate_until", self._greedily if is_ours else super().generate_until, requests)
+
+    def _greedily(self, requests, disable_tqdm=True):
+        """super().generate_until by our engine, some ten times as fast: a row that has ended makes room for the next.
+        Stop strings cut the text afterwards, as they do there."""
+        eos, prompts, limits, stops = self.tok_decode(self.eot_token_id, skip_special_tokens=False), [], [], []
+        for request in requests:
+            settings = _settings(self, request)
+            limits.append(settings["max_gen_toks"])
+            stops.append(handle_stop_sequences(settings["until"], eos=eos))
+            room = self.max_length - limits[-1]
+            ids, _ = self.tok_batch_encode([request.args[0]], left_truncate_len=room, truncation=self.truncation)
+            prompts.append(ids[0].tolist())
+        made = dict(generate_rows(self.model, prompts, limits, log=self._told))
+        texts = [self.tok_decode(made[number]) for number in range(len(prompts))]
+        return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -84,6 +103,8 @@ class KeepingModel(HFLM):
         keys = [_key(kind, request.args) for request in requests]
         by_key = dict(zip(keys, requests))
         unique, size = list(by_key), _CHUNK.get(kind, _MANY)
+        if kind == "generate_until" and self.device.type != "cpu":
+            size = _MANY_WRITTEN
         chunks = [unique[at : at + size] for at in range(0, len(unique), size)]
         kept = self._responses.kept
         to_ask = [chunk for chunk in chunks if any(key not in kept for key in chunk)]
@@ -136,6 +157,10 @@ def score(lm, benchmark, *, limit=0):
         found = evaluator.evaluate(lm, {"tasks": {task.task_name: task}}, fewshot_as_multiturn=True, **how)
     rows = [row for row in found["samples"][task.task_name] if row["filter"] == benchmark.filter]
     return sorted(rows, key=lambda row: row["doc_id"])
+
+
+def _settings(lm, request):
+    return normalize_gen_kwargs(request.args[1], lm.max_gen_toks)
 
 
 def _key(kind, args):

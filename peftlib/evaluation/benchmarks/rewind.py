@@ -19,7 +19,7 @@ from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, require_shape
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.evaluate import answer_into, autocast_of, evaluation_dtype, general_loss, load_model
-from peftlib.evaluation.predictions import Predictions
+from peftlib.evaluation.predictions import Predictions, require_unchanged
 from peftlib.methods import BASE
 from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
@@ -93,13 +93,23 @@ def _points(study, method, seed, factors, log):
         started = time.monotonic()
         models = models or _models(study, method, seed, log)
         with contextlib.nullcontext(models[0]) if method == BASE else rewound(*models, factor) as model:
-            answers = path.with_suffix("") / f"{factor!r}.jsonl"
-            point = {"factor": factor, **_scores(study, model, answers, short_hash(of), log)}
+            answers = Predictions(path.with_suffix("") / f"{factor!r}.jsonl", short_hash(of))
+            if factor == float(method != BASE):  # what was evaluated
+                answers.rows = _evaluated(study, record, answers.split_hash) | answers.rows
+            point = {"factor": factor, **_scores(study, model, answers, log)}
         points[factor] = {**point, "seconds": time.monotonic() - started}
         write_json(path, {"of": of, "points": [points[factor] for factor in sorted(points)]})
         log(f"{method} at {factor:g}: test loss {point['test_loss'][ALL]}, general {point['general_loss']}, "
             f"ROUGE-L {point['rougeL']:.4f}")  # fmt: skip
     return [points[factor] for factor in sorted(points)]
+
+
+def _evaluated(study, record, made_by):
+    """{id: row} of a run's evaluated answers, marked as made_by for a file of its own."""
+    path = study.predictions_path(record["method"], record["seed"])
+    require_unchanged(path, record)
+    rows = Predictions(path, record["split_hash"]).rows
+    return {name: {**row, "split_hash": made_by} for name, row in rows.items()}
 
 
 def _models(study, method, seed, log):
@@ -108,8 +118,8 @@ def _models(study, method, seed, log):
     return [load_model(study, name, seed, **how) for name in dict.fromkeys((method, BASE))]
 
 
-def _scores(study, model, path, made_by, log):
-    """What a point holds of one model; its answers go to a predictions file at `path`, marked by what made them."""
+def _scores(study, model, kept, log):
+    """What a point holds of one model; answers that `kept`, a Predictions, lacks go there."""
     from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
 
     device = resolve_device(study.cfg.device)
@@ -121,7 +131,6 @@ def _scores(study, model, path, made_by, log):
         losses = {name: mean_loss(model, Rows(part), **how) for name, part in parts.items() if part}
         found[f"{split}_loss"] = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
     general = forgetting.record_fields(general_loss(study, model, **how))
-    kept = Predictions(path, made_by)
     engine = "auto" if study.cfg.engine == "vllm" else study.cfg.engine  # that one reads the weights from a folder
     answer_into(kept, study.cfg, model, rows, engine=engine, log=log)
     scores = score([kept.rows[row["id"]]["answer"] for row in rows], [row["messages"][-1]["content"] for row in rows])

@@ -7,19 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftlib import data as splits
 from peftlib.core import record as records
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import DataError, StudyError
-from peftlib.core.files import sha256, write_text
+from peftlib.core.files import gib, sha256, write_text
 from peftlib.core.session import Deadline
 from peftlib.core.study import Study
 from peftlib.evaluation.benchmarks import tasks
 from peftlib.evaluation.benchmarks.scores import read_rows, score_of
 from peftlib.evaluation.evaluate import evaluation_dtype, opened
 
-_BATCH = {"cuda": 32}  # rows at a time; halved where memory runs out
-_BATCH_CPU = 8
+_BATCH_CPU, _BATCH, _BATCH_LARGE = 8, 32, 64  # rows whose logits are held at a time; halved where memory runs out
+_LARGE_GIB = 40  # of a card's memory
 
 
 def bench(
@@ -83,12 +85,18 @@ class _Lent:
         self.device = resolve_device(study.cfg.device)
         self.dtype, self.precision, _ = evaluation_dtype(self.device)
         self._load, self._model = load, None
-        self.batch = study.cfg.eval_batch_size or _BATCH.get(self.device, _BATCH_CPU)
+        self.batch = study.cfg.eval_batch_size or _batch_of(self.device)
 
     def model(self):
         if self._model is None:
             self._model = self._load(device=self.device, dtype=self.dtype)
         return self._model
+
+
+def _batch_of(device):
+    if device != "cuda":
+        return _BATCH_CPU
+    return _BATCH_LARGE if gib(torch.cuda.get_device_properties(0).total_memory) > _LARGE_GIB else _BATCH
 
 
 def _score(study, record, benchmark, lent, *, limit, log):
