@@ -11,6 +11,7 @@ from typer import Argument, Option
 from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
+from peftlib.core.limits import factors_of
 from peftlib.core.study import Study
 from peftlib.runner import console, plan_cli, scoring_cli, suite_cli
 from peftlib.runner.console import (
@@ -22,7 +23,6 @@ from peftlib.runner.console import (
     Sources,
     examples_of,
     given_settings,
-    numbers,
     sized_as_full_study,
     study_of,
 )
@@ -145,7 +145,7 @@ def evaluate(
         raise ConfigError("name one model: a METHOD, or --path FOLDER")
     if rewind and path:
         raise ConfigError("--rewind needs a METHOD of the study: of a model made elsewhere the base is not known")
-    factors = numbers("--rewind", rewind, float) if rewind else ()
+    factors = factors_of("--rewind", rewind)
     found = open_study(study)
     found = Study(found.folder, found.cfg.replace(seed=seed))
     from peftlib.evaluation import evaluate as evaluation

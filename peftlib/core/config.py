@@ -16,7 +16,7 @@ from typing import Any
 
 from peftlib.core.env import profile_for_hardware
 from peftlib.core.errors import ConfigError
-from peftlib.core.limits import checked, last_layers, parsed, projections_of, require_folder_name, setting
+from peftlib.core.limits import checked, factors_of, last_layers, parsed, projections_of, require_folder_name, setting
 
 _MOST = 2**32 - 1  # of a seed: torch's generator on CPUs takes no more of it
 PACKAGED_MODEL = "packaged"  # the Gemma 3 270M that PyPI packages carry
@@ -112,6 +112,7 @@ class Config:
     benchmarks: str = setting("auto", "run", "04_eval's, such as retention,gsm8k; auto: on a GPU with lm-eval; '' none")
     benchmark_data: str = setting("", "run", "folder with the benchmarks' files; '' is the hub")
     benchmark_limit: int = setting(0, "run", "first rows of each benchmark; 0 is all", low=0)
+    rewind: str = setting("", "run", "factors from base (0) to tuned (1) that a whole study scores, such as 0.25,0.5")
     activation_checkpointing: str = setting(
         "off", "run", "recompute activations; planned where micro_batch_size is 0", choices=("off", "on", "offload")
     )
@@ -139,6 +140,7 @@ class Config:
         require_folder_name("study", self.study)
         if not last_layers(self.hybrid_galore):
             projections_of("hybrid_galore", self.hybrid_galore)
+        factors_of("rewind", self.rewind)
         if self.fork:
             require_folder_name("fork", self.fork)
 

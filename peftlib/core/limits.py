@@ -83,6 +83,20 @@ def projections_of(name, text):
     return chosen
 
 
+def factors_of(name, text):
+    """The numbers from 0 to 1 of a text with commas between; () of an empty one. name: of the setting.
+
+    ConfigError: another number or word, or a repeated one.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        found = (math.nan,)
+    if len(set(found)) < len(found) or not all(0 <= factor <= 1 for factor in found):
+        raise ConfigError(f"{name}={text!r}: use numbers from 0 to 1 with commas between, each once, such as 0.25,0.5")
+    return found
+
+
 def require_folder_name(name, text):
     """ConfigError unless a text can name a folder on any system, and be printed in a line. name: of the setting."""
     size_bytes = len(text.encode("utf-8", "replace"))

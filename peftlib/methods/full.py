@@ -3,7 +3,7 @@
 from peftlib.methods.galore import split_trained, train_projections_and_norms
 from peftlib.methods.spec import MethodSpec
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.optim.adamw import adamw_8bit
+from peftlib.optim.adamw_8bit import adamw_8bit
 
 
 def prepare(model, cfg):

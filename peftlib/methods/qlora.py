@@ -4,7 +4,8 @@ from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec, require_rank
 from peftlib.models.adapters import with_adapter
 from peftlib.models.inspect import PROJECTIONS, core, is_four_bit, is_named, named_weights, trainable
-from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
+from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.optim.adamw_8bit import adamw_8bit
 
 
 def prepare(model, cfg):

@@ -8,7 +8,8 @@ from peftlib.methods import qlora
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec
 from peftlib.models.adapters import with_adapter
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.optim.adamw import AccumulatingAdamW, adamw_8bit
+from peftlib.optim.adamw import AccumulatingAdamW
+from peftlib.optim.adamw_8bit import adamw_8bit
 
 
 def _lora(**changes):

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from peftlib.core.env import require_bitsandbytes, seed_of
+from peftlib.core.env import seed_of
 from peftlib.core.errors import CheckpointError, ConfigError
 from peftlib.optim import moments
 
@@ -274,23 +274,6 @@ class ProjectedAdamW(AccumulatingAdamW):
             return super()._state_shapes(p, group)
         projected = (group["rank"], max(p.shape))
         return {"step": (), "exp_avg": projected, "exp_avg_sq": projected}
-
-
-def adamw_8bit(params, *, lr, weight_decay=0.0, max_grad_norm=0.0):
-    """bitsandbytes' AdamW with moments in blockwise 8 bits (Dettmers et al. 2022, arXiv:2110.02861), accumulating.
-
-    A tensor below 4,096 numbers keeps float32 moments, as bitsandbytes does. ModelError: bitsandbytes is not installed.
-    """
-    require_bitsandbytes("8-bit moments")
-    from bitsandbytes.optim import AdamW8bit
-
-    class AccumulatingAdamW8bit(Accumulating, AdamW8bit):
-        def _state_shapes(self, p, group):
-            return {"state1": p.shape, "state2": p.shape}
-
-    optimizer = AccumulatingAdamW8bit(params, lr=lr, weight_decay=weight_decay)
-    optimizer.max_grad_norm = max_grad_norm
-    return optimizer
 
 
 def _flat(state):

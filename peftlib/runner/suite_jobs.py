@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError
+from peftlib.core.limits import factors_of
 from peftlib.core.paths import code_id
 from peftlib.core.study import Study
+from peftlib.evaluation.benchmarks import rewind, tasks
 from peftlib.methods import BASE, default_methods, find
 from peftlib.train import sweep
 
@@ -80,9 +82,21 @@ class Job:
         return sweep.kept(self.study, self.method, factors=self.settings.factors, rows=self.settings.rows)
 
     def is_ready(self):
-        """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps."""
-        is_free = self.is_sweep or self.method == BASE or self.settings.factors == ()
-        return is_free or self.method in self.study.adopted_rates()
+        """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps, and to be rewound
+        the scores of the base."""
+        if self.is_sweep or self.method == BASE:
+            return True
+        if self.study.cfg.rewind and not (records.load(self.study, BASE, 0) or {}).get("evaluation"):
+            return False
+        return self.settings.factors == () or self.method in self.study.adopted_rates()
+
+    def unscored(self, record):
+        """[words, ...]: what the settings `benchmarks` ('auto' names none) and `rewind` name and a run's record lacks."""
+        cfg = self.study.cfg
+        named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
+        left = [task for task in named if task not in (record.get("benchmarks") or {})]
+        factors = () if self.method == BASE else factors_of("rewind", cfg.rewind)
+        return left + [f"rewound to {factor:g}" for factor in rewind.missing(self.study, record, factors)]
 
     def state(self):
         """(one of this module's words, steps and minutes or the reason of a failure), read from the study's folder."""
@@ -97,10 +111,13 @@ class Job:
         told += f", trained {found['train_seconds'] / 60:.1f} min" if found["train_seconds"] else ""
         if found["status"] != "ok":
             return STOPPED, told
-        if found["evaluation"] and self.study.predictions_path(self.method, self.seed).exists():
-            return DONE, told
+        left = self.unscored(found)
+        if not (found["evaluation"] and self.study.predictions_path(self.method, self.seed).exists()):
+            left = ["not evaluated yet"]
         failure = found.get("evaluation_error")
-        return (FAILED, f"evaluation: {failure}") if failure else (TRAINED, f"{told}, not evaluated yet")
+        if left and failure:
+            return FAILED, f"evaluation: {failure}"
+        return (TRAINED, ", ".join(filter(None, (told, *left)))) if left else (DONE, told)
 
 
 def job_named(study, settings, name):

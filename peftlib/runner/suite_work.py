@@ -18,6 +18,7 @@ from filelock import FileLock
 from peftlib.core import record as records
 from peftlib.core.env import output_root, resolve_device, training_precision
 from peftlib.core.errors import LockedError, NodeError, PeftlibError, Stopped, StudyError
+from peftlib.core.limits import factors_of
 from peftlib.core.paths import code_id
 from peftlib.core.study import Study
 from peftlib.methods import BASE
@@ -137,6 +138,8 @@ def _do(job, log):
                 gc.collect()
                 torch.cuda.empty_cache()
             record = evaluate(study, job.method, log=log)
+            if job.unscored(record):
+                record = _score_more(job, log)
             if record.pop("evaluation_error", None):
                 records.save(study, record)
             return 0
@@ -151,6 +154,19 @@ def _do(job, log):
         log(f"{'evaluation ' if is_trained else ''}failed: {type(error).__name__}: {error}")
         _record_failure(job, error, is_trained)
         return FAILED_CODE
+
+
+def _score_more(job, log):
+    """What the settings `benchmarks` and `rewind` name; returns the run's record."""
+    from peftlib.evaluation.benchmarks import rewind
+    from peftlib.evaluation.benchmarks.run import bench_study
+
+    study, factors = job.study, factors_of("rewind", job.study.cfg.rewind)
+    if study.cfg.benchmarks != "auto":
+        bench_study(study, [job.method], log=log)
+    if factors and job.method != BASE:
+        rewind.rewind(study, job.method, factors, log=log)
+    return records.load(study, job.method, job.seed)
 
 
 def _record_failure(job, error, is_trained):

@@ -34,3 +34,21 @@ def test_stochastic_rounding_is_exact_where_bfloat16_is_and_keeps_inf_and_nan():
     value = torch.tensor([1.0, -2.5, 0.0, float("inf"), float("-inf")])
     assert torch.equal(moments.round_stochastically(value, generator).float(), value)
     assert moments.round_stochastically(torch.tensor([float("nan")]), generator).isnan().all()
+
+
+def test_8_bits_are_the_codes_nearest_value_as_close_as_bitsandbytes_own():
+    for name, value in (("exp_avg", torch.randn(100, 77)), ("exp_avg_sq", torch.randn(40, 1000).pow(6))):
+        numbers, scales = moments._quantized(name, value)
+        code = moments._code(name, value.device)
+        theirs = torch.ops.bitsandbytes.quantize_blockwise(value, code, 256)
+        assert torch.equal(scales, theirs[1])
+        errors = []
+        for part in ((numbers, scales), theirs):
+            back = torch.ops.bitsandbytes.dequantize_blockwise(*part, code, 256, torch.float32)
+            errors.append((back - value).abs())
+        assert (errors[0] <= errors[1] + 1e-6 * scales.max()).all()
+
+
+def test_zeros_in_8_bits_come_back_as_zeros():
+    state = moments.fresh({}, torch.empty(64, 128), bits=8)
+    assert not moments.read(state, "exp_avg").any() and not moments.read(state, "exp_avg_sq").any()

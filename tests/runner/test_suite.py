@@ -1,5 +1,6 @@
 """`peftlib study` on tiny models: sweeps, adoption, runs, failures, cuts, the list of commands."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -48,6 +49,32 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(suite, "Local", Here)
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
+
+
+def test_benchmarks_and_rewinding_that_are_named_are_part_of_a_run(settings, in_this_process, tmp_path):
+    row = {"query": "Question: What is 1 + 1?\nAnswer: ", "choices": ["2", "3"], "gold": 0}
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    asked = settings(methods=("base", "galore"), seeds=(0,), factors=())
+    assert run(asked, log=lambda line: None) == 0
+    more = {"benchmarks": "piqa", "benchmark_data": str(files), "rewind": "0.5"}
+    wider, lines = replace(asked, given={**asked.given, **more}), []
+    study = Study.resolve(study="tiny", profile="demo", **more)
+    states = {job.name: job.state() for job in wider.jobs(study)[0]}
+    assert states["base-s0"] == ("trained", "piqa") and states["galore-s0"][1].endswith("min, piqa, rewound to 0.5")
+    assert run(wider, log=lines.append) == 0
+    records = {record["method"]: record for record in study.records()}
+    assert all(record["benchmarks"]["piqa"]["n"] == 1 for record in records.values())
+    factors = [point["factor"] for point in read_json(study.folder / "rewind" / "galore-s0.json")["points"]]
+    assert factors == [0.5, 1.0]
+    assert [job.state()[0] for job in wider.jobs(study)[0]] == ["done", "done"]
+
+    (files / "boolq.jsonl").write_text("{")
+    wrong = replace(wider, given={**wider.given, "benchmarks": "piqa,boolq"})
+    assert run(wrong, log=lines.append) == 1  # said, and what stands stays
+    assert any("evaluation: DataError" in line and "boolq" in line for line in lines)
+    assert all(record["benchmarks"].keys() == {"piqa"} for record in study.records())
 
 
 def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_process):

@@ -60,6 +60,15 @@ def require_factors(method, factors):
         raise ConfigError(f"rewind {factors} of {method}: use factors from 0 to 1 of a trained method")
 
 
+def missing(study, record, factors):
+    """[factor, ...] at which a run was not scored yet with the weights that its record names."""
+    path = path_of(study, record["method"], record["seed"])
+    kept = _read(path) if record["evaluation"] and path.exists() else {"of": {}, "points": []}
+    is_of_run = record["evaluation"] and not differences(kept["of"], _identity(study, record))
+    known = {point["factor"] for point in kept["points"]} if is_of_run else set()
+    return [factor for factor in factors if factor not in known]
+
+
 def rewind(study, method, factors, *, log=print):
     """Score an evaluated run at some factors between base (0) and tuned (1), both included; returns [point, ...].
 
