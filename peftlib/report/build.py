@@ -3,7 +3,6 @@
 The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
 """
 
-import math
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -261,5 +260,5 @@ def _content(report, pairs, by_source):
         "versions": versions,
         "longest": _ANSWER_CHARACTERS,
         "gib": gib,
-        "perplexity": lambda loss: None if loss is None else math.exp(min(loss, 700)),
+        "perplexity": findings.perplexity,
     }

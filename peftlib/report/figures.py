@@ -173,14 +173,16 @@ def benchmark_points(benchmarks, theme=LIGHT):
     chart, axes = drawing(6.2, 1.2 + 0.55 * max(len(tasks), 2), "score (0-1)", "", theme, grid="x")
     if not tasks:
         return empty(chart, axes, "no benchmark scores yet")
-    methods = sorted({method for scores in tasks for method in scores.runs}, key=_order)
-    said = []
+    methods = sorted({method for scores in tasks for method in scores.runs}, key=study_order)
+    said, labelled = [], set()
     for row, scores in enumerate(tasks):
         for at, method in enumerate(method for method in methods if method in scores.runs):
             found, y = scores.interval(method), row + (at - (len(scores.runs) - 1) / 2) * 0.7 / len(scores.runs)
             look = {"marker": marker_of(method), "color": theme.color_of(method), "linestyle": "none", "capsize": 2}
             look["alpha"] = 0.35 if scores.is_at_floor(method) else 1.0
-            axes.errorbar(found.value, y, xerr=_spans(found), label=None if row else method, **look)
+            label = None if method in labelled else method  # not every task has every method
+            labelled.add(method)
+            axes.errorbar(found.value, y, xerr=_spans(found), label=label, **look)
         if scores.chance is not None:
             axes.vlines(scores.chance, row - 0.45, row + 0.45, color=theme.ink, linewidth=1.2, linestyle="--")
         points = ", ".join(

@@ -137,9 +137,14 @@ def _losses(found):
     parts = [f"{method} {loss:.3f} ({(loss - base) / base:+.1%})" for method, loss in losses.items() if base and loss]
     if parts:
         yield (
-            f"Loss on test rows, nats per assistant token: base {base:.3f} (perplexity {math.exp(base):.1f}), "
+            f"Loss on test rows, nats per assistant token: base {base:.3f} (perplexity {perplexity(base):.1f}), "
             f"{', '.join(parts)}."
         )
+
+
+def perplexity(loss):
+    """exp of a loss in nats; None for an unknown loss, inf where a float cannot hold it."""
+    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
 
 
 def _four_bit(found):

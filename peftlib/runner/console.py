@@ -68,13 +68,13 @@ def require_numbers(options):
 
 
 def numbers(option, text, kind):
-    """The numbers of an option that has commas between them, as kind. ConfigError: no numbers, below 0, or repeated."""
+    """The comma-separated numbers of an option, as kind. ConfigError: not numbers, not finite, below 0, or repeated."""
     try:
         found = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option} {text!r}: use numbers with commas between, such as 0,1,2") from None
-    if len(set(found)) < len(found) or min(found) < 0:
-        raise ConfigError(f"{option} {text!r}: each number once, none below 0")
+        raise ConfigError(f"{option} {text!r}: give numbers separated by commas, such as 0,1,2") from None
+    if len(set(found)) < len(found) or not all(0 <= number < math.inf for number in found):
+        raise ConfigError(f"{option} {text!r}: give each number once, finite and not below 0")
     return found
 
 

@@ -138,10 +138,12 @@ class Execution:
             self._relay(f"... {f'{minutes} min ' if minutes else ''}{seconds} s in this cell")
 
     def _on_signal(self, number):
-        if self.signal is not None or self._kernel_process() is None:
+        process = self._kernel_process()
+        if self.signal is not None or process is None:
             self._kill()
         else:
-            self._kernel_process().send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                process.send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
             self.kill_at = time.monotonic() + self.save_s
             self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
         self.signal = number

@@ -143,9 +143,11 @@ def _task(words, env):
 
     with contextlib.closing(Local([{name: value for name, value in env.items() if name not in os.environ}])) as local:
         local.start("", words)
-        while not (ended := local.ended()):
+        ended = []
+        while not ended:
             try:
                 time.sleep(0.1)
+                ended = local.ended()
             except KeyboardInterrupt:
                 local.stop()
     return (*ended[0][1:4], ray.get_runtime_context().get_node_id(), f"on {socket.gethostname()}")

@@ -70,7 +70,9 @@ def judge(
 
     An endpoint's key is read from the environment variable OPENAI_API_KEY and stored nowhere.
     """
-    require_numbers({"--timeout": timeout or -1, "--price-in": price_in or 0, "--price-out": price_out or 0})
+    require_numbers({"--timeout": timeout, "--price-in": price_in or 0, "--price-out": price_out or 0})
+    if timeout == 0:
+        raise ConfigError("--timeout 0 leaves no time for an answer: give seconds, such as 60")
     if (endpoint is None) == (local is None):
         raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
     if data is not None and not prompts:

@@ -194,7 +194,7 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
     shutil.rmtree(other / "data")
     refused(r"no results in .*peftlib report", [other], to)
     (other / "results.csv").write_text("method,seed\nqlora,7\n")
-    refused("results.csv is damaged", [other], to)
+    refused(r"results.csv is damaged \(it lacks status, n_test", [other], to)
     assert not to.exists()
 
 
@@ -205,6 +205,27 @@ def test_a_folder_that_holds_something_else_or_cannot_be_written_is_refused(stud
     refused("holds something else", [study.folder], tmp_path / "mine" / "thesis.txt")
     refused("cannot be written", [study.folder], tmp_path / "mine" / "thesis.txt" / "page")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_a_page_that_was_cut_short_can_be_written_anew(study, tmp_path, monkeypatch):
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "answer_data", cut)
+        with pytest.raises(KeyboardInterrupt):
+            build_site([study.folder], tmp_path / "page")
+    assert build_site([study.folder], tmp_path / "page").is_file()
+
+
+def test_a_study_of_which_nothing_is_scored_yet_shows_its_runs(study, tmp_path):
+    for path in (study.folder / "records").glob("*.json"):
+        write_json(path, {**read_json(path), "evaluation": None})
+    shutil.rmtree(study.folder / "predictions")
+    report.build_report(study)
+    shutil.rmtree(study.folder / "data")
+    data = taken(build_site([study.folder], tmp_path / "page").parent, "runs")
+    assert data["studies"][0]["n_test"] is None and len(data["runs"]) == 3
 
 
 def test_the_missing_extra_is_named(study, tmp_path, monkeypatch):

@@ -35,8 +35,10 @@ def test_arguments_become_settings(settings_of):
     assert found.given == {"profile": "gpu", "study": "x", "sources": "alpaca=a.jsonl", "max_steps": 5}
     assert (found.methods, found.seeds, found.factors) == (("base", "qlora", "galore"), (0, 3), ())
     for words, message in (
-        ("--seeds 0,x", "--seeds '0,x': use numbers"),
+        ("--seeds 0,x", "--seeds '0,x': give numbers"),
         ("--seeds 1,1", "each number once"),
+        ("--factors 1,inf", "--factors '1,inf': give each number once, finite and not below 0"),
+        ("--factors nan", "--factors 'nan': give each number once"),
         ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
         ("--methods ,", "use base, qlora"),

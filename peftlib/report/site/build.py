@@ -38,6 +38,7 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
     with writing(to):
         to.mkdir(parents=True, exist_ok=True)
         remove_tree(to / "data")  # of a study that is no longer shown
+    write_text(to / _MARK, library)  # first, so that a page cut short can be written anew
     files = []
     for number, (study, answers) in enumerate(explored):
         if not number:  # every study has the same test rows
@@ -49,7 +50,6 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
             _write(to, files[-1]["file"], answer_data(answers, name))
     _write(to, "plan", plan_data())
     _write(to, "runs", {"version": __version__, **data, "answers": files})
-    write_text(to / "vega.js", library)
     for name in PAGE:
         write_text(to / name, (PAGE_FOLDER / name).read_text(encoding="utf-8"))
     return to / "index.html"

@@ -20,7 +20,7 @@ from peftlib.report.build import scored
 from peftlib.report.compare import folder_of, names_of, require_same_rows
 from peftlib.report.figures import smoothed
 from peftlib.report.palette import DARK, LIGHT, marker_of
-from peftlib.report.results_csv import result_frame
+from peftlib.report.results_csv import COLUMNS, result_frame
 
 _CURVE = 200  # points of a loss curve
 # {column: (label, unit, decimals, which is better: 1 more, -1 less, 0 neither)}, in the order of the page's table.
@@ -112,7 +112,10 @@ def _published(folder, name):
     records = {(record["method"], record["seed"]): record for record in study.records()}
     with reading(path):
         frame = pd.read_csv(path)
-        unlike = set(zip(frame.get("method", ()), frame.get("seed", ()))) ^ set(records)
+        lacking = [name for name in COLUMNS if name not in frame]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        unlike = set(zip(frame["method"], frame["seed"])) ^ set(records)
         hashes = sorted({record["split_hash"] for record in records.values()})
         if unlike or len(hashes) != 1:
             raise ValueError(f"not what its records say: {unlike or hashes}")
@@ -128,7 +131,8 @@ def _published(folder, name):
         for method, of in known["scores"].items()
         for key, value in of.items()
     ]
-    facts = _facts(name, hashes[0], runs, int(frame["n_test"].max()), list(summary.get("sources", {})), False)
+    n_test = max(map(int, frame["n_test"].dropna()), default=None)
+    facts = _facts(name, hashes[0], runs, n_test, list(summary.get("sources", {})), False)
     return {
         "study": facts,
         "runs": _runs(name, frame, runs),

@@ -214,5 +214,6 @@ def test_a_full_disk_leaves_no_half_line(study, monkeypatch):
 @pytest.mark.parametrize("words", [["--timeout", "nan"], ["--timeout", "0"], ["--timeout", "-1"], ["--timeout", "inf"],
                                    ["--retries", "-1"], ["--price-in", "nan"], ["--price-out", "-2"]])  # fmt: skip
 def test_odd_numbers_are_refused(study, words):
-    with pytest.raises(ConfigError, match=words[0]):
+    # typer's own refusals do not repeat the number
+    with pytest.raises(ConfigError, match=" ".join(words) if words[0] == "--timeout" else words[0]):
         call(study, "http://127.0.0.1:1/v1", *words)

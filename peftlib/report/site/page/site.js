@@ -149,7 +149,7 @@ const peftlib = (() => {
     const studies = data().studies, names = studies.map((study) => study.name);
     document.title = `Results of ${names.join(", ")}`;
     document.querySelector("h1").textContent = document.title;
-    const facts = [...new Set(studies.flatMap((study) => study.models)), `${number(studies[0].n_test, 0)} test rows`,
+    const facts = [...new Set(studies.flatMap((study) => study.models)), ...(studies[0].n_test === null ? [] : [`${number(studies[0].n_test, 0)} test rows`]),
       ...new Set(studies.flatMap((study) => study.devices))];
     $("about").textContent = facts.join(" · ");
     $("made").textContent = `Made by peftlib ${data().version}. Intervals are 95 % intervals over test rows and seeds where the study has them, else the range of the seeds.`;
