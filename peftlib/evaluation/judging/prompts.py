@@ -15,7 +15,7 @@ from peftlib.core.json_reading import require_shape
 from peftlib.data.dedup import prompt_sha256
 from peftlib.data.readers import read_rows
 from peftlib.evaluation.evaluate import answer_into, evaluation_dtype, load_model
-from peftlib.evaluation.predictions import Predictions
+from peftlib.evaluation.predictions import OtherAnswersError, Predictions
 from peftlib.methods import BASE
 from peftlib.storage.lock import held
 
@@ -95,9 +95,11 @@ def _row(of, source, turns, answers=()):
 
 
 def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
-    """{row's id: text} of a run's answers to rows of `rows_of`; where is_asked, what is missing is answered first.
+    """{row's id: text} of a run's answers to rows of `rows_of`; is_asked: answer what is missing first.
 
-    StudyError: the method is not trained, or its file has answers of other weights. Stopped: this session ends soon.
+    Answers of other weights are no answers to a caller who does not ask.
+    StudyError: the method is not trained, or it is to answer into a file of other weights. Stopped: this session ends
+    soon.
     """
     record = records.load(study, method, seed)
     if record is None and method != BASE:
@@ -106,7 +108,13 @@ def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
     made_by = short_hash([(record or {}).get("weights_sha256"), cfg.model, cfg.max_new_tokens])
     turns = [[turn["content"] for turn in row["messages"][:-1]] for row in rows]
     paths = [study.folder / "prompts" / name / f"{run}-{n}.jsonl" for n in range(1, max(map(len, turns)) + 1)]
-    files = [Predictions(path, made_by) for path in paths]
+    try:
+        files = [Predictions(path, made_by) for path in paths]
+    except OtherAnswersError:
+        if not is_asked:
+            return {}
+        place = study.folder / "prompts" / name
+        raise StudyError(f"{place} holds answers of {run} before it was trained anew: move {run}-*.jsonl away") from None
     model = None
     for n, kept in enumerate(files):
         asked = [

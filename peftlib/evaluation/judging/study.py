@@ -28,7 +28,10 @@ def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, agai
         for (method, _), known in zip(runs, found):
             if len(known) < len(rows):
                 log(f"{method} has to answer {len(rows) - len(known)} of {len(rows)} prompts first")
+        n_rows = len(rows)
         rows = [row for row in rows if all(row["id"] in known for known in found)]
+        if len(rows) < n_rows:
+            log(f"calls and cost below are without those for {n_rows - len(rows)} rows that are not answered yet")
         names, cases = tuple(f"{method}-s{own}" for method, own in runs), judge.cases_of(rows, *found)
     else:
         names, cases = judge.cases_of_study(study, methods, seed, n_rows)
