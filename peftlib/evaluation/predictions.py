@@ -9,7 +9,6 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import append_text, read_text, sha256, write_text
 
 
-
 class OtherAnswersError(StudyError):
     """A file of answers to other rows, or of other weights, than those asked for."""
 

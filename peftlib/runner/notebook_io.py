@@ -11,13 +11,13 @@ from peftlib.core.hub_token import MASK, token_pattern
 from peftlib.core.json_reading import fault
 from peftlib.core.paths import PACKAGE
 from peftlib.notebook.session import last_words
+from peftlib.notebook.widgets import VIEW
 
 FAILED = "failed"  # of a notebook's endings; notebook.session has the others
 _WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
 _OUTPUT = {"output_type": str, "data?": {}}
 _CELL = {"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}
 _SHAPE = {"cells": [_CELL], "metadata": {}}
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def load(path):
@@ -92,7 +92,7 @@ def tidy(notebook, studies_root):
     changes = _changes(studies_root)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            outputs = (output for output in cell.get("outputs", []) if _WIDGET not in output.get("data", {}))
+            outputs = (output for output in cell.get("outputs", []) if VIEW not in output.get("data", {}))
             cell["outputs"] = [_changed(output, changes) for output in outputs]
 
 

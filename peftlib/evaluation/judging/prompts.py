@@ -114,7 +114,9 @@ def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
         if not is_asked:
             return {}
         place = study.folder / "prompts" / name
-        raise StudyError(f"{place} holds answers of {run} before it was trained anew: move {run}-*.jsonl away") from None
+        raise StudyError(
+            f"{place} holds answers of {run} before it was trained anew: move {run}-*.jsonl away"
+        ) from None
     model = None
     for n, kept in enumerate(files):
         asked = [

@@ -13,7 +13,7 @@ from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.benchmarks import rewind
-from peftlib.notebook.charts import ChartPanel
+from peftlib.notebook.results import ChartPanel
 from peftlib.report import build as report
 from peftlib.report import charts
 from peftlib.report.charts import REWIND
@@ -110,8 +110,8 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
     for words, said in (
         (["base", "--rewind", "0.5"], "rewind .0.5,. of base: use factors from 0 to 1 of a trained method"),
         (["galore", "--rewind", "0.5,2"], "rewind .0.5, 2.0. of galore: use factors from 0 to 1"),
-        (["galore", "--rewind", "half"], "--rewind 'half': use numbers"),
-        (["galore", "--rewind", "nan"], "rewind .nan,. of galore"),
+        (["galore", "--rewind", "half"], "--rewind 'half': give numbers"),
+        (["galore", "--rewind", "nan"], "--rewind 'nan': give each number once"),
         (["--path", "x", "--rewind", "0.5"], "--rewind needs a METHOD of the study"),
     ):
         with pytest.raises(ConfigError, match=said):
