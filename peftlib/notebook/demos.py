@@ -15,7 +15,7 @@ from peftlib.models.inspect import PROJECTIONS, named_weights
 from peftlib.models.kernels.losses import batch_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
-from peftlib.report.chart import drawing, stacked_bars, title
+from peftlib.report.chart import drawing, finished, stacked_bars
 from peftlib.report.palette import LIGHT
 from peftlib.train import memory_model as plan
 from peftlib.train.batching import Rows
@@ -107,13 +107,12 @@ def level_chart(found, name="a weight matrix", theme=LIGHT):
     axes.hist(values, bins=120, weights=np.full(len(values), 1 / len(values)), color="#56b4e9")
     for level in found.levels.tolist():
         axes.axvline(level, color="#d55e00", linewidth=1.0)
-    title(axes, f"{name}: its numbers, and NF4's 16 levels (lines)")
     near_zero = float((found.scaled.abs() < 0.5).float().mean())
-    chart.alt = (
+    alt = (
         f"Histogram of {name}, each weight over the largest of its block of {BLOCK}: {near_zero:.0%} lie between -0.5 "
         f"and 0.5, where 10 of the 16 levels are; towards -1 and 1 weights and levels get rare."
     )
-    return chart
+    return finished(chart, axes, f"{name}: its numbers, and NF4's 16 levels (lines)", alt)
 
 
 def merged(layer):
@@ -201,10 +200,9 @@ def direction_chart(seen, *, rank, gap, theme=LIGHT):
     for step in range(gap, steps[-1], gap):
         axes.axvline(step + 0.5, color="#888888", linestyle=":", linewidth=1.0)
     axes.set_ylim(0, max(ranks) + rank)
-    title(axes, f"Rank {rank} at a time, new directions every {gap} steps (dotted)")
     at_ends = ", ".join(f"{ranks[step - 1]} after step {step}" for step in range(gap, steps[-1] + 1, gap))
-    chart.alt = f"Rank of a weight's change under GaLore of rank {rank}: {at_ends}."
-    return chart
+    alt = f"Rank of a weight's change under GaLore of rank {rank}: {at_ends}."
+    return finished(chart, axes, f"Rank {rank} at a time, new directions every {gap} steps (dotted)", alt)
 
 
 def memory_parts(shape, cfg, names, *, precision="bf16"):
@@ -238,9 +236,8 @@ def resampling_chart(means, interval, name="ROUGE-L", theme=LIGHT):
     axes.axvspan(*interval, color="#0072b2", alpha=0.15)
     for edge in interval:
         axes.axvline(edge, color="#0072b2", linewidth=1.5)
-    title(axes, "What other test rows could have given (band: 95 %)")
-    chart.alt = (
+    alt = (
         f"Histogram of {len(means):,} resampled means of {name}, from {means.min():.3f} to {means.max():.3f}; 95 % lie "
         f"between {interval[0]:.3f} and {interval[1]:.3f}."
     )
-    return chart
+    return finished(chart, axes, "What other test rows could have given (band: 95 %)", alt)

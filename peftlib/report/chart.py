@@ -85,6 +85,15 @@ def title(axes, text):
     axes.set_title(text, fontsize=11, color=axes.figure.theme.ink, loc="left")
 
 
+def finished(chart, axes, heading, alt, place=None):
+    """The chart with its heading, its content in words and, at a place of `legend`, its legend."""
+    title(axes, heading)
+    if place:
+        legend(axes, place)
+    chart.alt = alt
+    return chart
+
+
 _PLACES = {
     "inside": {"loc": "upper right"},
     "right": {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)},

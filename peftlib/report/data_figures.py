@@ -3,7 +3,7 @@
 import numpy as np
 
 from peftlib.data.store import load_split
-from peftlib.report.chart import Chart, drawing, dress, empty, legend, stacked_bars, title
+from peftlib.report.chart import Chart, drawing, dress, empty, finished, stacked_bars
 from peftlib.report.palette import LIGHT
 
 # Okabe and Ito's palette; hatches repeat what the colours say.
@@ -26,11 +26,8 @@ def length_chart(folder, split="train", theme=LIGHT):
         look = {"color": _source_color(i, theme), "linestyle": _DASHES[i % 4], "linewidth": 1.6}
         axes.hist(own, edges, histtype="step", label=name, **look)
         said.append(f"{name} {own.min()} to {own.max()}, median {np.median(own):.0f}")
-    title(axes, f"Length of {split} rows")
-    legend(axes)
     axes.yaxis.get_major_locator().set_params(integer=True)  # rows are counted
-    chart.alt = f"Tokens of {split} rows: {'; '.join(said)}."
-    return chart
+    return finished(chart, axes, f"Length of {split} rows", f"Tokens of {split} rows: {'; '.join(said)}.", "inside")
 
 
 def kept_chart(manifest, theme=LIGHT):
