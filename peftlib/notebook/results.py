@@ -8,12 +8,12 @@ from peftlib.evaluation.evaluate import trained_methods
 from peftlib.evaluation.results import BASE
 from peftlib.notebook.answers import LEGEND, StaticRows, page, row_html
 from peftlib.notebook.widgets import Shown, can_click, checkboxes, link, look, stacked, ticked
-from peftlib.report import benchmarks
 from peftlib.report.answers import FILE, GAIN, LOSS, METRICS, ORDERS, Answers
 from peftlib.report.build import build_report
 from peftlib.report.chart import bundle, image
 from peftlib.report.charts import KINDS, REWIND, chart_of, row_choices
 from peftlib.report.palette import THEMES
+from peftlib.report.tables import benchmark_table
 
 _STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory", "rewind")  # of a report's figures
 ALL = "all sources"
@@ -41,7 +41,7 @@ def show_benchmarks(study, report):
     if bench_study(study, [BASE, *trained_methods(study)]):
         report = build_report(study)
     if report.benchmarks:
-        display(benchmarks.table(report.benchmarks).set_index("task"))
+        display(benchmark_table(report.benchmarks).set_index("task"))
     _display_figures(report, ("benchmarks", "gain_against_loss"))
     return report
 

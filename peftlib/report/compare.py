@@ -11,8 +11,8 @@ from peftlib.core.study import Study, frozen_of
 from peftlib.evaluation import results, stats
 from peftlib.evaluation.benchmarks import scores
 from peftlib.evaluation.comparison import mean_of
-from peftlib.report.benchmarks import table
 from peftlib.report.render import render
+from peftlib.report.tables import benchmark_table
 
 
 def compare_studies(studies: Iterable[str | Path]) -> str:
@@ -47,7 +47,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
         "found": found,
         "boot": boot,
         "stats": stats,
-        "benchmark_table": table(benchmarks),
+        "benchmark_table": benchmark_table(benchmarks),
         "benchmarks": benchmarks,
         "changed": {name: differences(first, config) for name, config in zip(names[1:], others)},
         "mean_of": mean_of,

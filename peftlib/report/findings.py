@@ -175,3 +175,18 @@ def _listed(names):
 
 def _figure(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def of_benchmarks(benchmarks):
+    """[sentence, ...] on the differences from base that lie beyond the noise, and on what is at its floor."""
+    pairs = [pair for scores in benchmarks for pair in scores.pairs() if pair.other == BASE]
+    beyond = [pair for pair in pairs if not pair.difference.is_noise]
+    if pairs:
+        listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond)
+        yield (
+            f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base lie beyond the noise"
+            f"{': ' if listed else ''}{listed}."
+        )
+    floor = [scores.task for scores in benchmarks if all(map(scores.is_at_floor, scores.runs))]
+    if floor:
+        yield f"No method is above guessing on {', '.join(floor)}: nothing that was learnt or forgotten can show there."

@@ -60,8 +60,8 @@ def page(tmp_path_factory):
             write_json(path, record)
             answers = [PLANTED[n] if n < len(PLANTED) else a for n, a in enumerate(_answers(rows, record))]
             fake_study.write_predictions(study, record["method"], record["seed"], rows, answers)
-        patch.setattr("peftlib.report.site.plan.CARDS", {name: CARDS[name] for name in ("t4", "h100")})
-        patch.setattr("peftlib.report.site.plan.LENGTHS", (512, 1024))
+        patch.setattr("peftlib.report.site.build.CARDS", {name: CARDS[name] for name in ("t4", "h100")})
+        patch.setattr("peftlib.report.site.build.LENGTHS", (512, 1024))
         found = report.scored(study)
         points = [{"factor": f, "test_loss": 3 - f, "general_loss": 3 + f, "rougeL": 0.3 + f / 4} for f in (0, 0.5, 1)]
         found[-1].__dict__["rewound"] = {"qlora": points}  # as a study has it that was rewound

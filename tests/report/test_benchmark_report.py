@@ -7,7 +7,7 @@ from fake_study import write_benchmark as write
 
 from peftlib.core import record as records
 from peftlib.report import build as report
-from peftlib.report import charts, figures, results_csv
+from peftlib.report import charts, figures, tables
 from peftlib.report.compare import compare_studies
 
 
@@ -71,7 +71,7 @@ def test_a_report_without_benchmarks_says_nothing_of_them(tmp_path, monkeypatch)
     monkeypatch.setattr(charts, "charts_of", lambda *_: {})
     study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"))
     made = report.build_report(study)
-    assert list(made.results.columns) == list(results_csv.COLUMNS) and "benchmarks" not in study.report_path.read_text()
+    assert list(made.results.columns) == list(tables.COLUMNS) and "benchmarks" not in study.report_path.read_text()
 
 
 def test_studies_are_compared_on_the_benchmarks_that_they_share(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from peftlib.report import build as report
 from peftlib.report import charts, findings
 from peftlib.report.compare import compare_studies
 from peftlib.report.render import render
-from peftlib.report.results_csv import COLUMNS
+from peftlib.report.tables import COLUMNS
 
 # As the contract lists them.
 CONTRACT = [

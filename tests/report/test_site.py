@@ -19,10 +19,11 @@ from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.report import build as report
 from peftlib.report import charts
 from peftlib.report.answers import SAME, Answers, marked
-from peftlib.report.site import build, plan
+from peftlib.report.site import build
 from peftlib.report.site.build import build_site, script_of
 from peftlib.train import estimate
 
+PLAN_DATA = build.plan_data
 PLANTED = (
     '</script><script>document.title = "planted"</script>',
     "<img src=x onerror=\"document.title='planted'\"> line\u2028and\u2029ends",
@@ -160,10 +161,10 @@ def test_benchmarks_and_rewound_models_are_shown_where_there_are_any(study, tmp_
 
 
 def test_the_calculators_table_is_the_planners(monkeypatch):
-    monkeypatch.setattr(plan, "CARDS", {"t4": CARDS["t4"]})
-    monkeypatch.setattr(plan, "LENGTHS", (1024,))
-    monkeypatch.setattr(plan, "SHAPES", {"gemma-3-1b": SHAPES["gemma-3-1b"]})
-    data = plan.plan_data()
+    monkeypatch.setattr(build, "CARDS", {"t4": CARDS["t4"]})
+    monkeypatch.setattr(build, "LENGTHS", (1024,))
+    monkeypatch.setattr(build, "SHAPES", {"gemma-3-1b": SHAPES["gemma-3-1b"]})
+    data = PLAN_DATA()
     cfg = config.resolve("gpu", model="google/gemma-3-1b-it", train_rows=2 * data["rows"])
     costs = estimate.forecast(cfg, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"], names=data["methods"]).costs
     for cost, entry in zip(costs, data["table"]["t4"]["gemma-3-1b"][0], strict=True):

@@ -20,7 +20,7 @@ from peftlib.report.build import scored
 from peftlib.report.compare import folder_of, names_of, require_same_rows
 from peftlib.report.figures import smoothed
 from peftlib.report.palette import DARK, LIGHT, marker_of
-from peftlib.report.results_csv import COLUMNS, result_frame
+from peftlib.report.tables import COLUMNS, result_frame
 
 _CURVE = 200  # points of a loss curve
 # {column: (label, unit, decimals, which is better: 1 more, -1 less, 0 neither)}, in the order of the page's table.
