@@ -16,9 +16,10 @@ from peftlib.core.files import readable_path
 from peftlib.core.hub_token import without_tokens
 from peftlib.notebook.session import STOPPED
 from peftlib.runner import notebook_io
+from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.notebook_io import FAILED
 
-EXIT_FAILED, EXIT_STOPPED = 1, 3
+EXIT_FAILED = 1
 LINE_LIMIT = 200  # characters relayed of a line; the executed copy holds all of it
 # What papermill logs about its own work. Its guesses at our parameters are wrong: peftlib.core.config knows them.
 _ABOUT_ITSELF = (
@@ -179,7 +180,7 @@ class Execution:
             kept = self.stage.keep(copy, status)
             if status == STOPPED:
                 so_far = f"the same command goes on from there; so far: {readable_path(kept)}"
-                return EXIT_STOPPED, f"{name} stopped at its time limit, {so_far}"
+                return STOPPED_CODE, f"{name} stopped at its time limit, {so_far}"
             if self.signal is None:
                 return 0, ""
             return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on"
@@ -188,7 +189,7 @@ class Execution:
             kept = f"executed copy: {readable_path(self.stage.keep(copy, STOPPED if self.signal else FAILED))}"
         failure = notebook_io.failure(copy) if copy else None
         if failure and failure[1] == Stopped.__name__:
-            return EXIT_STOPPED, f"{name} stopped: {failure[2]}\n{kept}"
+            return STOPPED_CODE, f"{name} stopped: {failure[2]}\n{kept}"
         if self.signal is not None:
             goes_on = f"the same command goes on from there; {kept}"
             return 128 + self.signal, f"{name} was interrupted by {self.signal.name}, {goes_on}"

@@ -74,14 +74,9 @@ def run(
     if executor not in ("local", "ray"):
         raise ConfigError(f"--executor {executor}: use local or ray")
     given = given_settings(settings, source=source, profile=profile, study=study)
-    others = {
-        "rows": sweep_rows,
-        "is_again": again,
-        "at_once": at_once,
-        "minutes": minutes,
-        "has_report": not no_report,
-    }
-    chosen = _settings(given, methods, seeds, factors, only, address=address if executor == "ray" else "", **others)
+    others: dict = {"rows": sweep_rows, "is_again": again, "at_once": at_once, "minutes": minutes}
+    others |= {"has_report": not no_report, "address": address if executor == "ray" else ""}
+    chosen = _settings(given, methods, seeds, factors, only, **others)
     if dry_run:
         print("\n".join(suite_plan.lines(chosen)))
         return 0
