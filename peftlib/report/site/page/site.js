@@ -11,7 +11,7 @@ const peftlib = (() => {
   function script(path) {
     if (!waiting.has(path)) {
       waiting.set(path, new Promise((resolve, reject) => {
-        document.head.append(el("script", { src: path, onload: resolve, onerror: () => reject(new Error(`${path} is not there`)) }));
+        document.head.append(el("script", { src: path, onload: resolve, onerror: () => { waiting.delete(path); reject(new Error(`${path} is not there`)); } }));
       }));
     }
     return waiting.get(path);
