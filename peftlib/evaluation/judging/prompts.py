@@ -1,7 +1,7 @@
 """Known sets of prompts to judge on, MT-Bench and AlpacaEval, and a study's answers to them.
 
-The questions as first read are kept in prompts/<set>/questions.json of the study, its runs' answers beside them, one
-file a turn. A conversation of two turns is asked turn by turn and judged as a whole.
+The study keeps the questions in prompts/<set>/questions.json and its runs' answers beside them, one file a turn. A
+conversation of two turns is answered turn by turn and judged as a whole.
 """
 
 from pathlib import Path
@@ -30,9 +30,9 @@ _SHAPE = {"questions": [{"id": str, "source": str, "turns": [str]}]}
 def rows_of(study, name, folder=None, *, is_kept=True):
     """[row, ...] of a set, in the form of test rows without a reference: source, id, messages, prompt_sha256.
 
-    folder: that holds the set's file, or a folder of the set's name in it; None: what the study keeps, else the hub.
+    folder: where the set's file is, or a folder with the set's name in it; None: what the study keeps, else the hub.
     is_kept: keep the questions in the study from now on.
-    ConfigError: no such set. DataError: no such file, not the set of that name, or the hub cannot be reached.
+    ConfigError: no such set. DataError: no such file, a file of another set, or the hub cannot be reached.
     StudyError: the study keeps other questions.
     """
     if name not in SETS:

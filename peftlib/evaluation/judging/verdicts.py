@@ -42,9 +42,9 @@ class Verdicts:
         return line is not None and (line["verdict"] != "malformed" or line["reply_tokens"] >= reply_tokens)
 
     def add(self, case, judge, found):
-        """Append the verdict that judge._judged found and wait until the disk has it. DiskError: it does not take it.
+        """Append the verdict that judge._judged found and wait until it is on the disk. DiskError: it cannot be.
 
-        Its tokens count reminders too; None for a number that the judge did not tell.
+        Its tokens include those of reminders; None if the judge gave no count.
         """
         of_case = {"id": case.row["id"], "source": case.row["source"], "order": case.order, "time": case.time, **found}
         of_pair = {"a": self.names[0], "b": self.names[1], "is_identical": case.is_identical}
@@ -74,7 +74,7 @@ def _parsed(path, number, text):
 
 
 def _seal(line):
-    """16 hex digits over a line's values, which show whether it is as it was written."""
+    """16 hex digits over a line's values, which show whether it was changed."""
     return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -203,7 +203,7 @@ def findings(judged):
 
 
 def uncounted(study):
-    """Yield one sentence for each verdict file that is incomplete: its last line is cut, or it is empty."""
+    """Yield one sentence for each incomplete verdict file: its last line is cut, or it is empty."""
     for path in _paths(study):
         found = Verdicts(path, ())
         why = "the last line is cut" if found.is_cut else "" if found.by_key else "the file is empty"

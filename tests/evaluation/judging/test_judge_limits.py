@@ -73,7 +73,7 @@ def test_a_call_ends_by_its_time_whatever_drips(scheme, answer):
     with fake_judge.serving_raw(answer) as url:
         endpoint = Endpoint(url.replace("http:", f"{scheme}:"), "m", timeout_s=0.4, retries=0)
         started = time.monotonic()
-        with pytest.raises(JudgeError, match=r"cannot be asked: timeout 1 times \(no whole answer within 0.4 s\)"):
+        with pytest.raises(JudgeError, match=r"cannot be asked: timeout after 1 try \(no whole answer within 0.4 s\)"):
             endpoint.ask(ASKED, max_tokens=4)
     assert time.monotonic() - started < 2
 
@@ -91,7 +91,7 @@ def test_an_answer_without_end_is_read_up_to_a_limit(status, is_told):
             connection.sendall(b" " * MIB)
             sent.append(MIB)
 
-    with fake_judge.serving_raw(flood) as url, pytest.raises(JudgeError, match="more than 1 MiB|status 500 1 times"):
+    with fake_judge.serving_raw(flood) as url, pytest.raises(JudgeError, match="more than 1 MiB|status 500 after 1 try"):
         Endpoint(url, "m", timeout_s=20, retries=0).ask(ASKED, max_tokens=4)
     time.sleep(0.05)
     assert sum(sent) < 20 * MIB  # what the system's buffers hold
@@ -104,7 +104,7 @@ def test_an_answer_that_unpacks_to_much_is_not_unpacked():
         fake_judge.received(connection)
         connection.sendall(fake_judge.http_answer(packed, more="Content-Encoding: gzip\r\n"))
 
-    with fake_judge.serving_raw(bomb) as url, pytest.raises(JudgeError, match="unreadable answer 1 times"):
+    with fake_judge.serving_raw(bomb) as url, pytest.raises(JudgeError, match="unreadable answer after 1 try"):
         Endpoint(url, "m", retries=0).ask(ASKED, max_tokens=4)
 
 
@@ -135,7 +135,7 @@ def test_a_wait_beyond_all_patience_ends_at_once():
 
     with (
         fake_judge.serving_raw(say) as url,
-        pytest.raises(JudgeError, match=r"429 1 times \(quota\).*in 86,400 s: run"),
+        pytest.raises(JudgeError, match=r"429 after 1 try \(quota\).*in 86,400 s: run"),
     ):
         Endpoint(url, "m", sleep=waits.append).ask(ASKED, max_tokens=4)
     assert waits == []
