@@ -20,6 +20,7 @@ from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.notebook_io import FAILED
 
 EXIT_FAILED = 1
+SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
 LINE_LIMIT = 200  # characters relayed of a line; the executed copy holds all of it
 # What papermill logs about its own work. Its guesses at our parameters are wrong: peftlib.core.config knows them.
 _ABOUT_ITSELF = (
@@ -39,22 +40,16 @@ _NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a fi
 class Execution:
     """One run of a notebooks.Stage. papermill works in a thread, so that this one can pass signals on.
 
-    signals: a deque that receives this process's signals. heartbeat_s: seconds of silence after which a line is
-    printed. save_s: seconds that an interrupted kernel gets.
+    signals: a deque that receives this process's signals. heartbeat_s: seconds of silence before a line is printed.
     """
 
-    def __init__(self, stage, signals, heartbeat_s, save_s):
-        self.stage = stage
-        self.signals = signals
-        self.heartbeat_s = heartbeat_s
-        self.save_s = save_s
+    def __init__(self, stage, signals, heartbeat_s):
+        self.stage, self.signals, self.heartbeat_s = stage, signals, heartbeat_s
         self.cells = _with_injected(notebook_io.load(stage.source)["cells"])
         self.cell = 0  # number of the running cell, from 1
         self.cell_started = self.last_line_at = time.monotonic()
         self.kernel = None  # its KernelManager, once it is started
-        self.error = None  # what papermill raised
-        self.signal = None
-        self.kill_at = None
+        self.error = self.signal = self.kill_at = None  # error: what papermill raised
 
     def run(self):
         """Execute to the end and keep the executed copy; returns (exit code, why the run may not go on)."""
@@ -145,7 +140,7 @@ class Execution:
         else:
             with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
                 process.send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
-            self.kill_at = time.monotonic() + self.save_s
+            self.kill_at = time.monotonic() + SAVE_S
             self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
         self.signal = number
 

@@ -328,7 +328,7 @@ def test_a_signal_that_comes_as_the_kernel_ends_breaks_nothing(notebooks, monkey
     gone = subprocess.Popen([sys.executable, "-c", ""])
     process = psutil.Process(gone.pid)
     gone.wait()
-    execution = Execution(stage, [], heartbeat_s=20, save_s=5)
+    execution = Execution(stage, [], heartbeat_s=20)
     monkeypatch.setattr(execution, "_kernel_process", lambda: process)
     execution._on_signal(signal.SIGINT)
     assert execution.signal == signal.SIGINT and "SIGINT" in capsys.readouterr().out

@@ -149,7 +149,9 @@ def _check_url(url):
         parts = host = None
     is_plain = url.isprintable() and not set(url) & set(" \\")
     if host is None or not is_plain or parts.scheme not in ("http", "https"):
-        raise JudgeError("the endpoint is not a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1")
+        raise JudgeError(
+            "the endpoint is not a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
+        )
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # The URL is kept beside each verdict, so nothing secret may stand in it.
         raise JudgeError(f"the endpoint's URL holds more than an address: put the key into {KEY_VARIABLE} instead")

@@ -123,7 +123,7 @@ def test_tokens_that_the_judge_does_not_count_are_unknown(study, capsys):
         assert call(study, url, "--parallel", "1", "--price-in", "2") == 0
     printed = capsys.readouterr().out
     assert (
-        "1,100 tokens sent, 110 received as the judge counts them, cost 0.0022; the judge gave no count for 1 calls"
+        "1,100 tokens sent, 110 received as the judge counts them, cost 0.0022; the judge gave no count for 1 of "
         in printed
     )
     (unknown,) = [line for line in lines_of(study) if line["input_tokens"] is None]

@@ -38,7 +38,9 @@ def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monk
     assert [line["verdict"] for line in lines_of(study)] == ["tie", "tie"]  # of equal answers
     server = fake_judge.Server(shorter, faults=[None] * 7 + [500] * 9)
     with fake_judge.serving(server, port) as url:
-        with pytest.raises(JudgeError, match="status 500 after 3 tries.*planted 500.*9 verdicts are kept in base-vs-qlora"):
+        with pytest.raises(
+            JudgeError, match="status 500 after 3 tries.*planted 500.*9 verdicts are kept in base-vs-qlora"
+        ):
             call(study, url, "--retries", "2", "--parallel", "1")
         before = lines_of(study)
         server.faults.clear()

@@ -91,7 +91,10 @@ def test_an_answer_without_end_is_read_up_to_a_limit(status, is_told):
             connection.sendall(b" " * MIB)
             sent.append(MIB)
 
-    with fake_judge.serving_raw(flood) as url, pytest.raises(JudgeError, match="more than 1 MiB|status 500 after 1 try"):
+    with (
+        fake_judge.serving_raw(flood) as url,
+        pytest.raises(JudgeError, match="more than 1 MiB|status 500 after 1 try"),
+    ):
         Endpoint(url, "m", timeout_s=20, retries=0).ask(ASKED, max_tokens=4)
     time.sleep(0.05)
     assert sum(sent) < 20 * MIB  # what the system's buffers hold
