@@ -24,11 +24,11 @@ BLOCK = 64  # weights that share a scale in NF4
 _SCALES = 256  # scales that share a scale of their own under double quantization
 # Where the outermost quantile lies: with it the levels are those of QLoRA's code; 0 would give infinite ones.
 _OUTERMOST = 0.9677083
-_PARTS = {  # of a memory_model.Plan, with its look
-    "weights": {"color": "#0072b2", "hatch": "", "height": 0.6},
-    "optimizer": {"color": "#e69f00", "hatch": "//", "height": 0.6},
-    "gradients": {"color": "#56b4e9", "hatch": "..", "height": 0.6},
-    "activations": {"color": "#cc79a7", "hatch": "xx", "height": 0.6},
+_PARTS = {  # of a memory_model.Plan: (colour, hatch)
+    "weights": ("#0072b2", ""),
+    "optimizer": ("#e69f00", "//"),
+    "gradients": ("#56b4e9", ".."),
+    "activations": ("#cc79a7", "xx"),
 }
 
 
@@ -216,7 +216,8 @@ def memory_chart(parts, theme=LIGHT):
     """memory_parts as stacked bars in GiB. The parts do not all peak at the same time."""
     chart, axes = drawing(7.0, 1.4 + 0.45 * len(parts), "GiB on a GPU, as planned", "", theme, grid="x")
     sizes = {part: np.array([getattr(found, part) / plan.GIB for found in parts.values()]) for part in _PARTS}
-    stacked_bars(axes, list(parts), sizes, _PARTS)
+    looks = {part: {"color": color, "hatch": hatch, "height": 0.6} for part, (color, hatch) in _PARTS.items()}
+    stacked_bars(axes, list(parts), sizes, looks)
     said = (f"{name}: {', '.join(f'{part} {sizes[part][at]:.2f}' for part in _PARTS)}" for at, name in enumerate(parts))
     chart.alt = f"Planned GPU memory by part, in GiB. {'; '.join(said)}."
     return chart

@@ -29,35 +29,29 @@ _ANSWER_CHARACTERS = 700  # of an answer in the report
 
 @dataclass(frozen=True)
 class Report:
-    """results: results.csv. table: before and after training, one row per method, texts. per_source, pairs, scores:
-    numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
-    {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
-    notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. agreed:
-    [rates.Agreement, ...]. n_other_verdicts: on other answers or under another rubric. benchmarks: [scores.TaskScores,
-    ...]. rates: {method: what its swept rates may be called}. folder: of the study. theme: 'light' or 'dark', of its
-    notebooks."""
+    """What a study's report holds, as its templates and notebooks show it."""
 
-    results: pd.DataFrame
-    table: pd.DataFrame
-    per_source: pd.DataFrame
+    results: pd.DataFrame  # results.csv
+    table: pd.DataFrame  # texts: before and after training, one row a method
+    per_source: pd.DataFrame  # numbers, as `pairs` and `scores`
     pairs: pd.DataFrame
     scores: pd.DataFrame
-    summary: list
-    details: list
-    figures: dict
+    summary: list  # of at most five sentences
+    details: list  # of further sentences
+    figures: dict  # {name: PNG path}
     dark_figures: dict
-    alt: dict
+    alt: dict  # {name: text}
     numbers: charts.Numbers = field(repr=False)
-    samples: list = field(repr=False)
-    notes: list
-    judged: list
-    agreed: list
-    n_other_verdicts: int
-    benchmarks: list
-    rates: dict
+    samples: list = field(repr=False)  # dicts of source, id, prompt, reference and one answer a method
+    notes: list  # differences in setup that limit the comparison
+    judged: list  # of verdicts.Judged
+    agreed: list  # of rates.Agreement
+    n_other_verdicts: int  # on other answers or under another rubric
+    benchmarks: list  # of scores.TaskScores
+    rates: dict  # {method: what its swept rates may be called}
     study: results.ScoredStudy = field(repr=False)
     folder: Path
-    theme: str
+    theme: str  # of the study's notebooks, 'light' or 'dark'
 
     @property
     def findings(self):
@@ -70,10 +64,10 @@ def build_report(study: Study) -> Report:
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
-    # Load and score: records, predictions and verdicts, checked against the test rows; all rows, and each source's.
+    # Load and score.
     found, boot, by_source, numbers = scored(study)
     judged, agreed, n_other_verdicts = verdicts.load(study, found)
-    # Compare: every two methods, and what was not equal between them.
+    # Compare.
     pairs = comparison.pairs_of(found.systems(), boot) if boot else []
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]

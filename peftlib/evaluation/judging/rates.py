@@ -44,16 +44,15 @@ def length_controlled(scores, lengths_a, lengths_b):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two judges on the same rows and orders. share: of equal verdicts. kappa: Cohen's, None where chance alone would
-    make all equal."""
+    """Two judges on the same rows and orders."""
 
     judges: tuple
     a: str
     b: str
     prompts: str
     n_rows: int
-    share: stats.Interval
-    kappa: stats.Interval
+    share: stats.Interval  # of equal verdicts
+    kappa: stats.Interval  # Cohen's; None if chance alone would make all verdicts equal
 
 
 def agreements(found, names, prompts):
@@ -71,9 +70,8 @@ def agreements(found, names, prompts):
                     counts[at, VERDICTS.index(verdict), VERDICTS.index(found[second][row][order])] += 1
             counts = counts.reshape(len(rows), -1)
             share, kappa = (stats.sums_interval(counts, score) for score in (_share, _kappa))
-            yield Agreement(
-                (first, second), *names, prompts, len(rows), share, kappa if math.isfinite(kappa.value) else None
-            )
+            kappa = kappa if math.isfinite(kappa.value) else None
+            yield Agreement((first, second), *names, prompts, len(rows), share, kappa)
 
 
 def _share(sums):

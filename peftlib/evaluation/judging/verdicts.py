@@ -85,32 +85,24 @@ def path_of(study, methods, prompts=""):
 
 @dataclass(frozen=True)
 class Judged:
-    """One judge's verdicts on two runs. a, b: their names. n_rows: rows with a verdict in both orders.
-
-    wins, ties, losses: rows where b wins in both orders or wins once and ties once, neither, or the other way round.
-    win_rate: of b, a tie as a half, mean of both orders, by row; None without rows. length_controlled: that of answers
-    of equal length, see rates. consistency: share of the rows of different answers with one verdict in both orders.
-    self_agreement: of the same question asked twice. position_bias: share of the rows of different answers whose two
-    verdicts both took the first answer, or both the second. first_share: of the verdicts that chose one, those that
-    chose the first. prompts: the set judged on, '' for the test rows.
-    """
+    """One judge's verdicts on two runs. Intervals and shares are None if there is nothing to count."""
 
     judge: str
-    a: str
+    a: str  # names of the runs
     b: str
-    n_rows: int
-    wins: int
+    n_rows: int  # with a verdict in both orders
+    wins: int  # rows where b wins in both orders, or wins once and ties once
     ties: int
     losses: int
-    win_rate: stats.Interval = field(repr=False)
-    length_controlled: stats.Interval = field(repr=False)
-    consistency: stats.Interval = field(repr=False)
-    self_agreement: stats.Interval = field(repr=False)
+    win_rate: stats.Interval = field(repr=False)  # of b, a tie as a half, mean of both orders, by row
+    length_controlled: stats.Interval = field(repr=False)  # the same for answers of equal length, see rates
+    consistency: stats.Interval = field(repr=False)  # rows of different answers with one verdict in both orders
+    self_agreement: stats.Interval = field(repr=False)  # of the same question asked twice
     n_identical: int
-    position_bias: float
-    first_share: float
+    position_bias: float  # rows of different answers whose verdicts both took the first answer, or both the second
+    first_share: float  # of the verdicts that are no tie, those that chose the first answer
     n_malformed: int
-    prompts: str = ""
+    prompts: str = ""  # the set judged on, '' for the test rows
 
 
 def _known(cases, verdicts, judge):

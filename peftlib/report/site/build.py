@@ -52,10 +52,9 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
         if not number:  # every study has the same test rows
             _write(to, "rows", row_data(answers))
         for at, name in enumerate(answers.runs):
-            files.append(
-                {"study": study, "run": name, "method": answers.method_of(name), "file": f"answers-{number}-{at}"}
-            )
-            _write(to, files[-1]["file"], answer_data(answers, name))
+            file = f"answers-{number}-{at}"
+            files.append({"study": study, "run": name, "method": answers.method_of(name), "file": file})
+            _write(to, file, answer_data(answers, name))
     _write(to, "plan", plan_data())
     _write(to, "runs", {"version": __version__, **data, "answers": files})
     for name in PAGE:
@@ -88,11 +87,13 @@ def plan_data():
 
     Such a list is as `_entry` makes it. The times are of `ROWS` rows a source.
     """
-    speeds = estimate.measured_rows()
-    table = {
-        name: {model: [_plans(name, card, model, length, speeds) for length in LENGTHS] for model in SHAPES}
-        for name, card in CARDS.items()
-    }
+    speeds, table = estimate.measured_rows(), {}
+    for name, card in CARDS.items():
+        for model, shape in SHAPES.items():
+            configs = [resolve("gpu", model=f"google/{model}-it", max_length=length) for length in LENGTHS]
+            how = {"shape": shape, "rows": speeds, "names": COUNTED}
+            plans = [[_entry(cost) for cost in estimate.forecast(cfg, name, card, **how).costs] for cfg in configs]
+            table.setdefault(name, {})[model] = plans
     cards = {name: {"gib": card.gib, "precision": card.precision} for name, card in CARDS.items()}
     default = resolve("gpu")
     return {
@@ -107,26 +108,12 @@ def plan_data():
     }
 
 
-def _plans(name, card, model, length, speeds):
-    cfg = resolve("gpu", model=f"google/{model}-it", max_length=length)
-    found = estimate.forecast(cfg, name, card, shape=SHAPES[model], rows=speeds, names=COUNTED)
-    return [_entry(cost) for cost in found.costs]
-
-
 def _entry(cost):
-    """[memory GiB, what speaks against it] or [memory GiB, "", micro-batch, recomputation, tokens/s from, to, seconds
-    from, to, is measured]."""
-    memory = round(cost.memory_gib, 2)
+    """[memory GiB, why it is impossible] or [memory GiB, "", micro-batch, recomputation, tokens/s from, to, seconds
+    from, to, whether the speed was measured]."""
+    memory, speed = round(cost.memory_gib, 2), cost.speed
     if not cost.fits:
         return [memory, cost.mark]
-    speed, seconds = cost.speed, [round(3600 * hours, 2) for hours in cost.hours]
-    return [
-        memory,
-        "",
-        cost.micro_batch,
-        cost.checkpointing,
-        round(speed.low),
-        round(speed.high),
-        *seconds,
-        int(speed.is_measured),
-    ]
+    seconds = [round(3600 * hours, 2) for hours in cost.hours]
+    speeds = [round(speed.low), round(speed.high)]
+    return [memory, "", cost.micro_batch, cost.checkpointing, *speeds, *seconds, int(speed.is_measured)]

@@ -73,7 +73,7 @@ def site_data(folders):
         "runs": runs,
         "intervals": [entry for part in parts for entry in part["intervals"]],
         "sources": [entry for part in parts for entry in part["sources"]],
-        "rewound": [entry for part in parts for entry in part.get("rewound", ())],
+        "rewound": [entry for part in parts for entry in part["rewound"]],
     }
     return data, [(part["study"]["name"], part["answers"]) for part in parts if part["answers"]]
 
@@ -82,26 +82,19 @@ def _own(folder, name):
     """What is known of a study that has its data: scored anew, as its report is."""
     study = _study(folder)
     found, _, _, numbers = scored(study)
-    judged = verdicts.load(study, found)[0]
-    intervals = [_interval(name, m, k, i) for m, of in numbers.intervals.items() for k, i in of.items()]
+    frame = result_frame(found, verdicts.load(study, found)[0], numbers.benchmarks)
+    values = [(m, key, vars(of)) for m, known in numbers.intervals.items() for key, of in known.items()]
     for task in numbers.benchmarks:
-        intervals += [_interval(name, m, f"{_BENCH}{task.task}", task.interval(m)) for m in task.boot.value]
-    sources = [
-        {"source": source, **_interval(name, method, key, interval)}
+        values += [(m, f"{_BENCH}{task.task}", vars(task.interval(m))) for m in task.boot.value]
+    by_source = [
+        (source, m, key, vars(of))
         for source, methods in numbers.per_source.items()
-        for method, of in methods.items()
-        for key, interval in of.items()
+        for m, known in methods.items()
+        for key, of in known.items()
     ]
+    facts = {"n_test": len(found.test_rows), "sources": found.sources}
     answers = Answers(found) if found.scored else None
-    facts = _facts(name, found.split_hash, found.runs, len(found.test_rows), found.sources, bool(answers))
-    return {
-        "study": facts,
-        "runs": _runs(name, result_frame(found, judged, numbers.benchmarks), found.runs),
-        "intervals": intervals,
-        "sources": sources,
-        "rewound": [{"study": name, "method": m, "points": of} for m, of in numbers.rewound.items()],
-        "answers": answers,
-    }
+    return _part(name, frame, found.runs, values, by_source, facts, numbers.rewound, answers)
 
 
 def _published(folder, name):
@@ -112,7 +105,7 @@ def _published(folder, name):
     records = {(record["method"], record["seed"]): record for record in study.records()}
     with reading(path):
         frame = pd.read_csv(path)
-        lacking = [name for name in COLUMNS if name not in frame]
+        lacking = [column for column in COLUMNS if column not in frame]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
         unlike = set(zip(frame["method"], frame["seed"])) ^ set(records)
@@ -121,51 +114,45 @@ def _published(folder, name):
             raise ValueError(f"not what its records say: {unlike or hashes}")
     runs = [Run(records[row.method, row.seed]) for row in frame.itertuples()]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    scores = (
-        (m, k, of) for m, known in summary.get("methods", {}).items() for k, of in (known.get("scores") or {}).items()
-    )
-    intervals = [_entry(name, m, k, of["value"], of["low"], of["high"]) for m, k, of in scores]
-    sources = [
-        {"source": source, **_entry(name, method, key, value)}
+    scores = {method: known.get("scores") or {} for method, known in summary.get("methods", {}).items()}
+    values = [
+        (method, key, {name: of[name] for name in ("value", "low", "high")})
+        for method, known in scores.items()
+        for key, of in known.items()
+    ]
+    by_source = [
+        (source, method, key, {"value": value})
         for source, known in summary.get("sources", {}).items()
         for method, of in known["scores"].items()
         for key, value in of.items()
     ]
     n_test = max(map(int, frame["n_test"].dropna()), default=None)
-    facts = _facts(name, hashes[0], runs, n_test, list(summary.get("sources", {})), False)
-    return {
-        "study": facts,
-        "runs": _runs(name, frame, runs),
-        "intervals": intervals,
-        "sources": sources,
-        "answers": None,
-    }
+    facts = {"n_test": n_test, "sources": list(summary.get("sources", {}))}
+    return _part(name, frame, runs, values, by_source, facts, rewound={}, answers=None)
 
 
 def _study(folder):
     return Study(folder, resolve("demo", study=folder.name))
 
 
-def _facts(name, split_hash, runs, n_test, sources, has_answers):
-    about = dict.fromkeys(run.record["model_provenance"] for run in runs)
-    return {
+def _part(name, frame, runs, values, by_source, facts, rewound, answers):
+    """A study's part of the page. values: [(method, key, {value, low, high}), ...]; by_source: with the source before."""
+    study = {
         "name": name,
-        "split_hash": split_hash,
-        "n_test": n_test,
-        "sources": sources,
-        "models": list(about),
+        "split_hash": runs[0].record["split_hash"],
+        **facts,
+        "models": [of for of in dict.fromkeys(run.record["model_provenance"] for run in runs) if of],
         "devices": sorted({run.record["device"] for run in runs if run.record["device"]}),
         "notes": unmatched(runs),
-        "answers": has_answers,
     }
-
-
-def _interval(study, method, key, found):
-    return _entry(study, method, key, found.value, found.low, found.high)
-
-
-def _entry(study, method, key, value, low=None, high=None):
-    return {"study": study, "method": method, "key": key, "value": value, "low": low, "high": high}
+    return {
+        "study": study,
+        "runs": _runs(name, frame, runs),
+        "intervals": [{"study": name, "method": m, "key": key, **of} for m, key, of in values],
+        "sources": [{"source": s, "study": name, "method": m, "key": key, **of} for s, m, key, of in by_source],
+        "rewound": [{"study": name, "method": m, "points": of} for m, of in rewound.items()],
+        "answers": answers,
+    }
 
 
 def _runs(study, frame, runs):
