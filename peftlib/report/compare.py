@@ -25,7 +25,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     if len(set(folders)) < max(len(folders), 2):
         raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
     names = names_of(folders)
-    opened = {name: Study(folder, resolve("demo", study=folder.name)) for name, folder in zip(names, folders)}
+    opened = {name: study_in(folder) for name, folder in zip(names, folders)}
     found = {name: results.load(study) for name, study in opened.items()}
     require_same_rows({name: study.split_hash for name, study in found.items()})
     empty = [name for name, study in found.items() if not study.scored]
@@ -66,6 +66,11 @@ def folder_of(name):
         if (folder / "config.json").exists():
             return folder.resolve()
     raise StudyError(f"{name} is no study: there is no config.json in {Path(name)} or {output_root() / name}")
+
+
+def study_in(folder):
+    """The Study in a folder, to be read only: its settings are not looked at."""
+    return Study(folder, resolve("demo", study=folder.name))
 
 
 def names_of(folders):

@@ -1,4 +1,4 @@
-"""What the commands share: settings from words, one-line errors, exit codes, and the first edition's spellings."""
+"""What the commands share: settings from the command line, one-line errors, exit codes, and former spellings."""
 
 import math
 import os
@@ -47,14 +47,14 @@ def given_settings(settings, *, source=None, **options):
 
 
 def study_of(given, *, is_copied=True):
-    """The study that settings name. is_copied: brought from its remote if it has one, and copied there from now on."""
+    """The study that settings name. is_copied: restore it from its remote, if any, and copy it there from now on."""
     if is_copied:
         mirror.open_mirror(output_root() / resolve(**given).study)
     return Study.resolve(**given)
 
 
 def sized_as_full_study(given):
-    """Settings with the full study's lengths and row counts where they are not given, validation rows in proportion."""
+    """Settings completed by the full study's lengths and row counts, with validation rows in proportion."""
     full = PROFILES["t4"]
     given = {**{name: full[name] for name in ("train_rows", "test_rows", "max_length", "max_new_tokens")}, **given}
     return {"valid_rows": round(full["valid_rows"] / full["train_rows"] * given["train_rows"]), **given}
@@ -106,7 +106,7 @@ def main(app, argv):
 
 
 def call(app, argv):
-    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors come through."""
+    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors pass through."""
     command = typer.main.get_command(app)
     try:
         with command.make_context("peftlib", in_todays_words(argv)) as context:

@@ -103,7 +103,7 @@ class Execution:
         return Kernel
 
     def _on_log(self, record):
-        """Take what papermill logs: the cells that start, and what they print. False: no other handler gets it."""
+        """Handle what papermill logs: the cells that start, and what they print. False: no other handler gets it."""
         text = record.getMessage()
         start = _CELL_START.match(text)
         if start:
@@ -168,7 +168,7 @@ class Execution:
         print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}\n", end="", flush=True)
 
     def _judge(self):
-        """As `run`, from papermill's error and the copy's last line: the status of a cell is no witness."""
+        """As `run`, from papermill's error and the copy's last line; the status of a cell proves nothing."""
         name, copy = self.stage.name, self._tidied_copy()
         status, state, _ = (notebook_io.ending(copy) if copy else None) or (None, None, None)
         if self.error is None and state == self.stage.state:

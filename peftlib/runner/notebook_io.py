@@ -55,7 +55,7 @@ def code_of(notebook):
 def ending(notebook):
     """(status, state hash, [paths it wrote]) that the last code cell printed by `finish`, or None if it did not.
 
-    The cells' own status is no witness: a killed kernel leaves its cell marked completed.
+    The cells' own status proves nothing: a killed kernel leaves its cell marked completed.
     """
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source_of(cell).strip()]
     outputs = code[-1].get("outputs", []) if code else []

@@ -199,7 +199,7 @@ def test_runs_are_named_and_chosen(make_study):
     assert [job.name for job in jobs] == [job.name for job in chosen] == names
     chosen = replace(asked, names=("qlora", "galore-s1")).jobs(study)[1]
     assert [job.name for job in chosen] == ["sweep-qlora", "sweep-galore", "qlora-s0", "qlora-s1", "galore-s1"]
-    with pytest.raises(ConfigError, match="--only galore-s7 means no run here: use sweep-qlora"):
+    with pytest.raises(ConfigError, match="--only galore-s7: there is no such run, use sweep-qlora"):
         replace(asked, names=("galore-s7",)).jobs(study)
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
         replace(asked, methods=("qlor",)).jobs(study)

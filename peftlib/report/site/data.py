@@ -5,10 +5,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from peftlib.core.config import resolve
 from peftlib.core.errors import StudyError, reading
 from peftlib.core.files import read_json
-from peftlib.core.study import Study
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.comparison import unmatched
 from peftlib.evaluation.judging import verdicts
@@ -17,7 +15,7 @@ from peftlib.evaluation.stats import METRICS
 from peftlib.methods import study_order
 from peftlib.report.answers import SAME, Answers, marked
 from peftlib.report.build import scored
-from peftlib.report.compare import folder_of, names_of, require_same_rows
+from peftlib.report.compare import folder_of, names_of, require_same_rows, study_in
 from peftlib.report.figures import smoothed
 from peftlib.report.palette import DARK, LIGHT, marker_of
 from peftlib.report.tables import COLUMNS, result_frame
@@ -80,7 +78,7 @@ def site_data(folders):
 
 def _own(folder, name):
     """What is known of a study that has its data: scored anew, as its report is."""
-    study = _study(folder)
+    study = study_in(folder)
     found, _, _, numbers = scored(study)
     frame = result_frame(found, verdicts.load(study, found)[0], numbers.benchmarks)
     values = [(m, key, vars(of)) for m, known in numbers.intervals.items() for key, of in known.items()]
@@ -99,7 +97,7 @@ def _own(folder, name):
 
 def _published(folder, name):
     """What is known of a study of which only records, results.csv and perhaps summary.json are there."""
-    study, path = _study(folder), folder / "results.csv"
+    study, path = study_in(folder), folder / "results.csv"
     if not path.exists():
         raise StudyError(f"no results in {folder}: run `peftlib report --study {folder.name}`, or 04_eval, first")
     records = {(record["method"], record["seed"]): record for record in study.records()}
@@ -131,12 +129,8 @@ def _published(folder, name):
     return _part(name, frame, runs, values, by_source, facts, rewound={}, answers=None)
 
 
-def _study(folder):
-    return Study(folder, resolve("demo", study=folder.name))
-
-
 def _part(name, frame, runs, values, by_source, facts, rewound, answers):
-    """A study's part of the page. values: [(method, key, {value, low, high}), ...]; by_source: with the source before."""
+    """A study's part of the page. values: [(method, key, {value, low, high}), ...]; by_source: with its source."""
     study = {
         "name": name,
         "split_hash": runs[0].record["split_hash"],
