@@ -161,6 +161,10 @@ class Explorer(Shown):
         self.next.on_click(lambda _: self._step(1))
         self.csv.on_click(self._make_csv)
 
+    def place(self):
+        """Index of the row shown, or None where no row was found."""
+        return int(self._found[self.number.value - 1]) if len(self._found) else None
+
     def _find(self, change=None):
         source = None if self.source.value == ALL else self.source.value
         scores = {"metric": self.metric.value, "name": self.name.value, "other": self.other.value}
@@ -180,15 +184,15 @@ class Explorer(Shown):
     def _show(self, change=None):
         if self._is_moving:
             return
-        n = len(self._found)
+        n, at = len(self._found), self.place()
         self.count.value = f"of {n:,}"
         self.previous.disabled, self.next.disabled = self.number.value <= 1, self.number.value >= n
-        if not n:
+        if at is None:
             self.shown.value = page(["<p>No row holds this text: shorten it, or take all sources.</p>"])
             return
         against = self.other.value if self.order.value in (GAIN, LOSS) else BASE if BASE in self.methods else None
         how = {"against": against, "theme": self._theme, "is_marked": self.is_marked.value}
-        row = row_html(self.answers, int(self._found[self.number.value - 1]), ticked(self.methods), **how)
+        row = row_html(self.answers, at, ticked(self.methods), **how)
         note = f'<p class="pl-note">In brackets: against {html.escape(against)}, on this row.</p>' if against else ""
         self.shown.value = page([row, note, LEGEND])
 
