@@ -1,7 +1,6 @@
-"""Charts of a study, each with one sentence for those who cannot see it. A method keeps its colour and marker
-everywhere.
+"""Charts of a study, each described in one sentence. A method keeps its colour and marker everywhere.
 
-Functions return a `chart.Chart` in the theme asked for. intervals: {method: {metric: stats.Interval}}.
+Functions return a `chart.Chart` in a theme. intervals: {method: {metric: stats.Interval}}.
 """
 
 import math
@@ -19,7 +18,7 @@ _RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 
 
 def loss_curves(records, theme=LIGHT):
-    """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation
+    """Training loss over optimizer steps, one smoothed line a run (of up to four runs as logged too); validation as
     points."""
     chart, axes = drawing(5.8, 3.4, "optimizer step", "loss (nats per assistant token)", theme)
     records = sorted(records, key=lambda record: (_order(record["method"]), record["seed"]))
@@ -98,7 +97,7 @@ def source_bars(per_source, metric="rougeL", theme=LIGHT):
 def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows=""):
     """A point a method: peak training memory across, score with 95 % interval up.
 
-    The base is a dashed line where it is near; a base far below is named at the edge, for the axes hold the methods.
+    The base is a dashed line if it is near; a base far below is named at the edge, so that the methods fill the axes.
     peak_gib: {method: GiB or None}; methods of unknown memory are left out. rows: as in `score_bars`.
     """
     name = METRICS[metric]

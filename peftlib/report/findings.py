@@ -1,4 +1,4 @@
-"""What a scored study shows, in sentences made from its numbers; an unknown number makes no sentence."""
+"""What a scored study shows, in sentences made from its numbers; an unknown number gives no sentence."""
 
 import math
 
@@ -14,7 +14,7 @@ def summary(found, boot, pairs, notes, numbers):
     """[sentence, ...], at most five: which method is best, by how much, memory and time, forgetting, and cautions.
 
     found: results.ScoredStudy. boot: stats.Bootstrap, None without scores. pairs: [comparison.Pair, ...]. notes: what
-    was not matched. numbers: charts.Numbers.
+    differs between the runs' setups. numbers: charts.Numbers.
     """
     told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
     if not told:
@@ -117,9 +117,9 @@ def _against_cut_base(found, pairs):
 
 
 def worth(difference, cut_share):
-    """What a difference from the cut base says. cut_share: of the method's own answers that the token limit cut."""
+    """What a difference from the cut base means. cut_share: of the method's own answers, cut by the token limit."""
     verdict = difference.verdict
-    if cut_share >= 0.5:  # then it has not learnt to stop, and the cut base is spared what lengthens its own answers
+    if cut_share >= 0.5:  # it has not learnt to stop, so its answers are long and those of the cut base are not
         return (
             f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "
             "compares lengths as much as answers"

@@ -202,8 +202,8 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
 def test_a_folder_that_holds_something_else_or_cannot_be_written_is_refused(study, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    refused("holds something else", [study.folder], tmp_path / "mine")
-    refused("holds something else", [study.folder], tmp_path / "mine" / "thesis.txt")
+    refused("holds something other", [study.folder], tmp_path / "mine")
+    refused("holds something other", [study.folder], tmp_path / "mine" / "thesis.txt")
     refused("cannot be written", [study.folder], tmp_path / "mine" / "thesis.txt" / "page")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
 

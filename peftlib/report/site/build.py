@@ -1,6 +1,6 @@
 """Writes the results page of one or more studies into a folder.
 
-Values reach the page as JSON in script files, for a page of file:// may fetch nothing. The page's policy runs no other
+Values reach the page as JSON in script files, because a file:// page may fetch nothing. The page's policy runs no other
 script, and site.js shows every value as text.
 """
 
@@ -24,7 +24,7 @@ _MARK = "vega.js"  # a folder that has it holds a page, which may be written ane
 # What would end a script element, and what JavaScript once took for line ends; lone surrogates are no UTF-8.
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
 
-# Those whose adapter has to be built to be counted take seconds for each model: `peftlib plan --methods` has them.
+# Counting other methods' parameters means building their adapters, seconds a model: see `peftlib plan --methods`.
 COUNTED = tuple(name for name, spec in METHODS.items() if not spec.is_counted)
 LENGTHS = (256, 512, 1024, 2048, 4096)
 ROWS = resolve("gpu").train_rows  # of a source, which the page's reader changes; hours are in proportion to it
@@ -33,15 +33,15 @@ ROWS = resolve("gpu").train_rows  # of a source, which the page's reader changes
 def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
     """Write a static page about studies into a folder; returns the path of its index.html.
 
-    studies: folders, or names under the output root. Answers can be explored where a study's data and predictions are
-    there. Equal studies give equal files.
+    studies: folders, or names under the output root. Answers can be explored if a study's data and predictions are in
+    its folder. Equal studies give equal files.
 
     ConfigError: vl-convert-python is not installed, or `to` holds something else. StudyError: a folder that is no study
     or has no results, the same one twice, or studies of other test rows. DiskError: `to` cannot be written.
     """
     to, library = Path(to), _chart_library()
     if to.exists() and (not to.is_dir() or any(to.iterdir())) and not (to / _MARK).is_file():
-        raise ConfigError(f"--to {to} holds something else than a results page: name a new or empty folder")
+        raise ConfigError(f"--to {to} holds something other than a results page: name a new or empty folder")
     data, explored = site_data(studies)
     with writing(to):
         to.mkdir(parents=True, exist_ok=True)

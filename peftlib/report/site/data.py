@@ -1,4 +1,4 @@
-"""What the results page shows of studies, as plain values that JSON takes. Unknown is None."""
+"""What the results page shows of studies, as plain JSON values. Unknown is None."""
 
 import math
 
@@ -185,7 +185,7 @@ def _points(entries, key):
 
 
 def _plain(value):
-    """A value that JSON takes; None for what is no finite number."""
+    """A JSON value; None for a number that is not finite."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
