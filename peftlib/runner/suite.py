@@ -188,6 +188,6 @@ def listing(settings, *, is_pending):
     study = _resolved(settings, lambda line: None)
     study.manifest()
     study.freeze()
-    session = _Session(study, settings, None, None)
+    session = _Session(study, settings, None, lambda line: print(line, file=sys.stderr))  # the list may be commands
     commands = (shlex.join(["peftlib", *job.words()]) for job in session.ready)
     return commands if is_pending else table(session.states | session.notes)

@@ -30,6 +30,8 @@ def _settings(given, methods="", seeds="0", factors="none", only="", **others):
     from peftlib.methods import BASE, METHODS, default_methods, find, known
     from peftlib.runner.suite_jobs import Settings as SuiteSettings
 
+    if "seed" in given:
+        raise ConfigError("-p seed: the runs of a study have their seeds in their names; --seeds says which there are")
     names = (BASE, *default_methods()) if methods is None else tuple(methods.replace(",", " ").split())
     strange = [name for name in names if name != BASE and ":" not in name and not known(name)]
     if strange or methods == ",":

@@ -127,6 +127,22 @@ def test_what_another_worker_holds_is_neither_listed_nor_done(listed, capsys):
     assert cli.main(shlex.split(commands[1])[1:]) == 0
 
 
+def test_a_store_that_does_not_say_who_works_is_named_beside_the_list(study_words, capsys, monkeypatch):
+    def unreachable(*args, **how):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.ls", unreachable)
+    assert cli.main(["study", "list", *study_words]) == 0
+    said = capsys.readouterr()
+    assert "does not say who works on tiny" in said.err and "sweep-qlora" in said.out
+
+
+def test_the_name_of_a_run_sets_its_seed(listed, capsys):
+    words = shlex.split(listed("--pending")[1])[1:]
+    assert cli.main([*words, "-p", "seed=3"]) == 2
+    assert "-p seed: the runs of a study have their seeds in their names" in capsys.readouterr().err
+
+
 def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
     words = shlex.split(listed("--pending")[0])[1:]
     assert cli.main(["qlora-s0" if word == "sweep-qlora" else word for word in words]) == 75
