@@ -12,7 +12,7 @@ from typer import Option
 
 from peftlib.core.config import PROFILES, from_text, resolve
 from peftlib.core.env import output_root
-from peftlib.core.errors import ConfigError, PeftlibError, disk_error
+from peftlib.core.errors import ConfigError, PeftlibError, Stopped, disk_error
 from peftlib.core.study import Study
 from peftlib.storage import mirror
 
@@ -86,7 +86,11 @@ def say(line):
 def main(app, argv):
     """Run one command; returns its exit code. A PeftlibError is printed as one line, without a traceback."""
     try:
-        code = call(app, argv)
+        try:
+            code = call(app, argv)
+        except Stopped as stopped:
+            print(f"stopped: {stopped}", file=sys.stderr)
+            code = STOPPED_CODE
         for line in mirror.flush_all():
             print(line, file=sys.stderr)  # `study list` prints commands
         sys.stdout.flush()

@@ -25,7 +25,7 @@ def load(path):
     with reading(path, _WAY_OUT):
         notebook = json.loads(Path(path).read_bytes().decode("utf-8"))
     found = fault(notebook, _SHAPE)
-    if not found and not all("source" in cell for cell in notebook["cells"]):
+    if not found and not all(isinstance(cell.get("source"), str | list) for cell in notebook["cells"]):
         found = "a cell has no source"
     if found:
         raise StudyError(f"{path} is no notebook ({found}): {_WAY_OUT}")
