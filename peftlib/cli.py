@@ -229,10 +229,13 @@ def export(
     print("\n".join(lines_of(export_model(found, _name_of(method), **how), dry_run=dry_run)))
 
 
-_command(*analysis_cli.BENCH_EXAMPLES)(analysis_cli.bench)
-_command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(
-    analysis_cli.plan
-)
+_command(
+    "bench base qlora galore --study first",
+    "bench base qlora --study first --tasks arc_easy,piqa --data eval/ --limit 100",
+    "bench --path my-adapter --study first --tasks retention,skill",
+)(analysis_cli.bench)
+_PLANS = "plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first"
+_command(*_PLANS)(analysis_cli.plan)
 _command("methods dora qdora", "methods peft:my_config.json")(analysis_cli.methods)
 _command("compare first second", "compare runs/first runs/second")(analysis_cli.compare)
 _command("site runs/first runs/second --to page")(analysis_cli.site)

@@ -29,6 +29,7 @@ NOTEBOOKS = {
     "05_hybrid": ("01_data", "02_qlora", "03_galore", "04_eval"),
 }
 FINISHED, STOPPED = "finished", "stopped"
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _PARAMETERS = "# Parameters"  # how papermill's injected cell begins, and ours
 _FORM_MARK = re.compile(r"#\s*@(param|markdown)\b")
 _LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state ([0-9a-f]{12})$", re.MULTILINE)
@@ -248,8 +249,7 @@ def _ipython():
 
 def _quiet_progress_bars():
     # The libraries read these when they are imported. A bar would leave one line an update in the executed copy.
-    for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ[switch] = "1"
+    os.environ |= dict.fromkeys(NO_BARS, "1")
     import tqdm.auto
 
     # In a kernel tqdm.auto would take widgets, which nobody sees here and which do not heed TQDM_DISABLE.

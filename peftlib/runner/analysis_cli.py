@@ -11,11 +11,6 @@ from peftlib.runner.console import AnyName, Flag, Name, Profile, Settings, given
 from peftlib.storage.mirror import open_study
 
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
-BENCH_EXAMPLES = (
-    "bench base qlora galore --study first",
-    "bench base qlora --study first --tasks arc_easy,piqa --data eval/ --limit 100",
-    "bench --path my-adapter --study first --tasks retention,skill",
-)
 
 
 def bench(

@@ -14,7 +14,7 @@ from peftlib.core import paths
 from peftlib.core.errors import DiskError, Stopped, StudyError, writing
 from peftlib.core.files import readable_path
 from peftlib.core.hub_token import without_tokens
-from peftlib.notebook.session import STOPPED
+from peftlib.notebook.session import NO_BARS, STOPPED
 from peftlib.runner import notebook_io
 from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.notebook_io import FAILED
@@ -218,9 +218,7 @@ class Execution:
 
 def environment():
     """{variable: value} of a child process: this checkout's peftlib, no progress bars, no prompts."""
-    switches = ("PEFTLIB_HEADLESS", "PYDEVD_DISABLE_FILE_VALIDATION", "TQDM_DISABLE")
-    switches += ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
-    found = dict.fromkeys(switches, "1")
+    found = dict.fromkeys(("PEFTLIB_HEADLESS", "PYDEVD_DISABLE_FILE_VALIDATION", *NO_BARS), "1")
     if paths.checkout():
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.checkout()), os.environ.get("PYTHONPATH")]))
     return found

@@ -187,6 +187,10 @@ def test_a_filter_that_leaves_one_seed_shows_its_score_and_not_the_studys_interv
 def test_a_file_that_was_not_copied_is_named_and_can_be_asked_for_again(driver, page, tmp_path):
     folder = tmp_path / "copied"
     shutil.copytree(page.parent, folder)
+    (folder / "data" / "plan.js").unlink()
+    opened = Page(driver, folder / "index.html")
+    about = "return document.getElementById('about').textContent"
+    opened.wait(f"{about}.startsWith('data/plan.js is not there: copy the whole folder')", "words on the planner's file")
     answers = folder / "data" / "answers-0-1.js"
     text = answers.read_bytes()
     answers.unlink()

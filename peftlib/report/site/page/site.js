@@ -17,6 +17,9 @@ const peftlib = (() => {
     return waiting.get(path);
   }
 
+  /** Say that a file is missing; a page of file:// gets no event of a rejection that nobody handles. */
+  function missing(error) { $("about").textContent = `${error.message}: copy the whole folder, then reload this page.`; }
+
   /** The value of data/NAME.js, which is loaded when it is first asked for. */
   async function load(name) {
     if (!kept.has(name)) await script(`data/${name}.js`);
@@ -132,7 +135,7 @@ const peftlib = (() => {
   let pending = 0;
   function redraw() {
     clearTimeout(pending);
-    pending = setTimeout(() => peftlib.drawCharts(), 200);
+    pending = setTimeout(() => peftlib.drawCharts().catch(missing), 200);
   }
   function refresh() { find(); table(); redraw(); }
 
@@ -191,5 +194,5 @@ const peftlib = (() => {
     performance.mark("peftlib-table");
   }
   document.addEventListener("DOMContentLoaded", start);
-  return { $, take, script, load, el, number, options, labelled, save, csv, isDark, color, swatch, data, figure, mean, shown: () => shown };
+  return { $, take, script, missing, load, el, number, options, labelled, save, csv, isDark, color, swatch, data, figure, mean, shown: () => shown };
 })();
