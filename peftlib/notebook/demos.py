@@ -139,7 +139,7 @@ def first_adapted(model):
     for name, module in model.named_modules():
         if getattr(module, "lora_A", None):
             return name, module
-    raise ModelError("no layer has a LoRA adapter: train by qlora, lora or hybrid first")
+    raise ModelError("no layer has a LoRA adapter: train with qlora, lora or hybrid first")
 
 
 def captured_energy(run, layers, *, rows=4):

@@ -22,7 +22,7 @@ def drive_box(study, method, *, is_interactive=None):
         return off("Drive asks its owner for permission", f"cp -r {readable_path(study.folder)} FOLDER")
     if not remotes.can_ask_colab():
         weights = readable_path(study.weights_dir(method, study.cfg.seed))
-        print(f"Google Drive is Colab's: here the files are in {weights}")
+        print(f"Google Drive is available only on Colab; here the files are in {weights}")
         return None
     return Action("Copy to my Drive", lambda say: _copied_to_drive(study, method, say))
 
@@ -33,7 +33,9 @@ def _copied_to_drive(study, method, say):
     if not drive.is_dir():
         remotes.mount_drive()
     if not drive.is_dir():
-        raise StudyError(f"Drive is not mounted: drive.mount({str(remotes.DRIVE)!r}) in a cell, then press again")
+        raise StudyError(
+            f"Drive is not mounted: run drive.mount({str(remotes.DRIVE)!r}) in a cell, then press the button again"
+        )
     to, weights = drive / _DRIVE_FOLDER / study.folder.name, study.weights_dir(method, study.cfg.seed)
     if not weights.is_dir():
         raise StudyError(f"no weights of {method} yet: run the training cell first")
@@ -91,7 +93,7 @@ class HubBox(Action):
         found = Preview(*self._run, **how)
         self.push.disabled = not found.is_finished
         say("Nothing is sent yet." if found.is_finished else "")
-        who = "private: you alone can read it" if how["private"] else "PUBLIC: everybody can read it"
+        who = "private: only you can read it" if how["private"] else "PUBLIC: everybody can read it"
         return f"<p>{html.escape(how['to'])}, {who}.</p>{found._repr_html_()}"
 
     def _push(self, say):

@@ -147,7 +147,7 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
         print(mirror.state())
     later = [other for other in NOTEBOOKS if other > name]
     if status == STOPPED:
-        print(f"stopped before its end: run {name} again to go on from here")
+        print(f"stopped early: run {name} again to go on from here")
     else:
         print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
         if study.cfg.profile == "quick" and not later:
@@ -203,7 +203,7 @@ def literals(source):
             values |= {target.id: ast.literal_eval(node.value) for target in node.targets}
     except (ValueError, SyntaxError) as error:
         raise ConfigError(
-            f"the parameters cell holds only lines NAME = VALUE with plain values, no expressions: {error}"
+            f"the parameters cell may hold only lines NAME = VALUE with literal values: {error}"
         ) from None
     return values
 

@@ -65,7 +65,7 @@ def folder_of(name):
     for folder in (Path(name), output_root() / name):
         if (folder / "config.json").exists():
             return folder.resolve()
-    raise StudyError(f"{name} is no study: there is no config.json in {Path(name)} or {output_root() / name}")
+    raise StudyError(f"{name} is not a study: there is no config.json in {Path(name)} or {output_root() / name}")
 
 
 def study_in(folder):
@@ -85,4 +85,4 @@ def require_same_rows(hashes):
     """StudyError: studies of unlike test rows. hashes: {name: split_hash}."""
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{name} has {value}" for name, value in hashes.items())
-        raise StudyError(f"not of the same test rows, so not comparable: split_hash differs: {listed}")
+        raise StudyError(f"these studies have different test rows and cannot be compared: split_hash differs: {listed}")

@@ -71,7 +71,7 @@ def judge(
     if (endpoint is None) == (local is None):
         raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
     if data is not None and not prompts:
-        raise ConfigError("--data holds a set of prompts: name it by --prompts mt_bench or alpaca_eval")
+        raise ConfigError("--data holds a set of prompts: name it with --prompts mt_bench or alpaca_eval")
     if endpoint is not None and model is None:
         raise ConfigError("--endpoint needs --model, the name under which the server knows its model")
     from peftlib.evaluation.judging.backends import Endpoint, Local

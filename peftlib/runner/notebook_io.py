@@ -28,7 +28,7 @@ def load(path):
     if not found and not all(isinstance(cell.get("source"), str | list) for cell in notebook["cells"]):
         found = "a cell has no source"
     if found:
-        raise StudyError(f"{path} is no notebook ({found}): {_WAY_OUT}")
+        raise StudyError(f"{path} is not a notebook ({found}): {_WAY_OUT}")
     return notebook
 
 

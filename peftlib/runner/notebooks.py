@@ -65,7 +65,7 @@ def plan(wanted, overrides, notebooks_dir=None):
     folder = Path(notebooks_dir) if notebooks_dir else paths.shipped("notebooks")
     found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise ConfigError(f"no notebooks in {folder}: give their folder by --notebooks")
+        raise ConfigError(f"no notebooks in {folder}: name their folder with --notebooks")
     return [_stage(name, found[name], overrides) for name in _selected(wanted, found)]
 
 
@@ -161,7 +161,7 @@ def _profile_of_this_machine():
     )
     if asked.returncode:
         last_line = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"profile='auto' could not be resolved here, give one by --profile ({last_line})")
+        raise ConfigError(f"profile='auto' could not be resolved here: name one with --profile ({last_line})")
     return asked.stdout.split()[-1]
 
 

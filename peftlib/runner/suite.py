@@ -46,7 +46,7 @@ def run(settings, *, log=print, why_stop=lambda: None):
                 why = why or (f"minutes={settings.minutes:g} are nearly over" if late else None)
                 if reason is None and why:
                     reason = why
-                    log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is at work'}")
+                    log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is running'}")
                     executor.stop()
                 session.step(is_cut=reason is not None)
                 time.sleep(0.2)
@@ -65,7 +65,7 @@ def _with_data(settings, log):
 
     study = _resolved(settings, log)
     if not (study.manifest_path.exists() and study.config_path.exists()):
-        log(f"builds the data of {study.folder.name}")
+        log(f"building the data of {study.folder.name}")
         build_data(study.cfg, study.data_dir)
     study.freeze()
     if settings.factors != () and not sum(study.manifest()["counts"]["valid"].values()):
@@ -175,9 +175,9 @@ class _Session:
         failed = [name for name in status if status[name] in (FAILED, DIED)]
         left = [name for name in status if status[name] not in (DONE, FAILED)]
         if failed:
-            self.log(f"failed: {', '.join(failed)}; --again tries them once more")
+            self.log(f"failed: {', '.join(failed)}; --again tries them again")
         if left:
-            self.log(f"left: {', '.join(left)}; the same command goes on")
+            self.log(f"left: {', '.join(left)}; the same command resumes them")
         if not failed and not left:
             self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
         return 1 if failed else STOPPED_CODE if left else 0

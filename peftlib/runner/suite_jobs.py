@@ -105,7 +105,7 @@ def job_named(study, settings, name):
     """The Job of such a name. ConfigError: no run is called so."""
     found = re.fullmatch(r"sweep-(.+)|(.+)-s(\d+)", name)
     if not found:
-        raise ConfigError(f"{name!r} is no run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
+        raise ConfigError(f"{name!r} is not a run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
     method = found[1] or found[2]
     if method != BASE:
         find(method)

@@ -100,7 +100,7 @@ def _job(folder, settings, name, data):
     study = Study.existing(folder.name)
     found = study.manifest()["split_hash"]
     if data not in ("", found):
-        raise NodeError(f"has rows of the hash {found} in {folder}, the command asks for {data}: remove that folder")
+        raise NodeError(f"has rows with the hash {found} in {folder}, the command asks for {data}: remove that folder")
     job = job_named(study, settings, name)
     cfg = study.cfg.replace(**settings.given, seed=job.seed)
     if cfg.device == "auto" and resolve_device("auto") == "cpu":

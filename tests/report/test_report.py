@@ -557,7 +557,7 @@ def test_studies_that_cannot_be_compared_are_refused(two, tmp_path):
     first, second = two
     with pytest.raises(StudyError, match="two or more different"):
         compare_studies([str(first.folder)] * 2)
-    with pytest.raises(StudyError, match=r"nowhere is no study: there is no config\.json"):
+    with pytest.raises(StudyError, match=r"nowhere is not a study: there is no config\.json"):
         compare_studies([str(first.folder), str(tmp_path / "nowhere")])
     for method in ("base", "qlora"):
         second.predictions_path(method, 0).unlink()

@@ -181,8 +181,8 @@ def refused(words, *args):
 
 def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
     to = tmp_path / "page"
-    refused("nothing here is no study", ["nothing here"], to)
-    refused("the same study twice", [study.folder, study.folder], to)
+    refused("nothing here is not a study", ["nothing here"], to)
+    refused("the same study is named twice", [study.folder, study.folder], to)
     other = tmp_path / "other"
     shutil.copytree(study.folder, other)
     write_json(
@@ -191,7 +191,7 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
     for path in (other / "records").glob("*.json"):
         write_json(path, {**read_json(path), "split_hash": "0" * 12})
     shutil.rmtree(other / "predictions")
-    refused("not of the same test rows.*split_hash differs", [study.folder, other], to)
+    refused("these studies have different test rows.*split_hash differs", [study.folder, other], to)
     shutil.rmtree(other / "data")
     refused(r"no results in .*peftlib report", [other], to)
     (other / "results.csv").write_text("method,seed\nqlora,7\n")

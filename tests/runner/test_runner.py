@@ -318,7 +318,7 @@ def test_a_cell_without_outputs_has_not_ended_and_one_without_source_is_named(no
     assert executed.ending(copy) is None
     executed.tidy(copy, tmp_path)
     path.write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": []}], "metadata": {}}))
-    with pytest.raises(StudyError, match=r"copy\.ipynb is no notebook \(a cell has no source\)"):
+    with pytest.raises(StudyError, match=r"copy\.ipynb is not a notebook \(a cell has no source\)"):
         executed.load(path)
 
 

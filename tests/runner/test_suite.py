@@ -116,7 +116,7 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(settings, in_this_proces
     )
     assert found["galore-s1"]["evaluation_error"] == "MemoryError: no room for answers, planted"
     assert found["qlora-s1"]["evaluation"] and found["galore-s0"]["evaluation"] and found["base-s0"]["evaluation"]
-    assert "failed: qlora-s0, galore-s1; --again tries them once more" in lines
+    assert "failed: qlora-s0, galore-s1; --again tries them again" in lines
     assert "qlora,0,failed" in study.results_path.read_text()  # the report tells it too
 
 
@@ -206,7 +206,7 @@ def test_runs_are_named_and_chosen(make_study):
     assert {job.state()[0] for job in jobs} == {"waits"}
     assert [job_named(study, asked, name) for name in names] == jobs
     for name in ("galore", "galore-s", "-s0", "sweep-", "../x-s1"):
-        with pytest.raises(ConfigError, match="is no run|is unknown"):
+        with pytest.raises(ConfigError, match="is not a run|is unknown"):
             job_named(study, asked, name)
 
 

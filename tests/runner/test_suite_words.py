@@ -154,7 +154,7 @@ def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
     "changes, message",
     [
         ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, the command is of 0\.1\.0\+cafecafe: install the same"),
-        ({"--data": "0123456789ab"}, r"has rows of the hash \S+ in .*tiny, the command asks for 0123456789ab"),
+        ({"--data": "0123456789ab"}, r"has rows with the hash \S+ in .*tiny, the command asks for 0123456789ab"),
         ({"device=cpu": "device=auto"}, "has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p"),
         ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
         ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),

@@ -104,7 +104,7 @@ class Endpoint:
             self.counts[f"retried {failure.kind}"] += 1
         self._sleep(wait_s)
         if self._stopped.is_set():
-            raise JudgeError(f"{what}, and no more tries are wanted") from None
+            raise JudgeError(f"{what}, and retrying was stopped") from None
 
     def _refused(self, said):
         with self._lock:
@@ -127,7 +127,7 @@ class Endpoint:
             way_out = "give that server's URL as --endpoint if it is the right one"
             raise Hopeless(f"redirects to {place} (status {status}), where nothing was sent: {way_out}")
         if status not in _REFUSALS and status not in _PASSING and not 500 <= status < 600:
-            raise Hopeless(f"answers with status {status} ({said}), which no other try would change")
+            raise Hopeless(f"answers with status {status} ({said}), which a retry would not change")
 
     def _without_key(self, text):
         """A server's text without the key, which some repeat. A short key is a placeholder and left in."""
@@ -160,8 +160,8 @@ def _check_url(url):
         is_loopback = ipaddress.ip_address(host).is_loopback
     if parts.scheme == "http" and not is_loopback:
         raise JudgeError(
-            f"the endpoint {url} would send key and texts in the open: use https://, or for a server of your own a "
-            f"tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
+            f"the endpoint {url} would send key and texts unencrypted: use https://, or for a server of your own "
+            f"a tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
         )
 
 

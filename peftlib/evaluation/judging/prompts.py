@@ -42,7 +42,7 @@ def rows_of(study, name, folder=None, *, is_kept=True):
     if kept is None or folder is not None:
         questions = _questions(name, folder)
         if kept not in (None, questions):
-            raise StudyError(f"{path} holds other questions than {folder}: answers to both cannot be compared")
+            raise StudyError(f"{path} holds different questions from {folder}: answers to both cannot be compared")
         if kept is None and is_kept:
             write_json(path, {"questions": questions})
         kept = questions

@@ -49,7 +49,7 @@ def site_data(folders):
     """
     folders = [folder_of(name) for name in folders]
     if len(set(folders)) < len(folders):
-        raise StudyError(f"the same study twice: {', '.join(map(str, folders))}; name each folder once")
+        raise StudyError(f"the same study is named twice: {', '.join(map(str, folders))}; name each folder once")
     names = names_of(folders)
     parts = [
         _published(f, n) if not (f / "data" / "manifest.json").exists() else _own(f, n) for f, n in zip(folders, names)

@@ -106,7 +106,7 @@ def test_a_placeholder_for_a_key_does_not_spoil_verdicts(monkeypatch):
 @pytest.mark.parametrize("url", ["http://example.com/v1", "http://10.0.0.3:8000/v1", "http://0.0.0.0:8000/v1",
                                  "http://localhost.evil.com/v1", "http://127.0.0.1.evil.com/v1", "HTTP://[::2]/v1"])  # fmt: skip
 def test_what_is_not_on_this_machine_needs_https(url):
-    with pytest.raises(JudgeError, match=r"(?i)http.*in the open: use https://.*ssh -L") as error:
+    with pytest.raises(JudgeError, match=r"(?i)http.*unencrypted: use https://.*ssh -L") as error:
         Endpoint(url, "m")
     assert url in str(error.value)
 

@@ -127,7 +127,7 @@ def test_bad_sets_are_named_and_nothing_is_kept(study, folder, monkeypatch):
     assert not (study.folder / "prompts").exists()
     prompts.rows_of(study, "mt_bench", folder)
     path.write_text(whole.replace("Say 3.", "Say three."))
-    with pytest.raises(StudyError, match=r"questions\.json holds other questions than"):
+    with pytest.raises(StudyError, match=r"questions\.json holds different questions from"):
         prompts.rows_of(study, "mt_bench", folder)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", _no_hub)
     with pytest.raises(
