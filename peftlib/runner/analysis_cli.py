@@ -1,5 +1,6 @@
 """The verbs that train nothing: what fits a card, benchmarks, a judge, and what studies have found."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ from typer import Argument, Option
 
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
-from peftlib.runner.console import AnyName, Flag, Name, Profile, Settings, given_settings, require_numbers, say
+from peftlib.runner.console import AnyName, Flag, Name, Profile, Settings, given_settings, say
 from peftlib.storage.mirror import open_study
 
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
@@ -65,9 +66,10 @@ def judge(
 
     An endpoint's key is read from the environment variable OPENAI_API_KEY and stored nowhere.
     """
-    require_numbers({"--timeout": timeout, "--price-in": price_in or 0, "--price-out": price_out or 0})
-    if timeout == 0:
-        raise ConfigError("--timeout 0 leaves no time for an answer: give seconds, such as 60")
+    if not 0 < timeout < math.inf:
+        raise ConfigError(f"--timeout {timeout:g} is out of range: give seconds, such as 60")
+    if math.inf in (price_in, price_out):
+        raise ConfigError("--price-in and --price-out must be finite")
     if (endpoint is None) == (local is None):
         raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
     if data is not None and not prompts:

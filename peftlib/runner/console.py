@@ -60,13 +60,6 @@ def sized_as_full_study(given):
     return {"valid_rows": round(full["valid_rows"] / full["train_rows"] * given["train_rows"]), **given}
 
 
-def require_numbers(options):
-    """ConfigError: an option's number is below 0, infinite or not a number. options: {name: number}."""
-    for name, number in options.items():
-        if not 0 <= number < math.inf:
-            raise ConfigError(f"{name} {number:g} is out of range")
-
-
 def numbers(option, text, kind):
     """The comma-separated numbers of an option, as kind. ConfigError: not numbers, not finite, below 0, or repeated."""
     try:
