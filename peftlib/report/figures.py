@@ -54,7 +54,7 @@ def _points(entries, key):
 
 def smoothed(values):
     """Exponential mean of a list of numbers over about a tenth of its length, without the pull of its start."""
-    return pd.Series(values).ewm(alpha=1 / max(1.0, 0.1 * len(values))).mean().tolist()
+    return pd.Series(values, dtype=float).ewm(alpha=1 / max(1.0, 0.1 * len(values))).mean().tolist()
 
 
 def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
