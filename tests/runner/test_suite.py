@@ -154,7 +154,7 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
         return "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
 
     assert run(asked, log=lines.append, why_stop=stop) == STOPPED_CODE
-    assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command goes on" in lines
+    assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command resumes them" in lines
     lines.clear()
     assert run(settings(has_report=False, minutes=0.01), log=lines.append) == STOPPED_CODE
     assert not any("starts" in line for line in lines)  # none is begun that could not save in time
