@@ -21,7 +21,10 @@ _DTYPES |= dict.fromkeys(("seed", "n_test", "trainable_params", "steps", "train_
 def result_frame(found, judged, benchmarks):
     """results.csv of a ScoredStudy, its [verdicts.Judged, ...] and [scores.TaskScores, ...], as a DataFrame."""
     rows = [{**_result_row(run), **_judged_columns(run, judged)} for run in found.runs]
-    return _frame(rows, [f"bench_{scores.task}" for scores in benchmarks])
+    judges = [name for name in _JUDGED if rows and name in rows[0]]
+    names = [*COLUMNS, *(f"bench_{scores.task}" for scores in benchmarks), *judges]
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
 
 
 def _result_row(run):
@@ -44,12 +47,6 @@ def _judged_columns(run, judged):
     of_run = [of for of in own if of.b == f"{run.record['method']}-s{run.record['seed']}"]
     means = (comparison.mean_of(of_run, lambda of, name=name: getattr(of, name).value) for name in _JUDGED.values())
     return dict(zip(_JUDGED, means)) if own else {}
-
-
-def _frame(rows, benchmarks):
-    names = [*COLUMNS, *benchmarks, *(name for name in _JUDGED if rows and name in rows[0])]
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
 
 
 def source_frame(by_source):
