@@ -13,7 +13,7 @@ from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError
 from peftlib.core.limits import factors_of
 from peftlib.core.study import Study
-from peftlib.runner import console, plan_cli, scoring_cli, suite_cli
+from peftlib.runner import analysis_cli, console, suite_cli
 from peftlib.runner.console import (
     AnyName,
     Flag,
@@ -183,7 +183,7 @@ _command(
     "judge --study first --methods base qlora --endpoint http://127.0.0.1:8000/v1 --model judge-model --dry-run",
     "judge --study first --methods qlora galore --local packaged --rows 20",
     "judge --study first --methods base qlora --local packaged --prompts mt_bench --data DIR",
-)(scoring_cli.judge)
+)(analysis_cli.judge)
 
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")
@@ -229,11 +229,16 @@ def export(
     print("\n".join(lines_of(export_model(found, _name_of(method), **how), dry_run=dry_run)))
 
 
-_command(*scoring_cli.BENCH_EXAMPLES)(scoring_cli.bench)
-_command("plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first")(plan_cli.plan)
-_command("methods dora qdora", "methods peft:my_config.json")(plan_cli.methods)
-_command("compare first second", "compare runs/first runs/second")(plan_cli.compare)
-_command("site runs/first runs/second --to page")(plan_cli.site)
+_command(
+    "bench base qlora galore --study first",
+    "bench base qlora --study first --tasks arc_easy,piqa --data eval/ --limit 100",
+    "bench --path my-adapter --study first --tasks retention,skill",
+)(analysis_cli.bench)
+_PLANS = "plan --gpu t4", "plan --gpu l4 --model gemma-3-1b -p max_length=2048", "plan --study first"
+_command(*_PLANS)(analysis_cli.plan)
+_command("methods dora qdora", "methods peft:my_config.json")(analysis_cli.methods)
+_command("compare first second", "compare runs/first runs/second")(analysis_cli.compare)
+_command("site runs/first runs/second --to page")(analysis_cli.site)
 
 
 @_command("sweep qlora galore --study first", "sweep hybrid --study first --factor 0.5 --factor 2 --rows 800")

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from peftlib import cli
-from peftlib.core.errors import ConfigError
+from peftlib.core.errors import ConfigError, Stopped
 from peftlib.runner import console, notebooks
 from peftlib.storage.mirror import open_study
 from peftlib.storage.store import PUBLIC
@@ -120,3 +120,16 @@ def test_a_method_is_trained_resumed_and_scored_by_verbs(make_study, capsys):
     assert open_study("tiny").predictions_path("qlora", 0).exists()
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
         cli.call(["train", "qlor", "--study", "tiny", "--profile", "demo"])
+
+
+def test_work_that_was_cut_and_saved_exits_with_3_once_its_copy_is_complete(monkeypatch, capsys):
+    def cut(*args):
+        raise Stopped("2 of 12 calls are made and kept: run it again to go on")
+
+    monkeypatch.setattr("peftlib.report.site.build.build_site", cut)
+    monkeypatch.setattr(console.mirror, "flush_all", lambda: ["everything is copied"])
+    assert cli.main(["site", "a", "--to", "b"]) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "stopped: 2 of 12 calls are made and kept: run it again to go on",
+        "everything is copied",
+    ]

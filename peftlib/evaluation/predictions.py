@@ -8,6 +8,11 @@ from peftlib.core import json_reading
 from peftlib.core.errors import StudyError
 from peftlib.core.files import append_text, read_text, sha256, write_text
 
+
+class OtherAnswersError(StudyError):
+    """A file of answers to other rows, or of other weights, than those asked for."""
+
+
 _SYNC_SECONDS = 5.0  # between two fsyncs: what a crash of the machine, not of the process, may lose
 _TEXTS = dict.fromkeys(("id", "source", "prompt_sha256", "answer", "split_hash"), str)
 _SHAPE = {**_TEXTS, "n_tokens": int, "finish_reason": ("stop", "length")}
@@ -16,7 +21,7 @@ _SHAPE = {**_TEXTS, "n_tokens": int, "finish_reason": ("stop", "length")}
 class Predictions:
     """The answers of one run, written while they are made; a line that a kill cut is dropped on opening.
 
-    StudyError: the file holds answers to the rows of another split; it stays as it is.
+    OtherAnswersError: the file holds answers to the rows of another split; it stays as it is.
     """
 
     def __init__(self, path, split_hash):
@@ -29,7 +34,7 @@ class Predictions:
             if fault:
                 continue  # cut by a kill, or damaged: answered again
             if row["split_hash"] != split_hash:
-                raise StudyError(
+                raise OtherAnswersError(
                     f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to "
                     "other rows; move the file away and run again"
                 )

@@ -33,9 +33,9 @@ LEGEND = (
 
 
 def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit=None, is_marked=True):
-    """HTML of row `at` of an Answers: what was asked, the reference and the answers of some runs.
+    """HTML of row `at` of an Answers: the prompt, the reference and the answers of some runs.
 
-    against: the run whose scores the others' are compared with. limit: characters of a text to show, None for all.
+    against: the run to compare scores with. limit: characters of a text to show, None for all.
     """
     row, prompt, reference = answers.rows[at], answers.prompts[at], answers.references[at]
     head = f"{heading}<b>{html.escape(row['source'])}</b>, row {html.escape(str(row['id']))}"
@@ -68,7 +68,7 @@ def answer_card(name, color, facts, text):
 
 
 class StaticRows:
-    """HTML for a notebook, and the same in short for readers of plain text."""
+    """HTML for a notebook, with a short plain text for readers without HTML."""
 
     def __init__(self, parts, text):
         self._parts, self._text = parts, text

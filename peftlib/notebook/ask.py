@@ -1,4 +1,4 @@
-"""One question to every model of a study, answered from its saved weights, side by side."""
+"""Models of a study that answer in a notebook: one question to all of them, or a conversation with one."""
 
 import gc
 import time
@@ -8,24 +8,27 @@ import psutil
 import torch
 
 from peftlib.core.env import resolve_device
+from peftlib.evaluation.chat import Conversation
 from peftlib.evaluation.evaluate import evaluation_dtype, load_model, trained_methods
 from peftlib.evaluation.generate import answer_batch
 from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
 from peftlib.notebook.answers import answer_card, ended, page, side
-from peftlib.notebook.widgets import Action, can_click, checkboxes, look, ticked
+from peftlib.notebook.widgets import Action, can_click, checkboxes, look, off, ticked
 from peftlib.report.palette import THEMES
 
-# A model stays loaded while so many times its size is free: the next one and what merging it takes.
+# A model stays loaded while this many times its size is free: room for the next one and for merging it.
 _FREE_TIMES = 3.0
 _MOST_TOKENS = 2048
 _QUESTION = "Give me one tip for learning a new language."
+# A text is sent when its box loses the focus: if it were sent while typed, a click could overtake its last letters.
+_TEXT = {"continuous_update": False, **look("40rem")}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """answer: a generate.Answer, or None where `error` says why there is none. seconds: of answering alone."""
+    """answer: a generate.Answer, or None if `error` says why there is none. seconds: of answering alone."""
 
     method: str
     answer: object
@@ -34,7 +37,7 @@ class Reply:
 
 
 class Models:
-    """The saved models of a study, loaded one by one; several stay loaded where memory allows.
+    """The saved models of a study, loaded one by one; several stay loaded if memory allows.
 
     log: called with a sentence on what is being done.
     """
@@ -51,7 +54,7 @@ class Models:
         return [BASE, *trained_methods(self._study)]
 
     def ask(self, question, methods, max_new_tokens):
-        """Yield a Reply of each method. What goes wrong with one model is its reply, and the others go on."""
+        """Yield the Reply of each method. An error of one model becomes its reply, and the others still answer."""
         for number, method in enumerate(methods, start=1):
             at = f"{method} ({number} of {len(methods)})"
             try:
@@ -76,7 +79,7 @@ class Models:
             torch.cuda.empty_cache()
 
     def load(self, method, at):
-        """(model, tokenizer) of a method. at: how to call it in the log. Errors: see evaluate.load_model."""
+        """(model, tokenizer) of a method; `at` names it in the log. Errors: see evaluate.load_model."""
         facts = self._study.weights_dir(method, self._study.cfg.seed) / "peftlib.json"
         key = method, facts.stat().st_mtime_ns if facts.exists() else None
         if key not in self._loaded:
@@ -92,7 +95,7 @@ class Models:
 
 
 def ask_box(study, *, is_interactive=None):
-    """Show in a cell a box to ask all models of a study; where nobody can click, print a sentence about it."""
+    """Show a box to ask all models of a study; if nobody can click, print a sentence about it."""
     if can_click(is_interactive):
         return AskBox(study)
     print(f"In Jupyter or Colab this cell asks {', '.join([BASE, *trained_methods(study)])} what you type.")
@@ -108,8 +111,7 @@ class AskBox(Action):
         self._models = Models(study, self.say)
         self._theme = THEMES[study.cfg.theme]
         limit = {"value": study.cfg.max_new_tokens, "min": 1, "max": _MOST_TOKENS}
-        how = {"continuous_update": False, **look("40rem")}  # else a click can overtake what was typed last
-        self.question = w.Textarea(value=_QUESTION, description="question", **how)
+        self.question = w.Textarea(value=_QUESTION, description="question", **_TEXT)
         self.tokens = w.BoundedIntText(description="at most", **limit, **look("10rem"))
         self.methods = checkboxes(self._models.names)
         settings = [self.tokens, w.Label("tokens"), *self.methods.values()]
@@ -133,3 +135,68 @@ class AskBox(Action):
             return answer_card(reply.method, color, "could not answer", reply.error)
         facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {ended(reply.answer.finish_reason)}"
         return answer_card(reply.method, color, facts, reply.answer.text)
+
+
+def chat_box(study, method, *, is_interactive=None):
+    """Show a box to talk to a trained method or base; if nobody can type, print a sentence about it."""
+    if can_click(is_interactive):
+        return ChatBox(study, method)
+    return off("nobody is there to type", f"peftlib chat {method} --study {study.cfg.study}")
+
+
+class ChatBox(Action):
+    """Widgets that talk to one model at a time; another model, or new weights of it, starts a new conversation."""
+
+    def __init__(self, study, method):
+        import ipywidgets as w
+
+        self._models, self._study, self._theme = Models(study, self.say), study, THEMES[study.cfg.theme]
+        names = self._models.names
+        self.text = w.Textarea(description="you", placeholder="Type here, then press Send.", **_TEXT)
+        chosen = method if method in names else names[-1]
+        self.method = w.Dropdown(options=names, value=chosen, description="model", **look("17rem"))
+        self.again = w.Button(description="Start over", layout={"width": "auto"})
+        super().__init__("Send", self._send, [self.method, self.again], self.text)
+        self.instead = "a box to chat with the result (run the cell to see it)"
+        self._start_over()
+        self.method.observe(self._change_model, "value")
+        self.again.on_click(self._start_over)
+
+    def _start_over(self, change=None):
+        self._talk, self._model, self.shown.value = None, None, ""
+
+    def _change_model(self, change):
+        self._start_over()
+        self._models.close()
+
+    def _send(self, say):
+        text, name = self.text.value.strip(), self.method.value
+        if not text:
+            say("Type something first.")
+            return self.shown.value
+        model, tokenizer = self._models.load(name, name)
+        if self._model is not model:
+            self._model = model
+            self._talk = Conversation(model, tokenizer, max_new_tokens=self._study.cfg.max_new_tokens)
+        pieces, before = [], list(self._talk.messages)
+
+        def show(piece):
+            pieces.append(piece)
+            answer = {"role": "assistant", "content": "".join(pieces) or "..."}
+            self.shown.value = self._cards([*before, {"role": "user", "content": text}, answer])
+
+        show("")
+        self.text.value = ""
+        say(f"{name} is answering")
+        try:
+            self._talk.say(text, show)
+        except BaseException:  # a question without its answer would stand before the next one
+            self._talk.messages = before
+            raise
+        say("Greedy answers: the same words give them again.")
+        return self._cards(self._talk.messages)
+
+    def _cards(self, turns):
+        name = self.method.value
+        heads = {"user": ("you", ""), "assistant": (name, self._theme.color_of(name))}
+        return page([side([answer_card(*heads[turn["role"]], "", turn["content"])]) for turn in turns])

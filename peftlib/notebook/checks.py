@@ -1,4 +1,4 @@
-"""Checks of methods in a notebook, on its own run: the hybrid's split and its other choices, and GaLore's engines."""
+"""Checks of methods on a notebook's own run: the hybrid's split and its other choices, and GaLore's engines."""
 
 import torch
 
@@ -12,8 +12,10 @@ from peftlib.train.batching import Rows
 
 
 def placement(run):
-    """[{projection, by GaLore, 4-bit with LoRA, chosen}, ...] of a hybrid TrainingRun, numbers of layers: in which the
-    weight trains whole, in which it is frozen in NF4 beside a trained adapter, and which hybrid_galore gives GaLore."""
+    """[{projection, by GaLore, 4-bit with LoRA, chosen}, ...] of a hybrid TrainingRun.
+
+    The values count layers: those in which the weight trains whole, those in which it is frozen in NF4 with an adapter,
+    and those that hybrid_galore gives to GaLore."""
     whole = [name for kind, names in run.method.trains.items() if kind != "adapters" for name in names]
     parameters, layers = dict(run.model.named_parameters()), core(run.model).config.num_hidden_layers
     rows = []
@@ -38,19 +40,18 @@ def hybrid_choices(shape, cfg, *, precision="bf16"):
     for choice in dict.fromkeys((cfg.hybrid_galore, "attention", "o_proj", f"last_{shape.layers // 2}_layers", "mlp")):
         chosen = cfg.replace(hybrid_galore=choice)
         millions = memory_model.trained_numbers(shape, "hybrid", chosen) / 1e6
-        found[f"{choice}: {millions:.1f} M train"] = demos.memory_parts(shape, chosen, ["hybrid"], precision=precision)[
-            "hybrid"
-        ]
+        parts = demos.memory_parts(shape, chosen, ["hybrid"], precision=precision)
+        found[f"{choice}: {millions:.1f} M train"] = parts["hybrid"]
     return found
 
 
 def engines_apart(run, *, steps=4, gap=2):
-    """The largest relative difference of what `steps` steps change, by our GaLore and by galore_torch.
+    """The largest relative difference between the changes of `steps` steps by our GaLore and by galore_torch.
 
-    run: a TrainingRun. Both start from copies of three real weights, of the last layer, and get the same real
-    gradients, one training row a step; a refresh is among them. Ours runs in its reference mode, which has
-    galore_torch's arithmetic: for speed it otherwise finds its bases in another way. Relative: the norm of the
-    difference over that of galore_torch's change.
+    run: a TrainingRun. Both start from copies of three weights of the last layer and get the same real gradients, one
+    training row a step, with a refresh among the steps. Ours runs in its reference mode, which has galore_torch's
+    arithmetic; otherwise it finds its bases in a faster way. Relative: norm of the difference over norm of
+    galore_torch's change.
     """
     from peftlib.optim.galore import GaLoreAdamW
     from peftlib.optim.galore_original import galore_torch_adamw

@@ -15,7 +15,7 @@ from peftlib.models.inspect import PROJECTIONS, named_weights
 from peftlib.models.kernels.losses import batch_loss_sum
 from peftlib.models.precision import autocast
 from peftlib.optim.subspace import kept_energy
-from peftlib.report.chart import drawing, stacked_bars, title
+from peftlib.report.chart import drawing, finished, stacked_bars
 from peftlib.report.palette import LIGHT
 from peftlib.train import memory_model as plan
 from peftlib.train.batching import Rows
@@ -24,11 +24,11 @@ BLOCK = 64  # weights that share a scale in NF4
 _SCALES = 256  # scales that share a scale of their own under double quantization
 # Where the outermost quantile lies: with it the levels are those of QLoRA's code; 0 would give infinite ones.
 _OUTERMOST = 0.9677083
-_PARTS = {  # of a memory_model.Plan, with its look
-    "weights": {"color": "#0072b2", "hatch": "", "height": 0.6},
-    "optimizer": {"color": "#e69f00", "hatch": "//", "height": 0.6},
-    "gradients": {"color": "#56b4e9", "hatch": "..", "height": 0.6},
-    "activations": {"color": "#cc79a7", "hatch": "xx", "height": 0.6},
+_PARTS = {  # of a memory_model.Plan: (colour, hatch)
+    "weights": ("#0072b2", ""),
+    "optimizer": ("#e69f00", "//"),
+    "gradients": ("#56b4e9", ".."),
+    "activations": ("#cc79a7", "xx"),
 }
 
 
@@ -107,13 +107,12 @@ def level_chart(found, name="a weight matrix", theme=LIGHT):
     axes.hist(values, bins=120, weights=np.full(len(values), 1 / len(values)), color="#56b4e9")
     for level in found.levels.tolist():
         axes.axvline(level, color="#d55e00", linewidth=1.0)
-    title(axes, f"{name}: its numbers, and NF4's 16 levels (lines)")
     near_zero = float((found.scaled.abs() < 0.5).float().mean())
-    chart.alt = (
+    alt = (
         f"Histogram of {name}, each weight over the largest of its block of {BLOCK}: {near_zero:.0%} lie between -0.5 "
         f"and 0.5, where 10 of the 16 levels are; towards -1 and 1 weights and levels get rare."
     )
-    return chart
+    return finished(chart, axes, f"{name}: its numbers, and NF4's 16 levels (lines)", alt)
 
 
 def merged(layer):
@@ -140,7 +139,7 @@ def first_adapted(model):
     for name, module in model.named_modules():
         if getattr(module, "lora_A", None):
             return name, module
-    raise ModelError("no layer has a LoRA adapter: train by qlora, lora or hybrid first")
+    raise ModelError("no layer has a LoRA adapter: train with qlora, lora or hybrid first")
 
 
 def captured_energy(run, layers, *, rows=4):
@@ -201,10 +200,9 @@ def direction_chart(seen, *, rank, gap, theme=LIGHT):
     for step in range(gap, steps[-1], gap):
         axes.axvline(step + 0.5, color="#888888", linestyle=":", linewidth=1.0)
     axes.set_ylim(0, max(ranks) + rank)
-    title(axes, f"Rank {rank} at a time, new directions every {gap} steps (dotted)")
     at_ends = ", ".join(f"{ranks[step - 1]} after step {step}" for step in range(gap, steps[-1] + 1, gap))
-    chart.alt = f"Rank of a weight's change under GaLore of rank {rank}: {at_ends}."
-    return chart
+    alt = f"Rank of a weight's change under GaLore of rank {rank}: {at_ends}."
+    return finished(chart, axes, f"Rank {rank} at a time, new directions every {gap} steps (dotted)", alt)
 
 
 def memory_parts(shape, cfg, names, *, precision="bf16"):
@@ -218,7 +216,8 @@ def memory_chart(parts, theme=LIGHT):
     """memory_parts as stacked bars in GiB. The parts do not all peak at the same time."""
     chart, axes = drawing(7.0, 1.4 + 0.45 * len(parts), "GiB on a GPU, as planned", "", theme, grid="x")
     sizes = {part: np.array([getattr(found, part) / plan.GIB for found in parts.values()]) for part in _PARTS}
-    stacked_bars(axes, list(parts), sizes, _PARTS)
+    looks = {part: {"color": color, "hatch": hatch, "height": 0.6} for part, (color, hatch) in _PARTS.items()}
+    stacked_bars(axes, list(parts), sizes, looks)
     said = (f"{name}: {', '.join(f'{part} {sizes[part][at]:.2f}' for part in _PARTS)}" for at, name in enumerate(parts))
     chart.alt = f"Planned GPU memory by part, in GiB. {'; '.join(said)}."
     return chart
@@ -238,9 +237,8 @@ def resampling_chart(means, interval, name="ROUGE-L", theme=LIGHT):
     axes.axvspan(*interval, color="#0072b2", alpha=0.15)
     for edge in interval:
         axes.axvline(edge, color="#0072b2", linewidth=1.5)
-    title(axes, "What other test rows could have given (band: 95 %)")
-    chart.alt = (
+    alt = (
         f"Histogram of {len(means):,} resampled means of {name}, from {means.min():.3f} to {means.max():.3f}; 95 % lie "
         f"between {interval[0]:.3f} and {interval[1]:.3f}."
     )
-    return chart
+    return finished(chart, axes, "What other test rows could have given (band: 95 %)", alt)

@@ -1,4 +1,4 @@
-"""Notebooks on Colab, Kaggle and elsewhere: tell before work begins what runs here, what it takes and what it lacks."""
+"""Notebooks on Colab, Kaggle and elsewhere: say before work begins what runs here, what it takes and what it lacks."""
 
 import contextlib
 import importlib.metadata
@@ -31,15 +31,14 @@ _KAGGLE_KEEPS = (
     "Add Input and copied to {root}. "
 )
 
-
 # What `make demo` takes on two CPU cores (README), and its largest training (results/demo/results.csv).
 DEMO_MINUTES, DEMO_GIB = 10, 2.4
 
 
 def show_runtime():
-    """Print in a notebook's first cell what runs here, what its profile will do, and what that takes, in one line.
+    """Print in one line what runs here, what the profile will do, and what that takes; where a GPU is missing, more.
 
-    On Colab and Kaggle without a GPU, how to get one too. ModelError: see require_sound_packages.
+    ModelError: see require_sound_packages.
     """
     require_sound_packages()
     if not is_watched():  # its settings are injected below this cell
@@ -54,14 +53,14 @@ def show_runtime():
 
 
 def with_first_profile(given):
-    """Settings in which `auto` is quick on Colab's and Kaggle's T4, until a study t4 stands here or on its remote."""
+    """Settings in which `auto` means quick on the T4 of Colab and Kaggle, unless a study t4 exists here or remotely."""
     is_open = all(given.get(name) in (None, "auto") for name in ("profile", "study"))
-    if not (is_open and host() and is_watched() and profile_for_hardware() == "t4") or _stands("t4"):
+    if not (is_open and host() and is_watched() and profile_for_hardware() == "t4") or _exists("t4"):
         return given
     return {**given, "profile": "quick"}
 
 
-def _stands(study):
+def _exists(study):
     with contextlib.suppress(OSError):
         remote = remote_of(study)
         return (output_root() / study).exists() or bool(remote and remote.listing())
@@ -69,7 +68,7 @@ def _stands(study):
 
 
 def runtime():
-    """'Colab, Tesla T4 with 14.6 GiB': the host, whether anybody looks on, the card or CPU, and its memory."""
+    """'Colab, Tesla T4 with 14.6 GiB': the host, whether it is headless, the card or CPU, and its memory."""
     import torch
 
     where = {"colab": "Colab", "kaggle": "Kaggle"}.get(host(), "Jupyter")
@@ -81,14 +80,14 @@ def runtime():
 
 
 def plan(cfg):
-    """What a config will do here, and for how long and with how much memory by the planner, in words."""
+    """What a config will do here, with the planner's time and memory, in words."""
     from peftlib.models.shapes import card_at_hand, shape_of
     from peftlib.notebook.planner import TRAINED, notebooks_cost
     from peftlib.train.estimate import duration, forecast
 
     n = len([part for part in cfg.sources.split(";") if part.strip()])
-    rows = f"{n * cfg.train_rows:,} rows and tests on {n * cfg.test_rows:,}"
-    doing = f"profile {cfg.profile} trains {_model_of(cfg)} on {rows}"
+    doing = f"profile {cfg.profile} trains {_model_of(cfg)} on {n * cfg.train_rows:,} rows"
+    doing += f" and tests on {n * cfg.test_rows:,}"
     here = card_at_hand() if resolve_device(cfg.device) == "cuda" else None
     if here is None:
         is_demo = cfg.fields_of("data", "math") == resolve("demo").fields_of("data", "math")
@@ -104,9 +103,9 @@ def plan(cfg):
 
 
 def require_sound_packages(modules=None, version=importlib.metadata.version):
-    """ModelError: a package was loaded before another version was installed, or torchao is one that PEFT refuses.
+    """ModelError: a package was loaded before another version was installed, or torchao is too old for PEFT.
 
-    modules: those that are loaded, as sys.modules. version: name -> what is installed, PackageNotFoundError for none.
+    modules: the loaded ones, as sys.modules. version: as importlib.metadata.version.
     """
     for name in _CHANGED_BY_INSTALL:
         loaded = getattr((sys.modules if modules is None else modules).get(name), "__version__", None)
@@ -127,7 +126,7 @@ def require_sound_packages(modules=None, version=importlib.metadata.version):
 
 
 def quiet_torchao():
-    """Keep torchao's own SyntaxWarning (a docstring's escape), which Colab's cells would show, out of the way."""
+    """Silence torchao's own SyntaxWarning (an escape in a docstring), which Colab's cells would show."""
     if host() in _CHOOSE_GPU:
         warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
 
@@ -140,7 +139,7 @@ def _installed(name, version):
 
 
 def without_gpu(device, cfg):
-    """Lines for a session of Colab or Kaggle without a GPU: how to get one, and what happens else; [] elsewhere."""
+    """Lines for a session of Colab or Kaggle without a GPU: how to get one, and what happens otherwise; else []."""
     if device != "cpu" or host() not in _CHOOSE_GPU:
         return []
     lines = [f"no GPU     this session has none: {_CHOOSE_GPU[host()]}, then run the cells from the top"]
@@ -155,7 +154,7 @@ def _model_of(cfg):
 
 
 def where_data_come_from(name, study):
-    """What to do on Colab or Kaggle when a notebook finds no data of its study: text, '' elsewhere."""
+    """What to do on Colab or Kaggle when a notebook finds no data of its study; '' elsewhere."""
     if host() not in _CHOOSE_GPU:
         return ""
     cfg = study.cfg
@@ -165,6 +164,6 @@ def where_data_come_from(name, study):
     line = "%run -m peftlib " + shlex.join(["data", "--profile", cfg.profile, "--study", cfg.study, *fields])
     kept = _DRIVE.format(name=name) if host() == "colab" else _KAGGLE_KEEPS.format(root=study.folder.parent)
     return (
-        f"Every notebook that is opened by its badge has a machine of its own. Make the data here, by this line in a "
+        f"Every notebook that is opened by its badge gets its own machine. Make the data here with this line in a "
         f"cell:\n    {line}\n{kept}Then run this cell again."
     )

@@ -1,6 +1,6 @@
 """The study form: what a choice of settings costs on a GPU before anything is trained.
 
-It changes nothing: it shows the lines for the parameters cell, and the command, that apply a choice.
+It changes nothing; it shows the lines for the parameters cell, and the command, that apply a choice.
 """
 
 import html
@@ -30,10 +30,10 @@ _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind
 
 @dataclass(frozen=True)
 class Answer:
-    """What the form says to some choices.
+    """What the form says about some choices.
 
-    refused: why they cannot be, in words, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None if the
-    model's shape is unknown. remarks: what else to know, a line each, but for the forecast's own notes.
+    refused: why they are impossible, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None if the
+    model's shape is unknown. remarks: further lines, without the forecast's own notes.
     """
 
     refused: str = ""
@@ -43,10 +43,7 @@ class Answer:
 
 
 def study_form(study, *, is_interactive=None):
-    """Show in a cell: widgets to try choices on, or the plan of the study's config.
-
-    study: as notebook.setup gives it. is_interactive: None finds out whether somebody is there to click.
-    """
+    """Show widgets to try choices with, or the plan of the study's config where nobody can click."""
     if can_click(is_interactive):
         return _widgets(study)
     found = answer(study, {})
@@ -55,7 +52,7 @@ def study_form(study, *, is_interactive=None):
 
 
 def answer(study, choices, card_name=None):
-    """The Answer to {field: value} on a card of models.shapes; None: the one here. ConfigError: no such card."""
+    """The Answer to {field: value} on a card of models.shapes, None for the one here. ConfigError: no such card."""
     try:
         cfg = study.cfg.replace(**choices)
     except PeftlibError as error:
@@ -73,27 +70,27 @@ def answer(study, choices, card_name=None):
 
 def notebooks_cost(found):
     """(shortest, longest seconds of 01 to 05, GiB of the largest training) by a Forecast; None: one does not fit."""
-    if not all(cost.fits for cost in _trained(found)):
+    costs = [cost for cost in found.costs if cost.method in TRAINED]
+    if not all(cost.fits for cost in costs):
         return None
     low, high = map(sum, zip(*notebooks_parts(found).values(), strict=True))
-    return low, high, max(cost.memory_gib for cost in _trained(found))
+    return low, high, max(cost.memory_gib for cost in costs)
 
 
 def notebooks_parts(found):
-    """{part of 01 to 05: (shortest, longest) seconds} of a Forecast in which TRAINED fit; no installs and downloads.
+    """{part of 01 to 05: (shortest, longest) seconds} of a Forecast in which TRAINED fit, without downloads.
 
     Speeds of other cards are scaled as estimate.scaling_note says.
     """
-    cfg, card, costs, source = found.cfg, found.card, _trained(found), CARDS["h100"]
+    cfg, card, source = found.cfg, found.card, CARDS["h100"]
+    costs = [cost for cost in found.costs if cost.method in TRAINED]
     n_rows, n_models = cfg.test_rows * len([part for part in cfg.sources.split(";") if part.strip()]), len(TRAINED) + 1
     measured = ANSWERED[max((n for n in ANSWERED if n <= n_rows), default=min(ANSWERED))]
     speed = measured * _numbers(SHAPES["gemma-3-270m"]) / _numbers(shape_of(cfg.model))
     ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
     speeds = speed * max(ratios), speed * min(ratios) / estimate.SLOWER
-    reads = (
-        max(cost.speed.high for cost in costs),
-        min(cost.speed.low for cost in costs),
-    )  # at least as fast as training
+    # Reading is at least as fast as training.
+    reads = max(cost.speed.high for cost in costs), min(cost.speed.low for cost in costs)
     shares = 1 / 5, 1.0  # of the longest row and answer, as study_tokens has it
     lengths = [n_rows * cfg.max_length * share + cfg.general_tokens for share in shares]
     return {
@@ -104,17 +101,13 @@ def notebooks_parts(found):
     }
 
 
-def _trained(found):
-    return [cost for cost in found.costs if cost.method in TRAINED]
-
-
 def _numbers(shape):
-    """Of the weights that each token is multiplied by."""
+    """How many weights each token is multiplied by."""
     return sum(map(math.prod, shape.all_matrices(PROJECTIONS))) + shape.vocabulary * shape.hidden
 
 
 def parameter_lines(cfg):
-    """['NAME = VALUE', ...] for the parameters cell: the profile, the study, and what differs from the profile."""
+    """['NAME = VALUE', ...] for the parameters cell: profile, study, and what differs from the profile."""
     return [f"{name} = {value!r}" for name, value in {"profile": cfg.profile, "study": cfg.study, **_set(cfg)}.items()]
 
 
@@ -125,7 +118,7 @@ def command(cfg):
 
 
 def as_html(found):
-    """An Answer as HTML: its words, the table with bars of memory, the resolved config, the lines and the command."""
+    """An Answer as HTML: its text, the table with bars of memory, the resolved config, the lines and the command."""
     parts = []
     if found.refused:
         parts.append(f"<p><b>Not possible:</b> {html.escape(found.refused)}</p>")
@@ -138,14 +131,14 @@ def as_html(found):
         parts.append(folded("what these numbers rest on", "\n".join(found.forecast.notes())))
     if found.cfg is not None:
         lines = "\n".join(parameter_lines(found.cfg))
-        parts.append(f"<p>To have it so, put these lines into the settings cell and run it again:</p>{plain(lines)}")
+        parts.append(f"<p>To apply this, put these lines into the settings cell and run it again:</p>{plain(lines)}")
         parts.append(f"<p>or, without a browser:</p>{plain(command(found.cfg))}")
         parts.append(folded("resolved config", describe(found.cfg)))
     return "".join(parts)
 
 
 def _of_a_free_study(study, cfg, remarks):
-    """cfg; where existing data or runs fix other values, cfg under the name of a new study, which `remarks` says."""
+    """cfg, under the name of a new study if data or runs of this one fix other values, which `remarks` then says."""
     try:
         return Study.open(cfg).cfg
     except StudyError as error:
@@ -167,7 +160,7 @@ def _card(name, remarks):
 
 
 def _manifest(study, cfg):
-    """The manifest of the study's data if they exist and cfg would train on them, else None."""
+    """The manifest of the study's data if cfg would train on them, else None."""
     same = cfg.fields_of("data") == study.cfg.fields_of("data") and cfg.model == study.cfg.model
     return study.manifest() if same and study.manifest_path.exists() and study.config_path.exists() else None
 
@@ -230,4 +223,4 @@ def _input(w, name, value):
         return w.Dropdown(options=choices, **given)
     if name == "model":
         return w.Combobox(options=tuple(dict.fromkeys((value, *_MODELS))), continuous_update=False, **given)
-    return w.IntText(**given)  # unbounded: the config's own words refuse what cannot be
+    return w.IntText(**given)  # unbounded: the config's own message refuses what is impossible

@@ -29,6 +29,7 @@ NOTEBOOKS = {
     "05_hybrid": ("01_data", "02_qlora", "03_galore", "04_eval"),
 }
 FINISHED, STOPPED = "finished", "stopped"
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _PARAMETERS = "# Parameters"  # how papermill's injected cell begins, and ours
 _FORM_MARK = re.compile(r"#\s*@(param|markdown)\b")
 _LAST_LINE = re.compile(r"^peftlib: (\S+) (finished|stopped), study (.+), state ([0-9a-f]{12})$", re.MULTILINE)
@@ -36,13 +37,13 @@ _WROTE = re.compile(r"^  (\S.*?)  +[0-9.]+ (?:B|KiB|MiB|GiB)$", re.MULTILINE)
 
 
 def setup(name: str, *, drive: bool | None = None) -> Study:
-    """The opened Study of the parameters cell; prints config, device, precision and folder, and seeds the generators.
+    """Open the Study of the parameters cell, print its config, device, precision and folder, and seed the generators.
 
-    name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, which is mounted
-    if need be; None asks the environment variable PEFTLIB_DRIVE (1 or 0; on Colab 1 where it is not set). A headless
-    run never mounts, for that prompts.
+    name: the notebook's file name without `.ipynb`. drive: on Colab, copy the study to Google Drive, mounting it if
+    needed; None takes the environment variable PEFTLIB_DRIVE (1 or 0; the default is 1 on Colab). A headless run never
+    mounts Drive, because that prompts.
     ConfigError: an unknown parameter, a value out of range, or no parameters cell was run. ModelError: packages that do
-    not go together, see hosted. StudyError: see Study.open, or the data that the notebook reads are not there;
+    not go together, see hosted. StudyError: see Study.open, or the data that the notebook reads are missing.
     LockedError: another session works in the study.
     """
     is_headless = headless()
@@ -56,13 +57,13 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
         drive = os.environ.get("PEFTLIB_DRIVE", "1" if host() == "colab" else "0") == "1"
     if drive and not is_headless:
         mount_drive()
-    named = resolve(**(given := hosted.with_first_profile(given)))
-    mirror = open_mirror(output_root() / named.study)
-    StudyLock(output_root() / named.study, name).require_free()
+    given = hosted.with_first_profile(given)
+    folder = output_root() / resolve(**given).study
+    mirror = open_mirror(folder)
+    StudyLock(folder, name).require_free()
     study = Study.resolve(**given)
     _require_inputs(name, study)
-    cfg = study.cfg
-    device = resolve_device(cfg.device)
+    cfg, device = study.cfg, resolve_device(study.cfg.device)
     precision, reason = training_precision(device, cfg.precision)
     seed_everything(cfg.seed)
     print(f"{name}, study {cfg.study}, profile {cfg.profile}")
@@ -78,41 +79,37 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
 
 
 def _require_inputs(name, study):
-    """Say what the notebook reads and is not there; make_missing or a button makes it.
+    """Say which inputs of the notebook are missing; the setting make_missing or a button makes them.
 
-    StudyError: that are the data; before any model is opened.
+    StudyError: the data are missing.
     """
     missing = missing_inputs(name, study)
     if study.cfg.make_missing:
         make_inputs(name, study, missing, print)
     elif missing:
-        _offer(name, study, missing)
+        what = ", ".join(missing)
+        print(f"not there yet: {what}; make_missing = True in the settings cell makes it here")
+        if can_click():
+            from IPython.display import display
+
+            display(Action(f"Make {what} now", lambda say: make_inputs(name, study, missing, say)))
     try:
         if "01_data" in NOTEBOOKS.get(name, ()):
             study.manifest()
     except StudyError as error:
-        ways = [f"{error}, or set make_missing = True", hosted.where_data_come_from(name, study)]
-        raise StudyError("\n".join(filter(None, ways))) from None
-
-
-def _offer(name, study, missing):
-    what = ", ".join(missing)
-    print(f"not there yet: {what}; make_missing = True in the settings cell makes it here")
-    if can_click():
-        from IPython.display import display
-
-        display(Action(f"Make {what} now", lambda say: make_inputs(name, study, missing, say)))
+        hint = hosted.where_data_come_from(name, study)
+        raise StudyError(f"{error}, or set make_missing = True\n{hint}".rstrip()) from None
 
 
 def missing_inputs(name, study):
-    """What earlier notebooks make, this one reads and the study lacks: 'data', and methods without a finished run."""
+    """What this notebook reads and the study lacks: 'data', and methods without a finished run."""
     done = {r["method"] for r in study.records() if r["status"] == "ok" and r["seed"] == study.cfg.seed}
     done |= {"data"} if study.manifest_path.exists() and study.config_path.exists() else set()
     return [other[3:] for other in NOTEBOOKS.get(name, ()) if other != "04_eval" and other[3:] not in done]
 
 
 def make_inputs(name, study, missing, say):
-    """Make what `missing_inputs` found, by the calls of the notebooks that else make it. Errors: theirs."""
+    """Make what `missing_inputs` found, as the earlier notebooks would. Errors: theirs."""
     from peftlib import build_data, evaluate, run_training
 
     for what in missing:
@@ -129,10 +126,10 @@ def make_inputs(name, study, missing, say):
 
 
 def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "ok") -> None:
-    """Print what the notebook wrote and what comes next; the last line is the one that the runner looks for.
+    """Print what the notebook wrote and what comes next; the runner looks for the last line.
 
-    wrote: paths inside the study folder. status: a record's; anything but 'ok' says that the work stopped before its
-    end, so that the next run goes on with it. StudyError: status is 'ok' and one of the paths is not there.
+    wrote: paths inside the study folder. status: of a record; anything but 'ok' means that the work stopped early, so
+    that the next run resumes it. StudyError: status is 'ok' and one of the paths does not exist.
     """
     status = FINISHED if status == "ok" else STOPPED
     sizes = {Path(path).relative_to(study.folder).as_posix(): _size_bytes(Path(path)) for path in wrote}
@@ -150,7 +147,7 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
         print(mirror.state())
     later = [other for other in NOTEBOOKS if other > name]
     if status == STOPPED:
-        print(f"stopped before its end: run {name} again to go on from here")
+        print(f"stopped early: run {name} again to go on from here")
     else:
         print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
         if study.cfg.profile == "quick" and not later:
@@ -174,8 +171,8 @@ def last_words(text):
 def executed_parameters(cells):
     """{name: value} from the sources of the cells run so far, oldest first.
 
-    Only cells that begin with `# Parameters` count: the notebook's own, and the one that papermill injects below it. Of
-    each the last run counts, so that a line that was deleted is gone; where both have a name, the one that ran later.
+    Only cells that begin with `# Parameters` count: the notebook's own, and the one that papermill injects below it.
+    The last run of each counts, so that a deleted line is gone; if both set a name, the later run wins.
     """
     last = {}
     for source in cells:
@@ -192,7 +189,7 @@ def executed_parameters(cells):
 
 
 def is_own_parameters(source):
-    """Whether a parameters cell is a notebook's own: it has a form's marks, papermill's holds nothing but values."""
+    """Whether a parameters cell is a notebook's own, which has the marks of a form; papermill's has only values."""
     return _FORM_MARK.search(source) is not None
 
 
@@ -206,13 +203,13 @@ def literals(source):
             values |= {target.id: ast.literal_eval(node.value) for target in node.targets}
     except (ValueError, SyntaxError) as error:
         raise ConfigError(
-            f"the parameters cell holds only lines NAME = VALUE with plain values, no expressions: {error}"
+            f"the parameters cell may hold only lines NAME = VALUE with literal values: {error}"
         ) from None
     return values
 
 
 def headless():
-    """Whether nobody can answer a prompt: our runner, papermill and nbconvert, as against Jupyter and Colab.
+    """Whether nobody can answer a prompt: true under our runner, papermill and nbconvert, not in Jupyter or Colab.
 
     ConfigError: called outside a notebook.
     """
@@ -233,7 +230,7 @@ def seed_everything(seed):
 
 
 def compact(cfg):
-    """The resolved config in a few lines, one group of lines a scope; then what differs from the profile."""
+    """The resolved config in a few lines, grouped by scope, then what differs from the profile."""
     scopes, plain = ("data", "math", "run"), resolve(cfg.profile, study=cfg.study)
     told = {scope: "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items()) for scope in scopes}
     changed = differences(plain.fields_of(*scopes), cfg.fields_of(*scopes))
@@ -247,15 +244,12 @@ def _ipython():
     try:
         return get_ipython()  # IPython puts it among the builtins
     except NameError:
-        raise ConfigError(
-            "setup() is for notebooks: elsewhere use peftlib.core.config.resolve and Study.open"
-        ) from None
+        raise ConfigError("setup() is for notebooks: elsewhere use peftlib.Study.resolve") from None
 
 
 def _quiet_progress_bars():
     # The libraries read these when they are imported. A bar would leave one line an update in the executed copy.
-    for switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ[switch] = "1"
+    os.environ |= dict.fromkeys(NO_BARS, "1")
     import tqdm.auto
 
     # In a kernel tqdm.auto would take widgets, which nobody sees here and which do not heed TQDM_DISABLE.

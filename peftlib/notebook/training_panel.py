@@ -1,7 +1,7 @@
-"""Training with a live panel in a notebook, where somebody looks on; plain log lines elsewhere.
+"""Training with a live panel in a watched notebook; plain log lines elsewhere.
 
-The panel is HTML that is replaced as training goes on. It has no button: the kernel's own interrupt button saves and
-stops, and a widget's click would not arrive before the cell has ended.
+The panel is HTML that is replaced as training goes on. It has no button: the kernel's interrupt button saves and stops,
+and the click of a widget would not arrive before the cell ends.
 """
 
 import html
@@ -17,18 +17,18 @@ from peftlib.report.render import folded, plain
 from peftlib.train.callbacks import Callback, clock
 from peftlib.train.parallel.helpers import helping
 
-_SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # at most so often
+_SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # no more often than this
 _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
-_LAST_LINES = 6  # of the log, that the panel shows
+_LAST_LINES = 6  # of the log that the panel shows
 _NEARLY_FULL = 0.9  # of the memory's limit
 _GREY, _WARNING = "#7f7f7f", LIGHT.color_of("galore")
 _STOP = "To stop, interrupt the kernel: it saves a checkpoint first, and this cell goes on from there when run again."
 
 
 def train_live(run):
-    """Train as run.train() does, with a live panel where somebody looks on; returns the record. run: a TrainingRun.
+    """Train as run.train() does, with a live panel in a watched notebook; returns the record. run: a TrainingRun.
 
-    It trains on all GPUs that are like the first, or on run.cfg.processes of them. Errors as in TrainingRun.train, and
+    It trains on all GPUs of the first one's kind, or on run.cfg.processes of them. Errors: as in TrainingRun.train, and
     ParallelError: a process on another GPU could not start.
     """
     with helping(run):
@@ -90,7 +90,7 @@ class Panel(Callback):
 
 
 class _Pace:
-    """When a piece of work is due again: at most every so many seconds, and within its share of the time."""
+    """When a piece of work is due again: not before `every_s` seconds, nor beyond its share of the time."""
 
     def __init__(self, every_s, share):
         self._every_s, self._share, self._next_at = every_s, share, 0.0
@@ -108,7 +108,7 @@ class _Pace:
 
 
 def facts(snapshot):
-    """{name: value in words} of what is known of a callbacks.Snapshot, in the order to show it."""
+    """{name: text} of what is known of a callbacks.Snapshot, in the order of the panel."""
     found = {
         "speed": snapshot.tokens_per_second and f"{snapshot.tokens_per_second:,.0f} tokens/s",
         "time left": None if snapshot.is_over or snapshot.seconds_left is None else clock(snapshot.seconds_left),

@@ -9,12 +9,9 @@ import html
 import importlib.util
 
 from peftlib.core.errors import PeftlibError
-from peftlib.core.files import readable_path, write_text
 from peftlib.core.session import is_watched
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow
-CSV, PNG = "text/csv", "image/png"
 LINE = {"flex_flow": "row wrap", "grid_gap": "4px 10px", "align_items": "center"}  # layout of a line of controls
 
 
@@ -28,16 +25,17 @@ def can_click(is_interactive=None):
     return importlib.util.find_spec("ipywidgets") is not None and is_watched()
 
 
-def bundle(widget, text):
-    """{MIME type: content} that shows a widget, and `text` where no widget can be shown."""
-    return {VIEW: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}, "text/plain": text}
+def off(why, command):
+    """Print in a headless run why a cell does nothing, and the command that does its work; returns None."""
+    print(f"off in a headless run, for {why}: `{command}` does it")
 
 
 class Shown:
     """A class whose instances a notebook shows as their `box`, a widget; `instead` is the text beside it."""
 
     def _repr_mimebundle_(self, **given):
-        return bundle(self.box, self.instead)
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        return {VIEW: view, "text/plain": self.instead}
 
 
 class Action(Shown):
@@ -118,14 +116,3 @@ def link(name, content, kind):
     """
     name, address = html.escape(name), f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return f'<a style="text-decoration:underline" download="{name}" href="{address}">Download {name}</a>'
-
-
-def offer_csv(folder, name, text):
-    """HTML of a link to a CSV file; a file too large for a link is written to `folder`, and the HTML says where."""
-    content = text.encode()
-    if len(content) <= LINK_LIMIT_BYTES:
-        return link(name, content, CSV)
-    path = folder / name
-    write_text(path, text)
-    size = f"{len(content) / 2**20:.1f} MiB"
-    return f"{html.escape(name)} has {size}, too much for a link. It is written: {html.escape(readable_path(path))}"

@@ -1,4 +1,4 @@
-"""The test rows of a study with every run's answer: found, sorted, written as CSV, and compared word by word."""
+"""The test rows of a study with every run's answer: searched, sorted, written as CSV, and compared word by word."""
 
 import csv
 import difflib
@@ -21,8 +21,8 @@ SAME, OTHER = "same", "other"
 
 
 class Answers:
-    """n test rows and, by run name, their answers. runs: {name: scored.Run}; a name is the method's, with the seed
-    where it has several."""
+    """n test rows and their answers. runs: {name: results.Run}; a name is the method's, with the seed if it has
+    several."""
 
     def __init__(self, found):
         self.rows, self.references, self.sources = found.test_rows, found.references, found.sources
@@ -51,15 +51,14 @@ class Answers:
         return getattr(self.runs[name].rows, _COLUMNS[metric])
 
     def chosen(self, *, source=None, text="", order=FILE, metric="rougeL", name=None, other=None):
-        """Indices of rows: of one source or all (None), which hold a text, in one of ORDERS.
+        """Indices of the rows of one source, or all (None), that contain a text, in one of ORDERS.
 
-        text: looked for in prompt, reference and answers, whatever its case. name, other: runs; scores are name's,
-        gains and losses those of name over other. Equal ones stay in file order.
+        text: searched in prompt, reference and answers, ignoring case. name, other: runs; scores are of `name`, gains
+        and losses of `name` over `other`. Ties stay in file order.
         """
         found = np.flatnonzero(self._source_of == source) if source is not None else np.arange(len(self))
-        wanted = text.strip().casefold()
-        if wanted:
-            found = np.array([at for at in found if self._holds(at, wanted)], dtype=int)
+        if wanted := text.strip().casefold():
+            found = np.array([at for at in found if self._contains(at, wanted)], dtype=int)
         if order == FILE:
             return found
         values = self.scores(name, metric)
@@ -68,15 +67,15 @@ class Answers:
         values = values[found]
         return found[np.argsort(-values if order in (HIGHEST, GAIN) else values, kind="stable")]
 
-    def _holds(self, at, wanted):
+    def _contains(self, at, wanted):
         texts = (self.prompts[at], self.references[at], *(run.answers[at] for run in self.runs.values()))
         return any(wanted in text.casefold() for text in texts)
 
     def notable(self):
         """{index: {why: [run, ...]}} by ROUGE-L: each trained run's largest gain over base, its median and its largest
-        loss, or the smallest where no row lost or none gained.
+        loss, or the smallest if no row lost or none gained.
 
-        Without the untrained model: its highest, its median and its lowest score.
+        Without the untrained model: each run's highest, median and lowest score.
         """
         base = next((name for name in self.runs if name not in self.trained), None)
         notable = {}
@@ -94,7 +93,7 @@ class Answers:
     def to_csv(self, found, names):
         """CSV text of the rows with these indices, in that order, with the answers and scores of some runs.
 
-        No cell is a formula to a spreadsheet.
+        A spreadsheet takes no cell for a formula.
         """
         columns = {name: [_as_text(self.rows[at][name]) for at in found] for name in ("source", "id")}
         columns["prompt"] = [_as_text(self.prompts[at]) for at in found]
@@ -106,7 +105,7 @@ class Answers:
                 columns[f"{name} {label}"] = [f"{score:.6f}" for score in self.scores(name, metric)[list(found)]]
             columns[f"{name} n_tokens"] = [run.n_tokens[at] for at in found]
             columns[f"{name} finish_reason"] = [run.finish_reasons[at] for at in found]
-        # All quoted: a lone carriage return would else begin a new row, and with it a formula.
+        # All quoted, or a lone carriage return would begin a new row, and with it a formula.
         return pd.DataFrame(columns).to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
 
 
@@ -118,8 +117,8 @@ def _as_text(cell):
 def marked(answer, reference):
     """[(SAME or OTHER, text), ...] whose texts join to the answer.
 
-    Words are ROUGE's (any script, case and punctuation do not count); what stands between two words belongs to the
-    one before it. Longest common runs first (difflib), so that a phrase stays in one piece.
+    Words are ROUGE's (any script; case and punctuation are ignored); what stands between two words belongs to the first
+    one. The longest common runs are matched first (difflib), so that a phrase stays in one piece.
     """
     spans, wanted = _spans(answer), [_key(reference[a:b]) for a, b in _spans(reference)]
     own = [_key(answer[a:b]) for a, b in spans]

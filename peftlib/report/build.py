@@ -3,7 +3,6 @@
 The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
 """
 
-import math
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -18,11 +17,9 @@ from peftlib.evaluation.benchmarks import rewind
 from peftlib.evaluation.benchmarks import scores as benchmark_scores
 from peftlib.evaluation.judging import judge, verdicts
 from peftlib.evaluation.metrics import bleu_signature
-from peftlib.methods import BASE, METHODS
-from peftlib.report import benchmarks as benchmark_report
-from peftlib.report import charts, findings
-from peftlib.report.render import UNKNOWN, interval_text, render, shown
-from peftlib.report.results_csv import result_frame
+from peftlib.methods import BASE
+from peftlib.report import charts, findings, tables
+from peftlib.report.render import UNKNOWN, render
 from peftlib.train import run_record
 from peftlib.train.sweep import verdict
 
@@ -32,35 +29,29 @@ _ANSWER_CHARACTERS = 700  # of an answer in the report
 
 @dataclass(frozen=True)
 class Report:
-    """results: results.csv. table: before and after training, one row per method, texts. per_source, pairs, scores:
-    numbers. summary: at most five sentences; details: further ones. figures, dark_figures: {name: PNG path}. alt:
-    {name: text}. numbers: of the charts. samples: dicts of source, id, prompt, reference and one answer a method.
-    notes: differences in setup that limit the comparison. judged: [verdicts.Judged, ...]. agreed:
-    [rates.Agreement, ...]. n_other_verdicts: on other answers or under another rubric. benchmarks: [scores.TaskScores,
-    ...]. rates: {method: what its swept rates may be called}. folder: of the study. theme: 'light' or 'dark', of its
-    notebooks."""
+    """What a study's report holds, as its templates and notebooks show it."""
 
-    results: pd.DataFrame
-    table: pd.DataFrame
-    per_source: pd.DataFrame
+    results: pd.DataFrame  # results.csv
+    table: pd.DataFrame  # texts: before and after training, one row a method
+    per_source: pd.DataFrame  # numbers, as `pairs` and `scores`
     pairs: pd.DataFrame
     scores: pd.DataFrame
-    summary: list
-    details: list
-    figures: dict
+    summary: list  # of at most five sentences
+    details: list  # of further sentences
+    figures: dict  # {name: PNG path}
     dark_figures: dict
-    alt: dict
+    alt: dict  # {name: text}
     numbers: charts.Numbers = field(repr=False)
-    samples: list = field(repr=False)
-    notes: list
-    judged: list
-    agreed: list
-    n_other_verdicts: int
-    benchmarks: list
-    rates: dict
+    samples: list = field(repr=False)  # dicts of source, id, prompt, reference and one answer a method
+    notes: list  # differences in setup that limit the comparison
+    judged: list  # of verdicts.Judged
+    agreed: list  # of rates.Agreement
+    n_other_verdicts: int  # on other answers or under another rubric
+    benchmarks: list  # of scores.TaskScores
+    rates: dict  # {method: what its swept rates may be called}
     study: results.ScoredStudy = field(repr=False)
     folder: Path
-    theme: str
+    theme: str  # of the study's notebooks, 'light' or 'dark'
 
     @property
     def findings(self):
@@ -73,22 +64,22 @@ def build_report(study: Study) -> Report:
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
-    # Load and score: records, predictions and verdicts, checked against the test rows; all rows, and each source's.
+    # Load and score.
     found, boot, by_source, numbers = scored(study)
     judged, agreed, n_other_verdicts = verdicts.load(study, found)
-    # Compare: every two methods, and what was not equal between them.
+    # Compare.
     pairs = comparison.pairs_of(found.systems(), boot) if boot else []
     notes = comparison.unmatched(found.runs)
     details = [*findings.details(found, pairs), *verdicts.findings(judged), *verdicts.uncounted(study)]
-    details += benchmark_report.sentences(numbers.benchmarks)
+    details += findings.of_benchmarks(numbers.benchmarks)
     # Draw.
     figures, dark_figures, alt = charts.save_charts(numbers, study.figures_dir)
     report = Report(
-        results=result_frame(found, judged, numbers.benchmarks),
-        table=_method_table(found, boot),
-        per_source=_source_frame(by_source),
+        results=tables.result_frame(found, judged, numbers.benchmarks),
+        table=tables.method_table(found, boot),
+        per_source=tables.source_frame(by_source),
         pairs=pd.DataFrame([pair.row() for pair in pairs], columns=comparison.PAIR_COLUMNS),
-        scores=_score_frame(found),
+        scores=tables.score_frame(found),
         summary=findings.summary(found, boot, pairs, notes, numbers),
         details=details,
         figures=figures,
@@ -138,82 +129,6 @@ def _by_source(found):
     return made
 
 
-def _source_frame(by_source):
-    rows = []
-    for source, boot in by_source.items():
-        for method in boot.value:
-            row = {"source": source, "method": method, "n": boot.n_rows}
-            for metric in stats.METRICS:
-                found = boot.interval(method, metric)
-                row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _score_frame(found):
-    """Every score of every scored run, one row a run."""
-    runs = [run for run in found.runs if run.is_scored]
-    rows = [
-        {
-            "method": run.record["method"],
-            "seed": run.record["seed"],
-            **run.rows.scores(),
-            "chrf": run.scores["chrf"],
-            "truncated_share": run.truncated_share,
-            "eval_loss": run.eval_loss,
-        }
-        for run in runs
-    ]
-    return pd.DataFrame(rows)
-
-
-def _method_table(found, boot):
-    """The field's table as texts: one row a method with a record, one of base cut at the median reference length."""
-    rows = []
-    for method, runs in charts.by_method(found.runs).items():
-        rows.append({"technique": _technique(method, runs), **_method_cells(method, runs, found, boot)})
-        if method == BASE and found.base_cut is not None:
-            name = f"base, cut at the median reference length ({found.cut_at_words} words)"
-            cut = {metric: interval_text(boot.interval(results.BASE_CUT, metric)) for metric in stats.METRICS}
-            after = {f"{label} after (95 %)": cut[metric] for metric, label in stats.METRICS.items()}
-            rows.append({"technique": name, **after})
-    return pd.DataFrame(rows).fillna("")
-
-
-def _technique(method, runs):
-    states = [run.record["status"] for run in runs if run.record["status"] != "ok"]
-    variant = METHODS[method].variant(runs[0].record["config"]) if method in METHODS else ""
-    notes = [variant] if variant else []
-    notes += [f"{len(runs)} seeds"] if len(runs) > 1 else []
-    notes += [f"{states.count(state)} {state}" if len(runs) > 1 else state for state in dict.fromkeys(states)]
-    return f"{method} ({', '.join(notes)})" if notes else method
-
-
-def _method_cells(method, runs, found, boot):
-    """{column: text}; the base is its own 'before', and has no 'after'."""
-    finished = [run for run in runs if run.record["status"] == "ok"]
-    base_runs, is_base = found.scored.get(BASE, []), method == BASE
-    cells = {}
-    for metric, label in stats.METRICS.items():
-        base, own = (boot.interval(m, metric) if boot and m in boot.value else None for m in (BASE, method))
-        before = interval_text(base) if is_base else shown(base and base.value, ".4f")
-        cells |= {f"{label} before": before, f"{label} after (95 %)": "" if is_base else interval_text(own)}
-    base_loss, loss = (comparison.mean_of(group, lambda run: run.eval_loss) for group in (base_runs, finished))
-    general = forgetting.mean_over([run.general for run in finished])
-    change = forgetting.change(forgetting.mean_over([run.general for run in base_runs]), general)
-    memory = comparison.mean_of(finished, lambda run: gib(run.record["peak_memory_bytes"]))
-    hours = comparison.mean_of(finished, lambda run: run.record["train_seconds"] and run.record["train_seconds"] / 3600)
-    return {
-        **cells,
-        "test loss before": shown(base_loss, ".3f"),
-        "test loss after": "" if is_base else shown(loss, ".3f"),
-        "general text loss (change)": shown(general and general.loss, ".3f")
-        + ("" if is_base or change is None else f" ({change:+.1%})"),
-        "peak memory GiB": "" if is_base else shown(memory, ".2f"),
-        "training hours": "" if is_base else shown(hours, ".2f" if hours and hours >= 1 else ".2g"),  # a demo: minutes
-    }
-
-
 def _samples(found):
     """Up to N_SAMPLES test rows with every method's answer (its first seed), sources in turn.
 
@@ -252,7 +167,7 @@ def _content(report, pairs, by_source):
         "stats": stats,
         "forgetting": forgetting,
         "judge": judge,
-        "benchmark_table": benchmark_report.table(report.benchmarks),
+        "benchmark_table": tables.benchmark_table(report.benchmarks),
         "benchmark_pairs": [pair for scores in report.benchmarks for pair in scores.pairs()],
         "BASE": BASE,
         "rouge": rouge,
@@ -261,5 +176,5 @@ def _content(report, pairs, by_source):
         "versions": versions,
         "longest": _ANSWER_CHARACTERS,
         "gib": gib,
-        "perplexity": lambda loss: None if loss is None else math.exp(min(loss, 700)),
+        "perplexity": findings.perplexity,
     }

@@ -1,6 +1,6 @@
-"""A matplotlib figure that shows itself in a notebook and says in words what it shows, drawn in a theme.
+"""A matplotlib figure in a theme that shows itself in a notebook and describes its content in words.
 
-Nothing global (pyplot, rcParams) is touched.
+Nothing global (pyplot, rcParams) is changed.
 """
 
 import html
@@ -19,7 +19,7 @@ _DPI = 150
 
 
 class Chart(Figure):
-    """A figure with `alt`, its content in words, and `is_empty` where there was nothing to draw."""
+    """A figure with `alt`, its content in words, and `is_empty`, whether there was nothing to draw."""
 
     def __init__(self, width, height, theme=LIGHT):
         super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.paper)
@@ -34,8 +34,8 @@ class Chart(Figure):
         self.savefig(made, format="png", dpi=_DPI)
         return made.getvalue()
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        # As HTML, for JupyterLab shows an image/png without the alt text that it was given.
+    def _repr_mimebundle_(self, **given):
+        # As HTML, because JupyterLab shows an image/png without its alt text.
         return bundle(self.png(), self.alt)
 
 
@@ -83,6 +83,15 @@ def dress(axes, x_label, y_label, grid="y"):
 def title(axes, text):
     """Set what axes show, above them and to the left."""
     axes.set_title(text, fontsize=11, color=axes.figure.theme.ink, loc="left")
+
+
+def finished(chart, axes, heading, alt, place=None):
+    """The chart with its heading, its content in words and, at a place of `legend`, its legend."""
+    title(axes, heading)
+    if place:
+        legend(axes, place)
+    chart.alt = alt
+    return chart
 
 
 _PLACES = {

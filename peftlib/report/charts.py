@@ -1,6 +1,6 @@
 """Which charts a report has, and the numbers that they are drawn from."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peftlib.core.files import gib
 from peftlib.evaluation import stats
@@ -32,29 +32,25 @@ ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 
 @dataclass(frozen=True)
 class Numbers:
-    """records: of all runs. intervals: {method: {metric: stats.Interval}}, base cut included; per_source: {source: the
-    same without base cut}. rewound: of rewind.curves. benchmarks: [scores.TaskScores, ...]. trade: {method: Intervals
-    (of its gain of ROUGE-L on the test rows, of its change on the tasks of lost_on)}, against base. The others:
-    {method: mean over its finished runs} of the methods whose runs all know it."""
+    """What the charts are drawn from."""
 
-    records: list
-    intervals: dict
-    per_source: dict
-    peak_gib: dict
+    records: list  # of all runs
+    intervals: dict  # {method: {metric: stats.Interval}}, base cut included
+    per_source: dict  # {source: the same without base cut}
+    peak_gib: dict  # this and the next five: {method: mean over its finished runs}, if all of them know it
     reserved_gib: dict
     eval_loss: dict
     general_loss: dict
     tokens_per_second: dict
     train_seconds: dict
-    rewound: dict = field(default_factory=dict)
-    benchmarks: list = field(default_factory=list)
-    trade: dict = field(default_factory=dict)
-    lost_on: list = field(default_factory=list)
+    rewound: dict  # of rewind.curves
+    benchmarks: list  # of scores.TaskScores
+    trade: dict  # {method: (Interval of its gain of ROUGE-L, of its change on the tasks lost_on)} against base
+    lost_on: list
 
 
-def numbers_of(found, boot, by_source, rewound=None, benchmarks=()):
-    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}; rewound: of
-    rewind.curves."""
+def numbers_of(found, boot, by_source, rewound, benchmarks):
+    """The Numbers of a ScoredStudy. boot: Bootstrap over all rows, or None; by_source: {source: Bootstrap}."""
     changes, lost_on = scores.lost(benchmarks)
     known = boot.value if boot else {}
     both = [method for method in changes if method in known and BASE in known]
@@ -78,8 +74,8 @@ def numbers_of(found, boot, by_source, rewound=None, benchmarks=()):
         general_loss=means(general_loss),
         tokens_per_second=means(lambda run: run.record["tokens_per_second"]),
         train_seconds=means(lambda run: run.record["train_seconds"]),
-        rewound=rewound or {},
-        benchmarks=list(benchmarks),
+        rewound=rewound,
+        benchmarks=benchmarks,
         trade={method: (boot.difference(method, BASE, "rougeL"), changes[method]) for method in both},
         lost_on=lost_on,
     )

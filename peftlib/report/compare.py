@@ -11,8 +11,8 @@ from peftlib.core.study import Study, frozen_of
 from peftlib.evaluation import results, stats
 from peftlib.evaluation.benchmarks import scores
 from peftlib.evaluation.comparison import mean_of
-from peftlib.report.benchmarks import table
 from peftlib.report.render import render
+from peftlib.report.tables import benchmark_table
 
 
 def compare_studies(studies: Iterable[str | Path]) -> str:
@@ -25,7 +25,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     if len(set(folders)) < max(len(folders), 2):
         raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
     names = names_of(folders)
-    opened = {name: Study(folder, resolve("demo", study=folder.name)) for name, folder in zip(names, folders)}
+    opened = {name: study_in(folder) for name, folder in zip(names, folders)}
     found = {name: results.load(study) for name, study in opened.items()}
     require_same_rows({name: study.split_hash for name, study in found.items()})
     empty = [name for name, study in found.items() if not study.scored]
@@ -47,7 +47,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
         "found": found,
         "boot": boot,
         "stats": stats,
-        "benchmark_table": table(benchmarks),
+        "benchmark_table": benchmark_table(benchmarks),
         "benchmarks": benchmarks,
         "changed": {name: differences(first, config) for name, config in zip(names[1:], others)},
         "mean_of": mean_of,
@@ -65,7 +65,12 @@ def folder_of(name):
     for folder in (Path(name), output_root() / name):
         if (folder / "config.json").exists():
             return folder.resolve()
-    raise StudyError(f"{name} is no study: there is no config.json in {Path(name)} or {output_root() / name}")
+    raise StudyError(f"{name} is not a study: there is no config.json in {Path(name)} or {output_root() / name}")
+
+
+def study_in(folder):
+    """The Study in a folder, to be read only: its settings are not looked at."""
+    return Study(folder, resolve("demo", study=folder.name))
 
 
 def names_of(folders):
@@ -80,4 +85,4 @@ def require_same_rows(hashes):
     """StudyError: studies of unlike test rows. hashes: {name: split_hash}."""
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{name} has {value}" for name, value in hashes.items())
-        raise StudyError(f"not of the same test rows, so not comparable: split_hash differs: {listed}")
+        raise StudyError(f"these studies have different test rows and cannot be compared: split_hash differs: {listed}")

@@ -1,16 +1,16 @@
-"""Charts of a study, each with one sentence for those who cannot see it. A method keeps its colour and marker
-everywhere.
+"""Charts of a study, each described in one sentence. A method keeps its colour and marker everywhere.
 
-Functions return a `chart.Chart` in the theme asked for. intervals: {method: {metric: stats.Interval}}.
+Functions return a `chart.Chart` in a theme. intervals: {method: {metric: stats.Interval}}.
 """
 
 import math
 
+import pandas as pd
 from matplotlib.patheffects import withStroke
 
 from peftlib.evaluation.stats import METRICS
 from peftlib.methods import BASE, study_order
-from peftlib.report.chart import Chart, drawing, dress, empty, legend, title
+from peftlib.report.chart import Chart, drawing, dress, empty, finished, title
 from peftlib.report.palette import LIGHT, marker_of
 
 _MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
@@ -18,7 +18,7 @@ _RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 
 
 def loss_curves(records, theme=LIGHT):
-    """Training loss over optimizer steps, one line a run: smoothed, up to four runs as logged too; validation
+    """Training loss over optimizer steps, one smoothed line a run (of up to four runs as logged too); validation as
     points."""
     chart, axes = drawing(5.8, 3.4, "optimizer step", "loss (nats per assistant token)", theme)
     records = sorted(records, key=lambda record: (_order(record["method"]), record["seed"]))
@@ -39,14 +39,12 @@ def loss_curves(records, theme=LIGHT):
             axes.plot(steps, smoothed(losses), color=color, linewidth=1.7, label=label)
             parts.append(f"{losses[0]:.2f} to {losses[-1]:.2f}")
         if valid:
-            look = {"marker": marker_of(method), "color": color, "markeredgecolor": theme.paper, "linestyle": "none"}
+            look = {**_mark(method, theme), "markeredgecolor": theme.paper}
             axes.plot(*zip(*valid), **look, label=None if history else label)
             parts.append(f"{valid[-1][1]:.2f} on validation rows")
         said.append(f"{method} (seed {record['seed']}) {', '.join(parts)}")
-    title(axes, "Training loss (line: smoothed; points: validation)")
-    legend(axes)
-    chart.alt = f"Loss from the first to the last training step: {'; '.join(said)}."
-    return chart
+    alt = f"Loss from the first to the last training step: {'; '.join(said)}."
+    return finished(chart, axes, "Training loss (line: smoothed; points: validation)", alt, "inside")
 
 
 def _points(entries, key):
@@ -54,14 +52,9 @@ def _points(entries, key):
     return [(entry["step"], entry[key]) for entry in entries if _is_number(entry.get(key))]
 
 
-def smoothed(values, share=0.1):
-    """Exponential mean of a list of numbers over about `share` of its length, without the pull of its start."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    made, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        made.append(total / weight)
-    return made
+def smoothed(values):
+    """Exponential mean of a list of numbers over about a tenth of its length, without the pull of its start."""
+    return pd.Series(values, dtype=float).ewm(alpha=1 / max(1.0, 0.1 * len(values))).mean().tolist()
 
 
 def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
@@ -96,17 +89,15 @@ def source_bars(per_source, metric="rougeL", theme=LIGHT):
                 _bar(axes, x, width * 0.92, found[method][metric], method, label=method if group == 0 else None)
     axes.set_xticks(range(len(per_source)), list(per_source))
     _room_above(axes, [interval[metric].high for found in per_source.values() for interval in found.values()])
-    title(axes, f"{METRICS[metric]} by source, 95 % intervals")
-    legend(axes, "right")
     said = "; ".join(f"{source}: {_scores_text(found, (metric,), ', ')}" for source, found in per_source.items())
-    chart.alt = f"{METRICS[metric]} by data source: {said}."
-    return chart
+    alt = f"{METRICS[metric]} by data source: {said}."
+    return finished(chart, axes, f"{METRICS[metric]} by source, 95 % intervals", alt, "right")
 
 
 def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows=""):
     """A point a method: peak training memory across, score with 95 % interval up.
 
-    The base is a dashed line where it is near; a base far below is named at the edge, for the axes hold the methods.
+    The base is a dashed line if it is near; a base far below is named at the edge, so that the methods fill the axes.
     peak_gib: {method: GiB or None}; methods of unknown memory are left out. rows: as in `score_bars`.
     """
     name = METRICS[metric]
@@ -116,8 +107,8 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     if not scores:
         return empty(chart, axes, "no method with both a score and a memory figure")
     for method, found in scores.items():
-        look = {"marker": marker_of(method), "markersize": 9, "color": theme.color_of(method), "linestyle": "none"}
-        axes.errorbar(peak_gib[method], found.value, yerr=_spans(found), capsize=4, label=method, **look)
+        look = {"markersize": 9, "capsize": 4, **_mark(method, theme)}
+        axes.errorbar(peak_gib[method], found.value, yerr=_spans(found), label=method, **look)
     ends = [end for found in scores.values() for end in (found.low, found.high)]
     said = [f"{method} {found.value:.3f} at {peak_gib[method]:.2f} GiB" for method, found in scores.items()]
     if BASE in intervals:
@@ -134,10 +125,9 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     _hold(axes.set_ylim, ends)
     if axes.get_xlim()[0] > 0 or axes.get_ylim()[0] > 0:
         axes.set_xlabel(f"{axes.get_xlabel()}; axes do not start at 0")
-    title(axes, f"{name}{rows and f' on {rows}'} against memory: up and left is better")
-    legend(axes, "right")
-    chart.alt = f"{name} on the test rows{rows and f' of {rows}'} against peak training memory: {'; '.join(said)}."
-    return chart
+    heading = f"{name}{rows and f' on {rows}'} against memory: up and left is better"
+    alt = f"{name} on the test rows{rows and f' of {rows}'} against peak training memory: {'; '.join(said)}."
+    return finished(chart, axes, heading, alt, "right")
 
 
 def rewind_curves(curves, theme=LIGHT):
@@ -148,20 +138,15 @@ def rewind_curves(curves, theme=LIGHT):
         known = [p for p in curves[method] if _is_number(p["test_loss"]) and _is_number(p["general_loss"])]
         if known:
             x, y = ([point[name] for point in known] for name in ("test_loss", "general_loss"))
-            color, look = theme.color_of(method), {"markersize": 9, "linestyle": "none", "zorder": 3}
-            axes.plot(x, y, color=color, linewidth=1.7, marker=".", label=method)
-            axes.plot(x[-1:], y[-1:], color=color, marker=marker_of(method), **look)
-            axes.plot(x[:1], y[:1], color=theme.color_of(BASE), marker=marker_of(BASE), **look)
+            axes.plot(x, y, color=theme.color_of(method), linewidth=1.7, marker=".", label=method)
+            for at, name in ((-1, method), (0, BASE)):
+                axes.plot(x[at], y[at], markersize=9, zorder=3, **_mark(name, theme))
             steps = ", ".join(f"{p['test_loss']:.3f} and {p['general_loss']:.3f} at {p['factor']:g}" for p in known)
             said.append(f"{method} {steps}")
     if not said:
         return empty(chart, axes, "no model between base and tuned was scored")
-    title(axes, "From base (cross) to tuned (large marks): lower is better")
-    legend(axes, "right")
-    chart.alt = (
-        f"Loss on test rows and on general text of the models between base (0) and tuned (1): {'; '.join(said)}."
-    )
-    return chart
+    alt = f"Loss on test rows and on general text of the models between base (0) and tuned (1): {'; '.join(said)}."
+    return finished(chart, axes, "From base (cross) to tuned (large marks): lower is better", alt, "right")
 
 
 def benchmark_points(benchmarks, theme=LIGHT):
@@ -173,14 +158,15 @@ def benchmark_points(benchmarks, theme=LIGHT):
     chart, axes = drawing(6.2, 1.2 + 0.55 * max(len(tasks), 2), "score (0-1)", "", theme, grid="x")
     if not tasks:
         return empty(chart, axes, "no benchmark scores yet")
-    methods = sorted({method for scores in tasks for method in scores.runs}, key=_order)
-    said = []
+    methods = sorted({method for scores in tasks for method in scores.runs}, key=study_order)
+    said, labelled = [], set()
     for row, scores in enumerate(tasks):
         for at, method in enumerate(method for method in methods if method in scores.runs):
             found, y = scores.interval(method), row + (at - (len(scores.runs) - 1) / 2) * 0.7 / len(scores.runs)
-            look = {"marker": marker_of(method), "color": theme.color_of(method), "linestyle": "none", "capsize": 2}
-            look["alpha"] = 0.35 if scores.is_at_floor(method) else 1.0
-            axes.errorbar(found.value, y, xerr=_spans(found), label=None if row else method, **look)
+            look = {"capsize": 2, "alpha": 0.35 if scores.is_at_floor(method) else 1.0, **_mark(method, theme)}
+            label = None if method in labelled else method  # not every task has every method
+            labelled.add(method)
+            axes.errorbar(found.value, y, xerr=_spans(found), label=label, **look)
         if scores.chance is not None:
             axes.vlines(scores.chance, row - 0.45, row + 0.45, color=theme.ink, linewidth=1.2, linestyle="--")
         points = ", ".join(
@@ -189,10 +175,8 @@ def benchmark_points(benchmarks, theme=LIGHT):
         said.append(f"{scores.task} {points}" + ("" if scores.chance is None else f" (guessing {scores.chance:.3f})"))
     axes.set_yticks(range(len(tasks)), [scores.task for scores in tasks])
     axes.invert_yaxis()
-    title(axes, "Benchmarks, 95 % intervals (dashed: guessing; pale: not above it)")
-    legend(axes, "right")
-    chart.alt = f"Scores on standard benchmarks: {'; '.join(said)}."
-    return chart
+    alt = f"Scores on standard benchmarks: {'; '.join(said)}."
+    return finished(chart, axes, "Benchmarks, 95 % intervals (dashed: guessing; pale: not above it)", alt, "right")
 
 
 def gain_against_loss(trade, tasks, theme=LIGHT):
@@ -208,15 +192,13 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
     said = []
     for method in sorted(trade, key=_order):
         gain, change = trade[method]
-        look = {"marker": marker_of(method), "markersize": 9, "color": theme.color_of(method), "linestyle": "none"}
-        axes.errorbar(gain.value, change.value, xerr=_spans(gain), yerr=_spans(change), capsize=4, label=method, **look)
+        look = {"markersize": 9, "capsize": 4, **_mark(method, theme)}
+        axes.errorbar(gain.value, change.value, xerr=_spans(gain), yerr=_spans(change), label=method, **look)
         said.append(f"{method} {gain.value:+.3f} and {change.value:+.3f} ({change.verdict})")
     for line in (axes.axhline, axes.axvline):
         line(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
-    title(axes, "Gained on the task against lost elsewhere: up is better")
-    legend(axes, "right")
-    chart.alt = f"ROUGE-L gained against base, and mean change of accuracy on {', '.join(tasks)}: {'; '.join(said)}."
-    return chart
+    alt = f"ROUGE-L gained against base, and mean change of accuracy on {', '.join(tasks)}: {'; '.join(said)}."
+    return finished(chart, axes, "Gained on the task against lost elsewhere: up is better", alt, "right")
 
 
 def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
@@ -242,9 +224,13 @@ def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
     axes.set_xlim(0, (max(ends) or 1.0) * (1.15 if outlines is None else 1.3))
-    title(axes, f"{name} (outline and brackets: reserved)" if outer else name)
-    chart.alt = f"{name.replace(':', ',')}: {'; '.join(f'{m} {values[m]:{form}} {unit}' for m in methods)}."
-    return chart
+    alt = f"{name.replace(':', ',')}: {'; '.join(f'{m} {values[m]:{form}} {unit}' for m in methods)}."
+    return finished(chart, axes, f"{name} (outline and brackets: reserved)" if outer else name, alt)
+
+
+def _mark(method, theme):
+    """How a point of a method looks."""
+    return {"marker": marker_of(method), "color": theme.color_of(method), "linestyle": "none"}
 
 
 def _bar(axes, x, width, interval, method, label=None):

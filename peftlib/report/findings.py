@@ -1,4 +1,4 @@
-"""What a scored study shows, in sentences made from its numbers; an unknown number makes no sentence."""
+"""What a scored study shows, in sentences made from its numbers; an unknown number gives no sentence."""
 
 import math
 
@@ -14,7 +14,7 @@ def summary(found, boot, pairs, notes, numbers):
     """[sentence, ...], at most five: which method is best, by how much, memory and time, forgetting, and cautions.
 
     found: results.ScoredStudy. boot: stats.Bootstrap, None without scores. pairs: [comparison.Pair, ...]. notes: what
-    was not matched. numbers: charts.Numbers.
+    differs between the runs' setups. numbers: charts.Numbers.
     """
     told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
     if not told:
@@ -117,9 +117,9 @@ def _against_cut_base(found, pairs):
 
 
 def worth(difference, cut_share):
-    """What a difference from the cut base says. cut_share: of the method's own answers that the token limit cut."""
+    """What a difference from the cut base means. cut_share: of the method's own answers, cut by the token limit."""
     verdict = difference.verdict
-    if cut_share >= 0.5:  # then it has not learnt to stop, and the cut base is spared what lengthens its own answers
+    if cut_share >= 0.5:  # it has not learnt to stop, so its answers are long and those of the cut base are not
         return (
             f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "
             "compares lengths as much as answers"
@@ -137,9 +137,14 @@ def _losses(found):
     parts = [f"{method} {loss:.3f} ({(loss - base) / base:+.1%})" for method, loss in losses.items() if base and loss]
     if parts:
         yield (
-            f"Loss on test rows, nats per assistant token: base {base:.3f} (perplexity {math.exp(base):.1f}), "
+            f"Loss on test rows, nats per assistant token: base {base:.3f} (perplexity {perplexity(base):.1f}), "
             f"{', '.join(parts)}."
         )
+
+
+def perplexity(loss):
+    """exp of a loss in nats; None for an unknown loss, inf where a float cannot hold it."""
+    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
 
 
 def _four_bit(found):
@@ -170,3 +175,18 @@ def _listed(names):
 
 def _figure(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def of_benchmarks(benchmarks):
+    """[sentence, ...] on the differences from base that lie beyond the noise, and on what is at its floor."""
+    pairs = [pair for scores in benchmarks for pair in scores.pairs() if pair.other == BASE]
+    beyond = [pair for pair in pairs if not pair.difference.is_noise]
+    if pairs:
+        listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond)
+        yield (
+            f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base lie beyond the noise"
+            f"{': ' if listed else ''}{listed}."
+        )
+    floor = [scores.task for scores in benchmarks if all(map(scores.is_at_floor, scores.runs))]
+    if floor:
+        yield f"No method is above guessing on {', '.join(floor)}: nothing that was learnt or forgotten can show there."

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peftlib.methods import BASE, METHODS, known
+from peftlib.methods import BASE, known
 
 _BASES = {BASE: ("#5e5e5e", "#dedede"), "base (cut)": ("#323232", "#acacac")}  # {name: (light, dark)}
 _BASE_MARKER, _OTHER_MARKER = "X", "*"
@@ -28,12 +28,8 @@ class Theme:
     def color_of(self, method):
         """The colour of a method's lines, bars and points."""
         spec = known(method)
-        return spec.colors[self.position] if spec else self.colors().get(method, self.other)
-
-    def colors(self):
-        """{method: colour} of the base and every known method."""
-        pairs = {**_BASES, **{name: spec.colors for name, spec in METHODS.items()}}
-        return {name: pair[self.position] for name, pair in pairs.items()}
+        pair = spec.colors if spec else _BASES.get(method)
+        return pair[self.position] if pair else self.other
 
 
 # Okabe and Ito's palette where it has a contrast of 3:1 with the paper, else its hue made darker or lighter, so that

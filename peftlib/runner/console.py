@@ -1,4 +1,4 @@
-"""What the commands share: settings from words, one-line errors, exit codes, and the first edition's spellings."""
+"""What the commands share: settings from the command line, one-line errors, exit codes, and former spellings."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from typer import Option
 
 from peftlib.core.config import PROFILES, from_text, resolve
 from peftlib.core.env import output_root
-from peftlib.core.errors import ConfigError, PeftlibError, disk_error
+from peftlib.core.errors import ConfigError, PeftlibError, Stopped, disk_error
 from peftlib.core.study import Study
 from peftlib.storage import mirror
 
@@ -47,34 +47,27 @@ def given_settings(settings, *, source=None, **options):
 
 
 def study_of(given, *, is_copied=True):
-    """The study that settings name. is_copied: brought from its remote if it has one, and copied there from now on."""
+    """The study that settings name. is_copied: restore it from its remote, if any, and copy it there from now on."""
     if is_copied:
         mirror.open_mirror(output_root() / resolve(**given).study)
     return Study.resolve(**given)
 
 
 def sized_as_full_study(given):
-    """Settings with the full study's lengths and row counts where they are not given, validation rows in proportion."""
+    """Settings completed by the full study's lengths and row counts, with validation rows in proportion."""
     full = PROFILES["t4"]
     given = {**{name: full[name] for name in ("train_rows", "test_rows", "max_length", "max_new_tokens")}, **given}
     return {"valid_rows": round(full["valid_rows"] / full["train_rows"] * given["train_rows"]), **given}
 
 
-def require_numbers(options):
-    """ConfigError: an option's number is below 0, infinite or not a number. options: {name: number}."""
-    for name, number in options.items():
-        if not 0 <= number < math.inf:
-            raise ConfigError(f"{name} {number:g} is out of range")
-
-
 def numbers(option, text, kind):
-    """The numbers of an option that has commas between them, as kind. ConfigError: no numbers, below 0, or repeated."""
+    """The comma-separated numbers of an option, as kind. ConfigError: not numbers, not finite, below 0, or repeated."""
     try:
         found = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option} {text!r}: use numbers with commas between, such as 0,1,2") from None
-    if len(set(found)) < len(found) or min(found) < 0:
-        raise ConfigError(f"{option} {text!r}: each number once, none below 0")
+        raise ConfigError(f"{option} {text!r}: give numbers separated by commas, such as 0,1,2") from None
+    if len(set(found)) < len(found) or not all(0 <= number < math.inf for number in found):
+        raise ConfigError(f"{option} {text!r}: give each number once, finite and not below 0")
     return found
 
 
@@ -86,7 +79,11 @@ def say(line):
 def main(app, argv):
     """Run one command; returns its exit code. A PeftlibError is printed as one line, without a traceback."""
     try:
-        code = call(app, argv)
+        try:
+            code = call(app, argv)
+        except Stopped as stopped:
+            print(f"stopped: {stopped}", file=sys.stderr)
+            code = STOPPED_CODE
         for line in mirror.flush_all():
             print(line, file=sys.stderr)  # `study list` prints commands
         sys.stdout.flush()
@@ -106,7 +103,7 @@ def main(app, argv):
 
 
 def call(app, argv):
-    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors come through."""
+    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors pass through."""
     command = typer.main.get_command(app)
     try:
         with command.make_context("peftlib", in_todays_words(argv)) as context:

@@ -14,11 +14,13 @@ from peftlib.core import paths
 from peftlib.core.errors import DiskError, Stopped, StudyError, writing
 from peftlib.core.files import readable_path
 from peftlib.core.hub_token import without_tokens
-from peftlib.notebook.session import STOPPED
+from peftlib.notebook.session import NO_BARS, STOPPED
 from peftlib.runner import notebook_io
+from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.notebook_io import FAILED
 
-EXIT_FAILED, EXIT_STOPPED = 1, 3
+EXIT_FAILED = 1
+SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
 LINE_LIMIT = 200  # characters relayed of a line; the executed copy holds all of it
 # What papermill logs about its own work. Its guesses at our parameters are wrong: peftlib.core.config knows them.
 _ABOUT_ITSELF = (
@@ -38,22 +40,16 @@ _NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a fi
 class Execution:
     """One run of a notebooks.Stage. papermill works in a thread, so that this one can pass signals on.
 
-    signals: a deque that receives this process's signals. heartbeat_s: seconds of silence after which a line is
-    printed. save_s: seconds that an interrupted kernel gets.
+    signals: a deque that receives this process's signals. heartbeat_s: seconds of silence before a line is printed.
     """
 
-    def __init__(self, stage, signals, heartbeat_s, save_s):
-        self.stage = stage
-        self.signals = signals
-        self.heartbeat_s = heartbeat_s
-        self.save_s = save_s
+    def __init__(self, stage, signals, heartbeat_s):
+        self.stage, self.signals, self.heartbeat_s = stage, signals, heartbeat_s
         self.cells = _with_injected(notebook_io.load(stage.source)["cells"])
         self.cell = 0  # number of the running cell, from 1
         self.cell_started = self.last_line_at = time.monotonic()
         self.kernel = None  # its KernelManager, once it is started
-        self.error = None  # what papermill raised
-        self.signal = None
-        self.kill_at = None
+        self.error = self.signal = self.kill_at = None  # error: what papermill raised
 
     def run(self):
         """Execute to the end and keep the executed copy; returns (exit code, why the run may not go on)."""
@@ -107,7 +103,7 @@ class Execution:
         return Kernel
 
     def _on_log(self, record):
-        """Take what papermill logs: the cells that start, and what they print. False: no other handler gets it."""
+        """Handle what papermill logs: the cells that start, and what they print. False: no other handler gets it."""
         text = record.getMessage()
         start = _CELL_START.match(text)
         if start:
@@ -138,11 +134,13 @@ class Execution:
             self._relay(f"... {f'{minutes} min ' if minutes else ''}{seconds} s in this cell")
 
     def _on_signal(self, number):
-        if self.signal is not None or self._kernel_process() is None:
+        process = self._kernel_process()
+        if self.signal is not None or process is None:
             self._kill()
         else:
-            self._kernel_process().send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
-            self.kill_at = time.monotonic() + self.save_s
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                process.send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
+            self.kill_at = time.monotonic() + SAVE_S
             self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
         self.signal = number
 
@@ -170,14 +168,14 @@ class Execution:
         print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}\n", end="", flush=True)
 
     def _judge(self):
-        """As `run`, from papermill's error and the copy's last line: the status of a cell is no witness."""
+        """As `run`, from papermill's error and the copy's last line; the status of a cell proves nothing."""
         name, copy = self.stage.name, self._tidied_copy()
         status, state, _ = (notebook_io.ending(copy) if copy else None) or (None, None, None)
         if self.error is None and state == self.stage.state:
             kept = self.stage.keep(copy, status)
             if status == STOPPED:
                 so_far = f"the same command goes on from there; so far: {readable_path(kept)}"
-                return EXIT_STOPPED, f"{name} stopped at its time limit, {so_far}"
+                return STOPPED_CODE, f"{name} stopped at its time limit, {so_far}"
             if self.signal is None:
                 return 0, ""
             return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on"
@@ -186,7 +184,7 @@ class Execution:
             kept = f"executed copy: {readable_path(self.stage.keep(copy, STOPPED if self.signal else FAILED))}"
         failure = notebook_io.failure(copy) if copy else None
         if failure and failure[1] == Stopped.__name__:
-            return EXIT_STOPPED, f"{name} stopped: {failure[2]}\n{kept}"
+            return STOPPED_CODE, f"{name} stopped: {failure[2]}\n{kept}"
         if self.signal is not None:
             goes_on = f"the same command goes on from there; {kept}"
             return 128 + self.signal, f"{name} was interrupted by {self.signal.name}, {goes_on}"
@@ -220,9 +218,7 @@ class Execution:
 
 def environment():
     """{variable: value} of a child process: this checkout's peftlib, no progress bars, no prompts."""
-    switches = ("PEFTLIB_HEADLESS", "PYDEVD_DISABLE_FILE_VALIDATION", "TQDM_DISABLE")
-    switches += ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
-    found = dict.fromkeys(switches, "1")
+    found = dict.fromkeys(("PEFTLIB_HEADLESS", "PYDEVD_DISABLE_FILE_VALIDATION", *NO_BARS), "1")
     if paths.checkout():
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.checkout()), os.environ.get("PYTHONPATH")]))
     return found

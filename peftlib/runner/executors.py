@@ -1,7 +1,7 @@
 """Where the commands of a study's runs are executed: child processes here, or tasks of a Ray cluster; a class each.
 
-start(name, words) starts `peftlib WORDS` where has_room; ended() lists the Endings since the last call; avoid(node)
-starts nothing there any more, False where that leaves none; stop() has the commands save and end; close() ends them.
+start(name, words) starts `peftlib WORDS` if has_room; ended() lists the Endings since the last call; avoid(node) starts
+nothing more there, False if that leaves no node; stop() makes the commands save and end; close() ends them at once.
 """
 
 import contextlib
@@ -21,14 +21,13 @@ GRACE_S = 45.0  # seconds that a command gets for saving before it is killed
 
 
 class Ending(NamedTuple):
-    """code: exit code, negative for a signal. last: its last line. seconds: it ran. node, place: where, to `avoid` and
-    in words."""
+    """How a command ended."""
 
     name: str
-    code: int
-    last: str
-    seconds: float
-    node: str = ""
+    code: int  # exit code, negative for a signal
+    last: str  # its last line
+    seconds: float  # it ran
+    node: str = ""  # to `avoid`
     place: str = "here"
 
 
@@ -76,7 +75,7 @@ class Local:
 
 
 class Ray:
-    """Tasks at_once on each GPU of a cluster, which Ray runs again elsewhere when their node dies.
+    """Tasks, at_once of them on each GPU of a cluster; Ray repeats them elsewhere when their node dies.
 
     ConfigError: no Ray here, no cluster at the address, or one without a GPU where device is not 'cpu'.
     """
@@ -89,7 +88,7 @@ class Ray:
 
             ray.init(address=settings.address, log_to_driver=False)
         except ImportError:
-            raise ConfigError("--executor ray needs Ray, which is not here: pip install 'peftlib[cluster]'") from None
+            raise ConfigError("--executor ray needs Ray, which is missing: pip install 'peftlib[cluster]'") from None
         except (ConnectionError, ValueError) as error:
             how = f"no Ray cluster ({error}); `ray start --head` starts one"
             raise ConfigError(f"--address {settings.address}: {how}") from None
@@ -103,7 +102,7 @@ class Ray:
         self._how = {"max_retries": 3, "scheduling_strategy": "SPREAD", "num_gpus": gpus, "num_cpus": max(1, cpus)}
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node with other code is to say so itself
         self._task = ray.remote(_task)
-        # What a node has itself goes before; its checkout is its own.
+        # A node's own values come first, and it has a checkout of its own.
         places = {name: os.environ[name] for name in ("PEFTLIB_ROOT", "PEFTLIB_MIRROR") if name in os.environ}
         self._environment = {**{k: v for k, v in environment().items() if k != "PYTHONPATH"}, **places}
 
@@ -143,9 +142,11 @@ def _task(words, env):
 
     with contextlib.closing(Local([{name: value for name, value in env.items() if name not in os.environ}])) as local:
         local.start("", words)
-        while not (ended := local.ended()):
+        ended = []
+        while not ended:
             try:
                 time.sleep(0.1)
+                ended = local.ended()
             except KeyboardInterrupt:
                 local.stop()
     return (*ended[0][1:4], ray.get_runtime_context().get_node_id(), f"on {socket.gethostname()}")

@@ -11,12 +11,13 @@ from peftlib.core.hub_token import MASK, token_pattern
 from peftlib.core.json_reading import fault
 from peftlib.core.paths import PACKAGE
 from peftlib.notebook.session import last_words
+from peftlib.notebook.widgets import VIEW
 
 FAILED = "failed"  # of a notebook's endings; notebook.session has the others
 _WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
 _OUTPUT = {"output_type": str, "data?": {}}
-_SHAPE = {"cells": [{"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}], "metadata": {}}
-_WIDGET = "application/vnd.jupyter.widget-view+json"
+_CELL = {"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}
+_SHAPE = {"cells": [_CELL], "metadata": {}}
 
 
 def load(path):
@@ -24,8 +25,10 @@ def load(path):
     with reading(path, _WAY_OUT):
         notebook = json.loads(Path(path).read_bytes().decode("utf-8"))
     found = fault(notebook, _SHAPE)
+    if not found and not all(isinstance(cell.get("source"), str | list) for cell in notebook["cells"]):
+        found = "a cell has no source"
     if found:
-        raise StudyError(f"{path} is no notebook ({found}): {_WAY_OUT}")
+        raise StudyError(f"{path} is not a notebook ({found}): {_WAY_OUT}")
     return notebook
 
 
@@ -52,10 +55,10 @@ def code_of(notebook):
 def ending(notebook):
     """(status, state hash, [paths it wrote]) that the last code cell printed by `finish`, or None if it did not.
 
-    The cells' own status is no witness: a killed kernel leaves its cell marked completed.
+    The cells' own status proves nothing: a killed kernel leaves its cell marked completed.
     """
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source_of(cell).strip()]
-    outputs = code[-1]["outputs"] if code else []
+    outputs = code[-1].get("outputs", []) if code else []
     return last_words("".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout"))
 
 
@@ -89,7 +92,8 @@ def tidy(notebook, studies_root):
     changes = _changes(studies_root)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            cell["outputs"] = [_changed(o, changes) for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
+            outputs = (output for output in cell.get("outputs", []) if VIEW not in output.get("data", {}))
+            cell["outputs"] = [_changed(output, changes) for output in outputs]
 
 
 def _changes(studies_root):

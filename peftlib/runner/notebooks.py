@@ -24,7 +24,6 @@ from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import restore
 
 HEARTBEAT_S = 20.0  # seconds without a line after which the runner prints one itself
-SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
 _SIGNALS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
 
 
@@ -37,20 +36,9 @@ class Stage:
     study: Study
     parameters: dict
 
-    @property
-    def copy(self):
-        """Path of the executed notebook once it is finished."""
-        return self.path("")
-
-    @property
-    def running(self):
-        """Path of the executed notebook while it is being made."""
-        return self.path(".running")
-
-    @property
-    def state(self):
-        """state_hash of the notebook under this run's settings."""
-        return state_hash(self.name, self.study.cfg)
+    copy = property(lambda self: self.path(""), doc="Path of the executed notebook once it is finished.")
+    running = property(lambda self: self.path(".running"), doc="Path of the executed notebook while it is made.")
+    state = property(lambda self: state_hash(self.name, self.study.cfg), doc="Hash of the settings of this run.")
 
     def path(self, mark):
         """Path of an executed copy; mark: '' or what tells an unfinished one, such as '.failed'."""
@@ -77,12 +65,12 @@ def plan(wanted, overrides, notebooks_dir=None):
     folder = Path(notebooks_dir) if notebooks_dir else paths.shipped("notebooks")
     found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise ConfigError(f"no notebooks in {folder}: give their folder by --notebooks")
+        raise ConfigError(f"no notebooks in {folder}: name their folder with --notebooks")
     return [_stage(name, found[name], overrides) for name in _selected(wanted, found)]
 
 
-def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
-    """Execute what is not finished, in order, until one does not finish; the exit code.
+def run(stages, heartbeat_s=HEARTBEAT_S):
+    """Execute what is not finished, in order, until one does not finish; returns the exit code.
 
     LockedError: another runner is at work in the study.
     """
@@ -101,7 +89,7 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
             cfg = stage.study.cfg
             print(f"{stage.name}: starts, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
             started = time.monotonic()
-            code, message = Execution(stage, signals, heartbeat_s, save_s).run()
+            code, message = Execution(stage, signals, heartbeat_s).run()
             minutes[stage.name] = (time.monotonic() - started) / 60
             mirror = restore(stage.study.folder)
             if mirror is not None:  # takes the executed copy along; the kernel has uploaded the rest
@@ -117,7 +105,7 @@ def run(stages, heartbeat_s=HEARTBEAT_S, save_s=SAVE_S):
 
 
 def unfinished_reason(stage):
-    """Why a notebook has to be run, in words, or None if its executed copy is up to date."""
+    """Why a notebook has to be run, or None if its executed copy is up to date."""
     if not stage.copy.exists():
         return "not finished yet"
     copy = notebook_io.load(stage.copy)
@@ -173,7 +161,7 @@ def _profile_of_this_machine():
     )
     if asked.returncode:
         last_line = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"profile='auto' could not be resolved here, give one by --profile ({last_line})")
+        raise ConfigError(f"profile='auto' could not be resolved here: name one with --profile ({last_line})")
     return asked.stdout.split()[-1]
 
 

@@ -1,7 +1,7 @@
 """A whole study by one command, `peftlib study run`, on one machine or many, until all is done.
 
-Data, a sweep of learning rates a method, training and evaluation of every method and seed, the report. Each run is a
-command that an executor starts; claims share the runs out among all who run the same study.
+It builds the data, sweeps each method's learning rates, trains and evaluates every method and seed, and writes the
+report. An executor starts each run as a command; claims divide the runs among all machines that run the same study.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ _LOOK_S = 10.0  # seconds between two looks at what others have done, 300 at a r
 def run(settings, *, log=print, why_stop=lambda: None):
     """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, STOPPED_CODE if cut.
 
-    why_stop() -> None, or why to stop now: asked beside the time limit and signals.
-    ConfigError, StudyError: the study does not fit the settings, or the executor cannot be had. LockedError: a session
-    works in the study as a whole.
+    why_stop() -> None, or a reason to stop now besides the time limit and signals.
+    ConfigError, StudyError: the study does not fit the settings, or the executor is not available. LockedError: a
+    session works in the study as a whole.
     """
     started, reason = time.monotonic(), None
     study = _with_data(settings, log)
@@ -46,7 +46,7 @@ def run(settings, *, log=print, why_stop=lambda: None):
                 why = why or (f"minutes={settings.minutes:g} are nearly over" if late else None)
                 if reason is None and why:
                     reason = why
-                    log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is at work'}")
+                    log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is running'}")
                     executor.stop()
                 session.step(is_cut=reason is not None)
                 time.sleep(0.2)
@@ -65,11 +65,11 @@ def _with_data(settings, log):
 
     study = _resolved(settings, log)
     if not (study.manifest_path.exists() and study.config_path.exists()):
-        log(f"builds the data of {study.folder.name}")
+        log(f"building the data of {study.folder.name}")
         build_data(study.cfg, study.data_dir)
     study.freeze()
     if settings.factors != () and not sum(study.manifest()["counts"]["valid"].values()):
-        raise ConfigError("no validation rows, on which a sweep is scored: set valid_rows, or --factors none")
+        raise ConfigError("a sweep is scored on validation rows and there are none: set valid_rows, or --factors none")
     if study.cfg.model == "packaged":
         locate(study.cfg.model)  # converted once, before many processes want it
     if not settings.address and resolve_device(study.cfg.device) == "cpu":
@@ -78,7 +78,7 @@ def _with_data(settings, log):
 
 
 class _Session:
-    """The jobs of one command: which wait, which run, and how they ended."""
+    """The jobs of one command: which wait, which run, and how the others ended."""
 
     def __init__(self, study, settings, executor, log):
         self.study, self.settings, self.executor, self.log = study, settings, executor, log
@@ -91,7 +91,7 @@ class _Session:
         self._look()
 
     def _look(self):
-        """See what has been done, here and elsewhere, and which runs others hold."""
+        """Find out what has been done, here and elsewhere, and which runs others hold."""
         mirror = running(self.study.folder)
         if mirror is not None and time.monotonic() >= self._restore_at:
             mirror.restore(())
@@ -114,7 +114,7 @@ class _Session:
         return [job for job in left if job.is_sweep or job.method not in vain or job.is_ready()]
 
     def step(self, *, is_cut):
-        """Start what can be, pass on what was said, take in what has ended."""
+        """Start the jobs that can start, pass on their output, and handle those that have ended."""
         if time.monotonic() >= self._look_at:
             self._look()
         while not is_cut and self.ready and self.executor.has_room:
@@ -130,12 +130,12 @@ class _Session:
             self._ended(ending, is_cut)
 
     def shown(self):
-        """A context in which a terminal shows the table of all runs, with what each said last."""
+        """A context in which a terminal shows the table of all runs with the last line of each."""
         from rich.live import Live
         from rich.text import Text
 
-        seen = Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
-        return seen if sys.stdout.isatty() else contextlib.nullcontext()  # which gets lines
+        live = Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
+        return live if sys.stdout.isatty() else contextlib.nullcontext()  # elsewhere lines are logged
 
     def _pass_on(self, name):
         for line in self.running[name].read().splitlines():
@@ -158,7 +158,7 @@ class _Session:
             self._tried.add(name)
             if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
                 how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                self._died[name] = DIED, f"{how}: {ending.last or 'no word'}"
+                self._died[name] = DIED, f"{how}: {ending.last or 'no output'}"
 
     def close(self, reason):
         """Report and table; the exit code."""
@@ -175,9 +175,9 @@ class _Session:
         failed = [name for name in status if status[name] in (FAILED, DIED)]
         left = [name for name in status if status[name] not in (DONE, FAILED)]
         if failed:
-            self.log(f"failed: {', '.join(failed)}; --again tries them once more")
+            self.log(f"failed: {', '.join(failed)}; --again tries them again")
         if left:
-            self.log(f"left: {', '.join(left)}; the same command goes on")
+            self.log(f"left: {', '.join(left)}; the same command resumes them")
         if not failed and not left:
             self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
         return 1 if failed else STOPPED_CODE if left else 0
@@ -188,6 +188,6 @@ def listing(settings, *, is_pending):
     study = _resolved(settings, lambda line: None)
     study.manifest()
     study.freeze()
-    session = _Session(study, settings, None, None)
+    session = _Session(study, settings, None, lambda line: print(line, file=sys.stderr))  # the list may be commands
     commands = (shlex.join(["peftlib", *job.words()]) for job in session.ready)
     return commands if is_pending else table(session.states | session.notes)

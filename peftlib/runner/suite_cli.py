@@ -30,6 +30,8 @@ def _settings(given, methods="", seeds="0", factors="none", only="", **others):
     from peftlib.methods import BASE, METHODS, default_methods, find, known
     from peftlib.runner.suite_jobs import Settings as SuiteSettings
 
+    if "seed" in given:
+        raise ConfigError("-p seed: the runs of a study have their seeds in their names; --seeds says which there are")
     names = (BASE, *default_methods()) if methods is None else tuple(methods.replace(",", " ").split())
     strange = [name for name in names if name != BASE and ":" not in name and not known(name)]
     if strange or methods == ",":
@@ -74,14 +76,9 @@ def run(
     if executor not in ("local", "ray"):
         raise ConfigError(f"--executor {executor}: use local or ray")
     given = given_settings(settings, source=source, profile=profile, study=study)
-    others = {
-        "rows": sweep_rows,
-        "is_again": again,
-        "at_once": at_once,
-        "minutes": minutes,
-        "has_report": not no_report,
-    }
-    chosen = _settings(given, methods, seeds, factors, only, address=address if executor == "ray" else "", **others)
+    others: dict = {"rows": sweep_rows, "is_again": again, "at_once": at_once, "minutes": minutes}
+    others |= {"has_report": not no_report, "address": address if executor == "ray" else ""}
+    chosen = _settings(given, methods, seeds, factors, only, **others)
     if dry_run:
         print("\n".join(suite_plan.lines(chosen)))
         return 0

@@ -1,4 +1,4 @@
-"""The runs of a whole study: which there are, how far each is, and the command that does it."""
+"""The runs of a whole study: which there are, how far each one is, and the command that does it."""
 
 import re
 from dataclasses import dataclass
@@ -13,25 +13,23 @@ from peftlib.methods import BASE, default_methods, find
 from peftlib.train import sweep
 
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
-DIED = "died"  # in this session, without a word in its record
+DIED = "died"  # in this session, and its record does not say why
 
 
 @dataclass(frozen=True)
 class Settings:
-    """given: what Study.resolve gets. factors, rows: of the sweeps; None: as train.sweep searches, (): no sweeps.
-    at_once: runs on each GPU. methods, seeds: to run. names: as in `jobs`, empty for all. is_again: try what failed
-    once more. minutes: 0 for no limit. address: of a Ray cluster, '' for this machine."""
+    """What a whole study is to do."""
 
-    given: dict
+    given: dict  # for Study.resolve
     methods: tuple = (BASE, *default_methods())
     seeds: tuple = (0, 1, 2)
-    factors: tuple | None = None
-    rows: int = sweep.ROWS
-    names: tuple = ()
-    is_again: bool = False
-    minutes: float = 0.0
-    at_once: int = 1
-    address: str = ""
+    factors: tuple | None = None  # of the sweeps' rates; None: as train.sweep searches, (): no sweeps
+    rows: int = sweep.ROWS  # of a sweep's trial
+    names: tuple = ()  # as in `jobs`, empty for all
+    is_again: bool = False  # try failed runs once more
+    minutes: float = 0.0  # time limit; 0: none
+    at_once: int = 1  # runs on each GPU
+    address: str = ""  # of a Ray cluster, '' for this machine
     has_report: bool = True
 
     def jobs(self, study):
@@ -47,7 +45,7 @@ class Settings:
         unknown = {*self.names} - {name for job in jobs for name in (job.name, job.method)}
         if unknown:
             known = ", ".join(job.name for job in jobs)
-            raise ConfigError(f"--only {','.join(sorted(unknown))} means no run here: use {known}")
+            raise ConfigError(f"--only {','.join(sorted(unknown))}: there is no such run, use {known}")
         chosen = [job for job in jobs if not self.names or {job.name, job.method} & {*self.names}]
         swept = {job.method for job in chosen}
         return jobs, [job for job in jobs if job in chosen or (job.is_sweep and job.method in swept)]
@@ -66,7 +64,7 @@ class Job:
     name = property(lambda self: f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}")
 
     def words(self):
-        """The words after `peftlib` that do this job on any machine: settings are named where the study has others."""
+        """The words after `peftlib` that do this job on any machine; other settings than the study's are named."""
         study, asked, usual = self.study, self.settings, Settings({})
         own = Study.existing(study.folder.name).cfg
         words = ["study", "work", self.name, "--study", study.folder.name]
@@ -91,7 +89,7 @@ class Job:
         return self.settings.factors == () or self.method in self.study.adopted_rates()
 
     def unscored(self, record):
-        """[words, ...]: what the settings `benchmarks` ('auto' names none) and `rewind` name and a run's record lacks."""
+        """[words, ...]: what `benchmarks` ("auto" names none) and `rewind` of the settings name and a record lacks."""
         cfg = self.study.cfg
         named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
         left = [task for task in named if task not in (record.get("benchmarks") or {})]
@@ -124,7 +122,7 @@ def job_named(study, settings, name):
     """The Job of such a name. ConfigError: no run is called so."""
     found = re.fullmatch(r"sweep-(.+)|(.+)-s(\d+)", name)
     if not found:
-        raise ConfigError(f"{name!r} is no run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
+        raise ConfigError(f"{name!r} is not a run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
     method = found[1] or found[2]
     if method != BASE:
         find(method)

@@ -16,12 +16,11 @@ _PAPER = re.compile(r"arXiv:[0-9.]*[0-9]")
 
 
 def plan_lines(gpu, given, study=None, names=None):
-    """Yield which method fits a GPU, in which micro-batch and for how long, as lines of text.
+    """Yield lines on which methods fit a GPU, with which micro-batch and for how long.
 
-    gpu: a name in shapes.CARDS; None for the one here, or a t4, which is said. given: {field: value} of the config.
-    study: a Study whose config and data to plan for. names: of methods; None for those of a study.
-    ConfigError: an unknown GPU or setting, or a card on which no method fits. ModelError: the model's shape cannot be
-    had.
+    gpu: a name in shapes.CARDS; None for the one here, else a t4, and a line says so. given: {field: value} of the
+    config. study: a Study whose config and data to plan for. names: of methods; None for those of a study.
+    ConfigError: an unknown GPU or setting, or no method fits the card. ModelError: the model's shape is unknown.
     """
     name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
     if gpu is None:
@@ -36,7 +35,7 @@ def plan_lines(gpu, given, study=None, names=None):
 
 
 def method_lines(names=()):
-    """Yield `method_rows` as aligned lines, and what a reader may want to know of them."""
+    """Yield `method_rows` as aligned lines, with two lines of explanation."""
     rows = list(method_rows(names))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -48,8 +47,8 @@ def method_lines(names=()):
 def method_rows(names=()):
     """Yield the header and a row of texts for each method: what trains, how the base is held, memory, paper.
 
-    Numbers are those of the profile t4's settings and model, the 1B, on a T4. names: as methods.find has them; all
-    where there are none. ConfigError: there is no such method.
+    Numbers are for the profile t4, the 1B model on a T4. names: as methods.find has them, none for all. ConfigError:
+    there is no such method.
     """
     (name, card), cfg = find_card("t4"), resolve("t4")
     shape = shape_of(cfg.model)
@@ -65,9 +64,9 @@ def method_rows(names=()):
 
 
 def lines(settings):
-    """Yield the runs of a study with the time that training takes and their status, then the total of what is left.
+    """Yield the runs of a study with training time and status, then the total of what is left.
 
-    settings: suite_jobs.Settings. StudyError: the study has no data yet. ModelError: the model's shape cannot be had.
+    settings: suite_jobs.Settings. StudyError: the study has no data yet. ModelError: the model's shape is unknown.
     """
     study = Study.resolve(**settings.given)
     cfg, manifest, (name, card) = study.cfg, study.manifest(), card_at_hand() or find_card("t4")

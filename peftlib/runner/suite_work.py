@@ -1,6 +1,6 @@
-"""One run of a whole study by one command, `peftlib study work RUN`, wherever it is started and however often.
+"""One run of a whole study by one command, `peftlib study work RUN`, wherever and however often it is started.
 
-A claim keeps others from the same run; what is done is not done again, and what was cut goes on.
+A claim keeps others from the same run; a finished run is not repeated, and an interrupted one is resumed.
 """
 
 import gc
@@ -35,11 +35,11 @@ NOT_NOW_CODE = 75  # another worker has it, or its sweep is not done: the same c
 
 
 def main(settings, name, *, code="", data="", is_attended=False):
-    """Do one run unless it is done, whose lines go to logs/RUN.log of the study too; returns the exit code.
+    """Do one run unless it is done; returns the exit code. Its lines go to logs/RUN.log of the study too.
 
-    settings.given: the study's name, and settings that this run has beside the study's. name: such as galore-s1.
-    code, data: what code_id() and the rows' split_hash have to be; '' for anything. is_attended: an executor started
-    this process, which stops once its parent is gone. A failure is kept in the run's record.
+    settings.given: the study's name, and settings of this run besides the study's. name: such as galore-s1. code, data:
+    the required code_id() and split_hash of the rows; '' for any. is_attended: an executor started this process, which
+    stops once its parent is gone. A failure is kept in the run's record.
     """
     if is_attended:
         parent = psutil.Process(os.getppid())
@@ -101,7 +101,7 @@ def _job(folder, settings, name, data):
     study = Study.existing(folder.name)
     found = study.manifest()["split_hash"]
     if data not in ("", found):
-        raise NodeError(f"has rows of the hash {found} in {folder}, the command asks for {data}: remove that folder")
+        raise NodeError(f"has rows with the hash {found} in {folder}, the command asks for {data}: remove that folder")
     job = job_named(study, settings, name)
     cfg = study.cfg.replace(**settings.given, seed=job.seed)
     if cfg.device == "auto" and resolve_device("auto") == "cpu":

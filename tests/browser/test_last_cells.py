@@ -60,7 +60,7 @@ def test_a_push_is_previewed_and_needs_a_token(opened):
         hub.enter("repository", "me/my-model")
         hub.press("Preview")
         hub.wait_for("Nothing is sent yet", seconds=120)
-        assert "hf://me/my-model, private: you alone can read it" in hub.text
+        assert "hf://me/my-model, private: only you can read it" in hub.text
         assert "adapter_model.safetensors" in hub.text and "## Training" in hub.text
         hub.press("Push to the hub")
         hub.wait_for("no Hugging Face token|HF_TOKEN may write")
@@ -77,6 +77,6 @@ def test_a_gguf_file_is_made_with_the_commands_for_ollama(opened):
 
 def test_drive_is_named_as_colabs(opened):
     with opened.watched():
-        assert "Google Drive is Colab's: here the files are in" in shown(opened, "drive_box(").text
+        assert "Google Drive is available only on Colab; here the files are in" in shown(opened, "drive_box(").text
         assert opened.problems() == []
         opened.picture_in_both_themes("02_qlora-ends")

@@ -60,8 +60,8 @@ def page(tmp_path_factory):
             write_json(path, record)
             answers = [PLANTED[n] if n < len(PLANTED) else a for n, a in enumerate(_answers(rows, record))]
             fake_study.write_predictions(study, record["method"], record["seed"], rows, answers)
-        patch.setattr("peftlib.report.site.plan.CARDS", {name: CARDS[name] for name in ("t4", "h100")})
-        patch.setattr("peftlib.report.site.plan.LENGTHS", (512, 1024))
+        patch.setattr("peftlib.report.site.build.CARDS", {name: CARDS[name] for name in ("t4", "h100")})
+        patch.setattr("peftlib.report.site.build.LENGTHS", (512, 1024))
         found = report.scored(study)
         points = [{"factor": f, "test_loss": 3 - f, "general_loss": 3 + f, "rougeL": 0.3 + f / 4} for f in (0, 0.5, 1)]
         found[-1].__dict__["rewound"] = {"qlora": points}  # as a study has it that was rewound
@@ -168,6 +168,41 @@ def test_charts_say_what_they_show_and_follow_the_filter(opened):
     opened.choose("#rewind-score", "rougeL")
     said = "return document.querySelector('#rewind-lines [role=img]').ariaLabel"
     opened.wait(f"{said}.includes('qlora at 0.5: 0.425')", "rewound ROUGE-L")
+
+
+def test_a_filter_that_leaves_one_seed_shows_its_score_and_not_the_studys_interval(opened):
+    opened.drawn("pareto")
+    words = "return document.querySelector('#pareto [role=img]').ariaLabel.split(' Unbeaten')[0]"
+    assert " to " in opened.run(words)
+    score = opened.run(
+        "const run = peftlib.data().runs.find((run) => run.method === 'galore' && run.seed === 1);"
+        "run.device = 'another'; return run.rougeL"
+    )
+    before = opened.drawn("pareto")
+    opened.choose("#filter", "another")
+    opened.wait("return document.getElementById('pareto').dataset.drawn > arguments[0]", "new chart", before)
+    assert f"galore {score:.3f} at" in opened.run(words)
+
+
+def test_a_file_that_was_not_copied_is_named_and_can_be_asked_for_again(driver, page, tmp_path):
+    folder = tmp_path / "copied"
+    shutil.copytree(page.parent, folder)
+    (folder / "data" / "plan.js").unlink()
+    opened = Page(driver, folder / "index.html")
+    about = "return document.getElementById('about').textContent"
+    opened.wait(
+        f"{about}.startsWith('data/plan.js is not there: copy the whole folder')", "words on the planner's file"
+    )
+    answers = folder / "data" / "answers-0-1.js"
+    text = answers.read_bytes()
+    answers.unlink()
+    opened = Page(driver, folder / "index.html")
+    opened.click("#explorer > button")
+    said = "return document.querySelector('#explorer > button').textContent"
+    opened.wait(f"{said}.startsWith('data/answers-0-1.js is not there')", "words on the missing file")
+    answers.write_bytes(text)
+    opened.explore()
+    opened.faults()
 
 
 def test_explorer_finds_sorts_marks_and_loads_what_is_asked_for(opened, page):

@@ -17,7 +17,7 @@ import pytest
 from peftlib import cli
 from peftlib.evaluation.judging.backends import KEY_VARIABLE, Endpoint
 from peftlib.report import charts
-from peftlib.runner import scoring_cli
+from peftlib.runner import analysis_cli
 
 KEY = "sk-planted0key0that0must0not0appear"
 
@@ -168,7 +168,7 @@ def free_port():
 def judged(study, words):
     """The exit code of the judge command on a study. ConfigError and others: as the command raises them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring_cli, "open_study", lambda name: study)
+        patch.setattr(analysis_cli, "open_study", lambda name: study)
         return cli.call(["judge", *words])
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from peftlib.core import record as records
-from peftlib.notebook import charts
+from peftlib.notebook import results
 from peftlib.report import build as report
 
 
@@ -19,7 +19,7 @@ def study(tmp_path, monkeypatch):
 def test_without_scores_it_shows_nothing(study, capsys, monkeypatch):
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
     built = report.build_report(study)
-    assert charts.show_benchmarks(study, built) is built
+    assert results.show_benchmarks(study, built) is built
     assert capsys.readouterr().out.startswith("no benchmarks: set benchmarks=")
 
 
@@ -34,9 +34,9 @@ def test_scores_are_shown_as_a_table_and_two_figures(study, monkeypatch):
             records.save(study, record)
         return True
 
-    monkeypatch.setattr(charts, "bench_study", score)
+    monkeypatch.setattr(results, "bench_study", score)
     monkeypatch.setattr("IPython.display.display", lambda thing, raw=False: shown.append(thing))
-    built = charts.show_benchmarks(study, None)
+    built = results.show_benchmarks(study, None)
     assert [found.task for found in built.benchmarks] == ["arc_easy"]
     table, *figures = shown
     assert table.loc["arc_easy", "qlora"].startswith("0.750 (") and table.loc["arc_easy", "guessing"] == "0.250"

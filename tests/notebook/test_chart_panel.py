@@ -7,7 +7,7 @@ import re
 import fake_study
 import pytest
 
-from peftlib.notebook.charts import show_charts
+from peftlib.notebook.results import show_charts
 from peftlib.report import charts as report_charts
 from peftlib.report.build import build_report
 from peftlib.report.chart import image

@@ -8,8 +8,7 @@ from peftlib import cli, data
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import read_json
-from peftlib.notebook import dataset as browse
-from peftlib.report import data_figures as figures
+from peftlib.notebook import dataset
 from peftlib.runner.console import sized_as_full_study
 
 
@@ -21,7 +20,7 @@ def opened(built_data, tiny_model):
 def test_marked_text_is_the_row_with_the_answers_marked(opened):
     rows, tokenizer = opened
     for row in rows:
-        text = browse.mask_text(row, tokenizer)
+        text = dataset.mask_text(row, tokenizer)
         marked = re.findall("⟦(.*?)⟧", text, flags=re.DOTALL)
         assert marked == [m["content"] + "<end_of_turn>" for m in row["messages"] if m["role"] == "assistant"]
         assert text.replace("⟦", "").replace("⟧", "") == tokenizer.decode(row["input_ids"])
@@ -29,21 +28,21 @@ def test_marked_text_is_the_row_with_the_answers_marked(opened):
 
 def test_html_is_escaped(opened):
     rows, tokenizer = opened
-    made = browse.mask_html(rows[0], tokenizer)
+    made = dataset.mask_html(rows[0], tokenizer)
     assert "&lt;start_of_turn&gt;" in made and "<start_of_turn>" not in made
     assert made.count("<span") == made.count("</span>") >= 2
 
 
 def test_headless_browsing_is_a_static_table_with_rows_of_each_source(opened):
     rows, tokenizer = opened
-    shown = browse.browse(rows, tokenizer).data  # no notebook: nobody is there
+    shown = dataset.browse(rows, tokenizer).data  # no notebook: nobody is there
     assert all(shown.count(f"{name}  {name}-") == 2 for name in ("alpaca", "tulu", "ultrachat"))
     assert "<script" not in shown
 
 
 def test_widgets_show_the_row_that_is_picked(opened):
     rows, tokenizer = opened
-    box = browse.browse(rows, tokenizer, is_interactive=True)
+    box = dataset.browse(rows, tokenizer, is_interactive=True)
     (source, number), shown = box.children[0].children, box.children[1]
     source.value, number.value = "ultrachat", 2
     third = [row for row in rows if row["source"] == "ultrachat"][2]
@@ -58,14 +57,14 @@ def test_charts_say_what_they_show(built_data, tmp_path):
     manifest = read_json(built_data / "manifest.json")
     manifest["rejected"]["tulu"] = {"duplicate": 3, "too_long": 2}
     for name, chart in {
-        "lengths": figures.length_chart(built_data),
-        "kept": figures.kept_chart(manifest),
-        "nothing": figures.kept_chart({**manifest, "rejected": {s: {} for s in manifest["sources"]}}),
+        "lengths": dataset.length_chart(built_data),
+        "kept": dataset.kept_chart(manifest),
+        "nothing": dataset.kept_chart({**manifest, "rejected": {s: {} for s in manifest["sources"]}}),
     }.items():
         chart.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert all(source in chart.alt for source in ("alpaca", "tulu", "ultrachat"))
-    assert "tulu: 104 read, 7 kept, 5 rejected" in figures.kept_chart(manifest).alt
+    assert "tulu: 104 read, 7 kept, 5 rejected" in dataset.kept_chart(manifest).alt
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The last cells of a notebook: nothing happens before a click, a preview shows what would go, errors are told."""
 
+import os
 import sys
 import types
 
@@ -12,7 +13,7 @@ from peftlib.core.errors import ModelError
 from peftlib.evaluation import chat
 from peftlib.export import gguf
 from peftlib.models.load import load_tokenizer
-from peftlib.notebook.ends import hand_on
+from peftlib.notebook import hand_on
 from peftlib.storage import remotes
 
 ENDS = ("chat_box", "drive_box", "hub_box", "gguf_box")
@@ -64,6 +65,10 @@ def test_a_conversation_is_streamed_remembered_and_started_over(finished, speaks
         patch.setattr(chat, "greedy", lambda *_, **__: 1 / 0)
         box.text.value = "And then?"
         assert "ZeroDivisionError" in press(box) and len(box._talk.messages) == 4
+    os.utime(box._study.weights_dir("qlora", 0) / "peftlib.json", ns=(0, 1))  # as after training anew
+    box.text.value = "Who are you now?"
+    press(box)
+    assert box.shown.value.count("<h4>you</h4>") == 1 and len(box._talk.messages) == 2
     box.method.value = "base"
     assert box._talk is None and box.shown.value == ""
 

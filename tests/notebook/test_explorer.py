@@ -13,9 +13,9 @@ import pytest
 
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.metrics import sentence_bleu
-from peftlib.notebook import widgets
+from peftlib.notebook import results
 from peftlib.notebook.answers import side_by_side
-from peftlib.notebook.explorer import explore
+from peftlib.notebook.results import explore
 from peftlib.report import charts as report_charts
 from peftlib.report.answers import FILE, GAIN, HIGHEST, LOSS, LOWEST, METRICS, Answers
 from peftlib.report.build import build_report
@@ -290,7 +290,7 @@ def test_other_cells_of_the_csv_are_as_they_are(explorer):
 
 
 def test_a_csv_too_large_for_a_link_is_written_into_the_study(report, explorer, monkeypatch):
-    monkeypatch.setattr(widgets, "LINK_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(results, "_LINK_LIMIT_BYTES", 1000)
     explorer.csv.click()
     path = report.folder / "answers.download.csv"
     assert len(list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))) == 48

@@ -91,7 +91,7 @@ def test_our_own_cells_and_papermills_are_told_apart():
 
 @pytest.mark.parametrize("line", ["lora_rank = 4 * 2", "import os", "lora_rank =", "cfg.lora_rank = 8", "print(1)"])
 def test_anything_but_literals_is_refused(line):
-    with pytest.raises(ConfigError, match="only lines NAME = VALUE with plain values"):
+    with pytest.raises(ConfigError, match="only lines NAME = VALUE with literal values"):
         notebook.executed_parameters([f"# Parameters\n{line}"])
 
 

@@ -7,7 +7,7 @@ from fake_study import write_benchmark as write
 
 from peftlib.core import record as records
 from peftlib.report import build as report
-from peftlib.report import charts, results_csv
+from peftlib.report import charts, figures, tables
 from peftlib.report.compare import compare_studies
 
 
@@ -71,7 +71,7 @@ def test_a_report_without_benchmarks_says_nothing_of_them(tmp_path, monkeypatch)
     monkeypatch.setattr(charts, "charts_of", lambda *_: {})
     study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"))
     made = report.build_report(study)
-    assert list(made.results.columns) == list(results_csv.COLUMNS) and "benchmarks" not in study.report_path.read_text()
+    assert list(made.results.columns) == list(tables.COLUMNS) and "benchmarks" not in study.report_path.read_text()
 
 
 def test_studies_are_compared_on_the_benchmarks_that_they_share(tmp_path, monkeypatch):
@@ -80,3 +80,14 @@ def test_studies_are_compared_on_the_benchmarks_that_they_share(tmp_path, monkey
     pair = "qlora: two/made-up - one/made-up"
     assert "## Standard benchmarks" in shown and f"{pair} | arc_easy | inside the noise" in shown
     assert "made-up | piqa |" not in shown and shown.count("arc_easy | ") == 4
+
+
+def test_a_method_without_the_first_task_is_in_the_legend_too(tmp_path, monkeypatch):
+    study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora", "galore"))
+    for method, tasks in (("base", ("arc_easy", "piqa")), ("qlora", ("arc_easy",)), ("galore", ("piqa",))):
+        record = records.load(study, method, 0)
+        for task in tasks:
+            fake_study.write_benchmark(study, record, task, np.arange(100) < 50)
+        records.save(study, record)
+    chart = figures.benchmark_points(report.scored(study)[3].benchmarks)
+    assert sorted(text.get_text() for text in chart.axes[0].get_legend().get_texts()) == ["base", "galore", "qlora"]

@@ -18,7 +18,7 @@ from peftlib.report import build as report
 from peftlib.report import charts, findings
 from peftlib.report.compare import compare_studies
 from peftlib.report.render import render
-from peftlib.report.results_csv import COLUMNS
+from peftlib.report.tables import COLUMNS
 
 # As the contract lists them.
 CONTRACT = [
@@ -557,7 +557,7 @@ def test_studies_that_cannot_be_compared_are_refused(two, tmp_path):
     first, second = two
     with pytest.raises(StudyError, match="two or more different"):
         compare_studies([str(first.folder)] * 2)
-    with pytest.raises(StudyError, match=r"nowhere is no study: there is no config\.json"):
+    with pytest.raises(StudyError, match=r"nowhere is not a study: there is no config\.json"):
         compare_studies([str(first.folder), str(tmp_path / "nowhere")])
     for method in ("base", "qlora"):
         second.predictions_path(method, 0).unlink()
@@ -582,3 +582,11 @@ def test_the_report_says_that_a_runs_rates_or_precision_were_changed_midway(smal
     text = small.report_path.read_text(encoding="utf-8")
     assert "qlora (seed 0) was not treated as the others: from step 9 on its learning rates were 0.3 times" in text
     assert "qlora (seed 0) went on in fp16 from step 12 on (before: bf16)" in text
+
+
+def test_a_loss_whose_perplexity_no_number_holds_is_reported(tmp_path, monkeypatch):
+    study = fake_study.make(tmp_path, monkeypatch, methods=("base", "qlora"))
+    fake_study.write_record(study, fake_study.record_of("base", eval_loss=800.0))
+    made = report.build_report(study)
+    assert any("base 800.000 (perplexity inf)" in line for line in made.findings)
+    assert "| inf |" in study.report_path.read_text(encoding="utf-8")

@@ -19,10 +19,11 @@ from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.report import build as report
 from peftlib.report import charts
 from peftlib.report.answers import SAME, Answers, marked
-from peftlib.report.site import build, plan
+from peftlib.report.site import build
 from peftlib.report.site.build import build_site, script_of
 from peftlib.train import estimate
 
+PLAN_DATA = build.plan_data
 PLANTED = (
     '</script><script>document.title = "planted"</script>',
     "<img src=x onerror=\"document.title='planted'\"> line\u2028and\u2029ends",
@@ -160,10 +161,10 @@ def test_benchmarks_and_rewound_models_are_shown_where_there_are_any(study, tmp_
 
 
 def test_the_calculators_table_is_the_planners(monkeypatch):
-    monkeypatch.setattr(plan, "CARDS", {"t4": CARDS["t4"]})
-    monkeypatch.setattr(plan, "LENGTHS", (1024,))
-    monkeypatch.setattr(plan, "SHAPES", {"gemma-3-1b": SHAPES["gemma-3-1b"]})
-    data = plan.plan_data()
+    monkeypatch.setattr(build, "CARDS", {"t4": CARDS["t4"]})
+    monkeypatch.setattr(build, "LENGTHS", (1024,))
+    monkeypatch.setattr(build, "SHAPES", {"gemma-3-1b": SHAPES["gemma-3-1b"]})
+    data = PLAN_DATA()
     cfg = config.resolve("gpu", model="google/gemma-3-1b-it", train_rows=2 * data["rows"])
     costs = estimate.forecast(cfg, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"], names=data["methods"]).costs
     for cost, entry in zip(costs, data["table"]["t4"]["gemma-3-1b"][0], strict=True):
@@ -180,8 +181,8 @@ def refused(words, *args):
 
 def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
     to = tmp_path / "page"
-    refused("nothing here is no study", ["nothing here"], to)
-    refused("the same study twice", [study.folder, study.folder], to)
+    refused("nothing here is not a study", ["nothing here"], to)
+    refused("the same study is named twice", [study.folder, study.folder], to)
     other = tmp_path / "other"
     shutil.copytree(study.folder, other)
     write_json(
@@ -190,21 +191,42 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
     for path in (other / "records").glob("*.json"):
         write_json(path, {**read_json(path), "split_hash": "0" * 12})
     shutil.rmtree(other / "predictions")
-    refused("not of the same test rows.*split_hash differs", [study.folder, other], to)
+    refused("these studies have different test rows.*split_hash differs", [study.folder, other], to)
     shutil.rmtree(other / "data")
     refused(r"no results in .*peftlib report", [other], to)
     (other / "results.csv").write_text("method,seed\nqlora,7\n")
-    refused("results.csv is damaged", [other], to)
+    refused(r"results.csv is damaged \(it lacks status, n_test", [other], to)
     assert not to.exists()
 
 
 def test_a_folder_that_holds_something_else_or_cannot_be_written_is_refused(study, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    refused("holds something else", [study.folder], tmp_path / "mine")
-    refused("holds something else", [study.folder], tmp_path / "mine" / "thesis.txt")
+    refused("holds something other", [study.folder], tmp_path / "mine")
+    refused("holds something other", [study.folder], tmp_path / "mine" / "thesis.txt")
     refused("cannot be written", [study.folder], tmp_path / "mine" / "thesis.txt" / "page")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_a_page_that_was_cut_short_can_be_written_anew(study, tmp_path, monkeypatch):
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "answer_data", cut)
+        with pytest.raises(KeyboardInterrupt):
+            build_site([study.folder], tmp_path / "page")
+    assert build_site([study.folder], tmp_path / "page").is_file()
+
+
+def test_a_study_of_which_nothing_is_scored_yet_shows_its_runs(study, tmp_path):
+    for path in (study.folder / "records").glob("*.json"):
+        write_json(path, {**read_json(path), "evaluation": None})
+    shutil.rmtree(study.folder / "predictions")
+    report.build_report(study)
+    shutil.rmtree(study.folder / "data")
+    data = taken(build_site([study.folder], tmp_path / "page").parent, "runs")
+    assert data["studies"][0]["n_test"] is None and len(data["runs"]) == 3
 
 
 def test_the_missing_extra_is_named(study, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import sys
 import time
+import types
 
 import pytest
 
@@ -106,3 +107,32 @@ def test_without_ray_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"--executor ray needs Ray.* pip install 'peftlib\[cluster\]'"):
         Ray(resolve("demo"), Settings({}, address="auto"))
+
+
+@pytest.mark.parametrize("moment", ["sleep", "ended"])
+def test_a_cancelled_task_has_its_command_save_whenever_the_interrupt_comes(monkeypatch, moment):
+    said, ending = [], executors.Ending("", 3, "saved", 1.0)
+
+    def interrupted_once(*_):
+        if not said:
+            said.append("interrupted")
+            raise KeyboardInterrupt
+
+    class Stub:
+        def __init__(self, workers):
+            self.start = lambda name, words: None
+            self.stop = lambda: said.append("asked to save")
+            self.close = lambda: said.append("closed")
+
+        def ended(self):
+            if moment == "ended":
+                interrupted_once()
+            return [ending]
+
+    ray = types.SimpleNamespace(get_runtime_context=lambda: types.SimpleNamespace(get_node_id=lambda: "n1"))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(executors, "Local", Stub)
+    if moment == "sleep":
+        monkeypatch.setattr(executors.time, "sleep", interrupted_once)
+    assert executors._task(["study"], {})[:4] == (3, "saved", 1.0, "n1")
+    assert said == ["interrupted", "asked to save", "closed"]

@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from peftlib import cli as command_line
+from peftlib.core.errors import StudyError
 from peftlib.runner import notebook_io as executed
 from peftlib.runner import notebooks as runner
+from peftlib.runner.execute import Execution
 
 CHECKOUT = Path(runner.__file__).resolve().parents[2]
 TOKEN = "hf_planted0token0that0must0not0appear"
@@ -307,3 +309,26 @@ def test_overwritten_text_is_left_out_of_a_copy_and_long_lines_take_no_time(tmp_
     executed.tidy(copy, tmp_path)
     assert [output["text"] for output in copy["cells"][0]["outputs"]] == list(texts.values())
     assert time.monotonic() - started < 5
+
+
+def test_a_cell_without_outputs_has_not_ended_and_one_without_source_is_named(notebooks, tmp_path):
+    path = tmp_path / "copy.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": "1"}], "metadata": {}}))
+    copy = executed.load(path)
+    assert executed.ending(copy) is None
+    executed.tidy(copy, tmp_path)
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": []}], "metadata": {}}))
+    with pytest.raises(StudyError, match=r"copy\.ipynb is not a notebook \(a cell has no source\)"):
+        executed.load(path)
+
+
+def test_a_signal_that_comes_as_the_kernel_ends_breaks_nothing(notebooks, monkeypatch, capsys):
+    fake_notebooks.write_good(notebooks, "01_first")
+    [stage] = runner.plan([], {"profile": "demo", "study": "s"}, notebooks)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(gone.pid)
+    gone.wait()
+    execution = Execution(stage, [], heartbeat_s=20)
+    monkeypatch.setattr(execution, "_kernel_process", lambda: process)
+    execution._on_signal(signal.SIGINT)
+    assert execution.signal == signal.SIGINT and "SIGINT" in capsys.readouterr().out

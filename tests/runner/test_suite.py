@@ -143,7 +143,7 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(settings, in_this_proces
     )
     assert found["galore-s1"]["evaluation_error"] == "MemoryError: no room for answers, planted"
     assert found["qlora-s1"]["evaluation"] and found["galore-s0"]["evaluation"] and found["base-s0"]["evaluation"]
-    assert "failed: qlora-s0, galore-s1; --again tries them once more" in lines
+    assert "failed: qlora-s0, galore-s1; --again tries them again" in lines
     assert "qlora,0,failed" in study.results_path.read_text()  # the report tells it too
 
 
@@ -181,7 +181,7 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
         return "time is over" if any(line.startswith("base-s0 ended") for line in lines) else None
 
     assert run(asked, log=lines.append, why_stop=stop) == STOPPED_CODE
-    assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command goes on" in lines
+    assert "left: qlora-s0, galore-s0, qlora-s1, galore-s1; the same command resumes them" in lines
     lines.clear()
     assert run(settings(has_report=False, minutes=0.01), log=lines.append) == STOPPED_CODE
     assert not any("starts" in line for line in lines)  # none is begun that could not save in time
@@ -226,14 +226,14 @@ def test_runs_are_named_and_chosen(make_study):
     assert [job.name for job in jobs] == [job.name for job in chosen] == names
     chosen = replace(asked, names=("qlora", "galore-s1")).jobs(study)[1]
     assert [job.name for job in chosen] == ["sweep-qlora", "sweep-galore", "qlora-s0", "qlora-s1", "galore-s1"]
-    with pytest.raises(ConfigError, match="--only galore-s7 means no run here: use sweep-qlora"):
+    with pytest.raises(ConfigError, match="--only galore-s7: there is no such run, use sweep-qlora"):
         replace(asked, names=("galore-s7",)).jobs(study)
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
         replace(asked, methods=("qlor",)).jobs(study)
     assert {job.state()[0] for job in jobs} == {"waits"}
     assert [job_named(study, asked, name) for name in names] == jobs
     for name in ("galore", "galore-s", "-s0", "sweep-", "../x-s1"):
-        with pytest.raises(ConfigError, match="is no run|is unknown"):
+        with pytest.raises(ConfigError, match="is not a run|is unknown"):
             job_named(study, asked, name)
 
 

@@ -35,8 +35,10 @@ def test_arguments_become_settings(settings_of):
     assert found.given == {"profile": "gpu", "study": "x", "sources": "alpaca=a.jsonl", "max_steps": 5}
     assert (found.methods, found.seeds, found.factors) == (("base", "qlora", "galore"), (0, 3), ())
     for words, message in (
-        ("--seeds 0,x", "--seeds '0,x': use numbers"),
+        ("--seeds 0,x", "--seeds '0,x': give numbers"),
         ("--seeds 1,1", "each number once"),
+        ("--factors 1,inf", "--factors '1,inf': give each number once, finite and not below 0"),
+        ("--factors nan", "--factors 'nan': give each number once"),
         ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
         ("--methods ,", "use base, qlora"),
@@ -125,6 +127,22 @@ def test_what_another_worker_holds_is_neither_listed_nor_done(listed, capsys):
     assert cli.main(shlex.split(commands[1])[1:]) == 0
 
 
+def test_a_store_that_does_not_say_who_works_is_named_beside_the_list(study_words, capsys, monkeypatch):
+    def unreachable(*args, **how):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.ls", unreachable)
+    assert cli.main(["study", "list", *study_words]) == 0
+    said = capsys.readouterr()
+    assert "does not say who works on tiny" in said.err and "sweep-qlora" in said.out
+
+
+def test_the_name_of_a_run_sets_its_seed(listed, capsys):
+    words = shlex.split(listed("--pending")[1])[1:]
+    assert cli.main([*words, "-p", "seed=3"]) == 2
+    assert "-p seed: the runs of a study have their seeds in their names" in capsys.readouterr().err
+
+
 def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
     words = shlex.split(listed("--pending")[0])[1:]
     assert cli.main(["qlora-s0" if word == "sweep-qlora" else word for word in words]) == 75
@@ -136,7 +154,7 @@ def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
     "changes, message",
     [
         ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, the command is of 0\.1\.0\+cafecafe: install the same"),
-        ({"--data": "0123456789ab"}, r"has rows of the hash \S+ in .*tiny, the command asks for 0123456789ab"),
+        ({"--data": "0123456789ab"}, r"has rows with the hash \S+ in .*tiny, the command asks for 0123456789ab"),
         ({"device=cpu": "device=auto"}, "has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p"),
         ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
         ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),

@@ -29,19 +29,19 @@ from peftlib.models.locate import hub_errors, locate, token_for
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHORTEST_SECRET = 8  # characters
 _LONGEST_SAID = 200  # characters of a server's words in a message
-_REFUSALS = (400, 413, 422)  # of this one request
-_MOST_REFUSALS = 3  # in a row: then it is not one request that is wrong
-_PASSING = (408, 409, 425, 429)  # worth another try, as is all from 500
+_REFUSALS = (400, 413, 422)  # statuses that concern this one request
+_MOST_REFUSALS = 3  # in a row; then the fault is not in one request
+_PASSING = (408, 409, 425, 429)  # worth another try, as is every status from 500
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0  # of ours; a server may ask for longer ones
-_PATIENCE_S = 600.0  # with one question, its retries and waits included; more where the timeouts alone come to more
+_PATIENCE_S = 600.0  # for one question with its retries and waits; longer if the timeouts alone take longer
 
 
 class Endpoint:
     """A model behind an OpenAI-compatible API. The key is read from OPENAI_API_KEY and stored nowhere.
 
-    url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: of a whole call. retries: after a timeout, a lost
-    connection, an unreadable answer, 408, 409, 425, 429 or 5xx, with waits that double unless the server asks for
-    longer ones. name: in verdicts; the same model on another server is another judge.
+    url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: limit of a whole call. retries: how often a call is
+    repeated after a timeout, a lost connection, an unreadable answer, status 408, 409, 425, 429 or 5xx; the waits
+    double unless the server asks for longer ones. name: in verdicts; the same model elsewhere is another judge.
     JudgeError: the URL is malformed, holds a secret or would send one unencrypted, or the package httpx2 is missing.
     """
 
@@ -50,10 +50,10 @@ class Endpoint:
         self.name, self._model, self._retries = f"{model} at {url.rstrip('/')}", model, retries
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
-            faults = "characters that no key has, such as spaces or quotation marks"
+            faults = "characters that cannot be part of a key, such as spaces or quotation marks"
             raise JudgeError(f"{KEY_VARIABLE} holds {faults}: set it again")
         if self._without_key(self.name) != self.name:
-            raise JudgeError(f"the endpoint's URL or the model's name holds the key, which belongs into {KEY_VARIABLE}")
+            raise JudgeError(f"the URL or the name of the model contains the key, which belongs in {KEY_VARIABLE}")
         self.counts, self._refusals, self._lock = Counter(), 0, threading.Lock()
         self._not_taken = set()  # parameters that this server refused: their names differ between servers
         self._stopped = threading.Event()
@@ -92,18 +92,19 @@ class Endpoint:
 
     def _wait(self, failure, attempt, end):
         """Count a failure and wait before the next try. JudgeError: this was the last one."""
-        what = f"{self.name} cannot be asked: {failure.kind} {attempt + 1} times ({self._clean(failure.said)})"
+        tries = "1 try" if attempt == 0 else f"{attempt + 1} tries"
+        what = f"{self.name} cannot be asked: {failure.kind} after {tries} ({self._clean(failure.said)})"
         if attempt >= self._retries:
             raise JudgeError(what) from None
         doubling = min(_FIRST_WAIT_S * 2**attempt * random.uniform(1.0, 1.25), _LONGEST_WAIT_S)
         wait_s = max(failure.retry_after_s or 0.0, doubling)
         if time.monotonic() + wait_s > end:
-            raise JudgeError(f"{what}, and the next try would be in {wait_s:,.0f} s: run it again after that") from None
+            raise JudgeError(f"{what}, and the next try is due in {wait_s:,.0f} s: run it again then") from None
         with self._lock:
             self.counts[f"retried {failure.kind}"] += 1
         self._sleep(wait_s)
         if self._stopped.is_set():
-            raise JudgeError(f"{what}, and no more tries are wanted") from None
+            raise JudgeError(f"{what}, and retrying was stopped") from None
 
     def _refused(self, said):
         with self._lock:
@@ -119,14 +120,14 @@ class Endpoint:
             state = f"the key in {KEY_VARIABLE} was refused" if self._key else f"{KEY_VARIABLE} is not set"
             raise Hopeless(f"is unauthorised (status {status}): {state}")
         if status in (404, 405):
-            ending = "--endpoint ends as the server's documentation says, mostly in /v1"
-            raise Hopeless(f"is not there (status {status}: {said}): check --model, and that {ending}")
+            ending = "--endpoint ends as the server's documentation says, usually in /v1"
+            raise Hopeless(f"was not found (status {status}: {said}): check --model, and that {ending}")
         if 300 <= status < 400:
             place = self._clean(answer.headers.get("location", "nowhere"))
             way_out = "give that server's URL as --endpoint if it is the right one"
-            raise Hopeless(f"sends its callers to {place} (status {status}), where nothing was sent: {way_out}")
+            raise Hopeless(f"redirects to {place} (status {status}), where nothing was sent: {way_out}")
         if status not in _REFUSALS and status not in _PASSING and not 500 <= status < 600:
-            raise Hopeless(f"answers with status {status} ({said}), which no other try would change")
+            raise Hopeless(f"answers with status {status} ({said}), which a retry would not change")
 
     def _without_key(self, text):
         """A server's text without the key, which some repeat. A short key is a placeholder and left in."""
@@ -148,24 +149,27 @@ def _check_url(url):
         parts = host = None
     is_plain = url.isprintable() and not set(url) & set(" \\")
     if host is None or not is_plain or parts.scheme not in ("http", "https"):
-        raise JudgeError("the endpoint is no URL with http:// or https:// first, such as http://127.0.0.1:8000/v1")
+        raise JudgeError(
+            "the endpoint is not a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
+        )
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # The URL is kept beside each verdict, so nothing secret may stand in it.
-        raise JudgeError(f"the endpoint's URL holds more than a place: put the key into {KEY_VARIABLE} instead")
+        raise JudgeError(f"the endpoint's URL holds more than an address: put the key into {KEY_VARIABLE} instead")
     is_loopback = host == "localhost"
     with contextlib.suppress(ValueError):  # a name
         is_loopback = ipaddress.ip_address(host).is_loopback
     if parts.scheme == "http" and not is_loopback:
         raise JudgeError(
-            f"the endpoint {url} would send key and texts in the open: use https://, or for a server of your own a "
-            f"tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
+            f"the endpoint {url} would send key and texts unencrypted: use https://, or for a server of your own "
+            f"a tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
         )
 
 
 class Local:
-    """A local model by transformers, greedy, loaded with the first question. model: a folder, 'packaged' or a hub id.
+    """A local model run by transformers with greedy decoding, loaded at the first question.
 
-    ModelError, JudgeError (from ask): it is not to be had, or holds no conversations.
+    model: a folder, 'packaged' or a hub id. ask raises ModelError or JudgeError if it cannot be loaded or has no chat
+    template.
     """
 
     def __init__(self, model):
@@ -185,7 +189,7 @@ class Local:
             dtype = evaluation_dtype(device)[0]
             model = causal_model(location, token=token, dtype=dtype, device_map={"": device})
         if not tokenizer.chat_template:
-            raise JudgeError(f"{self._named} has no chat template: a judge must be a model that holds conversations")
+            raise JudgeError(f"{self._named} has no chat template: a judge must be a chat model")
         return model.eval(), tokenizer
 
     def ask(self, messages, *, max_tokens):

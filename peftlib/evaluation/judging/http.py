@@ -78,7 +78,7 @@ class Answer:
         made = self._value
         is_json = "json" in (self.headers.get("content-type") or "json").lower() and self.body.lstrip()[:1] != b"<"
         if made is _BROKEN and (is_json or not self.body):
-            raise CallFailed("unreadable answer", "what came is empty or no whole JSON", self.retry_after_s)
+            raise CallFailed("unreadable answer", "the reply is empty or incomplete JSON", self.retry_after_s)
         if _part(made, "choices") is None and _part(made, "error"):  # as some gateways pass on errors
             raise CallFailed("error in an answer", self.error_text(), self.retry_after_s)
         if not isinstance(made, dict) or "choices" not in made:
@@ -182,7 +182,8 @@ class Poster:
             async for part in response.aiter_raw():
                 body += part
                 if len(body) > limit and response.is_success:
-                    raise Hopeless(f"answered with more than {limit >> 20} MiB, no judge's length: see what runs there")
+                    size = f"more than {limit >> 20} MiB"
+                    raise Hopeless(f"answered with {size}, too much for a judge's reply: check what runs there")
                 if len(body) > limit:
                     break
             return Answer(response.status_code, response.headers, body[:limit])

@@ -1,7 +1,7 @@
 """LLM as a judge: two methods' answers to the same test rows, compared in both orders under one fixed rubric.
 
-Verdicts are stored as they come in judge/<a>-vs-<b>.jsonl of the study folder, so that an interrupted run resumes and
-asks nothing twice. A verdict is valid for its texts, rubric and judge only.
+Each verdict is stored at once in judge/<a>-vs-<b>.jsonl of the study folder, so that an interrupted run resumes and
+asks nothing twice. A verdict is valid only for its texts, rubric and judge.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ _VERDICT_LIKE = re.compile(r"(?i)verdict\W*:")
 
 @dataclass(frozen=True)
 class Case:
-    """One question to the judge. order: 'ab' shows the answer of method a first. message: the whole prompt. time: 2 for
-    the same asked again, which shows whether the judge agrees with itself."""
+    """One question to the judge. order: 'ab' shows the answer of method a first. message: the whole prompt. time: 2 if
+    it is asked a second time, which shows whether the judge agrees with itself."""
 
     row: dict = field(repr=False)
     order: str
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def message(self):
-        """The rubric, then the conversation and both answers, each framed by lines with a hash of the texts."""
+        """The rubric, then the conversation and both answers, each between lines with a hash of the texts."""
         turns = "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.row["messages"][:-1])
         texts = {"conversation": turns, "answer 1": self.first, "answer 2": self.second}
         mark = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:10]
@@ -75,15 +75,14 @@ def parse_verdict(reply):
 
 
 def in_order(methods):
-    """The two methods in the study's order, so that a pair has one file. StudyError: they are not two different
-    ones."""
+    """The two methods in the study's order, so that a pair has one file. StudyError: not two different methods."""
     if len(set(methods)) != 2 or len(methods) != 2:
         raise StudyError(f"a judge compares two different methods, not {' and '.join(methods) or 'none'}")
     return tuple(sorted(methods, key=study_order))
 
 
 def first_rows(rows, n_rows):
-    """The rows whose prompts have the smallest hashes, so that more of them include fewer; all, in order, for 0."""
+    """The rows with the smallest prompt hashes, so that a larger choice contains a smaller one; 0: all, in order."""
     return sorted(rows, key=lambda row: (row["prompt_sha256"], row["id"]))[:n_rows] if n_rows else list(rows)
 
 
@@ -95,9 +94,9 @@ def cases_of(rows, answers_a, answers_b, *, n_rows=0):
 
 
 def asked_again(cases, n_rows):
-    """The cases of the first `n_rows` of their rows, as to be asked a second time."""
-    again = {case.row["id"]: case.row for case in cases}
-    again = {row["id"] for row in first_rows(again.values(), n_rows)} if n_rows else ()
+    """The cases of the first `n_rows` rows, to be asked a second time."""
+    rows = {case.row["id"]: case.row for case in cases}.values()
+    again = {row["id"] for row in first_rows(rows, n_rows)} if n_rows else ()
     return [replace(case, time=2) for case in cases if case.row["id"] in again]
 
 
@@ -109,7 +108,7 @@ def own_seed(method, seed):
 def cases_of_study(study, methods, seed, n_rows=0):
     """((name of each run), [Case, ...]) of two methods' answers to a study's test rows, see cases_of.
 
-    seed: of the runs. StudyError: no answers yet, or answers to other rows.
+    seed: the seed of the runs. StudyError: no answers yet, or answers to other rows.
     """
     split_hash = study.manifest()["split_hash"]
     rows = list(data.load_split(study.data_dir, "test"))
@@ -130,9 +129,9 @@ def open_cases(cases, verdicts, judge, reply_tokens):
 
 
 def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print, require=lambda: None):
-    """Judge every case that `verdicts` lacks and store each verdict as it comes; returns [what _judged found, ...].
+    """Judge every case that `verdicts` lacks and store each verdict at once; returns [what _judged found, ...].
 
-    backend: see backends. reply_tokens: the limit of one reply; malformed verdicts of a lower limit are asked for
+    backend: see backends. reply_tokens: the limit of one reply; malformed verdicts under a lower limit are asked for
     again. parallel: calls at a time. require: raises once another session has taken over the verdicts.
     JudgeError: the judge cannot be asked; earlier verdicts are kept, and the next run resumes there.
     Stopped: Ctrl-C or SIGTERM, after the calls in progress.
@@ -151,7 +150,7 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
                 continue
             require()
             made.append(found)
-            if found["verdict"] is not None:  # what was refused is asked again by the next run
+            if found["verdict"] is not None:  # the next run asks again what was refused
                 verdicts.add(case, backend.name, found)
             if time.monotonic() - said > _LOG_EVERY_S or len(made) == len(to_ask):
                 log(f"judged {len(made)}/{len(to_ask)}")
@@ -166,7 +165,7 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
 
 
 def _asked(backend, cases, parallel, reply_tokens, interrupted):
-    """Yield (case, future of what _judged finds) as they come; after an error or interrupt start no new one."""
+    """Yield (case, future of what _judged finds) as they finish; start no new one after an error or interrupt."""
     waiting, is_stopped = iter(cases), False
     with ThreadPoolExecutor(parallel) as pool:
         running = {pool.submit(_judged, backend, case, reply_tokens): case for _, case in zip(range(parallel), waiting)}
@@ -198,7 +197,7 @@ def _judged(backend, case, reply_tokens):
         turns = [{"role": "assistant", "content": reply.text or "(nothing)"}, {"role": "user", "content": REMINDER}]
         messages = [*messages[:1], *turns]
     winner = {0: "tie", 1: case.order[0], 2: case.order[1], None: "malformed"}[chosen]
-    # A number is unknown where one reply of it is.
+    # A sum is unknown if the count of one reply is.
     sent, received = (None if None in numbers else sum(numbers) for numbers in zip(*counted))
     verdict = {"verdict": None if reply.is_refused else winner, "tries": len(counted), "reply_tokens": reply_tokens}
     return {**verdict, "input_tokens": sent, "output_tokens": received, "reply": reply.text}

@@ -1,7 +1,7 @@
 """Known sets of prompts to judge on, MT-Bench and AlpacaEval, and a study's answers to them.
 
-The questions as first read are kept in prompts/<set>/questions.json of the study, its runs' answers beside them, one
-file a turn. A conversation of two turns is asked turn by turn and judged as a whole.
+The study keeps the questions in prompts/<set>/questions.json and its runs' answers beside them, one file a turn. A
+conversation of two turns is answered turn by turn and judged as a whole.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from peftlib.core.json_reading import require_shape
 from peftlib.data.dedup import prompt_sha256
 from peftlib.data.readers import read_rows
 from peftlib.evaluation.evaluate import answer_into, evaluation_dtype, load_model
-from peftlib.evaluation.predictions import Predictions
+from peftlib.evaluation.predictions import OtherAnswersError, Predictions
 from peftlib.methods import BASE
 from peftlib.storage.lock import held
 
@@ -30,9 +30,9 @@ _SHAPE = {"questions": [{"id": str, "source": str, "turns": [str]}]}
 def rows_of(study, name, folder=None, *, is_kept=True):
     """[row, ...] of a set, in the form of test rows without a reference: source, id, messages, prompt_sha256.
 
-    folder: that holds the set's file, or a folder of the set's name in it; None: what the study keeps, else the hub.
+    folder: where the set's file is, or a folder with the set's name in it; None: what the study keeps, else the hub.
     is_kept: keep the questions in the study from now on.
-    ConfigError: no such set. DataError: no such file, not the set of that name, or the hub cannot be reached.
+    ConfigError: no such set. DataError: no such file, a file of another set, or the hub cannot be reached.
     StudyError: the study keeps other questions.
     """
     if name not in SETS:
@@ -42,7 +42,7 @@ def rows_of(study, name, folder=None, *, is_kept=True):
     if kept is None or folder is not None:
         questions = _questions(name, folder)
         if kept not in (None, questions):
-            raise StudyError(f"{path} holds other questions than {folder}: answers to both cannot be compared")
+            raise StudyError(f"{path} holds different questions from {folder}: answers to both cannot be compared")
         if kept is None and is_kept:
             write_json(path, {"questions": questions})
         kept = questions
@@ -95,9 +95,11 @@ def _row(of, source, turns, answers=()):
 
 
 def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
-    """{row's id: text} of a run's answers to rows of `rows_of`; where is_asked, what is missing is answered first.
+    """{row's id: text} of a run's answers to rows of `rows_of`; is_asked: answer what is missing first.
 
-    StudyError: the method is not trained, or its file has answers of other weights. Stopped: this session ends soon.
+    Answers of other weights are no answers to a caller who does not ask.
+    StudyError: the method is not trained, or it is to answer into a file of other weights. Stopped: this session ends
+    soon.
     """
     record = records.load(study, method, seed)
     if record is None and method != BASE:
@@ -106,7 +108,15 @@ def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
     made_by = short_hash([(record or {}).get("weights_sha256"), cfg.model, cfg.max_new_tokens])
     turns = [[turn["content"] for turn in row["messages"][:-1]] for row in rows]
     paths = [study.folder / "prompts" / name / f"{run}-{n}.jsonl" for n in range(1, max(map(len, turns)) + 1)]
-    files = [Predictions(path, made_by) for path in paths]
+    try:
+        files = [Predictions(path, made_by) for path in paths]
+    except OtherAnswersError:
+        if not is_asked:
+            return {}
+        place = study.folder / "prompts" / name
+        raise StudyError(
+            f"{place} holds answers of {run} before it was trained anew: move {run}-*.jsonl away"
+        ) from None
     model = None
     for n, kept in enumerate(files):
         asked = [

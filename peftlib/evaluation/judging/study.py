@@ -1,4 +1,4 @@
-"""Two methods of a study compared by a judge: calls and cost are said first, then the verdicts and their sum."""
+"""Two methods of a study compared by a judge: the calls and their cost are announced, then made and summed up."""
 
 import contextlib
 
@@ -6,36 +6,29 @@ from peftlib.evaluation.judging import judge, verdicts
 from peftlib.evaluation.judging import prompts as sets
 from peftlib.storage.lock import StudyLock
 
-_CHARACTERS_PER_TOKEN = 4  # of an estimate; English prose has 4 to 4.5
+_CHARACTERS_PER_TOKEN = 4  # an estimate; English prose has 4 to 4.5
 
 
 def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, again=0, prompts="", folder=None,
                 prices=(None, None), parallel=1, dry_run=False, log=print):  # fmt: skip
-    """Have a judge compare the answers of two methods, as far as it has not before.
+    """Have a judge compare the answers of two methods; what it has judged before is not asked again.
 
-    backend: a backends.Endpoint or Local. n_rows: so many rows, 0 for all. again: so many rows are asked twice, for the
-    judge's agreement with itself. prompts: a set of prompts.SETS in place of the test rows, which both methods answer
-    first; folder: see prompts.rows_of. prices: of a million tokens sent and received, None where unknown. dry_run: only
-    say what it takes. The rest: see judge.run.
+    backend: a backends.Endpoint or Local. n_rows: how many rows to judge, 0 for all. again: how many of them to judge
+    twice, which measures the judge's agreement with itself. prompts: one of prompts.SETS to use instead of the test
+    rows, which both methods answer first; folder: see prompts.rows_of. prices: of a million tokens sent and received,
+    None if unknown. dry_run: only say what it would take. The rest: see judge.run.
     StudyError: no predictions of a method, or of other rows. LockedError: another session judges these methods.
     JudgeError: see judge.run. ConfigError, DataError: see prompts.rows_of.
     """
     methods = judge.in_order(methods)
     if prompts:
-        rows = judge.first_rows(sets.rows_of(study, prompts, folder, is_kept=not dry_run), n_rows)
-        runs = [(method, judge.own_seed(method, seed)) for method in methods]
-        found = [sets.answers(study, *run, prompts, rows, is_asked=not dry_run, log=log) for run in runs]
-        for (method, _), known in zip(runs, found):
-            if len(known) < len(rows):
-                log(f"{method} has to answer {len(rows) - len(known)} of {len(rows)} prompts first")
-        rows = [row for row in rows if all(row["id"] in known for known in found)]
-        names, cases = tuple(f"{method}-s{own}" for method, own in runs), judge.cases_of(rows, *found)
+        names, cases = _cases_of_prompts(study, methods, seed, prompts, n_rows, folder, dry_run=dry_run, log=log)
     else:
         names, cases = judge.cases_of_study(study, methods, seed, n_rows)
     cases += judge.asked_again(cases, again)
     doing, what = f"judging {methods[0]} against {methods[1]}", "-vs-".join(methods)
     place = f"the judging of {what} in study {study.folder.name!r}"
-    # Two that judge at once would ask, and pay, twice.
+    # Two sessions that judge at once would ask, and pay, twice.
     lock = StudyLock(study.folder, doing, name=f"judge-{what}-lock.json", place=place)
     with contextlib.nullcontext() if dry_run else lock:
         kept = verdicts.Verdicts(verdicts.path_of(study, methods, prompts), names)
@@ -52,6 +45,20 @@ def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, agai
     log(f"verdicts: {shown}; in the report: python -m peftlib report --study {study.folder.name}")
 
 
+def _cases_of_prompts(study, methods, seed, prompts, n_rows, folder, *, dry_run, log):
+    """As judge.cases_of_study, for a set of prompts, which the methods answer first unless it is a dry run."""
+    rows = judge.first_rows(sets.rows_of(study, prompts, folder, is_kept=not dry_run), n_rows)
+    runs = [(method, judge.own_seed(method, seed)) for method in methods]
+    found = [sets.answers(study, *run, prompts, rows, is_asked=not dry_run, log=log) for run in runs]
+    for method, known in zip(methods, found):
+        if len(known) < len(rows):
+            log(f"{method} has to answer {len(rows) - len(known)} of {len(rows)} prompts first")
+    answered = [row for row in rows if all(row["id"] in known for known in found)]
+    if len(answered) < len(rows):
+        log(f"calls and cost below are without those for {len(rows) - len(answered)} rows that are not answered yet")
+    return tuple(f"{method}-s{own}" for method, own in runs), judge.cases_of(answered, *found)
+
+
 def _plan(n_cases, found, reply_tokens, prices):
     """Lines on the calls and estimated tokens that judging the open cases will take, without retries."""
     to_ask = [case for case in found if not case.is_identical]
@@ -62,7 +69,7 @@ def _plan(n_cases, found, reply_tokens, prices):
     how = f"({_CHARACTERS_PER_TOKEN} characters a token; retries come on top)"
     yield f"about {sent:,} tokens to send and at most {received:,} to receive {how}"
     if prices == (None, None):
-        yield "cost: not known, no price was given (--price-in and --price-out, per million tokens)"
+        yield "cost: unknown, no price was given (--price-in and --price-out, per million tokens)"
     else:
         per_million = "at {:g} in and {:g} out per million tokens".format(*(price or 0 for price in prices))
         yield f"cost: up to about {_cost((sent, received), prices):.4f}, retries apart, {per_million}"
@@ -82,5 +89,5 @@ def _what_it_took(made, counts, prices):
     sent, received = (sum(filter(None, numbers)) for numbers in tokens)
     cost = "" if prices == (None, None) else f", cost {_cost((sent, received), prices):.4f}"
     n_uncounted = sum(None in pair for pair in zip(*tokens))
-    least = f"; of {n_uncounted} calls the judge told no number, so it is more" if n_uncounted else ""
+    least = f"; the judge gave no count for {n_uncounted} of {len(made)} calls, so it is more" if n_uncounted else ""
     yield f"{sent:,} tokens sent, {received:,} received as the judge counts them{cost}{least}"

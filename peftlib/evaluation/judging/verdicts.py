@@ -42,9 +42,9 @@ class Verdicts:
         return line is not None and (line["verdict"] != "malformed" or line["reply_tokens"] >= reply_tokens)
 
     def add(self, case, judge, found):
-        """Append the verdict that judge._judged found and wait until the disk has it. DiskError: it does not take it.
+        """Append the verdict that judge._judged found and wait until it is on the disk. DiskError: it cannot be.
 
-        Its tokens count reminders too; None for a number that the judge did not tell.
+        Its tokens include those of reminders; None if the judge gave no count.
         """
         of_case = {"id": case.row["id"], "source": case.row["source"], "order": case.order, "time": case.time, **found}
         of_pair = {"a": self.names[0], "b": self.names[1], "is_identical": case.is_identical}
@@ -74,7 +74,7 @@ def _parsed(path, number, text):
 
 
 def _seal(line):
-    """16 hex digits over a line's values, which show whether it is as it was written."""
+    """16 hex digits over a line's values, which show whether it was changed."""
     return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -85,32 +85,24 @@ def path_of(study, methods, prompts=""):
 
 @dataclass(frozen=True)
 class Judged:
-    """One judge's verdicts on two runs. a, b: their names. n_rows: rows with a verdict in both orders.
-
-    wins, ties, losses: rows where b wins in both orders or wins once and ties once, neither, or the other way round.
-    win_rate: of b, a tie as a half, mean of both orders, by row; None without rows. length_controlled: that of answers
-    of equal length, see rates. consistency: share of the rows of different answers with one verdict in both orders.
-    self_agreement: of the same question asked twice. position_bias: share of the rows of different answers whose two
-    verdicts both took the first answer, or both the second. first_share: of the verdicts that chose one, those that
-    chose the first. prompts: the set judged on, '' for the test rows.
-    """
+    """One judge's verdicts on two runs. Intervals and shares are None if there is nothing to count."""
 
     judge: str
-    a: str
+    a: str  # names of the runs
     b: str
-    n_rows: int
-    wins: int
+    n_rows: int  # with a verdict in both orders
+    wins: int  # rows where b wins in both orders, or wins once and ties once
     ties: int
     losses: int
-    win_rate: stats.Interval = field(repr=False)
-    length_controlled: stats.Interval = field(repr=False)
-    consistency: stats.Interval = field(repr=False)
-    self_agreement: stats.Interval = field(repr=False)
+    win_rate: stats.Interval = field(repr=False)  # of b, a tie as a half, mean of both orders, by row
+    length_controlled: stats.Interval = field(repr=False)  # the same for answers of equal length, see rates
+    consistency: stats.Interval = field(repr=False)  # rows of different answers with one verdict in both orders
+    self_agreement: stats.Interval = field(repr=False)  # of the same question asked twice
     n_identical: int
-    position_bias: float
-    first_share: float
+    position_bias: float  # rows of different answers whose verdicts both took the first answer, or both the second
+    first_share: float  # of the verdicts that are no tie, those that chose the first answer
     n_malformed: int
-    prompts: str = ""
+    prompts: str = ""  # the set judged on, '' for the test rows
 
 
 def _known(cases, verdicts, judge):
@@ -203,7 +195,7 @@ def findings(judged):
 
 
 def uncounted(study):
-    """Yield one sentence for each verdict file that is incomplete: its last line is cut, or it is empty."""
+    """Yield one sentence for each incomplete verdict file: its last line is cut, or it is empty."""
     for path in _paths(study):
         found = Verdicts(path, ())
         why = "the last line is cut" if found.is_cut else "" if found.by_key else "the file is empty"

@@ -1,6 +1,6 @@
 """Writes the results page of one or more studies into a folder.
 
-Values reach the page as JSON in script files, for a page of file:// may fetch nothing. The page's policy runs no other
+Values reach the page as JSON in script files, because a file:// page may fetch nothing. The page's policy runs no other
 script, and site.js shows every value as text.
 """
 
@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peftlib import __version__
+from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, writing
 from peftlib.core.files import remove_tree, write_text
+from peftlib.methods import METHODS
+from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.report.site.data import answer_data, row_data, site_data
-from peftlib.report.site.plan import plan_data
+from peftlib.train import estimate
 
 PAGE = ("index.html", "site.css", "site.js", "charts.js", "explorer.js", "plan.js")
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -21,35 +24,39 @@ _MARK = "vega.js"  # a folder that has it holds a page, which may be written ane
 # What would end a script element, and what JavaScript once took for line ends; lone surrogates are no UTF-8.
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
 
+# Counting other methods' parameters means building their adapters, seconds a model: see `peftlib plan --methods`.
+COUNTED = tuple(name for name, spec in METHODS.items() if not spec.is_counted)
+LENGTHS = (256, 512, 1024, 2048, 4096)
+ROWS = resolve("gpu").train_rows  # of a source, which the page's reader changes; hours are in proportion to it
+
 
 def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
     """Write a static page about studies into a folder; returns the path of its index.html.
 
-    studies: folders, or names under the output root. Answers can be explored where a study's data and predictions are
-    there. Equal studies give equal files.
+    studies: folders, or names under the output root. Answers can be explored if a study's data and predictions are in
+    its folder. Equal studies give equal files.
 
     ConfigError: vl-convert-python is not installed, or `to` holds something else. StudyError: a folder that is no study
     or has no results, the same one twice, or studies of other test rows. DiskError: `to` cannot be written.
     """
     to, library = Path(to), _chart_library()
     if to.exists() and (not to.is_dir() or any(to.iterdir())) and not (to / _MARK).is_file():
-        raise ConfigError(f"--to {to} holds something else than a results page: name a new or empty folder")
+        raise ConfigError(f"--to {to} holds something other than a results page: name a new or empty folder")
     data, explored = site_data(studies)
     with writing(to):
         to.mkdir(parents=True, exist_ok=True)
         remove_tree(to / "data")  # of a study that is no longer shown
+    write_text(to / _MARK, library)  # first, so that a page cut short can be written anew
     files = []
     for number, (study, answers) in enumerate(explored):
         if not number:  # every study has the same test rows
             _write(to, "rows", row_data(answers))
         for at, name in enumerate(answers.runs):
-            files.append(
-                {"study": study, "run": name, "method": answers.method_of(name), "file": f"answers-{number}-{at}"}
-            )
-            _write(to, files[-1]["file"], answer_data(answers, name))
+            file = f"answers-{number}-{at}"
+            files.append({"study": study, "run": name, "method": answers.method_of(name), "file": file})
+            _write(to, file, answer_data(answers, name))
     _write(to, "plan", plan_data())
     _write(to, "runs", {"version": __version__, **data, "answers": files})
-    write_text(to / "vega.js", library)
     for name in PAGE:
         write_text(to / name, (PAGE_FOLDER / name).read_text(encoding="utf-8"))
     return to / "index.html"
@@ -73,3 +80,40 @@ def _chart_library():
     except ImportError as error:
         raise ConfigError("the results page needs vl-convert-python: pip install 'peftlib[site]'") from error
     return f"(()=>{{{vl_convert.javascript_bundle()}}})();\n"
+
+
+def plan_data():
+    """{"cards", "models", "lengths", "methods", "table"}: table[card][model][length] = one list a method.
+
+    Such a list is as `_entry` makes it. The times are of `ROWS` rows a source.
+    """
+    speeds, table = estimate.measured_rows(), {}
+    for name, card in CARDS.items():
+        for model, shape in SHAPES.items():
+            configs = [resolve("gpu", model=f"google/{model}-it", max_length=length) for length in LENGTHS]
+            how = {"shape": shape, "rows": speeds, "names": COUNTED}
+            plans = [[_entry(cost) for cost in estimate.forecast(cfg, name, card, **how).costs] for cfg in configs]
+            table.setdefault(name, {})[model] = plans
+    cards = {name: {"gib": card.gib, "precision": card.precision} for name, card in CARDS.items()}
+    default = resolve("gpu")
+    return {
+        "cards": cards,
+        "models": {model: f"google/{model}-it" for model in SHAPES},
+        "lengths": LENGTHS,
+        "methods": COUNTED,
+        "rows": ROWS,
+        "sources": len(default.sources.split(";")),
+        "max_length": default.max_length,
+        "table": table,
+    }
+
+
+def _entry(cost):
+    """[memory GiB, why it is impossible] or [memory GiB, "", micro-batch, recomputation, tokens/s from, to, seconds
+    from, to, whether the speed was measured]."""
+    memory, speed = round(cost.memory_gib, 2), cost.speed
+    if not cost.fits:
+        return [memory, cost.mark]
+    seconds = [round(3600 * hours, 2) for hours in cost.hours]
+    speeds = [round(speed.low), round(speed.high)]
+    return [memory, "", cost.micro_batch, cost.checkpointing, *speeds, *seconds, int(speed.is_measured)]

@@ -1,14 +1,12 @@
-"""What the results page shows of studies, as plain values that JSON takes. Unknown is None."""
+"""What the results page shows of studies, as plain JSON values. Unknown is None."""
 
 import math
 
 import numpy as np
 import pandas as pd
 
-from peftlib.core.config import resolve
 from peftlib.core.errors import StudyError, reading
 from peftlib.core.files import read_json
-from peftlib.core.study import Study
 from peftlib.evaluation import forgetting
 from peftlib.evaluation.comparison import unmatched
 from peftlib.evaluation.judging import verdicts
@@ -17,10 +15,10 @@ from peftlib.evaluation.stats import METRICS
 from peftlib.methods import study_order
 from peftlib.report.answers import SAME, Answers, marked
 from peftlib.report.build import scored
-from peftlib.report.compare import folder_of, names_of, require_same_rows
+from peftlib.report.compare import folder_of, names_of, require_same_rows, study_in
 from peftlib.report.figures import smoothed
 from peftlib.report.palette import DARK, LIGHT, marker_of
-from peftlib.report.results_csv import result_frame
+from peftlib.report.tables import COLUMNS, result_frame
 
 _CURVE = 200  # points of a loss curve
 # {column: (label, unit, decimals, which is better: 1 more, -1 less, 0 neither)}, in the order of the page's table.
@@ -51,7 +49,7 @@ def site_data(folders):
     """
     folders = [folder_of(name) for name in folders]
     if len(set(folders)) < len(folders):
-        raise StudyError(f"the same study twice: {', '.join(map(str, folders))}; name each folder once")
+        raise StudyError(f"the same study is named twice: {', '.join(map(str, folders))}; name each folder once")
     names = names_of(folders)
     parts = [
         _published(f, n) if not (f / "data" / "manifest.json").exists() else _own(f, n) for f, n in zip(folders, names)
@@ -73,95 +71,82 @@ def site_data(folders):
         "runs": runs,
         "intervals": [entry for part in parts for entry in part["intervals"]],
         "sources": [entry for part in parts for entry in part["sources"]],
-        "rewound": [entry for part in parts for entry in part.get("rewound", ())],
+        "rewound": [entry for part in parts for entry in part["rewound"]],
     }
     return data, [(part["study"]["name"], part["answers"]) for part in parts if part["answers"]]
 
 
 def _own(folder, name):
     """What is known of a study that has its data: scored anew, as its report is."""
-    study = _study(folder)
+    study = study_in(folder)
     found, _, _, numbers = scored(study)
-    judged = verdicts.load(study, found)[0]
-    intervals = [_interval(name, m, k, i) for m, of in numbers.intervals.items() for k, i in of.items()]
+    frame = result_frame(found, verdicts.load(study, found)[0], numbers.benchmarks)
+    values = [(m, key, vars(of)) for m, known in numbers.intervals.items() for key, of in known.items()]
     for task in numbers.benchmarks:
-        intervals += [_interval(name, m, f"{_BENCH}{task.task}", task.interval(m)) for m in task.boot.value]
-    sources = [
-        {"source": source, **_interval(name, method, key, interval)}
+        values += [(m, f"{_BENCH}{task.task}", vars(task.interval(m))) for m in task.boot.value]
+    by_source = [
+        (source, m, key, vars(of))
         for source, methods in numbers.per_source.items()
-        for method, of in methods.items()
-        for key, interval in of.items()
+        for m, known in methods.items()
+        for key, of in known.items()
     ]
+    facts = {"n_test": len(found.test_rows), "sources": found.sources}
     answers = Answers(found) if found.scored else None
-    facts = _facts(name, found.split_hash, found.runs, len(found.test_rows), found.sources, bool(answers))
-    return {
-        "study": facts,
-        "runs": _runs(name, result_frame(found, judged, numbers.benchmarks), found.runs),
-        "intervals": intervals,
-        "sources": sources,
-        "rewound": [{"study": name, "method": m, "points": of} for m, of in numbers.rewound.items()],
-        "answers": answers,
-    }
+    return _part(name, frame, found.runs, values, by_source, facts, numbers.rewound, answers)
 
 
 def _published(folder, name):
     """What is known of a study of which only records, results.csv and perhaps summary.json are there."""
-    study, path = _study(folder), folder / "results.csv"
+    study, path = study_in(folder), folder / "results.csv"
     if not path.exists():
         raise StudyError(f"no results in {folder}: run `peftlib report --study {folder.name}`, or 04_eval, first")
     records = {(record["method"], record["seed"]): record for record in study.records()}
     with reading(path):
         frame = pd.read_csv(path)
-        unlike = set(zip(frame.get("method", ()), frame.get("seed", ()))) ^ set(records)
+        lacking = [column for column in COLUMNS if column not in frame]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        unlike = set(zip(frame["method"], frame["seed"])) ^ set(records)
         hashes = sorted({record["split_hash"] for record in records.values()})
         if unlike or len(hashes) != 1:
             raise ValueError(f"not what its records say: {unlike or hashes}")
     runs = [Run(records[row.method, row.seed]) for row in frame.itertuples()]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    scores = (
-        (m, k, of) for m, known in summary.get("methods", {}).items() for k, of in (known.get("scores") or {}).items()
-    )
-    intervals = [_entry(name, m, k, of["value"], of["low"], of["high"]) for m, k, of in scores]
-    sources = [
-        {"source": source, **_entry(name, method, key, value)}
+    scores = {method: known.get("scores") or {} for method, known in summary.get("methods", {}).items()}
+    values = [
+        (method, key, {name: of[name] for name in ("value", "low", "high")})
+        for method, known in scores.items()
+        for key, of in known.items()
+    ]
+    by_source = [
+        (source, method, key, {"value": value})
         for source, known in summary.get("sources", {}).items()
         for method, of in known["scores"].items()
         for key, value in of.items()
     ]
-    facts = _facts(name, hashes[0], runs, int(frame["n_test"].max()), list(summary.get("sources", {})), False)
-    return {
-        "study": facts,
-        "runs": _runs(name, frame, runs),
-        "intervals": intervals,
-        "sources": sources,
-        "answers": None,
-    }
+    n_test = max(map(int, frame["n_test"].dropna()), default=None)
+    facts = {"n_test": n_test, "sources": list(summary.get("sources", {}))}
+    return _part(name, frame, runs, values, by_source, facts, rewound={}, answers=None)
 
 
-def _study(folder):
-    return Study(folder, resolve("demo", study=folder.name))
-
-
-def _facts(name, split_hash, runs, n_test, sources, has_answers):
-    about = dict.fromkeys(run.record["model_provenance"] for run in runs)
-    return {
+def _part(name, frame, runs, values, by_source, facts, rewound, answers):
+    """A study's part of the page. values: [(method, key, {value, low, high}), ...]; by_source: with its source."""
+    study = {
         "name": name,
-        "split_hash": split_hash,
-        "n_test": n_test,
-        "sources": sources,
-        "models": list(about),
+        "split_hash": runs[0].record["split_hash"],
+        **facts,
+        "models": [of for of in dict.fromkeys(run.record["model_provenance"] for run in runs) if of],
         "devices": sorted({run.record["device"] for run in runs if run.record["device"]}),
         "notes": unmatched(runs),
-        "answers": has_answers,
     }
-
-
-def _interval(study, method, key, found):
-    return _entry(study, method, key, found.value, found.low, found.high)
-
-
-def _entry(study, method, key, value, low=None, high=None):
-    return {"study": study, "method": method, "key": key, "value": value, "low": low, "high": high}
+    return {
+        "study": study,
+        "runs": _runs(name, frame, runs),
+        "intervals": [{"study": name, "method": m, "key": key, **of} for m, key, of in values],
+        "sources": [{"source": s, "study": name, "method": m, "key": key, **of} for s, m, key, of in by_source],
+        "rewound": [{"study": name, "method": m, "points": of} for m, of in rewound.items()],
+        "answers": answers,
+    }
 
 
 def _runs(study, frame, runs):
@@ -200,7 +185,7 @@ def _points(entries, key):
 
 
 def _plain(value):
-    """A value that JSON takes; None for what is no finite number."""
+    """A JSON value; None for a number that is not finite."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

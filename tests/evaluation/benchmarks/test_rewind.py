@@ -13,7 +13,7 @@ from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.benchmarks import rewind
-from peftlib.notebook.charts import ChartPanel
+from peftlib.notebook.results import ChartPanel
 from peftlib.report import build as report
 from peftlib.report import charts
 from peftlib.report.charts import REWIND

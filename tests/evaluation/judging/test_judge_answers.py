@@ -72,10 +72,10 @@ NO_API = "answers, but not as an OpenAI-compatible API does"
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (fake_judge.http_answer(b""), "unreadable answer 1 times"),
-        (fake_judge.http_answer(b'{"choi'), "unreadable answer 1 times"),
-        (fake_judge.http_answer(b"\xff\xfe\x00"), "unreadable answer 1 times"),
-        (fake_judge.http_answer(b"[" * 100_000), "unreadable answer 1 times"),
+        (fake_judge.http_answer(b""), "unreadable answer after 1 try"),
+        (fake_judge.http_answer(b'{"choi'), "unreadable answer after 1 try"),
+        (fake_judge.http_answer(b"\xff\xfe\x00"), "unreadable answer after 1 try"),
+        (fake_judge.http_answer(b"[" * 100_000), "unreadable answer after 1 try"),
         (fake_judge.http_answer(b"<html>Sign in</html>"), NO_API),
         (fake_judge.http_answer(b"hello", kind="text/plain"), NO_API),
         (fake_judge.http_answer(b"data: {}", kind="text/event-stream"), NO_API),
@@ -84,24 +84,24 @@ NO_API = "answers, but not as an OpenAI-compatible API does"
         (fake_judge.http_answer(b'"VERDICT: 1"'), NO_API),
         (fake_judge.http_answer(b'{"object": "list", "data": []}'), NO_API),
         (fake_judge.http_answer(b'{"error": {"message": "upstream is\\u001b[31m down"}}'),
-         r"error in an answer 1 times \(upstream is\\x1b\[31m down\)"),
+         r"error in an answer after 1 try \(upstream is\\x1b\[31m down\)"),
         (fake_judge.http_answer(b"<html>Bad gateway</html>", status="502 Oh", kind="text/html"),
-         r"status 502 1 times \(a page of HTML\)"),
-        (fake_judge.http_answer(b'{"error": "plain words"}', status="500 Oh"), r"500 1 times \(plain words\)"),
-        (fake_judge.http_answer(b'{"detail": [{"loc": 1}]}', status="503 Oh"), r"503 1 times \(\[{\"loc\": 1}\]\)"),
-        (fake_judge.http_answer(b"\x9b31m\xff", status="500 Oh"), r"500 1 times \(\ufffd31m\ufffd\)"),
-        (fake_judge.http_answer(b"", status="204 No Content"), "unreadable answer 1 times"),
-        (fake_judge.http_answer(b"pay", status="402 Pay"), r"answers with status 402 \(pay\), which no other try"),
-        (fake_judge.http_answer(b"", status="405 No"), r"is not there \(status 405: no words\)"),
+         r"status 502 after 1 try \(a page of HTML\)"),
+        (fake_judge.http_answer(b'{"error": "plain words"}', status="500 Oh"), r"500 after 1 try \(plain words\)"),
+        (fake_judge.http_answer(b'{"detail": [{"loc": 1}]}', status="503 Oh"), r"503 after 1 try \(\[{\"loc\": 1}\]\)"),
+        (fake_judge.http_answer(b"\x9b31m\xff", status="500 Oh"), r"500 after 1 try \(\ufffd31m\ufffd\)"),
+        (fake_judge.http_answer(b"", status="204 No Content"), "unreadable answer after 1 try"),
+        (fake_judge.http_answer(b"pay", status="402 Pay"), r"answers with status 402 \(pay\), which a retry"),
+        (fake_judge.http_answer(b"", status="405 No"), r"was not found \(status 405: no words\)"),
         (fake_judge.http_answer(b"", status="700 What"), "answers with status 700"),
-        (b"HTTP/1.1 abc\r\n\r\n", "connection 1 times"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "connection 1 times"),
-        (b"\x00" * 300, "connection 1 times"),
-        (b"HTTP/1.1 200 OK\r\nA" + b"a" * 200_000, "connection 1 times"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "connection 1 times"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", "connection 1 times"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}", "connection 1 times"),
-        (b"", "connection 1 times"),
+        (b"HTTP/1.1 abc\r\n\r\n", "connection after 1 try"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "connection after 1 try"),
+        (b"\x00" * 300, "connection after 1 try"),
+        (b"HTTP/1.1 200 OK\r\nA" + b"a" * 200_000, "connection after 1 try"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "connection after 1 try"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", "connection after 1 try"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}", "connection after 1 try"),
+        (b"", "connection after 1 try"),
     ],
 )  # fmt: skip
 def test_an_answer_that_is_none_is_a_named_error(answer, message):
@@ -123,7 +123,7 @@ def test_tokens_that_the_judge_does_not_count_are_unknown(study, capsys):
         assert call(study, url, "--parallel", "1", "--price-in", "2") == 0
     printed = capsys.readouterr().out
     assert (
-        "1,100 tokens sent, 110 received as the judge counts them, cost 0.0022; of 1 calls the judge told no number"
+        "1,100 tokens sent, 110 received as the judge counts them, cost 0.0022; the judge gave no count for 1 of "
         in printed
     )
     (unknown,) = [line for line in lines_of(study) if line["input_tokens"] is None]

@@ -32,13 +32,15 @@ def test_planted_faults_are_retried_counted_and_lose_nothing(study, capsys, monk
 def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monkeypatch):
     waits = quick(monkeypatch)
     port = fake_judge.free_port()
-    with pytest.raises(JudgeError, match=r"m at http://127\.0\.0\.1:\d+/v1 cannot be asked: connection 3 times"):
+    with pytest.raises(JudgeError, match=r"m at http://127\.0\.0\.1:\d+/v1 cannot be asked: connection after 3 tries"):
         call(study, f"http://127.0.0.1:{port}/v1", "--retries", "2", "--parallel", "1")
     assert len(waits) == 2 and waits[0] >= 1 and waits[1] >= 2
     assert [line["verdict"] for line in lines_of(study)] == ["tie", "tie"]  # of equal answers
     server = fake_judge.Server(shorter, faults=[None] * 7 + [500] * 9)
     with fake_judge.serving(server, port) as url:
-        with pytest.raises(JudgeError, match="status 500 3 times.*planted 500.*9 verdicts are kept in base-vs-qlora"):
+        with pytest.raises(
+            JudgeError, match="status 500 after 3 tries.*planted 500.*9 verdicts are kept in base-vs-qlora"
+        ):
             call(study, url, "--retries", "2", "--parallel", "1")
         before = lines_of(study)
         server.faults.clear()
@@ -52,7 +54,7 @@ def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monk
     [
         (401, rf"unauthorised \(status 401\): the key in {KEY_VARIABLE} was refused"),
         (403, r"unauthorised \(status 403\)"),
-        (404, r"is not there \(status 404: .*planted 404.*check --model"),
+        (404, r"was not found \(status 404: .*planted 404.*check --model"),
         ("page", r"answers, but not as an OpenAI-compatible API does"),
         (400, r"refused 3 requests in a row \(.*planted 400"),
     ],

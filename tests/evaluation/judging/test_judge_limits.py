@@ -73,7 +73,7 @@ def test_a_call_ends_by_its_time_whatever_drips(scheme, answer):
     with fake_judge.serving_raw(answer) as url:
         endpoint = Endpoint(url.replace("http:", f"{scheme}:"), "m", timeout_s=0.4, retries=0)
         started = time.monotonic()
-        with pytest.raises(JudgeError, match=r"cannot be asked: timeout 1 times \(no whole answer within 0.4 s\)"):
+        with pytest.raises(JudgeError, match=r"cannot be asked: timeout after 1 try \(no whole answer within 0.4 s\)"):
             endpoint.ask(ASKED, max_tokens=4)
     assert time.monotonic() - started < 2
 
@@ -91,7 +91,10 @@ def test_an_answer_without_end_is_read_up_to_a_limit(status, is_told):
             connection.sendall(b" " * MIB)
             sent.append(MIB)
 
-    with fake_judge.serving_raw(flood) as url, pytest.raises(JudgeError, match="more than 1 MiB|status 500 1 times"):
+    with (
+        fake_judge.serving_raw(flood) as url,
+        pytest.raises(JudgeError, match="more than 1 MiB|status 500 after 1 try"),
+    ):
         Endpoint(url, "m", timeout_s=20, retries=0).ask(ASKED, max_tokens=4)
     time.sleep(0.05)
     assert sum(sent) < 20 * MIB  # what the system's buffers hold
@@ -104,7 +107,7 @@ def test_an_answer_that_unpacks_to_much_is_not_unpacked():
         fake_judge.received(connection)
         connection.sendall(fake_judge.http_answer(packed, more="Content-Encoding: gzip\r\n"))
 
-    with fake_judge.serving_raw(bomb) as url, pytest.raises(JudgeError, match="unreadable answer 1 times"):
+    with fake_judge.serving_raw(bomb) as url, pytest.raises(JudgeError, match="unreadable answer after 1 try"):
         Endpoint(url, "m", retries=0).ask(ASKED, max_tokens=4)
 
 
@@ -135,7 +138,7 @@ def test_a_wait_beyond_all_patience_ends_at_once():
 
     with (
         fake_judge.serving_raw(say) as url,
-        pytest.raises(JudgeError, match=r"429 1 times \(quota\).*in 86,400 s: run"),
+        pytest.raises(JudgeError, match=r"429 after 1 try \(quota\).*in 86,400 s: run"),
     ):
         Endpoint(url, "m", sleep=waits.append).ask(ASKED, max_tokens=4)
     assert waits == []
@@ -188,7 +191,7 @@ def test_nobody_waits_for_another_try_after_a_stop():
     endpoint = Endpoint(f"http://127.0.0.1:{fake_judge.free_port()}/v1", "m")
     threading.Timer(0.3, endpoint.stop).start()
     started = time.monotonic()
-    with pytest.raises(JudgeError, match="no more tries are wanted"):
+    with pytest.raises(JudgeError, match="retrying was stopped"):
         endpoint.ask(ASKED, max_tokens=4)
     assert time.monotonic() - started < 0.9
 
@@ -214,5 +217,6 @@ def test_a_full_disk_leaves_no_half_line(study, monkeypatch):
 @pytest.mark.parametrize("words", [["--timeout", "nan"], ["--timeout", "0"], ["--timeout", "-1"], ["--timeout", "inf"],
                                    ["--retries", "-1"], ["--price-in", "nan"], ["--price-out", "-2"]])  # fmt: skip
 def test_odd_numbers_are_refused(study, words):
-    with pytest.raises(ConfigError, match=words[0]):
+    # typer's own refusals do not repeat the number
+    with pytest.raises(ConfigError, match=" ".join(words) if words[0] == "--timeout" else words[0]):
         call(study, "http://127.0.0.1:1/v1", *words)

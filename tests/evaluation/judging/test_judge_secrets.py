@@ -63,7 +63,7 @@ def test_the_key_is_kept_nowhere_wherever_the_server_repeats_it(study, capsys):
     everything = [captured.out, captured.err, *told]
     everything += [path.read_text(encoding="utf-8") for path in study.folder.rglob("*") if path.is_file()]
     assert all(KEY[:12] not in text for text in everything)
-    assert "(key)" in told[0] and "sends its callers to https://elsewhere/(key) (status 307)" in told[3]
+    assert "(key)" in told[0] and "redirects to https://elsewhere/(key) (status 307)" in told[3]
 
 
 def test_a_redirect_carries_neither_key_nor_texts():
@@ -76,7 +76,7 @@ def test_a_redirect_carries_neither_key_nor_texts():
                 fake_judge.http_answer(b"", status="307 Go", more=f"Location: {there}/chat/completions\r\n")
             )
 
-        with fake_judge.serving_raw(say) as url, pytest.raises(JudgeError, match="sends its callers to http://127"):
+        with fake_judge.serving_raw(say) as url, pytest.raises(JudgeError, match="redirects to http://127"):
             Endpoint(url, "m").ask(ASKED, max_tokens=4)
     assert server.requests == []
 
@@ -92,7 +92,7 @@ def test_a_key_that_no_header_carries_is_refused_without_showing_it(key, monkeyp
 def test_a_key_in_the_url_or_the_models_name_is_refused(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     for url, model in ((f"https://host/{KEY}/v1", "m"), ("https://host/v1", KEY)):
-        with pytest.raises(JudgeError, match="holds the key") as error:
+        with pytest.raises(JudgeError, match="contains the key") as error:
             Endpoint(url, model)
         assert KEY not in str(error.value)
 
@@ -106,7 +106,7 @@ def test_a_placeholder_for_a_key_does_not_spoil_verdicts(monkeypatch):
 @pytest.mark.parametrize("url", ["http://example.com/v1", "http://10.0.0.3:8000/v1", "http://0.0.0.0:8000/v1",
                                  "http://localhost.evil.com/v1", "http://127.0.0.1.evil.com/v1", "HTTP://[::2]/v1"])  # fmt: skip
 def test_what_is_not_on_this_machine_needs_https(url):
-    with pytest.raises(JudgeError, match=r"(?i)http.*in the open: use https://.*ssh -L") as error:
+    with pytest.raises(JudgeError, match=r"(?i)http.*unencrypted: use https://.*ssh -L") as error:
         Endpoint(url, "m")
     assert url in str(error.value)
 

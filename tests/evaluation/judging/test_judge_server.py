@@ -109,7 +109,7 @@ def test_a_real_server_that_says_no_verdict_is_counted_as_such(served, study, ca
 
 def test_a_real_server_names_a_model_it_does_not_serve(served, study):
     url, _ = served
-    with pytest.raises(JudgeError, match="refused 3 requests in a row .*other-model|is not there"):
+    with pytest.raises(JudgeError, match="refused 3 requests in a row .*other-model|was not found"):
         call(study, f"{url}/v1", "other-model", "--parallel", "1")
 
 

@@ -6,6 +6,7 @@ import fake_judge
 import pytest
 from fake_judge import judged
 
+from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, DataError, StudyError
 from peftlib.evaluation.judging import prompts
 from peftlib.report import build as report
@@ -41,7 +42,9 @@ def test_two_turns_are_asked_one_by_one_and_judged_as_a_whole(study, folder, cap
     server = fake_judge.Server(lambda body: "VERDICT: 1")
     with fake_judge.serving(server) as url:
         call(study, url, "--prompts", "mt_bench", "--data", folder, "--rows", 3, "--dry-run")
-        assert "base has to answer 3 of 3 prompts first" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "base has to answer 3 of 3 prompts first" in said
+        assert "calls and cost below are without those for 3 rows that are not answered yet" in said
         assert not (study.folder / "prompts").exists()
         call(study, url, "--prompts", "mt_bench", "--data", folder, "--rows", 3)
         asked = len(server.requests)
@@ -84,6 +87,17 @@ def test_answers_that_were_cut_go_on_and_are_equal(study, folder, monkeypatch):
     assert {path: path.read_bytes() for path in files} == files
 
 
+def test_verdicts_on_answers_of_earlier_weights_are_left_out_of_the_report(study, folder):
+    with fake_judge.serving(fake_judge.Server(lambda body: "VERDICT: 1")) as url:
+        call(study, url, "--prompts", "mt_bench", "--data", folder, "--rows", 2)
+        record = records.load(study, "galore", 0)
+        records.save(study, {**record, "weights_sha256": {"model.safetensors": "0" * 64}})  # trained anew
+        made = report.build_report(study)
+        assert made.judged == [] and made.n_other_verdicts == 4
+        with pytest.raises(StudyError, match=r"answers of galore-s0 before it was trained anew: move galore-s0-\*"):
+            call(study, url, "--prompts", "mt_bench", "--rows", 2)
+
+
 def test_a_single_turn_is_its_answer(study, folder):
     rows = prompts.rows_of(study, "alpaca_eval", folder)
     assert len(rows) == 805 and rows[0]["source"] == "koala" and len({row["id"] for row in rows}) == 805
@@ -113,7 +127,7 @@ def test_bad_sets_are_named_and_nothing_is_kept(study, folder, monkeypatch):
     assert not (study.folder / "prompts").exists()
     prompts.rows_of(study, "mt_bench", folder)
     path.write_text(whole.replace("Say 3.", "Say three."))
-    with pytest.raises(StudyError, match=r"questions\.json holds other questions than"):
+    with pytest.raises(StudyError, match=r"questions\.json holds different questions from"):
         prompts.rows_of(study, "mt_bench", folder)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", _no_hub)
     with pytest.raises(

@@ -65,7 +65,7 @@ def test_a_dry_run_asks_and_writes_nothing(study, capsys):
     with fake_judge.serving(server) as url:
         assert call(study, url, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "22 calls to make" in printed and "cost: not known" in printed
+    assert "22 calls to make" in printed and "cost: unknown" in printed
     assert server.requests == [] and not (study.folder / "judge").exists()
 
 

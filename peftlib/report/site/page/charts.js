@@ -15,13 +15,14 @@
       if (!found.has(key)) found.set(key, { study: run.study, method: run.method, runs: [] });
       found.get(key).runs.push(run);
     }
-    return [...found.values()];
+    const all = ({ study, method }) => data().runs.filter((run) => run.study === study && run.method === method && run.status === "ok");
+    return [...found.values()].map((group) => ({ ...group, isWhole: group.runs.length === all(group).length }));
   }
 
-  /** A group's value of a figure: its interval over rows and seeds, else the mean and the range of its seeds. */
+  /** A group's value of a figure: the study's interval where the filter leaves all seeds, else their mean and range. */
   function valueOf(group, key, source) {
     const is = (one) => one.study === group.study && one.method === group.method && one.key === key;
-    const entry = source === undefined ? data().intervals.find(is) : data().sources.find((one) => is(one) && one.source === source);
+    const entry = !group.isWhole ? null : source === undefined ? data().intervals.find(is) : data().sources.find((one) => is(one) && one.source === source);
     if (entry) return { value: entry.value, low: entry.low ?? entry.value, high: entry.high ?? entry.value };
     const values = source === undefined ? group.runs.map((run) => run[key]) : [], value = mean(values);
     if (value === null) return null;

@@ -36,7 +36,10 @@ peftlib.explorer = (() => {
     open.onclick = async () => {
       open.disabled = true;
       open.textContent = "Loading …";
-      await choose();
+      const fault = await choose();
+      open.disabled = false;
+      open.textContent = fault;
+      if (fault) return;
       open.hidden = true;
       body.hidden = false;
       parts.text.focus();
@@ -47,23 +50,29 @@ peftlib.explorer = (() => {
     parts.marked.addEventListener("input", show);
   }
 
-  /** Load what is asked for and not there yet. */
+  /** Load what is asked for and not there yet; returns what went wrong, in words, or "". */
   async function choose() {
-    rows ??= await load("rows");
-    rows.lower ??= rows.prompts.map((prompt, i) => `${prompt}\n${rows.references[i]}`.toLowerCase());
-    for (const { file } of [chosen("run"), chosen("over")]) {
-      if (runs.has(file)) continue;
-      const run = await load(file);
-      run.lower = run.answers.map((text) => text.toLowerCase());
-      runs.set(file, run);
+    try {
+      rows ??= await load("rows");
+      rows.lower ??= rows.prompts.map((prompt, i) => `${prompt}\n${rows.references[i]}`.toLowerCase());
+      for (const { file } of [chosen("run"), chosen("over")]) {
+        if (runs.has(file)) continue;
+        const run = await load(file);
+        run.lower = run.answers.map((text) => text.toLowerCase());
+        runs.set(file, run);
+      }
+    } catch (error) {
+      return parts.count.textContent = `${error.message}: copy the whole folder, then try again.`;
     }
     find();
+    return "";
   }
 
   const pair = () => [runs.get(chosen("run").file), runs.get(chosen("over").file)];
   const gainOf = ([run, over], i) => run[parts.metric.value][i] - over[parts.metric.value][i];
 
   function find() {
+    if (pair().includes(undefined)) return;  // one of them is still being loaded
     const [run, over] = pair(), wanted = parts.text.value.trim().toLowerCase(), source = parts.source.value, order = parts.order.value;
     const holds = (i) => (!source || rows.rows[i][1] === source)
       && (!wanted || rows.lower[i].includes(wanted) || run.lower[i].includes(wanted) || over.lower[i].includes(wanted));

@@ -1,7 +1,7 @@
 "use strict";
 // The planner's table, loaded when the rest of the page stands. Hours are in proportion to the rows; nothing else is computed.
 (() => {
-  const { $, el, number, options, labelled, load } = peftlib;
+  const { $, el, number, options, labelled, load, missing } = peftlib;
 
   const two = (value) => Number(value.toPrecision(2));
   function time(seconds) {
@@ -64,5 +64,5 @@
     show();
   }
 
-  peftlib.startPlan = () => setTimeout(make, 0);
+  peftlib.startPlan = () => setTimeout(() => make().catch(missing), 0);
 })();

@@ -11,11 +11,14 @@ const peftlib = (() => {
   function script(path) {
     if (!waiting.has(path)) {
       waiting.set(path, new Promise((resolve, reject) => {
-        document.head.append(el("script", { src: path, onload: resolve, onerror: () => reject(new Error(`${path} is not there`)) }));
+        document.head.append(el("script", { src: path, onload: resolve, onerror: () => { waiting.delete(path); reject(new Error(`${path} is not there`)); } }));
       }));
     }
     return waiting.get(path);
   }
+
+  /** Say that a file is missing; a page of file:// gets no event of a rejection that nobody handles. */
+  function missing(error) { $("about").textContent = `${error.message}: copy the whole folder, then reload this page.`; }
 
   /** The value of data/NAME.js, which is loaded when it is first asked for. */
   async function load(name) {
@@ -132,7 +135,7 @@ const peftlib = (() => {
   let pending = 0;
   function redraw() {
     clearTimeout(pending);
-    pending = setTimeout(() => peftlib.drawCharts(), 200);
+    pending = setTimeout(() => peftlib.drawCharts().catch(missing), 200);
   }
   function refresh() { find(); table(); redraw(); }
 
@@ -149,7 +152,7 @@ const peftlib = (() => {
     const studies = data().studies, names = studies.map((study) => study.name);
     document.title = `Results of ${names.join(", ")}`;
     document.querySelector("h1").textContent = document.title;
-    const facts = [...new Set(studies.flatMap((study) => study.models)), `${number(studies[0].n_test, 0)} test rows`,
+    const facts = [...new Set(studies.flatMap((study) => study.models)), ...(studies[0].n_test === null ? [] : [`${number(studies[0].n_test, 0)} test rows`]),
       ...new Set(studies.flatMap((study) => study.devices))];
     $("about").textContent = facts.join(" · ");
     $("made").textContent = `Made by peftlib ${data().version}. Intervals are 95 % intervals over test rows and seeds where the study has them, else the range of the seeds.`;
@@ -191,5 +194,5 @@ const peftlib = (() => {
     performance.mark("peftlib-table");
   }
   document.addEventListener("DOMContentLoaded", start);
-  return { $, take, script, load, el, number, options, labelled, save, csv, isDark, color, swatch, data, figure, mean, shown: () => shown };
+  return { $, take, script, missing, load, el, number, options, labelled, save, csv, isDark, color, swatch, data, figure, mean, shown: () => shown };
 })();

@@ -1,5 +1,6 @@
-"""The verbs that score models beyond a study's own metrics: `bench` on standard benchmarks, `judge` by a model."""
+"""The verbs that train nothing: what fits a card, benchmarks, a judge, and what studies have found."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -7,15 +8,10 @@ from typer import Argument, Option
 
 from peftlib.core.errors import ConfigError
 from peftlib.core.study import Study
-from peftlib.runner.console import Flag, Name, require_numbers, say
+from peftlib.runner.console import AnyName, Flag, Name, Profile, Settings, given_settings, say
 from peftlib.storage.mirror import open_study
 
 Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
-BENCH_EXAMPLES = (
-    "bench base qlora galore --study first",
-    "bench base qlora --study first --tasks arc_easy,piqa --data eval/ --limit 100",
-    "bench --path my-adapter --study first --tasks retention,skill",
-)
 
 
 def bench(
@@ -70,11 +66,14 @@ def judge(
 
     An endpoint's key is read from the environment variable OPENAI_API_KEY and stored nowhere.
     """
-    require_numbers({"--timeout": timeout or -1, "--price-in": price_in or 0, "--price-out": price_out or 0})
+    if not 0 < timeout < math.inf:
+        raise ConfigError(f"--timeout {timeout:g} is out of range: give seconds, such as 60")
+    if math.inf in (price_in, price_out):
+        raise ConfigError("--price-in and --price-out must be finite")
     if (endpoint is None) == (local is None):
         raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
     if data is not None and not prompts:
-        raise ConfigError("--data holds a set of prompts: name it by --prompts mt_bench or alpaca_eval")
+        raise ConfigError("--data holds a set of prompts: name it with --prompts mt_bench or alpaca_eval")
     if endpoint is not None and model is None:
         raise ConfigError("--endpoint needs --model, the name under which the server knows its model")
     from peftlib.evaluation.judging.backends import Endpoint, Local
@@ -84,3 +83,47 @@ def judge(
     how = {"seed": seed, "n_rows": rows, "again": again, "prompts": prompts, "folder": data, "log": say}
     how |= {"reply_tokens": reply_tokens, "parallel": 1 if local else parallel}
     judge_study(open_study(study), methods, backend, prices=(price_in, price_out), dry_run=dry_run, **how)
+
+
+def plan(
+    gpu: Annotated[str | None, Option(help="t4, l4, a100, h100 ...; default: the one here, else a t4")] = None,
+    model: Annotated[str | None, Option(help="'packaged', gemma-3-1b, a folder or a hub id")] = None,
+    study: AnyName = None,
+    profile: Profile = None,
+    settings: Settings = None,
+    methods: Annotated[str | None, Option(metavar="A,B,...", help="default: a study's; see `peftlib methods`")] = None,
+):
+    """Say which method fits a GPU, in which micro-batch, and for how many hours."""
+    given = given_settings(settings, profile=profile, model=model)
+    found = open_study(study) if study else None
+    from peftlib.runner.suite_plan import plan_lines
+
+    for line in plan_lines(gpu, given, found, methods and methods.replace(",", " ").split()):
+        print(line)
+
+
+def methods(
+    names: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all, but for peft:FILE.json")] = None,
+):
+    """List the methods: what trains, how the base is held, the memory that the 1B takes on a T4, the paper."""
+    from peftlib.runner.suite_plan import method_lines
+
+    for line in method_lines(names or ()):
+        print(line)
+
+
+def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, two or more")]):
+    """Compare studies that were evaluated on the same test rows."""
+    from peftlib import compare_studies
+
+    print(compare_studies(studies), end="")
+
+
+def site(
+    studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, with equal test rows")],
+    to: Annotated[Path, Option(metavar="DIR", help="a new or empty folder, or one that holds a page already")],
+):
+    """Write a page about studies that opens from a disk: runs, charts, answers, and what fits which GPU."""
+    from peftlib.report.site.build import build_site
+
+    print(build_site(studies, to))

@@ -9,8 +9,7 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import copy_tree, readable_path
 from peftlib.export.export import FORMS, Preview, export_model
 from peftlib.export.gguf import MODELFILE, QUANTS
-from peftlib.notebook.ends import off
-from peftlib.notebook.widgets import Action, can_click, look
+from peftlib.notebook.widgets import Action, can_click, look, off
 from peftlib.report.render import plain
 from peftlib.storage import remotes
 
@@ -18,32 +17,32 @@ _DRIVE_FOLDER = "peftlib results"  # beside peftlib, where the archives of studi
 
 
 def drive_box(study, method, *, is_interactive=None):
-    """Show in a cell of Colab a button that copies a run and the report to Google Drive, as plain files."""
+    """Show on Colab a button that copies a run and the report to Google Drive, as plain files."""
     if not can_click(is_interactive):
         return off("Drive asks its owner for permission", f"cp -r {readable_path(study.folder)} FOLDER")
     if not remotes.can_ask_colab():
-        print(
-            f"Google Drive is Colab's: here the files are in {readable_path(study.weights_dir(method, study.cfg.seed))}"
-        )
+        weights = readable_path(study.weights_dir(method, study.cfg.seed))
+        print(f"Google Drive is available only on Colab; here the files are in {weights}")
         return None
     return Action("Copy to my Drive", lambda say: _copied_to_drive(study, method, say))
 
 
 def _copied_to_drive(study, method, say):
     say("copying")
-    if not (remotes.DRIVE / "MyDrive").is_dir():
+    drive = remotes.DRIVE / "MyDrive"
+    if not drive.is_dir():
         remotes.mount_drive()
-    if not (remotes.DRIVE / "MyDrive").is_dir():
-        raise StudyError(f"Drive is not mounted: drive.mount({str(remotes.DRIVE)!r}) in a cell, then press again")
-    to, weights = (
-        remotes.DRIVE / "MyDrive" / _DRIVE_FOLDER / study.folder.name,
-        study.weights_dir(method, study.cfg.seed),
-    )
+    if not drive.is_dir():
+        raise StudyError(
+            f"Drive is not mounted: run drive.mount({str(remotes.DRIVE)!r}) in a cell, then press the button again"
+        )
+    to, weights = drive / _DRIVE_FOLDER / study.folder.name, study.weights_dir(method, study.cfg.seed)
     if not weights.is_dir():
         raise StudyError(f"no weights of {method} yet: run the training cell first")
     copy_tree(weights, to / weights.name, dirs_exist_ok=True)
-    files = [study.record_path(method, study.cfg.seed), study.results_path, study.report_path]
-    files = [path for path in (*files, study.folder / "report.html") if path.is_file()]
+    record = study.record_path(method, study.cfg.seed)
+    files = [record, study.results_path, study.report_path, study.folder / "report.html"]
+    files = [path for path in files if path.is_file()]
     for path in files:
         shutil.copyfile(path, to / path.name)
     say("Copied. Keep this runtime for some minutes: Colab uploads in the background.")
@@ -52,19 +51,18 @@ def _copied_to_drive(study, method, say):
 
 
 def hub_box(study, method, *, is_interactive=None, api=None):
-    """Show in a cell what would be pushed to the hub, once asked, and then a button that pushes just that.
+    """Show what would be pushed to the hub, once asked, and then a button that pushes just that.
 
     api: a huggingface_hub.HfApi; None makes one with the token of hub_token when the push begins.
     """
     if can_click(is_interactive):
         return HubBox(study, method, api)
-    return off(
-        "nothing is pushed without a click", f"peftlib export {method} --study {study.cfg.study} --to hf://USER/REPO"
-    )
+    command = f"peftlib export {method} --study {study.cfg.study} --to hf://USER/REPO"
+    return off("nothing is pushed without a click", command)
 
 
 class HubBox(Action):
-    """Widgets of one push; `push` is a button that is enabled by a preview of the very settings that stand."""
+    """Widgets of one push; a preview of the current settings enables the button `push`."""
 
     def __init__(self, study, method, api=None):
         import ipywidgets as w
@@ -95,7 +93,7 @@ class HubBox(Action):
         found = Preview(*self._run, **how)
         self.push.disabled = not found.is_finished
         say("Nothing is sent yet." if found.is_finished else "")
-        who = "private: you alone can read it" if how["private"] else "PUBLIC: everybody can read it"
+        who = "private: only you can read it" if how["private"] else "PUBLIC: everybody can read it"
         return f"<p>{html.escape(how['to'])}, {who}.</p>{found._repr_html_()}"
 
     def _push(self, say):
@@ -107,7 +105,7 @@ class HubBox(Action):
 
 
 def gguf_box(study, method, *, is_interactive=None):
-    """Show in a cell a button that makes a GGUF file with a Modelfile, and the commands that run it in Ollama."""
+    """Show a button that makes a GGUF file with a Modelfile, and then the commands that run it in Ollama."""
     if not can_click(is_interactive):
         command = f"peftlib export {method} --study {study.cfg.study} --form gguf --to FOLDER"
         return off("it takes minutes and a file of the model's size", command)
@@ -122,9 +120,5 @@ def _made_gguf(study, method, quant, say):
     to = study.folder / "export" / f"{method}-s{study.cfg.seed}-gguf-{quant}"
     export_model(study, method, seed=study.cfg.seed, to=to, form="gguf", quant=quant, log=say)
     say("Made.")
-    return plain(ollama_commands(to, f"{study.folder.name}-{method}"))
-
-
-def ollama_commands(folder, name):
-    """The commands that run an export of form gguf in Ollama under a name, as lines."""
-    return f"{shlex.join(['ollama', 'create', name.lower(), '-f', str(folder / MODELFILE)])}\nollama run {name.lower()}"
+    name = f"{study.folder.name}-{method}".lower()
+    return plain(f"{shlex.join(['ollama', 'create', name, '-f', str(to / MODELFILE)])}\nollama run {name}")

@@ -1,29 +1,108 @@
-"""Test rows with the answers of all methods side by side: to pick, sort and filter where somebody can click."""
+"""A report in a notebook's cells: its charts, benchmarks and answers, to pick from where somebody can click."""
 
 import html
 
+from peftlib.core.files import readable_path, size_text, write_text
+from peftlib.evaluation.benchmarks.run import bench_study
+from peftlib.evaluation.evaluate import trained_methods
 from peftlib.evaluation.results import BASE
 from peftlib.notebook.answers import LEGEND, StaticRows, page, row_html
-from peftlib.notebook.widgets import Shown, can_click, checkboxes, look, offer_csv, stacked, ticked
+from peftlib.notebook.widgets import Shown, can_click, checkboxes, link, look, stacked, ticked
 from peftlib.report.answers import FILE, GAIN, LOSS, METRICS, ORDERS, Answers
+from peftlib.report.build import build_report
+from peftlib.report.chart import bundle, image
+from peftlib.report.charts import KINDS, REWIND, chart_of, row_choices
 from peftlib.report.palette import THEMES
+from peftlib.report.tables import benchmark_table
 
+_STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory", "rewind")  # of a report's figures
 ALL = "all sources"
 _STATIC_CHARACTERS = 400  # of a text in the static table, which stays in executed notebooks
-_CSV_NAME = "answers.download.csv"
+_CSV_NAME, _CSV = "answers.download.csv", "text/csv"
+_LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow
+
+
+def show_charts(report, *, is_interactive=None):
+    """Show a report.Report's charts in a cell: a ChartPanel, or its main figures where nobody can click."""
+    if can_click(is_interactive):
+        return ChartPanel(report)
+    _display_figures(report, _STATIC)
+    print("all figures:", ", ".join(report.figures))
+    return None
+
+
+def show_benchmarks(study, report):
+    """Score what the study's setting `benchmarks` names, and show it as a table and two figures.
+
+    Returns the Report, built again where anything was scored.
+    """
+    from IPython.display import display
+
+    if bench_study(study, [BASE, *trained_methods(study)]):
+        report = build_report(study)
+    if report.benchmarks:
+        display(benchmark_table(report.benchmarks).set_index("task"))
+    _display_figures(report, ("benchmarks", "gain_against_loss"))
+    return report
+
+
+def _display_figures(report, names):
+    from IPython.display import display
+
+    figures = report.dark_figures if report.theme == "dark" else report.figures
+    for name in names:
+        if name in figures:
+            display(bundle(figures[name].read_bytes(), report.alt[name]), raw=True)
 
 
 def explore(report, *, is_interactive=None):
-    """Show a report.Report's answers in a cell: an Explorer, or the most telling rows where nobody can click.
-
-    is_interactive: None finds out.
-    """
+    """Show a report.Report's answers in a cell: an Explorer, or the most telling rows where nobody can click."""
     answers, theme = Answers(report.study), THEMES[report.theme]
     if not answers.runs:
         return StaticRows(["No answers yet: run the cells above."], "no answers yet")
     if can_click(is_interactive):
         return Explorer(answers, report.folder, theme)
     return notable_rows(answers, theme)
+
+
+class ChartPanel(Shown):
+    """Widgets over a Report's numbers; `box` holds them all."""
+
+    instead = "charts (run the cell to see them)"
+
+    def __init__(self, report):
+        import ipywidgets as w
+
+        self._report, self._is_changing = report, False
+        wide = look("19rem")
+        kinds = [*KINDS, REWIND] if report.numbers.rewound else KINDS
+        self.kind = w.Dropdown(options=kinds, description="show", **wide)
+        self.rows = w.Dropdown(options=row_choices(report.numbers, KINDS[0]), description="of", **wide)
+        self.theme = w.Dropdown(options=list(THEMES), value=report.theme, description="theme", **wide)
+        self.shown, self.download = w.HTML(), w.HTML()
+        self.box = stacked([self.kind, self.rows, self.theme], self.shown, self.download)
+        self.kind.observe(self._change_kind, "value")
+        for widget in (self.rows, self.theme):
+            widget.observe(self._show, "value")
+        self._show()
+
+    def _change_kind(self, change):
+        choices, wanted = row_choices(self._report.numbers, self.kind.value), self.rows.value
+        self._is_changing = True  # one drawing, not one a widget
+        self.rows.options, self.rows.disabled = choices, len(choices) == 1
+        self.rows.value = wanted if wanted in choices else choices[0]
+        self._is_changing = False
+        self._show()
+
+    def _show(self, change=None):
+        if self._is_changing:
+            return
+        chart = chart_of(self._report.numbers, self.kind.value, self.rows.value, THEMES[self.theme.value])
+        png = chart.png()
+        self.shown.value = image(png, chart.alt, f"max-width:100%;width:{chart.get_figwidth() * 110:.0f}px")
+        name = "".join(c if c.isalnum() else "_" for c in f"{self.kind.value} {self.rows.value}")
+        results = (self._report.folder / "results.csv").read_bytes()
+        self.download.value = f"{link(f'{name}.png', png, 'image/png')} &nbsp; {link('results.csv', results, _CSV)}"
 
 
 def notable_rows(answers, theme):
@@ -118,5 +197,11 @@ class Explorer(Shown):
         self.shown.value = page([row, note, LEGEND])
 
     def _make_csv(self, button):
-        text = self.answers.to_csv(self._found, ticked(self.methods))
-        self.download.value = offer_csv(self._folder, _CSV_NAME, text)
+        content = self.answers.to_csv(self._found, ticked(self.methods)).encode()
+        if len(content) <= _LINK_LIMIT_BYTES:
+            self.download.value = link(_CSV_NAME, content, _CSV)
+            return
+        path = self._folder / _CSV_NAME
+        write_text(path, content.decode())
+        where = f"It is written: {html.escape(readable_path(path))}"
+        self.download.value = f"{_CSV_NAME} has {size_text(len(content))}, too much for a link. {where}"
