@@ -52,6 +52,22 @@ def _is_t4_like(row):
     return is_capped and bool(row.get("method") and row.get("tok_s")) and card_of_device(row["device"]) is not None
 
 
+def sweeps(results):
+    """Each method's rates that were tried, best in bold, with the validation loss of each."""
+    yield "method", "trials", "rates and validation losses", "bracketed by"
+    for found in results.sweeps["sweeps"]:
+        rates = [name for name in found["best"] if name != "valid_loss"]
+        parts = []
+        for trial in sorted(found["tried"], key=lambda trial: [trial[name] for name in rates]):
+            cut = f"stopped at step {trial['stopped_at']}" if trial["stopped_at"] else "not finite"
+            words = (
+                f"{' and '.join(f'{trial[name]:.1g}' for name in rates)}: {number(trial['valid_loss'], '{:.3f}', cut)}"
+            )
+            parts.append(f"**{words}**" if all(trial[name] == found["best"][name] for name in rates) else words)
+        sides = "nothing on one side" if found["is_at_edge"] else "worse on both sides"
+        yield f"`{found['method']}`", str(len(found["tried"])), "; ".join(parts), sides
+
+
 def methods(results):
     yield (
         *("card", "setting", "precision", "cap GiB", "micro-batch", "tokens/s", "peak GiB"),
@@ -211,4 +227,4 @@ def merges(results):
         yield row["method"], row["run"], *(number(loss, "{:.3f}") for loss in losses)
 
 
-TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale, loras, merges)
+TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale, loras, merges, sweeps)

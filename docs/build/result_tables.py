@@ -12,7 +12,7 @@ from peftlib.core.files import read_json
 from peftlib.runner.suite_plan import method_rows
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale", "export")
+BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale", "export", "sweeps")
 _SCOPES = {"data": "rows", "math": "what is learned", "run": "where and how fast"}
 
 
@@ -22,6 +22,7 @@ class Results:
     def __init__(self, folder=RESULTS):
         self.demo = read_json(folder / "demo" / "summary.json")
         self.reference = read_json(folder / "reference" / "summary.json")
+        self.next = read_json(folder / "reference-next" / "summary.json")
         bench = {name: json.loads((folder / "bench" / f"{name}.json").read_text("utf-8")) for name in BENCH}
         for name in BENCH:
             setattr(self, name, bench[name])
