@@ -1,6 +1,7 @@
 """A model of ours as the harness sees it: answers are kept as they come, and memory that runs out halves the batch."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import io
@@ -8,6 +9,7 @@ import json
 import math
 import time
 
+import lm_eval.utils
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval import evaluator
@@ -153,10 +155,21 @@ def score(lm, benchmark, *, limit=0):
 
     task.process_results = named
     how = {"limit": limit or None, "bootstrap_iters": 0, "apply_chat_template": benchmark.is_generated}
-    with contextlib.redirect_stderr(io.StringIO()):  # its bars, for which a log has no place
+    with _templates_once(), contextlib.redirect_stderr(io.StringIO()):  # its bars, for which a log has no place
         found = evaluator.evaluate(lm, {"tasks": {task.task_name: task}}, fewshot_as_multiturn=True, **how)
     rows = [row for row in found["samples"][task.task_name] if row["filter"] == benchmark.filter]
     return sorted(rows, key=lambda row: row["doc_id"])
+
+
+@contextlib.contextmanager
+def _templates_once():
+    """The harness compiles a task's template anew for every row, which takes longer than a small model's answer."""
+    templates = lm_eval.utils.env
+    templates.from_string = functools.lru_cache(maxsize=64)(templates.from_string)
+    try:
+        yield
+    finally:
+        del templates.from_string  # the class's own again
 
 
 def _settings(lm, request):
