@@ -11,6 +11,7 @@ from tiny import TINY
 
 from peftlib.core import config, hub_token, paths
 from peftlib.core.study import Study
+from peftlib.storage import mirror
 from peftlib.storage import remotes as storage
 
 # Tiny tensors: a second thread only waits, and two processes that do so on two cores take forty times as long.
@@ -24,6 +25,16 @@ os.environ["PEFTLIB_MIRROR"] = "off"
 def no_drive(monkeypatch, tmp_path):
     """A Drive that is mounted where the tests run, as on Colab, is not theirs."""
     monkeypatch.setattr(storage, "DRIVE", tmp_path / "no-drive")
+
+
+@pytest.fixture(autouse=True)
+def no_mirror_left(monkeypatch):
+    """A mirror ends with the test that has started it: each later command would wait for its last uploads."""
+    started = {}
+    monkeypatch.setattr(mirror, "_RUNNING", started)
+    yield
+    for left in started.values():
+        left._is_over.set()
 
 
 @pytest.fixture
