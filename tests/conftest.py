@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -19,6 +20,14 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the kernels and commands that tests start
 # No test copies a study to a place of its user's own, nor do the kernels and commands that tests start.
 os.environ["PEFTLIB_MIRROR"] = "off"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_look_through():
+    """What stands before a module's first test is left out of garbage collection, which evaluations and sweeps ask
+    for: of all that libraries and tests have loaded, it takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +91,12 @@ def make_study(tiny_model, built_data, tmp_path, monkeypatch):
         return study
 
     return make
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Reports without figures: drawing them takes longer than all the rest."""
+    monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
 
 
 @pytest.fixture(scope="session")

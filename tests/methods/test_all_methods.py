@@ -65,7 +65,7 @@ def stopped_at(run, step):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_it_trains_resumes_loads_in_stock_libraries_and_is_exported(make_study, named, tmp_path, method):
+def test_it_trains_resumes_loads_in_stock_libraries_and_is_exported(make_study, named, tmp_path, no_charts, method):
     study = make_study(study="straight", **REPEATED)
     run = TrainingRun(study, named(method), log=silent)
     frozen = {name: p.detach().clone() for name, p in run.model.named_parameters() if not p.requires_grad}

@@ -2,7 +2,9 @@
 
 import re
 import shutil
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +49,7 @@ def in_this_process(monkeypatch):
         close = stop
 
     monkeypatch.setattr(suite, "Local", Here)
+    monkeypatch.setattr(suite, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
 
 
