@@ -3,7 +3,9 @@ import gc
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -97,6 +99,17 @@ def make_study(tiny_model, built_data, tmp_path, monkeypatch):
 def no_charts(monkeypatch):
     """Reports without figures: drawing them takes longer than all the rest."""
     monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """`peftlib study run` does the runs' commands in this process, without pauses."""
+    from here import Here
+
+    from peftlib.runner import suite
+
+    monkeypatch.setattr(suite, "Local", Here)
+    monkeypatch.setattr(suite, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
 
 
 @pytest.fixture(scope="session")

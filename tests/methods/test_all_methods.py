@@ -181,7 +181,7 @@ def test_a_study_takes_no_more_methods_by_itself():
 
 
 @SLOW
-def test_a_study_of_all_methods_has_its_report(make_study, tmp_path):
+def test_a_study_of_all_methods_has_its_report(make_study, tmp_path, in_this_process):
     study = make_study(study="all", max_steps=2, **RATES)
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(FILES["peft:"]))

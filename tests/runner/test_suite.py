@@ -2,55 +2,22 @@
 
 import re
 import shutil
-import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from peftlib import cli
 from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
-from peftlib.runner import suite, suite_work
+from peftlib.runner import suite_work
 from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.execute import environment
-from peftlib.runner.executors import Ending, workers_of
+from peftlib.runner.executors import workers_of
 from peftlib.runner.suite import run
 from peftlib.runner.suite_jobs import Settings, job_named
 from peftlib.storage.lock import StudyLock
 
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """The runs' commands done one after another in this process."""
-
-    class Here:
-        def __init__(self, workers):
-            self._ended = []
-
-        has_room = property(lambda self: not self._ended)
-
-        def start(self, name, words):
-            code = cli.call(words)
-            log = Study.existing(words[words.index("--study") + 1]).folder / "logs" / f"{name}.log"
-            self._ended.append(Ending(name, code, log.read_text().splitlines()[-1], 1.0))
-
-        def ended(self):
-            found, self._ended = self._ended, []
-            return found
-
-        def avoid(self, node):
-            return False
-
-        def stop(self):
-            pass
-
-        close = stop
-
-    monkeypatch.setattr(suite, "Local", Here)
-    monkeypatch.setattr(suite, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
-    monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_process):
