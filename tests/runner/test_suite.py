@@ -3,13 +3,15 @@
 import re
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import pytest
+from here import Here
 
 from peftlib.core.errors import ConfigError, LockedError, StudyError
 from peftlib.core.files import read_json
 from peftlib.core.study import Study
-from peftlib.runner import suite_work
+from peftlib.runner import suite, suite_work
 from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.execute import environment
 from peftlib.runner.executors import workers_of
@@ -135,7 +137,8 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
 @pytest.mark.slow
 def test_a_study_cut_in_the_middle_of_a_run_ends_as_one_never_cut(settings):
     # Steps enough that a slow machine too sees the first ones before the last one is done.
-    assert run(settings("whole", max_steps=0, epochs=15, has_report=False), log=str) == 0
+    with mock.patch.object(suite, "Local", Here):
+        assert run(settings("whole", max_steps=0, epochs=15, has_report=False), log=str) == 0
     asked, lines, seen = settings("cut", max_steps=0, epochs=15, has_report=False), [], set()
 
     def cut():
