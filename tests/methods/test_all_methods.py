@@ -24,7 +24,7 @@ FILES = {
     "peft4:": {"peft_type": "VERA", "r": 16, "target_modules": r".*(o|up)_proj", "base_model_name_or_path": None},
 }
 # tests/train runs those with a module of their own; of the table's, some stand for what is alike in the others.
-QUICK = ("dora", "lora_fa", "oft", "peft4:")
+QUICK = ("lora_fa", "oft", "peft4:")
 TABLE = tuple(name for name, spec in methods.METHODS.items() if spec.is_counted)
 ALL = [pytest.param(m, marks=() if m in QUICK else SLOW) for m in (*methods.METHODS, *FILES)]
 RATES = {name: 3e-3 for name in ("full_learning_rate", "apollo_learning_rate", "muon_learning_rate")}

@@ -30,7 +30,7 @@ def measured(point):
     return {name: point[name] for name in MEASURED}
 
 
-@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", "dora"])
+@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", pytest.param("dora", marks=pytest.mark.slow)])
 def test_the_ends_are_the_tuned_model_and_the_base_to_the_bit(finished, method):
     study = finished(method, is_scored=True, general_tokens=128)
     points = {point["factor"]: point for point in rewind.rewind(study, method, [0.5], **QUIET)}
