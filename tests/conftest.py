@@ -1,8 +1,11 @@
 import contextlib
+import gc
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,6 +14,7 @@ from tiny import TINY
 
 from peftlib.core import config, hub_token, paths
 from peftlib.core.study import Study
+from peftlib.storage import mirror
 from peftlib.storage import remotes as storage
 
 # Tiny tensors: a second thread only waits, and two processes that do so on two cores take forty times as long.
@@ -20,10 +24,28 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the kernels and commands that tests st
 os.environ["PEFTLIB_MIRROR"] = "off"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_look_through():
+    """What stands before a module's first test is left out of garbage collection, which evaluations and sweeps ask
+    for: of all that libraries and tests have loaded, it takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_drive(monkeypatch, tmp_path):
     """A Drive that is mounted where the tests run, as on Colab, is not theirs."""
     monkeypatch.setattr(storage, "DRIVE", tmp_path / "no-drive")
+
+
+@pytest.fixture(autouse=True)
+def no_mirror_left(monkeypatch):
+    """A mirror ends with the test that has started it: each later command would wait for its last uploads."""
+    started = {}
+    monkeypatch.setattr(mirror, "_RUNNING", started)
+    yield
+    for left in started.values():
+        left._is_over.set()
 
 
 @pytest.fixture
@@ -71,6 +93,23 @@ def make_study(tiny_model, built_data, tmp_path, monkeypatch):
         return study
 
     return make
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Reports without figures: drawing them takes longer than all the rest."""
+    monkeypatch.setattr("peftlib.report.charts.charts_of", lambda *_: {})
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """`peftlib study run` does the runs' commands in this process, without pauses."""
+    from here import Here
+
+    from peftlib.runner import suite
+
+    monkeypatch.setattr(suite, "Local", Here)
+    monkeypatch.setattr(suite, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
 
 
 @pytest.fixture(scope="session")

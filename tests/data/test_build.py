@@ -109,8 +109,8 @@ def _built(cfg_of, path, folder, max_length):
 def test_conversations_are_cut_after_whole_turns_and_what_cannot_be_is_rejected(cfg_of, tmp_path, tiny_model):
     rng = random.Random(8)
     rows = chat_rows(rng, 60)
-    rows[0]["messages"][0]["content"] = "long " * 1_000_000
-    rows[1]["messages"][-1]["content"] = "long " * 1_000_000
+    rows[0]["messages"][0]["content"] = "long " * 50_000
+    rows[1]["messages"][-1]["content"] = "long " * 50_000
     path = write_jsonl(tmp_path / "t.jsonl", rows)
     cfg = cfg_of(f"tulu={path}", max_length=300, allow_short=True)
     manifest = data.build_data(cfg, tmp_path / "data", quiet)

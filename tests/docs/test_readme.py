@@ -165,6 +165,7 @@ def test_readmes_python_runs(tiny_model, tmp_path, monkeypatch):
     assert (tmp_path / "runs/mine/report.html").exists() and (tmp_path / "my-adapter/README.md").exists()
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed: make docs installs it")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

@@ -50,6 +50,7 @@ def taken(tmp_path_factory):
     """The made-up study, its folder under results/, summary.json, and the tables made from it."""
     tmp_path = tmp_path_factory.mktemp("taken")
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("peftlib.report.chart._DPI", 30)
         study = _study(tmp_path, monkeypatch)
         results = tmp_path / "results"
         (results / "reference" / "records-fp16").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """A study folder of made-up records and predictions, for tests of what reads one."""
 
+import csv
 import hashlib
 import json
 import random
@@ -195,3 +196,9 @@ def make(folder, monkeypatch, *, methods=tuple(SKILL), seeds=(0,), n=48):
             write_predictions(study, method, seed, rows, answers_of(rows, method, seed))
     monkeypatch.setattr("peftlib.data.load_split", lambda data_dir, split: rows, raising=False)
     return study
+
+
+def rows_of(study):
+    """The rows of a study's results.csv."""
+    with open(study.results_path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

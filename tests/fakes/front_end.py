@@ -10,11 +10,11 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-INSTALLED = "installed"
+INSTALLED, IPYKERNEL6, COLAB = "installed", "ipykernel6", "colab_kernel"
 # Other kernels than the installed one: a folder of .venv that stands first in PYTHONPATH, and the versions it holds.
 OTHERS = {
-    "ipykernel6": "ipykernel 6.31.0, ipywidgets 8.",
-    "colab_kernel": "ipykernel 6.17.1, ipywidgets 7.7.1",
+    IPYKERNEL6: "ipykernel 6.31.0, ipywidgets 8.",
+    COLAB: "ipykernel 6.17.1, ipywidgets 7.7.1",
 }
 _VERSIONS = (
     'import ipykernel, ipywidgets; print(f"ipykernel {ipykernel.__version__}, ipywidgets {ipywidgets.__version__}")'

@@ -42,6 +42,7 @@ STUDIED = [pytest.param(m, marks=() if m in ("qlora", "galore", "hybrid") else p
 
 
 CUTS = [
-    *((method, 4) for method in METHODS),
+    # lora trains as qlora does, full as galore.
+    *(pytest.param(m, 4, marks=pytest.mark.slow if m in ("lora", "full") else ()) for m in METHODS),
     *(pytest.param(*method.values, 1, marks=method.marks) for method in STUDIED),
 ]

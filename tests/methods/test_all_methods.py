@@ -24,7 +24,7 @@ FILES = {
     "peft4:": {"peft_type": "VERA", "r": 16, "target_modules": r".*(o|up)_proj", "base_model_name_or_path": None},
 }
 # tests/train runs those with a module of their own; of the table's, some stand for what is alike in the others.
-QUICK = ("dora", "lora_fa", "oft", "peft4:")
+QUICK = ("lora_fa", "oft", "peft4:")
 TABLE = tuple(name for name, spec in methods.METHODS.items() if spec.is_counted)
 ALL = [pytest.param(m, marks=() if m in QUICK else SLOW) for m in (*methods.METHODS, *FILES)]
 RATES = {name: 3e-3 for name in ("full_learning_rate", "apollo_learning_rate", "muon_learning_rate")}
@@ -65,7 +65,7 @@ def stopped_at(run, step):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_it_trains_resumes_loads_in_stock_libraries_and_is_exported(make_study, named, tmp_path, method):
+def test_it_trains_resumes_loads_in_stock_libraries_and_is_exported(make_study, named, tmp_path, no_charts, method):
     study = make_study(study="straight", **REPEATED)
     run = TrainingRun(study, named(method), log=silent)
     frozen = {name: p.detach().clone() for name, p in run.model.named_parameters() if not p.requires_grad}
@@ -181,7 +181,7 @@ def test_a_study_takes_no_more_methods_by_itself():
 
 
 @SLOW
-def test_a_study_of_all_methods_has_its_report(make_study, tmp_path):
+def test_a_study_of_all_methods_has_its_report(make_study, tmp_path, in_this_process):
     study = make_study(study="all", max_steps=2, **RATES)
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(FILES["peft:"]))

@@ -113,7 +113,7 @@ def test_more_layers_than_the_model_has_are_refused_and_planned_as_such(make_stu
     assert line.split()[:3] == ["hybrid", "(hybrid_galore=last_26_layers)", "no"] and "26 layers" in line
 
 
-def test_the_choice_is_planned_and_named_where_it_is_another(finished):
+def test_the_choice_is_planned_and_named_where_it_is_another(finished, no_charts):
     def total(choice):
         cfg = config.resolve("t4", hybrid_galore=choice)
         return memory_model.estimate(SHAPE, "hybrid", cfg, precision="fp16", micro_batch=4, checkpointing="on").total

@@ -49,7 +49,7 @@ def test_a_name_is_safe_in_files_and_follows_the_content(file, tmp_path):
     assert methods.find(f"peft:{saved}").name == name.replace("my_q_v", "my_adapter")
 
 
-def test_a_study_does_without_the_file_here_and_on_another_machine(make_study, file, tmp_path, monkeypatch):
+def test_a_study_does_without_the_file_here_and_on_another_machine(make_study, file, tmp_path, monkeypatch, no_charts):
     study = make_study(max_steps=3, activation_checkpointing="on")
     name = methods.find(f"peft:{file}").name
     run = TrainingRun(study, f"peft:{file}", log=silent)

@@ -18,6 +18,7 @@ from peftlib.report.palette import DARK, LIGHT
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftlib.report.chart._DPI", 30)
         yield build_report(fake_study.make(tmp_path_factory.mktemp("charted"), patch))
 
 
@@ -87,7 +88,7 @@ def test_losses_on_other_general_texts_are_not_put_side_by_side(tmp_path, monkey
     assert build_report(study).numbers.general_loss == {"base": 3.0, "galore": 3.3}
 
 
-def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch):
+def test_a_study_without_scores_has_charts_that_say_so(tmp_path, monkeypatch, no_charts):
     study = fake_study.make(tmp_path, monkeypatch, methods=("base",), n=6)
     study.predictions_path("base", 0).unlink()
     panel = show_charts(build_report(study), is_interactive=True)

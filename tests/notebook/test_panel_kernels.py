@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from front_end import INSTALLED, OTHERS, FrontEnd
+from front_end import COLAB, INSTALLED, IPYKERNEL6, FrontEnd
 from tiny import TINY
 
 from peftlib.core import record as records
@@ -34,7 +34,7 @@ def trains(message):
     )
 
 
-@pytest.fixture(scope="module", params=[INSTALLED, *OTHERS])
+@pytest.fixture(scope="module", params=[INSTALLED, pytest.param(IPYKERNEL6, marks=pytest.mark.slow), COLAB])
 def kernel(request, kernel_of):
     return kernel_of(request.param)
 

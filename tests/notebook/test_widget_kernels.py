@@ -7,7 +7,7 @@ import os
 import re
 
 import pytest
-from front_end import INSTALLED, FrontEnd
+from front_end import COLAB, INSTALLED, FrontEnd
 from tiny import TINY
 
 from peftlib.notebook.widgets import VIEW
@@ -36,7 +36,7 @@ print("prepared")
 """
 
 
-@pytest.fixture(scope="module", params=[INSTALLED, "colab_kernel"])
+@pytest.fixture(scope="module", params=[INSTALLED, COLAB])
 def kernel(request, kernel_of):
     return kernel_of(request.param)
 

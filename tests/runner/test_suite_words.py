@@ -164,6 +164,9 @@ def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
 def test_a_machine_that_cannot_do_a_run_says_why(listed, capsys, monkeypatch, tmp_path, changes, message):
     words = shlex.split(listed("--pending")[1])[1:]
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(
+        "peftlib.storage.mirror.time.sleep", lambda seconds: None
+    )  # before a last upload is tried again
     for name, value in changes.items():
         if name.startswith("PEFTLIB"):
             monkeypatch.setenv(name, str(tmp_path / value))

@@ -131,7 +131,7 @@ def test_it_copies_in_the_background_while_files_change(study, remote, open_agai
         save(study, step)
     end = time.monotonic() + 20
     while ours._waiting() and time.monotonic() < end:
-        time.sleep(0.01)
+        time.sleep(0.1)  # looking takes what the copies need
     ours._is_over.set()
     assert newest(open_again().folder) == 29 and not (study / ".mirroring").exists()
 

@@ -99,7 +99,7 @@ def compiling(monkeypatch, tmp_path):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("where", ["setting up", "forward", "backward", "loss"])
+@pytest.mark.parametrize("where", ["setting up", "forward", pytest.param("backward", marks=pytest.mark.slow), "loss"])
 def test_where_compiling_fails_the_step_is_repeated_and_training_goes_on_uncompiled(
     make_study, compiling, monkeypatch, where
 ):
@@ -134,6 +134,7 @@ def test_where_compiling_fails_the_step_is_repeated_and_training_goes_on_uncompi
 )
 def test_what_counts_as_the_compilers_error(make_study, compiling, monkeypatch, error, step, is_compilers):
     compiling("eager")
+    monkeypatch.setattr(compiled, "compile_layers", lambda model, **settings: model)
     real = Stepper.forward_backward
 
     def fail_once(self, *args):

@@ -74,7 +74,7 @@ def test_rows_are_divided_by_tokens_and_each_once():
 @pytest.mark.parametrize(
     "n, names",
     [
-        (2, ("qlora", "galore")),
+        (2, ("galore",)),
         pytest.param(2, tuple(methods.METHODS), marks=SLOW),
         pytest.param(4, tuple(methods.METHODS), marks=SLOW),
     ],

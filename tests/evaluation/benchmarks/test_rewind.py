@@ -30,7 +30,7 @@ def measured(point):
     return {name: point[name] for name in MEASURED}
 
 
-@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", "dora"])
+@pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", pytest.param("dora", marks=pytest.mark.slow)])
 def test_the_ends_are_the_tuned_model_and_the_base_to_the_bit(finished, method):
     study = finished(method, is_scored=True, general_tokens=128)
     points = {point["factor"]: point for point in rewind.rewind(study, method, [0.5], **QUIET)}
@@ -120,7 +120,8 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
         rewind.rewind(study, "galore", [0.5], **QUIET)
 
 
-def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished):
+def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished, monkeypatch):
+    monkeypatch.setattr("peftlib.report.chart._DPI", 30)
     study = finished("galore", is_scored=True, general_tokens=128)
     rewind.rewind(study, "galore", [0.5], **QUIET)
     record = records.load(study, "galore", 0)
@@ -136,6 +137,7 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
     with pytest.raises(StudyError, match=r"galore-s0\.json holds other points \(weights: "):
         rewind.rewind(study, "galore", [0.75], **QUIET)
     assert rewind.path_of(study, "galore", 0).read_bytes() == before
+    monkeypatch.setattr(charts, "charts_of", lambda *_: {})
     assert report.build_report(study).numbers.rewound == {}
 
     # As if killed within a point: the answers are there, and were made with other settings.
