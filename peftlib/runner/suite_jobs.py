@@ -35,20 +35,22 @@ class Settings:
     def jobs(self, study):
         """([Job, ...] of a study in starting order: sweeps, base, then seed after seed; those that `names` choose).
 
-        A name is such as galore, galore-s1 or sweep-galore; a chosen run brings its method's sweep with it.
+        A name is such as galore, galore-s1 or sweep-galore; a chosen run brings its method's sweep with it, and base
+        where the study is rewound to it.
         ConfigError: an unknown method, or a name that means none.
         """
         trained = [method for method in self.methods if method != BASE and find(method)]
         jobs = [Job(study, self, method, is_sweep=True) for method in trained if self.factors != ()]
-        jobs += [Job(study, self, BASE)] if BASE in self.methods else []
+        is_rewound = bool(study.cfg.rewind)
+        jobs += [Job(study, self, BASE)] if BASE in self.methods or is_rewound else []
         jobs += [Job(study, self, method, seed) for seed in self.seeds for method in trained]
         unknown = {*self.names} - {name for job in jobs for name in (job.name, job.method)}
         if unknown:
             known = ", ".join(job.name for job in jobs)
             raise ConfigError(f"--only {','.join(sorted(unknown))}: there is no such run, use {known}")
         chosen = [job for job in jobs if not self.names or {job.name, job.method} & {*self.names}]
-        swept = {job.method for job in chosen}
-        return jobs, [job for job in jobs if job in chosen or (job.is_sweep and job.method in swept)]
+        needed = {(job.method, True) for job in chosen} | ({(BASE, False)} if is_rewound else set())
+        return jobs, [job for job in jobs if job in chosen or (job.method, job.is_sweep) in needed]
 
 
 @dataclass(frozen=True)

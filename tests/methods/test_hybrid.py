@@ -140,3 +140,12 @@ def test_a_layers_number_is_matched_whole():
     assert is_named("base_model.model.model.layers.1.mlp.up_proj", ("layers.1.mlp.up_proj",))
     assert not is_named("model.layers.11.mlp.up_proj", ("layers.1.mlp.up_proj",))
     assert is_named("model.layers.11.mlp.up_proj", MLP) and not is_named("model.layers.11.mlp.my_up_proj", MLP)
+
+
+def test_the_reversed_hybrid_is_the_hybrid_with_its_setting(make_study):
+    losses = []
+    for name, method, choice in (("set", "hybrid", "mlp"), ("own", "hybrid_mlp", "attention")):
+        study = make_study(study=name, hybrid_galore=choice, max_steps=4, galore_rank=4)
+        record = TrainingRun(study, method, log=lambda line: None).train()
+        losses.append([entry["loss"] for entry in record["history"]])
+    assert losses[0] == losses[1]

@@ -42,6 +42,9 @@ def test_benchmarks_and_rewinding_that_are_named_are_part_of_a_run(settings, in_
     assert factors == [0.5, 1.0]
     assert [job.state()[0] for job in wider.jobs(study)[0]] == ["done", "done"]
 
+    alone = replace(wider, methods=("galore",), names=("galore-s0",))
+    assert [job.name for job in alone.jobs(study)[1]] == ["base-s0", "galore-s0"]  # without base nothing can be rewound
+
     (files / "boolq.jsonl").write_text("{")
     wrong = replace(wider, given={**wider.given, "benchmarks": "piqa,boolq"})
     assert run(wrong, log=lines.append) == 1  # said, and what stands stays

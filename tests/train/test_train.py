@@ -9,7 +9,7 @@ from trainings import CUTS, FAST, METHODS, STUDIED, assert_equal_weights, kept_w
 from peftlib.core import record as records
 from peftlib.core.errors import StudyError
 from peftlib.evaluation.evaluate import evaluate
-from peftlib.models.inspect import ATTENTION, layer_table, trainable
+from peftlib.models.inspect import ATTENTION, MLP, layer_table, trainable
 from peftlib.storage.checkpoint import CheckpointDir
 from peftlib.train.batching import Rows, mean_loss
 from peftlib.train.loop import TrainingRun
@@ -39,6 +39,7 @@ def test_what_trains_is_what_the_contract_says(make_study, method):
             "qlora": "lora_" in name,
             "galore": "embed" not in name and "lm_head" not in name,
             "hybrid": "lora_" in name or is_attention,
+            "hybrid_mlp": "lora_" in name or any(f".{leaf}." in name for leaf in MLP),
             "lora": "lora_" in name,
             "full": "embed" not in name and "lm_head" not in name,
             "apollo": "embed" not in name and "lm_head" not in name,
