@@ -161,24 +161,27 @@ def _at_limit(found, cfg, limit):
     return {"max_new_tokens": limit, "scores": means}
 
 
-def precisions(built, sibling):
-    """{method: figures of one seed in both precisions}; a run that was not scored has no 'difference'."""
+def compared(built, sibling, names=None):
+    """{method: figures of one seed of a sibling study and of this one}; a run that was not scored has no 'difference'.
+
+    names: of the two sides; their precisions where there are none.
+    """
     others = {(run.record["method"], run.record["seed"]): run for run in results.load(sibling).runs}
     made = {}
     for run in built.study.runs:
         other = others.get((run.record["method"], run.record["seed"]))
         if other is None or not other.record["status"] == run.record["status"] == "ok":
             continue
-        difference = None
+        difference, (there, here) = None, names or (other.record["precision"], run.record["precision"])
         if other.is_scored and run.is_scored:
-            boot = stats.bootstrap({"fp16": [other.rows], "bf16": [run.rows]})
-            difference = _differences(boot, "fp16", "bf16")
+            difference = _differences(stats.bootstrap({there: [other.rows], here: [run.rows]}), there, here)
         reasons = filter(None, (without_folders(one.record.get("evaluation_error")) for one in (other, run)))
         made[run.record["method"]] = {
             "seed": run.record["seed"],
             "difference": difference,
             "unscored_because": "" if difference else "; ".join(dict.fromkeys(reasons)),
-            **{one.record["precision"]: _facts(one) for one in (other, run)},
+            there: _facts(other),
+            here: _facts(run),
         }
     return made
 

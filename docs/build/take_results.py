@@ -3,12 +3,13 @@
 import shutil
 import time
 
-from reference_summary import interval, median_speed, precisions, summary_of
+from reference_summary import compared, interval, median_speed, summary_of
 
 from peftlib import build_report
+from peftlib.core.config import current_names, differences
 from peftlib.core.errors import StudyError, writing
 from peftlib.core.files import read_json, write_json
-from peftlib.core.study import Study
+from peftlib.core.study import Study, frozen_of
 from peftlib.evaluation import forgetting, stats
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import public_config, public_model, without_folders
@@ -51,25 +52,33 @@ def take_demo(study, target):
 def take_reference(study, target):
     """Write config, results.csv, records, sweeps, pictures and summary.json of a study to `target`, old ones removed.
 
-    The study of the same name with the other precision, where there is one, is compared method by method.
+    Studies of the same rows beside it are compared with it method by method: NAME-fp16 as the other precision, any
+    other NAME-LABEL as what its config changes.
     StudyError: no run is finished, or as build_report.
     """
-    built, sibling = build_report(study), sibling_of(study)
+    built, sibling, sides = build_report(study), sibling_of(study), sides_of(study)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-    for name in ("records", "records-fp16", "sweeps", "figures"):
-        shutil.rmtree(target / name, ignore_errors=True)
+    for folder in (target / "sweeps", target / "figures", *target.glob("records*")):
+        shutil.rmtree(folder, ignore_errors=True)
     with writing(target / "results.csv"):
         shutil.copyfile(study.results_path, target / "results.csv")
     config = read_json(study.config_path)
     write_json(target / "config.json", {**config, "config": public_config(config["config"])})
     _records(study, target / "records")
-    if sibling is not None:
-        _records(sibling, target / "records-fp16")
+    for label, side in {**({"fp16": sibling} if sibling else {}), **sides}.items():
+        _records(side, target / f"records-{label}")
     for path in sorted((study.folder / "sweeps").glob("*.json")):
         write_json(target / "sweeps" / path.name, read_json(path))
     summary = summary_of(study, built)
-    summary["precision"] = precisions(built, sibling) if sibling is not None else {}
+    summary["precision"] = compared(built, sibling) if sibling is not None else {}
+    summary["sides"] = {
+        label: {
+            "changes": differences(study.cfg.study_fields(), side.cfg.study_fields()),
+            "methods": compared(built, side, ("side", "main")),
+        }
+        for label, side in sides.items()
+    }
     summary["figures"] = _pictures(built, target / "figures")
     write_json(target / "summary.json", summary)
 
@@ -100,6 +109,17 @@ def sibling_of(study):
     name = f"{study.folder.name}-fp16"
     folder = study.folder.parent / name
     return Study(folder, study.cfg.replace(study=name, precision="fp16")) if folder.is_dir() else None
+
+
+def sides_of(study):
+    """{LABEL: Study} of the studies NAME-LABEL beside a study, but NAME-fp16, whose frozen config is the same."""
+    made = {}
+    for path in sorted(study.folder.parent.glob(f"{study.folder.name}-*/config.json")):
+        label = path.parent.name.removeprefix(f"{study.folder.name}-")
+        if label != "fp16":
+            fields = {**current_names(frozen_of(path)["config"]), "study": path.parent.name}
+            made[label] = Study(path.parent, study.cfg.replace(**fields))
+    return made
 
 
 def _records(study, folder):

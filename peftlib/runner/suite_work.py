@@ -162,7 +162,7 @@ def _score_more(job, log):
     from peftlib.evaluation.benchmarks.run import bench_study
 
     study, factors = job.study, factors_of("rewind", job.study.cfg.rewind)
-    if study.cfg.benchmarks != "auto":
+    if study.cfg.benchmarks not in ("", "auto"):
         bench_study(study, [job.method], log=log)
     if factors and job.method != BASE:
         rewind.rewind(study, job.method, factors, log=log)

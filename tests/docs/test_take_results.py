@@ -99,6 +99,11 @@ def _study(tmp_path, monkeypatch):
     }
     fake_study.write_record(other, {**read_json(study.record_path("qlora", 0)), "precision": "fp16", **unscored})
     rows = fake_study.made_rows(60)
+    side = Study(tmp_path / f"{study.folder.name}-r4", study.cfg.replace(study="side", galore_rank=4))
+    write_json(side.manifest_path, read_json(study.manifest_path))
+    side.freeze()
+    fake_study.write_record(side, {**read_json(study.record_path("galore", 0)), "peak_memory_bytes": 2**31})
+    fake_study.write_predictions(side, "galore", 0, rows, fake_study.answers_of(rows, "galore", 1))
     fake_study.write_predictions(other, "galore", 0, rows, fake_study.answers_of(rows, "galore", 0))
     return study
 
@@ -155,6 +160,16 @@ def test_fp16_stands_beside_bf16_and_a_run_that_was_not_scored_is_an_empty_cell_
     assert both["difference"] is None and both["fp16"]["rougeL"] is None and both["fp16"]["valid_loss"] == 2.6
     assert both["unscored_because"] == "RuntimeError: cannot read weights.bin"
     assert "| qlora |  / 0." in taken.tables["precision"]
+
+
+def test_a_study_with_another_setting_stands_beside_it(taken):
+    side = taken.found["sides"]["r4"]
+    assert side["changes"] == [f"galore_rank: {taken.study.cfg.galore_rank} -> 4"] and [*side["methods"]] == ["galore"]
+    gap = side["methods"]["galore"]["difference"]["rougeL"]
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    row = next(line for line in taken.tables["sides"].splitlines() if "galore_rank" in line)
+    assert "| galore |" in row and "2.00 / " in row
+    assert (taken.folder / "records-r4" / "galore-s0.json").exists()
 
 
 def test_answers_are_cut_at_the_first_looks_limit(taken):
