@@ -12,6 +12,7 @@ from cells import loss_gap, pair_of
 from result_tables import Results
 
 from peftlib.core.config import resolve
+from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
 from peftlib.models.shapes import find_card, shape_of
 from peftlib.notebook import planner
 from peftlib.train import estimate
@@ -47,6 +48,12 @@ def benchmark(task):
     rows = json.loads((BENCH / "benchmarks.json").read_text("utf-8"))["rows"]
     best = max((row for row in rows if (row["method"], row["task"]) == ("base", task)), key=lambda row: row["n"])
     return [best["score"], best["n"]]
+
+
+def score_of(method, task):
+    """The row of a trained method on a GPU."""
+    rows = json.loads((BENCH / "benchmarks.json").read_text("utf-8"))["rows"]
+    return next(row for row in rows if (row["method"], row["task"]) == (method, task) and "NVIDIA" in row["device"])
 
 
 def checkpoint():
@@ -163,6 +170,10 @@ FROM_RESULTS = [
     *(("benchmarks.md", f"| {published} | {{:.3f}} | {{}} |", benchmark(task))
       for published, task in (("0.577", "arc_easy"), ("0.677", "piqa"), ("0.614", "boolq"),
         ("none found", "winogrande"), ("none found", "lambada_openai"))),
+    ("benchmarks.md", "after QLoRA on {:,} real rows it gets {:.3f} of `gsm8k` right, and obeys {:.3f} of `ifeval`",
+     [R.next["rows"]["train"], *(score_of("qlora", task)["score"] for task in ("gsm8k", "ifeval"))]),
+    ("benchmarks.md", "takes {:.0f} seconds for one model",
+     [sum(score_of("qlora", task)["seconds"] for task in SETS[RETENTION])]),
     ("resume.md", "checkpoint of the 1B has {:.2f} GiB", [checkpoint()]),
     ("running.md", "{train} training and {test} test rows, {steps} steps", {**R.demo["rows"], "steps": R.demo["steps"]}),
     ("running.md", "| {train_rows} / {valid_rows} / {test_rows}, from the first {max_read_rows:,} rows of each |", quick()),
