@@ -130,25 +130,6 @@ def precision(results):
         yield method, cells[0], gap, *cells[1:], str(both["fp16"]["skipped_steps"])
 
 
-def sides(results):
-    """One seed of each study beside the reference, which differs from it in one setting."""
-    yield "changed", "method", "ROUGE-L", "difference", "test loss", "general text loss", "peak GiB", "tokens/s"
-    forms = {
-        "eval_loss": "{:.4f}",
-        "general_loss": "{:.4f}",
-        "peak_memory_gib": "{:.2f}",
-        "tokens_per_second": "{:,.0f}",
-    }
-    for side in results.reference.get("sides", {}).values():
-        for method, both in side["methods"].items():
-            rouge, *cells = (
-                " / ".join(number(both[name][field], form) for name in ("side", "main"))
-                for field, form in {"rougeL": "{:.3f}", **forms}.items()
-            )
-            gap = ends(both["difference"]["rougeL"]) if both["difference"] else ""
-            yield "; ".join(side["changes"]), method, rouge, gap, *cells
-
-
 def others(results):
     look = results.reference["first_look"]
     yield (
@@ -178,4 +159,4 @@ def demo(results):
     yield "of it untrained, in the same 4 bits", *(number(found["general_loss_nf4"][m], "{:.3f}") for m in known)
 
 
-TABLES = (summary, second, scores, sources, pairs, general, cost, precision, sides, others, demo)
+TABLES = (summary, second, scores, sources, pairs, general, cost, precision, others, demo)
