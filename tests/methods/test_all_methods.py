@@ -96,7 +96,7 @@ def test_it_trains_resumes_loads_in_stock_libraries_and_is_exported(make_study, 
 
 
 def path_of(spec):
-    plain = ("qlora", "lora", "hybrid", "rslora", "pissa", "lora_plus", "lora_fa")
+    plain = ("qlora", "lora", "hybrid", "hybrid_mlp", "rslora", "pissa", "lora_plus", "lora_fa")
     return "fused" if spec.name in plain else "peft"
 
 

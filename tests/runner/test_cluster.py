@@ -19,6 +19,7 @@ from peftlib.core.study import Study
 from peftlib.runner.suite import run
 from peftlib.runner.suite_jobs import Settings
 from peftlib.runner.suite_work import main
+from peftlib.storage.claims import Claims
 
 pytestmark = pytest.mark.slow
 RUNS = {"max_steps": 60, "save_steps": 10, "epochs": 30, "eval_steps": 30}
@@ -72,6 +73,15 @@ def starts_of(study):
     """{run: how often it was started}, of the runs' own logs."""
     logs = {path.stem: path.read_text(encoding="utf-8") for path in (study.folder / "logs").glob("*.log")}
     return {name: len(re.findall(rf"^{name} starts on ", text, re.MULTILINE)) for name, text in logs.items()}
+
+
+def runs_of(pid, study):
+    """[run, ...] that a process or one below it has claimed: it may also wait for one that another has."""
+    owners = Claims(study.folder, log=print).owners()
+    with contextlib.suppress(psutil.NoSuchProcess):  # a command has just ended
+        below = {process.pid for process in psutil.Process(pid).children(recursive=True)}
+        return [name for name, who in owners.items() if below & {int(n) for n in re.findall(r"process (\d+)", who)}]
+    return []
 
 
 def kill_tree(pid):
@@ -162,10 +172,10 @@ def test_two_workers_without_ray_and_one_is_killed(settings, whole, tmp_path):
         killed, end = "", time.monotonic() + 400
         while not killed:
             assert time.monotonic() < end and loop.poll() is None and other.poll() is None
-            found = re.match(r"peftlib study work (\w+-s\d)", runs.read_text()) if runs.exists() else None
-            log = study.folder / "logs" / f"{found[1]}.log" if found else runs
-            if found and log.exists() and re.search(r"^step [2-4]\d/60", log.read_text(), re.MULTILINE):
-                killed = found[1]
+            for name in runs_of(loop.pid, study):
+                log = study.folder / "logs" / f"{name}.log"
+                if log.exists() and re.search(r"^step [2-4]\d/60", log.read_text(), re.MULTILINE):
+                    killed = name
             time.sleep(0.02)
         kill_tree(loop.pid)
         told = other.communicate(timeout=400)[0]
