@@ -84,6 +84,18 @@ def runs_of(pid, study):
     return []
 
 
+@contextlib.contextmanager
+def held_still(pid):
+    """Within it a process and all below it are stopped."""
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for signalled in (psutil.Process.suspend, psutil.Process.resume):
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, or was killed
+                signalled(process)
+        if signalled is psutil.Process.suspend:
+            yield
+
+
 def kill_tree(pid):
     """SIGKILL to a process, then to all below it, as when a machine goes."""
     below = psutil.Process(pid).children(recursive=True)
@@ -175,9 +187,13 @@ def test_two_workers_without_ray_and_one_is_killed(settings, whole, tmp_path):
             for name in runs_of(loop.pid, study):
                 log = study.folder / "logs" / f"{name}.log"
                 if log.exists() and re.search(r"^step [2-4]\d/60", log.read_text(), re.MULTILINE):
-                    killed = name
+                    with held_still(loop.pid):  # it may be about to end
+                        is_over = read_json(study.record_path(*name.rsplit("-s", 1)))["evaluation"]
+                        if not is_over and name in runs_of(loop.pid, study):
+                            killed = name
+                            kill_tree(loop.pid)
+                            break
             time.sleep(0.02)
-        kill_tree(loop.pid)
         told = other.communicate(timeout=400)[0]
         assert other.returncode == 0, told
     finally:
