@@ -188,7 +188,8 @@ def test_two_workers_without_ray_and_one_is_killed(settings, whole, tmp_path):
                 log = study.folder / "logs" / f"{name}.log"
                 if log.exists() and re.search(r"^step [2-4]\d/60", log.read_text(), re.MULTILINE):
                     with held_still(loop.pid):  # it may be about to end
-                        is_over = read_json(study.record_path(*name.rsplit("-s", 1)))["evaluation"]
+                        record = study.record_path(*name.rsplit("-s", 1))  # there is none before the first checkpoint
+                        is_over = record.exists() and read_json(record)["evaluation"]
                         if not is_over and name in runs_of(loop.pid, study):
                             killed = name
                             kill_tree(loop.pid)
