@@ -5,6 +5,7 @@ import statistics
 from cells import number
 
 from peftlib.core.config import resolve
+from peftlib.methods import find
 from peftlib.models.shapes import SHAPES, card_of_device, find_card, short_name
 from peftlib.train import estimate
 
@@ -55,8 +56,8 @@ def _is_t4_like(row):
 def sweeps(results):
     """Each method's rates that were tried, best in bold, with the validation loss of each."""
     yield "method", "trials", "rates and validation losses", "bracketed by"
-    for found in results.sweeps["sweeps"]:
-        rates = [name for name in found["best"] if name != "valid_loss"]
+    for found in results.sweeps:
+        rates = find(found["method"]).rates
         parts = []
         for trial in sorted(found["tried"], key=lambda trial: [trial[name] for name in rates]):
             cut = f"stopped at step {trial['stopped_at']}" if trial["stopped_at"] else "not finite"

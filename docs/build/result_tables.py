@@ -9,10 +9,11 @@ import study_tables
 
 from peftlib.core.config import PROFILES, Config, resolve
 from peftlib.core.files import read_json
+from peftlib.methods import study_order
 from peftlib.runner.suite_plan import method_rows
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale", "export", "sweeps")
+BENCH = ("methods", "generate", "resume", "fp16", "parity", "scale", "export")
 _SCOPES = {"data": "rows", "math": "what is learned", "run": "where and how fast"}
 
 
@@ -23,6 +24,8 @@ class Results:
         self.demo = read_json(folder / "demo" / "summary.json")
         self.reference = read_json(folder / "reference" / "summary.json")
         self.next = read_json(folder / "reference-next" / "summary.json")
+        sweeps = (folder / "reference-next" / "sweeps").glob("*.json")
+        self.sweeps = [read_json(path) for path in sorted(sweeps, key=lambda path: study_order(path.stem))]
         bench = {name: json.loads((folder / "bench" / f"{name}.json").read_text("utf-8")) for name in BENCH}
         for name in BENCH:
             setattr(self, name, bench[name])

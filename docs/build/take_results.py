@@ -13,7 +13,6 @@ from peftlib.core.study import Study, frozen_of
 from peftlib.evaluation import forgetting, stats
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import public_config, public_model, without_folders
-from peftlib.methods import find, study_order
 
 FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
 _HISTORY = 60  # entries of a history that are kept
@@ -81,27 +80,6 @@ def take_reference(study, target):
     }
     summary["figures"] = _pictures(built, target / "figures")
     write_json(target / "summary.json", summary)
-
-
-def take_sweeps(study, target):
-    """Write what a study's sweeps have found, without curves, to the JSON file `target`. StudyError: there are none."""
-    found = [read_json(path) for path in sorted((study.folder / "sweeps").glob("*.json"), key=_in_study_order)]
-    if not found:
-        raise StudyError(f"no sweeps in {study.folder}: run `peftlib sweep` there")
-    made = []
-    for sweep in found:
-        rates = find(sweep["method"]).rates
-        kept = (*rates, "valid_loss", "stopped_at")
-        tried = [{name: trial.get(name) for name in kept} for trial in sweep["tried"]]
-        facts = {name: sweep[name] for name in ("method", "rows", "steps", "seed", "is_at_edge", "diverges_beyond")}
-        made.append({**facts, "best": {name: sweep["best"][name] for name in (*rates, "valid_loss")}, "tried": tried})
-    device = sorted({record["device"] for record in study.records()})
-    split_hash = study.manifest()["split_hash"]
-    write_json(target, {"date": time.strftime("%Y-%m-%d"), "devices": device, "split_hash": split_hash, "sweeps": made})
-
-
-def _in_study_order(path):
-    return study_order(path.stem)
 
 
 def sibling_of(study):

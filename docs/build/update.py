@@ -52,7 +52,6 @@ def main(argv=None):
     parser.add_argument(
         "--take-next", metavar="STUDY", help="the same for results/reference-next, of a study under way"
     )
-    parser.add_argument("--take-sweeps", metavar="STUDY", help="its sweeps alone, for results/bench/sweeps.json")
     args = parser.parse_args(argv)
     try:
         if args.take:
@@ -61,8 +60,6 @@ def main(argv=None):
             take_results.take_reference(open_study(args.take_reference), RESULTS / "reference")
         if args.take_next:
             take_results.take_reference(open_study(args.take_next), RESULTS / "reference-next")
-        if args.take_sweeps:
-            take_results.take_sweeps(open_study(args.take_sweeps), RESULTS / "bench" / "sweeps.json")
         tables = make_all(Results())
         for page in pages():
             text = page.read_text(encoding="utf-8")

@@ -109,7 +109,7 @@ def bench_file(name):
 # (page, its words with a format for each number, the numbers).
 FROM_RESULTS = [
     ("running.md", "{:,.0f} rows in {:.0f} steps, the packaged 270M",
-     [bench_file("sweeps")["sweeps"][0][name] for name in ("rows", "steps")]),
+     [R.sweeps[0][name] for name in ("rows", "steps")]),
     ("README.md", "three seeds, {:,} test rows", [R.reference["n_test"]]),
     ("README.md", "fp16 within a T4's {} GiB", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3", date="2026-11-27")["cap_gib"]]),
     ("README.md", "16 rows of {:,} tokens a step", [R.methods[0]["seq"]]),
