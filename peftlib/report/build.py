@@ -1,4 +1,4 @@
-"""The report of a study: results.csv, report.md, report.html and figures, made from records and predictions alone.
+"""The report of a study: tables, report.md, report.html and figures, made from records and predictions alone.
 
 The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
 """
@@ -24,6 +24,7 @@ from peftlib.train import run_record
 from peftlib.train.sweep import verdict
 
 N_SAMPLES = 10
+_MOST_PAIRS = 60  # that a reader may look through
 _ANSWER_CHARACTERS = 700  # of an answer in the report
 
 
@@ -60,7 +61,7 @@ class Report:
 
 
 def build_report(study: Study) -> Report:
-    """Score the study's runs, write its results.csv, report.md, report.html and figures; returns the Report.
+    """Score the study's runs, write its results.csv, pairs.csv, report.md, report.html and figures; returns the Report.
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
@@ -101,8 +102,8 @@ def build_report(study: Study) -> Report:
     content = _content(report, pairs, by_source)
     write_text(study.folder / "report.html", render("report.html.jinja", **content))
     write_text(study.report_path, render("report.md.jinja", **content))
-    text = report.results.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    write_text(study.results_path, text)
+    for path, frame in ((study.folder / "pairs.csv", report.pairs), (study.results_path, report.results)):
+        write_text(path, frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
     return report
 
 
@@ -161,6 +162,7 @@ def _content(report, pairs, by_source):
         "report": report,
         "found": found,
         "pairs": pairs,
+        "pair_matrix": tables.pair_matrix(pairs) if len(pairs) > _MOST_PAIRS else None,
         "by_source": by_source,
         "models": dict.fromkeys((run.record["model"], run.record["model_provenance"]) for run in found.runs),
         "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],

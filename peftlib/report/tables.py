@@ -62,6 +62,18 @@ def source_frame(by_source):
     return pd.DataFrame(rows)
 
 
+def pair_matrix(pairs, columns=6):
+    """Texts, one row a score and method: intervals of its differences from the first methods, base among them."""
+    others, rows = list(dict.fromkeys(pair.other for pair in pairs))[:columns], {}
+    for pair in pairs:
+        gap, name = pair.difference, f"{pair.method}, {stats.METRICS[pair.metric]}"
+        cells = rows.setdefault(name, {"method, score": name, **{f"- {other}": "" for other in others}})
+        if pair.other in others:
+            verdict = "" if gap.is_noise else f", {gap.verdict}"
+            cells[f"- {pair.other}"] = f"{gap.low:+.4f} to {gap.high:+.4f}{verdict}"
+    return pd.DataFrame(list(rows.values()))
+
+
 def score_frame(found):
     """Every score of every scored run, one row a run."""
     runs = [run for run in found.runs if run.is_scored]
