@@ -94,7 +94,8 @@ class Job:
         """[words, ...]: what `benchmarks` ("auto" names none) and `rewind` of the settings name and a record lacks."""
         cfg = self.study.cfg
         named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
-        left = [task for task in named if task not in (record.get("benchmarks") or {})]
+        done = record.get("benchmarks") or {}
+        left = [task for task in named if task not in done or _has_more_rows(done[task], cfg.benchmark_limit)]
         factors = () if self.method == BASE else factors_of("rewind", cfg.rewind)
         return left + [f"rewound to {factor:g}" for factor in rewind.missing(self.study, record, factors)]
 
@@ -118,6 +119,12 @@ class Job:
         if left and failure:
             return FAILED, f"evaluation: {failure}"
         return (TRAINED, ", ".join(filter(None, (told, *left)))) if left else (DONE, told)
+
+
+def _has_more_rows(done, limit):
+    """Whether a benchmark has rows beside those that were scored, within a limit (0: none)."""
+    of = done.get("n_all") or done["n"]
+    return done["n"] < min(limit or of, of)
 
 
 def job_named(study, settings, name):
