@@ -83,11 +83,13 @@ class Job:
 
     def is_ready(self):
         """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps, and to be rewound
-        the scores of the base."""
+        the point of the base, which all curves share."""
         if self.is_sweep or self.method == BASE:
             return True
-        if self.study.cfg.rewind and not (records.load(self.study, BASE, 0) or {}).get("evaluation"):
-            return False
+        if self.study.cfg.rewind:
+            base = records.load(self.study, BASE, 0)
+            if base is None or rewind.missing(self.study, base, [0.0]):
+                return False
         return self.settings.factors == () or self.method in self.study.adopted_rates()
 
     def unscored(self, record):
@@ -96,7 +98,8 @@ class Job:
         named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
         done = record.get("benchmarks") or {}
         left = [task for task in named if task not in done or _has_more_rows(done[task], cfg.benchmark_limit)]
-        factors = () if self.method == BASE else factors_of("rewind", cfg.rewind)
+        factors = factors_of("rewind", cfg.rewind)
+        factors = [0.0] if factors and self.method == BASE else factors
         return left + [f"rewound to {factor:g}" for factor in rewind.missing(self.study, record, factors)]
 
     def state(self):

@@ -89,6 +89,12 @@ def rewind(study, method, factors, *, log=print):
         return at_base + _points(study, method, seed, {float(f) for f in factors if f} | {1.0}, log)
 
 
+def rewind_base(study, *, log=print):
+    """Score base as the point 0 of all curves, once; errors as of `rewind`."""
+    with held(study.folder, "rewinding base", run=f"{BASE}-s0", log=log):
+        _points(study, BASE, 0, {0.0}, log)
+
+
 def _points(study, method, seed, factors, log):
     """[point, ...] of one run at the factors and those that its file has, in order; what is missing is measured."""
     record = records.load(study, method, seed)
