@@ -129,7 +129,7 @@ def train(method: Method, study: AnyName = None, profile: Profile = None, seed: 
 
 @_command(
     "evaluate base --study first",
-    "evaluate qlora --study first --rewind 0.25,0.5,0.75",
+    "evaluate qlora --study first --rewind 0.25,0.5,0.75 --tasks retention",
     "evaluate --path my-adapter --study first",
 )
 def evaluate(
@@ -139,6 +139,10 @@ def evaluate(
     name: Annotated[str, Option(help="of the model in FOLDER; default: the folder's name")] = "",
     seed: Seed = 0,
     rewind: Annotated[str, Option(metavar="A,B,...", help="score the models between base (0) and METHOD (1) too")] = "",
+    tasks: Annotated[str, Option(metavar="A,B,...", help="of --rewind: benchmarks to score too, as in bench")] = "",
+    data: Annotated[
+        Path | None, Option(metavar="FOLDER", help="of --tasks: the benchmarks' files; default: the hub")
+    ] = None,
 ):
     """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
     if (method is None) == (path is None):
@@ -146,8 +150,11 @@ def evaluate(
     if rewind and path:
         raise ConfigError("--rewind needs a METHOD of the study: of a model made elsewhere the base is not known")
     factors = factors_of("--rewind", rewind)
+    if tasks and not factors:
+        raise ConfigError(f"--tasks {tasks} belongs to --rewind: use peftlib bench to score a model alone")
     found = open_study(study)
-    found = Study(found.folder, found.cfg.replace(seed=seed))
+    benchmarks = {"benchmarks": tasks, "benchmark_data": str(data or "")}
+    found = Study(found.folder, found.cfg.replace(seed=seed, **benchmarks))
     from peftlib.evaluation import evaluate as evaluation
 
     if factors:

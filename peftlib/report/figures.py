@@ -131,22 +131,31 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
 
 
 def rewind_curves(curves, theme=LIGHT):
-    """Loss on general text over loss on the test rows, a line a method from base to tuned. curves: of rewind.curves."""
-    chart, axes = drawing(5.6, 3.5, "loss on test rows (nats per token)", "loss on general text", theme)
+    """What was kept over the loss on the test rows, a line a method from base to tuned.
+
+    curves: of rewind.curves. Kept is the accuracy on retention tasks where all of them have it, else what the loss on
+    general text says.
+    """
+    every = [point for points in curves.values() for point in points]
+    kept, label = "general_loss", "loss on general text"
+    if every and all(_is_number(point["retention"]) for point in every):
+        kept, label = "retention", "accuracy on retention tasks"
+    chart, axes = drawing(5.6, 3.5, "loss on test rows (nats per token)", label, theme)
     said = []
     for method in sorted(curves, key=_order):
-        known = [p for p in curves[method] if _is_number(p["test_loss"]) and _is_number(p["general_loss"])]
+        known = [p for p in curves[method] if _is_number(p["test_loss"]) and _is_number(p[kept])]
         if known:
-            x, y = ([point[name] for point in known] for name in ("test_loss", "general_loss"))
+            x, y = ([point[name] for point in known] for name in ("test_loss", kept))
             axes.plot(x, y, color=theme.color_of(method), linewidth=1.7, marker=".", label=method)
             for at, name in ((-1, method), (0, BASE)):
                 axes.plot(x[at], y[at], markersize=9, zorder=3, **_mark(name, theme))
-            steps = ", ".join(f"{p['test_loss']:.3f} and {p['general_loss']:.3f} at {p['factor']:g}" for p in known)
+            steps = ", ".join(f"{p['test_loss']:.3f} and {p[kept]:.3f} at {p['factor']:g}" for p in known)
             said.append(f"{method} {steps}")
     if not said:
         return empty(chart, axes, "no model between base and tuned was scored")
-    alt = f"Loss on test rows and on general text of the models between base (0) and tuned (1): {'; '.join(said)}."
-    return finished(chart, axes, "From base (cross) to tuned (large marks): lower is better", alt, "right")
+    better = "left and up" if kept == "retention" else "left and down"
+    alt = f"Loss on test rows and {label} of the models between base (0) and tuned (1): {'; '.join(said)}."
+    return finished(chart, axes, f"From base (cross) to tuned (large marks): {better} is better", alt, "right")
 
 
 def benchmark_points(benchmarks, theme=LIGHT):

@@ -83,19 +83,23 @@ class Job:
 
     def is_ready(self):
         """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps, and to be rewound
-        the scores of the base."""
+        the point of the base, which all curves share."""
         if self.is_sweep or self.method == BASE:
             return True
-        if self.study.cfg.rewind and not (records.load(self.study, BASE, 0) or {}).get("evaluation"):
-            return False
+        if self.study.cfg.rewind:
+            base = records.load(self.study, BASE, 0)
+            if base is None or rewind.missing(self.study, base, [0.0]):
+                return False
         return self.settings.factors == () or self.method in self.study.adopted_rates()
 
     def unscored(self, record):
         """[words, ...]: what `benchmarks` ("auto" names none) and `rewind` of the settings name and a record lacks."""
         cfg = self.study.cfg
         named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
-        left = [task for task in named if task not in (record.get("benchmarks") or {})]
-        factors = () if self.method == BASE else factors_of("rewind", cfg.rewind)
+        done = record.get("benchmarks") or {}
+        left = [task for task in named if task not in done or _has_more_rows(done[task], cfg.benchmark_limit)]
+        factors = factors_of("rewind", cfg.rewind)
+        factors = [0.0] if factors and self.method == BASE else factors
         return left + [f"rewound to {factor:g}" for factor in rewind.missing(self.study, record, factors)]
 
     def state(self):
@@ -118,6 +122,12 @@ class Job:
         if left and failure:
             return FAILED, f"evaluation: {failure}"
         return (TRAINED, ", ".join(filter(None, (told, *left)))) if left else (DONE, told)
+
+
+def _has_more_rows(done, limit):
+    """Whether a benchmark has rows beside those that were scored, within a limit (0: none)."""
+    of = done.get("n_all") or done["n"]
+    return done["n"] < min(limit or of, of)
 
 
 def job_named(study, settings, name):

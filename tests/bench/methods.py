@@ -3,8 +3,8 @@
     python tests/bench/methods.py OUT.json [--only NAME,...] [--settings FILE] [--warm]   # a process each
     python tests/bench/methods.py --one '{"method": ...}'      # one setting, here and now
 
-Each step is 16 sequences of 1,024 random tokens, all scored, through peftlib's own Stepper. tok_s is the median over
-steps after the second. A cap imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer,
+Each step is 16,384 random tokens, all scored, as sequences of 1,024 unless `seq` says otherwise, through peftlib's own
+Stepper. tok_s is the median over steps after the second. A micro-batch of 0 is the planner's choice for the cap. A cap imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer,
 no network. --warm first takes one step of each of our settings, several at a time: that fills the compiler's cache and
 gives first_step_cold_s (compilers side by side), so that first_step_s is that of a session which has the cache.
 """
@@ -40,6 +40,7 @@ PEER_GRID = {
     "qlora_liger": ("qlora", [(4, "off"), (8, "off"), (16, "on"), (32, "on")]),
     "galore8_liger": ("galore", [(4, "off"), (4, "on"), (8, "on"), (16, "on"), (32, "on")]),
 }
+MAIN = ("qlora", "galore", "hybrid")
 MIXED, MIXED_STEPS = [["packed", 8], ["packed", 16]], 48
 DEFAULTS = {
     "precision": "bf16",
@@ -61,6 +62,7 @@ DEFAULTS = {
 def settings():
     """The rows of the table: the bars of the study with the peers beside them, then fp16, the controls and others."""
     speed = {"micro_batch": 16, "checkpointing": "on", "cap_gib": 14.5}
+    planned = {"micro_batch": 0, "cap_gib": 14.5}
     memory = {"micro_batch": 4, "checkpointing": "offload", "fields": {"moment_bits": 8}}
     light = {"galore_weights": "bf16", "moment_bits": 8}
     yield {"name": "qlora_speed", "method": "qlora", **speed}
@@ -72,8 +74,9 @@ def settings():
     yield {"name": "galore_layerwise_liger", "peer": "galore_layerwise_liger", "micro_batch": 4, "accumulation": 1}
     yield {"name": "galore8", "peer": "galore8", "micro_batch": 4, "accumulation": 4}
     yield {"name": "qlora_liger_nogc", "peer": "qlora_liger_nogc", "micro_batch": 4, "accumulation": 4}
-    for method in ("qlora", "galore", "hybrid", "lora", "full", "apollo", "muon"):
-        yield {"name": f"{method}_fp16", "method": method, **speed, "precision": "fp16"}
+    for method in ("qlora", "galore", "hybrid", "lora", "full", "apollo", "muon"):  # as on a T4
+        steps = 64 if method in MAIN else DEFAULTS["steps"]
+        yield {"name": f"{method}_fp16", "method": method, **planned, "precision": "fp16", "steps": steps}
     mixed = {"micro_batch": 16, "steps": 3, "mixed": MIXED}
     yield {"name": "mixed_lengths", "method": "galore", **mixed}
     yield {"name": "mixed_lengths_qlora", "method": "qlora", **mixed}
@@ -86,9 +89,24 @@ def settings():
     yield {"name": "heldout_short", "method": "galore", "micro_batch": 16, "checkpointing": "on", "seq": 512, **unseen}
     yield {"name": "heldout_long", "method": "qlora", "micro_batch": 4, "checkpointing": "on", "seq": 2048, **unseen}
     yield {"name": "heldout_light", "method": "galore", "micro_batch": 2, "fields": light, **unseen}
-    for method in ("lora", "full", "apollo", "muon"):
-        yield {"name": method, "method": method, **speed}
+    for method in ("lora", "rslora", "lora_plus", "pissa", "dora", "full", "apollo", "muon", "hybrid_mlp"):
+        yield {"name": method, "method": method, **planned}
+    yield from scaling({**planned, "precision": "fp16"})
     yield from peers_at_their_best()
+
+
+def scaling(planned):
+    """Rows of other lengths and ranks than the _fp16 ones, the tokens of a step the same."""
+    for method in MAIN:
+        for seq in (256, 512, 2048):
+            yield {"name": f"{method}_{seq}_tokens", "method": method, **planned, "seq": seq}
+    for rank in (8, 64):
+        yield {"name": f"qlora_rank_{rank}", "method": "qlora", **planned, "fields": {"lora_rank": rank}}
+    for rank in (32, 256):  # of the 1B's narrowest matrix, the most
+        yield {"name": f"galore_rank_{rank}", "method": "galore", **planned, "fields": {"galore_rank": rank}}
+    for low, high in ((8, 32), (64, 256)):
+        fields = {"lora_rank": low, "galore_rank": high}
+        yield {"name": f"hybrid_ranks_{low}_{high}", "method": "hybrid", **planned, "fields": fields}
 
 
 def peers_at_their_best(cap_gib=14.5):
@@ -121,6 +139,30 @@ def make_model():
             AutoTokenizer.from_pretrained(os.environ["PEERS_TOKENIZER"]).save_pretrained(FOLDER)
 
 
+def choose_plan(setting):
+    """The setting with the micro-batch and recomputation that the planner chooses for its cap, where it has none."""
+    from peftlib.core import config
+    from peftlib.models.shapes import shape_of
+    from peftlib.train import memory_model
+
+    if setting["micro_batch"]:
+        return setting
+    cfg = config.resolve("gpu", max_length=setting["seq"], batch_size=_sequences(setting), **setting["fields"])
+    plan = memory_model.choose(
+        shape_of(str(FOLDER)),
+        setting["method"],
+        cfg,
+        precision=setting["precision"],
+        device_bytes=int(setting["cap_gib"] * 2**30),
+    )
+    names = ("micro_batch", "checkpointing", "recomputed", "is_cheap")
+    return {**setting, **{name: getattr(plan, name) for name in names}, "is_planned": True}
+
+
+def _sequences(setting):
+    return SEQUENCES * TOKENS // setting["seq"]
+
+
 def build(setting, **how):
     """(stepper, model, whether it takes flat rows) of a setting, ready to step. how: the Stepper's other settings."""
     import torch
@@ -136,7 +178,7 @@ def build(setting, **how):
     from peftlib.train.memory_model import CHEAP_BUDGET
     from peftlib.train.step import Stepper
 
-    if setting["cap_gib"]:
+    if setting["cap_gib"] and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(setting["cap_gib"] * 2**30 / whole)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,8 +225,8 @@ def measure(setting):
 
     stepper, model, is_flat = build(setting)
     shape = Shape.of(model.config)
-    cfg = config.resolve("gpu", max_length=setting["seq"], **setting["fields"])
-    planned = plan.estimate(
+    cfg = config.resolve("gpu", max_length=setting["seq"], batch_size=_sequences(setting), **setting["fields"])
+    predicted = plan.estimate(
         shape,
         setting["method"],
         cfg,
@@ -197,7 +239,7 @@ def measure(setting):
         is_graphed=stepper.graphs is not None,
         chunk=setting["chunk"],
     )
-    found = {"weights_gib": _allocated(), "predicted_gib": planned.total / 2**30}
+    found = {"weights_gib": _allocated(), "predicted_gib": predicted.total / 2**30}
     batches, scored, useful = _batches(setting, model.config.vocab_size, stepper.device, is_flat)
     seconds = []
     for step in range(setting["steps"]):
@@ -216,7 +258,7 @@ def measure(setting):
             if setting.get("only_first_step"):
                 return found
     later = sorted(seconds[2:])
-    found.update(loss=float(loss), later_peak_gib=_peak())
+    found.update(loss=float(loss), later_peak_gib=_peak(), steps_s=[round(s, 4) for s in seconds])
     found["peak_gib"] = max(found["first_peak_gib"], found["later_peak_gib"])
     if stepper.device == "cuda":
         found.update(reserved_gib=torch.cuda.max_memory_reserved() / 2**30, device=torch.cuda.get_device_name())
@@ -225,7 +267,9 @@ def measure(setting):
     found["tok_s"] = useful / later[len(later) // 2]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting["precision"]]
     ceiling = estimate.matmul_ceiling(stepper.device, dtype)
-    needed = estimate.flops_per_token(shape, methods.find(setting["method"]), length=setting["seq"])
+    needed = estimate.flops_per_token(
+        shape, methods.find(setting["method"]), length=setting["seq"], rank=cfg.galore_rank
+    )
     found.update(mfu=found["tok_s"] * needed / ceiling, matmul_tflops=ceiling / 1e12)
     if setting.get("refresh"):
         found.update(_refresh_seconds(stepper.optimizer))
@@ -337,8 +381,9 @@ def _batches(setting, vocabulary, device, is_flat):
     """(batches, scored tokens, useful tokens) of one step."""
     from peftlib.train.batching import Rows
 
-    rows = Rows(_random_rows([setting["seq"]] * SEQUENCES, vocabulary), is_flat=is_flat)
-    batches = list(rows.batches(range(SEQUENCES), setting["micro_batch"] * setting["seq"], device))
+    sequences = _sequences(setting)
+    rows = Rows(_random_rows([setting["seq"]] * sequences, vocabulary), is_flat=is_flat)
+    batches = list(rows.batches(range(sequences), setting["micro_batch"] * setting["seq"], device))
     return batches, int(rows.scored.sum()), int(rows.lengths.sum())
 
 
@@ -423,6 +468,7 @@ def main(argv):
     if argv[0] == "--one":
         setting = {**DEFAULTS, **json.loads(argv[1])}
         try:
+            setting = choose_plan(setting)
             found = measure(setting)
         except RuntimeError as error:  # out of memory is a result too
             found = {"error": str(error).split("\n")[0][:300]}

@@ -18,6 +18,8 @@ from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.json_reading import Map, Maybe, require_shape
 from peftlib.evaluation import forgetting
+from peftlib.evaluation.benchmarks import scores, tasks
+from peftlib.evaluation.benchmarks.run import Lent, scored_rows
 from peftlib.evaluation.evaluate import answer_into, autocast_of, evaluation_dtype, general_loss, load_model
 from peftlib.evaluation.predictions import Predictions, require_unchanged
 from peftlib.methods import BASE
@@ -25,9 +27,11 @@ from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
 
 ALL = "all"  # sources together
+ROWS = 500  # of a benchmark at each point, at most: a mean of seven tasks is then known to about a point
 _NUMBER = Maybe(float)
 _POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
 _POINT |= {"general_loss": _NUMBER, "seconds": float}
+_POINT |= {"benchmarks": Map({"score": float, "n": int, "is_perplexity": bool, "chance": _NUMBER})}
 _SHAPE = {"of": {}, "points": [_POINT]}
 
 
@@ -65,23 +69,30 @@ def missing(study, record, factors):
     path = path_of(study, record["method"], record["seed"])
     kept = _read(path) if record["evaluation"] and path.exists() else {"of": {}, "points": []}
     is_of_run = record["evaluation"] and not differences(kept["of"], _identity(study, record))
-    known = {point["factor"] for point in kept["points"]} if is_of_run else set()
+    known = _known(study, kept) if is_of_run else {}
     return [factor for factor in factors if factor not in known]
 
 
 def rewind(study, method, factors, *, log=print):
     """Score an evaluated run at some factors between base (0) and tuned (1), both included; returns [point, ...].
 
-    A point is a dict: factor, valid_loss and test_loss ({source or 'all': nats per token}), general_loss, rougeL, bleu4
-    and seconds. They are kept in rewind/<method>-s<seed>.json, answers beside it; what is there is not done again.
+    A point is a dict: factor, valid_loss and test_loss ({source or 'all': nats per token}), general_loss, rougeL,
+    bleu4, seconds, and benchmarks: {task: score, n ...} on the first ROWS rows of the retention tasks that the setting
+    `benchmarks` names. Points are kept in rewind/<method>-s<seed>.json, answers beside it, and not scored again.
     ConfigError: a factor outside 0 to 1, or base. StudyError: not trained or evaluated yet, or points of other weights.
-    Stopped: this session ends soon.
+    Stopped: this session ends soon. Others: as peftlib bench.
     """
     require_factors(method, factors)
     seed = study.cfg.seed
     with held(study.folder, f"rewinding {method}", run=f"{method}-s{seed}", log=log):
         at_base = _points(study, BASE, 0, {0.0}, log)
         return at_base + _points(study, method, seed, {float(f) for f in factors if f} | {1.0}, log)
+
+
+def rewind_base(study, *, log=print):
+    """Score base as the point 0 of all curves, once; errors as of `rewind`."""
+    with held(study.folder, "rewinding base", run=f"{BASE}-s0", log=log):
+        _points(study, BASE, 0, {0.0}, log)
 
 
 def _points(study, method, seed, factors, log):
@@ -98,7 +109,9 @@ def _points(study, method, seed, factors, log):
     if now != of["precision"]:
         raise StudyError(f"{method} was evaluated in {of['precision']}, here it would be {now}: rewind it where it was")
     points, models = {point["factor"]: point for point in kept["points"]}, None
-    for factor in sorted(factors - points.keys()):
+    left = sorted(factors - _known(study, kept).keys())
+    benchmarks = [tasks.load(task, study.cfg.benchmark_data or None) for task in _retained(study)] if left else []
+    for factor in left:
         started = time.monotonic()
         models = models or _models(study, method, seed, log)
         with contextlib.nullcontext(models[0]) if method == BASE else rewound(*models, factor) as model:
@@ -106,11 +119,43 @@ def _points(study, method, seed, factors, log):
             if factor == float(method != BASE):  # what was evaluated
                 answers.rows = _evaluated(study, record, answers.split_hash) | answers.rows
             point = {"factor": factor, **_scores(study, model, answers, log)}
+            of_tasks = (_benchmark(study, record, model, answers.path, benchmark, log) for benchmark in benchmarks)
+            point["benchmarks"] = dict(zip(_retained(study), of_tasks))
         points[factor] = {**point, "seconds": time.monotonic() - started}
         write_json(path, {"of": of, "points": [points[factor] for factor in sorted(points)]})
         log(f"{method} at {factor:g}: test loss {point['test_loss'][ALL]}, general {point['general_loss']}, "
             f"ROUGE-L {point['rougeL']:.4f}")  # fmt: skip
     return [points[factor] for factor in sorted(points)]
+
+
+def _retained(study):
+    """[task, ...] that points are scored on: the retention tasks of the setting `benchmarks`; of "auto" none."""
+    named = () if study.cfg.benchmarks in ("", "auto") else tasks.chosen(study.cfg.benchmarks)
+    return [task for task in named if task in tasks.SETS[tasks.RETENTION]]
+
+
+def _known(study, kept):
+    """{factor: point} of a file's points that have been scored on all that is asked for."""
+    asked = {*_retained(study)}
+    return {point["factor"]: point for point in kept["points"] if asked <= point["benchmarks"].keys()}
+
+
+def _benchmark(study, record, model, answers, benchmark, log):
+    """What a point holds of one task. Where the run itself was scored, at its end of the curve, these rows count."""
+    task, factor = benchmark.task.task_name, float(answers.stem)
+    n = min(study.cfg.benchmark_limit or ROWS, ROWS, len(benchmark.task.eval_docs))
+    done = (record.get("benchmarks") or {}).get(task) if factor == float(record["method"] != BASE) else None
+    if done and done["n"] >= n:
+        rows = scores.read_rows(study.benchmark_path(record["method"], record["seed"], task), done)[:n]
+        chance = done["chance"]
+    else:
+        from peftlib.evaluation.benchmarks import harness  # imports lm-eval, which takes seconds
+
+        made_by = f"{short_hash(_identity(study, record))} at {factor!r}"
+        responses = harness.Responses(answers.with_name(f"{factor!r}.{task}.responses.jsonl"), made_by)
+        rows, chance = scored_rows(benchmark, Lent(lambda **_: model, study), responses, n, log)
+    score = scores.score_of(rows, benchmark.is_perplexity)
+    return {"score": score, "n": len(rows), "is_perplexity": benchmark.is_perplexity, "chance": chance}
 
 
 def _evaluated(study, record, made_by):
@@ -154,7 +199,10 @@ def path_of(study, method, seed):
 
 
 def _read(path):
-    return require_shape(read_json(path), _SHAPE, path, "delete it and rewind again")
+    kept = read_json(path)
+    for point in kept.get("points", ()):  # of before benchmarks were scored here
+        isinstance(point, dict) and point.setdefault("benchmarks", {})
+    return require_shape(kept, _SHAPE, path, "delete it and rewind again")
 
 
 def _identity(study, record):
@@ -167,7 +215,8 @@ def _identity(study, record):
 def curves(study, runs):
     """{method: [point, ...]} of scored runs from base on, a mean over the seeds; points of other weights are left out.
 
-    Of means: factor, test_loss, general_loss, rougeL; None where a seed's is.
+    Of means: factor, test_loss, general_loss, rougeL, retention (mean accuracy over the tasks on which base scores more
+    than guessing could, beyond two standard errors); None where a seed's is.
     """
     found = {}
     for run in runs:
@@ -178,14 +227,29 @@ def curves(study, runs):
                 points = {point["factor"]: point for point in kept["points"]}
                 found.setdefault(run.record["method"], []).append(points)
     at_base = found.pop(BASE, [{}])[0]
+    known = at_base[0.0]["benchmarks"] if at_base else {}
+    kept = [task for task, of in known.items() if not of["is_perplexity"] and _is_above_guessing(of)]
     made = {}
     for method, seeds in found.items():
         seeds = [{**at_base, **points} for points in seeds]
-        made[method] = [_mean(factor, seeds) for factor in sorted(set.intersection(*map(set, seeds)))]
+        made[method] = [_mean(factor, seeds, kept) for factor in sorted(set.intersection(*map(set, seeds)))]
     return made
 
 
-def _mean(factor, seeds):
-    values = [(p[factor]["test_loss"][ALL], p[factor]["general_loss"], p[factor]["rougeL"]) for p in seeds]
+def _is_above_guessing(of):
+    return of["chance"] is None or of["score"] - 2 * math.sqrt(of["score"] * (1 - of["score"]) / of["n"]) > of["chance"]
+
+
+def _mean(factor, seeds, kept):
+    values = [
+        (p["test_loss"][ALL], p["general_loss"], p["rougeL"], _retention(p, kept)) for p in (s[factor] for s in seeds)
+    ]
     means = (None if None in of else sum(of) / len(of) for of in zip(*values))
-    return {"factor": factor, **dict(zip(("test_loss", "general_loss", "rougeL"), means))}
+    return {"factor": factor, **dict(zip(("test_loss", "general_loss", "rougeL", "retention"), means))}
+
+
+def _retention(point, kept):
+    """Mean accuracy of a point over the tasks `kept`; None where there are none, or it lacks one."""
+    if not kept or not point["benchmarks"].keys() >= {*kept}:
+        return None
+    return sum(point["benchmarks"][task]["score"] for task in kept) / len(kept)

@@ -49,7 +49,7 @@ def bench(
     benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most mistakes show here
     path = Path(path).expanduser() if path else None
     with opened(study, name if path else method, doing, path=path, log=log) as (record, load):
-        lent = _Lent(load, study)
+        lent = Lent(load, study)
         for benchmark in benchmarks:
             _score(study, record, benchmark, lent, limit=limit, log=log)
         return record
@@ -78,14 +78,16 @@ def bench_study(study: Study, methods: list[str], *, log: Callable[[str], object
     return True
 
 
-class _Lent:
-    """The model, loaded when a task first needs it."""
+class Lent:
+    """The model, loaded when a task first needs it, and what scores it."""
 
     def __init__(self, load, study):
         self.device = resolve_device(study.cfg.device)
         self.dtype, self.precision, _ = evaluation_dtype(self.device)
         self._load, self._model = load, None
         self.batch = study.cfg.eval_batch_size or _batch_of(self.device)
+        self.tokenizer = splits.load_tokenizer(study.cfg.model)
+        self.deadline = Deadline(study.cfg.replace(max_seconds=0.0))
 
     def model(self):
         if self._model is None:
@@ -101,7 +103,7 @@ def _batch_of(device):
 
 def _score(study, record, benchmark, lent, *, limit, log):
     """Score one task and put it into the record and its file, unless that was done on as many rows."""
-    from peftlib.evaluation.benchmarks import harness
+    from peftlib.evaluation.benchmarks import harness  # imports lm-eval, which takes seconds
 
     task, run = benchmark.task.task_name, (record["method"], record["seed"])
     n_rows = min(limit or len(benchmark.task.eval_docs), len(benchmark.task.eval_docs))
@@ -113,23 +115,18 @@ def _score(study, record, benchmark, lent, *, limit, log):
         return
     log(f"{record['method']}: {task}, {n_rows} rows from {benchmark.source}")
     responses = harness.Responses(path.with_name(f"{task}.responses.jsonl"), _weights_of(record))
-    tokenizer = splits.load_tokenizer(study.cfg.model)
-    how = {"batch": lent.batch, "precision": lent.precision, "deadline": Deadline(study.cfg.replace(max_seconds=0.0))}
-    how["log"] = lambda line: log(f"{record['method']}: {task}: {line}")
-    lm = harness.KeepingModel(lent.model(), tokenizer, responses, **how)
-    samples = harness.score(lm, benchmark, limit=n_rows)
-    lent.batch = lm.batch_size_per_gpu  # what memory holds
-    rows = [_row(benchmark, sample) for sample in samples]
+    rows, chance = scored_rows(benchmark, lent, responses, n_rows, lambda line: log(f"{record['method']}: {line}"))
     if [row["doc"] for row in rows[: len(before)]] != [row["doc"] for row in before]:
         raise StudyError(f"{path} has scores of other rows than {benchmark.source} holds: move it away and run again")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     found = {
         "n": len(rows),
+        "n_all": len(benchmark.task.eval_docs),
         "metric": benchmark.metric,
         "filter": benchmark.filter,
         "is_perplexity": benchmark.is_perplexity,
         "score": score_of(rows, benchmark.is_perplexity),
-        "chance": benchmark.chance([sample["doc"] for sample in samples]),
+        "chance": chance,
         "shots": benchmark.task.config.num_fewshot,
         "is_chat": benchmark.is_generated,
         "source": benchmark.source,
@@ -143,6 +140,18 @@ def _score(study, record, benchmark, lent, *, limit, log):
     records.save(study, record)
     log(f"{record['method']}: {task} {found['metric']} {found['score']:.4f} on {len(rows)} rows")
     gc.collect()
+
+
+def scored_rows(benchmark, lent, responses, n_rows, log):
+    """([row, ...], score of guessing) of a task's first n_rows by a lent model; `responses` keeps what it answers."""
+    from peftlib.evaluation.benchmarks import harness
+
+    how = {"batch": lent.batch, "precision": lent.precision, "deadline": lent.deadline}
+    how["log"] = lambda line: log(f"{benchmark.task.task_name}: {line}")
+    lm = harness.KeepingModel(lent.model(), lent.tokenizer, responses, **how)
+    samples = harness.score(lm, benchmark, limit=n_rows)
+    lent.batch = lm.batch_size_per_gpu  # what memory holds
+    return [_row(benchmark, sample) for sample in samples], benchmark.chance([sample["doc"] for sample in samples])
 
 
 def _row(benchmark, sample):

@@ -13,6 +13,8 @@ from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
 from peftlib.evaluation import results as scored
 from peftlib.evaluation.benchmarks import rewind
+from peftlib.evaluation.benchmarks.run import bench
+from peftlib.evaluation.benchmarks.scores import read_rows
 from peftlib.notebook.results import ChartPanel
 from peftlib.report import build as report
 from peftlib.report import charts
@@ -113,6 +115,7 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
         (["galore", "--rewind", "half"], "--rewind='half': use numbers"),
         (["galore", "--rewind", "nan"], "--rewind='nan': use numbers"),
         (["--path", "x", "--rewind", "0.5"], "--rewind needs a METHOD of the study"),
+        (["galore", "--tasks", "piqa"], "--tasks piqa belongs to --rewind"),
     ):
         with pytest.raises(ConfigError, match=said):
             cli.call(["evaluate", *words, "--study", "x"])
@@ -152,13 +155,17 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
         report.build_report(study)
 
 
-def test_the_command_scores_after_the_evaluation(finished, monkeypatch, capsys):
+def test_the_command_scores_after_the_evaluation(finished, files, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
     study = finished("qlora", is_scored=True)
     monkeypatch.setattr("peftlib.cli.open_study", lambda name: study)
-    assert cli.call(["evaluate", "qlora", "--rewind", "0.5", "--study", "x"]) == 0
+    words = ["--rewind", "0.5", "--tasks", "arc_easy", "--data", str(files)]
+    assert cli.call(["evaluate", "qlora", *words, "--study", "x"]) == 0
     said = capsys.readouterr().out
     assert "base at 0: test loss" in said and "qlora at 0.5: test loss" in said and "qlora at 1: test loss" in said
     assert len(answers(study.folder / "rewind" / "qlora-s0" / "0.5.jsonl")) == 6
+    points = json.loads(rewind.path_of(study, "qlora", 0).read_text())["points"]
+    assert [point["benchmarks"]["arc_easy"]["n"] for point in points] == [5, 5]
 
 
 def test_a_curve_is_the_mean_over_seeds_at_their_common_factors(tmp_path, monkeypatch):
@@ -179,5 +186,62 @@ def test_a_curve_is_the_mean_over_seeds_at_their_common_factors(tmp_path, monkey
 
 
 def test_without_a_loss_on_general_text_there_is_no_line():
-    points = [{"factor": at, "test_loss": 3 - at, "general_loss": None, "rougeL": 0.1} for at in (0.0, 1.0)]
+    same = {"general_loss": None, "rougeL": 0.1, "retention": None}
+    points = [{"factor": at, "test_loss": 3 - at, **same} for at in (0.0, 1.0)]
     assert charts.figures.rewind_curves({"qlora": points}).is_empty and charts.figures.rewind_curves({}).is_empty
+
+
+def test_points_are_scored_on_the_retention_tasks_too(finished, files, monkeypatch):
+    pytest.importorskip("lm_eval")
+    study = finished("galore", is_scored=True, general_tokens=128)
+    plain = rewind.rewind(study, "galore", [0.5], **QUIET)
+    assert [point["benchmarks"] for point in plain] == [{}] * 3
+    more = {"benchmarks": "arc_easy,boolq,gsm8k", "benchmark_data": str(files)}
+    study = type(study)(study.folder, study.cfg.replace(**more))
+    record = bench(study, "galore", "arc_easy", data=files, **QUIET)
+    monkeypatch.setattr(rewind, "ROWS", 4)
+    points = rewind.rewind(study, "galore", [0.5], **QUIET)
+    assert [measured(point) for point in points] == [measured(point) for point in plain]
+    assert [{task: of["n"] for task, of in point["benchmarks"].items()} for point in points] == [
+        {"arc_easy": 4, "boolq": 4}  # gsm8k is a skill
+    ] * 3
+
+    # The ends are the models that peftlib bench scores, whether it has done so or not.
+    for name, point in (("base", points[0]), ("galore", points[2])):
+        alone = bench(study, name, "arc_easy,boolq", data=files, limit=4, **QUIET)["benchmarks"]
+        for task, of in point["benchmarks"].items():
+            rows = read_rows(study.benchmark_path(name, 0, task), alone[task])[:4]
+            assert (of["score"], of["chance"]) == (sum(row["value"] for row in rows) / 4, alone[task]["chance"])
+    assert record["benchmarks"]["arc_easy"]["n"] == 5
+    made = study.folder / "rewind" / "galore-s0"
+    assert (made / "1.0.boolq.responses.jsonl").exists() and not (made / "1.0.arc_easy.responses.jsonl").exists()
+
+    # What was scored is not scored again, and a task more adds to what is there.
+    monkeypatch.setattr(rewind, "load_model", lambda *args, **how: pytest.fail("everything is known"))
+    assert rewind.rewind(study, "galore", [0.5], **QUIET) == points
+    assert rewind.missing(study, record, [0.5, 0.75]) == [0.75]
+    other = type(study)(study.folder, study.cfg.replace(benchmarks="piqa"))
+    assert rewind.missing(other, record, [0.5]) == [0.5]
+
+
+def test_retention_is_the_mean_over_the_tasks_that_base_knows():
+    def point(factor, *scores):
+        known = zip(("piqa", "arc_easy", "boolq", "wikitext"), scores, (0.5, 0.25, 0.62, None))
+        tasks = {t: {"score": s, "n": 400, "is_perplexity": t == "wikitext", "chance": c} for t, s, c in known}
+        losses = {"test_loss": {"all": 2.0}, "general_loss": 3.0, "rougeL": 0.1, "benchmarks": tasks}
+        return {"factor": factor, **losses}
+
+    base, tuned = point(0.0, 0.7, 0.5, 0.62, 20.0), point(1.0, 0.6, 0.45, 0.7, 30.0)
+    kept = [
+        task for task, of in base["benchmarks"].items() if not of["is_perplexity"] and rewind._is_above_guessing(of)
+    ]
+    assert kept == ["piqa", "arc_easy"]  # boolq is what always saying yes scores
+    assert rewind._mean(1.0, [{1.0: tuned}], kept)["retention"] == pytest.approx(0.525)
+    lacks = {**tuned, "benchmarks": {}}
+    assert rewind._mean(1.0, [{1.0: tuned}, {1.0: lacks}], kept)["retention"] is None
+    assert rewind._mean(1.0, [{1.0: tuned}], [])["retention"] is None
+    curve = [rewind._mean(at, [{at: of}], kept) for at, of in ((0.0, base), (1.0, tuned))]
+    drawn = charts.figures.rewind_curves({"qlora": curve})
+    assert (
+        "accuracy on retention tasks" in drawn.alt and "qlora 2.000 and 0.600 at 0, 2.000 and 0.525 at 1" in drawn.alt
+    )

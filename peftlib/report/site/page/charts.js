@@ -173,7 +173,7 @@
 
   /** The models between base (0) and tuned (1), a mean over the seeds. */
   function rewind() {
-    const choice = $("rewind-score"), of = { label: choice.selectedOptions[0].textContent, unit: choice.value === "rougeL" ? "" : "nats/token", digits: 3 };
+    const choice = $("rewind-score"), of = { label: choice.selectedOptions[0].textContent, unit: choice.value.endsWith("_loss") ? "nats/token" : "", digits: 3 };
     const known = groups().map((group) => data().rewound.find((one) => one.study === group.study && one.method === group.method));
     const values = known.filter(Boolean).flatMap((one) => one.points.map((point) => ({ name: ENTRY(one), method: one.method, factor: point.factor, value: point[choice.value] })))
       .filter((point) => point.value !== null);
@@ -198,7 +198,8 @@
     const scored = new Set(data().sources.map((one) => one.key));
     options($("source-score"), pairs(known.filter((of) => scored.has(of.key))), "rougeL");
     options($("bench-score"), pairs(known.filter((of) => of.key.startsWith("bench_"))));
-    options($("rewind-score"), [["general_loss", "loss on general text"], ["test_loss", "loss on the test rows"], ["rougeL", "ROUGE-L"]]);
+    const hasRetention = data().rewound.some((one) => one.points.some((point) => point.retention !== null));
+    options($("rewind-score"), [["general_loss", "loss on general text"], ["test_loss", "loss on the test rows"], ["rougeL", "ROUGE-L"], ...(hasRetention ? [["retention", "accuracy on retention tasks"]] : [])]);
     const places = { tradeoffs: pareto, training: loss, sources, benchmarks, rewind };
     const has = { tradeoffs: across.length, training: true, sources: scored.size, benchmarks: $("bench-score").options.length, rewind: data().rewound.length };
     for (const id of Object.keys(places)) $(id).hidden = !has[id];
