@@ -91,7 +91,7 @@ def general(results):
 def cost(results):
     yield "method", "trains", "peak GiB", "tokens/s", "on", "training min", "first step s", "learning rate", "swept"
     for method, known in results.trained.items():
-        rates = " and ".join(f"{known[name]:g}" for name in ("learning_rate", "learning_rate_2") if known[name])
+        rates = " and ".join(f"{known[name]:.2g}" for name in ("learning_rate", "learning_rate_2") if known[name])
         yield (
             method,
             f"{known['trainable_params']:,}",
@@ -122,10 +122,12 @@ def sides(results):
     for side in results.reference["sides"].values():
         for method, both in side["methods"].items():
             if method not in shown:
-                yield f"{method}, as above", *_side(both["main"], "")
+                yield f"{method}, as in the study", *_side(both["main"], "")
             shown.add(method)
             gap = told(both["difference"]["rougeL"]) if both["difference"] else both["unscored_because"]
-            yield f"{method}, {'; '.join(side['changes'])}", *_side(both["side"], gap)
+            settings = (change.partition(": ")[::2] for change in side["changes"])
+            changed = ", ".join(f"`{name}` = {values.rpartition(' -> ')[2]}" for name, values in settings)
+            yield f"{method} with {changed}", *_side(both["side"], gap)
 
 
 def _side(facts, gap):
@@ -147,7 +149,12 @@ def benchmarks_study(results):
     for method, cells in _of_tasks(known, tasks):
         seeds = {len(of["methods"][method]["seeds"]) for of in known["tasks"].values() if method in of["methods"]}
         change = known["lost"].get(method)
-        yield method, " or ".join(map(str, sorted(seeds))), signed(change) if change else "", *cells
+        yield (
+            method,
+            " or ".join(map(str, sorted(seeds))),
+            f"{change['value']:+.3f} ({told(change)})" if change else "",
+            *cells,
+        )
 
 
 def benchmarks_tasks(results):
@@ -157,7 +164,8 @@ def benchmarks_tasks(results):
         yield NOT_MEASURED
         return
     facts = {task: known["tasks"][task] for task in known["lost_on"]}
-    yield "method", *(f"{task} ({of['n']:,} rows, guessing {of['chance']:.3f})" for task, of in facts.items())
+    guessing = {task: f", guessing {of['chance']:.3f}" if of["chance"] else "" for task, of in facts.items()}
+    yield "method", *(f"{task} ({of['n']:,} rows{guessing[task]})" for task, of in facts.items())
     for method, cells in _of_tasks(known, known["lost_on"]):
         yield method, *cells
 
@@ -180,7 +188,12 @@ def rewound(results):
     if not curves:
         yield NOT_MEASURED
         return
-    yield "", "0 (base)", *(f"{factor:g}" for factor in FACTORS[:-1]), "1 (tuned)"
+    yield (
+        "test loss / general text / ROUGE-L / retention",
+        "0 (base)",
+        *(f"{factor:g}" for factor in FACTORS[:-1]),
+        "1 (tuned)",
+    )
     for method, points in curves.items():
         at = {point["factor"]: point for point in points}
         yield method, *(_point(at.get(factor)) for factor in (0.0, *FACTORS))
@@ -201,7 +214,7 @@ def precision(results):
         cells = [
             " / ".join(number(both[name][field], form) for name in ("fp16", "bf16")) for field, form in forms.items()
         ]
-        gap = ends(both["difference"]["rougeL"]) if both["difference"] else ""
+        gap = told(both["difference"]["rougeL"]) if both["difference"] else ""
         yield method, cells[0], gap, *cells[1:], str(both["fp16"]["skipped_steps"])
 
 

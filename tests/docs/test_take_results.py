@@ -205,8 +205,8 @@ def test_a_study_with_another_setting_stands_beside_it(taken):
     assert side["methods"]["galore"]["side"]["peak_memory_gib"] == 2.0
     assert (taken.folder / "records-r4" / "galore-s0.json").exists()
     lines = taken.tables["sides"].splitlines()[2:]
-    assert lines[0].startswith("| galore, as above | 0.") and lines[1].startswith(
-        f"| galore, {side['changes'][0]} | 0."
+    assert lines[0].startswith("| galore, as in the study | 0.") and lines[1].startswith(
+        "| galore with `galore_rank` = 4 | 0."
     )
     assert f"| {ends(gap)} |" in lines[1].replace("**", "") and "| 2.00 | 750 | CPU |" in lines[1]
 
@@ -221,7 +221,7 @@ def test_benchmarks_stand_beside_the_untrained_model_with_their_seeds(taken):
     lines = taken.tables["benchmarks_study"].splitlines()
     assert lines[0] == "| method | seeds | mean change on 1 tasks | wikitext, perplexity | gsm8k |"
     change = found["lost"]["galore"]
-    assert any(line.startswith(f"| galore | 3 | {change['value']:+.3f} ({ends(change)}) | ") for line in lines)
+    assert any(line.startswith(f"| galore | 3 | {change['value']:+.3f} (**{ends(change)}**) | ") for line in lines)
     assert any(re.match(r"\| qlora \| 1 \| .*, at floor", line) for line in lines)
     assert "hybrid" not in taken.tables["benchmarks_study"]
 
