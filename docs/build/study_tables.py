@@ -89,15 +89,17 @@ def general(results):
 
 
 def cost(results):
-    yield "method", "trains", "peak GiB", "tokens/s", "on", "training min", "first step s", "learning rate", "swept"
+    everywhere = [short_name(device) for device in results.reference["devices"]]  # of an older summary
+    on = {method: "; ".join(known.get("on") or everywhere) for method, known in results.trained.items()}
+    same = f" ({next(iter(on.values()))})" if len(set(on.values())) == 1 else ""
+    yield "method", "trains", "peak GiB", f"tokens/s{same}", "training min", "first step s", "learning rate", "swept"
     for method, known in results.trained.items():
         rates = " and ".join(f"{known[name]:.2g}" for name in ("learning_rate", "learning_rate_2") if known[name])
         yield (
             method,
             f"{known['trainable_params']:,}",
             spread(known["peak_memory_gib"], "{:.2f}"),
-            spread(known["median_tokens_per_second"], "{:,.0f}"),
-            "; ".join(known.get("on") or map(short_name, results.reference["devices"])),
+            spread(known["median_tokens_per_second"], "{:,.0f}") + ("" if same else f" ({on[method]})"),
             spread([seconds / 60 for seconds in known["train_seconds"]], "{:.1f}", False),
             spread(known["first_step_seconds"], "{:.0f}", False),
             rates,

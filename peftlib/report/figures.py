@@ -214,6 +214,8 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
     axes.axhline(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
     if min(gains) < max(gains) - min(gains):  # else it would squeeze the methods into one corner
         axes.axvline(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
+    else:
+        axes.set_xlabel(f"{axes.get_xlabel()}; the axis does not start at 0")
     alt = f"ROUGE-L gained against base, and mean change of accuracy on {', '.join(tasks)}: {'; '.join(said)}."
     return finished(chart, axes, "Gained on the task against lost elsewhere: up is better", alt, "right")
 

@@ -148,7 +148,7 @@ def test_the_tables_show_what_the_study_holds(taken):
     turned = f"{-gap['high']:+.3f} to {-gap['low']:+.3f}"
     assert re.search(rf"^\| galore, ROUGE-L \| .* \|  \| \**{re.escape(turned)}", taken.tables["pairs"], re.MULTILINE)
     assert (taken.folder / "pairs.csv").read_text().count("\nrougeL,") == 3 * 2 + 3
-    assert "| 3 tried, at the edge |" in taken.tables["cost"] and "| CPU |" in taken.tables["cost"]
+    assert "| 3 tried, at the edge |" in taken.tables["cost"] and "| tokens/s (CPU) |" in taken.tables["cost"]
     assert "hours expected on a T4" in taken.tables["t4"] and "does not fit" not in taken.tables["t4"]
     parts = taken.found["sources"]
     head = " | ".join(f"{source} ({part['rows']} rows)" for source, part in parts.items())
