@@ -75,7 +75,8 @@ def unstated(text, known=()):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_states_follows_from_the_records(name):
-    text = prose(name, has_comments=True)
+    raw, text = PAGES[name].read_text(encoding="utf-8"), prose(name, has_comments=True)
+    assert not re.search(r"^\s*<!-- (=|is) ", raw, re.MULTILINE), "a comment at the start of a line ends the paragraph"
     assert wrong(text) == []
     assert unstated(text, [words for page, words in KNOWN if page == name]) == [], (
         "state it: NUMBER<!-- = EXPRESSION -->"

@@ -241,10 +241,9 @@ def prose(name, has_comments=False):
     """
     text = PAGES[name].read_text(encoding="utf-8")
     text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|```.*?```", "", text, flags=re.DOTALL)
-    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
-    if not has_comments:
-        text = re.sub(r"[\d.,]+( %)?<!-- = .*? -->|<!-- is .*? -->", "", text, flags=re.DOTALL)
-    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
+    text = re.sub(r"^    .*$|^\d+\. ", "", text, flags=re.MULTILINE)
+    text = " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
+    return text if has_comments else re.sub(r"[\d.,]+( %)?<!-- = .*? -->|<!-- is .*? -->", "", text)
 
 
 def filled(words, numbers):

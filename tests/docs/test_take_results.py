@@ -64,8 +64,7 @@ def taken(tmp_path_factory):
         monkeypatch.setattr(take_results, "build_report", lambda study: built)  # once for both
         take_results.take_reference(study, results / "reference")
         take_results.take_demo(study, results / "demo")
-    for name in ("bench", "reference-next"):
-        shutil.copytree(RESULTS / name, results / name)
+    shutil.copytree(RESULTS / "bench", results / "bench")
     folder = results / "reference"
     found = read_json(folder / "summary.json")
     return SimpleNamespace(study=study, folder=folder, found=found, tables=make_all(Results(results)))
