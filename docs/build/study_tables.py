@@ -154,15 +154,15 @@ def benchmarks_study(results):
         yield (
             method,
             " or ".join(map(str, sorted(seeds))),
-            f"{change['value']:+.3f} ({told(change)})" if change else "",
+            f"{change['value']:+z.3f} ({told(change)})" if change else "",
             *cells,
         )
 
 
 def benchmarks_tasks(results):
     """The retention tasks on which the untrained model is above guessing."""
-    known = results.reference.get("benchmarks", {"tasks": {}})
-    if not known["tasks"]:
+    known = results.reference.get("benchmarks", {"lost_on": []})
+    if not known["lost_on"]:
         yield NOT_MEASURED
         return
     facts = {task: known["tasks"][task] for task in known["lost_on"]}
