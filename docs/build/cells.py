@@ -35,6 +35,11 @@ def ends(gap):
     return f"{gap['low']:+z.{_digits(gap)}f} to {gap['high']:+z.{_digits(gap)}f}"
 
 
+def told(gap):
+    """`ends`, in bold where it does not hold 0."""
+    return ends(gap) if gap["is_noise"] else f"**{ends(gap)}**"
+
+
 def _digits(gap):
     """Three, or as many as show on which side of 0 each end of the interval lies."""
     return next((n for n in (3, 4, 5) if all(round(gap[end], n) for end in ("low", "high"))), 3)

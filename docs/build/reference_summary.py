@@ -3,6 +3,7 @@
 import statistics
 import time
 
+import evaluate
 import numpy as np
 import pandas as pd
 
@@ -10,9 +11,10 @@ from peftlib import load_tokenizer
 from peftlib.core.errors import StudyError
 from peftlib.core.files import gib
 from peftlib.evaluation import comparison, results, stats
-from peftlib.evaluation.hf_metrics import score
+from peftlib.evaluation.hf_metrics import Bleu4, RougeL
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import without_folders
+from peftlib.models.shapes import short_name
 
 FIRST_LOOK_TOKENS = 96  # limit of answers in the early look whose scores docs/reference-study.md quotes
 
@@ -50,6 +52,8 @@ def summary_of(study, built):
         "pairs": _pairs(built.pairs),
         "losses": _over_seeds(found),
         "first_look": _at_limit(found, study.cfg, FIRST_LOOK_TOKENS),
+        "benchmarks": _benchmarks(built),
+        "rewound": built.numbers.rewound,
         "notes": [without_folders(note) for note in built.notes],
     }
 
@@ -69,6 +73,7 @@ def _method(method, runs, found, boot, study):
         "train_seconds": [record["train_seconds"] for record in records],
         "trainable_params": records[0]["trainable_params"],
         "precision": sorted({record["precision"] for record in records}),
+        "on": sorted({_place(record) for record in records if record["device"]}),
         "learning_rate": records[0]["learning_rate"],
         "learning_rate_2": records[0]["learning_rate_2"],
         "sweep": study.adopted_rates().get(method),
@@ -84,6 +89,34 @@ def _method(method, runs, found, boot, study):
             for name, other in (("over_base", BASE), ("over_base_cut", BASE_CUT)):
                 known[name] = _differences(boot, method, other)
     return known
+
+
+def _place(record):
+    """The card, and how many runs shared it."""
+    shared = record.get("side_by_side", 1)
+    return short_name(record["device"]) + (f", {shared} runs at once" if shared > 1 else "")
+
+
+def _benchmarks(built):
+    """{'tasks': {task: {..., 'methods': {method: its score}}}, 'lost_on': [task, ...], 'lost': {method: change}}.
+
+    lost: the mean change of accuracy against base over the tasks lost_on.
+    """
+    tasks = {}
+    for scores in built.benchmarks:
+        known = {}
+        for method, by_seed in scores.runs.items():
+            is_compared = method != BASE and BASE in scores.runs
+            known[method] = {
+                **interval(scores.interval(method)),
+                "seeds": sorted(by_seed),
+                "is_at_floor": scores.is_at_floor(method),
+                "over_base": interval(scores.boot.difference(method, BASE, stats.RATIO)) if is_compared else None,
+            }
+        facts = {name: scores.facts[name] for name in ("metric", "is_perplexity", "chance", "shots")}
+        tasks[scores.task] = {"n": scores.boot.n_rows, **facts, "methods": known}
+    lost = {method: interval(change) for method, (_, change) in built.numbers.trade.items()}
+    return {"tasks": tasks, "lost_on": built.numbers.lost_on, "lost": lost}
 
 
 def _tokens_per_row(manifest):
@@ -142,7 +175,7 @@ def seeds_difference(values, others, *, resamples=20_000, seed=0):
     return stats.Interval(statistics.fmean(values) - statistics.fmean(others), float(low), float(high))
 
 
-def _at_limit(found, cfg, limit):
+def _at_limit(found, cfg, limit, methods=(BASE, "qlora", "galore")):
     """{'max_new_tokens', 'scores': {method: {metric: mean over seeds}}} of answers cut at fewer tokens than they had.
 
     A model that never stops loses precision with each token more, so scores under two limits cannot be compared.
@@ -154,9 +187,10 @@ def _at_limit(found, cfg, limit):
     def scores(answers):
         ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
         cut = tokenizer.batch_decode([row[:limit] for row in ids])
-        return score(cut, found.references, tokenizer=found.tokenizer)
+        metric = evaluate.combine([Bleu4(found.tokenizer), RougeL()])
+        return metric.compute(predictions=cut, references=found.references)
 
-    made = {method: [scores(run.answers) for run in runs] for method, runs in found.scored.items()}
+    made = {m: [scores(run.answers) for run in runs] for m, runs in found.scored.items() if m in methods}
     means = {m: {name: statistics.fmean(s[name] for s in part) for name in stats.METRICS} for m, part in made.items()}
     return {"max_new_tokens": limit, "scores": means}
 
@@ -194,7 +228,8 @@ def _facts(run):
         "eval_loss": run.eval_loss,
         "general_loss": run.general.loss if run.general else None,
         "peak_memory_gib": gib(record["peak_memory_bytes"]),
-        "tokens_per_second": record["tokens_per_second"],
+        "median_tokens_per_second": median_speed(record),
+        "on": record["device"] and _place(record),
         "skipped_steps": record["skipped_steps"],
     }
 

@@ -2,10 +2,14 @@
 
 import statistics
 
-from cells import ends, loss_gap, number, pair_of, signed, spread
+from cells import ends, loss_gap, number, pair_of, signed, spread, told
 
 from peftlib.evaluation.stats import METRICS
+from peftlib.models.shapes import short_name
 
+NOT_MEASURED = ("not measured in this edition",)  # the header of a table whose data are not there
+AGAINST = ("qlora", "galore", "hybrid", "lora")  # what every method is compared with
+FACTORS = (0.25, 0.5, 0.75, 1.0)
 # (BLEU-4, ROUGE-L) that others published, by method: an early look at the 270M, and a public study of the 1B.
 FIRST_LOOK = {"base": (0.046, 0.097), "qlora": (0.122, 0.400), "galore": (0.150, 0.439)}
 PUBLIC_STUDY = {"base": (0.058, 0.163), "qlora": (0.111, 0.233), "galore": (0.106, 0.227)}
@@ -51,26 +55,24 @@ def scores(results):
 
 
 def sources(results):
-    methods = list(results.reference["methods"])
-    yield "ROUGE-L by source", *methods
-    for source, part in results.reference["sources"].items():
-        values = [f"{part['scores'][method]['rougeL']:.3f}" for method in methods]
-        yield f"{source} ({part['rows']:,} rows)", *values
+    parts = results.reference["sources"]
+    yield "ROUGE-L by source", *(f"{source} ({part['rows']:,} rows)" for source, part in parts.items())
+    for method in results.reference["methods"]:
+        yield (
+            method,
+            *(f"{part['scores'][method]['rougeL']:.3f}" for part in parts.values() if method in part["scores"]),
+        )
 
 
 def pairs(results):
-    yield "difference", "BLEU-4", "verdict", "ROUGE-L", "verdict"
-    methods = list(results.trained)
-    for at, method in enumerate(methods):
-        for other in methods[:at]:
-            cells = []
-            for metric in METRICS:
-                gap = pair_of(results, metric, method, other)
-                cells += [
-                    ends(gap),
-                    "inside the noise" if gap["is_noise"] else "higher" if gap["value"] > 0 else "lower",
-                ]
-            yield f"{method} − {other}", *cells
+    """Every method against those that readers ask about; all pairs are in summary.json and pairs.csv."""
+    others = [method for method in AGAINST if method in results.trained]
+    yield "method, score", *(f"− {other}" for other in others)
+    for metric, label in reversed(METRICS.items()):
+        for method, known in results.trained.items():
+            if known["scores"]:
+                gaps = (told(pair_of(results, metric, method, o)) if o != method else "" for o in others)
+                yield f"{method}, {label}", *gaps
 
 
 def general(results):
@@ -79,22 +81,25 @@ def general(results):
     base = results.reference["methods"]["base"]["general_loss"][0]
     for method, known in results.trained.items():
         rounded = known["general_loss_nf4"]
-        yield (
-            method,
-            signed(loss_gap(results, "general_loss", method, "base")),
-            number(rounded and rounded - base, "{:+.3f}"),
-        )
+        if len(known["seeds"]) > 1:
+            rise = signed(loss_gap(results, "general_loss", method, "base"))
+        else:  # nothing says how far seeds are apart
+            rise = number(known["general_loss"][0] and known["general_loss"][0] - base, "{:+.3f} (one seed)")
+        yield method, rise, number(rounded and rounded - base, "{:+.3f}")
 
 
 def cost(results):
-    yield "method", "trains", "peak GiB", "tokens/s", "training min", "first step s", "learning rate", "swept"
+    everywhere = [short_name(device) for device in results.reference["devices"]]  # of an older summary
+    on = {method: "; ".join(known.get("on") or everywhere) for method, known in results.trained.items()}
+    same = f" ({next(iter(on.values()))})" if len(set(on.values())) == 1 else ""
+    yield "method", "trains", "peak GiB", f"tokens/s{same}", "training min", "first step s", "learning rate", "swept"
     for method, known in results.trained.items():
-        rates = " and ".join(f"{known[name]:g}" for name in ("learning_rate", "learning_rate_2") if known[name])
+        rates = " and ".join(f"{known[name]:.2g}" for name in ("learning_rate", "learning_rate_2") if known[name])
         yield (
             method,
             f"{known['trainable_params']:,}",
             spread(known["peak_memory_gib"], "{:.2f}"),
-            spread(known["median_tokens_per_second"], "{:,.0f}"),
+            spread(known["median_tokens_per_second"], "{:,.0f}") + ("" if same else f" ({on[method]})"),
             spread([seconds / 60 for seconds in known["train_seconds"]], "{:.1f}", False),
             spread(known["first_step_seconds"], "{:.0f}", False),
             rates,
@@ -105,15 +110,100 @@ def cost(results):
 def _swept(sweep):
     if not sweep:
         return "no"
-    trials = sweep["from"]["tried"]
-    best = min((t for t in trials if t["valid_loss"] is not None), key=lambda trial: trial["valid_loss"])
-    edge = ", at the edge" if sweep["from"].get("is_at_edge") else ""
-    tried = ", ".join(f"{_factors(trial)}: {number(trial['valid_loss'], '{:.3f}', 'inf')}" for trial in trials)
-    return f"factor {_factors(best)}{edge} ({tried})"
+    where = "at the edge" if sweep["from"].get("is_at_edge") else "bracketed"
+    return f"{len(sweep['from']['tried'])} tried, {where}"
 
 
-def _factors(trial):
-    return " and ".join(f"{trial[name]:.3g}" for name in ("factor", "factor_2") if name in trial)
+def sides(results):
+    """The main study's run beside those of studies that change one setting, one seed each."""
+    if not results.reference.get("sides"):
+        yield NOT_MEASURED
+        return
+    yield "one seed", "ROUGE-L", "difference", "test loss", "general text loss", "peak GiB", "tokens/s", "on"
+    shown = set()
+    for side in results.reference["sides"].values():
+        for method, both in side["methods"].items():
+            if method not in shown:
+                yield f"{method}, as in the study", *_side(both["main"], "")
+            shown.add(method)
+            gap = told(both["difference"]["rougeL"]) if both["difference"] else both["unscored_because"]
+            settings = (change.partition(": ")[::2] for change in side["changes"])
+            changed = ", ".join(f"`{name}` = {values.rpartition(' -> ')[2]}" for name, values in settings)
+            yield f"{method} with {changed}", *_side(both["side"], gap)
+
+
+def _side(facts, gap):
+    forms = {"eval_loss": "{:.3f}", "general_loss": "{:.3f}", "peak_memory_gib": "{:.2f}"}
+    forms |= {"median_tokens_per_second": "{:,.0f}"}
+    cells = [number(facts[name], form) for name, form in forms.items()]
+    return number(facts["rougeL"], "{:.3f}"), gap, *cells, facts["on"] or ""
+
+
+def benchmarks_study(results):
+    """What every method lost elsewhere and gained in skill, beside the untrained model."""
+    known = results.reference.get("benchmarks", {"tasks": {}})
+    if not known["tasks"]:
+        yield NOT_MEASURED
+        return
+    tasks = [task for task in ("wikitext", "gsm8k", "ifeval") if task in known["tasks"]]
+    lost_on = f"mean change on {len(known['lost_on'])} tasks"
+    yield "method", "seeds", lost_on, *("wikitext, perplexity" if task == "wikitext" else task for task in tasks)
+    for method, cells in _of_tasks(known, tasks):
+        seeds = {len(of["methods"][method]["seeds"]) for of in known["tasks"].values() if method in of["methods"]}
+        change = known["lost"].get(method)
+        yield (
+            method,
+            " or ".join(map(str, sorted(seeds))),
+            f"{change['value']:+z.3f} ({told(change)})" if change else "",
+            *cells,
+        )
+
+
+def benchmarks_tasks(results):
+    """The retention tasks on which the untrained model is above guessing."""
+    known = results.reference.get("benchmarks", {"lost_on": []})
+    if not known["lost_on"]:
+        yield NOT_MEASURED
+        return
+    facts = {task: known["tasks"][task] for task in known["lost_on"]}
+    guessing = {task: f", guessing {of['chance']:.3f}" if of["chance"] else "" for task, of in facts.items()}
+    yield "method", *(f"{task} ({of['n']:,} rows{guessing[task]})" for task, of in facts.items())
+    for method, cells in _of_tasks(known, known["lost_on"]):
+        yield method, *cells
+
+
+def _of_tasks(known, tasks):
+    """(method, [its score in each task with the interval of its difference to base, ...]) of every method."""
+    for method in dict.fromkeys(method for of in known["tasks"].values() for method in of["methods"]):
+        cells = []
+        for task in tasks:
+            of, found = known["tasks"][task], known["tasks"][task]["methods"].get(method)
+            score = number(found and found["value"], "{:.2f}" if of["is_perplexity"] else "{:.3f}")
+            floor = ", at floor" if found and found["is_at_floor"] else ""
+            cells.append(score + floor + (f" ({told(found['over_base'])})" if found and found["over_base"] else ""))
+        yield method, cells
+
+
+def rewound(results):
+    """Test loss / loss on general text / ROUGE-L / retention on the way from base to tuned."""
+    curves = results.reference.get("rewound", {})
+    if not curves:
+        yield NOT_MEASURED
+        return
+    yield (
+        "test loss / general text / ROUGE-L / retention",
+        "0 (base)",
+        *(f"{factor:g}" for factor in FACTORS[:-1]),
+        "1 (tuned)",
+    )
+    for method, points in curves.items():
+        at = {point["factor"]: point for point in points}
+        yield method, *(_point(at.get(factor)) for factor in (0.0, *FACTORS))
+
+
+def _point(point):
+    forms = {"test_loss": "{:.3f}", "general_loss": "{:.3f}", "rougeL": "{:.3f}", "retention": "{:.3f}"}
+    return " / ".join(number(point.get(name), form, "–") for name, form in forms.items()) if point else ""
 
 
 def precision(results):
@@ -126,7 +216,7 @@ def precision(results):
         cells = [
             " / ".join(number(both[name][field], form) for name in ("fp16", "bf16")) for field, form in forms.items()
         ]
-        gap = ends(both["difference"]["rougeL"]) if both["difference"] else ""
+        gap = told(both["difference"]["rougeL"]) if both["difference"] else ""
         yield method, cells[0], gap, *cells[1:], str(both["fp16"]["skipped_steps"])
 
 
@@ -160,3 +250,4 @@ def demo(results):
 
 
 TABLES = (summary, second, scores, sources, pairs, general, cost, precision, others, demo)
+TABLES += (sides, benchmarks_study, benchmarks_tasks, rewound)

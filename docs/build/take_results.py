@@ -14,7 +14,7 @@ from peftlib.evaluation import forgetting, stats
 from peftlib.evaluation.results import BASE, BASE_CUT
 from peftlib.export.redact import public_config, public_model, without_folders
 
-FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory")
+FIGURES = ("scores", "rougeL_by_source", "rougeL_against_memory", "gain_against_loss", "rewind")
 _HISTORY = 60  # entries of a history that are kept
 _LEFT_OUT = ("layers", "weights_sha256", "settings_sha256", "losses")  # of records: long, or said twice
 _MOST_BYTES = 300_000  # of a picture
@@ -49,7 +49,7 @@ def take_demo(study, target):
 
 
 def take_reference(study, target):
-    """Write config, results.csv, records, sweeps, pictures and summary.json of a study to `target`, old ones removed.
+    """Write a study's config, tables, records, sweeps, pictures and summary.json to `target`, old ones removed.
 
     Studies of the same rows beside it are compared with it method by method: NAME-fp16 as the other precision, any
     other NAME-LABEL as what its config changes.
@@ -61,7 +61,8 @@ def take_reference(study, target):
     for folder in (target / "sweeps", target / "figures", *target.glob("records*")):
         shutil.rmtree(folder, ignore_errors=True)
     with writing(target / "results.csv"):
-        shutil.copyfile(study.results_path, target / "results.csv")
+        for path in (study.results_path, study.folder / "pairs.csv"):
+            shutil.copyfile(path, target / path.name)
     config = read_json(study.config_path)
     write_json(target / "config.json", {**config, "config": public_config(config["config"])})
     _records(study, target / "records")

@@ -90,7 +90,7 @@ MLP_SPEC = replace(
     description="the hybrid the other way round: the three MLP projections in full by GaLore (arXiv:2403.03507), LoRA "
     "adapters on the four attention projections over NF4 weights (arXiv:2305.14314), the rest frozen",
     colors=("#0d95ff", "#bb68fd"),
-    marker="1",
+    marker=(4, 1, 0),  # a star of four points
     trains={"adapters": ATTENTION, "galore": MLP},
     settings=(*LORA_SETTINGS, *GALORE_SETTINGS),
     prepare=lambda model, cfg: prepare(model, _of_mlp(cfg)),

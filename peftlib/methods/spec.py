@@ -50,7 +50,7 @@ class MethodSpec:
     label: str
     description: str
     colors: tuple[str, str]
-    marker: str
+    marker: str | tuple[int, int, float]
     trains: dict[str, tuple[str, ...]]
     rates: tuple[str, ...]
     settings: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The report of a study: results.csv, report.md, report.html and figures, made from records and predictions alone.
+"""The report of a study: tables, report.md, report.html and figures, made from records and predictions alone.
 
 The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
 """
@@ -24,6 +24,7 @@ from peftlib.train import run_record
 from peftlib.train.sweep import verdict
 
 N_SAMPLES = 10
+_MOST_PAIRS, _COMPARED = 60, 6  # pairs that a reader may look through; else methods that all are compared with
 _ANSWER_CHARACTERS = 700  # of an answer in the report
 
 
@@ -60,7 +61,7 @@ class Report:
 
 
 def build_report(study: Study) -> Report:
-    """Score the study's runs, write its results.csv, report.md, report.html and figures; returns the Report.
+    """Score the study's runs, write its results.csv, pairs.csv, report.md, report.html and figures; returns the Report.
 
     StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
     """
@@ -98,11 +99,13 @@ def build_report(study: Study) -> Report:
         theme=study.cfg.theme,
     )
     # Write.
-    content = _content(report, pairs, by_source)
+    benchmark_pairs = [pair for scores in report.benchmarks for pair in scores.pairs()]
+    content = _content(report, pairs, benchmark_pairs, by_source)
     write_text(study.folder / "report.html", render("report.html.jinja", **content))
     write_text(study.report_path, render("report.md.jinja", **content))
-    text = report.results.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    write_text(study.results_path, text)
+    every_pair = pd.DataFrame([p.row() for p in (*pairs, *benchmark_pairs)], columns=comparison.PAIR_COLUMNS)
+    for path, frame in ((study.folder / "pairs.csv", every_pair), (study.results_path, report.results)):
+        write_text(path, frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
     return report
 
 
@@ -149,7 +152,20 @@ def _samples(found):
     ]
 
 
-def _content(report, pairs, by_source):
+def _pair_tables(pairs):
+    """Tables of the differences from the first methods, [] where all pairs can be looked through."""
+    others = list(dict.fromkeys(pair.other for pair in pairs))[:_COMPARED]
+    shown = [pair for pair in pairs if pair.other in others]
+    if len(pairs) <= _MOST_PAIRS:
+        return []
+    if {pair.metric for pair in pairs} <= set(stats.METRICS):
+        gaps = [(f"{p.method}, {stats.METRICS[p.metric]}", f"- {p.other}", p.difference) for p in shown]
+    else:
+        gaps = [(f"{p.method} - {p.other}", p.metric, p.difference) for p in shown if p.other == BASE]
+    return tables.difference_tables(gaps)
+
+
+def _content(report, pairs, benchmark_pairs, by_source):
     """What the templates are filled with."""
     found = report.study
     versions = {}
@@ -161,14 +177,16 @@ def _content(report, pairs, by_source):
         "report": report,
         "found": found,
         "pairs": pairs,
+        "pair_tables": _pair_tables(pairs),
         "by_source": by_source,
         "models": dict.fromkeys((run.record["model"], run.record["model_provenance"]) for run in found.runs),
         "one_seed": [method for method, runs in found.scored.items() if len(runs) == 1],
         "stats": stats,
         "forgetting": forgetting,
         "judge": judge,
-        "benchmark_table": tables.benchmark_table(report.benchmarks),
-        "benchmark_pairs": [pair for scores in report.benchmarks for pair in scores.pairs()],
+        "benchmark_tables": tables.benchmark_tables(report.benchmarks),
+        "benchmark_pairs": benchmark_pairs,
+        "benchmark_pair_tables": _pair_tables(benchmark_pairs),
         "BASE": BASE,
         "rouge": rouge,
         "bleu_signature": bleu_signature(found.tokenizer),

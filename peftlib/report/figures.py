@@ -13,6 +13,7 @@ from peftlib.methods import BASE, study_order
 from peftlib.report.chart import Chart, drawing, dress, empty, finished, title
 from peftlib.report.palette import LIGHT, marker_of
 
+_FEW = 8  # methods that a small chart has room for
 _MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
 _RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
 
@@ -44,7 +45,8 @@ def loss_curves(records, theme=LIGHT):
             parts.append(f"{valid[-1][1]:.2f} on validation rows")
         said.append(f"{method} (seed {record['seed']}) {', '.join(parts)}")
     alt = f"Loss from the first to the last training step: {'; '.join(said)}."
-    return finished(chart, axes, "Training loss (line: smoothed; points: validation)", alt, "inside")
+    place = "inside" if len(labelled) <= _FEW else "right"
+    return finished(chart, axes, "Training loss (line: smoothed; points: validation)", alt, place)
 
 
 def _points(entries, key):
@@ -60,8 +62,8 @@ def smoothed(values):
 def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
     """One panel a metric, a bar a method with its 95 % interval. rows: name of the source if only its rows are
     scored."""
-    chart = Chart(6.0, 3.3, theme)
     methods = sorted(intervals, key=_order)
+    chart = Chart(max(6.0, 0.34 * len(methods) * len(metrics)), 3.3, theme)
     panels = chart.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics):
         dress(axes, "", f"{METRICS[metric]} (0-1)")
@@ -77,8 +79,9 @@ def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
 
 def source_bars(per_source, metric="rougeL", theme=LIGHT):
     """One metric by data source, a bar a method, 95 % intervals. per_source: {source: intervals}."""
-    chart, axes = drawing(6.2, 3.3, "", f"{METRICS[metric]} (0-1)", theme)
     methods = sorted({method for found in per_source.values() for method in found}, key=_order)
+    width = max(6.2, 0.24 * len(methods) * len(per_source))
+    chart, axes = drawing(width, 3.3, "", f"{METRICS[metric]} (0-1)", theme)
     if not methods:
         return empty(chart, axes, "no scores yet")
     width = 0.8 / len(methods)
@@ -101,7 +104,8 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
     peak_gib: {method: GiB or None}; methods of unknown memory are left out. rows: as in `score_bars`.
     """
     name = METRICS[metric]
-    chart, axes = drawing(5.6, 3.5, "peak memory of training (GiB)", f"{name} (0-1)", theme)
+    size = (5.6, 3.5) if len(intervals) <= _FEW else (7.4, 4.6)
+    chart, axes = drawing(*size, "peak memory of training (GiB)", f"{name} (0-1)", theme)
     scores = {m: intervals[m][metric] for m in sorted(intervals, key=_order) if _is_number(peak_gib.get(m))}
     scores.pop(BASE, None)
     if not scores:
@@ -164,10 +168,11 @@ def benchmark_points(benchmarks, theme=LIGHT):
     benchmarks: [scores.TaskScores, ...]; perplexities, which are no accuracy, are left out.
     """
     tasks = [scores for scores in benchmarks if not scores.facts["is_perplexity"]]
-    chart, axes = drawing(6.2, 1.2 + 0.55 * max(len(tasks), 2), "score (0-1)", "", theme, grid="x")
+    methods = sorted({method for scores in tasks for method in scores.runs}, key=study_order)
+    height = 1.2 + max(0.55, 0.065 * len(methods)) * max(len(tasks), 2)
+    chart, axes = drawing(6.2, height, "score (0-1)", "", theme, grid="x")
     if not tasks:
         return empty(chart, axes, "no benchmark scores yet")
-    methods = sorted({method for scores in tasks for method in scores.runs}, key=study_order)
     said, labelled = [], set()
     for row, scores in enumerate(tasks):
         for at, method in enumerate(method for method in methods if method in scores.runs):
@@ -185,7 +190,7 @@ def benchmark_points(benchmarks, theme=LIGHT):
     axes.set_yticks(range(len(tasks)), [scores.task for scores in tasks])
     axes.invert_yaxis()
     alt = f"Scores on standard benchmarks: {'; '.join(said)}."
-    return finished(chart, axes, "Benchmarks, 95 % intervals (dashed: guessing; pale: not above it)", alt, "right")
+    return finished(chart, axes, "Benchmarks, 95 % intervals (dashed: guessing)", alt, "right")
 
 
 def gain_against_loss(trade, tasks, theme=LIGHT):
@@ -193,8 +198,9 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
 
     trade: {method: (gain, change)} of stats.Intervals. tasks: names of those that the change is a mean over.
     """
+    size = (5.6, 3.6) if len(trade) < _FEW else (7.4, 4.6)
     chart, axes = drawing(
-        5.6, 3.6, "ROUGE-L gained on the test rows", f"mean change of accuracy on {len(tasks)} tasks", theme
+        *size, "ROUGE-L gained on the test rows", f"mean change of accuracy on {len(tasks)} tasks", theme
     )
     if not trade:
         return empty(chart, axes, "no method with scores on test rows and on benchmarks beside base")
@@ -204,8 +210,12 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
         look = {"markersize": 9, "capsize": 4, **_mark(method, theme)}
         axes.errorbar(gain.value, change.value, xerr=_spans(gain), yerr=_spans(change), label=method, **look)
         said.append(f"{method} {gain.value:+.3f} and {change.value:+.3f} ({change.verdict})")
-    for line in (axes.axhline, axes.axvline):
-        line(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
+    gains = [end for gain, _ in trade.values() for end in (gain.low, gain.high)]
+    axes.axhline(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
+    if min(gains) < max(gains) - min(gains):  # else it would squeeze the methods into one corner
+        axes.axvline(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
+    else:
+        axes.set_xlabel(f"{axes.get_xlabel()}; the axis does not start at 0")
     alt = f"ROUGE-L gained against base, and mean change of accuracy on {', '.join(tasks)}: {'; '.join(said)}."
     return finished(chart, axes, "Gained on the task against lost elsewhere: up is better", alt, "right")
 

@@ -7,6 +7,7 @@ from peftlib.evaluation.comparison import mean_of
 from peftlib.evaluation.results import BASE, BASE_CUT
 
 _RANKED = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
+_FEW, _MOST = 6, 12  # methods and differences that a sentence lists
 _BEYOND = {"higher": "higher, beyond the noise,", "lower": "lower, beyond the noise,"}
 
 
@@ -51,7 +52,9 @@ def _against_base(boot, pairs):
         for pair in pairs:
             if pair.other == BASE and pair.metric == metric:
                 verdicts.setdefault((metric, pair.verdict), []).append(pair.method)
+    every = [method for method in (boot.value if boot else ()) if method not in (BASE, BASE_CUT)]
     for (metric, verdict), methods in verdicts.items():
+        methods = [f"all {len(every)} methods"] if len(every) > _FEW and set(methods) == set(every) else methods
         name = f"{_RANKED[metric]} (base {boot.value[BASE][metric]:.3f})"
         groups.setdefault((verdict, tuple(methods)), []).append(name)
     clauses = (
@@ -68,11 +71,11 @@ def _cost(numbers):
     memory, speed = numbers.peak_gib, numbers.tokens_per_second
     if memory:
         least, *rest = sorted(memory, key=memory.get)
-        more = "".join(f", {method} {memory[method]:.2f}" for method in rest)
+        more = _shortened([f", {method} {memory[method]:.2f}" for method in rest])
         clauses.append(f"{least} {'needs the least memory:' if rest else 'needs'} {memory[least]:.2f} GiB{more}")
     if speed:
         first, *rest = sorted(speed, key=lambda method: -speed[method])
-        more = "".join(f", {method} {_figure(speed[method])}" for method in rest)
+        more = _shortened([f", {method} {_figure(speed[method])}" for method in rest])
         took = f" ({numbers.train_seconds[first] / 60:,.1f} min)" if first in numbers.train_seconds else ""
         clauses.append(f"{first} {'is fastest with' if rest else 'reads'} {_figure(speed[first])} tokens/s{took}{more}")
     if clauses:
@@ -93,7 +96,10 @@ def _changes(found, loss_of):
     base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
     losses = {m: forgetting.mean_over([loss_of(run) for run in runs]) for m, runs in found.scored.items() if m != BASE}
     changes = {method: forgetting.change(base, loss) for method, loss in losses.items()}
-    return base, [f"{m} {losses[m].loss:.3f} ({change:+.1%})" for m, change in changes.items() if change is not None]
+    known = [m for m, change in changes.items() if change is not None]
+    if len(known) > _FEW:
+        known.sort(key=changes.get)
+    return base, [f"{m} {losses[m].loss:.3f} ({changes[m]:+.1%})" for m in known]
 
 
 def _cautions(found, notes):
@@ -173,6 +179,11 @@ def _listed(names):
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def _shortened(parts):
+    """Parts of a list from best to worst as one text; of many the next two and the last."""
+    return "".join(parts if len(parts) < _FEW else (*parts[:2], f" to{parts[-1][1:]}"))
+
+
 def _figure(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
@@ -182,7 +193,8 @@ def of_benchmarks(benchmarks):
     pairs = [pair for scores in benchmarks for pair in scores.pairs() if pair.other == BASE]
     beyond = [pair for pair in pairs if not pair.difference.is_noise]
     if pairs:
-        listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond)
+        listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond[:_MOST])
+        listed += f" and {len(beyond) - _MOST} more (table)" if len(beyond) > _MOST else ""
         yield (
             f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base lie beyond the noise"
             f"{': ' if listed else ''}{listed}."

@@ -62,6 +62,25 @@ def source_frame(by_source):
     return pd.DataFrame(rows)
 
 
+def difference_tables(gaps):
+    """[Texts, one row and column each of their names] of differences, a table for every few columns.
+
+    gaps: [(row, column, stats.Interval), ...]. Which are beyond the noise is said with their intervals.
+    """
+    rows, columns = {}, dict.fromkeys(column for _, column, _ in gaps)
+    for row, column, gap in gaps:
+        said = "" if gap.is_noise else f", {gap.verdict}"
+        cells = rows.setdefault(row, {"difference": row, **dict.fromkeys(columns, "")})
+        cells[column] = f"{gap.low:+.4f} to {gap.high:+.4f}{said}"
+    return _split(pd.DataFrame(list(rows.values())))
+
+
+def _split(frame, columns=6):
+    """[frame, ...] of at most so many columns beside the first, which all have."""
+    first, *rest = frame.columns
+    return [frame[[first, *rest[at : at + columns]]] for at in range(0, len(rest), columns)]
+
+
 def score_frame(found):
     """Every score of every scored run, one row a run."""
     runs = [run for run in found.runs if run.is_scored]
@@ -141,6 +160,16 @@ def benchmark_table(benchmarks):
         for scores in benchmarks
     ]
     return pd.DataFrame(rows)
+
+
+def benchmark_tables(benchmarks, columns=8):
+    """[`benchmark_table`], or of many methods one table of the tasks and one row a method in the next."""
+    frame = benchmark_table(benchmarks)
+    if len(frame.columns) <= columns:
+        return [frame] if len(frame) else []
+    facts, scores = frame.iloc[:, :5], frame.iloc[:, 5:].T
+    scores.columns = frame["task"]
+    return [facts, *_split(scores.rename_axis("method").reset_index())]
 
 
 def _benchmark_cell(scores, method):

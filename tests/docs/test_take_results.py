@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import fake_study
@@ -12,11 +13,13 @@ import reference_summary
 import take_results
 import tiny
 from bench_tables import one_cards_rows
+from cells import ends
 from result_tables import RESULTS, Results, make_all
 
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json, write_json
 from peftlib.core.study import Study
+from peftlib.evaluation.benchmarks import rewind
 from peftlib.export.redact import without_folders
 from peftlib.methods import default_methods
 from peftlib.models.shapes import short_name
@@ -61,8 +64,7 @@ def taken(tmp_path_factory):
         monkeypatch.setattr(take_results, "build_report", lambda study: built)  # once for both
         take_results.take_reference(study, results / "reference")
         take_results.take_demo(study, results / "demo")
-    for name in ("bench", "reference-next"):
-        shutil.copytree(RESULTS / name, results / name)
+    shutil.copytree(RESULTS / "bench", results / "bench")
     folder = results / "reference"
     found = read_json(folder / "summary.json")
     return SimpleNamespace(study=study, folder=folder, found=found, tables=make_all(Results(results)))
@@ -82,6 +84,7 @@ def _study(tmp_path, monkeypatch):
         if record["method"] == "qlora":
             record["evaluation"]["general_loss_nf4"] = record["evaluation"]["general_loss"] - 0.05
         fake_study.write_record(study, {**record, **CHANGES.get((record["method"], record["seed"]), {})})
+    _benchmarks_and_points(study)
     config = read_json(study.config_path)
     config["config"] |= {
         "sources": "alpaca=/home/me/rows.jsonl,/home/me/test.jsonl; tulu=hub",
@@ -108,6 +111,29 @@ def _study(tmp_path, monkeypatch):
     return study
 
 
+def _benchmarks_and_points(study):
+    """Scores of base, of one seed of qlora and of three of galore, which forgets; qlora is rewound."""
+    rng = np.random.default_rng(0)
+    for method, seed, skill in (("base", 0, 0.9), ("qlora", 1, 0.9), *(("galore", s, 0.5) for s in range(3))):
+        record = read_json(study.record_path(method, seed))
+        write = partial(fake_study.write_benchmark, study, record)
+        write("arc_easy", rng.random(200) < skill, chance=0.25)
+        write("piqa", np.arange(60) % 2)
+        write("wikitext", rng.normal(30, 1, 30), weights=10.0, chance=None, is_perplexity=True)
+        write("gsm8k", np.arange(50) < 2, chance=0.1)
+        fake_study.write_record(study, {name: of for name, of in record.items() if name != "seal"})
+    for method, seed, factors in (("base", 0, (0.0,)), ("qlora", 1, (0.5, 1.0))):
+        points = [
+            {
+                **{"factor": f, "valid_loss": {"all": 2.0}, "test_loss": {"all": 2.5 - 0.2 * f}, "bleu4": 0.1},
+                **{"general_loss": 3.0 - 0.2 * f, "rougeL": 0.1 + 0.2 * f, "seconds": 1.0, "benchmarks": {}},
+            }
+            for f in factors
+        ]
+        of = rewind._identity(study, read_json(study.record_path(method, seed)))
+        write_json(rewind.path_of(study, method, seed), {"of": of, "points": points})
+
+
 def test_the_tables_show_what_the_study_holds(taken):
     for method in ("qlora", "galore"):
         scores = taken.found["methods"][method]["scores"]["rougeL"]
@@ -115,12 +141,20 @@ def test_the_tables_show_what_the_study_holds(taken):
         assert scores["value"] == pytest.approx(mean) and f"| {method} | 3 | {mean:.3f} ± " in taken.tables["scores"]
         low, high = (taken.found["methods"][method]["over_base"]["rougeL"][end] for end in ("low", "high"))
         assert f"{low:+.3f} to {high:+.3f}" in taken.tables["scores"]
-    assert "| hybrid − galore |" in taken.tables["pairs"]
-    assert "factor 3, at the edge (0.3: 2.500, 1: 2.400, 3: 2.300)" in taken.tables["cost"]
+    gap = next(
+        p for p in taken.found["pairs"] if (p["metric"], p["method"], p["other"]) == ("rougeL", "hybrid", "galore")
+    )
+    turned = f"{-gap['high']:+.3f} to {-gap['low']:+.3f}"
+    assert re.search(rf"^\| galore, ROUGE-L \| .* \|  \| \**{re.escape(turned)}", taken.tables["pairs"], re.MULTILINE)
+    assert (taken.folder / "pairs.csv").read_text().count("\nrougeL,") == 3 * 2 + 3
+    assert "| 3 tried, at the edge |" in taken.tables["cost"] and "| tokens/s (CPU) |" in taken.tables["cost"]
     assert "hours expected on a T4" in taken.tables["t4"] and "does not fit" not in taken.tables["t4"]
-    for source, part in taken.found["sources"].items():
-        cells = " | ".join(f"{part['scores'][method]['rougeL']:.3f}" for method in METHODS)
-        assert f"| {source} ({part['rows']} rows) | {cells} |" in taken.tables["sources"]
+    parts = taken.found["sources"]
+    head = " | ".join(f"{source} ({part['rows']} rows)" for source, part in parts.items())
+    assert taken.tables["sources"].startswith(f"| ROUGE-L by source | {head} |")
+    for method in METHODS:
+        cells = " | ".join(f"{part['scores'][method]['rougeL']:.3f}" for part in parts.values())
+        assert f"| {method} | {cells} |" in taken.tables["sources"]
     assert sum(part["rows"] for part in taken.found["sources"].values()) == taken.found["n_test"]
     for picture in taken.found["figures"]:
         assert (taken.folder / "figures" / picture["file"]).stat().st_size > 1000 and picture["alt"]
@@ -169,12 +203,62 @@ def test_a_study_with_another_setting_stands_beside_it(taken):
     assert gap["low"] <= gap["value"] <= gap["high"]
     assert side["methods"]["galore"]["side"]["peak_memory_gib"] == 2.0
     assert (taken.folder / "records-r4" / "galore-s0.json").exists()
+    lines = taken.tables["sides"].splitlines()[2:]
+    assert lines[0].startswith("| galore, as in the study | 0.") and lines[1].startswith(
+        "| galore with `galore_rank` = 4 | 0."
+    )
+    assert f"| {ends(gap)} |" in lines[1].replace("**", "") and "| 2.00 | 750 | CPU |" in lines[1]
+
+
+def test_benchmarks_stand_beside_the_untrained_model_with_their_seeds(taken):
+    found = taken.found["benchmarks"]
+    assert found["lost_on"] == ["arc_easy"] and set(found["tasks"]) == {"arc_easy", "piqa", "wikitext", "gsm8k"}
+    arc = found["tasks"]["arc_easy"]["methods"]
+    assert arc["galore"]["seeds"] == [0, 1, 2] and arc["qlora"]["seeds"] == [1] and arc["base"]["over_base"] is None
+    gap = arc["galore"]["over_base"]
+    assert f"| galore | {arc['galore']['value']:.3f} (**{ends(gap)}**) |" in taken.tables["benchmarks_tasks"]
+    lines = taken.tables["benchmarks_study"].splitlines()
+    assert lines[0] == "| method | seeds | mean change on 1 tasks | wikitext, perplexity | gsm8k |"
+    change = found["lost"]["galore"]
+    assert any(line.startswith(f"| galore | 3 | {change['value']:+.3f} (**{ends(change)}**) | ") for line in lines)
+    assert any(re.match(r"\| qlora \| 1 \| .*, at floor", line) for line in lines)
+    assert "hybrid" not in taken.tables["benchmarks_study"]
+
+
+def test_rewound_models_are_a_row_a_method_from_base_to_tuned(taken):
+    points = taken.found["rewound"]["qlora"]
+    assert [point["factor"] for point in points] == [0.0, 0.5, 1.0]
+    cells = "| qlora | 2.500 / 3.000 / 0.100 / – |  | 2.400 / 2.900 / 0.200 / – |  | 2.300 / 2.800 / 0.300 / – |"
+    assert cells in taken.tables["rewound"]
+
+
+def test_an_edition_without_benchmarks_rewinding_or_sides_says_so(taken, tmp_path):
+    shutil.copytree(taken.folder.parent, tmp_path / "results")
+    path = tmp_path / "results" / "reference" / "summary.json"
+    left_out = ("benchmarks", "rewound", "sides", "seal")
+    write_json(path, {name: of for name, of in read_json(path).items() if name not in left_out})
+    tables = make_all(Results(tmp_path / "results"))
+    for name in ("benchmarks_study", "benchmarks_tasks", "rewound", "sides"):
+        assert tables[name].startswith("| not measured in this edition |")
+
+
+def test_a_rise_that_only_one_seed_shows_has_no_interval(taken, tmp_path):
+    shutil.copytree(taken.folder.parent, tmp_path / "results")
+    path = tmp_path / "results" / "reference" / "summary.json"
+    found = read_json(path)
+    galore = found["methods"]["galore"]
+    for name in ("seeds", "eval_loss", "general_loss"):
+        galore[name] = galore[name][:1]
+    found["losses"] = [gap for gap in found["losses"] if "galore" not in (gap["method"], gap["other"])]
+    write_json(path, {name: of for name, of in found.items() if name != "seal"})
+    rise = galore["general_loss"][0] - found["methods"]["base"]["general_loss"][0]
+    assert f"| galore | {rise:+.3f} (one seed) |" in make_all(Results(tmp_path / "results"))["general"]
 
 
 def test_answers_are_cut_at_the_first_looks_limit(taken):
     look = taken.found["first_look"]
-    assert look["max_new_tokens"] == 2 and set(look["scores"]) == set(METHODS)
-    for method in METHODS[1:]:
+    assert look["max_new_tokens"] == 2 and set(look["scores"]) == {"base", "qlora", "galore"}
+    for method in ("qlora", "galore"):
         assert 0 < look["scores"][method]["rougeL"] < taken.found["methods"][method]["scores"]["rougeL"]["value"]
     assert "| BLEU-4 / ROUGE-L | here | cut at 2 tokens | first look |" in taken.tables["others"]
     bleu, rouge = (look["scores"]["qlora"][metric] for metric in ("bleu4", "rougeL"))

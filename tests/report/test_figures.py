@@ -4,14 +4,17 @@ import html
 
 import fake_study
 import pytest
+from matplotlib.markers import MarkerStyle
 
 from peftlib.evaluation import stats
+from peftlib.methods import METHODS
 from peftlib.report import figures, palette
 
 
 def test_each_method_has_its_own_colour_and_marker():
-    methods = ("base", "qlora", "galore", "hybrid", "lora", "full", "apollo")
+    methods = ("base", *METHODS)
     assert len({palette.marker_of(m) for m in methods}) == len(methods)
+    assert all(MarkerStyle(palette.marker_of(m)).is_filled() for m in methods)
     for theme in palette.THEMES.values():
         assert len({theme.color_of(m) for m in methods}) == len(methods)
         assert theme.color_of("a new one") == theme.other and theme.other not in map(theme.color_of, methods)

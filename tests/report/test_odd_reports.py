@@ -3,8 +3,10 @@
 import statistics
 
 import fake_study
+import numpy as np
 from fake_study import rows_of
 
+from peftlib.core import record as records
 from peftlib.core.files import read_json
 from peftlib.report import build as report
 from peftlib.report import charts
@@ -136,3 +138,27 @@ def test_a_loss_whose_perplexity_no_number_holds_is_reported(tmp_path, monkeypat
     made = report.build_report(study)
     assert any("base 800.000 (perplexity inf)" in line for line in made.findings)
     assert "| inf |" in study.report_path.read_text(encoding="utf-8")
+
+
+def test_a_report_of_many_methods_stays_readable_and_keeps_every_pair(tmp_path, monkeypatch, no_charts):
+    more = ("lora", "full", "apollo", "muon")
+    for of in (fake_study.SKILL, fake_study.MEMORY, fake_study.GENERAL):
+        for at, method in enumerate(more):
+            monkeypatch.setitem(of, method, of["galore"] * (1 + at / 100))
+    study = fake_study.make(tmp_path, monkeypatch, methods=tuple(fake_study.SKILL), n=12)
+    for method in fake_study.SKILL:
+        record = records.load(study, method, 0)
+        for task in ("arc_easy", "piqa", "boolq"):
+            fake_study.write_benchmark(
+                study, record, task, np.arange(100) < (40 if method == "muon" else 80), chance=0.3
+            )
+        records.save(study, record)
+    shown = report.build_report(study)
+    text = study.report_path.read_text(encoding="utf-8")
+    assert "| difference | - base | - base (cut) | - qlora | - galore | - hybrid | - lora |" in text
+    assert "| muon, ROUGE-L | +" in text and "\n| muon - qlora |" not in text and "| muon - base | -" in text
+    assert "| method | arc_easy | piqa | boolq |" in text and "| task | metric | shots | rows | guessing |\n" in text
+    pairs = (study.folder / "pairs.csv").read_text().splitlines()
+    n_scores, n_tasks = 2 * (21 + 7 + 7), 3 * (21 + 7)  # among seven, against base and, for scores, against base cut
+    assert len(pairs) == 1 + n_scores + n_tasks and ",".join(shown.pairs.columns) == pairs[0]
+    assert "with all 7 methods" in shown.summary[1] and " to muon " in shown.summary[2]

@@ -126,7 +126,7 @@ def _published(folder, name):
     ]
     n_test = max(map(int, frame["n_test"].dropna()), default=None)
     facts = {"n_test": n_test, "sources": list(summary.get("sources", {}))}
-    return _part(name, frame, runs, values, by_source, facts, rewound={}, answers=None)
+    return _part(name, frame, runs, values, by_source, facts, summary.get("rewound", {}), answers=None)
 
 
 def _part(name, frame, runs, values, by_source, facts, rewound, answers):
