@@ -159,6 +159,8 @@ def evaluate(
 
     if factors:
         from peftlib.evaluation.benchmarks import rewind as rewinding
+        from peftlib.evaluation.benchmarks.run import bench
+        from peftlib.methods import BASE
 
         rewinding.require_factors(method, factors)
     record = (
@@ -171,6 +173,8 @@ def evaluate(
     base = f", on {scored_on}" if scored_on else ""
     print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows{base}")
     if factors:
+        for name in (BASE, record["method"]) if tasks else ():  # the ends of the curve
+            bench(found, name, tasks, data=data, limit=rewinding.ROWS)
         rewinding.rewind(found, record["method"], factors)
 
 

@@ -82,14 +82,9 @@ class Job:
         return sweep.kept(self.study, self.method, factors=self.settings.factors, rows=self.settings.rows)
 
     def is_ready(self):
-        """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps, and to be rewound
-        the point of the base, which all curves share."""
+        """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps."""
         if self.is_sweep or self.method == BASE:
             return True
-        if self.study.cfg.rewind:
-            base = records.load(self.study, BASE, 0)
-            if base is None or rewind.missing(self.study, base, [0.0]):
-                return False
         return self.settings.factors == () or self.method in self.study.adopted_rates()
 
     def unscored(self, record):
@@ -98,8 +93,7 @@ class Job:
         named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
         done = record.get("benchmarks") or {}
         left = [task for task in named if task not in done or _has_more_rows(done[task], cfg.benchmark_limit)]
-        factors = factors_of("rewind", cfg.rewind)
-        factors = [0.0] if factors and self.method == BASE else factors
+        factors = () if self.method == BASE else factors_of("rewind", cfg.rewind)
         return left + [f"rewound to {factor:g}" for factor in rewind.missing(self.study, record, factors)]
 
     def state(self):

@@ -164,9 +164,7 @@ def _score_more(job, log):
     study, factors = job.study, factors_of("rewind", job.study.cfg.rewind)
     if study.cfg.benchmarks not in ("", "auto"):
         bench_study(study, [job.method], log=log)
-    if factors and job.method == BASE:
-        rewind.rewind_base(study, log=log)
-    elif factors:
+    if factors and job.method != BASE:
         rewind.rewind(study, job.method, factors, log=log)
     return records.load(study, job.method, job.seed)
 

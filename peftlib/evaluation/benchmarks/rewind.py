@@ -21,7 +21,7 @@ from peftlib.evaluation import forgetting
 from peftlib.evaluation.benchmarks import scores, tasks
 from peftlib.evaluation.benchmarks.run import Lent, scored_rows
 from peftlib.evaluation.evaluate import answer_into, autocast_of, evaluation_dtype, general_loss, load_model
-from peftlib.evaluation.predictions import Predictions, require_unchanged
+from peftlib.evaluation.predictions import Predictions
 from peftlib.methods import BASE
 from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
@@ -31,7 +31,7 @@ ROWS = 500  # of a benchmark at each point, at most: a mean of seven tasks is th
 _NUMBER = Maybe(float)
 _POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
 _POINT |= {"general_loss": _NUMBER, "seconds": float}
-_POINT |= {"benchmarks": Map({"score": float, "n": int, "is_perplexity": bool, "chance": _NUMBER})}
+_POINT |= {"benchmarks": Map({"score": float, "n": int})}
 _SHAPE = {"of": {}, "points": [_POINT]}
 
 
@@ -65,16 +65,16 @@ def require_factors(method, factors):
 
 
 def missing(study, record, factors):
-    """[factor, ...] at which a run was not scored yet with the weights that its record names."""
+    """[factor, ...] between the ends at which a run was not scored yet with the weights that its record names."""
     path = path_of(study, record["method"], record["seed"])
     kept = _read(path) if record["evaluation"] and path.exists() else {"of": {}, "points": []}
     is_of_run = record["evaluation"] and not differences(kept["of"], _identity(study, record))
     known = _known(study, kept) if is_of_run else {}
-    return [factor for factor in factors if factor not in known]
+    return [factor for factor in factors if 0 < factor < 1 and factor not in known]
 
 
 def rewind(study, method, factors, *, log=print):
-    """Score an evaluated run at some factors between base (0) and tuned (1), both included; returns [point, ...].
+    """Score an evaluated run at factors between base (0) and tuned (1), which are evaluated themselves; [point, ...].
 
     A point is a dict: factor, valid_loss and test_loss ({source or 'all': nats per token}), general_loss, rougeL,
     bleu4, seconds, and benchmarks: {task: score, n ...} on the first ROWS rows of the retention tasks that the setting
@@ -83,16 +83,8 @@ def rewind(study, method, factors, *, log=print):
     Stopped: this session ends soon. Others: as peftlib bench.
     """
     require_factors(method, factors)
-    seed = study.cfg.seed
-    with held(study.folder, f"rewinding {method}", run=f"{method}-s{seed}", log=log):
-        at_base = _points(study, BASE, 0, {0.0}, log)
-        return at_base + _points(study, method, seed, {float(f) for f in factors if f} | {1.0}, log)
-
-
-def rewind_base(study, *, log=print):
-    """Score base as the point 0 of all curves, once; errors as of `rewind`."""
-    with held(study.folder, "rewinding base", run=f"{BASE}-s0", log=log):
-        _points(study, BASE, 0, {0.0}, log)
+    with held(study.folder, f"rewinding {method}", run=f"{method}-s{study.cfg.seed}", log=log):
+        return _points(study, method, study.cfg.seed, {float(f) for f in factors if 0 < f < 1}, log)
 
 
 def _points(study, method, seed, factors, log):
@@ -114,12 +106,10 @@ def _points(study, method, seed, factors, log):
     for factor in left:
         started = time.monotonic()
         models = models or _models(study, method, seed, log)
-        with contextlib.nullcontext(models[0]) if method == BASE else rewound(*models, factor) as model:
-            answers = Predictions(path.with_suffix("") / f"{factor!r}.jsonl", short_hash(of))
-            if factor == float(method != BASE):  # what was evaluated
-                answers.rows = _evaluated(study, record, answers.split_hash) | answers.rows
+        answers = Predictions(path.with_suffix("") / f"{factor!r}.jsonl", short_hash(of))
+        with rewound(*models, factor) as model:
             point = {"factor": factor, **_scores(study, model, answers, log)}
-            of_tasks = (_benchmark(study, record, model, answers.path, benchmark, log) for benchmark in benchmarks)
+            of_tasks = (_benchmark(study, of, model, answers.path, benchmark, log) for benchmark in benchmarks)
             point["benchmarks"] = dict(zip(_retained(study), of_tasks))
         points[factor] = {**point, "seconds": time.monotonic() - started}
         write_json(path, {"of": of, "points": [points[factor] for factor in sorted(points)]})
@@ -140,30 +130,16 @@ def _known(study, kept):
     return {point["factor"]: point for point in kept["points"] if asked <= point["benchmarks"].keys()}
 
 
-def _benchmark(study, record, model, answers, benchmark, log):
-    """What a point holds of one task. Where the run itself was scored, at its end of the curve, these rows count."""
-    task, factor = benchmark.task.task_name, float(answers.stem)
-    n = min(study.cfg.benchmark_limit or ROWS, ROWS, len(benchmark.task.eval_docs))
-    done = (record.get("benchmarks") or {}).get(task) if factor == float(record["method"] != BASE) else None
-    if done and done["n"] >= n:
-        rows = scores.read_rows(study.benchmark_path(record["method"], record["seed"], task), done)[:n]
-        chance = done["chance"]
-    else:
-        from peftlib.evaluation.benchmarks import harness  # imports lm-eval, which takes seconds
+def _benchmark(study, of, model, answers, benchmark, log):
+    """What a point holds of one task."""
+    from peftlib.evaluation.benchmarks import harness  # imports lm-eval, which takes seconds
 
-        made_by = f"{short_hash(_identity(study, record))} at {factor!r}"
-        responses = harness.Responses(answers.with_name(f"{factor!r}.{task}.responses.jsonl"), made_by)
-        rows, chance = scored_rows(benchmark, Lent(lambda **_: model, study), responses, n, log)
-    score = scores.score_of(rows, benchmark.is_perplexity)
-    return {"score": score, "n": len(rows), "is_perplexity": benchmark.is_perplexity, "chance": chance}
-
-
-def _evaluated(study, record, made_by):
-    """{id: row} of a run's evaluated answers, marked as made_by for a file of its own."""
-    path = study.predictions_path(record["method"], record["seed"])
-    require_unchanged(path, record)
-    rows = Predictions(path, record["split_hash"]).rows
-    return {name: {**row, "split_hash": made_by} for name, row in rows.items()}
+    made_by, n = f"{short_hash(of)} at {answers.stem}", min(study.cfg.benchmark_limit or ROWS, ROWS)
+    responses = harness.Responses(
+        answers.with_name(f"{answers.stem}.{benchmark.task.task_name}.responses.jsonl"), made_by
+    )
+    rows, _ = scored_rows(benchmark, Lent(lambda **_: model, study), responses, n, log)
+    return {"score": scores.score_of(rows, benchmark.is_perplexity), "n": len(rows)}
 
 
 def _models(study, method, seed, log):
@@ -213,37 +189,54 @@ def _identity(study, record):
 
 
 def curves(study, runs):
-    """{method: [point, ...]} of scored runs from base on, a mean over the seeds; points of other weights are left out.
+    """{method: [point, ...]} of scored runs from base to tuned, means over the seeds; points of other weights left out.
 
     Of means: factor, test_loss, general_loss, rougeL, retention (mean accuracy over the tasks on which base scores more
     than guessing could, beyond two standard errors); None where a seed's is.
     """
-    found = {}
+    found, rows, base = {}, {}, next((run for run in runs if run.record["method"] == BASE and run.is_scored), None)
     for run in runs:
         path = path_of(study, run.record["method"], run.record["seed"])
-        if run.is_scored and path.exists():
+        if run.is_scored and run is not base and path.exists():
             kept = _read(path)
             if not differences(kept["of"], _identity(study, run.record)):
-                points = {point["factor"]: point for point in kept["points"]}
-                found.setdefault(run.record["method"], []).append(points)
-    at_base = found.pop(BASE, [{}])[0]
-    known = at_base[0.0]["benchmarks"] if at_base else {}
-    kept = [task for task, of in known.items() if not of["is_perplexity"] and _is_above_guessing(of)]
+                rows |= {task: of["n"] for point in kept["points"] for task, of in point["benchmarks"].items()}
+                found.setdefault(run.record["method"], []).append((run, kept["points"]))
+    known = (
+        rows and base and {task: done for task, done in (base.record.get("benchmarks") or {}).items() if task in rows}
+    )
+    at_base = base and _end(study, base, 0.0, rows)
+    kept = [task for task in known or () if not known[task]["is_perplexity"] and _is_above_guessing(
+        at_base["benchmarks"].get(task), known[task]["chance"])]  # fmt: skip
     made = {}
     for method, seeds in found.items():
-        seeds = [{**at_base, **points} for points in seeds]
-        made[method] = [_mean(factor, seeds, kept) for factor in sorted(set.intersection(*map(set, seeds)))]
+        of_seeds = []
+        for run, points in seeds:
+            ends = ([at_base] if at_base else []) + [_end(study, run, 1.0, rows)]
+            of_seeds.append({point["factor"]: point for point in (*points, *ends)})
+        made[method] = [_mean(factor, of_seeds, kept) for factor in sorted(set.intersection(*map(set, of_seeds)))]
     return made
 
 
-def _is_above_guessing(of):
-    return of["chance"] is None or of["score"] - 2 * math.sqrt(of["score"] * (1 - of["score"]) / of["n"]) > of["chance"]
+def _end(study, run, factor, rows):
+    """The point of an evaluated model, on the same rows of benchmarks as the others ({task: n})."""
+    record, done = run.record, run.record.get("benchmarks") or {}
+    found = {}
+    for task, n in rows.items():
+        if done.get(task, {"n": 0})["n"] >= n:
+            read = scores.read_rows(study.benchmark_path(record["method"], record["seed"], task), done[task])[:n]
+            found[task] = {"score": scores.score_of(read, done[task]["is_perplexity"]), "n": n}
+    losses = {"test_loss": {ALL: record["eval_loss"]}, "general_loss": record["evaluation"].get("general_loss")}
+    return {"factor": factor, **losses, "rougeL": run.scores["rougeL"], "benchmarks": found}
+
+
+def _is_above_guessing(of, chance):
+    return of and (chance is None or of["score"] - 2 * math.sqrt(of["score"] * (1 - of["score"]) / of["n"]) > chance)
 
 
 def _mean(factor, seeds, kept):
-    values = [
-        (p["test_loss"][ALL], p["general_loss"], p["rougeL"], _retention(p, kept)) for p in (s[factor] for s in seeds)
-    ]
+    found = [of[factor] for of in seeds]
+    values = [(p["test_loss"][ALL], p["general_loss"], p["rougeL"], _retention(p, kept)) for p in found]
     means = (None if None in of else sum(of) / len(of) for of in zip(*values))
     return {"factor": factor, **dict(zip(("test_loss", "general_loss", "rougeL", "retention"), means))}
 

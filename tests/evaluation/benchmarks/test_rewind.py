@@ -12,9 +12,9 @@ from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
 from peftlib.evaluation import results as scored
-from peftlib.evaluation.benchmarks import rewind
+from peftlib.evaluation.benchmarks import rewind, tasks
 from peftlib.evaluation.benchmarks.run import bench
-from peftlib.evaluation.benchmarks.scores import read_rows
+from peftlib.evaluation.predictions import Predictions
 from peftlib.notebook.results import ChartPanel
 from peftlib.report import build as report
 from peftlib.report import charts
@@ -35,16 +35,17 @@ def measured(point):
 @pytest.mark.parametrize("method", ["qlora", "galore", "hybrid", pytest.param("dora", marks=pytest.mark.slow)])
 def test_the_ends_are_the_tuned_model_and_the_base_to_the_bit(finished, method):
     study = finished(method, is_scored=True, general_tokens=128)
-    points = {point["factor"]: point for point in rewind.rewind(study, method, [0.5], **QUIET)}
-    assert list(points) == [0.0, 0.5, 1.0]
-    for factor, name in ((0.0, "base"), (1.0, method)):
-        record, point = records.load(study, name, 0), points[factor]
-        assert point["test_loss"]["all"] == record["eval_loss"]
-        assert point["general_loss"] == record["evaluation"]["general_loss"]
-        kept = study.folder / "rewind" / f"{name}-s0" / f"{factor}.jsonl"
-        assert answers(kept) == answers(study.predictions_path(name, 0))
-    assert points[0.5]["test_loss"]["all"] not in (points[0.0]["test_loss"]["all"], points[1.0]["test_loss"]["all"])
-    assert set(points[0.5]["valid_loss"]) == set(points[0.5]["test_loss"]) == {"all", "alpaca", "tulu", "ultrachat"}
+    (half,) = rewind.rewind(study, method, [0, 0.5, 1], **QUIET)  # the ends are what was evaluated
+    assert half["factor"] == 0.5 and set(half["valid_loss"]) == {"all", "alpaca", "tulu", "ultrachat"}
+    curve = rewind.curves(study, scored.load(study).runs)[method]
+    assert [point["factor"] for point in curve] == [0.0, 0.5, 1.0]
+    for point, name in ((curve[0], "base"), (curve[2], method)):
+        record = records.load(study, name, 0)
+        assert (point["test_loss"], point["general_loss"]) == (
+            record["eval_loss"],
+            record["evaluation"]["general_loss"],
+        )
+    assert curve[1]["test_loss"] not in (curve[0]["test_loss"], curve[2]["test_loss"])
 
     how = {"device": "cpu", "dtype": torch.float32, **QUIET}
     tuned, base = (evaluation.load_model(study, name, 0, **how) for name in (method, "base"))
@@ -59,6 +60,12 @@ def test_the_ends_are_the_tuned_model_and_the_base_to_the_bit(finished, method):
                 half = (before[name] + dict(base.named_parameters())[name]) / 2
                 torch.testing.assert_close(p, half, rtol=1e-5, atol=1e-7)
     assert all(torch.equal(p, before[name]) for name, p in tuned.named_parameters())
+
+    # What measures a point gives the evaluation's own numbers at an end.
+    kept = Predictions(study.folder / "end.jsonl", "x")
+    measured_end = rewind._scores(study, tuned, kept, QUIET["log"])
+    assert (measured_end["test_loss"]["all"], measured_end["rougeL"]) == (curve[2]["test_loss"], curve[2]["rougeL"])
+    assert answers(kept.path) == answers(study.predictions_path(method, 0))
 
 
 def test_bf16_ends_are_exact_too_and_an_error_puts_the_weights_back():
@@ -86,7 +93,7 @@ def test_killed_in_a_point_and_run_again_it_makes_the_same_points(finished, monk
 
     def killed(self, row, answer):
         asked.append(row["id"])
-        if len(asked) == 6 + 3:  # 0.25, and half of 0.75; base has its evaluation's
+        if len(asked) == 6 + 3:  # 0.25, and half of 0.75
             raise KeyboardInterrupt
         real(self, row, answer)
 
@@ -98,7 +105,7 @@ def test_killed_in_a_point_and_run_again_it_makes_the_same_points(finished, monk
     assert [point["factor"] for point in kept] == [0.25]
     again = rewind.rewind(study, "galore", [0.75, 0.25], **QUIET)
     assert [measured(point) for point in again] == [measured(point) for point in whole]
-    assert [point["seconds"] for point in again[1:2]] == [kept[0]["seconds"]]  # not measured again
+    assert again[0]["seconds"] == kept[0]["seconds"]  # not measured again
     assert {path: path.read_bytes() for path in files} == files
 
     monkeypatch.setattr(rewind, "load_model", lambda *args, **how: pytest.fail("everything is known"))
@@ -119,7 +126,7 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
     ):
         with pytest.raises(ConfigError, match=said):
             cli.call(["evaluate", *words, "--study", "x"])
-    with pytest.raises(StudyError, match="base .seed 0. is not evaluated"):
+    with pytest.raises(StudyError, match="galore .seed 0. is not evaluated"):
         rewind.rewind(study, "galore", [0.5], **QUIET)
 
 
@@ -147,7 +154,7 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
     rewind.path_of(study, "galore", 0).unlink()
     changed = {**record, "evaluation": {**record["evaluation"], "max_new_tokens": 5}}
     write_json(study.record_path("galore", 0), changed)
-    with pytest.raises(StudyError, match=r"1\.0\.jsonl has split_hash|0\.5\.jsonl has split_hash"):
+    with pytest.raises(StudyError, match=r"0\.5\.jsonl has split_hash"):
         rewind.rewind(study, "galore", [0.5], **QUIET)
 
     rewind.path_of(study, "galore", 0).write_text('{"schema_version": 1, "of": {}, "points": [{"factor": "x"}]}')
@@ -162,10 +169,10 @@ def test_the_command_scores_after_the_evaluation(finished, files, monkeypatch, c
     words = ["--rewind", "0.5", "--tasks", "arc_easy", "--data", str(files)]
     assert cli.call(["evaluate", "qlora", *words, "--study", "x"]) == 0
     said = capsys.readouterr().out
-    assert "base at 0: test loss" in said and "qlora at 0.5: test loss" in said and "qlora at 1: test loss" in said
+    assert "base: arc_easy acc" in said and "qlora: arc_easy acc" in said and "qlora at 0.5: test loss" in said
     assert len(answers(study.folder / "rewind" / "qlora-s0" / "0.5.jsonl")) == 6
     points = json.loads(rewind.path_of(study, "qlora", 0).read_text())["points"]
-    assert [point["benchmarks"]["arc_easy"]["n"] for point in points] == [5, 5]
+    assert [point["benchmarks"]["arc_easy"]["n"] for point in points] == [5]
 
 
 def test_a_curve_is_the_mean_over_seeds_at_their_common_factors(tmp_path, monkeypatch):
@@ -176,13 +183,15 @@ def test_a_curve_is_the_mean_over_seeds_at_their_common_factors(tmp_path, monkey
         losses = {"valid_loss": {"all": 9.0}, "test_loss": {"all": loss}, "general_loss": loss + 1}
         return {"factor": factor, **losses, "rougeL": 0.5, "bleu4": 0.1, "seconds": 1.0}
 
-    for run, points in zip(runs, ([point(0.0, 4.0)], [point(0.5, 3.0), point(1.0, 2.0)], [point(1.0, 1.0)])):
+    for run, points in zip(runs[1:], ([point(0.25, 3.5), point(0.5, 3.0)], [point(0.5, 2.0)])):
         path = rewind.path_of(study, run.record["method"], run.record["seed"])
         write_json(path, {"of": rewind._identity(study, run.record), "points": points})
     curve = rewind.curves(study, runs)["qlora"]
-    assert [(at["factor"], at["test_loss"], at["general_loss"]) for at in curve] == [(0.0, 4.0, 5.0), (1.0, 1.5, 2.5)]
-    drawn = charts.figures.rewind_curves({"qlora": curve})
-    assert "qlora 4.000 and 5.000 at 0, 1.500 and 2.500 at 1" in drawn.alt
+    tuned = sum(run.record["eval_loss"] for run in runs[1:]) / 2
+    assert [at["factor"] for at in curve] == [0.0, 0.5, 1.0]
+    assert [at["test_loss"] for at in curve] == [runs[0].record["eval_loss"], 2.5, pytest.approx(tuned)]
+    assert (curve[1]["general_loss"], curve[1]["retention"]) == (3.5, None)
+    assert "qlora" in charts.figures.rewind_curves({"qlora": curve}).alt
 
 
 def test_without_a_loss_on_general_text_there_is_no_line():
@@ -194,47 +203,44 @@ def test_without_a_loss_on_general_text_there_is_no_line():
 def test_points_are_scored_on_the_retention_tasks_too(finished, files, monkeypatch):
     pytest.importorskip("lm_eval")
     study = finished("galore", is_scored=True, general_tokens=128)
-    plain = rewind.rewind(study, "galore", [0.5], **QUIET)
-    assert [point["benchmarks"] for point in plain] == [{}] * 3
-    more = {"benchmarks": "arc_easy,boolq,gsm8k", "benchmark_data": str(files)}
-    study = type(study)(study.folder, study.cfg.replace(**more))
-    record = bench(study, "galore", "arc_easy", data=files, **QUIET)
+    (plain,) = rewind.rewind(study, "galore", [0.5], **QUIET)
+    assert plain["benchmarks"] == {}
+    study = type(study)(study.folder, study.cfg.replace(benchmarks="arc_easy,boolq,gsm8k", benchmark_data=str(files)))
     monkeypatch.setattr(rewind, "ROWS", 4)
-    points = rewind.rewind(study, "galore", [0.5], **QUIET)
-    assert [measured(point) for point in points] == [measured(point) for point in plain]
-    assert [{task: of["n"] for task, of in point["benchmarks"].items()} for point in points] == [
-        {"arc_easy": 4, "boolq": 4}  # gsm8k is a skill
-    ] * 3
+    (point,) = rewind.rewind(study, "galore", [0.5], **QUIET)
+    assert measured(point) == measured(plain)
+    assert {task: of["n"] for task, of in point["benchmarks"].items()} == {
+        "arc_easy": 4,
+        "boolq": 4,
+    }  # gsm8k is a skill
 
-    # The ends are the models that peftlib bench scores, whether it has done so or not.
-    for name, point in (("base", points[0]), ("galore", points[2])):
-        alone = bench(study, name, "arc_easy,boolq", data=files, limit=4, **QUIET)["benchmarks"]
-        for task, of in point["benchmarks"].items():
-            rows = read_rows(study.benchmark_path(name, 0, task), alone[task])[:4]
-            assert (of["score"], of["chance"]) == (sum(row["value"] for row in rows) / 4, alone[task]["chance"])
-    assert record["benchmarks"]["arc_easy"]["n"] == 5
-    made = study.folder / "rewind" / "galore-s0"
-    assert (made / "1.0.boolq.responses.jsonl").exists() and not (made / "1.0.arc_easy.responses.jsonl").exists()
+    # The ends are the scores of peftlib bench on the same rows, and a model of the end's weights has them.
+    runs = scored.load(study).runs
+    assert [at["retention"] for at in rewind.curves(study, runs)["galore"]] == [None] * 3  # not there yet
+    tuned = evaluation.load_model(study, "galore", 0, device="cpu", dtype=torch.float32, **QUIET)
+    for name in ("base", "galore"):
+        bench(study, name, "arc_easy,boolq", data=files, **QUIET)
+    end = rewind._end(study, scored.load(study).runs[1], 1.0, {"arc_easy": 4, "boolq": 4})["benchmarks"]
+    for task in ("arc_easy", "boolq"):
+        made = rewind._benchmark(study, {}, tuned, study.folder / "1.0.jsonl", tasks.load(task, files), QUIET["log"])
+        assert made == end[task]
 
     # What was scored is not scored again, and a task more adds to what is there.
     monkeypatch.setattr(rewind, "load_model", lambda *args, **how: pytest.fail("everything is known"))
-    assert rewind.rewind(study, "galore", [0.5], **QUIET) == points
-    assert rewind.missing(study, record, [0.5, 0.75]) == [0.75]
+    assert rewind.rewind(study, "galore", [0.5], **QUIET) == [point]
+    record = records.load(study, "galore", 0)
+    assert rewind.missing(study, record, [0, 0.5, 0.75, 1]) == [0.75]
     other = type(study)(study.folder, study.cfg.replace(benchmarks="piqa"))
     assert rewind.missing(other, record, [0.5]) == [0.5]
 
 
 def test_retention_is_the_mean_over_the_tasks_that_base_knows():
-    def point(factor, *scores):
-        known = zip(("piqa", "arc_easy", "boolq", "wikitext"), scores, (0.5, 0.25, 0.62, None))
-        tasks = {t: {"score": s, "n": 400, "is_perplexity": t == "wikitext", "chance": c} for t, s, c in known}
-        losses = {"test_loss": {"all": 2.0}, "general_loss": 3.0, "rougeL": 0.1, "benchmarks": tasks}
-        return {"factor": factor, **losses}
+    def point(*scores):
+        tasks = {task: {"score": score, "n": 400} for task, score in zip(("piqa", "arc_easy", "boolq"), scores)}
+        return {"test_loss": {"all": 2.0}, "general_loss": 3.0, "rougeL": 0.1, "benchmarks": tasks}
 
-    base, tuned = point(0.0, 0.7, 0.5, 0.62, 20.0), point(1.0, 0.6, 0.45, 0.7, 30.0)
-    kept = [
-        task for task, of in base["benchmarks"].items() if not of["is_perplexity"] and rewind._is_above_guessing(of)
-    ]
+    base, tuned, chances = point(0.7, 0.5, 0.62), point(0.6, 0.45, 0.7), {"piqa": 0.5, "arc_easy": 0.25, "boolq": 0.62}
+    kept = [task for task, of in base["benchmarks"].items() if rewind._is_above_guessing(of, chances[task])]
     assert kept == ["piqa", "arc_easy"]  # boolq is what always saying yes scores
     assert rewind._mean(1.0, [{1.0: tuned}], kept)["retention"] == pytest.approx(0.525)
     lacks = {**tuned, "benchmarks": {}}
