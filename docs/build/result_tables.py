@@ -23,10 +23,7 @@ class Results:
     def __init__(self, folder=RESULTS):
         self.demo = read_json(folder / "demo" / "summary.json")
         self.reference = read_json(folder / "reference" / "summary.json")
-        under_way = folder / "reference-next"  # of a study that is not whole yet
-        newest = under_way if under_way.exists() else folder / "reference"
-        self.next = read_json(newest / "summary.json")
-        sweeps = (newest / "sweeps").glob("*.json")
+        sweeps = (folder / "reference" / "sweeps").glob("*.json")
         self.sweeps = [read_json(path) for path in sorted(sweeps, key=lambda path: study_order(path.stem))]
         bench = {name: json.loads((folder / "bench" / f"{name}.json").read_text("utf-8")) for name in BENCH}
         for name in BENCH:

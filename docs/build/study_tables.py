@@ -4,12 +4,15 @@ import statistics
 
 from cells import ends, loss_gap, number, pair_of, signed, spread, told
 
+from peftlib.core.config import resolve
 from peftlib.evaluation.stats import METRICS
-from peftlib.models.shapes import short_name
+from peftlib.models.shapes import SHAPES, short_name
+from peftlib.train.memory_model import best_plan
 
 NOT_MEASURED = ("not measured in this edition",)  # the header of a table whose data are not there
 AGAINST = ("qlora", "galore", "hybrid", "lora")  # what every method is compared with
 FACTORS = (0.25, 0.5, 0.75, 1.0)
+CARDS_GIB = (4, 8, 15, 24)
 # (BLEU-4, ROUGE-L) that others published, by method: an early look at the 270M, and a public study of the 1B.
 FIRST_LOOK = {"base": (0.046, 0.097), "qlora": (0.122, 0.400), "galore": (0.150, 0.439)}
 PUBLIC_STUDY = {"base": (0.058, 0.163), "qlora": (0.111, 0.233), "galore": (0.106, 0.227)}
@@ -27,17 +30,6 @@ def summary(results):
         ]
         label, cost = ("untrained", ("", "")) if method == "base" else (f"`{method}`", cost)
         yield label, *cost, losses[0], *scores, losses[1]
-
-
-def second(results):
-    """What is there of the second edition: one seed, so its intervals are over rows alone."""
-    yield "method", "ROUGE-L", "BLEU-4", "test loss", "loss on general text", "peak GiB", "trains"
-    for method, known in results.next["methods"].items():
-        scores = [known["scores"][metric] for metric in ("rougeL", "bleu4")]
-        cells = [f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})" for found in scores]
-        losses = [spread(known[name], "{:.3f}") for name in ("eval_loss", "general_loss")]
-        trained = f"{known['trainable_params']:,}" if known["trainable_params"] else ""
-        yield method, *cells, *losses, spread(known["peak_memory_gib"], "{:.2f}"), trained
 
 
 def scores(results):
@@ -119,7 +111,7 @@ def sides(results):
     if not results.reference.get("sides"):
         yield NOT_MEASURED
         return
-    yield "one seed", "ROUGE-L", "difference", "test loss", "general text loss", "peak GiB", "tokens/s", "on"
+    yield "one seed", "ROUGE-L", "difference", "test loss", "validation loss", "general text loss", "peak GiB"
     shown = set()
     for side in results.reference["sides"].values():
         for method, both in side["methods"].items():
@@ -133,10 +125,9 @@ def sides(results):
 
 
 def _side(facts, gap):
-    forms = {"eval_loss": "{:.3f}", "general_loss": "{:.3f}", "peak_memory_gib": "{:.2f}"}
-    forms |= {"median_tokens_per_second": "{:,.0f}"}
+    forms = {"eval_loss": "{:.3f}", "valid_loss": "{:.4f}", "general_loss": "{:.3f}", "peak_memory_gib": "{:.2f}"}
     cells = [number(facts[name], form) for name, form in forms.items()]
-    return number(facts["rougeL"], "{:.3f}"), gap, *cells, facts["on"] or ""
+    return number(facts["rougeL"], "{:.3f}"), gap, *cells
 
 
 def benchmarks_study(results):
@@ -249,5 +240,24 @@ def demo(results):
     yield "of it untrained, in the same 4 bits", *(number(found["general_loss_nf4"][m], "{:.3f}") for m in known)
 
 
-TABLES = (summary, second, scores, sources, pairs, general, cost, precision, others, demo)
+def fits(results):
+    """What training the 1B takes on cards of four sizes, by the planner."""
+    yield "", *(f"{gib} GiB" for gib in CARDS_GIB)
+    light = {"galore_weights": "bf16", "moment_bits": 8}
+    for method, fields in [
+        *((name, {}) for name in ("qlora", "hybrid", "galore", "lora", "full", "apollo")),
+        ("galore", light),
+    ]:
+        cells, cfg = [], resolve("gpu", **fields)
+        for gib in CARDS_GIB:
+            plan = best_plan(SHAPES["gemma-3-1b"], method, cfg, device_bytes=gib * 2**30, precision="bf16")
+            how = {"off": "" if not plan.is_cheap else ", cheap parts recomputed"}.get(
+                plan.checkpointing, f", {plan.recomputed} layers recomputed"
+            )
+            is_enough = plan.fits(gib * 2**30)
+            cells.append(f"{plan.total / 2**30:.1f} ({plan.micro_batch}{how})" if is_enough else "does not fit")
+        yield f"`{method}`" + (", weights in bf16, 8-bit moments" if fields else ""), *cells
+
+
+TABLES = (summary, scores, sources, pairs, general, cost, precision, others, demo, fits)
 TABLES += (sides, benchmarks_study, benchmarks_tasks, rewound)

@@ -49,17 +49,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python docs/build/update.py", description=__doc__)
     parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
     parser.add_argument("--take-reference", metavar="STUDY", help="the same for results/reference")
-    parser.add_argument(
-        "--take-next", metavar="STUDY", help="the same for results/reference-next, of a study under way"
-    )
     args = parser.parse_args(argv)
     try:
         if args.take:
             take_results.take_demo(open_study(args.take), RESULTS / "demo")
         if args.take_reference:
             take_results.take_reference(open_study(args.take_reference), RESULTS / "reference")
-        if args.take_next:
-            take_results.take_reference(open_study(args.take_next), RESULTS / "reference-next")
         tables = make_all(Results())
         for page in pages():
             text = page.read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 Behind a number stands its expression, `0.275<!-- = m.qlora.scores.rougeL.value -->`, and a claim in words may have one
 that holds, `lower<!-- is pair("rougeL", "hybrid", "galore").high < 0 -->`. Their names are those of `NAMES`, all from
 results/reference. A page that has one such number has one for each number, however small; phrases in test_numbers.KNOWN
-are left out, and so is what stands in tables between markers, code, links and names (4-bit, 270M).
+are left out, and so is what stands in tables between markers, code, links and names (4-bit, 16 bits, 270M).
 """
 
 import json
@@ -69,7 +69,7 @@ def unstated(text, known=()):
     text = re.sub(r"<!--.*?-->", "", STATED.sub("", text))
     for words in known:
         text = text.replace(words, "")
-    text = re.sub(r"`[^`]*`", "", text)
+    text = re.sub(r"`[^`]*`|\b\d+ bits\b", "", text)
     return [text[max(0, found.start() - 40) : found.end() + 15] for found in ANY_NUMBER.finditer(text)]
 
 
@@ -89,7 +89,7 @@ def test_a_wrong_number_an_unstated_one_and_a_claim_that_does_not_hold_are_found
         f"{m_loss():.3f}<!-- = mean(m.qlora.eval_loss) -->, {R.reference['n_test']:,}<!-- = ref.n_test --> rows, "
         f"−{-gap.value:.4f}<!-- = pair('rougeL', 'qlora', 'galore').value -->"
     )
-    assert wrong(right) == [] and unstated(f"{right} in 4-bit on the 270M, as `r=8`") == []
+    assert wrong(right) == [] and unstated(f"{right} in 4-bit and 16 bits on the 270M, as `r=8`") == []
     assert len(unstated(f"{right} with 3 seeds")) == 1
     assert unstated(f"{right} with 95 % intervals", ["95 % interval"]) == []
     assert len(wrong(right.replace("−", "+"))) == len(wrong(right.replace("−", ""))) == 1

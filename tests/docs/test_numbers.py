@@ -2,13 +2,11 @@
 
 import json
 import re
-import statistics
 from pathlib import Path
 
 import pytest
 import update
 from bench_tables import best_of_grids
-from cells import loss_gap, pair_of
 from result_tables import Results
 
 from peftlib.core.config import resolve
@@ -18,23 +16,10 @@ from peftlib.notebook import planner
 from peftlib.train import estimate
 
 R = Results()
-METHODS, BASE = R.reference["methods"], R.reference["methods"]["base"]
 BENCH = Path(__file__).resolve().parents[2] / "results" / "bench"
 PAGES = {page.name: page for page in update.pages()}
 # Thousands with commas, decimals, and whole percents; no dates, versions or parts of names.
 NUMBER = re.compile(r"(?<![\w.,/-])(?:\d{1,3}(?:,\d{3})+|\d+\.\d+|\d+(?= %))(?![\d.]*[\w/-])")
-
-
-def score(method, metric):
-    return METHODS[method]["scores"][metric]["value"]
-
-
-def mean(method, name):
-    return statistics.fmean(METHODS[method][name])
-
-
-def gib(method):
-    return mean(method, "peak_memory_gib")
 
 
 def bench(**wanted):
@@ -68,14 +53,6 @@ def ratio(ours, peer):
                 return a["tok_s"] / b["tok_s"]
 
 
-def gain(method, metric, over="over_base"):
-    return METHODS[method][over][metric]["value"]
-
-
-def rise(method):
-    return loss_gap(R, "general_loss", method, "base")["value"]
-
-
 def quick():
     """{part: minutes at the slow end} of the profile quick on a T4, and both ends of the sum."""
     cfg, (name, card) = resolve("quick"), find_card("t4")
@@ -93,10 +70,6 @@ def quick():
     }
 
 
-def by_rounding(method):
-    return METHODS[method]["general_loss_nf4"] - BASE["general_loss"][0]
-
-
 def parity(who, name):
     """A number of every method's parity row of one side."""
     return [row[name] for row in R.parity if row["who"] == who]
@@ -110,7 +83,7 @@ def bench_file(name):
 FROM_RESULTS = [
     ("running.md", "{:,.0f} rows in {:.0f} steps, the packaged 270M",
      [R.sweeps[0][name] for name in ("rows", "steps")]),
-    ("README.md", "three seeds, {:,} test rows", [R.reference["n_test"]]),
+    ("README.md", "three to five seeds, {:,} real test rows", [R.reference["n_test"]]),
     ("README.md", "fp16 within a T4's {} GiB", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3", date="2026-11-27")["cap_gib"]]),
     ("README.md", "16 rows of {:,} tokens a step", [R.methods[0]["seq"]]),
     ("README.md", "{:.1f} million tokens", [R.reference["train_tokens"][0] / 1e6]),
@@ -147,31 +120,11 @@ FROM_RESULTS = [
     ("memory.md", "({matrices} matrices, rank {rank}) GaLore's fast bases hold at least {cold_min:.2%}", R.fp16["energy"]),
     ("memory.md", "made anew, and at least {warm_min:.2%} when refreshed after {steps_apart} steps", R.fp16["energy"]),
     ("memory.md", "for these steps holds {stale_min:.0%} at least and {stale_median:.0%} in the median", R.fp16["energy"]),
-    ("reference-study.md", "the same {train:,} training rows, scored on {test:,} test rows", R.reference["rows"]),
-    ("reference-study.md", "| rows | {train:,} training, {valid:,} validation, {test:,} test |", R.reference["rows"]),
-    ("reference-study.md", "| {} steps and {:,} tokens for", [*R.reference["steps"], *R.reference["train_tokens"]]),
-    ("reference-study.md", "BLEU-4 rises from {:.3f} to between {:.3f} (`qlora`) and {:.3f} (`full`)",
-     [score(method, "bleu4") for method in ("base", "qlora", "full")]),
-    ("reference-study.md", "ROUGE-L from {:.3f} to between {:.3f} and {:.3f}.",
-     [score(method, "rougeL") for method in ("base", "qlora", "full")]),
-    ("reference-study.md", "cut at {} words, the median length of a reference, `qlora` still gains {:.3f} ROUGE-L",
-     [R.reference["cut_at_words"], gain("qlora", "rougeL", "over_base_cut")]),
-    ("reference-study.md", "{:.3f} nats per token, followed by `lora` ({:.3f}) and `apollo` ({:.3f})",
-     [mean(m, "eval_loss") for m in ("galore", "lora", "apollo")]),
-    ("reference-study.md", "needs the least, {:.2f} GiB, and `apollo` the most, {:.2f} GiB", [gib("qlora"), gib("apollo")]),
-    ("reference-study.md", "before any training: {:.3f} of {:.3f} for `qlora`", [by_rounding("qlora"), rise("qlora")]),
-    ("reference-study.md", "its test loss is {:.4f} higher", [loss_gap(R, "eval_loss", "hybrid", "qlora")["value"]]),
-    ("reference-study.md", "It needs {:.2f} GiB more than `qlora` and {:.2f} GiB less than `galore`",
-     [gib("hybrid") - gib("qlora"), gib("galore") - gib("hybrid")]),
-    ("reference-study.md", "gains {:.3f} ROUGE-L over the untrained", [gain("qlora", "rougeL")]),
-    ("reference-study.md", "and {:.3f} higher than `galore`'s", [loss_gap(R, "general_loss", "hybrid", "galore")["value"]]),
-    ("reference-study.md", "itself: {:.1%} of its answers hit", [BASE["truncated_share"]]),
-    ("reference-study.md", "cut at {} tokens when you compare", [R.reference["first_look"]["max_new_tokens"]]),
     *(("benchmarks.md", f"| {published} | {{:.3f}} | {{}} |", benchmark(task))
       for published, task in (("0.577", "arc_easy"), ("0.677", "piqa"), ("0.614", "boolq"),
         ("none found", "winogrande"), ("none found", "lambada_openai"))),
     ("benchmarks.md", "after QLoRA on {:,} real rows it gets {:.3f} of `gsm8k` right, and obeys {:.3f} of `ifeval`",
-     [R.next["rows"]["train"], *(score_of("qlora", task)["score"] for task in ("gsm8k", "ifeval"))]),
+     [R.reference["rows"]["train"], *(R.reference["benchmarks"]["tasks"][task]["methods"]["qlora"]["value"] for task in ("gsm8k", "ifeval"))]),
     ("benchmarks.md", "takes {:.0f} seconds for one model",
      [sum(score_of("qlora", task)["seconds"] for task in SETS[RETENTION])]),
     ("resume.md", "checkpoint of the 1B has {:.2f} GiB", [checkpoint()]),
@@ -225,7 +178,9 @@ KNOWN = [
     ("memory.md", "take 0.07 s. Spread over the steps, the dearest one takes 0.002 s of a step of 0.3 s"),
     ("memory.md", "Unsloth 2026.10.9"),
     ("methods.md", "capability 8.0"),
-    ("reference-study.md", "6,000 rows, 300 test rows, one seed"),
+    *(("reference-study.md", words) for words in ("| Gemma 3 270M", "262 of 8,188 are genuine", "UltraChat's 1,200 are genuine",
+      "At rank 32 instead of 128", "with rows of 1,024 tokens", "**4 GiB**", "**8 GiB**", "**15 GiB**", "**24 GiB**",
+      "do not hold 0", "Rank 256 stopped", "have 256 rows", "GaLore at rank 256")),
     ("resume.md", "at 0.3 times"),
     ("resume.md", "less than 2 % of the time"),
     ("resume.md", "(2.60 float32 weights, 0.70 bases and moments), 2.83 with `moment_bits = 8`, and 1.53 with"),
@@ -272,27 +227,6 @@ def test_losses_are_as_near_to_those_of_stock_libraries_as_readme_says():
     assert max(map(abs, parity("ours", "loss_over_stock"))) < 0.001
 
 
-def test_the_words_of_the_reference_study_follow_from_its_intervals():
-    def higher(metric, method):
-        return {other for other in R.trained if other != method and is_above(metric, method, other)}
-
-    def is_above(metric, method, other):
-        gap = pair_of(R, metric, method, other)
-        return gap["low"] > 0
-
-    assert higher("bleu4", "full") == {"qlora", "hybrid"} and higher("rougeL", "full") == {"lora", "qlora", "hybrid"}
-    assert higher("bleu4", "galore") >= {"qlora"} and "qlora" not in higher("rougeL", "galore")
-    assert all(pair_of(R, metric, "galore", "lora")["is_noise"] for metric in ("bleu4", "rougeL"))
-    assert pair_of(R, "rougeL", "hybrid", "qlora")["is_noise"]
-    assert loss_gap(R, "general_loss", "hybrid", "qlora")["is_noise"]
-    assert (
-        loss_gap(R, "eval_loss", "hybrid", "qlora")["low"] > 0 < loss_gap(R, "general_loss", "hybrid", "galore")["low"]
-    )
-    assert min(R.trained, key=gib) == "qlora" and max(R.trained, key=gib) == "apollo"
-    assert min(R.trained, key=lambda method: mean(method, "eval_loss")) == min(R.trained, key=rise) == "galore"
-    assert all(loss_gap(R, "general_loss", method, "base")["low"] > 0 for method in R.trained)
-    assert sum(known["sweep"]["from"]["is_at_edge"] for known in R.trained.values()) == 5
+def test_the_demo_is_too_small_to_tell_what_training_gained_beyond_stopping():
     assert all(gap["is_noise"] for gap in R.demo["rougeL_over_base_cut"].values())
     assert not any(gap["is_noise"] for gap in R.demo["rougeL_over_base"].values())
-    for method in ("qlora", "hybrid"):
-        assert by_rounding(method) > 0.5 * rise(method)

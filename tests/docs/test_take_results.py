@@ -207,7 +207,7 @@ def test_a_study_with_another_setting_stands_beside_it(taken):
     assert lines[0].startswith("| galore, as in the study | 0.") and lines[1].startswith(
         "| galore with `galore_rank` = 4 | 0."
     )
-    assert f"| {ends(gap)} |" in lines[1].replace("**", "") and "| 2.00 | 750 | CPU |" in lines[1]
+    assert f"| {ends(gap)} |" in lines[1].replace("**", "") and lines[1].endswith("| 2.00 |")
 
 
 def test_benchmarks_stand_beside_the_untrained_model_with_their_seeds(taken):
@@ -228,8 +228,11 @@ def test_benchmarks_stand_beside_the_untrained_model_with_their_seeds(taken):
 def test_rewound_models_are_a_row_a_method_from_base_to_tuned(taken):
     points = taken.found["rewound"]["qlora"]
     assert [point["factor"] for point in points] == [0.0, 0.5, 1.0]
-    cells = "| qlora | 2.500 / 3.000 / 0.100 / – |  | 2.400 / 2.900 / 0.200 / – |  | 2.300 / 2.800 / 0.300 / – |"
-    assert cells in taken.tables["rewound"]
+    known = taken.found["methods"]
+    ends = ["{:.3f}".format(known[name]["eval_loss"][0]) for name in ("base", "qlora")]
+    row = next(line for line in taken.tables["rewound"].splitlines() if line.startswith("| qlora |"))
+    assert "|  | 2.400 / 2.900 / 0.200 / – |  |" in row  # what was not scored is an empty cell
+    assert row.startswith(f"| qlora | {ends[0]} / ") and f"|  | {ends[1]} / " in row
 
 
 def test_an_edition_without_benchmarks_rewinding_or_sides_says_so(taken, tmp_path):
