@@ -251,9 +251,8 @@ def fits(results):
         cells, cfg = [], resolve("gpu", **fields)
         for gib in CARDS_GIB:
             plan = best_plan(SHAPES["gemma-3-1b"], method, cfg, device_bytes=gib * 2**30, precision="bf16")
-            how = {"off": "" if not plan.is_cheap else ", cheap parts recomputed"}.get(
-                plan.checkpointing, f", {plan.recomputed} layers recomputed"
-            )
+            layers = "all" if plan.recomputed == SHAPES["gemma-3-1b"].layers else plan.recomputed
+            how = f"; {layers} layers" if plan.checkpointing != "off" else "; cheap parts" if plan.is_cheap else ""
             is_enough = plan.fits(gib * 2**30)
             cells.append(f"{plan.total / 2**30:.1f} ({plan.micro_batch}{how})" if is_enough else "does not fit")
         yield f"`{method}`" + (", weights in bf16, 8-bit moments" if fields else ""), *cells

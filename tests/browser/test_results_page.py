@@ -64,6 +64,7 @@ def page(tmp_path_factory):
         patch.setattr("peftlib.report.site.build.LENGTHS", (512, 1024))
         found = report.scored(study)
         points = [{"factor": f, "test_loss": 3 - f, "general_loss": 3 + f, "rougeL": 0.3 + f / 4} for f in (0, 0.5, 1)]
+        points = [{**point, "retention": 0.5 - point["factor"] / 8} for point in points]
         found[-1].__dict__["rewound"] = {"qlora": points}  # as a study has it that was rewound
         patch.setattr("peftlib.report.site.data.scored", lambda _: found)
         return build.build_site([study.folder], root / "page & more")
@@ -161,6 +162,12 @@ def test_charts_say_what_they_show_and_follow_the_filter(opened):
     opened.wait(
         "return document.querySelector('#pareto [role=img]').ariaLabel.includes('against training time')", "hours"
     )
+    opened.choose("#filter", "")
+    before = opened.drawn("rewind-lines")
+    opened.choose("#rewind-score", "retention")
+    opened.wait("return document.getElementById('rewind-lines').dataset.drawn > arguments[0]", "accuracy", before)
+    assert "accuracy on retention tasks" in opened.run(words.replace("#pareto", "#rewind-lines"))
+    opened.choose("#filter", "galore")
     hidden = "return document.getElementById('rewind').hidden"
     opened.wait(hidden, "end of the chart that has no method left")
     opened.choose("#filter", "")

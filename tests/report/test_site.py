@@ -129,6 +129,16 @@ def test_a_study_without_rows_and_answers_shows_the_rest(study, tmp_path):
     data = taken(folder, "runs")
     assert data["answers"] == [] and not (folder / "data" / "rows.js").exists()
     assert [run["method"] for run in data["runs"]] == ["base", "qlora", "hybrid"] and data["runs"][1]["curve"]
+    assert data["intervals"] == []
+
+    # What docs/build takes of a study says more: intervals of scores and of benchmarks.
+    found = {"value": 0.5, "low": 0.4, "high": 0.6}
+    of = {"methods": {"qlora": {"scores": {"rougeL": {**found, "seeds": [0.5]}}}}}
+    of["benchmarks"] = {"tasks": {"piqa": {"n": 9, "methods": {"base": {**found, "seeds": [0], "is_at_floor": False}}}}}
+    write_json(bare / "summary.json", of)
+    data = taken(build_site([bare], tmp_path / "page").parent, "runs")
+    shown = [(entry["method"], entry["key"], entry["low"], entry["high"]) for entry in data["intervals"]]
+    assert shown == [("qlora", "rougeL", 0.4, 0.6), ("base", "bench_piqa", 0.4, 0.6)]
 
 
 def test_studies_of_equal_rows_share_a_page(study, tmp_path):

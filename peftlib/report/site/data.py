@@ -113,11 +113,10 @@ def _published(folder, name):
     runs = [Run(records[row.method, row.seed]) for row in frame.itertuples()]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     scores = {method: known.get("scores") or {} for method, known in summary.get("methods", {}).items()}
-    values = [
-        (method, key, {name: of[name] for name in ("value", "low", "high")})
-        for method, known in scores.items()
-        for key, of in known.items()
-    ]
+    known = [(method, key, of) for method, found in scores.items() for key, of in found.items()]
+    for task, found in summary.get("benchmarks", {}).get("tasks", {}).items():
+        known += [(method, f"{_BENCH}{task}", of) for method, of in found["methods"].items()]
+    values = [(method, key, {name: of[name] for name in ("value", "low", "high")}) for method, key, of in known]
     by_source = [
         (source, method, key, {"value": value})
         for source, known in summary.get("sources", {}).items()

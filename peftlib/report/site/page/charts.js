@@ -24,7 +24,8 @@
     const is = (one) => one.study === group.study && one.method === group.method && one.key === key;
     const entry = !group.isWhole ? null : source === undefined ? data().intervals.find(is) : data().sources.find((one) => is(one) && one.source === source);
     if (entry) return { value: entry.value, low: entry.low ?? entry.value, high: entry.high ?? entry.value };
-    const values = source === undefined ? group.runs.map((run) => run[key]) : [], value = mean(values);
+    const of = source === undefined ? group.runs.map((run) => run[key]) : [];
+    const values = key.startsWith("bench_") ? of.filter((value) => value !== null && value !== undefined) : of, value = mean(values); // not every seed is scored
     if (value === null) return null;
     return { value, low: Math.min(...values), high: Math.max(...values) };
   }
@@ -176,7 +177,7 @@
     const choice = $("rewind-score"), of = { label: choice.selectedOptions[0].textContent, unit: choice.value.endsWith("_loss") ? "nats/token" : "", digits: 3 };
     const known = groups().map((group) => data().rewound.find((one) => one.study === group.study && one.method === group.method));
     const values = known.filter(Boolean).flatMap((one) => one.points.map((point) => ({ name: ENTRY(one), method: one.method, factor: point.factor, value: point[choice.value] })))
-      .filter((point) => point.value !== null);
+      .filter((point) => Number.isFinite(point.value));
     const coded = encodings(values.map((v) => v.method));
     const spec = {
       data: { values }, mark: { type: "line", point: true },
@@ -198,7 +199,7 @@
     const scored = new Set(data().sources.map((one) => one.key));
     options($("source-score"), pairs(known.filter((of) => scored.has(of.key))), "rougeL");
     options($("bench-score"), pairs(known.filter((of) => of.key.startsWith("bench_"))));
-    const hasRetention = data().rewound.some((one) => one.points.some((point) => point.retention !== null));
+    const hasRetention = data().rewound.some((one) => one.points.some((point) => Number.isFinite(point.retention)));
     options($("rewind-score"), [["general_loss", "loss on general text"], ["test_loss", "loss on the test rows"], ["rougeL", "ROUGE-L"], ...(hasRetention ? [["retention", "accuracy on retention tasks"]] : [])]);
     const places = { tradeoffs: pareto, training: loss, sources, benchmarks, rewind };
     const has = { tradeoffs: across.length, training: true, sources: scored.size, benchmarks: $("bench-score").options.length, rewind: data().rewound.length };
