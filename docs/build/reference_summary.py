@@ -164,15 +164,16 @@ def _over_seeds(found):
 def seeds_difference(values, others, *, resamples=20_000, seed=0):
     """95 % Interval of mean(values) - mean(others), numbers of one seed each; seeds are all that varies.
 
-    Each mean is drawn from Student's t around it (Behrens-Fisher); a side with one value stands as it is.
+    Each mean is drawn from Student's t around it, seeds paired in their order; a side with one value stands as it is.
     ValueError: no values on a side, or one on both, of which nothing says how far seeds are apart.
     """
     if not values or not others or max(len(values), len(others)) < 2:
         raise ValueError(f"{len(values)} and {len(others)} seeds: an interval over seeds needs two on a side")
-    rng = np.random.default_rng(seed)
-    mine, theirs = (stats.seed_weights(len(side), resamples, rng) @ np.array(side, float) for side in (values, others))
-    low, high = np.quantile(mine - theirs, [0.025, 0.975])
-    return stats.Interval(statistics.fmean(values) - statistics.fmean(others), float(low), float(high))
+    draws = stats.SeedDraws(resamples, max(len(values), len(others)), np.random.default_rng(seed))
+    mine, theirs = (draws.of(len(side)) @ np.array(side, float) for side in (values, others))
+    value = statistics.fmean(values) - statistics.fmean(others)
+    low, high = value + np.quantile(mine - theirs, [0.025, 0.975])
+    return stats.Interval(value, float(low), float(high))
 
 
 def _at_limit(found, cfg, limit, methods=(BASE, "qlora", "galore")):

@@ -5,6 +5,7 @@ import statistics
 from cells import ends, loss_gap, number, pair_of, signed, spread, told
 
 from peftlib.core.config import resolve
+from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
 from peftlib.evaluation.stats import METRICS
 from peftlib.models.shapes import SHAPES, short_name
 from peftlib.train.memory_model import best_plan
@@ -20,30 +21,30 @@ PUBLIC_STUDY = {"base": (0.058, 0.163), "qlora": (0.111, 0.233), "galore": (0.10
 
 def summary(results):
     """README's table: the reference study in one row a method."""
-    yield "method", "peak GiB", "tokens/s", "test loss", "ROUGE-L", "BLEU-4", "loss on general text"
+    yield "method", "peak GiB", "test loss", "ROUGE-L", "BLEU-4", "loss on general text"
     for method, known in results.reference["methods"].items():
         scores = [f"{known['scores'][metric]['value']:.3f}" for metric in ("rougeL", "bleu4")]
         losses = [f"{statistics.fmean(known[name]):.3f}" for name in ("eval_loss", "general_loss")]
-        cost = [
-            spread(known["peak_memory_gib"], "{:.2f}", False),
-            spread(known["median_tokens_per_second"], "{:,.0f}", False),
-        ]
-        label, cost = ("untrained", ("", "")) if method == "base" else (f"`{method}`", cost)
-        yield label, *cost, losses[0], *scores, losses[1]
+        label = "untrained" if method == "base" else f"`{method}`"
+        yield label, spread(known["peak_memory_gib"], "{:.2f}", False), losses[0], *scores, losses[1]
 
 
 def scores(results):
     yield (
         *("method", "seeds", "ROUGE-L", "gain over base", "BLEU-4", "gain over base"),
-        *("test loss", "general text loss", "untrained, in its 4 bits"),
+        *("test loss", "general text loss", "untrained, in its 4 bits", "met the limit"),
     )
+    cut, at = results.reference["base_cut"], results.reference["cut_at_words"]
     for method, known in results.reference["methods"].items():
         cells = []
         for metric in ("rougeL", "bleu4"):
             gain = known["over_base"] and ends(known["over_base"][metric])
             cells += [spread(known["scores"][metric]["seeds"], "{:.3f}"), gain or ""]
         losses = [spread(known[name], "{:.3f}") for name in ("eval_loss", "general_loss")]
-        yield method, str(len(known["seeds"])), *cells, *losses, number(known["general_loss_nf4"], "{:.3f}")
+        rounded, share = number(known["general_loss_nf4"], "{:.3f}"), number(known["truncated_share"], "{:.1%}")
+        yield method, str(len(known["seeds"])), *cells, *losses, rounded, share
+        if method == "base" and cut:
+            yield f"base, cut at {at} words", "1", f"{cut['rougeL']:.3f}", "", f"{cut['bleu4']:.3f}", *[""] * 5
 
 
 def sources(results):
@@ -151,15 +152,15 @@ def benchmarks_study(results):
 
 
 def benchmarks_tasks(results):
-    """The retention tasks on which the untrained model is above guessing."""
-    known = results.reference.get("benchmarks", {"lost_on": []})
-    if not known["lost_on"]:
+    """All tasks of which the score is an accuracy of the retention set."""
+    tasks = results.reference.get("benchmarks", {"tasks": {}})["tasks"]
+    facts = {task: of for task, of in tasks.items() if task in SETS[RETENTION] and not of["is_perplexity"]}
+    if not facts:
         yield NOT_MEASURED
         return
-    facts = {task: known["tasks"][task] for task in known["lost_on"]}
     guessing = {task: f", guessing {of['chance']:.3f}" if of["chance"] else "" for task, of in facts.items()}
     yield "method", *(f"{task} ({of['n']:,} rows{guessing[task]})" for task, of in facts.items())
-    for method, cells in _of_tasks(known, known["lost_on"]):
+    for method, cells in _of_tasks(results.reference["benchmarks"], [*facts]):
         yield method, *cells
 
 

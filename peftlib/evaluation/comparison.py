@@ -8,6 +8,7 @@ from peftlib.methods import BASE
 
 # Settings of one method alone: they may differ between methods without making them unequal.
 _OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "loraplus_", "oft_", "seed")
+_SCORED_AFTER = ("benchmark", "rewind")  # settings that say what else a run is scored on
 _RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")  # of the record
 PAIR_COLUMNS = ("metric", "method", "other", "difference", "low", "high", "p", "verdict")
 
@@ -56,7 +57,7 @@ def unmatched(runs):
     trained = [run for run in finished if not run.is_external]
     found = [_elsewhere(run.record) for run in finished if run.is_external]
     for name in dict.fromkeys(name for run in trained for name in run.record["config"]):
-        if not name.startswith(_OWN_SETTINGS) and name not in ("study", "profile", *_RUN_FACTS):
+        if not name.startswith((*_OWN_SETTINGS, *_SCORED_AFTER)) and name not in ("study", "profile", *_RUN_FACTS):
             found += _differing(name, [(run, run.record["config"].get(name)) for run in trained])
     for name in _RUN_FACTS:
         found += _differing(name, [(run, run.record[name]) for run in trained])

@@ -1,7 +1,7 @@
 """Bootstrap confidence intervals and paired significance tests of methods that answered the same test rows.
 
 The scores are corpus BLEU-4 (from summed statistics) and mean ROUGE-L, of one or more runs (seeds) of each method.
-All methods share each resample's rows, so that differences are paired.
+All methods share each resample's rows and seeds, so that differences are paired.
 """
 
 import math
@@ -58,7 +58,7 @@ class Bootstrap:
         return _interval(self.value[method][metric], self.replicates[method][metric], self.n_rows, self.resamples)
 
     def difference(self, method, other, metric):
-        """95 % interval of score(method) - score(other), paired by rows."""
+        """95 % interval of score(method) - score(other), paired by rows and seeds."""
         value = self.value[method][metric] - self.value[other][metric]
         drawn = self.replicates[method][metric] - self.replicates[other][metric]
         return _interval(value, drawn, self.n_rows, self.resamples)
@@ -68,7 +68,8 @@ def bootstrap(runs, *, resamples=2000, seed=0):
     """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
 
     A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample
-    is taken 50 times, with the mean over a method's seeds from Student's t around it, for each method by itself.
+    is taken 50 times, with the mean over a method's seeds from Student's t around it. Seeds are paired in their order:
+    a seed is the same order of training rows for all methods, and what that does to all of them is no difference.
     Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and
     by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
     DataError: no runs, or runs of unequal row counts.
@@ -107,13 +108,18 @@ def _over_seeds(runs, n_rows, scores, drawn, rng):
     """Bootstrap of means over seeds. scores, drawn: {metric: (1 or resamples, runs)}, runs in the order of `runs`."""
     owners = [method for method, seeds in runs.items() for _ in seeds]
     resamples, value, replicates = len(next(iter(drawn.values()))), {}, {}
-    draws = 1 if max(map(len, runs.values())) == 1 else _SEED_DRAWS
-    for method in runs:
+    most = max(map(len, runs.values()))
+    draws = 1 if most == 1 else _SEED_DRAWS
+    strays = SeedDraws(resamples * draws, most, rng)
+    for method, seeds in runs.items():
         mine = [column for column, owner in enumerate(owners) if owner == method]
-        weights = seed_weights(len(mine), resamples * draws, rng).reshape(resamples, draws, -1)
+        apart = strays.of(len(seeds))
         value[method] = {name: float(found[0, mine].mean()) for name, found in scores.items()}
         replicates[method] = {
-            name: (found[:, None, mine] * weights).sum(axis=-1).ravel() for name, found in drawn.items()
+            name: (
+                found[:, mine].mean(axis=1)[:, None] + (apart @ scores[name][0, mine]).reshape(resamples, draws)
+            ).ravel()
+            for name, found in drawn.items()
         }
     return Bootstrap(n_rows, resamples, value, replicates)
 
@@ -160,18 +166,24 @@ def sums_interval(values, score, *, resamples=2000, seed=0):
     return _interval(float(score(values.sum(axis=0, keepdims=True))[0]), drawn, len(values), resamples)
 
 
-def seed_weights(n_seeds, draws, rng):
-    """(draws, n_seeds) weights that sum to 1, under which a mean over seeds has Student's t around it.
+class SeedDraws:
+    """Weights by which means over seeds stray from themselves as Student's t says, the same draws for all methods.
 
     Drawing k seeds with replacement shows only (k - 1) / k of their mean's variance, and of three seeds nothing of how
-    badly three numbers tell a variance; with t of k - 1 degrees of freedom the interval holds what it promises.
+    badly three numbers tell a variance; with t the interval holds what it promises. Shared draws pair the methods'
+    first seeds, their second ones and so on: a difference then has the t interval of the differences seed by seed.
     """
-    if n_seeds == 1:
-        return np.ones((draws, 1))
-    normal = rng.standard_normal((draws, n_seeds))
-    chi = rng.chisquare(n_seeds - 1, size=(draws, 1)) / (n_seeds - 1)
-    apart = normal - normal.mean(axis=1, keepdims=True)
-    return 1 / n_seeds + apart / np.sqrt(n_seeds * (n_seeds - 1) * chi)
+
+    def __init__(self, draws, most_seeds, rng):
+        self._normal = rng.standard_normal((draws, most_seeds))
+        self._chi = np.square(rng.standard_normal((draws, most_seeds - 1))).cumsum(axis=1)  # of 1, 2, ... degrees
+
+    def of(self, n_seeds):
+        """(draws, n_seeds) weights that sum to 0; one seed strays by nothing."""
+        if n_seeds == 1:
+            return np.zeros((len(self._normal), 1))
+        normal = self._normal[:, :n_seeds]
+        return (normal - normal.mean(axis=1, keepdims=True)) / np.sqrt(n_seeds * self._chi[:, [n_seeds - 2]])
 
 
 def few_rows_note(n_rows):

@@ -198,3 +198,31 @@ def test_few_seeds_that_differ_are_covered_too():
         covered += one.low <= 0.5 <= one.high
         equal += found.difference("a", "b", "rougeL").is_noise
     assert covered / ROUNDS >= 0.93 and equal / ROUNDS >= 0.93
+
+
+def seeded(rng, effects, *, n_rows=300):
+    """Runs of one method whose skill is 0.5 and an effect of each seed."""
+    return [simulated(rng, n_rows, skill=0.5 + effect) for effect in effects]
+
+
+def test_what_a_seed_does_to_all_methods_is_no_difference():
+    rng = np.random.default_rng(17)
+    common = [-0.08, 0.0, 0.08]
+    paired = {"a": seeded(rng, common), "b": seeded(rng, common)}
+    turned = {"a": paired["a"], "b": paired["b"][::-1]}
+    widths = [of.high - of.low for of in (quietly(runs).difference("a", "b", "rougeL") for runs in (paired, turned))]
+    assert widths[0] < 0.4 * widths[1]
+    alone = quietly(paired).interval("a", "rougeL")
+    assert alone.high - alone.low > 2 * widths[0]
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (5, 3)])
+def test_an_interval_over_paired_seeds_covers_the_true_difference(counts):
+    """Two equal methods whose seeds share half of what they do; one method may have more of them."""
+    rng, held = np.random.default_rng(23), 0
+    for _ in range(ROUNDS):
+        common = rng.normal(0, 0.05, size=5)
+        sides = [seeded(rng, common[:n] + rng.normal(0, 0.05, size=n), n_rows=100) for n in counts]
+        found = quietly({"a": sides[0], "b": sides[1]}, seed=int(rng.integers(2**31)), resamples=300)
+        held += found.difference("a", "b", "rougeL").is_noise
+    assert held / ROUNDS >= 0.92

@@ -34,8 +34,10 @@ class TaskScores:
         return self.boot.interval(method, stats.RATIO)
 
     def is_at_floor(self, method):
-        """Whether guessing could have scored this."""
-        return self.chance is not None and self.interval(method).low <= self.chance
+        """Whether guessing could have scored this. Less than guessing is no floor: it has lost something, if only how
+        often it says yes."""
+        found = self.interval(method)
+        return self.chance is not None and found.low <= self.chance <= found.high
 
     def pairs(self):
         """[Pair, ...] of every two methods of which one is above the floor, the later one first."""
@@ -86,7 +88,7 @@ def _task_scores(task, runs, leaves_out):
 def lost(found):
     """({method: Interval of its mean change of accuracy against base}, [task, ...]) over the retention tasks.
 
-    Tasks on which base is at its floor are left out, for nothing can be lost there; so is perplexity, which is no
+    Tasks on which base is at its floor are left out, for no knowledge can be lost there; so is perplexity, which is no
     accuracy, and a method or seed that lacks one of the tasks. ({}, []) where nothing remains.
     """
     of = [scores for scores in found if scores.task in SETS[RETENTION] and BASE in scores.runs]
