@@ -25,7 +25,7 @@ _ABOUT = {
     "02_qlora": ("how far do adapters on a 4-bit model get?", "record, PEFT adapter"),
     "03_galore": ("how far does training every linear layer get?", "record, model in bf16"),
     "04_eval": ("which is better on unseen rows, and how sure is that?", "answers, `results.csv`, report, figures"),
-    "05_hybrid": ("does the mixture pay?", "record, weights, the final report"),
+    "05_hybrid": ("is the hybrid worth it?", "record, weights, the final report"),
 }
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 _KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"

@@ -179,7 +179,7 @@ KNOWN = [
     ("memory.md", "Unsloth 2026.10.9"),
     ("methods.md", "capability 8.0"),
     *(("reference-study.md", words) for words in ("| Gemma 3 270M", "262 of 8,188 are genuine", "UltraChat's 1,200 are genuine",
-      "At rank 32 instead of 128", "with rows of 1,024 tokens", "**4 GiB**", "**8 GiB**", "**15 GiB**", "**24 GiB**",
+      "at rank 32 instead of 128", "with rows of 1,024 tokens", "**4 GiB**", "**8 GiB**", "**15 GiB**", "**24 GiB**",
       "do not hold 0", "Rank 256 stopped", "have 256 rows", "GaLore at rank 256")),
     ("resume.md", "at 0.3 times"),
     ("resume.md", "less than 2 % of the time"),
