@@ -22,8 +22,8 @@ def fuse_adapters(model):
 
     PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece. The
     result is PEFT's, and parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep
-    PEFT's forward; 4-bit ones of them give their input's dtype, see _as_given. Layers that get the same input become one
-    product: their weights then lie side by side in memory.
+    PEFT's forward; 4-bit ones of them give their input's dtype, see _as_given. Layers that get the same input become
+    one product: their weights then lie side by side in memory.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
