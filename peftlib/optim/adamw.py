@@ -109,7 +109,7 @@ class Accumulating:
 
         Returns (grad_norm, found_inf), 0-dim float32 tensors: the L2 norm before clipping of all that step() will
         apply, and 1.0 if any of it, or of what a basis was fitted to, is inf or nan, else 0.0. Call it once per step.
-        No host synchronisation.
+        No host synchronisation, except where a basis is fitted.
         """
         summed = self._accumulated()
         if not summed:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 COLD_ITERATIONS = 8  # from random columns: 99.9 % of the exact basis's energy on a slow 1/sqrt(i) spectrum
 WARM_ITERATIONS = 3
-_SHIFT = 1e-7  # of the largest eigenvalue: keeps the iteration's product of full rank where the gradient is not
+_SHIFT = 1e-6  # of the trace: keeps the iteration's product of full rank, above rounding, where the gradient is not
+_ORTHONORMAL = 1e-5  # how far a basis's products may be from 0 and 1
 
 
 def gram(grad: Tensor) -> Tensor:
@@ -28,20 +29,36 @@ def gram(grad: Tensor) -> Tensor:
 def leading_space(grams: Tensor, start: Tensor, iterations: int) -> Tensor:
     """Orthonormal columns that span the leading eigenvectors of each Gram matrix.
 
-    grams: (k, m, m) from `gram`; start: (k, m, r) float32 of full column rank. Returns (k, m, r) float32. No host
-    synchronisation and no branch on values, so it is the same for one matrix and for a batch up to rounding.
+    grams: (k, m, m) from `gram`; start: (k, m, r) float32 of full column rank, r <= m. Returns (k, m, r) float32, the
+    same for one matrix and for a batch up to rounding. Waits for the device once: a basis that is not orthonormal,
+    whose columns were too nearly dependent for the fast factorization, is made again by Householder's, which takes any.
     """
-    basis = start
+    bases = _iterated(grams, start, iterations, _by_cholesky)
+    exact = bases.double()
+    errors = (exact.mT @ exact - torch.eye(start.shape[-1], device=start.device)).abs().amax((1, 2))
+    for i in (~(errors < _ORTHONORMAL)).nonzero().flatten().tolist():
+        bases[i : i + 1] = _iterated(grams[i : i + 1], start[i : i + 1], iterations, _by_householder)
+    return bases
+
+
+def _iterated(grams, start, iterations, orthonormal):
+    basis = orthonormal(start)  # random columns, when there are m, may be as nearly dependent as the gradient's
     for _ in range(iterations):
-        basis = _orthonormal(torch.baddbmm(basis, grams, basis, beta=_SHIFT))
-    return _orthonormal(basis)
+        basis = orthonormal(torch.baddbmm(basis, grams, basis, beta=_SHIFT))
+    return orthonormal(basis)
 
 
-def _orthonormal(columns):
+def _by_cholesky(columns):
     """Cholesky QR. The small products are float64: squaring the condition number is more than float32 bears."""
     wide = columns.double()
     factor = torch.linalg.cholesky_ex(wide.mT @ wide)[0]
     return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.float().contiguous()
+
+
+def _by_householder(columns):
+    """The same, with the signs of Cholesky's, of columns of any rank; several times slower on a GPU."""
+    basis, factor = torch.linalg.qr(columns.double())
+    return torch.where(factor.diagonal(dim1=-2, dim2=-1)[:, None] < 0, -basis, basis).float()
 
 
 def random_start(m: int, r: int, *, seed: int, device) -> Tensor:

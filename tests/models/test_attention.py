@@ -1,9 +1,12 @@
 import pytest
 import tiny
 import torch
+from test_adapters import KINDS, adapted
 from test_layers import loss_and_gradients, prepared, rows  # noqa: F401
 
+from peftlib.models.inspect import PROJECTIONS, core
 from peftlib.models.kernels import attention
+from peftlib.models.load import load_base
 
 
 @pytest.fixture
@@ -31,6 +34,45 @@ def test_flat_rows_have_the_loss_and_gradients_of_rows_alone(prepared, method, m
     # Calls without cumulative lengths, as of evaluation, attend as before.
     again, _ = loss_and_gradients(model, alone)
     assert again == two
+
+
+def as_flash(query, key, value, *how):
+    """FlashAttention's refusal, where there is no GPU."""
+    if any(t.dtype not in (torch.float16, torch.bfloat16) for t in (query, key, value)):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return attention.attention_by_rows(query, key, value, *how)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """PEFT asks whether the GPU's autocast is on, by no argument; here it is the CPU's."""
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: asked(*(kind or ("cpu",))))
+    monkeypatch.setitem(attention.KERNELS, "narrow", as_flash)
+
+
+QUICK = [("LORA", True), ("DORA", True), ("DORA", False), ("OFT", True), ("IA3", True), ("ROAD", True)]
+ADAPTERS = QUICK + [(kind, True) for kind in KINDS if KINDS[kind].takes_4_bit] + [(kind, False) for kind in KINDS]
+ADAPTERS = [pytest.param(*a, marks=() if a in QUICK else pytest.mark.slow) for a in dict.fromkeys(ADAPTERS)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind, four_bit", ADAPTERS)
+def test_every_adapter_attends_in_16_bits(tiny_model, as_on_a_gpu, kind, four_bit, precision):
+    """Flat rows by a kernel that takes no other, with the loss of rows with masks; the residual stream stays bf16."""
+    four = PROJECTIONS if four_bit else ()
+    kind, changes = ("LORA", {"use_dora": True}) if kind == "DORA" else (kind, {})
+    model = adapted(load_base(str(tiny_model), precision=precision, device="cpu", four_bit=four), kind, **changes)
+    data, streams = rows([50, 9, 33]), []
+    masked = list(data.batches(range(3), 100, "cpu"))
+    assert any(batch.documents is not None for batch in masked)
+    wanted, _ = loss_and_gradients(model.train(), masked, precision)
+    attention.use_kernel(model, "narrow", longest=50)
+    core(model).model.layers[-1].register_forward_hook(lambda layer, args, output: streams.append(output.dtype))
+    data.is_flat = True
+    found, gradients = loss_and_gradients(model, list(data.batches(range(3), 100, "cpu")), precision)
+    assert abs(found - wanted) < 1e-3 * wanted and all(grad.isfinite().all() for grad in gradients.values())
+    assert set(streams) == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
 def test_a_kernel_that_is_right_is_taken(monkeypatch, on_the_cpu):

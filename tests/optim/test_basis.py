@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from peftlib.optim import subspace
 from peftlib.optim.subspace import (
     COLD_ITERATIONS,
     WARM_ITERATIONS,
@@ -50,20 +51,70 @@ def test_a_warm_basis_keeps_each_column_in_its_place_where_svd_does_not():
     assert not ((fit_basis_by_svd(grad, 8, is_turned=False) * turned).sum(0) > 0.99).all()
 
 
-@pytest.mark.parametrize(
-    "grad",
-    [
-        torch.zeros(64, 100),
-        torch.randn(64, 3) @ torch.randn(3, 100),
-        torch.randn(64, 100) * 1e30,
-        torch.randn(64, 100) * 1e-30,
-        (torch.rand(64, 100) * 6e4).half(),
-    ],
-    ids=["zero", "rank 3 of 8", "huge", "tiny", "fp16"],
-)
-def test_any_finite_gradient_gives_an_orthonormal_basis(grad):
-    basis = cold(grad, 8)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-5, rtol=0)
+def deficient(kind, m, n):
+    """An (m, n) gradient of a kind that has fewer directions than rows, or is known to few digits."""
+    draw = torch.Generator().manual_seed(0)
+    grad = torch.randn(m, n, generator=draw)
+    return {
+        "full": grad,
+        "zero": grad * 0,
+        "one row repeated": grad[:1].expand(m, n),
+        "rank 1": torch.randn(m, 1, generator=draw) @ grad[:1],
+        "rank 3": torch.randn(m, 3, generator=draw) @ grad[:3],
+        "rows of zeros": grad * (torch.arange(m) % 3 == 0)[:, None],
+        "steep": gradient(m, n, 3.0),
+        "bf16": gradient(m, n, 1.0).bfloat16(),
+        "fp16": (grad.abs() * 2e4).clamp_max(6e4).half(),
+        "huge": grad * 1e30,
+        "tiny": grad * 1e-30,
+    }[kind]
+
+
+KINDS = [
+    "full",
+    "zero",
+    "one row repeated",
+    "rank 1",
+    "rank 3",
+    "rows of zeros",
+    "steep",
+    "bf16",
+    "fp16",
+    "huge",
+    "tiny",
+]
+
+
+@pytest.mark.parametrize("m, n", [(4, 9), (64, 64), (64, 160)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_finite_gradient_gives_orthonormal_bases_of_any_rank(kind, m, n):
+    """First and refreshed: from 120 starts, some of which are as nearly dependent as random columns come."""
+    grad = deficient(kind, m, n)
+    later = gram(grad.float() + grad.float().std() * torch.randn(m, n, generator=torch.Generator().manual_seed(5)))
+    for rank in (1, m // 2, m - 1, m):
+        starts = torch.stack([random_start(m, rank, seed=i, device="cpu") for i in range(120)])
+        first = leading_space(gram(grad).expand(120, m, m), starts, COLD_ITERATIONS)
+        for bases in (first, leading_space(later.expand(120, m, m), first, WARM_ITERATIONS)):
+            errors = (bases.mT @ bases - torch.eye(rank)).abs()
+            assert errors.max() < 1e-5, rank  # False for nan
+        scaled = grad.float() / grad.float().abs().max()
+        if grad.any() and energy(scaled, fit_basis(scaled, rank)) > 0.999:  # as always where the rank is m
+            assert all(energy(scaled, basis) > 0.998 for basis in first[:20]), rank
+
+
+def test_a_basis_that_cholesky_cannot_make_is_made_by_householder_and_no_other(monkeypatch):
+    grams = torch.stack([gram(gradient(32, 64, 1.0, seed)) for seed in range(3)])
+    starts = torch.stack([random_start(32, 8, seed=i, device="cpu") for i in range(3)])
+    alone, made = leading_space(grams, starts, COLD_ITERATIONS), []
+    keep = subspace._by_householder
+    monkeypatch.setattr(subspace, "_by_householder", lambda columns: made.append(len(columns)) or keep(columns))
+    starts[1, :, 5] = 0  # no start that is drawn, but one whose factorization fails on every device
+    bases = leading_space(grams, starts, COLD_ITERATIONS)
+    assert made and set(made) == {1} and torch.equal(bases[::2], alone[::2])
+    torch.testing.assert_close(bases.mT @ bases, torch.eye(8).expand(3, 8, 8), atol=1e-5, rtol=0)
+    # Of a start that both can take they make the same basis, signs included.
+    one, two = (subspace._iterated(grams, alone, 3, f) for f in (subspace._by_cholesky, keep))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
 def test_a_batch_gives_what_each_matrix_gives_alone():

@@ -22,8 +22,11 @@ def fuse_adapters(model):
 
     PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece. The
     result is PEFT's, and parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep
-    PEFT's forward. Layers that get the same input become one product: their weights then lie side by side in memory.
+    PEFT's forward; 4-bit ones of them give their input's dtype, see _as_given. Layers that get the same input become
+    one product: their weights then lie side by side in memory.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     fused = 0
     for parent in model.modules():
         children = dict(parent.named_children())
@@ -31,7 +34,17 @@ def fuse_adapters(model):
             if all(_can_fuse(children.get(name)) and not _drops(children[name]) for name in names):
                 fused += _fuse([children.pop(name) for name in names])
         fused += sum(_fuse([module]) for module in children.values() if _can_fuse(module))
+    for module in model.modules():
+        is_peft = isinstance(module, BaseTunerLayer) and not hasattr(module, "fused")
+        if is_peft and is_four_bit(getattr(module.get_base_layer(), "weight", None)):
+            module.register_forward_hook(_as_given)
     return fused
+
+
+def _as_given(module, args, output):
+    """In the input's dtype, as a 4-bit layer without adapter: under a GPU's autocast PEFT's DoRA, IA3 and RoAd give
+    float32, and the whole residual stream would take it over."""
+    return output.to(args[0].dtype)
 
 
 def _can_fuse(module):

@@ -119,7 +119,10 @@ def _interface(name, longest):
     def attend(module, query, key, value, attention_mask, *, scaling, sliding_window=None, cu_seqlens=None, **settings):
         if cu_seqlens is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
-        flat = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))  # each (T, heads, D)
+        # As SDPA under autocast: FlashAttention takes 16 bits alone, and some adapters of PEFT's give float32.
+        kind = value.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+        flat = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))  # each (T, heads, D)
         return kernel(*flat, cu_seqlens, longest, sliding_window, scaling)[None], None
 
     return attend
