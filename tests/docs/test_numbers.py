@@ -4,7 +4,9 @@ import json
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
+import plan_tables
 import pytest
 import update
 from bench_tables import best_of_grids
@@ -13,8 +15,9 @@ from result_tables import Results
 
 from peftlib.core.config import resolve
 from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
-from peftlib.models.shapes import find_card, shape_of
+from peftlib.models.shapes import CARDS, find_card, shape_of
 from peftlib.notebook import planner
+from peftlib.runner.suite_plan import plan_lines
 from peftlib.train import estimate
 
 R = Results()
@@ -120,6 +123,10 @@ FROM_RESULTS = [
     ("memory.md", "for the {:,} training tokens", R.reference["train_tokens"]),
     ("memory.md", "measured on rows of {:,} tokens, while rows of the study average {:.0f},",
      [R.methods[0]["seq"], R.reference["tokens_per_row"]]),
+    ("memory.md", "({train:,} training rows, {tokens:.1f} million tokens)",
+     {"train": R.next["rows"]["train"], "tokens": R.next["train_tokens"][0] / 1e6}),
+    ("memory.md", "at ${:.2f} on a T4, ${:.2f} on an L4 and ${:.2f} on an A100", [CARDS[name].dollars for name in ("t4", "l4", "a100")]),
+    ("memory.md", "for the {:,} test rows", [R.next["n_test"]]),
     ("memory.md", "same cap of {} GiB;", [14.5]),
     ("memory.md", "(micro-batch 4 to 32, recomputation on and off; {} settings)",
      [sum("grid" in row and row["date"] == "2026-11-26" for row in R.methods)]),
@@ -262,6 +269,23 @@ def test_every_number_in_prose_has_a_source(name):
     text = re.sub(r"`[^`]*`", "", text)
     left = [text[max(0, found.start() - 40) : found.end() + 15] for found in NUMBER.finditer(text)]
     assert left == [], "add a line to FROM_RESULTS, or to KNOWN if it is not from results/"
+
+
+def test_the_table_of_costs_has_the_figures_that_peftlib_plan_prints():
+    tokens = {"train": {"all": {"total": R.next["train_tokens"][0]}}}
+    study = SimpleNamespace(
+        cfg=resolve("gpu"),
+        manifest_path=BENCH,
+        manifest=lambda: {"counts": {"train": {"all": R.next["rows"]["train"]}}, "tokens": tokens},
+    )
+    table = [row for row in plan_tables.cards(R) if row[1] != "answering"][1:]
+    for name in ("t4", "l4", "a100"):
+        rows = [row for row in table if row[0] == name.upper()]
+        names = [row[1].strip("`") for row in rows]
+        printed = list(plan_lines(name, {"model": "google/gemma-3-1b-it"}, study, names))
+        for (_, _, *cells, paid), method, line in zip(rows, names, printed[2:]):
+            assert [method, "yes", *cells, "estimate"] == re.split(r"  +", line)
+            assert f"{method} {paid}" in printed[-1]
 
 
 def test_losses_are_as_near_to_those_of_stock_libraries_as_readme_says():
