@@ -79,9 +79,9 @@ def one_cards_rows(rows):
     usable = [row for row in rows if _is_t4_like(row) and "_fp16" in row["name"]]  # others have other lengths and ranks
     methods = {}
     for row in usable:
-        methods.setdefault(row["device"], set()).add(row["method"])
-    best = max(methods, key=lambda device: len(methods[device]), default=None)
-    return [row for row in usable if row["device"] == best]
+        methods.setdefault((row["device"], row["date"]), set()).add(row["method"])
+    best = max(methods, key=lambda day: len(methods[day]), default=None)
+    return [row for row in usable if (row["device"], row["date"]) == best]
 
 
 def growth(results):
@@ -97,7 +97,7 @@ def growth(results):
         "planned GiB",
         "time a token",
     )
-    usable = [row for row in results.methods if row.get("is_planned") and _is_t4_like(row)]
+    usable = [row for row in results.methods if _is_t4_like(row)]
     for method in planner.TRAINED:
         rows = [row for row in usable if row["method"] == method]
         for row in rows:
@@ -120,8 +120,8 @@ def _how(row):
 
 
 def _is_t4_like(row):
-    is_capped = row.get("precision") == "fp16" and row.get("cap_gib") == T4_GIB and "peer" not in row
-    return is_capped and bool(row.get("method") and row.get("tok_s")) and card_of_device(row["device"]) is not None
+    is_capped = row.get("is_planned") and row.get("precision") == "fp16" and row.get("cap_gib") == T4_GIB
+    return is_capped and bool(row.get("tok_s")) and card_of_device(row["device"]) is not None
 
 
-TABLES = (t4, cards)
+TABLES = (t4, cards, growth)

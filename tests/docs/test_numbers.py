@@ -15,10 +15,12 @@ from result_tables import Results
 
 from peftlib.core.config import resolve
 from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
+from peftlib.methods import find
 from peftlib.models.shapes import CARDS, find_card, shape_of
 from peftlib.notebook import planner
 from peftlib.runner.suite_plan import plan_lines
 from peftlib.train import estimate
+from peftlib.train.memory_model import trained_numbers
 
 R = Results()
 METHODS, BASE = R.reference["methods"], R.reference["methods"]["base"]
@@ -44,6 +46,37 @@ def bench(**wanted):
     """The one row of results/bench/methods.json with these values."""
     [row] = [row for row in R.methods if wanted.items() <= row.items()]
     return row
+
+
+def as_planned(name):
+    """The row of a setting at the planner's choice."""
+    return bench(name=name, is_planned=True)
+
+
+def halves(method):
+    """Seconds of the second half of a method's steps over those of the first, without the first two."""
+    steps = as_planned(f"{method}_fp16")["steps_s"][2:]
+    return sum(steps[len(steps) // 2 :]) / sum(steps[: len(steps) // 2])
+
+
+def galore_with_refreshes():
+    """Tokens/s of GaLore with one of its steps that make new bases in 33."""
+    steps = as_planned("galore_fp16")["steps_s"][2:]
+    return 33 * 16 * 1024 / (32 * statistics.median(steps) + max(steps))
+
+
+def work(method, rank):
+    """Operations of a token at a rank over those at the default one."""
+    shape, default = shape_of("gemma-3-1b"), resolve("gpu")
+    if method == "galore":
+        of = {
+            r: estimate.flops_per_token(shape, find(method), length=1024, rank=r) for r in (rank, default.galore_rank)
+        }
+        return of[rank] / of[default.galore_rank]
+    base = estimate.flops_per_token(shape, find(method), length=1024)
+    adapters = (6 * trained_numbers(shape, method, resolve("gpu", lora_rank=r)) for r in (rank, default.lora_rank))
+    high, low = (base + each for each in adapters)
+    return high / low
 
 
 def benchmark(task):
@@ -114,12 +147,12 @@ FROM_RESULTS = [
     ("running.md", "{:,.0f} rows in {:.0f} steps, the packaged 270M",
      [R.sweeps[0][name] for name in ("rows", "steps")]),
     ("README.md", "three seeds, {:,} test rows", [R.reference["n_test"]]),
-    ("README.md", "fp16 within a T4's {} GiB", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3", date="2026-11-27")["cap_gib"]]),
+    ("README.md", "fp16 within a T4's {} GiB", [as_planned("qlora_fp16")["cap_gib"]]),
     ("README.md", "16 rows of {:,} tokens a step", [R.methods[0]["seq"]]),
     ("README.md", "{:.1f} million tokens", [R.reference["train_tokens"][0] / 1e6]),
     ("README.md", "not which method is better: {} test rows", [R.demo["rows"]["test"]]),
     ("memory.md", "16 sequences of {:,} tokens a step", [R.methods[0]["seq"]]),
-    ("memory.md", "only {} GiB usable", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3", date="2026-11-27")["cap_gib"]]),
+    ("memory.md", "only {} GiB usable", [as_planned("qlora_fp16")["cap_gib"]]),
     ("memory.md", "for the {:,} training tokens", R.reference["train_tokens"]),
     ("memory.md", "measured on rows of {:,} tokens, while rows of the study average {:.0f},",
      [R.methods[0]["seq"], R.reference["tokens_per_row"]]),
@@ -127,6 +160,13 @@ FROM_RESULTS = [
      {"train": R.next["rows"]["train"], "tokens": R.next["train_tokens"][0] / 1e6}),
     ("memory.md", "at ${:.2f} on a T4, ${:.2f} on an L4 and ${:.2f} on an A100", [CARDS[name].dollars for name in ("t4", "l4", "a100")]),
     ("memory.md", "for the {:,} test rows", [R.next["n_test"]]),
+    ("memory.md", "with {:,} tokens in every step", [16 * R.methods[0]["seq"]]),
+    ("memory.md", "took {:.2f} (`qlora`), {:.2f} (`hybrid`) and {:.2f} (`galore`) times as", [halves(m) for m in ("qlora", "hybrid", "galore")]),
+    ("memory.md", "took {:.2f} s instead of {:.2f}.", [f(as_planned("galore_fp16")["steps_s"][2:]) for f in (max, statistics.median)]),
+    ("memory.md", "would be {:,.0f} tokens/s", [galore_with_refreshes()]),
+    ("memory.md", "At {seq:,} tokens GaLore has to recompute {recomputed} of 26 layers", as_planned("galore_2048_tokens")),
+    ("memory.md", "which costs {:.0%} more a token", [as_planned("galore_fp16")["tok_s"] / as_planned("galore_2048_tokens")["tok_s"] - 1]),
+    ("memory.md", "costs {:.0%} more at LoRA rank 64 than at 16, and GaLore {:.0%} more at rank 256", [work("qlora", 64) - 1, work("galore", 256) - 1]),
     ("memory.md", "same cap of {} GiB;", [14.5]),
     ("memory.md", "(micro-batch 4 to 32, recomputation on and off; {} settings)",
      [sum("grid" in row and row["date"] == "2026-11-26" for row in R.methods)]),
