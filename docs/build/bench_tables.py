@@ -1,56 +1,9 @@
-"""Tables of what was measured on cards: memory, speed, checkpoints, generation; and what a T4 is expected to take."""
-
-import statistics
+"""Tables of what was measured on cards: memory, speed, checkpoints, generation."""
 
 from cells import number
 
-from peftlib.core.config import resolve
 from peftlib.methods import find
-from peftlib.models.shapes import SHAPES, card_of_device, find_card, short_name
-from peftlib.train import estimate
-
-T4_GIB = 14.5  # of a T4's memory that training may take
-
-
-def t4(results):
-    """Memory measured under a T4's cap, and hours a T4 is expected to take for the reference study's tokens."""
-    name, card = find_card("t4")
-    cfg = resolve("t4", model="google/gemma-3-1b-it", memory_gib=T4_GIB)
-    tokens = statistics.fmean(results.reference["train_tokens"])
-    rows = one_cards_rows(results.methods)
-    forecast = estimate.forecast(cfg, name, card, shape=SHAPES["gemma-3-1b"], rows=rows)
-    yield "method", "planned", "planned GiB", "measured", "GiB", "tokens/s", "on", "hours expected on a T4"
-    for found in forecast.costs:
-        row = max((row for row in rows if row["method"] == found.method), key=lambda row: row["tok_s"], default=None)
-        if row is None:
-            continue  # not measured yet
-        measured = number(row.get("peak_gib"), "{:.2f}"), number(row.get("tok_s"), "{:,.0f}")
-        hours = [tokens / speed / 3600 for speed in (found.speed.high, found.speed.low)] if found.fits else None
-        yield (
-            f"`{found.method}`",
-            f"{found.micro_batch}, recompute {found.checkpointing}" if found.fits else "",
-            f"{found.memory_gib:.2f}",
-            f"{row['micro_batch']}, recompute {row['checkpointing']}",
-            *measured,
-            short_name(row["device"]),
-            f"{hours[0]:.2f} to {hours[1]:.2f}" if hours else "does not fit",
-        )
-
-
-def one_cards_rows(rows):
-    """Our fp16 rows under a T4's cap, of the card that measured the most methods: speeds of two cards do not
-    compare."""
-    usable = [row for row in rows if _is_t4_like(row)]
-    methods = {}
-    for row in usable:
-        methods.setdefault(row["device"], set()).add(row["method"])
-    best = max(methods, key=lambda device: len(methods[device]), default=None)
-    return [row for row in usable if row["device"] == best]
-
-
-def _is_t4_like(row):
-    is_capped = row.get("precision") == "fp16" and row.get("cap_gib") == T4_GIB and "peer" not in row
-    return is_capped and bool(row.get("method") and row.get("tok_s")) and card_of_device(row["device"]) is not None
+from peftlib.models.shapes import short_name
 
 
 def sweeps(results):
@@ -228,4 +181,4 @@ def merges(results):
         yield row["method"], row["run"], *(number(loss, "{:.3f}") for loss in losses)
 
 
-TABLES = (t4, methods, peers, lengths, saving, fp16, generate, resume, parity, scale, loras, merges, sweeps)
+TABLES = (methods, peers, lengths, saving, fp16, generate, resume, parity, scale, loras, merges, sweeps)

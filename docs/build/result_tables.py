@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import bench_tables
+import plan_tables
 import study_tables
 
 from peftlib.core.config import PROFILES, Config, resolve
@@ -23,6 +24,8 @@ class Results:
     def __init__(self, folder=RESULTS):
         self.demo = read_json(folder / "demo" / "summary.json")
         self.reference = read_json(folder / "reference" / "summary.json")
+        records = (folder / "reference" / "records").glob("*.json")
+        self.records = [read_json(path) for path in sorted(records)]
         sweeps = (folder / "reference" / "sweeps").glob("*.json")
         self.sweeps = [read_json(path) for path in sorted(sweeps, key=lambda path: study_order(path.stem))]
         bench = {name: json.loads((folder / "bench" / f"{name}.json").read_text("utf-8")) for name in BENCH}
@@ -37,7 +40,7 @@ class Results:
 
 def make_all(results):
     """{marker: Markdown table} of everything that stands between markers in README and docs."""
-    tables = (*study_tables.TABLES, *bench_tables.TABLES, settings, method_list)
+    tables = (*study_tables.TABLES, *bench_tables.TABLES, *plan_tables.TABLES, settings, method_list)
     return {rows.__name__: _table(list(rows(results))) for rows in tables}
 
 

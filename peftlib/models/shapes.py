@@ -80,23 +80,32 @@ def shape_of(model):
 @dataclass(frozen=True)
 class Card:
     """gib: what the driver leaves of its memory. tflops: 16-bit matrix products, dense, float32 sums, published peak.
-    gb_per_s: published memory bandwidth. device: how torch calls it (a part of the name)."""
+    gb_per_s: published memory bandwidth. device: how torch calls it (a part of the name). dollars: an hour by PRICED;
+    0: not known."""
 
     gib: float
     tflops: float
     gb_per_s: float
     precision: str  # of training: bf16 from compute capability 8.0
     device: str
+    dollars: float = 0.0
+
+    def cost(self, hours):
+        """'$0.05 to $0.75' for (shortest, longest) hours where the price is known, a cent at least."""
+        return " to ".join(dict.fromkeys(f"${max(0.01, self.dollars * time):,.2f}" for time in hours))
 
 
+# n1-standard-4 with one T4 (read 2026-05), g2-standard-4 and a2-highgpu-1g (2025-03), by copies of the list on GitHub,
+# among them Cyclenerd/google-cloud-pricing-cost-calculator; Google's own page was not to be had.
+PRICED = "Google Cloud, on demand, us-central1, by copies of its price list of 2025 and 2026"
 CARDS = {
-    "t4": Card(14.6, 65, 320, "fp16", "T4"),
+    "t4": Card(14.6, 65, 320, "fp16", "T4", 0.54),
     "v100": Card(15.7, 125, 900, "fp16", "V100"),
-    "l4": Card(22.0, 121, 300, "bf16", "L4"),
+    "l4": Card(22.0, 121, 300, "bf16", "L4", 0.71),
     "a10g": Card(22.0, 70, 600, "bf16", "A10G"),
     "rtx3090": Card(23.5, 71, 936, "bf16", "RTX 3090"),
     "rtx4090": Card(23.5, 165, 1008, "bf16", "RTX 4090"),
-    "a100": Card(39.4, 312, 1555, "bf16", "A100-SXM4-40GB"),
+    "a100": Card(39.4, 312, 1555, "bf16", "A100-SXM4-40GB", 3.67),
     "l40s": Card(44.4, 362, 864, "bf16", "L40S"),
     "a100-80": Card(79.1, 312, 2039, "bf16", "A100-SXM4-80GB"),
     "h100": Card(79.1, 989, 3350, "bf16", "H100"),

@@ -86,9 +86,7 @@ def notebooks_parts(found):
     costs = [cost for cost in found.costs if cost.method in TRAINED]
     n_rows, n_models = cfg.test_rows * len([part for part in cfg.sources.split(";") if part.strip()]), len(TRAINED) + 1
     measured = ANSWERED[max((n for n in ANSWERED if n <= n_rows), default=min(ANSWERED))]
-    speed = measured * _numbers(SHAPES["gemma-3-270m"]) / _numbers(shape_of(cfg.model))
-    ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
-    speeds = speed * max(ratios), speed * min(ratios) / estimate.SLOWER
+    speeds = answering_speeds(measured, source, card, shape_of(cfg.model))
     # Reading is at least as fast as training.
     reads = max(cost.speed.high for cost in costs), min(cost.speed.low for cost in costs)
     shares = 1 / 5, 1.0  # of the longest row and answer, as study_tokens has it
@@ -99,6 +97,16 @@ def notebooks_parts(found):
         "reading": tuple(n_models * n / v for n, v in zip(lengths, reads)),
         "opening": ((n_models + 1) * OPENING_S,) * 2,
     }
+
+
+def answering_speeds(measured, source, card, shape):
+    """(fastest, slowest) tokens/s that a model of a Shape answers with on a Card.
+
+    measured: of Gemma 3 270M on the Card `source`.
+    """
+    speed = measured * _numbers(SHAPES["gemma-3-270m"]) / _numbers(shape)
+    ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
+    return speed * max(ratios), speed * min(ratios) / estimate.SLOWER
 
 
 def _numbers(shape):

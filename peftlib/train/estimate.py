@@ -17,10 +17,11 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.core.paths import shipped
 from peftlib.models.inspect import PROJECTIONS
-from peftlib.models.shapes import SHAPES, card_of_device
+from peftlib.models.shapes import PRICED, SHAPES, card_of_device
 from peftlib.train import memory_model
 
 MEASURED = shipped("results/bench/methods.json")
+_LENGTH, _RANKS = 1024, {"lora_rank", "galore_rank"}  # rows of other lengths or ranks show how cost grows
 HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
 _ALIGNED = "<<>><>><"
 _MEASURED_MODEL = "gemma-3-1b"  # tests/bench/methods.py makes this shape
@@ -77,14 +78,15 @@ def measured_rows(path=MEASURED):
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    needed = ("method", "precision", "tok_s", "seq", "device", "micro_batch")
     return [
         row
         for row in rows
         if isinstance(row, dict)
-        and all(row.get(name) for name in needed)
+        and all(row.get(name) for name in ("method", "precision", "tok_s", "device", "micro_batch"))
         and row["method"] in methods.METHODS
         and "peer" not in row  # another library's speed
+        and row.get("seq") == _LENGTH
+        and not _RANKS & row.get("fields", {}).keys()
         and card_of_device(row["device"])
     ]
 
@@ -148,9 +150,7 @@ def study_tokens(cfg, manifest=None):
         n_rows = cfg.train_rows * len([part for part in cfg.sources.split(";") if part.strip()])
         low, high = cfg.max_length / 5, float(cfg.max_length)
         basis = f"{n_rows:,} training rows of {low:,.0f} to {high:,.0f} tokens (no data yet)"
-    seen = n_rows * cfg.epochs
-    if cfg.max_steps:
-        seen = min(seen, cfg.max_steps * cfg.batch_size)
+    seen = min(n_rows * cfg.epochs, cfg.max_steps * cfg.batch_size or math.inf)
     return seen * low, seen * high, basis
 
 
@@ -221,16 +221,16 @@ class Forecast:
         yield f"memory: the planner's prediction of training, held below {memory_model.HEADROOM:.0%} of the card"
         yield f"hours: one run of one seed, training alone, {self.tokens[2]}; answering the test rows comes on top"
         if self.cfg.micro_batch_size:
-            yield (
-                f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose "
-                f"what fits"
-            )
+            yield f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose"
         bases = dict.fromkeys(cost.speed.basis for cost in self.costs if cost.speed)
         for basis in bases:
             names = [cost.method for cost in self.costs if cost.speed and cost.speed.basis == basis]
             yield f"{', '.join(names)}: {basis}"
         if any(basis.startswith("estimate from") for basis in bases):
             yield scaling_note(self.card)
+        if self.card.dollars:
+            each = (f"{cost.method} {self.card.cost(cost.hours)}" for cost in self.costs if cost.hours)
+            yield f"cost of these hours at ${self.card.dollars:.2f} each ({PRICED}): {', '.join(each)}"
 
     def lines(self):
         """Yield headline, table and notes as lines of text."""

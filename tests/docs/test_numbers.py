@@ -2,8 +2,11 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
+import plan_tables
 import pytest
 import update
 from bench_tables import best_of_grids
@@ -11,9 +14,12 @@ from result_tables import Results
 
 from peftlib.core.config import resolve
 from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
-from peftlib.models.shapes import find_card, shape_of
+from peftlib.methods import find
+from peftlib.models.shapes import CARDS, find_card, shape_of
 from peftlib.notebook import planner
+from peftlib.runner.suite_plan import plan_lines
 from peftlib.train import estimate
+from peftlib.train.memory_model import trained_numbers
 
 R = Results()
 BENCH = Path(__file__).resolve().parents[2] / "results" / "bench"
@@ -26,6 +32,37 @@ def bench(**wanted):
     """The one row of results/bench/methods.json with these values."""
     [row] = [row for row in R.methods if wanted.items() <= row.items()]
     return row
+
+
+def as_planned(name):
+    """The row of a setting at the planner's choice."""
+    return bench(name=name, is_planned=True)
+
+
+def halves(method):
+    """Seconds of the second half of a method's steps over those of the first, without the first two."""
+    steps = as_planned(f"{method}_fp16")["steps_s"][2:]
+    return sum(steps[len(steps) // 2 :]) / sum(steps[: len(steps) // 2])
+
+
+def galore_with_refreshes():
+    """Tokens/s of GaLore with one of its steps that make new bases in 33."""
+    steps = as_planned("galore_fp16")["steps_s"][2:]
+    return 33 * 16 * 1024 / (32 * statistics.median(steps) + max(steps))
+
+
+def work(method, rank):
+    """Operations of a token at a rank over those at the default one."""
+    shape, default = shape_of("gemma-3-1b"), resolve("gpu")
+    if method == "galore":
+        of = {
+            r: estimate.flops_per_token(shape, find(method), length=1024, rank=r) for r in (rank, default.galore_rank)
+        }
+        return of[rank] / of[default.galore_rank]
+    base = estimate.flops_per_token(shape, find(method), length=1024)
+    adapters = (6 * trained_numbers(shape, method, resolve("gpu", lora_rank=r)) for r in (rank, default.lora_rank))
+    high, low = (base + each for each in adapters)
+    return high / low
 
 
 def benchmark(task):
@@ -84,15 +121,27 @@ FROM_RESULTS = [
     ("running.md", "{:,.0f} rows in {:.0f} steps, the packaged 270M",
      [R.sweeps[0][name] for name in ("rows", "steps")]),
     ("README.md", "three to five seeds, {:,} real test rows", [R.reference["n_test"]]),
-    ("README.md", "fp16 within a T4's {} GiB", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3", date="2026-11-27")["cap_gib"]]),
+    ("README.md", "fp16 within a T4's {} GiB", [as_planned("qlora_fp16")["cap_gib"]]),
     ("README.md", "16 rows of {:,} tokens a step", [R.methods[0]["seq"]]),
     ("README.md", "{:.1f} million tokens", [R.reference["train_tokens"][0] / 1e6]),
     ("README.md", "not which method is better: {} test rows", [R.demo["rows"]["test"]]),
     ("memory.md", "16 sequences of {:,} tokens a step", [R.methods[0]["seq"]]),
-    ("memory.md", "only {} GiB usable", [bench(name="qlora_fp16", device="NVIDIA H100 80GB HBM3", date="2026-11-27")["cap_gib"]]),
+    ("memory.md", "only {} GiB usable", [as_planned("qlora_fp16")["cap_gib"]]),
     ("memory.md", "for the {:,} training tokens", R.reference["train_tokens"]),
     ("memory.md", "measured on rows of {:,} tokens, while rows of the study average {:.0f},",
      [R.methods[0]["seq"], R.reference["tokens_per_row"]]),
+    ("memory.md", "({train:,} training rows, {tokens:.1f} million tokens)",
+     {"train": R.reference["rows"]["train"], "tokens": R.reference["train_tokens"][0] / 1e6}),
+    ("memory.md", "at ${:.2f} on a T4, ${:.2f} on an L4 and ${:.2f} on an A100", [CARDS[name].dollars for name in ("t4", "l4", "a100")]),
+    ("memory.md", "for the {:,} test rows", [R.reference["n_test"]]),
+    ("memory.md", "not measured above {:,} tokens", [R.methods[0]["seq"]]),
+    ("memory.md", "with {:,} tokens in every step", [16 * R.methods[0]["seq"]]),
+    ("memory.md", "took {:.2f} (`qlora`), {:.2f} (`hybrid`) and {:.2f} (`galore`) times as", [halves(m) for m in ("qlora", "hybrid", "galore")]),
+    ("memory.md", "took {:.2f} s instead of {:.2f}.", [f(as_planned("galore_fp16")["steps_s"][2:]) for f in (max, statistics.median)]),
+    ("memory.md", "would be {:,.0f} tokens/s", [galore_with_refreshes()]),
+    ("memory.md", "At {seq:,} tokens GaLore has to recompute {recomputed} of 26 layers", as_planned("galore_2048_tokens")),
+    ("memory.md", "which costs {:.0%} more a token", [as_planned("galore_fp16")["tok_s"] / as_planned("galore_2048_tokens")["tok_s"] - 1]),
+    ("memory.md", "costs {:.0%} more at LoRA rank 64 than at 16, and GaLore {:.0%} more at rank 256", [work("qlora", 64) - 1, work("galore", 256) - 1]),
     ("memory.md", "same cap of {} GiB;", [14.5]),
     ("memory.md", "(micro-batch 4 to 32, recomputation on and off; {} settings)",
      [sum("grid" in row and row["date"] == "2026-11-26" for row in R.methods)]),
@@ -161,6 +210,7 @@ KNOWN = [
     ("running.md", "more than 0.5 nats"),
     ("running.md", "is more than 0.5 nats"),
     ("memory.md", "(torch 2.11)"),
+    ("memory.md", "A T4 counts as 14.6 GiB"),
     ("memory.md", "about 2,600 to 2,900"),
     ("memory.md", "A profiled step of 2,688 tokens on an H100"),
     ("memory.md", "| 37.2 | 2,887 | 21.0 | 5.1 | 2.0 | 1.9 | 1.4 |"),
@@ -220,6 +270,23 @@ def test_every_number_in_prose_has_a_source(name):
     text = re.sub(r"`[^`]*`", "", text)
     left = [text[max(0, found.start() - 40) : found.end() + 15] for found in NUMBER.finditer(text)]
     assert left == [], "add a line to FROM_RESULTS, or to KNOWN if it is not from results/"
+
+
+def test_the_table_of_costs_has_the_figures_that_peftlib_plan_prints():
+    tokens = {"train": {"all": {"total": R.reference["train_tokens"][0]}}}
+    study = SimpleNamespace(
+        cfg=resolve("gpu"),
+        manifest_path=BENCH,
+        manifest=lambda: {"counts": {"train": {"all": R.reference["rows"]["train"]}}, "tokens": tokens},
+    )
+    table = [row for row in plan_tables.cards(R) if row[1] != "answering"][1:]
+    for name in ("t4", "l4", "a100"):
+        rows = [row for row in table if row[0] == name.upper()]
+        names = [row[1].strip("`") for row in rows]
+        printed = list(plan_lines(name, {"model": "google/gemma-3-1b-it"}, study, names))
+        for (_, _, *cells, paid), method, line in zip(rows, names, printed[2:]):
+            assert [method, "yes", *cells, "estimate"] == re.split(r"  +", line)
+            assert f"{method} {paid}" in printed[-1]
 
 
 def test_losses_are_as_near_to_those_of_stock_libraries_as_readme_says():

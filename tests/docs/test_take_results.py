@@ -12,8 +12,8 @@ import pytest
 import reference_summary
 import take_results
 import tiny
-from bench_tables import one_cards_rows
 from cells import ends
+from plan_tables import one_cards_rows
 from result_tables import RESULTS, Results, make_all
 
 from peftlib.core.errors import StudyError
@@ -290,7 +290,7 @@ def test_speeds_of_a_t4_are_predicted_from_one_card():
     rows = Results().methods
     fast = {**rows[0], "method": "qlora", "precision": "fp16", "cap_gib": 14.5, "device": "NVIDIA H200", "tok_s": 1e6}
     usable = one_cards_rows([*rows, fast])
-    assert len({row["device"] for row in usable}) == 1 and {row["method"] for row in usable} == set(default_methods())
+    assert len({row["device"] for row in usable}) == 1 and {row["method"] for row in usable} >= set(default_methods())
     assert one_cards_rows([]) == []
 
 

@@ -129,3 +129,20 @@ def test_cards_are_found_by_their_usual_names():
     assert card_of_device("NVIDIA A100-SXM4-40GB") is CARDS["a100"] and card_of_device("CPU (x, 2 cores)") is None
     with pytest.raises(ConfigError):
         find_card("cpu")
+
+
+def test_hours_are_priced_where_the_price_is_known():
+    def said(gpu):
+        return [line for line in plan_lines(gpu, {}) if line.startswith("cost of")]
+
+    [line] = said("t4")
+    assert "$0.54 each (Google Cloud" in line and re.search(r"qlora \$\d\.\d\d to \$\d\.\d\d, ", line)
+    assert said("h100") == [] and CARDS["t4"].cost((1, 2)) == "$0.54 to $1.08"
+    assert CARDS["t4"].cost((1e-9, 1e-9)) == "$0.01"
+
+
+def test_rows_of_other_lengths_and_ranks_are_no_speeds_to_plan_by(tmp_path):
+    row = {"method": "qlora", "precision": "fp16", "tok_s": 9e9, "device": "NVIDIA H100", "micro_batch": 8}
+    rows = [{**row, "seq": seq, "fields": fields} for seq in (256, 1024) for fields in ({}, {"lora_rank": 8})]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert estimate.measured_rows(tmp_path / "rows.json") == [{**row, "seq": 1024, "fields": {}}]
