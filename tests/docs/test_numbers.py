@@ -242,7 +242,7 @@ KNOWN = [
 def prose(name, has_comments=False):
     """A page's hand-written sentences, one line: without tables between markers, code blocks and link targets.
 
-    Numbers that a comment behind them states are test_claims.py's: they are left out with it unless has_comments.
+    Numbers that a comment behind them states are test_stated.py's: they are left out with it unless has_comments.
     """
     text = PAGES[name].read_text(encoding="utf-8")
     text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|```.*?```", "", text, flags=re.DOTALL)
