@@ -31,7 +31,7 @@ ROWS = 500  # of a benchmark at each point, at most: a mean of seven tasks is th
 _NUMBER = Maybe(float)
 _POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
 _POINT |= {"general_loss": _NUMBER, "seconds": float}
-_POINT |= {"benchmarks": Map({"score": float, "n": int})}
+_POINT |= {"benchmarks?": Map({"score": float, "n": int})}
 _SHAPE = {"of": {}, "points": [_POINT]}
 
 
@@ -175,10 +175,10 @@ def path_of(study, method, seed):
 
 
 def _read(path):
-    kept = read_json(path)
-    for point in kept.get("points", ()):  # of before benchmarks were scored here
-        isinstance(point, dict) and point.setdefault("benchmarks", {})
-    return require_shape(kept, _SHAPE, path, "delete it and rewind again")
+    kept = require_shape(read_json(path), _SHAPE, path, "delete it and rewind again")
+    for point in kept["points"]:
+        point.setdefault("benchmarks", {})  # of before they were scored here
+    return kept
 
 
 def _identity(study, record):
@@ -202,13 +202,11 @@ def curves(study, runs):
             if not differences(kept["of"], _identity(study, run.record)):
                 rows |= {task: of["n"] for point in kept["points"] for task, of in point["benchmarks"].items()}
                 found.setdefault(run.record["method"], []).append((run, kept["points"]))
-    known = (
-        rows and base and {task: done for task, done in (base.record.get("benchmarks") or {}).items() if task in rows}
-    )
-    at_base = base and _end(study, base, 0.0, rows)
-    kept = [task for task in known or () if not known[task]["is_perplexity"] and _is_above_guessing(
-        at_base["benchmarks"].get(task), known[task]["chance"])]  # fmt: skip
-    made = {}
+    made, kept, at_base = {}, [], base and _end(study, base, 0.0, rows)
+    for task, of in at_base["benchmarks"].items() if at_base else ():
+        facts = base.record["benchmarks"][task]
+        if not facts["is_perplexity"] and _is_above_guessing(of, facts["chance"]):
+            kept.append(task)
     for method, seeds in found.items():
         of_seeds = []
         for run, points in seeds:
@@ -231,7 +229,7 @@ def _end(study, run, factor, rows):
 
 
 def _is_above_guessing(of, chance):
-    return of and (chance is None or of["score"] - 2 * math.sqrt(of["score"] * (1 - of["score"]) / of["n"]) > chance)
+    return chance is None or of["score"] - 2 * math.sqrt(of["score"] * (1 - of["score"]) / of["n"]) > chance
 
 
 def _mean(factor, seeds, kept):

@@ -157,9 +157,10 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
     with pytest.raises(StudyError, match=r"0\.5\.jsonl has split_hash"):
         rewind.rewind(study, "galore", [0.5], **QUIET)
 
-    rewind.path_of(study, "galore", 0).write_text('{"schema_version": 1, "of": {}, "points": [{"factor": "x"}]}')
-    with pytest.raises(StudyError, match=r"galore-s0\.json is damaged .*points"):
-        report.build_report(study)
+    for points in ('[{"factor": "x"}]', "7"):
+        rewind.path_of(study, "galore", 0).write_text(f'{{"schema_version": 1, "of": {{}}, "points": {points}}}')
+        with pytest.raises(StudyError, match=r"galore-s0\.json is damaged .*points"):
+            report.build_report(study)
 
 
 def test_the_command_scores_after_the_evaluation(finished, files, monkeypatch, capsys):
