@@ -40,7 +40,7 @@ def t4(results):
 
 
 def cards(results):
-    """What a seed of the second edition takes on three cards, as `peftlib plan` has it, and answering its test rows."""
+    """What a seed of the reference study takes on three cards, as `peftlib plan` says, and answering the test rows."""
     yield "card", "what", "GiB", "micro-batch", "recompute", "tokens/s", "time of a seed", "cost"
     for name in ("t4", "l4", "a100"):
         found = study_on(results, name)
@@ -53,7 +53,7 @@ def cards(results):
 
 
 def study_on(results, name):
-    """The Forecast of the second edition's rows for the 1B on a card."""
+    """The Forecast of the reference study's rows for the 1B on a card."""
     n_rows, tokens = results.reference["rows"]["train"], statistics.fmean(results.reference["train_tokens"])
     manifest = {"counts": {"train": {"all": n_rows}}, "tokens": {"train": {"all": {"total": tokens}}}}
     cfg = resolve("gpu", model="google/gemma-3-1b-it")

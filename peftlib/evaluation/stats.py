@@ -69,7 +69,8 @@ def bootstrap(runs, *, resamples=2000, seed=0):
 
     A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample
     is taken 50 times, with the mean over a method's seeds from Student's t around it. Seeds are paired in their order:
-    a seed is the same order of training rows for all methods, and what that does to all of them is no difference.
+    a seed is the same order of training rows for all methods, and what that does to all of them is no difference. Where
+    methods have unlike seeds, unlike ones are paired, which is as valid and gains nothing.
     Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and
     by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
     DataError: no runs, or runs of unequal row counts.

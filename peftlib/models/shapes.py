@@ -96,7 +96,7 @@ class Card:
 
 
 # n1-standard-4 with one T4 (read 2026-05), g2-standard-4 and a2-highgpu-1g (2025-03), by copies of the list on GitHub,
-# among them Cyclenerd/google-cloud-pricing-cost-calculator; Google's own page was not to be had.
+# among them Cyclenerd/google-cloud-pricing-cost-calculator; Google's own page could not be reached.
 PRICED = "Google Cloud, on demand, us-central1, by copies of its price list of 2025 and 2026"
 CARDS = {
     "t4": Card(14.6, 65, 320, "fp16", "T4", 0.54),

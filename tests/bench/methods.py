@@ -4,8 +4,10 @@
     python tests/bench/methods.py --one '{"method": ...}'      # one setting, here and now
 
 Each step is 16,384 random tokens, all scored, as sequences of 1,024 unless `seq` says otherwise, through peftlib's own
-Stepper. tok_s is the median over steps after the second. A micro-batch of 0 is the planner's choice for the cap. A cap imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer,
-no network. --warm first takes one step of each of our settings, several at a time: that fills the compiler's cache and
+Stepper. tok_s is the median over steps after the second. A micro-batch of 0 is the planner's choice for the cap. A cap
+imitates a T4's memory on a larger card; its speed is not a T4's. No data, no tokenizer, no network.
+
+--warm first takes one step of each of our settings, several at a time: that fills the compiler's cache and
 gives first_step_cold_s (compilers side by side), so that first_step_s is that of a session which has the cache.
 """
 

@@ -27,7 +27,7 @@ from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
 
 ALL = "all"  # sources together
-ROWS = 500  # of a benchmark at each point, at most: a mean of seven tasks is then known to about a point
+ROWS = 500  # of a benchmark at each point, at most: a mean of five tasks has a standard error of a point at most
 _NUMBER = Maybe(float)
 _POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
 _POINT |= {"general_loss": _NUMBER, "seconds": float}
