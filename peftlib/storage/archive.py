@@ -38,9 +38,10 @@ def units_of(folder):
         units[f"weights-{run.name}"] = _files_below(run)
     for run in sorted(folder.glob("checkpoints/[!.]*/")):
         whole = sorted(step for step in run.glob("step-*") if (step / MANIFEST).exists())
-        if whole:
-            units[f"checkpoint-{run.name}"] = _files_below(whole[-1])
-    small = [path for path in _files_below(folder) if not _OWN & set(path.relative_to(folder).parts[:-1])]
+        files = [path for step in whole[-1:] for path in _files_below(step)]
+        if whole and (whole[-1] / MANIFEST).exists():  # training has not deleted it since
+            units[f"checkpoint-{run.name}"] = files
+    small = _files_below(folder, but=_OWN)
     for path in sorted(small, key=lambda path: _unit_of(path.relative_to(folder)) != "study"):
         units.setdefault(_unit_of(path.relative_to(folder)), []).append(path)
     return {unit: files for unit, files in units.items() if files}
@@ -95,12 +96,19 @@ def content(folder, files):
     return digest.hexdigest()
 
 
-def _files_below(folder):
-    """Files below a folder, hidden ones and links to folders left out."""
+def _files_below(folder, but=()):
+    """Files below a folder, without hidden ones, without those of folders named `but`, at any depth.
+
+    Training deletes folders while this looks: one that is gone has no files.
+    """
     found = []
-    for path in sorted(folder.glob("[!.]*")):
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for path in (folder / name for name in names if not name.startswith(".")):
         if path.is_dir():
-            found += _files_below(path)
+            found += [] if path.name in but else _files_below(path, but)
         elif not path.name.endswith(_NOT_KEPT):
             found.append(path)
     return found

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from peftlib import __version__
 from peftlib.core.env import output_root
-from peftlib.core.errors import CheckpointError, ConfigError, StudyError, writing
+from peftlib.core.errors import CheckpointError, ConfigError, PeftlibError, StudyError, writing
 from peftlib.core.files import gib, read_json, write_json
 from peftlib.core.json_reading import Map, require_shape
 from peftlib.core.limits import require_folder_name
@@ -39,15 +39,13 @@ def restore(folder, *, runs=None, log=print):
     in any case. None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own
     folder, or a place that everybody can read.
     """
-    remote = remote_of(Path(folder).name)
-    if remote is None:
+    if (remote := remote_of(Path(folder).name)) is None:
         return None
     if remote.folder is not None and Path(folder).resolve() == remote.folder.resolve():
         said = f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
         raise ConfigError(said)
     with contextlib.suppress(OSError):  # one that cannot be asked now is asked again before anything goes there
-        refusal = remote.refusal()
-        if refusal:
+        if refusal := remote.refusal():
             raise ConfigError(refusal)
     mirror = Mirror(Path(folder).absolute(), remote, log=log)
     mirror.restore(runs)
@@ -100,10 +98,10 @@ class Mirror:
         self.every_s, self.small_files_s = every_s, max(small_files_s, remote.pace_s)
         self.busy_with = None  # the unit being copied
         self.origin, self.copied, self.serials = uuid.uuid4().hex, {}, {}
-        self._doubt = remote.doubt  # what is not known about what is written there
+        # what is not known about what is written there; when to look next for checkpoints of finished runs
+        self._doubt, self._look_at = remote.doubt, 0.0
         self._failures = {}  # unit -> (what went wrong, time of the next try)
         self._small_files_at, self._taken_over = {}, set()  # {unit: when it was copied last}, units
-        self._look_at = 0.0  # when to look next for checkpoints of finished runs
         self._one_at_a_time, self._is_over = threading.Lock(), threading.Event()
         self._read_state()
 
@@ -113,8 +111,14 @@ class Mirror:
             self.log(self.remote.notice)
 
         def loop():
+            told = set()
             while not self._is_over.wait(self.every_s):
-                self.copy_once()
+                try:
+                    self.copy_once()
+                except (OSError, PeftlibError) as error:  # of this machine's disk: the next look may find it well again
+                    if str(error) not in told:
+                        self.log(f"nothing is copied to {self.remote} now ({error}); it is tried again")
+                    told.add(str(error))
 
         threading.Thread(target=loop, daemon=True).start()
         atexit.register(self._is_over.set)
@@ -160,8 +164,7 @@ class Mirror:
 
     def require_space(self, run, checkpoint_bytes):
         """CheckpointError, with numbers, unless two checkpoints of a run fit on the remote, where it can be asked."""
-        listing = self._listing("its free space is not known")
-        if listing is None:
+        if (listing := self._listing("its free space is not known")) is None:
             return
         free = self.remote.free_bytes()
         free += sum(facts["bytes"] for _, facts in archive.newest_first(f"checkpoint-{run}", listing))
@@ -199,8 +202,7 @@ class Mirror:
     def state(self):
         """What is on the remote, what is not, and why, in words."""
         waiting = self._waiting()
-        lost = ", ".join(sorted(self._taken_over.intersection(waiting)))
-        if lost:
+        if lost := ", ".join(sorted(self._taken_over.intersection(waiting))):
             what = f"what this one made since of {lost} is only in {self.folder}"
             return f"another session writes to {self.remote} now: {what}"
         if not waiting:
@@ -223,16 +225,15 @@ class Mirror:
                 if self._is_over.is_set() and not is_last:
                     return
                 since = time.monotonic() - self._small_files_at.get(unit, -self.small_files_s)
-                if archive.is_small(unit) and not is_last and since < self.small_files_s:
-                    continue
-                self._try(unit)
+                if is_last or not archive.is_small(unit) or since >= self.small_files_s:
+                    self._try(unit)
             self._drop_finished()
 
     def _try(self, unit):
         if unit in self._taken_over or time.monotonic() < self._failures.get(unit, ("", 0.0))[1]:
             return
+        self.busy_with = unit
         try:
-            self.busy_with = unit
             self._put(unit)
             if self._failures.pop(unit, None):
                 self.log(f"{self.remote}: {unit} is copied now")
@@ -241,8 +242,7 @@ class Mirror:
                 return  # it was replaced while it was read, and the next look finds what took its place
             said = error.strerror or str(error)
             if self._failures.get(unit, ("",))[0] != said:
-                remedy = self.remote.remedy(error)
-                self.log(f"{self.remote}: {unit} could not be copied ({said}). Work goes on; {remedy}")
+                self.log(f"{self.remote}: {unit} cannot be copied ({said}). Work goes on; {self.remote.remedy(error)}")
             self._failures[unit] = (said, time.monotonic() + _PAUSE_S)
             with contextlib.suppress(OSError):
                 self.remote.reconnect()
@@ -250,7 +250,8 @@ class Mirror:
             self.busy_with = None
 
     def _put(self, unit):
-        files = archive.units_of(self.folder).get(unit, [])
+        if not (files := archive.units_of(self.folder).get(unit)):
+            return None  # it is being replaced, and the next look finds what took its place
         fingerprint = archive.fingerprint(self.folder, files)
         known = archive.newest_first(unit, self.remote.listing([unit]))
         newest = known[0][1] if known else {"serial": 0, "origin": self.origin}
@@ -270,8 +271,7 @@ class Mirror:
             needed = sum(path.stat().st_size + 1024 for path, _ in pairs) + 10240
             self.remote.put(archive.slot_of(unit, known), lambda out: archive.pack(pairs, out), needed, facts)
         self._has_copied(unit, serial, fingerprint)
-        self._look_at = 0.0
-        self._doubt = self.remote.doubt
+        self._look_at, self._doubt = 0.0, self.remote.doubt
         self._small_files_at[unit] = time.monotonic()
 
     def _drop_finished(self):

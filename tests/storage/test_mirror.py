@@ -136,6 +136,54 @@ def test_it_copies_in_the_background_while_files_change(study, remote, open_agai
     assert newest(open_again().folder) == 29 and not (study / ".mirroring").exists()
 
 
+def test_a_checkpoint_that_training_deletes_during_a_look_is_only_left_out(study, monkeypatch):
+    listed, removed = os.listdir, study / "checkpoints" / "qlora-s0" / "step-000003"
+    assert "checkpoint-qlora-s0" in archive.units_of(study)
+
+    def list_while_training_deletes(folder):
+        if folder == removed:
+            shutil.rmtree(removed)
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", list_while_training_deletes)
+    units = archive.units_of(study)
+    assert not removed.exists() and {"data", "study", "weights-galore-s0"} <= set(units)
+    assert "checkpoint-qlora-s0" not in units
+
+
+def test_a_unit_that_is_gone_when_its_turn_comes_is_not_copied_as_an_empty_one(study, remote, open_again):
+    ours = Mirror(study, remote)
+    assert ours.flush(20)
+    save(study, 4)
+    waiting = ours._waiting()
+    with (
+        mock.patch.object(ours, "_waiting", return_value=waiting),
+        mock.patch.object(archive, "units_of", return_value={}),
+    ):
+        ours.copy_once(is_last=True)
+    assert newest(open_again().folder) == 3 and ours._waiting() == waiting
+
+
+def test_a_look_that_fails_is_told_once_and_copies_go_on(study, remote, open_again, lines):
+    ours = Mirror(study, remote, log=lines.append, every_s=0.01)
+    looks, looked = [], archive.units_of
+
+    def fail_first(folder):
+        looks.append(folder)
+        if len(looks) <= 3:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return looked(folder)
+
+    with mock.patch.object(archive, "units_of", fail_first):
+        ours.start()
+        end = time.monotonic() + 20
+        while len(looks) < 5 and time.monotonic() < end:
+            time.sleep(0.02)
+    assert ours.flush(20) and newest(open_again().folder) == 3
+    ours._is_over.set()
+    assert len([line for line in lines if line.startswith(f"nothing is copied to {remote} now ")]) == 1
+
+
 def test_space_for_two_checkpoints(study, remote):
     ours = Mirror(study, remote)
     with mock.patch.object(Remote, "free_bytes", return_value=300):
