@@ -125,9 +125,13 @@ def _retained(study):
 
 
 def _known(study, kept):
-    """{factor: point} of a file's points that have been scored on all that is asked for."""
-    asked = {*_retained(study)}
-    return {point["factor"]: point for point in kept["points"] if asked <= point["benchmarks"].keys()}
+    """{factor: point} of a file's points that have been scored on all that is asked for, on as many rows as any."""
+    asked, rows = {*_retained(study)}, _most_rows(kept["points"])
+
+    def scored(point):
+        return {task for task, of in point["benchmarks"].items() if of["n"] == rows[task]}
+
+    return {point["factor"]: point for point in kept["points"] if asked <= scored(point)}
 
 
 def _benchmark(study, of, model, answers, benchmark, log):
@@ -191,22 +195,20 @@ def _identity(study, record):
 def curves(study, runs):
     """{method: [point, ...]} of scored runs from base to tuned, means over the seeds; points of other weights left out.
 
-    Of means: factor, test_loss, general_loss, rougeL, retention (mean accuracy over the tasks on which base scores more
-    than guessing could, beyond two standard errors); None where a seed's is.
+    Of means: factor, test_loss, general_loss, rougeL, retention (mean accuracy over the tasks by which scores.lost
+    judges, on the rows that points are scored on); None where a seed's is.
     """
-    found, rows, base = {}, {}, next((run for run in runs if run.record["method"] == BASE and run.is_scored), None)
+    found, base = {}, next((run for run in runs if run.record["method"] == BASE and run.is_scored), None)
     for run in runs:
         path = path_of(study, run.record["method"], run.record["seed"])
         if run.is_scored and run is not base and path.exists():
             kept = _read(path)
             if not differences(kept["of"], _identity(study, run.record)):
-                rows |= {task: of["n"] for point in kept["points"] for task, of in point["benchmarks"].items()}
                 found.setdefault(run.record["method"], []).append((run, kept["points"]))
-    made, kept, at_base = {}, [], base and _end(study, base, 0.0, rows)
-    for task, of in at_base["benchmarks"].items() if at_base else ():
-        facts = base.record["benchmarks"][task]
-        if not facts["is_perplexity"] and _is_above_guessing(of, facts["chance"]):
-            kept.append(task)
+    rows = _most_rows([point for seeds in found.values() for _, points in seeds for point in points])
+    made, at_base = {}, base and _end(study, base, 0.0, rows)
+    judged = scores.above_guessing(scores.load([(BASE, study, base.record)])) if base and rows else []
+    kept = {of.task: rows[of.task] for of in judged if of.task in at_base["benchmarks"]}
     for method, seeds in found.items():
         of_seeds = []
         for run, points in seeds:
@@ -228,8 +230,12 @@ def _end(study, run, factor, rows):
     return {"factor": factor, **losses, "rougeL": run.scores["rougeL"], "benchmarks": found}
 
 
-def _is_above_guessing(of, chance):
-    return chance is None or of["score"] - 2 * math.sqrt(of["score"] * (1 - of["score"]) / of["n"]) > chance
+def _most_rows(points):
+    """{task: rows that it was scored on at most}: points of fewer do not go with the others."""
+    rows = {}
+    for task, of in (item for point in points for item in point["benchmarks"].items()):
+        rows[task] = max(rows.get(task, 0), of["n"])
+    return rows
 
 
 def _mean(factor, seeds, kept):
@@ -240,7 +246,6 @@ def _mean(factor, seeds, kept):
 
 
 def _retention(point, kept):
-    """Mean accuracy of a point over the tasks `kept`; None where there are none, or it lacks one."""
-    if not kept or not point["benchmarks"].keys() >= {*kept}:
-        return None
-    return sum(point["benchmarks"][task]["score"] for task in kept) / len(kept)
+    """Mean accuracy of a point over the tasks `kept` ({task: n}); None without any, or where one has not n rows."""
+    found = [of["score"] for task, of in point["benchmarks"].items() if of["n"] == kept.get(task)]
+    return sum(found) / len(found) if found and len(found) == len(kept) else None

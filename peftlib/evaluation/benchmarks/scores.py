@@ -91,8 +91,7 @@ def lost(found):
     Tasks on which base is at its floor are left out, for no knowledge can be lost there; so is perplexity, which is no
     accuracy, and a method or seed that lacks one of the tasks. ({}, []) where nothing remains.
     """
-    of = [scores for scores in found if scores.task in SETS[RETENTION] and BASE in scores.runs]
-    of = [scores for scores in of if not (scores.facts["is_perplexity"] or scores.is_at_floor(BASE))]
+    of = above_guessing(found)
     if not of:
         return {}, []
     every = [{(method, seed) for method in scores.runs for seed in scores.runs[method]} for scores in of]
@@ -107,6 +106,12 @@ def lost(found):
     boot = stats.ratio_bootstrap(strata)
     changes = {method: boot.difference(method, BASE, stats.RATIO) for method in boot.value if method != BASE}
     return changes, [scores.task for scores in of]
+
+
+def above_guessing(found):
+    """[TaskScores, ...] of the retention tasks by which `lost` judges: scored by accuracy, and base is not at floor."""
+    of = [scores for scores in found if scores.task in SETS[RETENTION] and BASE in scores.runs]
+    return [scores for scores in of if not (scores.facts["is_perplexity"] or scores.is_at_floor(BASE))]
 
 
 def read_rows(path, facts):

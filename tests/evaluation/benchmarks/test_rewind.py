@@ -12,7 +12,7 @@ from peftlib.core.errors import ConfigError, ModelError, StudyError
 from peftlib.core.files import write_json
 from peftlib.evaluation import evaluate as evaluation
 from peftlib.evaluation import results as scored
-from peftlib.evaluation.benchmarks import rewind, tasks
+from peftlib.evaluation.benchmarks import rewind, scores, tasks
 from peftlib.evaluation.benchmarks.run import bench
 from peftlib.evaluation.predictions import Predictions
 from peftlib.notebook.results import ChartPanel
@@ -226,6 +226,12 @@ def test_points_are_scored_on_the_retention_tasks_too(finished, files, monkeypat
         made = rewind._benchmark(study, {}, tuned, study.folder / "1.0.jsonl", tasks.load(task, files), QUIET["log"])
         assert made == end[task]
 
+    # A curve's mean is over the tasks on which base is not at its floor, as that of scores.lost.
+    monkeypatch.setattr(scores.TaskScores, "is_at_floor", lambda self, method: self.task == "boolq")
+    kept = rewind.curves(study, scored.load(study).runs)["galore"]
+    assert kept[1]["retention"] == point["benchmarks"]["arc_easy"]["score"]
+    assert kept[2]["retention"] == end["arc_easy"]["score"]
+
     # What was scored is not scored again, and a task more adds to what is there.
     monkeypatch.setattr(rewind, "load_model", lambda *args, **how: pytest.fail("everything is known"))
     assert rewind.rewind(study, "galore", [0.5], **QUIET) == [point]
@@ -240,13 +246,12 @@ def test_retention_is_the_mean_over_the_tasks_that_base_knows():
         tasks = {task: {"score": score, "n": 400} for task, score in zip(("piqa", "arc_easy", "boolq"), scores)}
         return {"test_loss": {"all": 2.0}, "general_loss": 3.0, "rougeL": 0.1, "benchmarks": tasks}
 
-    base, tuned, chances = point(0.7, 0.5, 0.62), point(0.6, 0.45, 0.7), {"piqa": 0.5, "arc_easy": 0.25, "boolq": 0.62}
-    kept = [task for task, of in base["benchmarks"].items() if rewind._is_above_guessing(of, chances[task])]
-    assert kept == ["piqa", "arc_easy"]  # boolq is what always saying yes scores
+    base, tuned, kept = point(0.7, 0.5, 0.62), point(0.6, 0.45, 0.7), {"piqa": 400, "arc_easy": 400}
     assert rewind._mean(1.0, [{1.0: tuned}], kept)["retention"] == pytest.approx(0.525)
     lacks = {**tuned, "benchmarks": {}}
     assert rewind._mean(1.0, [{1.0: tuned}, {1.0: lacks}], kept)["retention"] is None
-    assert rewind._mean(1.0, [{1.0: tuned}], [])["retention"] is None
+    assert rewind._mean(1.0, [{1.0: tuned}], {})["retention"] is None
+    assert rewind._mean(1.0, [{1.0: tuned}], {"piqa": 500, "arc_easy": 400})["retention"] is None  # of other rows
     curve = [rewind._mean(at, [{at: of}], kept) for at, of in ((0.0, base), (1.0, tuned))]
     drawn = charts.figures.rewind_curves({"qlora": curve})
     assert (
