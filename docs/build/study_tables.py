@@ -5,6 +5,7 @@ import statistics
 from cells import ends, loss_gap, number, pair_of, signed, spread, told
 
 from peftlib.core.config import resolve
+from peftlib.evaluation.benchmarks.scores import BALANCED
 from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
 from peftlib.evaluation.stats import METRICS
 from peftlib.models.shapes import SHAPES, short_name
@@ -154,7 +155,8 @@ def benchmarks_study(results):
 def benchmarks_tasks(results):
     """All tasks of which the score is an accuracy of the retention set."""
     tasks = results.reference.get("benchmarks", {"tasks": {}})["tasks"]
-    facts = {task: of for task, of in tasks.items() if task in SETS[RETENTION] and not of["is_perplexity"]}
+    known = [name for task in SETS[RETENTION] for name in (task, task + BALANCED)]
+    facts = {task: of for task, of in tasks.items() if task in known and not of["is_perplexity"]}
     if not facts:
         yield NOT_MEASURED
         return

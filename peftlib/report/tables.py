@@ -22,7 +22,8 @@ def result_frame(found, judged, benchmarks):
     """results.csv of a ScoredStudy, its [verdicts.Judged, ...] and [scores.TaskScores, ...], as a DataFrame."""
     rows = [{**_result_row(run), **_judged_columns(run, judged)} for run in found.runs]
     judges = [name for name in _JUDGED if rows and name in rows[0]]
-    names = [*COLUMNS, *(f"bench_{scores.task}" for scores in benchmarks), *judges]
+    scored = [f"bench_{scores.task}" for scores in benchmarks]
+    names = [*COLUMNS, *(name for name in scored if any(name in row for row in rows)), *judges]
     columns = {name: [row.get(name) for row in rows] for name in names}
     return pd.DataFrame({name: pd.array(of, _DTYPES.get(name, "float64")) for name, of in columns.items()})
 

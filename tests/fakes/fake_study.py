@@ -168,9 +168,10 @@ def column(values, weights=1.0):
 
 def write_benchmark(study, record, task, values, *, chance=0.5, start=0, **facts):
     """A record's score of a task as scoring leaves it."""
-    weights = facts.pop("weights", 1.0)
+    weights, labels = facts.pop("weights", 1.0), facts.pop("labels", None)
     rows = [
         {"id": start + i, "doc": f"{start + i:032x}", "value": float(v), "weight": float(w)}
+        | ({"label": labels[i]} if labels is not None else {})
         for i, (v, w) in enumerate(column(values, weights))
     ]
     path = study.benchmark_path(record["method"], record["seed"], task)

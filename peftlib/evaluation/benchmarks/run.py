@@ -151,7 +151,10 @@ def scored_rows(benchmark, lent, responses, n_rows, log):
     lm = harness.KeepingModel(lent.model(), lent.tokenizer, responses, **how)
     samples = harness.score(lm, benchmark, limit=n_rows)
     lent.batch = lm.batch_size_per_gpu  # what memory holds
-    return [_row(benchmark, sample) for sample in samples], benchmark.chance([sample["doc"] for sample in samples])
+    docs = [sample["doc"] for sample in samples]
+    labels = [{"label": label} for label in benchmark.labels(docs) or ()] or [{}] * len(docs)
+    rows = [_row(benchmark, sample) | label for sample, label in zip(samples, labels, strict=True)]
+    return rows, benchmark.chance(docs)
 
 
 def _row(benchmark, sample):

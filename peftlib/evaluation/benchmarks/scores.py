@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,8 @@ from peftlib.evaluation.benchmarks.tasks import RETENTION, SETS
 from peftlib.evaluation.comparison import Pair
 from peftlib.methods import BASE
 
-_ROW = {"id": int, "doc": str, "value": float, "weight": float}
+_ROW = {"id": int, "doc": str, "value": float, "weight": float, "label?": str}
+BALANCED = "_balanced"  # after the name of a task: each right answer counts alike, however many rows have it
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class TaskScores:
 
 
 def load(runs, *, leaves_out=False):
-    """[TaskScores, ...] of all tasks that any run was scored on.
+    """[TaskScores, ...] of all tasks that any run was scored on, and behind a task with labels its balanced accuracy.
+
+    A model that says yes more or less often changes its accuracy without knowing more or less, not the balanced one.
 
     runs: [(name of the method, its Study, record), ...] in the study's order. leaves_out: tasks of which the runs share
     no rows, instead of a StudyError. StudyError: rows that are damaged, or not shared by the runs of a task.
@@ -59,7 +63,7 @@ def load(runs, *, leaves_out=False):
     tasks = dict.fromkeys(task for _, _, record in runs for task in record.get("benchmarks") or {})
     order = [task for names in SETS.values() for task in names if task in tasks]
     order += [task for task in tasks if task not in order]
-    return [found for task in order if (found := _task_scores(task, runs, leaves_out))]
+    return [scores for task in order for scores in _task_scores(task, runs, leaves_out)]
 
 
 def _task_scores(task, runs, leaves_out):
@@ -69,20 +73,32 @@ def _task_scores(task, runs, leaves_out):
             run = (method, record["seed"])
             facts[run] = record["benchmarks"][task]
             found = read_rows(study.benchmark_path(record["method"], record["seed"], task), facts[run])
-            rows[run] = {(row["id"], row["doc"]): (row["value"], row["weight"]) for row in found}
+            rows[run] = {(row["id"], row["doc"]): row for row in found}
     fewest = min(rows, key=lambda run: len(rows[run]))
     shared = [key for key in rows[fewest] if all(key in found for found in rows.values())]
     if not shared or len({(of["metric"], of["filter"]) for of in facts.values()}) > 1:
         if leaves_out:
-            return None
+            return
         named = ", ".join(f"{method} (seed {seed})" for method, seed in rows)
         raise StudyError(f"the scores of {task} are not of the same rows and metric for {named}: score them again")
     by_method = {}
     for (method, seed), found in rows.items():
-        by_method.setdefault(method, {})[seed] = np.array([found[key] for key in shared])
+        by_method.setdefault(method, {})[seed] = np.array(
+            [[found[key]["value"], found[key]["weight"]] for key in shared]
+        )
+    yield _bootstrapped(task, facts[fewest], by_method)
+    labels = [next((found[key]["label"] for found in rows.values() if "label" in found[key]), None) for key in shared]
+    counts = Counter(labels)
+    if None not in counts and len(counts) > 1:
+        weights = np.array([[1 / counts[label]] for label in labels])
+        balanced = {name: {seed: of * weights for seed, of in by_seed.items()} for name, by_seed in by_method.items()}
+        known = {"metric": f"balanced {facts[fewest]['metric']}", "chance": 1 / len(counts)}
+        yield _bootstrapped(task + BALANCED, facts[fewest] | known, balanced)
+
+
+def _bootstrapped(task, facts, by_method):
     seeds = {method: list(by_seed.values()) for method, by_seed in by_method.items()}
-    boot = stats.ratio_bootstrap([seeds], is_perplexity=facts[fewest]["is_perplexity"])
-    return TaskScores(task, facts[fewest], boot, by_method)
+    return TaskScores(task, facts, stats.ratio_bootstrap([seeds], is_perplexity=facts["is_perplexity"]), by_method)
 
 
 def lost(found):

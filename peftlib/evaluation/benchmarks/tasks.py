@@ -62,11 +62,19 @@ class Benchmark:
         """
         if self.task.OUTPUT_TYPE != "multiple_choice":
             return 0.0 if self.task.task_name in _NO_GUESS else None
-        choices = [tuple(self.task.doc_to_choice(doc)) for doc in docs]
-        blind = sum(1 / len(found) for found in choices) / len(docs)
-        if len(set(choices)) > 1:
-            return blind
-        return max(blind, Counter(str(self.task.doc_to_target(doc)) for doc in docs).most_common(1)[0][1] / len(docs))
+        blind = sum(1 / len(self.task.doc_to_choice(doc)) for doc in docs) / len(docs)
+        labels = self.labels(docs)
+        return max(blind, Counter(labels).most_common(1)[0][1] / len(docs)) if labels else blind
+
+    def labels(self, docs):
+        """[right answer, ...] of multiple choice where all rows have the same choices (yes and no), else None."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return None
+        first, *others = {tuple(self.task.doc_to_choice(doc)) for doc in docs}
+        if others:
+            return None
+        targets = (self.task.doc_to_target(doc) for doc in docs)
+        return [str(first[target] if isinstance(target, int) else target) for target in targets]
 
     def row(self, sample):
         """(value, weight) of one row that the harness scored; a score is sum(value) / sum(weight)."""

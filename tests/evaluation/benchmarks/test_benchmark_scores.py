@@ -111,6 +111,22 @@ def test_the_mean_over_tasks_is_of_seeds_that_have_them_all(scored):
     assert changes["galore"].value == pytest.approx((one_seed[0] + one_seed[2]) / 2)
 
 
+def test_saying_yes_less_often_changes_the_accuracy_alone(scored):
+    study, made = scored
+    answers = np.array(["yes"] * 60 + ["no"] * 40)
+    said = {"base": ["yes"] * 95 + ["no"] * 5, "galore": (["yes"] * 2 + ["no"] * 8) * 10}  # neither looks at the row
+    for record in (made[0], made[2]):
+        right = answers == np.array(said[record["method"]])
+        write(study, record, "boolq", right, chance=0.6, labels=answers)
+    plain, balanced = (found for found in loaded(study, made) if found.task.startswith("boolq"))
+    assert (plain.interval("base").value, plain.interval("galore").value) == (0.65, 0.44)
+    assert not plain.boot.difference("galore", "base", stats.RATIO).is_noise
+    assert balanced.task == "boolq_balanced" and balanced.facts["metric"] == "balanced acc" and balanced.chance == 0.5
+    assert balanced.interval("base").value == pytest.approx((1.0 + 5 / 40) / 2)
+    assert balanced.interval("galore").value == pytest.approx((0.2 + 0.8) / 2) and balanced.is_at_floor("galore")
+    assert "boolq_balanced" not in scores.lost(loaded(study, made))[1]
+
+
 def test_rows_that_are_gone_or_changed_are_named(scored):
     study, made = scored
     path = study.benchmark_path("base", 0, "piqa")

@@ -77,6 +77,7 @@ def test_guessing_counts_the_choices_and_the_most_frequent_of_fixed_answers(file
     two = benchmarks.load("boolq", files)
     docs = list(two.task.eval_docs)
     assert two.chance(docs) == 0.6 and two.chance([docs[0], docs[1]]) == 0.5  # three of five are no
+    assert four.labels(list(four.task.eval_docs)) is None and sorted(two.labels(docs)) == ["no"] * 3 + ["yes"] * 2
 
 
 def test_a_trained_method_and_a_model_made_elsewhere_are_scored_too(finished, files, tmp_path, capsys):
