@@ -50,8 +50,8 @@ class Deadline:
             return f"max_seconds={limit:g} is over"
         left = seconds_left(self._cfg.session_hours)
         if left is not None and left < 0:
-            hours = self._cfg.session_hours or _HOURS[host()]
-            return f"this session's {hours:g} hours, see session_hours, end in {max(0.0, left + MARGIN_S) / 60:.0f} minutes"
+            hours, minutes = self._cfg.session_hours or _HOURS[host()], max(0.0, left + MARGIN_S) / 60
+            return f"this session's {hours:g} hours, see session_hours, end in {minutes:.0f} minutes"
         return None
 
 
