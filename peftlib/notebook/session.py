@@ -147,7 +147,7 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
         print(mirror.state())
     later = [other for other in NOTEBOOKS if other > name]
     if status == STOPPED:
-        print(f"stopped early: run {name} again to go on from here")
+        print(f"stopped early: run {name} again to resume from here")
     else:
         print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
         if study.cfg.profile == "quick" and not later:
