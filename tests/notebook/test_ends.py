@@ -89,7 +89,9 @@ def hub_box(study, tmp_path, method="qlora"):
 def test_nothing_is_pushed_before_a_preview_of_the_very_settings(finished, tmp_path):
     box = hub_box(finished("qlora"), tmp_path)
     assert box.push.disabled and box.private.value and box.form.value == "adapter"
-    assert "use hf://USER/REPO" in press(box) and box.push.disabled
+    assert press(box) == "Type a repository first, such as your-name/model-name." and box.push.disabled
+    box.to.value = "me"
+    assert "use hf://USER/REPO (it names no user or no repository)" in press(box) and box.push.disabled
     box.to.value = "me/my-model"
     assert press(box) == "Nothing is sent yet."
     shown = box.shown.value
