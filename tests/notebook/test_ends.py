@@ -23,7 +23,7 @@ ENDS = ("chat_box", "drive_box", "hub_box", "gguf_box")
 def test_a_headless_run_says_in_one_line_why_an_end_is_off(make_study, capsys, end):
     assert getattr(notebook, end)(make_study(), "qlora", is_interactive=False) is None
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("off in a headless run, for ") and line.endswith("` does it")
+    assert line.startswith("off in a headless run, because ") and line.endswith("` does it")
 
 
 def press(box, button=None):
