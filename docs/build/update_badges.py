@@ -30,7 +30,7 @@ _ABOUT = {
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 _KAGGLE_IMAGE = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
 _INSTALL_CELL = """\
-{install}: on Colab and Kaggle only (there switch Internet on), in seconds, without a restart; torch stays as it is.
+{install}: on Colab and Kaggle only (on Kaggle switch Internet on), in seconds, no restart; torch stays as it is.
 # Elsewhere choose the checkout's .venv, which `make .venv/installed` makes, as this notebook's kernel.
 import os
 from importlib.util import find_spec

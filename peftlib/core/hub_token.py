@@ -20,9 +20,7 @@ _given: set[str] = set()  # what this process was given: a secret is known from 
 
 _ADVICE = (
     f"set the environment variable {NAME}, or put a line {NAME}=... into a file .env in the working folder, or run "
-    f"`hf auth login`, or add the secret {NAME} (on Colab the key icon, on Kaggle Add-ons > Secrets). "
-    "Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
-    "or set model to a public mirror such as unsloth/gemma-3-1b-it, or to 'packaged', which needs no token."
+    f"`hf auth login`, or add the secret {NAME} (on Colab the key icon, on Kaggle Add-ons > Secrets)"
 )
 _KAGGLE = "under Add-ons > Secrets add it and tick it for this notebook, with Internet on"
 _COLAB = "click the key icon on the left, fill it in, switch on its 'Notebook access', and run this cell again"

@@ -58,6 +58,12 @@ def install_line(*extras):
     return INSTALL.format(extras=",".join(extras), address=address())
 
 
+def pip_line(extra):
+    """The command that installs what an extra names. PyPI has no peftlib: it is the checkout or the public address."""
+    here = checkout()
+    return f"pip install -e '{here}[{extra}]'" if here else f"pip install 'peftlib[{extra}] @ git+{address()}'"
+
+
 # Named by model cards that the first edition published.
 ALIASES = {"peftlib.trained": "peftlib.models.saved", "peftlib.packaged": "peftlib.models.packaged"}
 

@@ -190,5 +190,5 @@ def require_ok(record):
         raise StudyError(
             f"{record['method']} (seed {record['seed']}) is {record['status']} at step {record['steps']} of "
             f"{record['planned_steps']}{': ' + record['error'] if record['error'] else ''}. "
-            "Run this notebook again: it goes on from the last checkpoint."
+            "Run this notebook again: it resumes from the last checkpoint."
         )

@@ -23,14 +23,17 @@ def host():
 def seconds_left(session_hours=0.0):
     """Seconds until work should be saved and stopped, or None where nothing ends the session.
 
-    session_hours: the longest session; 0 takes the host's own. Counted on Colab and Kaggle from the start of the
-    machine's first process, which is the session's, elsewhere from the start of this one.
+    session_hours: the longest session; 0 takes the host's own, until it has lasted longer. Counted on Colab and Kaggle
+    from the start of the machine's first process, which is the session's, elsewhere from the start of this one.
     """
     hours = session_hours or _HOURS.get(host(), 0.0)
     if not hours:
         return None
     first = psutil.Process(1) if host() else psutil.Process()
-    return first.create_time() + 3600 * hours - MARGIN_S - time.time()
+    left = first.create_time() + 3600 * hours - time.time()
+    if left < 0 and not session_hours:
+        return None  # it has outlived them, as Colab's paid sessions may
+    return left - MARGIN_S
 
 
 class Deadline:
@@ -47,7 +50,8 @@ class Deadline:
             return f"max_seconds={limit:g} is over"
         left = seconds_left(self._cfg.session_hours)
         if left is not None and left < 0:
-            return f"this session ends in {(left + MARGIN_S) / 60:.0f} minutes"
+            hours, minutes = self._cfg.session_hours or _HOURS[host()], max(0.0, left + MARGIN_S) / 60
+            return f"this session's {hours:g} hours, see session_hours, end in {minutes:.0f} minutes"
         return None
 
 

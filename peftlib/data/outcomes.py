@@ -163,7 +163,8 @@ def require_rows(counts, asked, tallies, *, allow_short):
             if n["given"] < n["asked"]
         ]
         lines += [tallies[name].account() for name in short]
-        raise DataError(f"too few rows. {'; '.join(lines)}. Ask for fewer rows, add data, or set allow_short = True")
+        fewer = "Ask for fewer (train_rows, valid_rows, test_rows), add data, or set allow_short = True"
+        raise DataError(f"too few rows. {'; '.join(lines)}. {fewer}")
 
 
 def require_row_per_split(counts, asked, tallies):

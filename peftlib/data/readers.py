@@ -93,7 +93,8 @@ def kind_of(path):
         if path.is_dir():
             raise DataError(f"{path} is a folder: name one file in it ({', '.join(_KINDS)}, each plain or .gz)")
         if not path.exists():
-            raise DataError(f"{path} does not exist: check the path, or use 'hub' or 'sample' as the source")
+            start = "" if path.is_absolute() else f" (it starts at {Path.cwd()})"
+            raise DataError(f"{path} does not exist: check the path{start}, or use 'hub' or 'sample' as the source")
         with open(path, "rb") as stream:
             start = stream.read(2)
     except OSError as error:

@@ -116,7 +116,7 @@ def schema_of(numbered, label):
     lines = [
         f"{label}: none of its first {len(rows)} rows is of a known schema ({seen})",
         f"Rows must be one of {'; '.join(SCHEMAS.values())}",
-        *dict.fromkeys(filter(None, map(_advice, rows))),
+        *list(dict.fromkeys(filter(None, map(_advice, rows))))[:3],
         *(f"The first that cannot be read is row {number}: {row.excerpt}" for number, row in broken[:1]),
     ]
     raise DataError(". ".join(lines))
@@ -124,7 +124,10 @@ def schema_of(numbered, label):
 
 def _advice(row):
     """What to do about a row of no known schema, in words, or None."""
+    no_comma = "The header holds no comma: commas separate the columns of a CSV file"
     if isinstance(row, Broken):
+        if row.reason == "ragged_row" and "the header has 1:" in row.excerpt:
+            return no_comma
         advice = "Each line of JSON Lines is one object, without a comma behind it; an array goes into a .json file"
         return advice if row.reason == "not_json" else None
     if not isinstance(row, dict):
@@ -137,8 +140,13 @@ def _advice(row):
     if detect({str(name).strip().lower(): value for name, value in row.items()}):
         return "Names of fields are lower case, without spaces around them"
     if len(row) == 1 and re.search(r"[;\t|]", str(*row)):
-        return "The header holds no comma: commas separate the columns of a CSV file"
-    return None
+        return no_comma
+    others = [name for name, value in row.items() if isinstance(value, str) and name not in _ALPACA_FIELDS]
+    wanted = [name for name in ("instruction", "output") if name not in row]
+    if len(others) < len(wanted):
+        return None
+    names = dict(zip(others, wanted))
+    return f"Rename the fields of question and answer, in pandas for example: df.rename(columns={names})"
 
 
 def _is_preference_pair(row):

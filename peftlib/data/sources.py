@@ -15,7 +15,7 @@ from peftlib.data.schemas import FIELDS_READ
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 _SAMPLE_LICENSE = "Apache-2.0 (written for this project)"
-_FORM = "NAME=WHERE; ... where WHERE is hub, sample, or FILE[,TESTFILE]"
+_FORM = "NAME=WHERE; ... where WHERE is hub, sample, or FILE[,TESTFILE], as in mine=rows.jsonl"
 
 
 class HubSource(NamedTuple):

@@ -69,10 +69,12 @@ class HubTarget:
         self.repository = text.removeprefix(_SCHEME)
         self._private, self._api = private, api
         try:
-            _user, _name = self.repository.split("/")
             validate_repo_id(self.repository)
+            why = "" if self.repository.count("/") == 1 else "it names no user or no repository"
         except ValueError as error:
-            raise ConfigError(f"to={text!r}: use hf://USER/REPO ({error})") from None
+            why = str(error)
+        if why:
+            raise ConfigError(f"to={text!r}: use hf://USER/REPO ({why})")
 
     def __str__(self):
         return _SCHEME + self.repository

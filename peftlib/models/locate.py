@@ -31,9 +31,12 @@ def token_for(location):
         return None
     try:
         return hf_token()
-    except ModelError:
+    except ModelError as error:
         if location.startswith("google/"):
-            raise
+            raise ModelError(
+                f"{error}. Gemma is gated: accept its licence at https://huggingface.co/google/gemma-3-1b-it first, "
+                "or set model to a public mirror such as unsloth/gemma-3-1b-it, or to 'packaged', which needs no token"
+            ) from None
         return None
 
 

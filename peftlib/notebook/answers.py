@@ -28,7 +28,7 @@ STYLE = """<style>
 LEGEND = (
     '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other '
     "words. ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace "
-    "with nltk's smoothing (method1), for most rows share no four words with their reference.</div>"
+    "with nltk's smoothing (method1), because most rows share no four words with their reference.</div>"
 )
 
 

@@ -88,6 +88,9 @@ class HubBox(Action):
         return {"to": to, "form": self.form.value, "private": private, "seed": self._run[0].cfg.seed}
 
     def _preview(self, say):
+        if not self.to.value.strip():
+            say("Type a repository first, such as your-name/model-name.")
+            return ""
         say("making the files, which sends nothing")
         how = self._how()
         found = Preview(*self._run, **how)

@@ -1,6 +1,7 @@
 """Open and close a notebook: `setup` reads its parameters and opens the study, `finish` says what was written."""
 
 import ast
+import functools
 import os
 import re
 import textwrap
@@ -147,7 +148,7 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
         print(mirror.state())
     later = [other for other in NOTEBOOKS if other > name]
     if status == STOPPED:
-        print(f"stopped early: run {name} again to go on from here")
+        print(f"stopped early: run {name} again to resume from here")
     else:
         print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
         if study.cfg.profile == "quick" and not later:
@@ -251,6 +252,9 @@ def _quiet_progress_bars():
     # The libraries read these when they are imported. A bar would leave one line an update in the executed copy.
     os.environ |= dict.fromkeys(NO_BARS, "1")
     import tqdm.auto
+
+    # torch has imported tqdm by now, so that it has read its own already.
+    tqdm.std.tqdm.__init__ = functools.partialmethod(tqdm.std.tqdm.__init__, disable=True)
 
     # In a kernel tqdm.auto would take widgets, which nobody sees here and which do not heed TQDM_DISABLE.
     tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange

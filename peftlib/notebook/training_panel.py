@@ -22,7 +22,7 @@ _SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
 _LAST_LINES = 6  # of the log that the panel shows
 _NEARLY_FULL = 0.9  # of the memory's limit
 _GREY, _WARNING = "#7f7f7f", LIGHT.color_of("galore")
-_STOP = "To stop, interrupt the kernel: it saves a checkpoint first, and this cell goes on from there when run again."
+_STOP = "To stop, interrupt the kernel: it saves a checkpoint first, and this cell resumes from there when run again."
 
 
 def train_live(run):
@@ -158,7 +158,7 @@ def summary(snapshot):
     told = {
         "running": of_all,
         "ok": f"finished, {snapshot.step:,} steps",
-        "stopped": f"stopped at {of_all}; run this cell again to go on from step {snapshot.saved_step or 0:,}",
+        "stopped": f"stopped at {of_all}; run this cell again to resume from step {snapshot.saved_step or 0:,}",
         "failed": f"failed after {of_all}; the checkpoint of step {snapshot.saved_step or 0:,} is kept",
     }
     return f"{snapshot.method}, seed {snapshot.seed}: {told[snapshot.status]}"

@@ -8,7 +8,11 @@ from peftlib.evaluation.results import BASE, BASE_CUT
 
 _RANKED = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
 _FEW, _MOST = 6, 12  # methods and differences that a sentence lists
-_BEYOND = {"higher": "higher, beyond the noise,", "lower": "lower, beyond the noise,"}
+_BEYOND = {
+    "higher": "higher, beyond the noise,",
+    "lower": "lower, beyond the noise,",
+    "inside the noise": "unchanged, within the noise,",
+}
 
 
 def summary(found, boot, pairs, notes, numbers):

@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple
 
 from peftlib.core.errors import ConfigError
+from peftlib.core.paths import pip_line
 from peftlib.runner.execute import environment
 
 GRACE_S = 45.0  # seconds that a command gets for saving before it is killed
@@ -88,7 +89,7 @@ class Ray:
 
             ray.init(address=settings.address, log_to_driver=False)
         except ImportError:
-            raise ConfigError("--executor ray needs Ray, which is missing: pip install 'peftlib[cluster]'") from None
+            raise ConfigError(f"--executor ray needs Ray, which is missing: {pip_line('cluster')}") from None
         except (ConnectionError, ValueError) as error:
             how = f"no Ray cluster ({error}); `ray start --head` starts one"
             raise ConfigError(f"--address {settings.address}: {how}") from None

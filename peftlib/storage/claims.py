@@ -160,12 +160,10 @@ class Claim:
 
     def _refuse(self, text):
         claims = self._claims
-        clears = time.strftime(
-            "%H:%M:%S", time.localtime(time.time() + claims.stale_s - claims.seen_for(self.run, text))
-        )
+        wait_s = claims.stale_s - claims.seen_for(self.run, text)
         raise LockedError(
             f"{self.run} of study {claims.folder.name!r} is in use by {claims.named(text)}: wait for it, or stop it. "
-            f"If it is gone, run this again after {clears}"
+            f"If it is gone, run this again in {wait_s:.0f} s"
         )
 
     def _beat(self):

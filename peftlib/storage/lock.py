@@ -221,10 +221,9 @@ class StudyLock:
 
     def _refuse(self, owner):
         silent = time.time() - owner["heartbeat"]
-        clears = time.strftime("%H:%M:%S", time.localtime(time.time() + self.stale_s - silent))
         raise LockedError(
             f"{self._place} is in use by {named_owner(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for "
-            f"it, or stop it. If it is gone, run this again after {clears}"
+            f"it, or stop it. If it is gone, run this again in {max(0, self.stale_s - silent):.0f} s"
         )
 
     def _beat(self):

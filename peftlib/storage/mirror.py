@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from peftlib import __version__
 from peftlib.core.env import output_root
 from peftlib.core.errors import CheckpointError, ConfigError, PeftlibError, StudyError, writing
-from peftlib.core.files import gib, read_json, write_json
+from peftlib.core.files import gib, read_json, size_text, write_json
 from peftlib.core.json_reading import Map, require_shape
 from peftlib.core.limits import require_folder_name
 from peftlib.core.study import Study
@@ -146,11 +146,11 @@ class Mirror:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                names = self._unpack(name, facts)
+                self._unpack(name, facts)
             except OSError as error:
                 self.log(f"{self.remote}: {name} not used ({error.strerror or error})")
                 continue
-            self.log(f"restored {unit} from {self.remote} ({len(names)} files, {facts['bytes'] / 2**20:.0f} MiB)")
+            self.log(f"restored {unit} from {self.remote} ({size_text(facts['bytes'])})")
             files = archive.units_of(self.folder).get(unit, [])
             self._has_copied(unit, known[0][1]["serial"], archive.fingerprint(self.folder, files))
             self._taken_over.discard(unit)

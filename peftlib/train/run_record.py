@@ -49,7 +49,7 @@ def describe(run):
         learning_rate_2=rates[1] if len(rates) > 1 else None,
     )
     step, steps = run.progress.step, run.plan.steps
-    start = f"goes on at step {step} of {steps}" if step else f"starts, {steps} steps"
+    start = f"resumes at step {step} of {steps}" if step else f"starts, {steps} steps"
     shown = " and ".join(f"{rate * run.rate_factor:g}" for rate in sorted(set(rates), reverse=True))
     variant = run.method.variant(vars(run.cfg))
     name = f"{run.name} ({variant})" if variant else run.name

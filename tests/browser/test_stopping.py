@@ -49,7 +49,7 @@ def require_whole_checkpoint(checkpoints, cell):
     step = int(cell.wait_for(rf"stopped: (\d+) of {STEPS} steps")[1])
     kept, skipped = checkpoints.newest()
     assert 0 < step < STEPS and skipped == [] and kept.state["progress"]["step"] == step
-    assert f"stopped at step {step} of {STEPS}; run this cell again to go on from step {step}" in cell.text
+    assert f"stopped at step {step} of {STEPS}; run this cell again to resume from step {step}" in cell.text
     assert not cell.has_widgets() and cell.problems() == []
     return step
 
@@ -57,7 +57,7 @@ def require_whole_checkpoint(checkpoints, cell):
 def require_it_goes_on(cell, step):
     """Run again, the cell takes up its work at that step and comes to its end."""
     cell.run(seconds=240)
-    assert f"goes on at step {step} of {STEPS}" in cell.text
+    assert f"resumes at step {step} of {STEPS}" in cell.text
     assert f"ok: {STEPS} of {STEPS} steps" in cell.text
     assert not cell.has_widgets() and cell.problems() == []
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from made_rows import TABLE, alpaca_rows, counts_of, quiet, sources_text, write_jsonl
@@ -65,6 +66,9 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("nested.json", json.dumps([TABLE]), r"not a list"),
         ("texts.json", json.dumps(["a", "b"]), r"A row is an object of named fields"),
         ("semicolons.csv", "instruction;output\na;b\n", r"commas separate the columns"),
+        ("semicolons2.csv", "instruction;output\na, b;c\n", r"commas separate the columns"),
+        ("odd.csv", "Frage,Antwort\na,b\n", r"rename\(columns={'Frage': 'instruction', 'Antwort': 'output'}\)"),
+        ("half.json", json.dumps([{"instruction": "a", "reply": "b"}]), r"columns={'reply': 'output'}"),
         ("capitals.csv", "Instruction, output\na,b\n", r"Names of fields are lower case, without spaces"),
         (
             "latin.csv",
@@ -95,7 +99,7 @@ def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
     "text, message",
     [
         ("", "names no source"),
-        ("alpaca", "not of the form NAME=WHERE"),
+        ("alpaca", "not of the form NAME=WHERE.*as in mine=rows.jsonl"),
         ("alpaca=", "not of the form"),
         ("al paca=sample", "not of the form"),
         ("alpaca=sample; alpaca=hub", "is given twice"),
@@ -120,6 +124,8 @@ def test_a_missing_file_is_found_before_anything_is_loaded(cfg_of, tmp_path, two
     cfg = cfg_of(f"alpaca={two_files['alpaca']}; tulu={tmp_path / 'absent.jsonl'}", model="no/such-model")
     with pytest.raises(DataError, match=r"absent.jsonl does not exist: check the path"):
         data.build_data(cfg, tmp_path / "data", quiet)
+    with pytest.raises(DataError, match=rf"check the path \(it starts at {Path.cwd()}\)"):
+        data.build_data(cfg_of("mine=absent.jsonl"), tmp_path / "data", quiet)
 
 
 def test_a_stray_first_row_does_not_decide_the_schema(cfg_of, tmp_path):

@@ -68,8 +68,9 @@ def test_a_hub_that_cannot_be_had_is_explained(finished, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"hf://me/m: the network is unreachable\. See whether HF_TOKEN may write"):
         export_model(study, "qlora", to="hf://me/m", api=hub)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(ModelError, match="no Hugging Face token: set the environment variable HF_TOKEN"):
+    with pytest.raises(ModelError, match="no Hugging Face token: set the environment variable HF_TOKEN") as told:
         export_model(study, "qlora", to="hf://me/m")
+    assert "gated" not in str(told.value)  # that is for who loads a model
 
 
 @pytest.mark.parametrize("to", ["hf://", "hf://me", "hf://me/a/b", "hf://me/a b", "hf://me/--x", "hf://me/x.git"])

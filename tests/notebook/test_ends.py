@@ -23,7 +23,7 @@ ENDS = ("chat_box", "drive_box", "hub_box", "gguf_box")
 def test_a_headless_run_says_in_one_line_why_an_end_is_off(make_study, capsys, end):
     assert getattr(notebook, end)(make_study(), "qlora", is_interactive=False) is None
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("off in a headless run, for ") and line.endswith("` does it")
+    assert line.startswith("off in a headless run, because ") and line.endswith("` does it")
 
 
 def press(box, button=None):
@@ -89,7 +89,9 @@ def hub_box(study, tmp_path, method="qlora"):
 def test_nothing_is_pushed_before_a_preview_of_the_very_settings(finished, tmp_path):
     box = hub_box(finished("qlora"), tmp_path)
     assert box.push.disabled and box.private.value and box.form.value == "adapter"
-    assert "use hf://USER/REPO" in press(box) and box.push.disabled
+    assert press(box) == "Type a repository first, such as your-name/model-name." and box.push.disabled
+    box.to.value = "me"
+    assert "use hf://USER/REPO (it names no user or no repository)" in press(box) and box.push.disabled
     box.to.value = "me/my-model"
     assert press(box) == "Nothing is sent yet."
     shown = box.shown.value

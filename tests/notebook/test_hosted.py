@@ -115,6 +115,7 @@ def test_the_install_line_is_the_one_of_the_install_cell(at):
 def test_an_installed_copy_knows_its_address(monkeypatch):
     monkeypatch.setattr(paths, "checkout", lambda: None)
     assert paths.address() == badges.address()
+    assert paths.pip_line("bench") == f"pip install 'peftlib[bench] @ git+{badges.address()}'"  # PyPI has no peftlib
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,9 @@ def test_paths_are_shown_below_the_working_folder_or_home(tmp_path, monkeypatch)
 def test_plain_papermill_runs_a_notebook_keeps_bars_out_and_never_asks_for_drive(study, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTLIB_DRIVE", "1")
     bars = "from tqdm.auto import tqdm\n\nfor _ in tqdm(range(3)):\n    pass\nprint(headless())"
-    source = fake_notebooks.write(tmp_path, "01_data", SETUP, bars, 'finish(study, "NAME", wrote=[])')
+    # As after the first cell, whose torch imports tqdm.
+    setup = f"import tqdm.auto\n{SETUP}"
+    source = fake_notebooks.write(tmp_path, "01_data", setup, bars, 'finish(study, "NAME", wrote=[])')
     done = papermill(source, tmp_path / "out.ipynb", "-p", "study", "s", "-p", "lora_rank", "8")
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]

@@ -77,7 +77,7 @@ def test_an_interrupt_saves_and_stops_and_waiting_cells_run_once_in_order(front_
     assert (record["status"], record["steps"]) == ("stopped", steps)
 
     said = front_end.ended(f"{front_end.opening(pause=0)}\n{TRAIN}")
-    assert f"goes on at step {steps} of 18" in said and "end ok 18" in said
+    assert f"resumes at step {steps} of 18" in said and "end ok 18" in said
 
 
 def test_cells_that_wait_do_not_run_after_a_training_that_failed(front_end):

@@ -152,7 +152,7 @@ def test_a_ray_node_dies_another_has_other_code_and_the_study_is_as_of_one_proce
     study = Study.resolve(study="cluster", profile="demo")
     require_equal(study, whole, asked)
     [name] = killed
-    assert starts_of(study)[name] == 2 and re.search(rf"{name} \| .* goes on at step \d+0 of 60", told), told
+    assert starts_of(study)[name] == 2 and re.search(rf"{name} \| .* resumes at step \d+0 of 60", told), told
     assert all(times == 1 for other, times in starts_of(study).items() if other != name)
 
 

@@ -105,7 +105,7 @@ def test_no_command_is_left_once_the_executor_is_closed(local, tmp_path):
 
 def test_without_ray_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"--executor ray needs Ray.* pip install 'peftlib\[cluster\]'"):
+    with pytest.raises(ConfigError, match=r"--executor ray needs Ray.* pip install -e '.*\[cluster\]'"):
         Ray(resolve("demo"), Settings({}, address="auto"))
 
 

@@ -121,7 +121,9 @@ def call(place, command, *, check=True, environment=None):
     """A command in the place, as root of it, in /content."""
     variables = [f"{name}={value}" for name, value in {**_ENVIRONMENT, **(environment or {})}.items()]
     inside = ["env", "-i", "-C", "/content", *variables, *command]
-    return subprocess.run(["chroot", str(place), *inside], check=check)
+    # Processes of its own: the age of a session is that of its first process.
+    first = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return subprocess.run(["chroot", str(place), *first, *inside], check=check)
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ def test_the_state_is_escaped_and_its_bars_tell_progress_and_a_card_that_is_near
     "status, words",
     [
         ("ok", "finished, 12 steps"),
-        ("stopped", "stopped at step 12 of 48; run this cell again to go on from step 10"),
+        ("stopped", "stopped at step 12 of 48; run this cell again to resume from step 10"),
         ("failed", "failed after step 12 of 48; the checkpoint of step 10 is kept"),
     ],
 )

@@ -24,7 +24,7 @@ def cut_and_gone_on(make_study, report_to):
     lines = []
     again = TrainingRun(study, "qlora", log=lines.append)
     record = again.train()
-    assert "goes on at step 4 of 12" in lines[0]
+    assert "resumes at step 4 of 12" in lines[0]
     return study, record
 
 

@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_another_number_of_processes(make_study, tmp_path):
             trained(make_study(study="cut", **fields, max_seconds=1e-6), "galore")
         record = records.load(cut, "galore", 0)
         assert record["processes"] == n
-    assert "goes on at step 2 of 10" in said and record["status"] == "ok" and record["steps"] == 10
+    assert "resumes at step 2 of 10" in said and record["status"] == "ok" and record["steps"] == 10
     told = [(c["step"], c["from"], c["to"]) for c in record["changes"] if c["what"] == "processes"]
     assert told == [(1, 2, 1), (2, 1, 4)]
     assert relative(weights_there(cut, "galore", 4), weights_of(run)) < 1e-5

@@ -108,13 +108,13 @@ def test_a_time_limit_saves_and_stops_and_the_next_call_goes_on(make_study):
     study = make_study(max_seconds=1e-6)
     _, record = trained(study, "galore")
     assert (record["status"], record["steps"]) == ("stopped", 1)
-    with pytest.raises(StudyError, match="stopped at step 1 of 6.*goes on from the last checkpoint"):
+    with pytest.raises(StudyError, match="stopped at step 1 of 6.*resumes from the last checkpoint"):
         records.require_ok(record)
     with pytest.raises(StudyError, match="stopped at step 1 of 6"):
         evaluate(study, "galore", log=lambda line: None)
     lines = []
     assert TrainingRun(make_study(), "galore", log=lines.append).train()["steps"] == 6
-    assert "goes on at step 1 of 6" in lines[0]
+    assert "resumes at step 1 of 6" in lines[0]
 
 
 def test_mean_loss_does_not_depend_on_the_batch_and_leaves_the_mode(make_study):

@@ -14,6 +14,7 @@ from peftlib.core import record as records
 from peftlib.core.env import resolve_device
 from peftlib.core.errors import DataError, StudyError
 from peftlib.core.files import gib, sha256, write_text
+from peftlib.core.paths import pip_line
 from peftlib.core.session import Deadline
 from peftlib.core.study import Study
 from peftlib.evaluation.benchmarks import tasks
@@ -65,7 +66,7 @@ def bench_study(study: Study, methods: list[str], *, log: Callable[[str], object
     if names == "auto":
         names = tasks.RETENTION if resolve_device(cfg.device) == "cuda" and find_spec("lm_eval") else ""
     if not names:
-        log("no benchmarks: set benchmarks='retention' and install peftlib[bench] to score some")
+        log(f"no benchmarks: to score some, run {pip_line('bench')} and set benchmarks = 'retention'")
         return False
     try:
         for method in methods:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftlib.core.errors import ConfigError, DataError, ModelError
+from peftlib.core.paths import pip_line
 from peftlib.evaluation.benchmarks import local
 
 GENERATED = "generate_until"  # the harness's word for tasks whose answer is written, not ranked
@@ -98,7 +99,7 @@ def version():
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
-        raise ModelError("benchmarks need lm-evaluation-harness: pip install 'peftlib[bench]'") from None
+        raise ModelError(f"benchmarks need lm-evaluation-harness: {pip_line('bench')}") from None
 
 
 def load(name, folder=None):
@@ -120,7 +121,7 @@ def load(name, folder=None):
         # A group of one: the harness changes what it knows by a name only there.
         task = manager.load([{"group": "peftlib", "task": [{"task": name, **changed}]}])["tasks"][name]
     except ImportError as error:
-        raise ModelError(f"{name} needs a library that is missing ({error}): pip install 'peftlib[bench]'") from None
+        raise ModelError(f"{name} needs a library that is missing ({error}): {pip_line('bench')}") from None
     except OSError as error:
         raise DataError(
             f"the rows of {name} cannot be had from the hub ({error}): see the network, or name a folder with its "

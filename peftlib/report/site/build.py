@@ -13,6 +13,7 @@ from peftlib import __version__
 from peftlib.core.config import resolve
 from peftlib.core.errors import ConfigError, writing
 from peftlib.core.files import remove_tree, write_text
+from peftlib.core.paths import pip_line
 from peftlib.methods import METHODS
 from peftlib.models.shapes import CARDS, SHAPES
 from peftlib.report.site.data import answer_data, row_data, site_data
@@ -78,7 +79,7 @@ def _chart_library():
     try:
         import vl_convert
     except ImportError as error:
-        raise ConfigError("the results page needs vl-convert-python: pip install 'peftlib[site]'") from error
+        raise ConfigError(f"the results page needs vl-convert-python: {pip_line('site')}") from error
     return f"(()=>{{{vl_convert.javascript_bundle()}}})();\n"
 
 

@@ -157,5 +157,5 @@ def test_the_harness_that_is_missing_is_named(monkeypatch):
         raise benchmarks.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(benchmarks.importlib.metadata, "version", missing)
-    with pytest.raises(ModelError, match=r"pip install 'peftlib\[bench\]'"):
+    with pytest.raises(ModelError, match=r"pip install -e '.*\[bench\]'"):
         benchmarks.load("arc_easy")

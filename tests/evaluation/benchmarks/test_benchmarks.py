@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from peftlib.core import record as records
 from peftlib.core.errors import ConfigError, DataError
+from peftlib.core.paths import pip_line
 from peftlib.evaluation.benchmarks import tasks as benchmarks
 from peftlib.evaluation.benchmarks.run import bench, bench_study
 from peftlib.models.chat_template import set_template
@@ -97,7 +98,7 @@ def test_the_setting_of_a_study_says_what_its_notebook_scores(make_study, files,
     lines = []
     how = {"log": lines.append}
     assert not bench_study(make_study(), ["base"], **how) and lines == [
-        "no benchmarks: set benchmarks='retention' and install peftlib[bench] to score some"
+        f"no benchmarks: to score some, run {pip_line('bench')} and set benchmarks = 'retention'"
     ]
     asked = {"benchmarks": "arc_easy", "benchmark_data": str(files), "benchmark_limit": 2}
     study = make_study(**asked)
