@@ -46,9 +46,8 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
             source.check()
     except DataError as error:  # such as a file that a new machine does not have
         if (folder / MANIFEST).exists():
-            error.args = (
-                f"{error}. The data in {readable_path(folder)} can be used without it: open the next notebook",
-            )
+            kept = f"What was built before is in {readable_path(folder)}, and the next notebooks need no source"
+            error.args = (f"{error}. {kept}",)
         raise
     inputs = _inputs(cfg, sources)
     manifest = standing_manifest(folder, inputs)
