@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from peftlib.core.config import Config
-from peftlib.core.errors import StudyError
+from peftlib.core.errors import DataError, StudyError
+from peftlib.core.files import MANIFEST, readable_path
 from peftlib.data.dedup import GRAM_WORDS, THRESHOLD
 from peftlib.data.outcomes import (
     NOTES,
@@ -40,8 +41,14 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
     ModelError: no tokenizer. StudyError: the folder cannot be written, or another session works in it.
     """
     folder, sources = Path(folder), parse_sources(cfg.sources, most=cfg.max_read_rows)
-    for source in sources:
-        source.check()
+    try:
+        for source in sources:
+            source.check()
+    except DataError as error:  # such as a file that a new machine does not have
+        if (folder / MANIFEST).exists():
+            kept = f"What was built before is in {readable_path(folder)}, and the next notebooks need no source"
+            error.args = (f"{error}. {kept}",)
+        raise
     inputs = _inputs(cfg, sources)
     manifest = standing_manifest(folder, inputs)
     if manifest is not None:

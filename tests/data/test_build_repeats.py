@@ -161,3 +161,13 @@ def test_a_cut_build_leaves_no_manifest(two_files, cfg_of, tmp_path, monkeypatch
         data.build_data(cfg_of(sources_text(two_files), split_seed=1), folder, quiet)
     assert not (folder / "manifest.json").exists()
     assert not list(folder.glob(".*writing"))
+
+
+def test_a_source_that_is_gone_does_not_hide_the_data_that_were_made_of_it(two_files, cfg_of, tmp_path):
+    cfg = cfg_of(sources_text(two_files))
+    data.build_data(cfg, tmp_path / "data", quiet)
+    next(iter(two_files.values())).unlink()
+    with pytest.raises(DataError, match="does not exist: check the path.* What was built before is in .*data, and"):
+        data.build_data(cfg, tmp_path / "data", quiet)
+    with pytest.raises(DataError, match="as the source$"):
+        data.build_data(cfg, tmp_path / "none", quiet)
