@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-import methods as bench
+import bench_settings
+import bench_steps
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,9 +24,9 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 def measure(method):
     """{figure: value} of the second step of a method, float32 as where the CPU has no bfloat16 products."""
-    settings = {**bench.DEFAULTS, "method": method, "precision": "fp32", "micro_batch": 3, "compile": "off"}
-    stepper, _, is_flat = bench.build({**settings, "seq": max(LENGTHS)})
-    rows = Rows(bench._random_rows(list(LENGTHS), 262144), is_flat=is_flat)
+    settings = {**bench_settings.DEFAULTS, "method": method, "precision": "fp32", "micro_batch": 3, "compile": "off"}
+    stepper, _, is_flat = bench_steps.build({**settings, "seq": max(LENGTHS)})
+    rows = Rows(bench_steps.random_rows(list(LENGTHS), 262144), is_flat=is_flat)
     batches, scored = list(rows.batches(range(len(LENGTHS)), sum(LENGTHS), "cpu")), int(rows.scored.sum())
     stepper.update(stepper.gradients(batches, scored, seed=0))
     started = time.perf_counter()
@@ -53,7 +54,7 @@ def main():
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    bench.FOLDER = args.model
+    bench_settings.FOLDER = args.model
     found = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
     found["rows"] = []
     for method in METHODS:

@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import methods as bench
+import bench_settings
+import bench_steps
 
 TINY = {
     "vocab_size": 512,
@@ -42,9 +43,9 @@ def is_tiny():
 def prepare():
     """Shrink the shape where there is no GPU; returns (rows, tokens of each, fields of the config)."""
     if not is_tiny():
-        return bench.SEQUENCES, bench.TOKENS, {}
-    bench.SHAPE_1B = TINY
-    bench.FOLDER = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir())) / "gemma3_tiny_shape"
+        return bench_settings.SEQUENCES, bench_settings.TOKENS, {}
+    bench_settings.SHAPE_1B = TINY
+    bench_settings.FOLDER = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir())) / "gemma3_tiny_shape"
     return 4, 64, {"galore_rank": 8, "lora_rank": 4, "device": "cpu"}
 
 
@@ -62,7 +63,7 @@ def measure(method, scaling, *, shard):
     n_rows *= members.world if scaling == "weak" else 1
     size, is_cheap = BEST[method]
     setting = {
-        **bench.DEFAULTS,
+        **bench_settings.DEFAULTS,
         "method": method,
         "micro_batch": min(size, -(-n_rows // members.world)),
         "is_cheap": is_cheap and not is_tiny(),
@@ -71,17 +72,17 @@ def measure(method, scaling, *, shard):
         "fields": {**fields, "shard_optimizer": shard},
     }
     with members.main_first():
-        stepper, model, is_flat = bench.build(setting, processes=members)
+        stepper, model, is_flat = bench_steps.build(setting, processes=members)
     vocabulary = model.config.vocab_size
-    rows = Rows(bench._random_rows([length] * n_rows, vocabulary), is_flat=is_flat)
+    rows = Rows(bench_steps.random_rows([length] * n_rows, vocabulary), is_flat=is_flat)
     part = divide(range(n_rows), rows.lengths, members.world)[members.rank]
     batches = list(rows.batches(part, setting["micro_batch"] * length, stepper.device))
     seconds = []
     for step in range(STEPS):
-        bench._wait(stepper.device)
+        bench_steps.wait(stepper.device)
         started = time.perf_counter()
         done = stepper.update(stepper.gradients(batches, int(rows.scored.sum()), seed=step))
-        bench._wait(stepper.device)
+        bench_steps.wait(stepper.device)
         seconds.append(time.perf_counter() - started)
     middle = float(np.median(seconds[2:]))
     peak = torch.tensor([torch.cuda.max_memory_allocated() / 2**30 if stepper.device == "cuda" else 0.0])
@@ -130,7 +131,7 @@ def main(argv):
     parser.add_argument("--shard", action="store_true", help="divide GaLore's moments among the cards")
     args = parser.parse_args(argv)
     prepare()
-    bench.make_model()
+    bench_settings.make_model()
     rows = []
     for method in args.methods.split(","):
         for cards in map(int, args.cards.split(",")):
