@@ -21,10 +21,10 @@ INSTALL = "# Install"  # how the install cell begins
 MARKERS = ("ci", "badges")
 # What each notebook answers and writes.
 _ABOUT = {
-    "01_data": ("what exactly is learned from, and is the test unseen?", "`data/`"),
+    "01_data": ("what exactly do the models learn from, and is the test set unseen?", "`data/`"),
     "02_qlora": ("how far do adapters on a 4-bit model get?", "record, PEFT adapter"),
     "03_galore": ("how far does training every linear layer get?", "record, model in bf16"),
-    "04_eval": ("which is better on unseen rows, and how sure is that?", "answers, `results.csv`, report, figures"),
+    "04_eval": ("which is better on unseen rows, and how certain is that?", "answers, `results.csv`, report, figures"),
     "05_hybrid": ("is the hybrid worth it?", "record, weights, the final report"),
 }
 _BADGE_IMAGE = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
