@@ -223,6 +223,7 @@ def test_vllm_gets_dtype_token_ids_limits_and_stop_ids(monkeypatch, tmp_path):
     made = dict(engines.generate_rows(folder, [[2, 5], [2, 6, 7]], [4, 9], engine="vllm"))
     assert made == {0: [366, 106], 1: [366, 106]}
     model, prompts, settings = fake.asked
+    assert 0 < model.pop("gpu_memory_utilization") <= 0.8  # of what is free
     assert model == {"model": folder, "dtype": "float32", "max_model_len": 12, "trust_remote_code": False}
     assert prompts == [{"prompt_token_ids": [2, 5]}, {"prompt_token_ids": [2, 6, 7]}]
     assert [s["max_tokens"] for s in settings] == [4, 9]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import psutil
 import torch
 
 from peftlib.core.errors import ModelError
@@ -118,8 +119,11 @@ def generate_by_vllm(folder, prompts, limits):
     """generate_rows by vLLM from the folder of a merged model; answers come together, at the end."""
     vllm = require_vllm()
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    dtype = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["dtype"]  # named, as vLLM would halve float32
-    runner = vllm.LLM(model=str(folder), dtype=dtype, max_model_len=longest, trust_remote_code=False)
+    found, memory = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), psutil.virtual_memory()
+    free, whole = torch.cuda.mem_get_info() if torch.cuda.is_available() else (memory.available, memory.total)
+    # left to itself vLLM takes 92 % of the whole memory, or fails where less is free, and halves float32
+    settings = {"dtype": found["dtype"], "gpu_memory_utilization": 0.8 * free / whole}
+    runner = vllm.LLM(model=str(folder), max_model_len=longest, trust_remote_code=False, **settings)
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     settings = [
         vllm.SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=list(STOP_IDS), detokenize=False)
