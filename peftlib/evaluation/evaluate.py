@@ -281,10 +281,10 @@ def _require_base(study, record, log, **where):
 
 @contextlib.contextmanager
 def _written(model, tokenizer):
-    """A transformers folder of a model in bf16, for engines that load it themselves; deleted afterwards."""
+    """A transformers folder of a model, for engines that load it, in float32 where vLLM refuses fp16; then deleted."""
     with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
         with writing(folder):
-            model.to(torch.bfloat16).save_pretrained(folder)
+            (model if model.dtype == torch.bfloat16 else model.float()).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         del model  # the card's memory goes with the last name for it
         yield folder

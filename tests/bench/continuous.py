@@ -88,7 +88,7 @@ def vllm_of(model, longest):
 
     with tempfile.TemporaryDirectory(prefix="peftlib-bench-") as folder:
         model.save_pretrained(folder)
-        settings = {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.5}
+        settings = {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.4, "dtype": str(model.dtype).split(".")[1]}
         return require_vllm().LLM(model=folder, max_model_len=longest, **settings)
 
 

@@ -261,7 +261,7 @@ def library_runs(bench, model):
             print(f"trial: {name}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
         _free()
     engines = {max(trials, key=trials.get): trials[max(trials, key=trials.get)][1]} if trials else {}
-    engines |= {"vllm": "vllm"} if continuous.has_vllm() and bench.device == "cuda" else {}
+    engines |= {"vllm": "vllm"} if continuous.has_vllm() else {}
     found, rows = {}, bench.spread(bench.args.grid_rows)
     for name, engine in engines.items():
         bench.warm(model, engine, 0)

@@ -216,13 +216,15 @@ class FakeVllm(types.ModuleType):
         return [types.SimpleNamespace(outputs=[output]) for _ in prompts]
 
 
-def test_vllm_gets_token_ids_limits_and_stop_ids(monkeypatch):
-    fake = FakeVllm()
+def test_vllm_gets_dtype_token_ids_limits_and_stop_ids(monkeypatch, tmp_path):
+    fake, folder = FakeVllm(), str(tmp_path)
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    made = dict(engines.generate_rows("folder", [[2, 5], [2, 6, 7]], [4, 9], engine="vllm"))
+    made = dict(engines.generate_rows(folder, [[2, 5], [2, 6, 7]], [4, 9], engine="vllm"))
     assert made == {0: [366, 106], 1: [366, 106]}
     model, prompts, settings = fake.asked
-    assert model == {"model": "folder", "max_model_len": 12, "trust_remote_code": False}
+    assert 0 < model.pop("gpu_memory_utilization") <= 0.8  # of what is free
+    assert model == {"model": folder, "dtype": "float32", "max_model_len": 12, "trust_remote_code": False}
     assert prompts == [{"prompt_token_ids": [2, 5]}, {"prompt_token_ids": [2, 6, 7]}]
     assert [s["max_tokens"] for s in settings] == [4, 9]
     assert all(s["stop_token_ids"] == [1, 106] and s["temperature"] == 0.0 for s in settings)
@@ -236,6 +238,7 @@ def test_evaluation_hands_vllm_the_merged_folder(make_study, monkeypatch):
     study = make_study(engine="vllm")
     evaluate(study, "base", log=lambda line: None)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files and not Path(fake.asked[0]["model"]).exists()
+    assert fake.asked[0]["dtype"] == "float32"  # a CPU's precision, which the record names
     assert study.predictions_path("base", 0).read_text().count('"answer": "a", "n_tokens": 1') == 6
 
 

