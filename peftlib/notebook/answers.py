@@ -26,8 +26,8 @@ STYLE = """<style>
 .pl-rows u { text-decoration: underline dotted 1.5px #d55e00; text-underline-offset: 3px; }
 </style>"""
 LEGEND = (
-    '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other '
-    "words. ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace "
+    '<div class="pl-note"><mark>Underlined</mark>: the reference\'s words, in its order; <u>dotted</u>: other '
+    "words. ROUGE-L and BLEU-4 are for this row only, 0 to 1: ROUGE-L as in the table, BLEU-4 on whitespace words "
     "with nltk's smoothing (method1), because most rows share no four words with their reference.</div>"
 )
 
@@ -44,7 +44,7 @@ def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit
         first = html.escape(prompt.strip().split("\n")[0][:90])
         note = f'<span class="pl-note">(all {len(prompt):,} characters)</span>'
         asked = f"<details><summary>{first} ... {note}</summary>{asked}</details>"
-    cards = [_card("reference", "", "what the data hold", _cut(reference, limit))]
+    cards = [_card("reference", "", "from the data", _cut(reference, limit))]
     for name in names:
         text = answers.runs[name].answers[at]
         body = _cut(text, limit, reference if is_marked else None)
@@ -92,7 +92,7 @@ def side_by_side(questions, answers):
 
 def ended(finish_reason):
     """How an answer ended, in words."""
-    return "ended by itself" if finish_reason == "stop" else "cut at the limit"
+    return "finished" if finish_reason == "stop" else "cut at the token limit"
 
 
 def _card(name, color, facts, body):

@@ -98,7 +98,7 @@ def ask_box(study, *, is_interactive=None):
     """Show a box to ask all models of a study; if nobody can click, print a sentence about it."""
     if can_click(is_interactive):
         return AskBox(study)
-    print(f"In Jupyter or Colab this cell asks {', '.join([BASE, *trained_methods(study)])} what you type.")
+    print(f"In Jupyter or Colab this cell asks your question to {', '.join([BASE, *trained_methods(study)])}.")
     return None
 
 
@@ -126,13 +126,13 @@ class AskBox(Action):
         for reply in self._models.ask(question, methods, self.tokens.value):
             cards.append(self._card(reply))
             self.shown.value = page([side(cards)])
-        say("Greedy answers: the same question gives them again.")
+        say("Greedy decoding: the same question gives the same answers.")
         return self.shown.value
 
     def _card(self, reply):
         color = self._theme.color_of(reply.method)
         if reply.answer is None:
-            return answer_card(reply.method, color, "could not answer", reply.error)
+            return answer_card(reply.method, color, "no answer", reply.error)
         facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {ended(reply.answer.finish_reason)}"
         return answer_card(reply.method, color, facts, reply.answer.text)
 
@@ -141,7 +141,7 @@ def chat_box(study, method, *, is_interactive=None):
     """Show a box to talk to a trained method or base; if nobody can type, print a sentence about it."""
     if can_click(is_interactive):
         return ChatBox(study, method)
-    return off("nobody is there to type", f"peftlib chat {method} --study {study.cfg.study}")
+    return off("chatting needs input", f"peftlib chat {method} --study {study.cfg.study}")
 
 
 class ChatBox(Action):
@@ -157,7 +157,7 @@ class ChatBox(Action):
         self.method = w.Dropdown(options=names, value=chosen, description="model", **look("17rem"))
         self.again = w.Button(description="Start over", layout={"width": "auto"})
         super().__init__("Send", self._send, [self.method, self.again], self.text)
-        self.instead = "a box to chat with the result (run the cell to see it)"
+        self.instead = "a box to chat with the model (run the cell to see it)"
         self._start_over()
         self.method.observe(self._change_model, "value")
         self.again.on_click(self._start_over)
@@ -193,7 +193,7 @@ class ChatBox(Action):
         except BaseException:  # a question without its answer would stand before the next one
             self._talk.messages = before
             raise
-        say("Greedy answers: the same words give them again.")
+        say("Greedy decoding: the same words give the same answers.")
         return self._cards(self._talk.messages)
 
     def _cards(self, turns):

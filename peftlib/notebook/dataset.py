@@ -13,7 +13,7 @@ from peftlib.report.palette import LIGHT
 _SCORED = "background:#fff2b3;color:#000;border-bottom:2px solid #b58900"
 _READ = "opacity:.65"  # of the page's own colour, light or dark
 _LEGEND = (
-    f'<p><span style="{_SCORED}">scored</span> by the loss; <span style="{_READ}">the rest</span> is only read.</p>'
+    f'<p><span style="{_SCORED}">scored</span> by the loss; <span style="{_READ}">the rest</span> is masked.</p>'
 )
 
 # Okabe and Ito's palette; hatches repeat what the colours say.

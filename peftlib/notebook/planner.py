@@ -133,14 +133,14 @@ def as_html(found):
     if found.forecast is not None:
         parts += [f"<p>{html.escape(found.forecast.headline)}</p>", _html_table(found.forecast)]
         cost = notebooks_cost(found.forecast)
-        parts += [f"<p>All five notebooks: {estimate.duration(*cost[:2])}, downloads not counted.</p>"] if cost else []
+        parts += [f"<p>All five notebooks: {estimate.duration(*cost[:2])}, without downloads.</p>"] if cost else []
     parts += [f"<p>{html.escape(line)}</p>" for line in found.remarks]
     if found.forecast is not None:
-        parts.append(folded("what these numbers rest on", "\n".join(found.forecast.notes())))
+        parts.append(folded("basis of these estimates", "\n".join(found.forecast.notes())))
     if found.cfg is not None:
         lines = "\n".join(parameter_lines(found.cfg))
-        parts.append(f"<p>To apply this, put these lines into the settings cell and run it again:</p>{plain(lines)}")
-        parts.append(f"<p>or, without a browser:</p>{plain(command(found.cfg))}")
+        parts.append(f"<p>To apply this, copy these lines into the settings cell and run it again:</p>{plain(lines)}")
+        parts.append(f"<p>or run this command:</p>{plain(command(found.cfg))}")
         parts.append(folded("resolved config", describe(found.cfg)))
     return "".join(parts)
 
@@ -163,7 +163,7 @@ def _card(name, remarks):
     if here is not None and name in (None, here[0]):
         return here
     if here is None and name is None:
-        remarks.append(f"this machine has no GPU that is known here, so the plan is for a {_WITHOUT_GPU}")
+        remarks.append(f"this machine has no known GPU, so the plan is for a {_WITHOUT_GPU}")
     return find_card(name or _WITHOUT_GPU)
 
 

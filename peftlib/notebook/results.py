@@ -134,7 +134,7 @@ class Explorer(Shown):
         import ipywidgets as w
 
         names, wide, button = list(self.answers.runs), look("17rem"), {"layout": {"width": "7rem"}}
-        hint = {"placeholder": "rows that hold these words", "continuous_update": False}
+        hint = {"placeholder": "rows that contain these words", "continuous_update": False}
         labels = [(label, name) for name, label in METRICS.items()]
         self.source = w.Dropdown(options=[ALL, *self.answers.sources], description="source", **wide)
         self.text = w.Text(description="text", **hint, **wide)
@@ -148,7 +148,7 @@ class Explorer(Shown):
         self.next = w.Button(description="Next", icon="arrow-right", **button)
         self.number = w.BoundedIntText(value=1, min=1, description="row", **look("8rem", "2.2rem"))
         self.count, self.shown, self.download = w.HTML(), w.HTML(), w.HTML()
-        self.csv = w.Button(description="Make CSV", icon="table", tooltip="the rows found, in this order")
+        self.csv = w.Button(description="Make CSV", icon="table", tooltip="the matching rows, in this order")
         choices = [self.source, self.text, self.order, self.metric, self.name, self.other]
         shows = [*self.methods.values(), self.is_marked]
         steps = [self.previous, self.number, self.count, self.next]
@@ -188,12 +188,12 @@ class Explorer(Shown):
         self.count.value = f"of {n:,}"
         self.previous.disabled, self.next.disabled = self.number.value <= 1, self.number.value >= n
         if at is None:
-            self.shown.value = page(["<p>No row holds this text: shorten it, or take all sources.</p>"])
+            self.shown.value = page(["<p>No row contains this text: shorten it, or choose all sources.</p>"])
             return
         against = self.other.value if self.order.value in (GAIN, LOSS) else BASE if BASE in self.methods else None
         how = {"against": against, "theme": self._theme, "is_marked": self.is_marked.value}
         row = row_html(self.answers, at, ticked(self.methods), **how)
-        note = f'<p class="pl-note">In brackets: against {html.escape(against)}, on this row.</p>' if against else ""
+        note = f'<p class="pl-note">In brackets: change from {html.escape(against)}.</p>' if against else ""
         self.shown.value = page([row, note, LEGEND])
 
     def _make_csv(self, button):
@@ -203,5 +203,5 @@ class Explorer(Shown):
             return
         path = self._folder / _CSV_NAME
         write_text(path, content.decode())
-        where = f"It is written: {html.escape(readable_path(path))}"
-        self.download.value = f"{_CSV_NAME} has {size_text(len(content))}, too much for a link. {where}"
+        where = f"Saved to {html.escape(readable_path(path))}"
+        self.download.value = f"{_CSV_NAME} has {size_text(len(content))}, too large for a link. {where}"

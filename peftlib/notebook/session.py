@@ -73,7 +73,7 @@ def setup(name: str, *, drive: bool | None = None) -> Study:
     print(f"device     {device_name(device)}")
     print(f"precision  {precision}: {reason}")
     print(f"folder     {readable_path(study.folder)}")
-    print(f"copies     {'none, only this disk has it' if mirror is None else f'to {mirror.remote}'}")
+    print(f"copies     {'none, only on this disk' if mirror is None else f'to {mirror.remote}'}")
     for line in hosted.without_gpu(device, cfg):
         print(line)
     return study
@@ -89,7 +89,7 @@ def _require_inputs(name, study):
         make_inputs(name, study, missing, print)
     elif missing:
         what = ", ".join(missing)
-        print(f"not there yet: {what}; make_missing = True in the settings cell makes it here")
+        print(f"missing: {what}; set make_missing = True in the settings cell to make it here")
         if can_click():
             from IPython.display import display
 
@@ -123,7 +123,7 @@ def make_inputs(name, study, missing, say):
             if "04_eval" in NOTEBOOKS[name]:
                 evaluate(study, what, log=say)
     if missing and say is not print:
-        say("Made. Run this cell again.")
+        say("Done. Run this cell again.")
 
 
 def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "ok") -> None:
@@ -136,7 +136,7 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
     sizes = {Path(path).relative_to(study.folder).as_posix(): _size_bytes(Path(path)) for path in wrote}
     missing = [path for path, n_bytes in sizes.items() if n_bytes is None]
     if missing and status == FINISHED:
-        raise StudyError(f"{name} should have written {', '.join(missing)}, which is not there: run its cells again")
+        raise StudyError(f"{name} should have written {', '.join(missing)}, which is missing: run its cells again")
     print(f"wrote in {readable_path(study.folder)}:")
     width = max((len(path) for path in sizes if path not in missing), default=0)
     for path, n_bytes in sizes.items():
@@ -150,7 +150,7 @@ def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "
     if status == STOPPED:
         print(f"stopped early: run {name} again to resume from here")
     else:
-        print(f"next: {later[0]}" if later else "that was the last notebook: report.md holds the comparison")
+        print(f"next: {later[0]}" if later else "this was the last notebook: see report.md for the comparison")
         if study.cfg.profile == "quick" and not later:
             print(f'the full study: profile = "t4" in the settings cells; {hosted.plan(resolve("t4"))}')
     print(f"peftlib: {name} {status}, study {study.cfg.study}, state {state_hash(name, study.cfg)}")
@@ -182,7 +182,7 @@ def executed_parameters(cells):
             last.pop(is_own, None)  # the order is that of the last runs
             last[is_own] = source
     if not last:
-        raise ConfigError(f"no parameters: run the cell that begins with {_PARAMETERS!r} first")
+        raise ConfigError(f"no parameters: first run the cell that begins with {_PARAMETERS!r}")
     values = {}
     for source in last.values():
         values |= literals(source)
@@ -204,7 +204,7 @@ def literals(source):
             values |= {target.id: ast.literal_eval(node.value) for target in node.targets}
     except (ValueError, SyntaxError) as error:
         raise ConfigError(
-            f"the parameters cell may hold only lines NAME = VALUE with literal values: {error}"
+            f"the parameters cell may contain only NAME = VALUE lines with literal values: {error}"
         ) from None
     return values
 
@@ -235,7 +235,7 @@ def compact(cfg):
     scopes, plain = ("data", "math", "run"), resolve(cfg.profile, study=cfg.study)
     told = {scope: "  ".join(f"{name}={value!r}" for name, value in cfg.fields_of(scope).items()) for scope in scopes}
     changed = differences(plain.fields_of(*scopes), cfg.fields_of(*scopes))
-    told["changed"] = "; ".join(changed) or "nothing, all as in the profile"
+    told["changed"] = "; ".join(changed) or "nothing, same as the profile"
     how = {"width": 110, "subsequent_indent": " " * 11, "break_on_hyphens": False}
     return "\n".join(textwrap.fill(f"{name:<9}  {words}", **how) for name, words in told.items())
 
@@ -245,7 +245,7 @@ def _ipython():
     try:
         return get_ipython()  # IPython puts it among the builtins
     except NameError:
-        raise ConfigError("setup() is for notebooks: elsewhere use peftlib.Study.resolve") from None
+        raise ConfigError("setup() works only in notebooks: elsewhere use peftlib.Study.resolve") from None
 
 
 def _quiet_progress_bars():

@@ -116,7 +116,7 @@ def facts(snapshot):
         "validation": _last(snapshot.valid_history, "valid_loss"),
         "memory": _memory(snapshot),
         "checkpoint": _checkpoint(snapshot),
-        "copy": snapshot.copy or "none, only this disk has it",
+        "copy": snapshot.copy or "none, only on this disk",
         "precision": f"{snapshot.precision} on {snapshot.device}",
         "skipped steps": f"{snapshot.skipped_steps} (fp16 overflow)" if snapshot.skipped_steps else None,
     }
@@ -133,19 +133,19 @@ def _memory(snapshot):
     now = f"{gib(snapshot.memory_bytes):.2f} of {gib(snapshot.memory_limit_bytes):.1f} GiB"
     peak = f"{gib(snapshot.peak_memory_bytes):.2f}"
     if snapshot.reserved_bytes is None:
-        return f"{now}, has grown by up to {peak}"
+        return f"{now}, peak growth {peak}"
     return f"{now}, {gib(snapshot.reserved_bytes):.2f} reserved, peak {peak}"
 
 
 def _checkpoint(snapshot):
     """The step from which a run would resume."""
     if snapshot.status == "ok":
-        return "not needed any more, the weights are saved"
+        return "no longer needed, the weights are saved"
     if snapshot.saved_step is None:
         return "being written" if snapshot.is_saving else "none yet"
     if snapshot.is_over:
         return f"step {snapshot.saved_step}"
-    age = "of an earlier session"
+    age = "from an earlier session"
     if snapshot.saved_at is not None:
         seconds = time.time() - snapshot.saved_at
         age = f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"

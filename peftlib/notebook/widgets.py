@@ -27,7 +27,7 @@ def can_click(is_interactive=None):
 
 def off(why, command):
     """Print in a headless run why a cell does nothing, and the command that does its work; returns None."""
-    print(f"off in a headless run, because {why}: `{command}` does it")
+    print(f"off in a headless run, because {why}: use `{command}`")
 
 
 class Shown:

@@ -19,10 +19,10 @@ from peftlib.storage import mirror
 # What several commands share is said in one way.
 Name = Annotated[str, Option("--study", metavar="NAME", help="study folder")]
 AnyName = Annotated[str | None, Option("--study", metavar="NAME", help="study folder; default: the profile's name")]
-Profile = Annotated[str | None, Option(help="demo, quick, t4, gpu or auto; default: by the hardware")]
-Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a setting; repeatable")]
-Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
-_WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
+Profile = Annotated[str | None, Option(help="demo, quick, t4, gpu or auto; default: chosen by hardware")]
+Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a config field; repeatable")]
+Flag = Annotated[bool, Option("--dry-run", help="only print what would be done and how much it would take")]
+_WHERE = "WHERE is FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
 Sources = Annotated[list[str] | None, Option("--source", metavar="NAME=WHERE", help=_WHERE)]
 
 ERROR_CODE = 2  # of a command that was refused
@@ -41,7 +41,7 @@ def given_settings(settings, *, source=None, **options):
     for text in settings or []:
         name, has_value, value = text.partition("=")
         if not has_value:
-            raise ConfigError(f"-p {text}: give a setting as NAME=VALUE, or as NAME VALUE")
+            raise ConfigError(f"-p {text}: give a setting as NAME=VALUE or NAME VALUE")
         given[name] = from_text(name, value)
     return given
 
@@ -67,7 +67,7 @@ def numbers(option, text, kind):
     except ValueError:
         raise ConfigError(f"{option} {text!r}: give numbers separated by commas, such as 0,1,2") from None
     if len(set(found)) < len(found) or not all(0 <= number < math.inf for number in found):
-        raise ConfigError(f"{option} {text!r}: give each number once, finite and not below 0")
+        raise ConfigError(f"{option} {text!r}: give finite numbers, not below 0 and without repeats")
     return found
 
 

@@ -141,7 +141,7 @@ class Execution:
             with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
                 process.send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
             self.kill_at = time.monotonic() + SAVE_S
-            self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
+            self._relay(f"{number.name}: asked the kernel to save and stop; send it again to kill the kernel")
         self.signal = number
 
     def _kill(self):
@@ -174,19 +174,19 @@ class Execution:
         if self.error is None and state == self.stage.state:
             kept = self.stage.keep(copy, status)
             if status == STOPPED:
-                so_far = f"the same command goes on from there; so far: {readable_path(kept)}"
+                so_far = f"the same command resumes from there; so far: {readable_path(kept)}"
                 return STOPPED_CODE, f"{name} stopped at its time limit, {so_far}"
             if self.signal is None:
                 return 0, ""
-            return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on"
-        kept = "it left no executed copy"
+            return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command resumes the rest"
+        kept = "there is no executed copy"
         if copy:
             kept = f"executed copy: {readable_path(self.stage.keep(copy, STOPPED if self.signal else FAILED))}"
         failure = notebook_io.failure(copy) if copy else None
         if failure and failure[1] == Stopped.__name__:
             return STOPPED_CODE, f"{name} stopped: {failure[2]}\n{kept}"
         if self.signal is not None:
-            goes_on = f"the same command goes on from there; {kept}"
+            goes_on = f"the same command resumes it; {kept}"
             return 128 + self.signal, f"{name} was interrupted by {self.signal.name}, {goes_on}"
         return EXIT_FAILED, f"FAILED: {name}, {self._reason(failure, state)}\n{kept}"
 
@@ -208,12 +208,12 @@ class Execution:
         if failure:
             return f"{where}\n{failure[1]}: {failure[2]}"
         if isinstance(self.error, DeadKernelError):
-            return f"{where}\nthe kernel died without an error of its own: often out of memory, or it was killed"
+            return f"{where}\nthe kernel died without an error: it probably ran out of memory or was killed"
         if self.error is not None:
-            return f"{where}\npapermill ended with {type(self.error).__name__}: {without_tokens(str(self.error))}"
+            return f"{where}\npapermill failed with {type(self.error).__name__}: {without_tokens(str(self.error))}"
         if state is None:
-            return "all cells ran, but its last one did not print the last line of finish()"
-        return f"its last line tells of other settings (state {state}) than this run's (state {self.stage.state})"
+            return "all cells ran, but the last one did not print the last line of finish()"
+        return f"its last line is for other settings (state {state}) than this run's (state {self.stage.state})"
 
 
 def environment():

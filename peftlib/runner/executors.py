@@ -91,7 +91,7 @@ class Ray:
         except ImportError:
             raise ConfigError(f"--executor ray needs Ray, which is missing: {pip_line('cluster')}") from None
         except (ConnectionError, ValueError) as error:
-            how = f"no Ray cluster ({error}); `ray start --head` starts one"
+            how = f"no Ray cluster ({error}); start one with `ray start --head`"
             raise ConfigError(f"--address {settings.address}: {how}") from None
         self._ray, self._running, self._avoided = ray, {}, set()
         self._kind, has = "CPU" if cfg.device == "cpu" else "GPU", ray.cluster_resources()

@@ -14,7 +14,7 @@ from peftlib.notebook.session import last_words
 from peftlib.notebook.widgets import VIEW
 
 FAILED = "failed"  # of a notebook's endings; notebook.session has the others
-_WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
+_WAY_OUT = "restore the original file; an executed copy can be deleted, the next run writes it again"
 _OUTPUT = {"output_type": str, "data?": {}}
 _CELL = {"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}
 _SHAPE = {"cells": [_CELL], "metadata": {}}

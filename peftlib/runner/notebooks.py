@@ -65,7 +65,7 @@ def plan(wanted, overrides, notebooks_dir=None):
     folder = Path(notebooks_dir) if notebooks_dir else paths.shipped("notebooks")
     found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise ConfigError(f"no notebooks in {folder}: name their folder with --notebooks")
+        raise ConfigError(f"no notebooks in {folder}: set their folder with --notebooks")
     return [_stage(name, found[name], overrides) for name in _selected(wanted, found)]
 
 
@@ -84,10 +84,10 @@ def run(stages, heartbeat_s=HEARTBEAT_S):
         for stage in stages:
             reason = unfinished_reason(stage)
             if reason is None:
-                print(f"{stage.name}: finished before, skipped ({readable_path(stage.copy)})", flush=True)
+                print(f"{stage.name}: already finished, skipped ({readable_path(stage.copy)})", flush=True)
                 continue
             cfg = stage.study.cfg
-            print(f"{stage.name}: starts, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
+            print(f"{stage.name}: starting, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
             started = time.monotonic()
             code, message = Execution(stage, signals, heartbeat_s).run()
             minutes[stage.name] = (time.monotonic() - started) / 60
@@ -98,7 +98,7 @@ def run(stages, heartbeat_s=HEARTBEAT_S):
             if code:
                 print(message, flush=True)
                 break
-    print("minutes a stage:")
+    print("minutes per stage:")
     for name, value in {**minutes, "together": sum(minutes.values())}.items():
         print(f"  {name:<12} {value:>7.1f}", flush=True)
     return code
@@ -116,7 +116,7 @@ def unfinished_reason(stage):
         return "its cells have changed"
     gone = [path for path in wrote if not (stage.study.folder / path).exists()]
     if gone:
-        return f"{gone[0]} is gone"
+        return f"{gone[0]} is missing"
     # A notebook of someone's own reads, for all we know, what every earlier one wrote.
     earlier_ones = [path.stem for path in stage.source.parent.glob("[0-9][0-9]_*.ipynb") if path.stem < stage.name]
     for name in NOTEBOOKS.get(stage.name, earlier_ones):
@@ -161,7 +161,7 @@ def _profile_of_this_machine():
     )
     if asked.returncode:
         last_line = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"profile='auto' could not be resolved here: name one with --profile ({last_line})")
+        raise ConfigError(f"profile='auto' could not be resolved here: set one with --profile ({last_line})")
     return asked.stdout.split()[-1]
 
 

@@ -38,12 +38,12 @@ def run(settings, *, log=print, why_stop=lambda: None):
     executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
     with contextlib.closing(executor), interrupts() as interrupted:  # Ray first, which takes SIGTERM for itself
         session = _Session(study, settings, executor, log)
-        log(f"to be done: {', '.join(job.name for job in session.waiting()) or 'nothing'}")
+        log(f"to do: {', '.join(job.name for job in session.waiting()) or 'nothing'}")
         with session.shown():
             while session.running or (reason is None and session.waiting()):
                 late = settings.minutes and time.monotonic() - started > 60 * settings.minutes - GRACE_S
                 why = "interrupted" if interrupted.is_set() else why_stop()
-                why = why or (f"minutes={settings.minutes:g} are nearly over" if late else None)
+                why = why or (f"minutes={settings.minutes:g} have nearly passed" if late else None)
                 if reason is None and why:
                     reason = why
                     log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is running'}")
@@ -69,7 +69,7 @@ def _with_data(settings, log):
         build_data(study.cfg, study.data_dir)
     study.freeze()
     if settings.factors != () and not sum(study.manifest()["counts"]["valid"].values()):
-        raise ConfigError("a sweep is scored on validation rows and there are none: set valid_rows, or --factors none")
+        raise ConfigError("a sweep needs validation rows and there are none: set valid_rows, or use --factors none")
     if study.cfg.model == "packaged":
         locate(study.cfg.model)  # converted once, before many processes want it
     if not settings.address and resolve_device(study.cfg.device) == "cpu":
@@ -153,7 +153,7 @@ class _Session:
         self.log(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
         self.ready = [job for job in self.ready if job.name != name]  # at the next look again, if at all
         if code == NODE_CODE and self.executor.avoid(ending.node):
-            self.log(f"{ending.last}; no more runs go there")
+            self.log(f"{ending.last}; no more runs are sent there")
         elif code != NOT_NOW_CODE:
             self._tried.add(name)
             if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
@@ -167,7 +167,7 @@ class _Session:
             from peftlib import build_report
 
             with contextlib.suppress(LockedError), Claims(self.study.folder, log=self.log).take("report"):
-                self.log(f"report of {self.study.folder.name}")
+                self.log(f"building the report of {self.study.folder.name}")
                 build_report(self.study)
         for line in table(self.states | self.notes):
             self.log(line)
@@ -175,11 +175,11 @@ class _Session:
         failed = [name for name in status if status[name] in (FAILED, DIED)]
         left = [name for name in status if status[name] not in (DONE, FAILED)]
         if failed:
-            self.log(f"failed: {', '.join(failed)}; --again tries them again")
+            self.log(f"failed: {', '.join(failed)}; --again retries them")
         if left:
             self.log(f"left: {', '.join(left)}; the same command resumes them")
         if not failed and not left:
-            self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
+            self.log("all runs are done" if len(status) == len(self.all) else "all chosen runs are done")
         return 1 if failed else STOPPED_CODE if left else 0
 
 

@@ -47,7 +47,7 @@ class Settings:
         unknown = {*self.names} - {name for job in jobs for name in (job.name, job.method)}
         if unknown:
             known = ", ".join(job.name for job in jobs)
-            raise ConfigError(f"--only {','.join(sorted(unknown))}: there is no such run, use {known}")
+            raise ConfigError(f"--only {','.join(sorted(unknown))}: no such run, use {known}")
         chosen = [job for job in jobs if not self.names or {job.name, job.method} & {*self.names}]
         needed = {(job.method, True) for job in chosen} | ({(BASE, False)} if is_rewound else set())
         return jobs, [job for job in jobs if job in chosen or (job.method, job.is_sweep) in needed]

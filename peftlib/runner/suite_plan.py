@@ -24,7 +24,7 @@ def plan_lines(gpu, given, study=None, names=None):
     """
     name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
     if gpu is None:
-        yield f"no --gpu given: planned for a {name}"
+        yield f"no --gpu given: planning for a {name}"
     own = {field: value for field, value in given.items() if field != "profile"}
     cfg = study.cfg.replace(**own) if study else resolve(**{"profile": "gpu", **given})  # t4 asks for the same rows
     manifest = study.manifest() if study and study.manifest_path.exists() else None
@@ -40,8 +40,8 @@ def method_lines(names=()):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield f"A study takes {', '.join(default_methods())} where no methods are named."
-    yield "Any other adapter of PEFT: peft:FILE.json with its adapter_config.json, on the NF4 base peft4:FILE.json."
+    yield f"A study without a list of methods runs {', '.join(default_methods())}."
+    yield "Any other PEFT adapter: peft:FILE.json with its adapter_config.json, or peft4:FILE.json on the NF4 base."
 
 
 def method_rows(names=()):

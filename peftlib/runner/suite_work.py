@@ -58,7 +58,7 @@ def main(settings, name, *, code="", data="", is_attended=False):
         path.touch()
         log = log_both
         if code not in ("", code_id()):
-            raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
+            raise NodeError(f"has peftlib {code_id()}, but the command needs {code}: install the same on all machines")
         return _claimed(folder, settings, name, data, log)
     except (NodeError, OSError) as error:  # what disks do to a training is in its record
         why = error if isinstance(error, NodeError) else f"cannot write to the store: {error}"
@@ -82,10 +82,10 @@ def _claimed(folder, settings, name, data, log):
         job = _job(folder, settings, name, data)
         adopt_sweeps(job.study, settings)
         if job.state()[0] == DONE:
-            log(f"{name} is done")
+            log(f"{name} is already done")
             return 0
         if not job.is_ready():
-            raise LockedError(f"{name} waits for sweep-{job.method}, whose rates it trains with")
+            raise LockedError(f"{name} waits for sweep-{job.method}, which finds its learning rates")
         log(f"{name} starts on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
         ended = _do(job, log)
         if mirror is not None and not mirror.flush():
@@ -101,11 +101,11 @@ def _job(folder, settings, name, data):
     study = Study.existing(folder.name)
     found = study.manifest()["split_hash"]
     if data not in ("", found):
-        raise NodeError(f"has rows with the hash {found} in {folder}, the command asks for {data}: remove that folder")
+        raise NodeError(f"has rows with hash {found} in {folder}, but the command needs {data}: remove that folder")
     job = job_named(study, settings, name)
     cfg = study.cfg.replace(**settings.given, seed=job.seed)
     if cfg.device == "auto" and resolve_device("auto") == "cpu":
-        raise NodeError("has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p device=cpu")
+        raise NodeError("has no GPU that torch can use: check nvidia-smi there, or train on CPUs with -p device=cpu")
     if settings.at_once > 1 and cfg.device != "cpu" and not cfg.memory_gib:
         import torch
 

@@ -199,10 +199,10 @@ def _extract(archive, folder):
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 if not (member.isreg() or member.isdir()) or member.name.startswith(("/", "\\")):
-                    raise tarfile.ExtractError(f"{member.name!r} is no file or folder of a study")
+                    raise tarfile.ExtractError(f"{member.name!r} is not a file or folder of a study")
                 tar.extract(member, folder, filter="data")
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise OSError(errno.EBADMSG, f"no archive of a study: {error}") from error
+        raise OSError(errno.EBADMSG, f"not an archive of a study: {error}") from error
 
 
 def is_finished(folder, run):

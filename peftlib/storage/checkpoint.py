@@ -102,7 +102,7 @@ class CheckpointDir:
             self._remove(beside)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}): "
-                f"free some space or take another disk (PEFTLIB_ROOT); {self._what_stands()}"
+                f"free some space or set PEFTLIB_ROOT to another disk; {self._what_stands()}"
             ) from error
 
     def _prune(self):
@@ -119,7 +119,7 @@ class CheckpointDir:
         try:
             remove_tree(path)
         except OSError as error:
-            self.log(f"{path.name} could not be deleted ({error.strerror or error}); it takes space, nothing else")
+            self.log(f"{path.name} could not be deleted ({error.strerror or error}); this only takes disk space")
 
     def newest(self):
         """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...]).
@@ -166,7 +166,7 @@ class CheckpointDir:
 
     def _what_stands(self):
         good = [path.name for path in self._all() if path in self._verified]
-        return f"{good[0]} stands" if good else "none stands yet"
+        return f"{good[0]} is kept" if good else "no checkpoint has been saved yet"
 
     def _path(self, step):
         return self.folder / f"step-{step:06d}"
@@ -192,16 +192,16 @@ def _content(path):
         tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
         found = Checkpoint(**tensors, state=read_json(path / STATE))
         if not all(isinstance(part, torch.Tensor) for part in [*found.weights.values(), *found.generators.values()]):
-            raise TypeError("a weight or a generator's state is no tensor")
+            raise TypeError("a weight or a generator's state is not a tensor")
         return found
     except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory "
-            "is free"
+            f"{path} could not be read ({type(error).__name__}: {error}): check the disk and the free memory, "
+            "then run again"
         ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}"
         raise CheckpointError(
-            f"{path} is as it was written, but cannot be read as a checkpoint ({said:.200}): delete that folder to go "
-            "on from an older one or to start over, or bring back a copy of it"
+            f"{path} is undamaged, but cannot be loaded as a checkpoint ({said:.200}): delete that folder to resume "
+            "from an older one or to start over, or restore a copy of it"
         ) from error

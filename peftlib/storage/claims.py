@@ -71,7 +71,7 @@ class Claims:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            self.log(f"{self.remote} does not say who works on {self.folder.name} ({error.strerror or error})")
+            self.log(f"{self.remote}: cannot read who works on {self.folder.name} ({error.strerror or error})")
             return {}
         return {run: self.named(text) for run, text in found.items() if text is not None and self.is_alive(run, text)}
 
@@ -112,7 +112,7 @@ class Claims:
     def named(self, text):
         """The owner of a claim, in words."""
         owner = _owner(text)
-        return "somebody whose claim is damaged" if owner is None else named_owner(owner)
+        return "a worker with a damaged claim" if owner is None else named_owner(owner)
 
 
 class Claim:
@@ -155,7 +155,7 @@ class Claim:
         """LockedError once another worker has taken the run over."""
         if self._taker is not None:
             raise LockedError(
-                f"{self._claims.named(self._taker)} has taken over {self.run}: this worker stops and writes no more"
+                f"{self._claims.named(self._taker)} has taken over {self.run}: this worker stops writing"
             )
 
     def _refuse(self, text):

@@ -41,5 +41,5 @@ def squash(api, repository):
     """Free the space of old versions in a repository whose history is of such copies alone."""
     commits = api.list_repo_commits(repository, repo_type="model")
     if all(_OURS.match(commit.title) for commit in commits):
-        message = "peftlib: older versions are gone"
+        message = "peftlib: squash older versions"
         api.super_squash_history(repository, repo_type="model", commit_message=message)

@@ -69,7 +69,7 @@ def held(folder, what, *, run="", log=print):
             try:
                 checks.append(stack.enter_context(StudyLock(mirror.remote.folder, what, **pace)).require)
             except OSError as error:
-                log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
+                log(f"could not lock {mirror.remote} ({error}): make sure that no other session uses this study")
         _require_no_workers(folder, log)
         yield lambda: [check() for check in checks]
 
@@ -81,7 +81,7 @@ def _require_no_workers(folder, log):
     owners = Claims(folder, log=log).owners()
     if owners:
         told = ", ".join(f"{run} by {owner}" for run, owner in sorted(owners.items()))
-        raise LockedError(f"runs of study {Path(folder).name!r} are at work: {told}. Wait for them, or stop them")
+        raise LockedError(f"study {Path(folder).name!r} has running workers: {told}. Wait for them, or stop them")
 
 
 class StudyLock:
@@ -133,7 +133,7 @@ class StudyLock:
         """LockedError where another session has taken over."""
         if self._taker is not None:
             raise LockedError(
-                f"{named_owner(self._taker)} has taken over {self._place}: this session stops and writes no more"
+                f"{named_owner(self._taker)} has taken over {self._place}: this session stops writing"
             )
 
     def require_free(self):
@@ -163,7 +163,7 @@ class StudyLock:
             time.sleep(0.1)  # it is just being taken or given back, or its owner is being killed
         if owner is not None:
             self._refuse(owner)
-        raise LockedError(f"{self.path} changes hands all the time: several sessions want {self._place} at once")
+        raise LockedError(f"{self.path} keeps changing owners: several sessions are trying to use {self._place}")
 
     def _release_local(self):
         with contextlib.suppress(OSError):
@@ -192,10 +192,10 @@ class StudyLock:
                 self._refuse_if_alive(owner)
         elif self.path.is_dir() or (self.path.exists() and not os.access(self.path, os.R_OK)):
             raise LockedError(
-                f"{self.path} cannot be read as a lock: see whose it is, and move it away if nobody works there"
+                f"{self.path} cannot be read as a lock: check whose it is, and move it away if nobody uses it"
             )
         elif self.path.exists():
-            self._log(f"{self.path} is damaged and names no session: it counts as left behind")
+            self._log(f"{self.path} is damaged and names no session: treating it as stale")
         with writing(self.path):
             self.path.unlink(missing_ok=True)
 
@@ -206,8 +206,8 @@ class StudyLock:
             return
         if age <= -self.stale_s:  # of two clocks that differ neither is known to be right
             self._log(
-                f"the lock of {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
-                f"{self.stale_s:.0f} s to see whether {named_owner(owner)} still works"
+                f"the lock on {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
+                f"{self.stale_s:.0f} s to see whether {named_owner(owner)} is still running"
             )
             end = time.monotonic() + self.stale_s
             while (now := _read(self.path)) == owner:
@@ -222,7 +222,7 @@ class StudyLock:
     def _refuse(self, owner):
         silent = time.time() - owner["heartbeat"]
         raise LockedError(
-            f"{self._place} is in use by {named_owner(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for "
+            f"{self._place} is in use by {named_owner(owner)}, last heartbeat {max(0, silent):.0f} s ago: wait for "
             f"it, or stop it. If it is gone, run this again in {max(0, self.stale_s - silent):.0f} s"
         )
 

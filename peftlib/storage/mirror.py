@@ -42,7 +42,7 @@ def restore(folder, *, runs=None, log=print):
     if (remote := remote_of(Path(folder).name)) is None:
         return None
     if remote.folder is not None and Path(folder).resolve() == remote.folder.resolve():
-        said = f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
+        said = f"PEFTLIB_MIRROR points to {folder}, the study's own folder: set it to another place, or to off"
         raise ConfigError(said)
     with contextlib.suppress(OSError):  # one that cannot be asked now is asked again before anything goes there
         if refusal := remote.refusal():
@@ -117,7 +117,7 @@ class Mirror:
                     self.copy_once()
                 except (OSError, PeftlibError) as error:  # of this machine's disk: the next look may find it well again
                     if str(error) not in told:
-                        self.log(f"nothing is copied to {self.remote} now ({error}); it is tried again")
+                        self.log(f"cannot copy to {self.remote} ({error}); will retry")
                     told.add(str(error))
 
         threading.Thread(target=loop, daemon=True).start()
@@ -125,7 +125,7 @@ class Mirror:
 
     def restore(self, runs=None):
         """Restore what others have uploaded since; `runs` as in restore. What cannot be read is logged and left."""
-        if (listing := self._listing("going on with what is here")) is None:
+        if (listing := self._listing("continuing with the local files")) is None:
             return
         units = archive.in_order({facts["unit"] for facts in listing.values()})
         with self._one_at_a_time:
@@ -148,7 +148,7 @@ class Mirror:
             try:
                 self._unpack(name, facts)
             except OSError as error:
-                self.log(f"{self.remote}: {name} not used ({error.strerror or error})")
+                self.log(f"{self.remote}: skipped {name} ({error.strerror or error})")
                 continue
             self.log(f"restored {unit} from {self.remote} ({size_text(facts['bytes'])})")
             files = archive.units_of(self.folder).get(unit, [])
@@ -164,15 +164,15 @@ class Mirror:
 
     def require_space(self, run, checkpoint_bytes):
         """CheckpointError, with numbers, unless two checkpoints of a run fit on the remote, where it can be asked."""
-        if (listing := self._listing("its free space is not known")) is None:
+        if (listing := self._listing("its free space is unknown")) is None:
             return
         free = self.remote.free_bytes()
         free += sum(facts["bytes"] for _, facts in archive.newest_first(f"checkpoint-{run}", listing))
         if 2 * checkpoint_bytes > free:
             raise CheckpointError(
-                f"{self.remote} may take {gib(free):.2f} GiB more, two checkpoints of {run} need "
-                f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), name another place in "
-                "PEFTLIB_MIRROR, or set PEFTLIB_MIRROR=off to train without a copy"
+                f"{self.remote} has {gib(free):.2f} GiB free, two checkpoints of {run} need "
+                f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), set PEFTLIB_MIRROR to "
+                "another place, or set PEFTLIB_MIRROR=off to train without a copy"
             )
 
     def _listing(self, consequence):
@@ -203,11 +203,11 @@ class Mirror:
         """What is on the remote, what is not, and why, in words."""
         waiting = self._waiting()
         if lost := ", ".join(sorted(self._taken_over.intersection(waiting))):
-            what = f"what this one made since of {lost} is only in {self.folder}"
-            return f"another session writes to {self.remote} now: {what}"
+            what = f"this session's newer files of {lost} are only in {self.folder}"
+            return f"another session now writes to {self.remote}: {what}"
         if not waiting:
             where = f"written to {self.remote}; {self._doubt}" if self._doubt else f"on {self.remote}"
-            return f"all of the study is {where}"
+            return f"the whole study is {where}"
         told = [" ".join([unit, *(f"({said})" for said in self._failures.get(unit, [])[:1])]) for unit in waiting]
         return f"NOT on {self.remote} yet: {', '.join(told)}"
 
@@ -236,13 +236,13 @@ class Mirror:
         try:
             self._put(unit)
             if self._failures.pop(unit, None):
-                self.log(f"{self.remote}: {unit} is copied now")
+                self.log(f"{self.remote}: {unit} is now copied")
         except OSError as error:
             if isinstance(error, FileNotFoundError) and Path(error.filename or "").is_relative_to(self.folder):
                 return  # it was replaced while it was read, and the next look finds what took its place
             said = error.strerror or str(error)
             if self._failures.get(unit, ("",))[0] != said:
-                self.log(f"{self.remote}: {unit} cannot be copied ({said}). Work goes on; {self.remote.remedy(error)}")
+                self.log(f"{self.remote}: cannot copy {unit} ({said}). Work continues; {self.remote.remedy(error)}")
             self._failures[unit] = (said, time.monotonic() + _PAUSE_S)
             with contextlib.suppress(OSError):
                 self.remote.reconnect()

@@ -35,15 +35,15 @@ def mount_drive():
     """
     global _mounted_by_us
     if not can_ask_colab():
-        raise ConfigError("Google Drive is asked for (drive=True or PEFTLIB_DRIVE=1), but only Colab can mount it")
+        raise ConfigError("drive=True or PEFTLIB_DRIVE=1 asks for Google Drive, but only Colab can mount it")
     was_mounted = (DRIVE / "MyDrive").is_dir()
     try:
         _mount()
         _mounted_by_us = _mounted_by_us or not was_mounted
     except OSError as error:
         print(
-            f"{error.strerror}: results stay on this machine and go with it. Run this cell again to allow it, or set "
-            "PEFTLIB_DRIVE=0 to do without"
+            f"{error.strerror}: results stay on this machine and are lost with it. Run this cell again to allow it, "
+            "or set PEFTLIB_DRIVE=0 to work without Drive"
         )
 
 
@@ -68,8 +68,8 @@ class DriveRemote(Remote):
 
     pace_s = 60.0  # it counts writes, and shows them late to other machines
     doubt = (
-        "Colab uploads it in the background, so keep this runtime for some minutes, or see at "
-        "drive.google.com that it is there"
+        "Colab uploads it in the background, so keep this runtime for a few minutes, or check at "
+        "drive.google.com that it has arrived"
     )
 
     def __init__(self, study_name):
@@ -107,7 +107,7 @@ class DriveRemote(Remote):
         try:
             drive.flush_and_unmount()
         except Exception as error:  # noqa: BLE001  ValueError today
-            return f"Drive did not say that it arrived ({error}). {self.doubt}"
+            return f"Drive did not confirm the upload ({error}). {self.doubt}"
         with contextlib.suppress(OSError):  # all is uploaded; the next copy says so if Drive is still away
             self.reconnect()
         return ""
@@ -115,10 +115,10 @@ class DriveRemote(Remote):
     def remedy(self, error):
         if error.errno in FULL:
             return (
-                "free some space on Drive (and empty its trash, which counts), or name another place in PEFTLIB_MIRROR"
+                "free some space on Drive (and empty its trash, which counts), or set PEFTLIB_MIRROR to another place"
             )
         if error.errno in AWAY:
-            return "run drive.mount('/content/drive', force_remount=True) in a cell if it does not come back"
+            return "run drive.mount('/content/drive', force_remount=True) in a cell if it does not reconnect"
         return super().remedy(error)
 
     def _is_mounted(self):

@@ -61,7 +61,7 @@ class Saver:
         """
         started = time.monotonic()
         self.wait()
-        self._tell("training goes on and tries again")  # of an earlier save
+        self._tell("training continues and will retry")  # of an earlier save
         self._last_step = step
         try:
             if self.is_background:
@@ -81,7 +81,7 @@ class Saver:
             kept, self._error = self._error, None
             raise kept or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
         if not self.is_writing():
-            self._tell("training goes on and tries again")
+            self._tell("training continues and will retry")
 
     def close(self):
         """Wait for what is being written; a failure is logged."""

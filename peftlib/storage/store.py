@@ -93,8 +93,8 @@ class Remote:
         if not self._is_repository:
             return ""
         return (
-            f"{self} keeps old versions of what is copied: peftlib squashes its history at every GiB of them, which "
-            "frees their space, but not where it holds commits that are not peftlib's"
+            f"{self} keeps old versions of copied files: peftlib squashes its history after every GiB of them to free "
+            "their space, unless it holds commits that are not peftlib's"
         )
 
     def at(self, name):
@@ -165,7 +165,7 @@ class Remote:
             archive = self.folder / f"{name}.tar"
             free = self.free_bytes() + (archive.stat().st_size if archive.exists() else 0)
             if needed_bytes > free:
-                said = f"{name} takes {gib(needed_bytes):.2f} GiB, {gib(max(0, free)):.2f} are free"
+                said = f"{name} needs {gib(needed_bytes):.2f} GiB, {gib(max(0, free)):.2f} GiB free"
                 raise OSError(errno.ENOSPC, said)
             return
         if self._bucket:
@@ -189,13 +189,13 @@ class Remote:
 
     def _require_written(self, name, made):
         if self.folder is not None:
-            return require_sound(self.folder / name, made, "read back")
+            return require_sound(self.folder / name, made, "verification failed")
         self.fs.invalidate_cache(self.root)
         hashed = self.fs.info(self.at(name)).get("lfs")  # the hub hashes what arrives
         with contextlib.nullcontext() if hashed else self.fs.open(self.at(name), "rb") as raw:
             found = hashed.sha256 if hashed else hashlib.file_digest(raw, "sha256").hexdigest()
         if found != made["sha256"]:
-            raise OSError(errno.EIO, f"read back: {name} is damaged (SHA-256 differs)")
+            raise OSError(errno.EIO, f"verification failed: {name} is damaged (SHA-256 differs)")
 
     def fetch(self, name, facts, target):
         """Copy an archive to the local path `target`. OSError: it is not what its listing says."""
@@ -229,8 +229,8 @@ class Remote:
         if self._is_private:
             return None
         return (
-            f"{self} is public, so everybody could read the study's rows, answers and weights: make it private, name "
-            f"another place in PEFTLIB_MIRROR, or, if that is meant, set {PUBLIC}=1 or start with `peftlib --public`"
+            f"{self} is public, so anyone could read the study's rows, answers and weights: make it private, set "
+            f"PEFTLIB_MIRROR to another place, or, if you intend that, set {PUBLIC}=1 or use `peftlib --public`"
         )
 
     def _is_public(self):
@@ -282,15 +282,15 @@ class Remote:
     def remedy(self, error):
         """What a person can do about an OSError of this remote, in words."""
         if error.errno == errno.EPERM and self.folder is None:
-            return "nothing is copied there until then"
+            return "nothing is copied there until that changes"
         if error.errno in FULL:
-            return f"free some space on {self}, or name another place in PEFTLIB_MIRROR"
+            return f"free some space on {self}, or set PEFTLIB_MIRROR to another place"
         if self.folder is None:
             whose = "HF_TOKEN may" if self._scheme == "hf" else "this machine's credentials may"
-            return f"see whether {whose} write to {self}, and the network, or set PEFTLIB_MIRROR to a folder or to off"
+            return f"check that {whose} write to {self}, check the network, or set PEFTLIB_MIRROR to a folder or to off"
         if error.errno in AWAY:
-            return f"see whether {self.folder} is still mounted"
-        return f"see whether {self.folder} can be written to, or set PEFTLIB_MIRROR to another place or to off"
+            return f"check whether {self.folder} is still mounted"
+        return f"check that {self.folder} is writable, or set PEFTLIB_MIRROR to another place or to off"
 
 
 def require_sound(path, listed, what):

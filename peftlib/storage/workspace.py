@@ -29,7 +29,7 @@ class Workspace:
         self._lock.__enter__()
         try:
             if self._new.exists() or self._old.exists():
-                self._log(f"removed {self.folder}, which an interrupted export had left")
+                self._log(f"removed {self.folder}, left by an interrupted export")
             self._clear()
             with writing(self.folder):
                 self._new.mkdir()
@@ -60,6 +60,6 @@ class Workspace:
             if back.exists() or back.is_symlink():  # of somebody else, meanwhile
                 back = back.with_name(f"{back.name}.before-{uuid.uuid4().hex[:6]}")
             rename(self._old, back)
-            self._log(f"{back} is the earlier export, which an interrupted one had moved away")
+            self._log(f"restored the earlier export as {back}: an interrupted export had moved it")
         for path in (self._new, self._old):
             remove_tree(path)

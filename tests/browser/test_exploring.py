@@ -147,7 +147,7 @@ def test_the_explorer_goes_through_sorts_and_finds_rows(opened, finished_study):
         explorer.wait_for(r"of 1(?!\d)")
         assert word in explorer.text
         explorer.enter("text", "nobody wrote this")
-        explorer.wait_for("No row holds this text")
+        explorer.wait_for("No row contains this text")
         explorer.enter("text", "")
         explorer.wait_for(f"of {ROWS}")
         explorer.press("Make CSV")

@@ -57,7 +57,7 @@ def test_two_exports_to_one_place_are_refused_by_name_and_leftovers_are_told(fin
         (left,) = tmp_path.glob(".exporting-*")
     (left / "new").mkdir(parents=True)
     export_model(study, "qlora", to=tmp_path / "out", log=told.append)
-    assert told == [f"removed {left}, which an interrupted export had left"]
+    assert told == [f"removed {left}, left by an interrupted export"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
 
 

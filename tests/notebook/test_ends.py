@@ -23,7 +23,7 @@ ENDS = ("chat_box", "drive_box", "hub_box", "gguf_box")
 def test_a_headless_run_says_in_one_line_why_an_end_is_off(make_study, capsys, end):
     assert getattr(notebook, end)(make_study(), "qlora", is_interactive=False) is None
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("off in a headless run, because ") and line.endswith("` does it")
+    assert line.startswith("off in a headless run, because ") and line.endswith("`")
 
 
 def press(box, button=None):
@@ -93,7 +93,7 @@ def test_nothing_is_pushed_before_a_preview_of_the_very_settings(finished, tmp_p
     box.to.value = "me"
     assert "use hf://USER/REPO (it names no user or no repository)" in press(box) and box.push.disabled
     box.to.value = "me/my-model"
-    assert press(box) == "Nothing is sent yet."
+    assert press(box) == "Nothing has been uploaded yet."
     shown = box.shown.value
     assert (
         "hf://me/my-model, private" in shown
@@ -104,7 +104,7 @@ def test_nothing_is_pushed_before_a_preview_of_the_very_settings(finished, tmp_p
     box.private.value = False
     assert box.push.disabled and box.shown.value == "", "the preview was of other settings"
     press(box)
-    assert "PUBLIC: everybody can read it" in box.shown.value
+    assert "PUBLIC: anyone can read it" in box.shown.value
     box.private.value = True
     press(box)
     assert box._api.calls == {}

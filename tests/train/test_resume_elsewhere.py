@@ -174,7 +174,7 @@ ODD = {
         "cannot be read as a checkpoint .*'weights'",
     ),
     "one part more": (lambda t, s: ({**t, "more": {}}, s), "'more'"),
-    "a weight of text": (lambda t, s: ({**t, "weights": dict.fromkeys(t["weights"], "x")}, s), "is no tensor"),
+    "a weight of text": (lambda t, s: ({**t, "weights": dict.fromkeys(t["weights"], "x")}, s), "is not a tensor"),
     "optimizer of text": (lambda t, s: ({**t, "optimizer": "x"}, s), "does not hold what a run of this kind saves"),
     "groups of another number": (
         lambda t, s: ({**t, "optimizer": {**t["optimizer"], "param_groups": []}}, s),

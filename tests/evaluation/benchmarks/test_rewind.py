@@ -122,7 +122,7 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
         (["galore", "--rewind", "half"], "--rewind='half': use numbers"),
         (["galore", "--rewind", "nan"], "--rewind='nan': use numbers"),
         (["--path", "x", "--rewind", "0.5"], "--rewind needs a METHOD of the study"),
-        (["galore", "--tasks", "piqa"], "--tasks piqa belongs to --rewind"),
+        (["galore", "--tasks", "piqa"], "--tasks piqa needs --rewind"),
     ):
         with pytest.raises(ConfigError, match=said):
             cli.call(["evaluate", *words, "--study", "x"])
