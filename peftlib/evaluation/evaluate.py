@@ -90,7 +90,7 @@ def _evaluate(study, record, load, *, log):
     if done and path.exists():
         require_unchanged(path, record)
         if not _add_rounding(study, record, log=log):
-            log(f"{name}: evaluated before, nothing to do")
+            log(f"{name}: already evaluated, nothing to do")
         return record
     if cfg.engine == "vllm":
         require_vllm()
@@ -137,13 +137,13 @@ def _record_of(study, name, seed, model=None):
             raise StudyError(f"no record of {name} (seed {seed}) in {study.folder}: train it first")
         record = _new_record(study, name, model)
     elif model is not None and (record.get("trained_elsewhere") or {}).get("files") != model.files:
-        raise StudyError(f"{path} is of other weights than {model.folder}: give this model another name")
+        raise StudyError(f"{path} is for other weights than {model.folder}: give this model another name")
     records.require_fields(record, path)
     records.require_ok(record)
     if record["split_hash"] != split_hash:
         raise StudyError(
-            f"{path} has split_hash {record['split_hash']}, the data {split_hash}: these runs "
-            "saw other rows; move the record away and train again, or build the data it was made with"
+            f"{path} has split_hash {record['split_hash']}, the data {split_hash}: this run "
+            "used other rows; move the record away and train again, or build the data it was trained on"
         )
     return record
 
@@ -168,7 +168,7 @@ def _losses(study, record, model, rows, *, precision, log):
     kept = record.get("losses")
     if kept is not None and kept.get("precision") == precision:
         return kept
-    log(f"{record['method']}: loss on {len(rows)} test rows")
+    log(f"{record['method']}: measuring the loss on {len(rows)} test rows")
     how = {"device": resolve_device(study.cfg.device), "precision": autocast_of(precision)}
     measured = {"eval_loss": mean_loss(model, Rows(rows), **how)}
     measured |= forgetting.record_fields(general_loss(study, model, **how))
@@ -228,14 +228,14 @@ def _add_rounding(study, record, *, log):
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
     if not (layers and is_open and done.get("precision") == precision):
         return False
-    log(f"{method}: loss on general text of the untrained model in NF4")
+    log(f"{method}: measuring the loss on general text of the untrained model in NF4")
     try:
         _require_base(study, record, log)
         model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
         how = {"device": device, "precision": autocast_of(precision)}
         done[forgetting.ROUNDED_FIELD] = general_loss(study, model, **how).loss
     except (PeftlibError, RuntimeError, OSError) as error:
-        log(f"{method}: not measured, and nothing rests on it: {error}")
+        log(f"{method}: skipped, it is optional: {error}")
         return False
     records.save(study, record)
     return True

@@ -66,15 +66,15 @@ def open_folder(folder, base, *, name="", log=print):
     """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in
     evaluate.evaluate_path."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: give that of a PEFT adapter or of a transformers model")
+        raise ConfigError(f"{folder} is not a folder: give the folder of a PEFT adapter or a transformers model")
     folder, scored_on = folder.resolve(), ""
     name = name or folder.name
     require_folder_name("name", name)
     if registry.known(name) or name in (registry.BASE, BASE_CUT) or "-vs-" in name:
-        raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {folder}")
+        raise ConfigError(f"name={name!r} is reserved: choose another name for the model in {folder}")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / _MODEL_CONFIG).is_file():
-        raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter and no model")
+        raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter or model")
     refuse_pickles(folder)
     if is_adapter and (folder / FACTS).is_file():
         facts = facts_of(folder)
@@ -87,7 +87,7 @@ def open_folder(folder, base, *, name="", log=print):
         _require_same_tokenizer(folder, base)
     files = {path.name: identity.known_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     if not files:
-        raise ModelError(f"{folder} has no safetensors files, so no weights that can be evaluated")
+        raise ModelError(f"{folder} has no safetensors files, so there are no weights to evaluate")
     return External(folder, name, base, scored_on, files, log)
 
 
@@ -101,7 +101,7 @@ def _check_adapter(folder, base):
     if config.get("auto_map"):
         raise ModelError(f"{path} names code in auto_map, which peftlib never runs: remove it")
     if not (isinstance(kind, str) and isinstance(named, str) and named):
-        raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which tells what it was trained on")
+        raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which peftlib needs to find its base")
     if not (folder / ADAPTER).is_file():
         raise ModelError(f"{folder} has no {ADAPTER}")
     _require_same_base(folder, named, base)
@@ -125,7 +125,7 @@ def _require_same_tokenizer(folder, base):
     if not (folder / "tokenizer.json").is_file():
         return  # as model.save_pretrained leaves it; load() checks the number of embeddings
     if auto_tokenizer(folder).get_vocab() != data.load_tokenizer(base).get_vocab():
-        raise ModelError(f"{folder} has another tokenizer than {base}, so the study's rows cannot be given to it")
+        raise ModelError(f"{folder} uses another tokenizer than {base}, so it cannot read the study's rows")
 
 
 def _merged(folder, base, *, device, dtype):
@@ -141,7 +141,7 @@ def _merged(folder, base, *, device, dtype):
         raise ModelError(f"{folder} holds a {kind} adapter, which cannot be merged into the model's weights")
     unlike = {name for name in kept.keys() ^ tensors_of(folder / ADAPTER).keys() if "embed_tokens" not in name}
     if unlike:  # PEFT would leave a tensor that is missing as it was drawn
-        raise ModelError(f"{ADAPTER} in {folder} does not fit {base}: {min(unlike)} is in one of the two alone")
+        raise ModelError(f"{ADAPTER} in {folder} does not fit {base}: {min(unlike)} is in only one of them")
     merged = model.merge_and_unload()
     if dtype != torch.float32:
         rounded = saved.load_plain(base, device=device, dtype=dtype)

@@ -99,8 +99,8 @@ def in_words(base, record):
     moved, by_rounding = change(before, after), change(before, rounded)
     if moved is None:
         return ""
-    line = f"{record['method']}: general text loss {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
-    same_bits = f"untrained, in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})" if rounded else ""
+    line = f"{record['method']}: loss on general text {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
+    same_bits = f"base in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})" if rounded else ""
     return "; ".join(filter(None, (line, same_bits)))
 
 

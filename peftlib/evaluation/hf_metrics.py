@@ -44,13 +44,13 @@ def scored(predictions, references, *, tokenizer=None):
 def _texts(name, given):
     """A list of texts. DataError: none, or something else."""
     if isinstance(given, str):
-        raise DataError(f"{name}s are one text: give a list of texts, one a row")
+        raise DataError(f"{name}s must be a list of texts, one per row, not a single text")
     texts = list(given)
     if not texts:
         raise DataError(f"no {name}s: nothing to score, generate answers first")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
+            raise DataError(f"{name} of row {row} is {text!r}, not a text: give a text for every row ('' if empty)")
     return texts
 
 

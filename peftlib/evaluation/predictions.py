@@ -35,7 +35,7 @@ class Predictions:
                 continue  # cut by a kill, or damaged: answered again
             if row["split_hash"] != split_hash:
                 raise OtherAnswersError(
-                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to "
+                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers are for "
                     "other rows; move the file away and run again"
                 )
             self.rows[row["id"]] = row
@@ -94,7 +94,7 @@ def read_predictions(path, test_rows, split_hash):
     unlike = sorted(known.items() ^ {(name, row["prompt_sha256"]) for name, row in by_id.items()})
     if unlike or len(found) != len(known):
         named = f"; the first that differs is {unlike[0][0]!r}" if unlike else ""
-        raise _wrong(path, f"{len(found)} answers, not one to each of the {len(known)} test rows and prompts{named}")
+        raise _wrong(path, f"{len(found)} answers do not match the {len(known)} test rows and prompts{named}")
     return [by_id[name] for name in known]
 
 

@@ -126,12 +126,12 @@ def _records_of(study, split_hash):
     for path, record in found.items():
         require_fields(record, path)
         if path != study.record_path(record["method"], record["seed"]):
-            raise StudyError(f"{path} is a copy of another record: both are {Run(record).name}; delete it")
+            raise StudyError(f"{path} duplicates another record: both are {Run(record).name}; delete it")
     hashes = {study.manifest_path: split_hash, **{path: record["split_hash"] for path, record in found.items()}}
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{path} has {value}" for path, value in hashes.items())
         raise StudyError(
-            f"not of the same test rows, so not comparable: split_hash differs: {listed}. "
+            f"these runs used different test rows and cannot be compared: split_hash differs: {listed}. "
             "Train and evaluate these methods again on one split, or use another study name."
         )
     return sorted(found.values(), key=lambda record: (study_order(record["method"]), record["seed"]))

@@ -136,7 +136,7 @@ def swap_test(runs, others, metric, *, resamples=2000, seed=0):
     n_rows = _checked_rows({"first": runs, "second": others})
     pairs = max(len(runs), len(others))
     if {len(runs), len(others)} - {1, pairs}:
-        raise DataError(f"{len(runs)} and {len(others)} seeds cannot be swapped: give equally many, or one")
+        raise DataError(f"{len(runs)} and {len(others)} seeds cannot be swapped: give equal numbers, or one")
     rng = np.random.default_rng(seed)
     left, right = (np.hstack([_columns(rows[i % len(rows)]) for i in range(pairs)]) for rows in (runs, others))
     sums_left, sums_right = left.sum(axis=0), right.sum(axis=0)
@@ -162,7 +162,7 @@ def sums_interval(values, score, *, resamples=2000, seed=0):
     DataError: no rows.
     """
     if not len(values):
-        raise DataError("no rows, so no mean")
+        raise DataError("no rows to average")
     drawn = score(_resampled_sums(values, resamples, np.random.default_rng(seed)))
     return _interval(float(score(values.sum(axis=0, keepdims=True))[0]), drawn, len(values), resamples)
 
@@ -189,7 +189,7 @@ class SeedDraws:
 
 def few_rows_note(n_rows):
     """A warning about the intervals of fewer than 100 test rows."""
-    return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough, and small differences cannot show"
+    return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough and hide small differences"
 
 
 def t_quantile(p, degrees):
@@ -247,5 +247,5 @@ def _checked_rows(runs):
     if not counts or not all(counts.values()):
         raise DataError(f"no scored rows to compare: {counts}")
     if len({n for found in counts.values() for n in found}) != 1:
-        raise DataError(f"runs of unequal row counts cannot be paired: {counts}")
+        raise DataError(f"runs with different row counts cannot be paired: {counts}")
     return next(iter(counts.values()))[0]

@@ -108,7 +108,7 @@ def _check_form(weights, method, form, quant):
         raise ConfigError(f"form={form!r} is unknown: use {', '.join(FORMS)}")
     if form == "adapter" and not read_json(weights / FACTS)["is_adapter"]:
         raise ConfigError(
-            f"form='adapter': {method} trains the model itself and has no adapter: use lora, merged or gguf"
+            f"form='adapter': {method} trains full weights and has no adapter: use lora, merged or gguf"
         )
     if form == "lora":
         lora.require_whole_weights(weights, method)
@@ -148,7 +148,7 @@ def lines_of(exported, *, dry_run=False):
     yield from _sizes(exported)
     yield from exported.notes
     if dry_run:
-        yield f"dry run: nothing was written to {exported.address}; its card:"
+        yield f"dry run: nothing was written to {exported.address}; the model card:"
         yield exported.card
     else:
         yield exported.address if "://" in exported.address else str(Path(exported.address))
@@ -174,7 +174,7 @@ class Preview:
         if self._exported is None:
             return f"{self._name} can be exported once its training has finished"
         n_lines = len(self._exported.card.splitlines())
-        shown = [f"would go to {self._exported.address}, README.md a model card of {n_lines} lines:"]
+        shown = [f"would be written to {self._exported.address}; README.md is a model card of {n_lines} lines:"]
         return "\n".join([*shown, *_sizes(self._exported)])
 
     def _repr_html_(self):
@@ -186,4 +186,4 @@ class Preview:
         )
         address = html.escape(self._exported.address)
         card = folded("the model card", self._exported.card)
-        return f"<p>Would go to {address}:</p><table>{''.join(cells)}</table>{card}"
+        return f"<p>Would be written to {address}:</p><table>{''.join(cells)}</table>{card}"

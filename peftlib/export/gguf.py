@@ -34,7 +34,7 @@ def gguf_name(quant):
 def require_converter(quant):
     """Path of llama.cpp's convert_hf_to_gguf.py. ConfigError: unknown quant. ModelError: something is not installed."""
     if quant not in QUANTS:
-        raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; smaller ones by llama-quantize")
+        raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; for smaller ones run llama-quantize")
     script = _converter()
     missing = [name for name in ("sentencepiece", "protobuf") if not _files_of(name)]
     missing += [_SCRIPT] if script is None else []
@@ -88,7 +88,7 @@ def _run(arguments):
     )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").split("\n")[-1]
-        raise ModelError(f"{Path(arguments[0]).name} failed ({said[:300]}): see whether {_PACKAGE} can be renewed")
+        raise ModelError(f"{Path(arguments[0]).name} failed ({said[:300]}): try upgrading {_PACKAGE}")
 
 
 def _add_tokenizer_model(merged):
@@ -142,7 +142,7 @@ def _require_same_ids(merged):
     lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     for text in lines[:: max(len(lines) // _CHECKED_TEXTS, 1)]:
         if theirs.encode(text) != ours.encode(text, add_special_tokens=False):
-            raise ModelError(f"this tokenizer cannot be written as SentencePiece's: it cuts {text[:60]!r} otherwise")
+            raise ModelError(f"this tokenizer cannot be converted to SentencePiece: it splits {text[:60]!r} otherwise")
 
 
 def _require_whole(path):
@@ -157,5 +157,5 @@ def _require_whole(path):
     if wrong:
         path.unlink()
         raise ModelError(
-            f"the converted file has not the right {', '.join(wrong)}: see whether {_PACKAGE} can be renewed"
+            f"the converted file has a wrong or missing {', '.join(wrong)}: try upgrading {_PACKAGE}"
         )

@@ -34,18 +34,18 @@ class Kept:
         """What an export prints and its card says."""
         low, high = min(self.layers, key=self.layers.get), max(self.layers, key=self.layers.get)
         yield (
-            f"rank {self.rank} keeps {self.kept:.1%} of the change's energy, of single matrices "
+            f"rank {self.rank} keeps {self.kept:.1%} of the change's energy; per matrix "
             f"{self.layers[low]:.1%} ({low}) to {self.layers[high]:.1%} ({high})"
         )
         if self.outside:
-            yield f"{self.outside:.2%} of it is in norms and embeddings, which a LoRA cannot hold: they stay the base's"
+            yield f"{self.outside:.2%} of it is in norms and embeddings, which a LoRA cannot hold: the base's are kept"
         split, n_rows, exact = (self.losses[name] for name in ("split", "rows", "exact"))
         own = self.losses["adapter"]
         gap = f"{own - exact:+.4f} nats per token"
         yield f"loss on the {n_rows} {split} rows: {exact:.4f} as trained, {own:.4f} with the adapter ({gap})"
         plain = self.losses["on_16_bit"]
         if plain is not None:
-            yield f"on a base that was not rounded to NF4, as a server loads it: {plain:.4f} ({plain - exact:+.4f})"
+            yield f"on a base without NF4 rounding, as a server loads it: {plain:.4f} ({plain - exact:+.4f})"
 
 
 def require_whole_weights(weights, method):
@@ -56,7 +56,7 @@ def require_whole_weights(weights, method):
         raise ConfigError(f"form='lora': {method} has an adapter already: use form='adapter'")
     if _config(weights).get("use_dora"):
         raise ConfigError(
-            "form='lora': DoRA's magnitudes fit no LoRA: use form='merged', or train without lora_use_dora"
+            "form='lora': a LoRA cannot hold DoRA's magnitudes: use form='merged', or train without lora_use_dora"
         )
 
 
@@ -83,7 +83,7 @@ def write_lora(weights, folder, rank):
     energy = {name: float(change.square().sum()) for name, change in changes.items()}
     total = sum(energy.values())
     if not total:
-        raise ConfigError("form='lora': training changed no whole matrix, so there is nothing to export")
+        raise ConfigError("form='lora': training changed no full-weight matrix, so there is nothing to export")
     tensors, held = {}, {}
     for name, change in matrices.items():
         b, a, held[name] = _leading(change, rank)

@@ -42,7 +42,7 @@ class FolderTarget:
             there = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
             foreign = sorted(there - set(listed))
             if foreign:
-                raise ModelError(f"{self} also holds {foreign[0]}, which no export wrote: move it away first")
+                raise ModelError(f"{self} also contains {foreign[0]}, which is not from an export: move it away first")
 
     def workspace(self, what, *, is_dry=False, log=print):
         """Context manager: a folder beside the path, removed after the block.
@@ -70,7 +70,7 @@ class HubTarget:
         self._private, self._api = private, api
         try:
             validate_repo_id(self.repository)
-            why = "" if self.repository.count("/") == 1 else "it names no user or no repository"
+            why = "" if self.repository.count("/") == 1 else "it needs one user and one repository name"
         except ValueError as error:
             why = str(error)
         if why:
@@ -120,8 +120,8 @@ class HubTarget:
         # create_repo leaves an existing one as it is
         if self._private and is_public(self.api, self.repository):
             raise ModelError(
-                f"{self} is public, so everybody could read the export: make it private in its settings on the hub, "
-                "choose another place, or say --public (private=False) if that is meant"
+                f"{self} is public, so anyone could read the export: make it private in its settings on the hub, "
+                "choose another place, or use --public (private=False) if you intend that"
             )
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ class HubTarget:
                 yield
         except OSError as error:
             said = str(error.strerror or error).strip().split("\n")[0][:200]
-            raise ModelError(f"{self}: {said}. See whether HF_TOKEN may write there, and the network") from error
+            raise ModelError(f"{self}: {said}. Check that HF_TOKEN may write there, and the network") from error
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def _read_marker(path):
 
 def _require_same(target, found, identity):
     if found is None:
-        raise ModelError(f"{target} is there already and is no export of ours: choose another place")
+        raise ModelError(f"{target} already exists and is not a peftlib export: choose another place")
     if {name: found.get(name) for name in identity} != identity:
         raise ModelError(
             f"{target} holds another export ({found.get('method')}, seed {found.get('seed')}, {found.get('form')}, run "

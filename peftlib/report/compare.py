@@ -23,7 +23,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
     """
     folders = [folder_of(name) for name in studies]
     if len(set(folders)) < max(len(folders), 2):
-        raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
+        raise StudyError("compare needs two or more different studies: give their folders, e.g. runs/a runs/b")
     names = names_of(folders)
     opened = {name: study_in(folder) for name, folder in zip(names, folders)}
     found = {name: results.load(study) for name, study in opened.items()}

@@ -23,7 +23,7 @@ def summary(found, boot, pairs, notes, numbers):
     """
     told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
     if not told:
-        told = ["Fewer than two methods are scored, so none can be called better."]
+        told = ["Fewer than two methods have scores, so there is nothing to compare."]
     return [*told, *_cost(numbers), *_forgetting(found), *_cautions(found, notes)]
 
 
@@ -44,7 +44,7 @@ def _best(found, boot, pairs):
         leads.setdefault((first, second, noise), []).append(f"{name} ({value:.3f})")
         beaten += [f"; the untrained model has a higher {name}: {base:.3f}"] if base > value else []
     clauses = (
-        f"{first} has the highest {_listed(scores)}, a lead over {second} {noise} the noise"
+        f"{first} has the highest {_listed(scores)}; its lead over {second} is {noise} the noise"
         for (first, second, noise), scores in leads.items()
     )
     yield f"Of the trained methods, {'; '.join(clauses)}{''.join(beaten)}."
@@ -76,7 +76,7 @@ def _cost(numbers):
     if memory:
         least, *rest = sorted(memory, key=memory.get)
         more = _shortened([f", {method} {memory[method]:.2f}" for method in rest])
-        clauses.append(f"{least} {'needs the least memory:' if rest else 'needs'} {memory[least]:.2f} GiB{more}")
+        clauses.append(f"{least} {'uses the least memory:' if rest else 'uses'} {memory[least]:.2f} GiB{more}")
     if speed:
         first, *rest = sorted(speed, key=lambda method: -speed[method])
         more = _shortened([f", {method} {_figure(speed[method])}" for method in rest])
@@ -90,7 +90,7 @@ def _forgetting(found):
     base, parts = _changes(found, lambda run: run.general)
     if parts:
         yield (
-            f"On general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens) a rise of the loss is forgetting, in "
+            f"Loss on general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens), where a rise is forgetting, in "
             f"nats per token: base {base.loss:.3f}, {', '.join(parts)}."
         )
 
@@ -109,9 +109,9 @@ def _changes(found, loss_of):
 def _cautions(found, notes):
     n_rows = len(found.test_rows)
     cautions = [stats.few_rows_note(n_rows)] if found.scored and n_rows < stats.FEW_ROWS else []
-    cautions += ["the runs were not matched in everything (listed below the result)"] if notes else []
+    cautions += ["the runs differ in some settings (listed below the result)"] if notes else []
     if cautions:
-        yield f"Caution, {'; '.join(cautions)}."
+        yield f"Caution: {'; '.join(cautions)}."
 
 
 def _against_cut_base(found, pairs):
@@ -131,13 +131,13 @@ def worth(difference, cut_share):
     verdict = difference.verdict
     if cut_share >= 0.5:  # it has not learnt to stop, so its answers are long and those of the cut base are not
         return (
-            f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "
-            "compares lengths as much as answers"
+            f"{verdict}; {cut_share:.0%} of its own answers reached the token limit uncut and score low for that, so "
+            "this compares lengths as much as answers"
         )
     return {
         "inside the noise": "inside the noise, so the gain may be no more than knowing when to stop",
         "higher": "so the gain is more than knowing when to stop",
-        "lower": "so the cut base is the better one",
+        "lower": "so the cut base is better",
     }[verdict]
 
 
@@ -161,8 +161,8 @@ def _four_bit(found):
     _, parts = _changes(found, lambda run: run.rounded)
     if parts:
         yield (
-            "The untrained model's loss on general text with its matrices in 4 bits, as the method holds them: "
-            f"{', '.join(parts)}. That much is lost before training, which may repair a part of it."
+            "The untrained model's loss on general text with its matrices in 4 bits, as the method stores them: "
+            f"{', '.join(parts)}. This loss comes before training, which may recover part of it."
         )
 
 
@@ -170,7 +170,7 @@ def _unended(found):
     shares = {method: mean_of(runs, lambda run: run.truncated_share) for method, runs in found.scored.items()}
     if shares:
         listed = ", ".join(f"{method} {share:.0%}" for method, share in shares.items())
-        yield f"Answers that reached the token limit instead of ending by themselves: {listed}."
+        yield f"Answers that reached the token limit: {listed}."
 
 
 def _pair(pairs, metric, method, other):
@@ -200,9 +200,9 @@ def of_benchmarks(benchmarks):
         listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond[:_MOST])
         listed += f" and {len(beyond) - _MOST} more (table)" if len(beyond) > _MOST else ""
         yield (
-            f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base lie beyond the noise"
+            f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base are beyond the noise"
             f"{': ' if listed else ''}{listed}."
         )
     floor = [scores.task for scores in benchmarks if all(map(scores.is_at_floor, scores.runs))]
     if floor:
-        yield f"No method is above guessing on {', '.join(floor)}: nothing that was learnt or forgotten can show there."
+        yield f"No method beats guessing on {', '.join(floor)}, so these tasks cannot show learning or forgetting."

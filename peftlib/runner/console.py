@@ -67,7 +67,7 @@ def numbers(option, text, kind):
     except ValueError:
         raise ConfigError(f"{option} {text!r}: give numbers separated by commas, such as 0,1,2") from None
     if len(set(found)) < len(found) or not all(0 <= number < math.inf for number in found):
-        raise ConfigError(f"{option} {text!r}: give finite numbers, not below 0 and without repeats")
+        raise ConfigError(f"{option} {text!r}: give each number once, finite and not negative")
     return found
 
 

@@ -84,4 +84,4 @@ def lines(settings):
         left += [seconds] if seconds and job in chosen and status != DONE else []
         yield f"{job.name:<18} {words(*seconds) if seconds else 'does not fit':<18}  {status}"
     total = words(*map(sum, zip(*left, strict=True)))
-    yield f"left: {total} of training on a {name}, one run at a time; answering the test rows comes on top"
+    yield f"left: {total} of training on a {name}, one run at a time, plus the time to answer the test rows"

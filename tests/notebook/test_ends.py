@@ -91,7 +91,7 @@ def test_nothing_is_pushed_before_a_preview_of_the_very_settings(finished, tmp_p
     assert box.push.disabled and box.private.value and box.form.value == "adapter"
     assert press(box) == "Type a repository first, such as your-name/model-name." and box.push.disabled
     box.to.value = "me"
-    assert "use hf://USER/REPO (it names no user or no repository)" in press(box) and box.push.disabled
+    assert "use hf://USER/REPO (it needs one user and one repository name)" in press(box) and box.push.disabled
     box.to.value = "me/my-model"
     assert press(box) == "Nothing has been uploaded yet."
     shown = box.shown.value

@@ -37,8 +37,8 @@ def test_arguments_become_settings(settings_of):
     for words, message in (
         ("--seeds 0,x", "--seeds '0,x': give numbers"),
         ("--seeds 1,1", "each number once"),
-        ("--factors 1,inf", "--factors '1,inf': give finite numbers, not below 0 and without repeats"),
-        ("--factors nan", "--factors 'nan': give finite numbers"),
+        ("--factors 1,inf", "--factors '1,inf': give each number once, finite and not negative"),
+        ("--factors nan", "--factors 'nan': give each number once"),
         ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
         ("--methods ,", "use base, qlora"),
@@ -59,7 +59,7 @@ def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     one_run = estimate.duration(*(3600 * end for end in hours))
     assert told["galore-s0"] == told["galore-s1"] == told["sweep-galore"] == [one_run, "waits"]  # 6 of 12 rows, twice
     assert told["base-s0"] == ["none", "waits"]
-    assert last == f"left: {one_run} of training on a t4, one run at a time; answering the test rows comes on top"
+    assert last == f"left: {one_run} of training on a t4, one run at a time, plus the time to answer the test rows"
     assert not (study.folder / "records").exists()
 
 

@@ -42,7 +42,7 @@ class Responses:
             except (ValueError, KeyError, TypeError):
                 continue  # cut by a kill: asked again
             if row["weights"] != weights:
-                raise StudyError(f"{path} holds answers of other weights: move it away and run again")
+                raise StudyError(f"{path} holds answers from other weights: move it away and run again")
             self.kept[key] = tuple(response) if isinstance(response, list) else response
             self.lines[key] = row
 
@@ -130,9 +130,9 @@ class KeepingModel(HFLM):
                 if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                     raise
                 if self.batch_size_per_gpu == 1:
-                    raise ModelError(f"memory does not hold one row at a time ({error}): use a larger card") from None
+                    raise ModelError(f"not even one row fits the memory ({error}): use a larger GPU") from None
             self.batch_size_per_gpu //= 2
-            self._told(f"out of memory: {self.batch_size_per_gpu} rows at a time from here on")
+            self._told(f"out of memory: continuing with {self.batch_size_per_gpu} rows at a time")
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -151,7 +151,7 @@ def score(lm, benchmark, *, limit=0):
         try:
             return plain(doc, results)
         except Exception as error:
-            raise DataError(f"{task.task_name}: {error!r} when scoring the answer {results!r:.300}") from error
+            raise DataError(f"{task.task_name}: {error!r} while scoring the answer {results!r:.300}") from error
 
     task.process_results = named
     how = {"limit": limit or None, "bootstrap_iters": 0, "apply_chat_template": benchmark.is_generated}
@@ -183,7 +183,7 @@ def _key(kind, args):
 def _finite(response):
     number = response[0] if isinstance(response, tuple) else response
     if isinstance(number, float) and not math.isfinite(number):
-        raise ModelError(f"the model gives a text the log-likelihood {number}: its weights are no good")
+        raise ModelError(f"the model gives a text the log-likelihood {number}: its weights are broken")
     return response
 
 

@@ -96,10 +96,10 @@ def _points(study, method, seed, factors, log):
     kept = _read(path) if path.exists() else {"of": of, "points": []}
     changed = differences(kept["of"], of)
     if changed:
-        raise StudyError(f"{path} holds other points ({'; '.join(changed)}): move it and the folder of its name away")
+        raise StudyError(f"{path} holds points of another run ({'; '.join(changed)}): move it and its folder away")
     now = evaluation_dtype(resolve_device(study.cfg.device))[1]
     if now != of["precision"]:
-        raise StudyError(f"{method} was evaluated in {of['precision']}, here it would be {now}: rewind it where it was")
+        raise StudyError(f"{method} was evaluated in {of['precision']}, this machine uses {now}: rewind it there")
     points, models = {point["factor"]: point for point in kept["points"]}, None
     left = sorted(factors - _known(study, kept).keys())
     benchmarks = [tasks.load(task, study.cfg.benchmark_data or None) for task in _retained(study)] if left else []

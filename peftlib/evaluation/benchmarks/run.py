@@ -112,13 +112,13 @@ def _score(study, record, benchmark, lent, *, limit, log):
     path = study.benchmark_path(*run, task)
     before = read_rows(path, done) if done and path.exists() else []
     if len(before) >= n_rows:
-        log(f"{record['method']}: {task} was scored on {len(before)} rows before, nothing to do")
+        log(f"{record['method']}: {task} is already scored on {len(before)} rows, nothing to do")
         return
     log(f"{record['method']}: {task}, {n_rows} rows from {benchmark.source}")
     responses = harness.Responses(path.with_name(f"{task}.responses.jsonl"), _weights_of(record))
     rows, chance = scored_rows(benchmark, lent, responses, n_rows, lambda line: log(f"{record['method']}: {line}"))
     if [row["doc"] for row in rows[: len(before)]] != [row["doc"] for row in before]:
-        raise StudyError(f"{path} has scores of other rows than {benchmark.source} holds: move it away and run again")
+        raise StudyError(f"{path} has scores for other rows than {benchmark.source}: move it away and run again")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     found = {
         "n": len(rows),

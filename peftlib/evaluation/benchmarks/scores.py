@@ -80,7 +80,7 @@ def _task_scores(task, runs, leaves_out):
         if leaves_out:
             return
         named = ", ".join(f"{method} (seed {seed})" for method, seed in rows)
-        raise StudyError(f"the scores of {task} are not of the same rows and metric for {named}: score them again")
+        raise StudyError(f"the scores of {task} for {named} are not on the same rows and metric: score them again")
     by_method = {}
     for (method, seed), found in rows.items():
         by_method.setdefault(method, {})[seed] = np.array(
@@ -134,14 +134,14 @@ def read_rows(path, facts):
     """[row, ...] of a task's file. StudyError: it is not what scoring left, as the record says."""
     if not path.exists():
         raise StudyError(
-            f"{path} is missing, but its record has a score: bring it back, or score it again by `peftlib bench`"
+            f"{path} is missing, but its record has a score: restore it, or score it again with `peftlib bench`"
         )
     if sha256(path) != facts["rows_sha256"]:
-        raise StudyError(f"{path} is not what scoring wrote (its SHA-256 differs): bring it back from a copy")
+        raise StudyError(f"{path} is not what scoring wrote (its SHA-256 differs): restore it from a copy")
     rows = [json.loads(line) for line in read_text(path).splitlines()]
     wrong = next(filter(None, (fault(row, _ROW) for row in rows)), None)
     if wrong:
-        raise StudyError(f"{path} is damaged ({wrong}): bring it back from a copy")
+        raise StudyError(f"{path} is damaged ({wrong}): restore it from a copy")
     return rows
 
 

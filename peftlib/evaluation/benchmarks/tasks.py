@@ -90,7 +90,7 @@ def chosen(words):
     """[task, ...] of names and sets with commas between, each once. ConfigError: none is named."""
     names = [word.strip() for word in words.split(",") if word.strip()]
     if not names:
-        raise ConfigError(f"tasks {words!r}: name some, such as {RETENTION} or arc_easy,gsm8k")
+        raise ConfigError(f"tasks {words!r}: give some, such as {RETENTION} or arc_easy,gsm8k")
     return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 
@@ -124,11 +124,11 @@ def load(name, folder=None):
         raise ModelError(f"{name} needs a library that is missing ({error}): {pip_line('bench')}") from None
     except OSError as error:
         raise DataError(
-            f"the rows of {name} cannot be had from the hub ({error}): see the network, or name a folder with its "
-            "files (--data DIR)"
+            f"could not download the rows of {name} from the hub ({error}): check the network, or use --data DIR "
+            "with a folder of its files"
         ) from None
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"{name} runs code that the model writes, or shows it pictures, which peftlib does not do")
+        raise ConfigError(f"{name} runs model-written code or uses images, which peftlib does not support")
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
     return Benchmark(task, *_metric_of(name, task, known), source)
@@ -146,10 +146,10 @@ def _require_task(name, manager):
     if name in manager.all_subtasks:
         return
     if name in manager.all_tasks:
-        raise ConfigError(f"{name} is a group of the harness's tasks: name the tasks themselves")
+        raise ConfigError(f"{name} is a group of tasks: give the tasks themselves")
     near = difflib.get_close_matches(name, [*SETS, *manager.all_subtasks], n=4)
     hint = f"did you mean {', '.join(near)}?" if near else f"sets: {', '.join(SETS)}; tasks: `lm_eval ls tasks`"
-    raise ConfigError(f"no task is called {name!r}: {hint}")
+    raise ConfigError(f"unknown task {name!r}: {hint}")
 
 
 def _require_sentences():
@@ -159,7 +159,7 @@ def _require_sentences():
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
         raise ModelError(
-            "ifeval counts sentences with NLTK's punkt_tab, which is not here: python -m nltk.downloader punkt_tab"
+            "ifeval needs NLTK's punkt_tab to count sentences: run python -m nltk.downloader punkt_tab"
         ) from None
 
 
@@ -176,7 +176,7 @@ def _metric_of(name, task, known):
     if metric not in found or chosen_filter not in filters:
         raise DataError(
             f"{name} of lm-eval {version()} has no metric {metric!r} with filter {chosen_filter!r} that is a mean over "
-            f"its rows (it has {', '.join(found)}; {', '.join(filters)}): install the version of peftlib[bench], or "
-            "leave the task out"
+            f"its rows (it has {', '.join(found)}; {', '.join(filters)}): install the version that peftlib[bench] "
+            "pins, or omit the task"
         )
     return metric, chosen_filter, found[metric] in perplexities

@@ -62,14 +62,14 @@ def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
             if slots == 1:
                 raise ModelError(
                     f"one row of {max(map(len, prompts)) + max(limits)} tokens does not fit this GPU's memory: "
-                    "lower max_length or max_new_tokens, or free the card"
+                    "lower max_length or max_new_tokens, or free GPU memory"
                 ) from error
         waiting = [i for i in waiting if i not in finished]
         if waiting:
             slots = max(1, slots // 2)
             gc.collect()
             torch.cuda.empty_cache()
-            log(f"out of GPU memory: going on with {slots} rows at a time")
+            log(f"out of GPU memory: continuing with {slots} rows at a time")
 
 
 def planned_slots(model, prompts, limits):

@@ -50,10 +50,10 @@ class Endpoint:
         self.name, self._model, self._retries = f"{model} at {url.rstrip('/')}", model, retries
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
-            faults = "characters that cannot be part of a key, such as spaces or quotation marks"
+            faults = "characters that a key cannot contain, such as spaces or quotation marks"
             raise JudgeError(f"{KEY_VARIABLE} holds {faults}: set it again")
         if self._without_key(self.name) != self.name:
-            raise JudgeError(f"the URL or the name of the model contains the key, which belongs in {KEY_VARIABLE}")
+            raise JudgeError(f"the URL or the model's name contains the key: put it into {KEY_VARIABLE} instead")
         self.counts, self._refusals, self._lock = Counter(), 0, threading.Lock()
         self._not_taken = set()  # parameters that this server refused: their names differ between servers
         self._stopped = threading.Event()
@@ -93,18 +93,18 @@ class Endpoint:
     def _wait(self, failure, attempt, end):
         """Count a failure and wait before the next try. JudgeError: this was the last one."""
         tries = "1 try" if attempt == 0 else f"{attempt + 1} tries"
-        what = f"{self.name} cannot be asked: {failure.kind} after {tries} ({self._clean(failure.said)})"
+        what = f"{self.name} does not answer: {failure.kind} after {tries} ({self._clean(failure.said)})"
         if attempt >= self._retries:
             raise JudgeError(what) from None
         doubling = min(_FIRST_WAIT_S * 2**attempt * random.uniform(1.0, 1.25), _LONGEST_WAIT_S)
         wait_s = max(failure.retry_after_s or 0.0, doubling)
         if time.monotonic() + wait_s > end:
-            raise JudgeError(f"{what}, and the next try is due in {wait_s:,.0f} s: run it again then") from None
+            raise JudgeError(f"{what}, and it asks to wait {wait_s:,.0f} s: run it again then") from None
         with self._lock:
             self.counts[f"retried {failure.kind}"] += 1
         self._sleep(wait_s)
         if self._stopped.is_set():
-            raise JudgeError(f"{what}, and retrying was stopped") from None
+            raise JudgeError(f"{what}, and retries were stopped") from None
 
     def _refused(self, said):
         with self._lock:
@@ -120,12 +120,12 @@ class Endpoint:
             state = f"the key in {KEY_VARIABLE} was refused" if self._key else f"{KEY_VARIABLE} is not set"
             raise Hopeless(f"is unauthorised (status {status}): {state}")
         if status in (404, 405):
-            ending = "--endpoint ends as the server's documentation says, usually in /v1"
-            raise Hopeless(f"was not found (status {status}: {said}): check --model, and that {ending}")
+            ending = "--endpoint (see the server's documentation; it usually ends in /v1)"
+            raise Hopeless(f"was not found (status {status}: {said}): check --model and {ending}")
         if 300 <= status < 400:
             place = self._clean(answer.headers.get("location", "nowhere"))
-            way_out = "give that server's URL as --endpoint if it is the right one"
-            raise Hopeless(f"redirects to {place} (status {status}), where nothing was sent: {way_out}")
+            way_out = "set --endpoint to that URL if it is the right one"
+            raise Hopeless(f"redirects to {place} (status {status}), nothing was sent there: {way_out}")
         if status not in _REFUSALS and status not in _PASSING and not 500 <= status < 600:
             raise Hopeless(f"answers with status {status} ({said}), which a retry would not change")
 
@@ -150,17 +150,17 @@ def _check_url(url):
     is_plain = url.isprintable() and not set(url) & set(" \\")
     if host is None or not is_plain or parts.scheme not in ("http", "https"):
         raise JudgeError(
-            "the endpoint is not a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
+            "--endpoint must be a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
         )
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # The URL is kept beside each verdict, so nothing secret may stand in it.
-        raise JudgeError(f"the endpoint's URL holds more than an address: put the key into {KEY_VARIABLE} instead")
+        raise JudgeError(f"the endpoint's URL contains more than an address: put the key into {KEY_VARIABLE} instead")
     is_loopback = host == "localhost"
     with contextlib.suppress(ValueError):  # a name
         is_loopback = ipaddress.ip_address(host).is_loopback
     if parts.scheme == "http" and not is_loopback:
         raise JudgeError(
-            f"the endpoint {url} would send key and texts unencrypted: use https://, or for a server of your own "
+            f"the endpoint {url} would send key and texts unencrypted: use https://, or for your own server "
             f"a tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
         )
 

@@ -16,7 +16,7 @@ MOST_BYTES = 1 << 20  # of an answer; a judge's are a few kilobytes
 _MOST_ERROR_BYTES = 1 << 16  # of an error's body; the rest is not read
 _LONGEST_RETRY_AFTER_S = 32 * 86400.0  # a longer one is a mistake: quotas renew monthly
 _MOST_TOKENS = 10**9  # of one call; a larger number is no count
-_NO_API = "answers, but not as an OpenAI-compatible API does: most URLs end in /v1"
+_NO_API = "answers, but not like an OpenAI-compatible API: most URLs end in /v1"
 _BROKEN = object()  # instead of a value: it is no JSON
 _REFUSED = "\n(the model refused to answer)"  # put last, so that a refusal is never read as a verdict
 
@@ -93,10 +93,10 @@ class Answer:
             told = next((told[name] for name in ("message", "detail", "msg", "title") if told.get(name)), told)
         if told is _BROKEN or not told:
             told = self.body.decode("utf-8", "replace")
-            return "a page of HTML" if told.lstrip()[:1] == "<" else told or "no words"
+            return "an HTML page" if told.lstrip()[:1] == "<" else told or "no message"
         with contextlib.suppress(RecursionError):
             return _clean(told if isinstance(told, str) else json.dumps(told, ensure_ascii=False))
-        return "words nested too deep to show"
+        return "a message nested too deeply to show"
 
     @property
     def blamed(self):
@@ -147,7 +147,7 @@ class Poster:
             import httpx2
         except ImportError:
             way_out = "pip install 'httpx2>=2.10', or use --local"
-            raise JudgeError(f"an endpoint needs the package httpx2: {way_out}") from None
+            raise JudgeError(f"--endpoint needs the package httpx2: {way_out}") from None
         self._httpx, self._url, self._timeout_s = httpx2, url, timeout_s
         # Uncompressed: the size of a compressed answer is only known once it is unpacked.
         self._headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
@@ -164,7 +164,7 @@ class Poster:
         try:
             return loop.run_until_complete(self._post(payload))
         except TimeoutError:
-            raise CallFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
+            raise CallFailed("timeout", f"no complete answer within {self._timeout_s:g} s") from None
         except self._httpx.HTTPError as error:
             raise CallFailed("connection", str(error) or type(error).__name__) from None
         finally:
@@ -183,7 +183,7 @@ class Poster:
                 body += part
                 if len(body) > limit and response.is_success:
                     size = f"more than {limit >> 20} MiB"
-                    raise Hopeless(f"answered with {size}, too much for a judge's reply: check what runs there")
+                    raise Hopeless(f"answered with {size}, too much for a judge's reply: check which server runs there")
                 if len(body) > limit:
                     break
             return Answer(response.status_code, response.headers, body[:limit])

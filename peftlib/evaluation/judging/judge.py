@@ -155,7 +155,7 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
             if time.monotonic() - said > _LOG_EVERY_S or len(made) == len(to_ask):
                 log(f"judged {len(made)}/{len(to_ask)}")
                 said = time.monotonic()
-    kept = f"{len(verdicts.by_key)} verdicts are kept in {verdicts.path.name}: run it again to go on"
+    kept = f"{len(verdicts.by_key)} verdicts are kept in {verdicts.path.name}: run it again to resume"
     if interrupted.is_set():
         raise Stopped(f"judging stopped after {len(made)} of {len(to_ask)} calls. {kept}")
     if failed:

@@ -36,7 +36,7 @@ def rows_of(study, name, folder=None, *, is_kept=True):
     StudyError: the study keeps other questions.
     """
     if name not in SETS:
-        raise ConfigError(f"prompts {name!r}: there are {' and '.join(SETS)}")
+        raise ConfigError(f"prompts {name!r} is unknown: use {' or '.join(SETS)}")
     path = path_of(study, name)
     kept = require_shape(read_json(path), _SHAPE, path)["questions"] if path.exists() else None
     if kept is None or folder is not None:
@@ -62,11 +62,11 @@ def _questions(name, folder):
     for number, row in read_rows(path):
         turns = row.get("turns", [row.get("instruction")]) if isinstance(row, dict) else None
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-            raise DataError(f"{path}: row {number} has neither 'turns' nor an 'instruction': fetch the file again")
+            raise DataError(f"{path}: row {number} has neither 'turns' nor an 'instruction': download the file again")
         of, kind = str(row.get("question_id", number)), str(row.get("category") or row.get("dataset") or name)
         found.append({"id": of, "source": kind, "turns": turns})
     if len(found) != n_questions:
-        raise DataError(f"{path} holds {len(found)} questions, {name} has {n_questions}: fetch the file again")
+        raise DataError(f"{path} holds {len(found)} questions, {name} has {n_questions}: download the file again")
     return found
 
 
@@ -80,7 +80,7 @@ def _fetched(name):
     except (OSError, HfHubHTTPError) as error:
         said = str(error).strip().split("\n")[0][:200]
         raise DataError(
-            f"{name} could not be fetched from {repository} ({said}): give --data DIR with {file}"
+            f"{name} could not be downloaded from {repository} ({said}): use --data DIR with {file}"
         ) from None
 
 
@@ -115,7 +115,7 @@ def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
             return {}
         place = study.folder / "prompts" / name
         raise StudyError(
-            f"{place} holds answers of {run} before it was trained anew: move {run}-*.jsonl away"
+            f"{place} holds answers of {run} from before it was retrained: move {run}-*.jsonl away"
         ) from None
     model = None
     for n, kept in enumerate(files):

@@ -42,7 +42,7 @@ def judge_study(study, methods, backend, *, reply_tokens, seed=0, n_rows=0, agai
             log("\n".join(_what_it_took(judge.run(cases, kept, backend, **how), backend.counts, prices)))
         log("\n".join(verdicts.sentences(verdicts.summary(cases, kept, backend.name, names))))
     shown = kept.path.relative_to(study.folder).as_posix()
-    log(f"verdicts: {shown}; in the report: python -m peftlib report --study {study.folder.name}")
+    log(f"verdicts: {shown}; to report them: python -m peftlib report --study {study.folder.name}")
 
 
 def _cases_of_prompts(study, methods, seed, prompts, n_rows, folder, *, dry_run, log):
@@ -55,7 +55,7 @@ def _cases_of_prompts(study, methods, seed, prompts, n_rows, folder, *, dry_run,
             log(f"{method} has to answer {len(rows) - len(known)} of {len(rows)} prompts first")
     answered = [row for row in rows if all(row["id"] in known for known in found)]
     if len(answered) < len(rows):
-        log(f"calls and cost below are without those for {len(rows) - len(answered)} rows that are not answered yet")
+        log(f"calls and cost below exclude {len(rows) - len(answered)} rows that are not answered yet")
     return tuple(f"{method}-s{own}" for method, own in runs), judge.cases_of(answered, *found)
 
 
@@ -64,15 +64,15 @@ def _plan(n_cases, found, reply_tokens, prices):
     to_ask = [case for case in found if not case.is_identical]
     sent = sum(len(case.message) for case in to_ask) // _CHARACTERS_PER_TOKEN
     received = len(to_ask) * reply_tokens
-    known, equal = n_cases - len(found), f"{len(found) - len(to_ask)} of equal answers (ties without asking)"
-    yield f"{n_cases} comparisons: {known} judged before, {equal}, {len(to_ask)} calls to make"
-    how = f"({_CHARACTERS_PER_TOKEN} characters a token; retries come on top)"
+    known, equal = n_cases - len(found), f"{len(found) - len(to_ask)} with identical answers (ties without a call)"
+    yield f"{n_cases} comparisons: {known} already judged, {equal}, {len(to_ask)} calls to make"
+    how = f"({_CHARACTERS_PER_TOKEN} characters per token; without retries)"
     yield f"about {sent:,} tokens to send and at most {received:,} to receive {how}"
     if prices == (None, None):
-        yield "cost: unknown, no price was given (--price-in and --price-out, per million tokens)"
+        yield "cost: unknown, give --price-in and --price-out per million tokens"
     else:
         per_million = "at {:g} in and {:g} out per million tokens".format(*(price or 0 for price in prices))
-        yield f"cost: up to about {_cost((sent, received), prices):.4f}, retries apart, {per_million}"
+        yield f"cost: up to about {_cost((sent, received), prices):.4f}, without retries, {per_million}"
 
 
 def _cost(tokens, prices):
@@ -89,5 +89,5 @@ def _what_it_took(made, counts, prices):
     sent, received = (sum(filter(None, numbers)) for numbers in tokens)
     cost = "" if prices == (None, None) else f", cost {_cost((sent, received), prices):.4f}"
     n_uncounted = sum(None in pair for pair in zip(*tokens))
-    least = f"; the judge gave no count for {n_uncounted} of {len(made)} calls, so it is more" if n_uncounted else ""
+    least = f"; more in fact: the judge gave no count for {n_uncounted} of {len(made)} calls" if n_uncounted else ""
     yield f"{sent:,} tokens sent, {received:,} received as the judge counts them{cost}{least}"

@@ -69,7 +69,7 @@ def _parsed(path, number, text):
     if not wrong and line.pop("seal", None) not in (None, _seal(line)):  # older verdicts have none
         wrong = "its SHA-256 differs"
     if wrong:
-        raise StudyError(f"{path}: line {number} is damaged ({wrong}): delete that line; the rest is kept")
+        raise StudyError(f"{path}: line {number} is damaged ({wrong}): delete that line and keep the rest")
     return line
 
 
@@ -165,21 +165,21 @@ def sentences(judged):
         rate = judged.win_rate
         is_noise = rate.low <= 0.5 <= rate.high
         state = "inside the noise" if is_noise else "better" if rate.value > 0.5 else "worse"
-        range_ = f"95 % interval {rate.low:.1%} to {rate.high:.1%}, {judged.n_rows} rows, a tie counts half"
+        range_ = f"95 % interval {rate.low:.1%} to {rate.high:.1%}, {judged.n_rows} rows, ties count half"
         yield f"{judged.b} wins {rate.value:.1%} against {judged.a}{of_set} ({range_}): {state}"
         if judged.length_controlled is not None:
             yield f"at equal lengths {_percent(judged.length_controlled)}"
-        equal = f"{judged.n_identical} of equal answers"
+        equal = f"{judged.n_identical} with identical answers"
         yield f"rows won {judged.wins}, tied {judged.ties} ({equal}), lost {judged.losses}"
     if judged.position_bias is not None:
-        first = "" if judged.first_share is None else f"; of its choices {judged.first_share:.0%} were the first answer"
-        yield f"position bias: {judged.position_bias:.1%} of rows judged by place alone{first}"
+        first = "" if judged.first_share is None else f"; first answer chosen in {judged.first_share:.0%} of decisions"
+        yield f"position bias: {judged.position_bias:.1%} of rows judged by position alone{first}"
     if judged.consistency is not None:
-        yield f"same verdict after a swap of the order: {_percent(judged.consistency)}"
+        yield f"same verdict after swapping the order: {_percent(judged.consistency)}"
     if judged.self_agreement is not None:
         yield f"same verdict when asked again: {_percent(judged.self_agreement)}"
     if judged.n_malformed:
-        yield f"malformed verdicts: {judged.n_malformed}, left out with their rows"
+        yield f"malformed verdicts: {judged.n_malformed}, excluded with their rows"
 
 
 def _percent(interval):
@@ -198,10 +198,10 @@ def uncounted(study):
     """Yield one sentence for each incomplete verdict file: its last line is cut, or it is empty."""
     for path in _paths(study):
         found = Verdicts(path, ())
-        why = "the last line is cut" if found.is_cut else "" if found.by_key else "the file is empty"
+        why = "the last line is truncated" if found.is_cut else "" if found.by_key else "the file is empty"
         if why:
-            asked = "`judge` with the same methods asks again for what is missing"
-            yield f"{path.relative_to(study.folder).as_posix()}: {why} and does not count; {asked}."
+            asked = "run `judge` with the same methods to complete it"
+            yield f"{path.relative_to(study.folder).as_posix()}: {why} and is ignored; {asked}."
 
 
 def _paths(study):
@@ -241,7 +241,7 @@ def _cases(study, found, runs, prompts):
         texts = [dict(zip((row["id"] for row in found.test_rows), run.answers)) for run in runs]
         return cases_of(found.test_rows, *texts)
     if not sets.path_of(study, prompts).exists():  # a report asks no hub
-        raise StudyError(f"{sets.path_of(study, prompts)} is gone: run `judge --prompts {prompts}` again")
+        raise StudyError(f"{sets.path_of(study, prompts)} is missing: run `judge --prompts {prompts}` again")
     rows = sets.rows_of(study, prompts)
     keys = [(run.record["method"], run.record["seed"]) for run in runs]
     texts = [sets.answers(study, *key, prompts, rows, is_asked=False) for key in keys]

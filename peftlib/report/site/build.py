@@ -42,7 +42,7 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
     """
     to, library = Path(to), _chart_library()
     if to.exists() and (not to.is_dir() or any(to.iterdir())) and not (to / _MARK).is_file():
-        raise ConfigError(f"--to {to} holds something other than a results page: name a new or empty folder")
+        raise ConfigError(f"--to {to} holds something other than a results page: choose a new or empty folder")
     data, explored = site_data(studies)
     with writing(to):
         to.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def site_data(folders):
     """
     folders = [folder_of(name) for name in folders]
     if len(set(folders)) < len(folders):
-        raise StudyError(f"the same study is named twice: {', '.join(map(str, folders))}; name each folder once")
+        raise StudyError(f"the same study is given twice: {', '.join(map(str, folders))}; give each folder once")
     names = names_of(folders)
     parts = [
         _published(f, n) if not (f / "data" / "manifest.json").exists() else _own(f, n) for f, n in zip(folders, names)
@@ -109,7 +109,7 @@ def _published(folder, name):
         unlike = set(zip(frame["method"], frame["seed"])) ^ set(records)
         hashes = sorted({record["split_hash"] for record in records.values()})
         if unlike or len(hashes) != 1:
-            raise ValueError(f"not what its records say: {unlike or hashes}")
+            raise ValueError(f"it does not match its records: {unlike or hashes}")
     runs = [Run(records[row.method, row.seed]) for row in frame.itertuples()]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     scores = {method: known.get("scores") or {} for method, known in summary.get("methods", {}).items()}

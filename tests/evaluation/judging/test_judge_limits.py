@@ -73,7 +73,7 @@ def test_a_call_ends_by_its_time_whatever_drips(scheme, answer):
     with fake_judge.serving_raw(answer) as url:
         endpoint = Endpoint(url.replace("http:", f"{scheme}:"), "m", timeout_s=0.4, retries=0)
         started = time.monotonic()
-        with pytest.raises(JudgeError, match=r"cannot be asked: timeout after 1 try \(no whole answer within 0.4 s\)"):
+        with pytest.raises(JudgeError, match=r"does not answer: timeout after 1 try \(no complete answer within 0.4 s\)"):
             endpoint.ask(ASKED, max_tokens=4)
     assert time.monotonic() - started < 2
 

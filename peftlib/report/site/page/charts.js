@@ -110,7 +110,7 @@
       ],
     };
     const said = points.map((p) => `${p.name} ${interval(p.up, y)} at ${number(p.x, x.digits)}${x.unit && ` ${x.unit}`}`);
-    const words = `${y.label} against ${x.label}: ${said.join("; ")}. Unbeaten on both: ${front.map((p) => p.name).join(", ")}.`
+    const words = `${y.label} against ${x.label}: ${said.join("; ")}. Pareto front: ${front.map((p) => p.name).join(", ")}.`
       + base.map(([name, at]) => ` ${name}: ${number(at.value, y.digits)}.`).join("");
     return draw("pareto", spec, words, [["study", "method", x.key, y.key, "low", "high", "unbeaten"], ...points.map((p) => [p.study, p.method, p.x, p.value, p.low, p.high, front.includes(p) ? "yes" : "no"])]);
   }
@@ -153,7 +153,7 @@
       ],
     };
     const said = values.map((v) => `${across ? `${v.source}, ` : ""}${v.name} ${interval(v, of)}`);
-    return draw(id, spec, `${of.label}: ${said.join("; ")}.${chance ? ` Dashed: ${number(chance, 3)}, by chance.` : ""}`, [["source", "study", "method", of.key, "low", "high"], ...values.map((v) => [v.source, v.study, v.method, v.value, v.low, v.high])]);
+    return draw(id, spec, `${of.label}: ${said.join("; ")}.${chance ? ` Dashed: ${number(chance, 3)}, the score of guessing.` : ""}`, [["source", "study", "method", of.key, "low", "high"], ...values.map((v) => [v.source, v.study, v.method, v.value, v.low, v.high])]);
   }
 
   const barsOf = (key, source) => groups().flatMap((group) => {

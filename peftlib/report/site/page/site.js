@@ -11,7 +11,7 @@ const peftlib = (() => {
   function script(path) {
     if (!waiting.has(path)) {
       waiting.set(path, new Promise((resolve, reject) => {
-        document.head.append(el("script", { src: path, onload: resolve, onerror: () => { waiting.delete(path); reject(new Error(`${path} is not there`)); } }));
+        document.head.append(el("script", { src: path, onload: resolve, onerror: () => { waiting.delete(path); reject(new Error(`${path} is missing`)); } }));
       }));
     }
     return waiting.get(path);
@@ -155,7 +155,7 @@ const peftlib = (() => {
     const facts = [...new Set(studies.flatMap((study) => study.models)), ...(studies[0].n_test === null ? [] : [`${number(studies[0].n_test, 0)} test rows`]),
       ...new Set(studies.flatMap((study) => study.devices))];
     $("about").textContent = facts.join(" · ");
-    $("made").textContent = `Made by peftlib ${data().version}. Intervals are 95 % intervals over test rows and seeds where the study has them, else the range of the seeds.`;
+    $("made").textContent = `Made by peftlib ${data().version}. Intervals are 95 % intervals over test rows and seeds if the study has them, otherwise the range over seeds.`;
     options($("study"), [["", "all"], ...names.map((name) => [name, name])], "");
     $("study-label").hidden = names.length < 2;
     if (names.length < 2) state.hidden.add("study");
