@@ -38,9 +38,7 @@ app = typer.Typer(
 )
 
 Seed = Annotated[int, Option(min=0, help="seed of the run")]
-Method = Annotated[
-    str, Argument(metavar="METHOD", help="qlora, peft:FILE.json, ...; `peftlib methods` lists all")
-]
+Method = Annotated[str, Argument(metavar="METHOD", help="qlora, peft:FILE.json, ...; `peftlib methods` lists all")]
 Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
 
 
@@ -121,7 +119,7 @@ def train(method: Method, study: AnyName = None, profile: Profile = None, seed: 
 
     record = run_training(found, method)
     if not processes.is_main:
-        return 0  # any other code would have the launcher end the main process while it copies the study
+        return 0  # with any other code the launcher would kill the main process while it copies the study
     steps = f"{record['steps']} of {record['planned_steps']} steps"
     print(f"{method}, seed {seed}: {record['status']}, {steps}, {(record['train_seconds'] or 0) / 60:.1f} min")
     return 0 if record["status"] == "ok" else console.STOPPED_CODE
@@ -198,12 +196,10 @@ _command(
 
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")
-def chat(
-    method: Method, study: Name, seed: Seed = 0, max_new_tokens: Annotated[int, Option(help="per answer")] = 256
-):
+def chat(method: Method, study: Name, seed: Seed = 0, max_new_tokens: Annotated[int, Option(help="per answer")] = 256):
     """Chat with a trained model, or with base; /new starts over, /quit ends."""
     found = open_study(study)
-    found.cfg.replace(max_new_tokens=max_new_tokens)  # refuses what is out of range
+    found.cfg.replace(max_new_tokens=max_new_tokens)  # validates the value
     from peftlib.evaluation.chat import main as talk
 
     return talk(found, _name_of(method), seed=seed, max_new_tokens=max_new_tokens)
@@ -277,17 +273,17 @@ app.add_typer(suite_cli.app, name="study")
 
 
 def _name_of(method):
-    """What a METHOD of a command line is called in files."""
+    """The name that a METHOD argument has in files."""
     from peftlib.methods import BASE, find
 
     return method if method == BASE else find(method).name
 
 
 def call(argv):
-    """Run one command; returns its exit code. Errors come through; ConfigError: words that no command takes."""
+    """Run one command; returns its exit code. Errors propagate; ConfigError: invalid arguments."""
     return console.call(app, argv)
 
 
 def main(argv=None):
-    """Run one command of the process's arguments, or of `argv`; returns its exit code."""
+    """Run one command with the process's arguments, or with `argv`; returns its exit code."""
     return console.main(app, sys.argv[1:] if argv is None else argv)

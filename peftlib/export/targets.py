@@ -1,4 +1,4 @@
-"""Where an export goes: a folder or a repository of the Hugging Face hub, which lose nothing that they hold."""
+"""Targets of an export: a folder or a Hugging Face hub repository. Other content in them is never overwritten."""
 
 import contextlib
 import tempfile
@@ -16,13 +16,13 @@ _OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
 
 
 def target_of(to, *, private=True, api=None):
-    """The FolderTarget or HubTarget of a folder or hf://USER/REPO. ConfigError: not the name of a repository."""
+    """The FolderTarget or HubTarget of a folder or hf://USER/REPO. ConfigError: not a valid repository name."""
     text = str(to)
     return HubTarget(text, private=private, api=api) if text.startswith(_SCHEME) else FolderTarget(to)
 
 
 class FolderTarget:
-    """A folder, written under another name beside it and then renamed."""
+    """A folder, written under another name next to it and then renamed."""
 
     repository = None
 
@@ -33,7 +33,7 @@ class FolderTarget:
         return str(self.path)
 
     def require_free(self, identity):
-        """ModelError: the path holds anything but an export of this run in this form."""
+        """ModelError: the path contains anything other than an export of this run in this form."""
         if self.path.is_dir() and not any(self.path.iterdir()):
             return
         if self.path.exists() or self.path.is_symlink():
@@ -45,9 +45,9 @@ class FolderTarget:
                 raise ModelError(f"{self} also contains {foreign[0]}, which is not from an export: move it away first")
 
     def workspace(self, what, *, is_dry=False, log=print):
-        """Context manager: a folder beside the path, removed after the block.
+        """Context manager: a folder next to the path, removed after the block.
 
-        LockedError: another process exports to the same path.
+        LockedError: another process is exporting to the same path.
         """
         if is_dry:
             return _scratch(self.path.parent if self.path.parent.is_dir() else None)
@@ -88,7 +88,7 @@ class HubTarget:
         return self._api
 
     def require_free(self, identity):
-        """ModelError: it is public, or holds anything but an export of this run in this form; no token; a refusal."""
+        """ModelError: it is public, contains anything but an export of this run in this form, or access fails."""
         with self._explained():
             if not self.api.repo_exists(self.repository, repo_type="model"):
                 return
@@ -117,7 +117,7 @@ class HubTarget:
         return str(url)
 
     def _require_private(self):
-        # create_repo leaves an existing one as it is
+        # create_repo does not change an existing repository
         if self._private and is_public(self.api, self.repository):
             raise ModelError(
                 f"{self} is public, so anyone could read the export: make it private in its settings on the hub, "
@@ -141,7 +141,7 @@ def _scratch(folder=None):
 
 
 def _read_marker(path):
-    """The identity that an export left, or None."""
+    """The identity that an export wrote, or None."""
     try:
         return read_json(path)
     except (OSError, StudyError):

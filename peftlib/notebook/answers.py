@@ -1,6 +1,6 @@
 """Test rows with the answers of several runs as HTML cards.
 
-The cards wrap on narrow screens; their colours mix with the page's own text colour, so that they suit light and dark
+The cards wrap on narrow screens; their colours blend with the page's text colour, so that they suit light and dark
 pages. All texts are escaped.
 """
 
@@ -9,8 +9,8 @@ import html
 from peftlib.report.answers import METRICS, SAME, marked
 from peftlib.report.palette import LIGHT
 
-_FOLDED = 300  # characters of a prompt that are shown unfolded at most
-# Blue and orange differ with every common colour blindness; the lines below say the same without colour.
+_FOLDED = 300  # longer prompts are folded, in characters
+# Blue and orange are distinct for all common colour blindness; underlines show the same without colour.
 STYLE = """<style>
 .pl-rows { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; max-width: 100%; box-sizing: border-box; }
 .pl-rows * { box-sizing: border-box; }
@@ -58,12 +58,12 @@ def side(cards):
 
 
 def page(parts):
-    """The parts as one piece of HTML with its style."""
+    """The parts as one HTML block with its style."""
     return f'{STYLE}<div class="pl-rows">{"".join(parts)}</div>'
 
 
 def answer_card(name, color, facts, text):
-    """One card of any answer; the texts are escaped."""
+    """A card of one answer; the texts are escaped."""
     return _card(name, color, facts, _cut(text))
 
 
@@ -81,7 +81,7 @@ class StaticRows:
 
 
 def side_by_side(questions, answers):
-    """The StaticRows of questions with their answers, line breaks kept. answers: {name: [one text a question]}."""
+    """The StaticRows of questions with their answers, with line breaks. answers: {name: [one text per question]}."""
     parts, said = [], []
     for at, question in enumerate(questions):
         cards = [answer_card(name, "", "", texts[at]) for name, texts in answers.items()]
@@ -91,7 +91,7 @@ def side_by_side(questions, answers):
 
 
 def ended(finish_reason):
-    """How an answer ended, in words."""
+    """How an answer ended, as text."""
     return "finished" if finish_reason == "stop" else "cut at the token limit"
 
 
@@ -112,7 +112,7 @@ def _facts(answers, at, name, against):
 
 
 def _cut(text, limit=None, reference=None):
-    """HTML of a text, cut at a limit; the words that it shares with a reference are marked."""
+    """HTML of a text, truncated at a limit, with the words that it shares with a reference marked."""
     if not text.strip():
         return '<span class="pl-note">(empty)</span>'
     shown = text if limit is None else text[:limit]

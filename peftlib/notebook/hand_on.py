@@ -1,4 +1,4 @@
-"""A finished run handed on from a notebook by a click: to Google Drive, to the hub, to Ollama."""
+"""Buttons that copy a finished run to Google Drive, push it to the hub, or convert it for Ollama."""
 
 import html
 import shlex
@@ -13,11 +13,11 @@ from peftlib.notebook.widgets import Action, can_click, look, off
 from peftlib.report.render import plain
 from peftlib.storage import remotes
 
-_DRIVE_FOLDER = "peftlib results"  # beside peftlib, where the archives of studies are
+_DRIVE_FOLDER = "peftlib results"  # next to the folder peftlib, which has the archives of studies
 
 
 def drive_box(study, method, *, is_interactive=None):
-    """Show on Colab a button that copies a run and the report to Google Drive, as plain files."""
+    """Show a button (on Colab) that copies a run and the report to Google Drive as plain files."""
     if not can_click(is_interactive):
         return off("mounting Drive needs your permission", f"cp -r {readable_path(study.folder)} FOLDER")
     if not remotes.can_ask_colab():
@@ -51,9 +51,9 @@ def _copied_to_drive(study, method, say):
 
 
 def hub_box(study, method, *, is_interactive=None, api=None):
-    """Show what would be pushed to the hub, once asked, and then a button that pushes just that.
+    """Show a preview of a push to the hub on request, and then a button that pushes exactly that.
 
-    api: a huggingface_hub.HfApi; None makes one with the token of hub_token when the push begins.
+    api: a huggingface_hub.HfApi; None creates one with the token of hub_token when the push starts.
     """
     if can_click(is_interactive):
         return HubBox(study, method, api)
@@ -108,7 +108,7 @@ class HubBox(Action):
 
 
 def gguf_box(study, method, *, is_interactive=None):
-    """Show a button that makes a GGUF file with a Modelfile, and then the commands that run it in Ollama."""
+    """Show a button that makes a GGUF file with a Modelfile, and then the commands to run it in Ollama."""
     if not can_click(is_interactive):
         command = f"peftlib export {method} --study {study.cfg.study} --form gguf --to FOLDER"
         return off("it takes minutes and writes a file as large as the model", command)

@@ -1,4 +1,4 @@
-"""Notebooks on Colab, Kaggle and elsewhere: say before work begins what runs here, what it takes and what it lacks."""
+"""Notebooks on Colab, Kaggle and elsewhere: print the hardware, the plan with its cost, and what is missing."""
 
 import contextlib
 import importlib.metadata
@@ -36,7 +36,7 @@ DEMO_MINUTES, DEMO_GIB = 10, 2.4
 
 
 def show_runtime():
-    """Print in one line what runs here, what the profile will do, and what that takes; where a GPU is missing, more.
+    """Print one line with the hardware, what the profile will do, and its cost; more lines if there is no GPU.
 
     ModelError: see require_sound_packages.
     """
@@ -80,7 +80,7 @@ def runtime():
 
 
 def plan(cfg):
-    """What a config will do here, with the planner's time and memory, in words."""
+    """What a config will do here, with the planner's time and memory, as text."""
     from peftlib.models.shapes import card_at_hand, shape_of
     from peftlib.notebook.planner import TRAINED, notebooks_cost
     from peftlib.train.estimate import duration, forecast
@@ -126,7 +126,7 @@ def require_sound_packages(modules=None, version=importlib.metadata.version):
 
 
 def quiet_torchao():
-    """Silence torchao's own SyntaxWarning (an escape in a docstring), which Colab's cells would show."""
+    """Silence torchao's SyntaxWarning (an escape in a docstring), which Colab's cells would show."""
     if host() in _CHOOSE_GPU:
         warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
 
@@ -139,7 +139,7 @@ def _installed(name, version):
 
 
 def without_gpu(device, cfg):
-    """Lines for a session of Colab or Kaggle without a GPU: how to get one, and what happens otherwise; else []."""
+    """Lines for a Colab or Kaggle session without a GPU: how to get one, and what happens without; else []."""
     if device != "cpu" or host() not in _CHOOSE_GPU:
         return []
     lines = [f"no GPU     choose one with {_CHOOSE_GPU[host()]}, then run the cells from the top"]
@@ -154,7 +154,7 @@ def _model_of(cfg):
 
 
 def where_data_come_from(name, study):
-    """What to do on Colab or Kaggle when a notebook finds no data of its study; '' elsewhere."""
+    """What to do on Colab or Kaggle if a notebook finds no data of its study; '' elsewhere."""
     if host() not in _CHOOSE_GPU:
         return ""
     cfg = study.cfg

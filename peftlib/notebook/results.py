@@ -1,4 +1,4 @@
-"""A report in a notebook's cells: its charts, benchmarks and answers, to pick from where somebody can click."""
+"""A report in a notebook's cells: its charts, benchmarks and answers, interactive if a user can click."""
 
 import html
 
@@ -17,13 +17,13 @@ from peftlib.report.tables import benchmark_table
 
 _STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory", "rewind")  # of a report's figures
 ALL = "all sources"
-_STATIC_CHARACTERS = 400  # of a text in the static table, which stays in executed notebooks
+_STATIC_CHARACTERS = 400  # of a text in the static table, which executed notebooks keep
 _CSV_NAME, _CSV = "answers.download.csv", "text/csv"
-_LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow
+_LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; larger ones make notebooks slow
 
 
 def show_charts(report, *, is_interactive=None):
-    """Show a report.Report's charts in a cell: a ChartPanel, or its main figures where nobody can click."""
+    """Show a report.Report's charts in a cell: a ChartPanel, or its main figures in a headless run."""
     if can_click(is_interactive):
         return ChartPanel(report)
     _display_figures(report, _STATIC)
@@ -32,9 +32,9 @@ def show_charts(report, *, is_interactive=None):
 
 
 def show_benchmarks(study, report):
-    """Score what the study's setting `benchmarks` names, and show it as a table and two figures.
+    """Score the benchmarks of the study's setting `benchmarks` and show a table and two figures.
 
-    Returns the Report, built again where anything was scored.
+    Returns the Report, rebuilt if anything was scored.
     """
     from IPython.display import display
 
@@ -56,7 +56,7 @@ def _display_figures(report, names):
 
 
 def explore(report, *, is_interactive=None):
-    """Show a report.Report's answers in a cell: an Explorer, or the most telling rows where nobody can click."""
+    """Show a report.Report's answers in a cell: an Explorer, or the most telling rows in a headless run."""
     answers, theme = Answers(report.study), THEMES[report.theme]
     if not answers.runs:
         return StaticRows(["No answers yet: run the cells above."], "no answers yet")
@@ -66,7 +66,7 @@ def explore(report, *, is_interactive=None):
 
 
 class ChartPanel(Shown):
-    """Widgets over a Report's numbers; `box` holds them all."""
+    """Widgets for a Report's charts; `box` contains them all."""
 
     instead = "charts (run the cell to see them)"
 
@@ -88,7 +88,7 @@ class ChartPanel(Shown):
 
     def _change_kind(self, change):
         choices, wanted = row_choices(self._report.numbers, self.kind.value), self.rows.value
-        self._is_changing = True  # one drawing, not one a widget
+        self._is_changing = True  # draw once, not once per widget
         self.rows.options, self.rows.disabled = choices, len(choices) == 1
         self.rows.value = wanted if wanted in choices else choices[0]
         self._is_changing = False
@@ -120,7 +120,7 @@ def notable_rows(answers, theme):
 
 
 class Explorer(Shown):
-    """Widgets over an Answers; `box` holds them all. folder: gets a CSV that is too large for a link."""
+    """Widgets to explore an Answers; `box` contains them all. folder: for a CSV that is too large for a link."""
 
     def __init__(self, answers, folder, theme):
         self.answers, self._folder, self._theme = answers, folder, theme
@@ -162,7 +162,7 @@ class Explorer(Shown):
         self.csv.on_click(self._make_csv)
 
     def place(self):
-        """Index of the row shown, or None where no row was found."""
+        """Index of the row shown, or None if no row was found."""
         return int(self._found[self.number.value - 1]) if len(self._found) else None
 
     def _find(self, change=None):
@@ -171,7 +171,7 @@ class Explorer(Shown):
         self._found = self.answers.chosen(source=source, text=self.text.value, order=self.order.value, **scores)
         self.name.disabled = self.metric.disabled = self.order.value == FILE
         self.other.disabled = self.order.value not in (GAIN, LOSS)
-        self.download.value = ""  # it offered another choice of rows
+        self.download.value = ""  # it linked another selection of rows
         self._is_moving = True  # the number may change twice; the row is shown once
         self.number.max = max(1, len(self._found))
         self.number.value = 1

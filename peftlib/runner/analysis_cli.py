@@ -1,4 +1,4 @@
-"""The verbs that train nothing: what fits a card, benchmarks, a judge, and what studies have found."""
+"""The commands that do not train: plan, methods, bench, judge, compare and site."""
 
 import math
 from pathlib import Path

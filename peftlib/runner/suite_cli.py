@@ -1,4 +1,4 @@
-"""The verbs of `peftlib study`: a whole study, or the commands that it is made of."""
+"""The subcommands of `peftlib study`: run a whole study, list its runs, or do one run."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ AtOnce = Annotated[int, Option(min=1, help="concurrent runs per GPU")]
 
 
 def _settings(given, methods="", seeds="0", factors="none", only="", **others):
-    """suite_jobs.Settings of a command line's words, lists with commas between. ConfigError: what cannot be."""
+    """suite_jobs.Settings from command-line arguments with comma-separated lists. ConfigError: invalid arguments."""
     from peftlib.methods import BASE, METHODS, default_methods, find, known
     from peftlib.runner.suite_jobs import Settings as SuiteSettings
 

@@ -1,4 +1,4 @@
-"""What work costs before it is done: the methods on a card, and each run of a whole study."""
+"""Cost estimates before training: the methods on a GPU, and each run of a whole study."""
 
 import re
 
@@ -18,8 +18,8 @@ _PAPER = re.compile(r"arXiv:[0-9.]*[0-9]")
 def plan_lines(gpu, given, study=None, names=None):
     """Yield lines on which methods fit a GPU, with which micro-batch and for how long.
 
-    gpu: a name in shapes.CARDS; None for the one here, else a t4, and a line says so. given: {field: value} of the
-    config. study: a Study whose config and data to plan for. names: of methods; None for those of a study.
+    gpu: a name in shapes.CARDS; None for this machine's, else a t4, which a line says. given: {field: value} of the
+    config. study: a Study whose config and data to plan for. names: methods; None for the default methods.
     ConfigError: an unknown GPU or setting, or no method fits the card. ModelError: the model's shape is unknown.
     """
     name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
@@ -47,8 +47,8 @@ def method_lines(names=()):
 def method_rows(names=()):
     """Yield the header and a row of texts for each method: what trains, how the base is held, memory, paper.
 
-    Numbers are for the profile t4, the 1B model on a T4. names: as methods.find has them, none for all. ConfigError:
-    there is no such method.
+    Numbers are for the profile t4, the 1B model on a T4. names: as for methods.find, empty for all. ConfigError:
+    unknown method.
     """
     (name, card), cfg = find_card("t4"), resolve("t4")
     shape = shape_of(cfg.model)
@@ -64,7 +64,7 @@ def method_rows(names=()):
 
 
 def lines(settings):
-    """Yield the runs of a study with training time and status, then the total of what is left.
+    """Yield the runs of a study with training time and status, then the total of the remaining runs.
 
     settings: suite_jobs.Settings. StudyError: the study has no data yet. ModelError: the model's shape is unknown.
     """
