@@ -19,7 +19,7 @@ from peftlib.models.locate import locate
 from peftlib.models.saved import ADAPTER, ADAPTER_CONFIG, FACTS, facts_of, tensors_of
 
 _MODEL_CONFIG = "config.json"
-# PEFT's files do not say in which precision the base was while an adapter was trained.
+# PEFT's files do not record the base's precision during training.
 _UNQUANTIZED = "the unquantized base (an adapter that was trained on a 4-bit base may score otherwise there)"
 _ROUNDED = "the base with its 4-bit matrices dequantized, as it was trained"
 
@@ -27,7 +27,7 @@ _ROUNDED = "the base with its 4-bit matrices dequantized, as it was trained"
 @dataclass(frozen=True)
 class External:
     """A checked folder. name: of its row in the report. base: the study's model, a config's `model`. scored_on: what an
-    adapter is merged into, in words; '' for a whole model. files: {name: SHA-256} of its weights."""
+    adapter is merged into, as text; '' for a whole model. files: {name: SHA-256} of its weights."""
 
     folder: Path
     name: str
@@ -37,7 +37,7 @@ class External:
     log: object
 
     def record_fields(self):
-        """What a record says about the model beside the scores."""
+        """The record's fields about the model, besides the scores."""
         kind = "adapter" if self.scored_on else "model"
         fields = {"folder": self.folder.name, "kind": kind, "files": self.files, "scored_on": self.scored_on}
         if self.scored_on:
@@ -50,7 +50,7 @@ class External:
         return {"trained_elsewhere": fields, **where}
 
     def load(self, *, device, dtype):
-        """One plain merged model in eval mode. ModelError: damaged, or unfit for the study's model or tokenizer."""
+        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or tokenizer."""
         if (self.folder / FACTS).is_file():
             return saved.load_trained(self.folder, device=device, dtype=dtype, log=self.log)
         if self.scored_on:
@@ -63,7 +63,7 @@ class External:
 
 
 def open_folder(folder, base, *, name="", log=print):
-    """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in
+    """The External in a folder, for a config's model `base`, without loading it. Errors as in
     evaluate.evaluate_path."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: give the folder of a PEFT adapter or a transformers model")
@@ -108,7 +108,7 @@ def _check_adapter(folder, base):
 
 
 def _require_same_base(folder, named, base):
-    """ModelError unless an adapter's base model `named` has the name or the weights of the study's."""
+    """ModelError unless an adapter's base model `named` has the same name or weights as the study's."""
     here = locate(base)[0]
     if named in (base, here):
         return
@@ -123,13 +123,13 @@ def _require_same_base(folder, named, base):
 
 def _require_same_tokenizer(folder, base):
     if not (folder / "tokenizer.json").is_file():
-        return  # as model.save_pretrained leaves it; load() checks the number of embeddings
+        return  # as written by model.save_pretrained; load() checks the number of embeddings
     if auto_tokenizer(folder).get_vocab() != data.load_tokenizer(base).get_vocab():
         raise ModelError(f"{folder} uses another tokenizer than {base}, so it cannot read the study's rows")
 
 
 def _merged(folder, base, *, device, dtype):
-    """The base model with a PEFT adapter merged into it in float32, then brought to `dtype` as load_plain does."""
+    """The base model with a PEFT adapter merged into it in float32, then converted to `dtype` as in load_plain."""
     from peft import PeftModel, get_peft_model_state_dict
 
     plain = saved.load_plain(base, device=device, dtype=torch.float32)
@@ -140,14 +140,14 @@ def _merged(folder, base, *, device, dtype):
         kind = model.peft_config["default"].peft_type
         raise ModelError(f"{folder} holds a {kind} adapter, which cannot be merged into the model's weights")
     unlike = {name for name in kept.keys() ^ tensors_of(folder / ADAPTER).keys() if "embed_tokens" not in name}
-    if unlike:  # PEFT would leave a tensor that is missing as it was drawn
+    if unlike:  # PEFT would leave a missing tensor at its random initialization
         raise ModelError(f"{ADAPTER} in {folder} does not fit {base}: {min(unlike)} is in only one of them")
     merged = model.merge_and_unload()
     if dtype != torch.float32:
         rounded = saved.load_plain(base, device=device, dtype=dtype)
         head = rounded.get_output_embeddings()
         if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # trained apart from the embedding
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # trained separately from the embedding
         rounded.load_state_dict(merged.state_dict())
         merged = rounded
     return stop_at(merged).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a scored study shows, in sentences made from its numbers; an unknown number gives no sentence."""
+"""Findings of a scored study as sentences from its numbers; an unknown number gives no sentence."""
 
 import math
 
@@ -28,7 +28,7 @@ def summary(found, boot, pairs, notes, numbers):
 
 
 def details(found, pairs):
-    """[sentence, ...] that neither the summary nor a table tells; arguments as in `summary`."""
+    """[sentence, ...] with findings that are not in the summary or a table; arguments as in `summary`."""
     return [*_against_cut_base(found, pairs), *_losses(found), *_four_bit(found), *_unended(found)]
 
 
@@ -70,7 +70,7 @@ def _against_base(boot, pairs):
 
 
 def _cost(numbers):
-    """Memory and speed of training, the best first."""
+    """Training memory and speed, best first."""
     clauses = []
     memory, speed = numbers.peak_gib, numbers.tokens_per_second
     if memory:
@@ -96,7 +96,7 @@ def _forgetting(found):
 
 
 def _changes(found, loss_of):
-    """(base's GeneralLoss, ['method loss (change against base)', ...] of the trained methods that are known)."""
+    """(base's GeneralLoss, ['method loss (change from base)', ...] of the trained methods with known losses)."""
     base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
     losses = {m: forgetting.mean_over([loss_of(run) for run in runs]) for m, runs in found.scored.items() if m != BASE}
     changes = {method: forgetting.change(base, loss) for method, loss in losses.items()}
@@ -129,7 +129,7 @@ def _against_cut_base(found, pairs):
 def worth(difference, cut_share):
     """What a difference from the cut base means. cut_share: of the method's own answers, cut by the token limit."""
     verdict = difference.verdict
-    if cut_share >= 0.5:  # it has not learnt to stop, so its answers are long and those of the cut base are not
+    if cut_share >= 0.5:  # it has not learned to stop, so its answers are long, unlike those of the cut base
         return (
             f"{verdict}; {cut_share:.0%} of its own answers reached the token limit uncut and score low for that, so "
             "this compares lengths as much as answers"
@@ -153,7 +153,7 @@ def _losses(found):
 
 
 def perplexity(loss):
-    """exp of a loss in nats; None for an unknown loss, inf where a float cannot hold it."""
+    """exp of a loss in nats; None for an unknown loss, inf on overflow."""
     return None if loss is None else math.exp(loss) if loss < 700 else math.inf
 
 
@@ -174,7 +174,7 @@ def _unended(found):
 
 
 def _pair(pairs, metric, method, other):
-    """The Pair of two methods in either order, None where there is none."""
+    """The Pair of two methods in either order, or None."""
     return next((p for p in pairs if p.metric == metric and {p.method, p.other} == {method, other}), None)
 
 
@@ -184,7 +184,7 @@ def _listed(names):
 
 
 def _shortened(parts):
-    """Parts of a list from best to worst as one text; of many the next two and the last."""
+    """Parts of a list from best to worst as one text; of a long list only the first two and the last."""
     return "".join(parts if len(parts) < _FEW else (*parts[:2], f" to{parts[-1][1:]}"))
 
 
@@ -193,7 +193,7 @@ def _figure(value):
 
 
 def of_benchmarks(benchmarks):
-    """[sentence, ...] on the differences from base that lie beyond the noise, and on what is at its floor."""
+    """[sentence, ...] on differences from base beyond the noise, and on tasks at their floor."""
     pairs = [pair for scores in benchmarks for pair in scores.pairs() if pair.other == BASE]
     beyond = [pair for pair in pairs if not pair.difference.is_noise]
     if pairs:

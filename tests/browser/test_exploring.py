@@ -170,7 +170,7 @@ def test_every_model_answers_what_is_asked(opened):
         box.enter("question", "What is two and two?")
         box.press("Ask all models")
         box.wait_for(r"(loading|answering with) base \(1 of 4\)")
-        box.wait_for("Greedy answers: the same question gives them again", seconds=120)
+        box.wait_for("Greedy decoding: the same question gives the same answers", seconds=120)
         assert box.parts(".pl-card h4") == ["base", *METHODS] and box.problems() == []
         assert all(re.match(r"\d tokens in \d+\.\d s, ", told) for told in box.parts(".pl-card div.pl-note"))
         assert opened.lab.script_errors() == []

@@ -53,7 +53,7 @@ def test_a_conversation_is_streamed_remembered_and_started_over(finished, speaks
     seen = []
     box.shown.observe(lambda change: seen.append(change["new"]), "value")
     box.text.value = "What is <b>this</b>?"
-    assert press(box).startswith("Greedy answers") and box.text.value == ""
+    assert press(box).startswith("Greedy decoding") and box.text.value == ""
     assert any("one" in html and "three" not in html for html in seen), "shown while it was made"
     assert "one two three" in seen[-1]
     assert all("&lt;b&gt;this&lt;/b&gt;" in html for html in seen)

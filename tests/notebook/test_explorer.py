@@ -161,7 +161,7 @@ def test_the_widgets_show_the_row_that_they_name(explorer):
             assert explorer.answers.runs[name].answers[at] in shown
             assert f"ROUGE-L {explorer.answers.scores(name, 'rougeL')[at]:.3f}" in shown
         gain = explorer.answers.scores("galore", "rougeL")[at] - explorer.answers.scores("qlora", "rougeL")[at]
-        assert f"({gain:+.3f})" in shown and "against qlora" in shown
+        assert f"({gain:+.3f})" in shown and "change from qlora" in shown
 
 
 def test_buttons_walk_and_stop_at_both_ends(explorer):

@@ -96,7 +96,7 @@ def test_anything_but_literals_is_refused(line):
 
 
 def test_without_a_parameters_cell_the_way_out_is_named():
-    with pytest.raises(ConfigError, match="run the cell that begins with '# Parameters' first"):
+    with pytest.raises(ConfigError, match="first run the cell that begins with '# Parameters'"):
         notebook.executed_parameters(["", "x = 1"])
 
 

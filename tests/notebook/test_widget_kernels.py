@@ -176,7 +176,7 @@ def test_every_control_of_the_explorer_is_heeded(page):
     page.pick("sort by", "largest gain")
     for control, label in (("score", "BLEU-4 of the row"), ("of", "base"), ("over", "qlora")):
         page.pick(control, label)
-    assert "against qlora" in page.html()
+    assert "change from qlora" in page.html()
     page.change("qlora", value=False)
     assert "<h4>qlora</h4>" not in page.html()
     page.change("mark words", value=False)
@@ -195,7 +195,7 @@ def test_the_question_box_asks_what_is_typed_of_what_is_ticked(page):
     page.change("question", value="What is <b>this</b>?")
     page.change("at most", value=3)
     page.press("Ask all models")
-    assert "<h4>base</h4>" in page.html() and "Greedy answers" in page.html()
+    assert "<h4>base</h4>" in page.html() and "Greedy decoding" in page.html()
     assert "3 tokens in" in page.html() or ", finished" in page.html()
     assert not page.models[page.control("Ask all models")]["disabled"]
     page.change("base", value=False)

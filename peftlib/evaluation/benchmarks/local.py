@@ -1,6 +1,6 @@
-"""Rows of benchmarks from files, in the fields that the harness's own prompts are made from.
+"""Benchmark rows from files, in the fields that the harness's own prompts need.
 
-A file may hold those fields, or the {query, choices, gold} renderings of llm-foundry, which are taken apart again.
+A file may have those fields, or the {query, choices, gold} renderings of llm-foundry, which are parsed back.
 """
 
 import gzip
@@ -13,7 +13,7 @@ from peftlib.core.errors import ConfigError, DataError, reading
 from peftlib.core.files import sha256
 
 _LETTERS = "ABCDEFGHIJ"
-# A page of WikiText begins at its title; the hub's 62 test pages are split at the same lines.
+# A page of WikiText starts at its title; the hub's 62 test pages are split at the same lines.
 _PAGE = re.compile(r"(?m)^(?= = [^=\n][^\n]* = $)")
 
 
@@ -24,7 +24,7 @@ def _after(text, start):
 
 
 def _lettered(row, field, text):
-    # llm-foundry repeats an answer where a question has fewer than four.
+    # llm-foundry repeats an answer if a question has fewer than four.
     choices = list(dict.fromkeys(row["choices"]))
     key = _LETTERS[choices.index(row["choices"][row["gold"]])]
     return {field: text, "choices": {"text": choices, "label": list(_LETTERS[: len(choices)])}, "answerKey": key}
@@ -68,7 +68,7 @@ def _lambada(row):
     return {"text": f"{row['context']} {row['continuation']}"}
 
 
-# {task: ({split: file without its ending}, how a rendering is taken apart, a field that only renderings have)}
+# {task: ({split: file without extension}, function that parses a rendering, a field that only renderings have)}
 _FILES = {
     "arc_easy": ({"test": "arc_easy"}, _arc, "query"),
     "arc_challenge": ({"test": "arc_challenge"}, _arc, "query"),
@@ -84,9 +84,9 @@ _FILES = {
 
 
 def overrides(name, folder):
-    """(changes to the harness's config of a task so that its rows come from files, those files in words).
+    """(changes to the harness's config of a task so that its rows come from files, the files as text).
 
-    ConfigError: no such folder, or a task that has no files here. DataError: a file is missing or holds other rows.
+    ConfigError: no such folder, or a task without file support. DataError: a file is missing or has other rows.
     """
     if name not in _FILES:
         raise ConfigError(

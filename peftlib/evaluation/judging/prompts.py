@@ -1,7 +1,7 @@
-"""Known sets of prompts to judge on, MT-Bench and AlpacaEval, and a study's answers to them.
+"""Prompt sets for the judge, MT-Bench and AlpacaEval, and a study's answers to them.
 
-The study keeps the questions in prompts/<set>/questions.json and its runs' answers beside them, one file a turn. A
-conversation of two turns is answered turn by turn and judged as a whole.
+The study keeps the questions in prompts/<set>/questions.json and its runs' answers next to them, one file per turn. A
+conversation with two turns is answered turn by turn and judged as a whole.
 """
 
 from pathlib import Path
@@ -30,10 +30,10 @@ _SHAPE = {"questions": [{"id": str, "source": str, "turns": [str]}]}
 def rows_of(study, name, folder=None, *, is_kept=True):
     """[row, ...] of a set, in the form of test rows without a reference: source, id, messages, prompt_sha256.
 
-    folder: where the set's file is, or a folder with the set's name in it; None: what the study keeps, else the hub.
-    is_kept: keep the questions in the study from now on.
-    ConfigError: no such set. DataError: no such file, a file of another set, or the hub cannot be reached.
-    StudyError: the study keeps other questions.
+    folder: contains the set's file, or a subfolder with the set's name that does; None: the study's copy, else the hub.
+    is_kept: save the questions in the study.
+    ConfigError: no such set. DataError: no such file, a file of another set, or the hub is unreachable.
+    StudyError: the study has other questions.
     """
     if name not in SETS:
         raise ConfigError(f"prompts {name!r} is unknown: use {' or '.join(SETS)}")
@@ -50,7 +50,7 @@ def rows_of(study, name, folder=None, *, is_kept=True):
 
 
 def path_of(study, name):
-    """The file of the questions that a study keeps of a set."""
+    """The file of a set's questions in a study."""
     return study.folder / "prompts" / name / "questions.json"
 
 
@@ -85,7 +85,7 @@ def _fetched(name):
 
 
 def _row(of, source, turns, answers=()):
-    """A row up to the turn after `answers`; of the judge's, which has none of them, all of the user's turns."""
+    """A row up to the turn after `answers`; without answers, as for the judge, all of the user's turns."""
     messages = [{"role": "user", "content": turn} for turn in turns]
     for at, text in enumerate(answers):
         messages.insert(2 * at + 1, {"role": "assistant", "content": text})
@@ -95,10 +95,10 @@ def _row(of, source, turns, answers=()):
 
 
 def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
-    """{row's id: text} of a run's answers to rows of `rows_of`; is_asked: answer what is missing first.
+    """{row's id: text} of a run's answers to rows of `rows_of`; is_asked: first generate missing answers.
 
-    Answers of other weights are no answers to a caller who does not ask.
-    StudyError: the method is not trained, or it is to answer into a file of other weights. Stopped: this session ends
+    Without is_asked, answers from other weights are ignored.
+    StudyError: the method is not trained, or the file has answers from other weights. Stopped: this session ends
     soon.
     """
     record = records.load(study, method, seed)
