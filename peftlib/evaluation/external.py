@@ -50,7 +50,7 @@ class External:
         return {"trained_elsewhere": fields, **where}
 
     def load(self, *, device, dtype):
-        """One plain merged model in eval mode. ModelError: damaged, or it does not fit the study's model or tokenizer."""
+        """One plain merged model in eval mode. ModelError: damaged, or unfit for the study's model or tokenizer."""
         if (self.folder / FACTS).is_file():
             return saved.load_trained(self.folder, device=device, dtype=dtype, log=self.log)
         if self.scored_on:

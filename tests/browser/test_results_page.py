@@ -197,9 +197,7 @@ def test_a_file_that_was_not_copied_is_named_and_can_be_asked_for_again(driver, 
     (folder / "data" / "plan.js").unlink()
     opened = Page(driver, folder / "index.html")
     about = "return document.getElementById('about').textContent"
-    opened.wait(
-        f"{about}.startsWith('data/plan.js is missing: copy the whole folder')", "words on the planner's file"
-    )
+    opened.wait(f"{about}.startsWith('data/plan.js is missing: copy the whole folder')", "words on the planner's file")
     answers = folder / "data" / "answers-0-1.js"
     text = answers.read_bytes()
     answers.unlink()

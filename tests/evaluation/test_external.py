@@ -181,7 +181,7 @@ def test_a_model_of_another_tokenizer_is_refused(tmp_path, tiny_model):
     folder = tiny.model_folder(tmp_path / "model")
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(text.replace('"<0x41>"', '"<0x4G>"'), encoding="utf-8")
-    with pytest.raises(ModelError, match="has another tokenizer"):
+    with pytest.raises(ModelError, match="uses another tokenizer"):
         external.open_folder(folder, str(tiny_model))
     small = tmp_path / "small"
     tiny.model(vocab_size=300).save_pretrained(small)

@@ -186,7 +186,7 @@ def test_the_line_of_a_run_tells_rounding_apart():
 
     base = made("base", 2.0)
     assert forgetting.in_words(base, made("lora", 2.2)) == "lora: loss on general text 2.2000, base 2.0000 (+10.0%)"
-    assert forgetting.in_words(base, made("qlora", 2.2, 2.1)).endswith("untrained, in the same 4 bits 2.1000 (+5.0%)")
+    assert forgetting.in_words(base, made("qlora", 2.2, 2.1)).endswith("base in the same 4 bits 2.1000 (+5.0%)")
     assert forgetting.in_words({"evaluation": None}, made("lora", 2.2)) == ""
 
 

@@ -94,9 +94,7 @@ def test_a_preview_of_a_run_that_has_not_ended_says_so(finished, tmp_path):
 @pytest.mark.parametrize("method", ["galore", "full", "apollo"])
 def test_a_method_without_adapter_names_the_way_out(finished, tmp_path, method):
     study = finished(method)
-    with pytest.raises(
-        ConfigError, match=f"{method} trains full weights and has no adapter: use lora, merged or gguf"
-    ):
+    with pytest.raises(ConfigError, match=f"{method} trains full weights and has no adapter: use lora, merged or gguf"):
         export_model(study, method, to=tmp_path / "out")
 
 

@@ -155,7 +155,10 @@ def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
     [
         ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, but the command needs 0\.1\.0\+cafecafe: install the same"),
         ({"--data": "0123456789ab"}, r"has rows with hash \S+ in .*tiny, but the command needs 0123456789ab"),
-        ({"device=cpu": "device=auto"}, "has no GPU that torch can use: check nvidia-smi there, or train on CPUs with -p"),
+        (
+            {"device=cpu": "device=auto"},
+            "has no GPU that torch can use: check nvidia-smi there, or train on CPUs with -p",
+        ),
         ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
         ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),
         ({"PEFTLIB_MIRROR": "file/remote"}, "cannot write to the store: .*file"),

@@ -99,7 +99,7 @@ class Endpoint:
         doubling = min(_FIRST_WAIT_S * 2**attempt * random.uniform(1.0, 1.25), _LONGEST_WAIT_S)
         wait_s = max(failure.retry_after_s or 0.0, doubling)
         if time.monotonic() + wait_s > end:
-            raise JudgeError(f"{what}, and it asks to wait {wait_s:,.0f} s: run it again then") from None
+            raise JudgeError(f"{what}, and the next retry is due in {wait_s:,.0f} s: run it again then") from None
         with self._lock:
             self.counts[f"retried {failure.kind}"] += 1
         self._sleep(wait_s)
@@ -152,7 +152,7 @@ def _check_url(url):
     is_plain = url.isprintable() and not set(url) & set(" \\")
     if host is None or not is_plain or parts.scheme not in ("http", "https"):
         raise JudgeError(
-            "--endpoint must be a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
+            "the endpoint must be a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
         )
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # The URL is stored with each verdict, so it must not contain secrets.

@@ -89,5 +89,5 @@ def _what_it_took(made, counts, prices):
     sent, received = (sum(filter(None, numbers)) for numbers in tokens)
     cost = "" if prices == (None, None) else f", cost {_cost((sent, received), prices):.4f}"
     n_uncounted = sum(None in pair for pair in zip(*tokens))
-    least = f"; more in fact: the judge gave no count for {n_uncounted} of {len(made)} calls" if n_uncounted else ""
+    least = f"; the judge gave no count for {n_uncounted} of {len(made)} calls, so it is higher" if n_uncounted else ""
     yield f"{sent:,} tokens sent, {received:,} received as the judge counts them{cost}{least}"

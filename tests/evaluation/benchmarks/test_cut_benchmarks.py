@@ -135,7 +135,7 @@ def test_scores_of_other_rows_or_weights_are_refused(make_study, files, tmp_path
     study = make_study()
     bench(study, "base", "arc_easy", data=files, limit=2, **QUIET)
     other = written(tmp_path / "other", "arc_easy.jsonl", ARC[0][::-1])
-    with pytest.raises(StudyError, match="scores of other rows"):
+    with pytest.raises(StudyError, match="scores for other rows"):
         bench(study, "base", "arc_easy", data=other, **QUIET)
     path = study.benchmark_path("base", 0, "arc_easy")
     with pytest.raises(StudyError, match="answers of other weights"):

@@ -92,7 +92,7 @@ NO_API = "answers, but not like an OpenAI-compatible API"
         (fake_judge.http_answer(b"\x9b31m\xff", status="500 Oh"), r"500 after 1 try \(\ufffd31m\ufffd\)"),
         (fake_judge.http_answer(b"", status="204 No Content"), "unreadable answer after 1 try"),
         (fake_judge.http_answer(b"pay", status="402 Pay"), r"answers with status 402 \(pay\), which a retry"),
-        (fake_judge.http_answer(b"", status="405 No"), r"was not found \(status 405: no words\)"),
+        (fake_judge.http_answer(b"", status="405 No"), r"was not found \(status 405: no message\)"),
         (fake_judge.http_answer(b"", status="700 What"), "answers with status 700"),
         (b"HTTP/1.1 abc\r\n\r\n", "connection after 1 try"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "connection after 1 try"),

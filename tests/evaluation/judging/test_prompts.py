@@ -106,7 +106,7 @@ def test_a_single_turn_is_its_answer(study, folder):
 
 
 def test_bad_sets_are_named_and_nothing_is_kept(study, folder, monkeypatch):
-    with pytest.raises(ConfigError, match="prompts 'mtbench': there are mt_bench and alpaca_eval"):
+    with pytest.raises(ConfigError, match="prompts 'mtbench' is unknown: use mt_bench or alpaca_eval"):
         prompts.rows_of(study, "mtbench", folder)
     with pytest.raises(ConfigError, match="--data needs a prompt set"):
         call(study, "http://127.0.0.1:1/v1", "--data", folder)

@@ -47,7 +47,9 @@ def test_both_orders_are_asked_and_the_win_rate_follows(study, capsys):
     with fake_judge.serving(server) as url:
         assert call(study, url, "--price-in", "2", "--price-out", "10") == 0
     printed = capsys.readouterr().out
-    assert "24 comparisons: 0 already judged, 2 with identical answers (ties without a call), 22 calls to make" in printed
+    assert (
+        "24 comparisons: 0 already judged, 2 with identical answers (ties without a call), 22 calls to make" in printed
+    )
     assert (
         "cost: up to about" in printed
         and "2,200 tokens sent, 220 received as the judge counts them, cost 0.0066" in printed
