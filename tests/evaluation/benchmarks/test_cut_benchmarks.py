@@ -138,7 +138,7 @@ def test_scores_of_other_rows_or_weights_are_refused(make_study, files, tmp_path
     with pytest.raises(StudyError, match="scores for other rows"):
         bench(study, "base", "arc_easy", data=other, **QUIET)
     path = study.benchmark_path("base", 0, "arc_easy")
-    with pytest.raises(StudyError, match="answers of other weights"):
+    with pytest.raises(StudyError, match="answers from other weights"):
         harness.Responses(path.with_name("arc_easy.responses.jsonl"), "model:0123")
     kept = path.read_bytes()
     path.unlink()  # its answers are still there
