@@ -196,7 +196,12 @@ _command(
 
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")
-def chat(method: Method, study: Name, seed: Seed = 0, max_new_tokens: Annotated[int, Option(help="per answer")] = 256):
+def chat(
+    method: Method,
+    study: Name,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, Option(help="token limit per answer")] = 256,
+):
     """Chat with a trained model, or with base; /new starts over, /quit ends."""
     found = open_study(study)
     found.cfg.replace(max_new_tokens=max_new_tokens)  # validates the value
@@ -252,7 +257,7 @@ _command("site runs/first runs/second --to page")(analysis_cli.site)
 def sweep(
     study: Name,
     methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: the study's six")] = None,
-    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: a search, see above")] = None,
+    factor: Annotated[list[float] | None, Option(help="multiplies the study's rates; default: a search")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
     """Try learning rates of a study's methods on its validation rows.

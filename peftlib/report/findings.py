@@ -162,7 +162,7 @@ def _four_bit(found):
     if parts:
         yield (
             "The untrained model's loss on general text with its matrices in 4 bits, as the method stores them: "
-            f"{', '.join(parts)}. This loss comes before training, which may recover part of it."
+            f"{', '.join(parts)}. This increase exists before training, which may recover part of it."
         )
 
 

@@ -139,7 +139,7 @@ class _Session:
 
     def _pass_on(self, name):
         for line in self.running[name].read().splitlines():
-            self.notes[name] = ("at work", line)
+            self.notes[name] = ("running", line)
             if not sys.stdout.isatty():
                 self.log(f"{name} | {line}")
 

@@ -1,5 +1,5 @@
 "use strict";
-// The test rows with two runs' answers: found by words, sorted by score or gain, the reference's words marked.
+// The test rows with two runs' answers: text search, sorting by score or gain, the reference's words marked.
 peftlib.explorer = (() => {
   const { $, el, number, options, labelled, load, save, csv, swatch, data } = peftlib;
   const METRICS = [["rougeL", "ROUGE-L"], ["bleu4", "BLEU-4 of the row"]];
@@ -50,7 +50,7 @@ peftlib.explorer = (() => {
     parts.marked.addEventListener("input", show);
   }
 
-  /** Load what is asked for and not there yet; returns what went wrong, in words, or "". */
+  /** Load requested data that are not loaded yet; returns an error message or "". */
   async function choose() {
     try {
       rows ??= await load("rows");
@@ -114,7 +114,7 @@ peftlib.explorer = (() => {
     parts.list.querySelectorAll("th button")[place % PAGE].focus();
   }
 
-  /** A text with the reference's words marked: lengths of parts in turn, other words first. */
+  /** A text with the reference's words marked: alternating lengths of parts, other words first. */
   function markedText(text, lengths) {
     const made = el("div", { className: "text", dir: "auto" });
     let from = 0;

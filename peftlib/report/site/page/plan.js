@@ -1,5 +1,5 @@
 "use strict";
-// The planner's table, loaded when the rest of the page stands. Hours are in proportion to the rows; nothing else is computed.
+// The planner's table, loaded after the rest of the page. Hours are proportional to the rows; nothing else is computed.
 (() => {
   const { $, el, number, options, labelled, load, missing } = peftlib;
 
@@ -8,7 +8,7 @@
     const [size, unit] = [[3600, "h"], [60, "min"], [1, "s"]].find(([size]) => seconds >= size || size === 1);
     return [String(Math.max(1, two(seconds / size))), unit];
   }
-  /** As train/estimate.duration says it. */
+  /** Formats like train/estimate.duration. */
   function duration(low, high) {
     const [from, to] = [time(low), time(high)];
     if (from.join() === to.join()) return `about ${from.join(" ")}`;
