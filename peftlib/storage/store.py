@@ -240,7 +240,7 @@ class Remote:
             return False
         # There are many rules, policies and access lists, so test whether a file can be read without a key.
         probe = self.at("probe.txt")
-        self.fs.pipe_file(probe, b"whether this is public")
+        self.fs.pipe_file(probe, b"whether everybody can read this")
         settings = {**self.fs.storage_options, **_ANONYMOUS[self._scheme], "skip_instance_cache": True}
         try:
             return bool(type(self.fs)(**settings).cat_file(probe))
