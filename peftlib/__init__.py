@@ -1,6 +1,6 @@
 """peftlib: QLoRA, GaLore and a layer-wise hybrid compared on Gemma 3, on free hardware.
 
-Importing it is free: no torch, GPU check, download, seed or folder creation happens before a name of the API is used.
+Importing it is cheap: torch, GPU checks, downloads, seeding and new folders wait until a name of the API is used.
 """
 
 import importlib

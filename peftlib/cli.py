@@ -37,16 +37,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Seed = Annotated[int, Option(min=0, help="of the run")]
-Method = Annotated[
-    str, Argument(metavar="METHOD", help="such as qlora, or peft:FILE.json; `peftlib methods` lists all")
-]
+Seed = Annotated[int, Option(min=0, help="seed of the run")]
+Method = Annotated[str, Argument(metavar="METHOD", help="qlora, peft:FILE.json, ...; `peftlib methods` lists all")]
 Rows = Annotated[int | None, Option(metavar="N", min=0, help="rows per source")]
 
 
 @app.callback()
-def everywhere(public: Annotated[bool, Option("--public", help="allow a copy that everybody can read")] = False):
-    """What every command takes before its name."""
+def everywhere(public: Annotated[bool, Option("--public", help="allow copies that anyone can read")] = False):
+    """Options that go before any command's name."""
     if public:
         os.environ[PUBLIC] = "1"  # for child processes and kernels too
 
@@ -58,15 +56,15 @@ def _command(*examples):
 
 @_command("run --profile demo", "run 01 02_qlora --study first -p lora_rank=8", "run --study second --fork first")
 def run(
-    notebooks: Annotated[list[str] | None, Argument(metavar="NOTEBOOK", help="such as 01 02_qlora")] = None,
+    notebooks: Annotated[list[str] | None, Argument(metavar="NOTEBOOK", help="for example 01 02_qlora")] = None,
     profile: Profile = None,
     study: AnyName = None,
-    seed: Annotated[int | None, Option(help="of the runs; default: the notebooks'")] = None,
-    fork: Annotated[str | None, Option(metavar="STUDY", help="begin with the weights of this study's runs")] = None,
+    seed: Annotated[int | None, Option(help="seed of the runs; default: the notebooks'")] = None,
+    fork: Annotated[str | None, Option(metavar="STUDY", help="start from the weights of this study's runs")] = None,
     settings: Settings = None,
     folder: Annotated[str | None, Option("--notebooks", metavar="DIR", help="default: peftlib's own")] = None,
 ):
-    """Execute the notebooks in order, skipping what is finished."""
+    """Execute the notebooks in order; skip finished ones."""
     from peftlib.runner import notebooks as runner
 
     given = given_settings(settings, profile=profile, study=study, seed=seed, fork=fork)
@@ -81,13 +79,13 @@ def data(
     train: Rows = None,
     valid: Rows = None,
     test: Rows = None,
-    split_seed: Annotated[int | None, Option("--split-seed", "--seed", help="another one draws other rows")] = None,
+    split_seed: Annotated[int | None, Option("--split-seed", "--seed", help="another seed draws other rows")] = None,
     settings: Settings = None,
 ):
     """Build the train, valid and test rows of a study and freeze its settings.
 
-    With --train or --test and without --profile, max_length and the share of validation rows are those of the full
-    study, and the model that of the hardware's profile.
+    With --train or --test and without --profile, max_length and the share of validation rows come from the full
+    study, and the model comes from the hardware's profile.
     """
     sizes = {"train_rows": train, "valid_rows": valid, "test_rows": test, "split_seed": split_seed}
     given = given_settings(settings, source=source, study=study, **sizes)
@@ -107,7 +105,7 @@ def data(
 
 @_command("train qlora --study first", "train galore --study first --seed 1 -p max_seconds=3600")
 def train(method: Method, study: AnyName = None, profile: Profile = None, seed: Seed = 0, settings: Settings = None):
-    """Train one method on a study's rows, or resume a run that was cut.
+    """Train one method on a study's rows, or resume an interrupted run.
 
     On several GPUs: torchrun --nproc-per-node N -m peftlib train METHOD ...
     """
@@ -121,7 +119,7 @@ def train(method: Method, study: AnyName = None, profile: Profile = None, seed: 
 
     record = run_training(found, method)
     if not processes.is_main:
-        return 0  # any other code would have the launcher end the main process while it copies the study
+        return 0  # with any other code the launcher would kill the main process while it copies the study
     steps = f"{record['steps']} of {record['planned_steps']} steps"
     print(f"{method}, seed {seed}: {record['status']}, {steps}, {(record['train_seconds'] or 0) / 60:.1f} min")
     return 0 if record["status"] == "ok" else console.STOPPED_CODE
@@ -135,23 +133,23 @@ def train(method: Method, study: AnyName = None, profile: Profile = None, seed: 
 def evaluate(
     study: Name,
     method: Annotated[str | None, Argument(metavar="METHOD", help="a trained method, or base")] = None,
-    path: Annotated[Path | None, Option(metavar="FOLDER", help="instead: an adapter or model made elsewhere")] = None,
-    name: Annotated[str, Option(help="of the model in FOLDER; default: the folder's name")] = "",
+    path: Annotated[Path | None, Option(metavar="FOLDER", help="an adapter or model trained elsewhere")] = None,
+    name: Annotated[str, Option(help="name of the model in FOLDER; default: the folder's name")] = "",
     seed: Seed = 0,
-    rewind: Annotated[str, Option(metavar="A,B,...", help="score the models between base (0) and METHOD (1) too")] = "",
-    tasks: Annotated[str, Option(metavar="A,B,...", help="of --rewind: benchmarks to score too, as in bench")] = "",
+    rewind: Annotated[str, Option(metavar="A,B,...", help="also score models between base (0) and METHOD (1)")] = "",
+    tasks: Annotated[str, Option(metavar="A,B,...", help="with --rewind: also score these benchmarks")] = "",
     data: Annotated[
-        Path | None, Option(metavar="FOLDER", help="of --tasks: the benchmarks' files; default: the hub")
+        Path | None, Option(metavar="FOLDER", help="with --tasks: folder of the benchmarks' files; default: the hub")
     ] = None,
 ):
-    """Answer and score a study's test rows with a trained method, with base, or with a model made elsewhere."""
+    """Answer and score a study's test rows with a trained method, base, or a model trained elsewhere."""
     if (method is None) == (path is None):
-        raise ConfigError("name one model: a METHOD, or --path FOLDER")
+        raise ConfigError("give one model: a METHOD, or --path FOLDER")
     if rewind and path:
-        raise ConfigError("--rewind needs a METHOD of the study: of a model made elsewhere the base is not known")
+        raise ConfigError("--rewind needs a METHOD of the study: the base of a model trained elsewhere is unknown")
     factors = factors_of("--rewind", rewind)
     if tasks and not factors:
-        raise ConfigError(f"--tasks {tasks} belongs to --rewind: use peftlib bench to score a model alone")
+        raise ConfigError(f"--tasks {tasks} needs --rewind: use peftlib bench to score a model alone")
     found = open_study(study)
     benchmarks = {"benchmarks": tasks, "benchmark_data": str(data or "")}
     found = Study(found.folder, found.cfg.replace(seed=seed, **benchmarks))
@@ -180,7 +178,7 @@ def evaluate(
 
 @_command("report --study first")
 def report(study: Name):
-    """Write results.csv, report.md, report.html and the figures of a study again."""
+    """Rebuild results.csv, report.md, report.html and the figures of a study."""
     found = open_study(study)
     from peftlib import build_report
     from peftlib.core.files import readable_path
@@ -199,11 +197,14 @@ _command(
 
 @_command("chat galore --study first", "chat base --study first --max-new-tokens 100")
 def chat(
-    method: Method, study: Name, seed: Seed = 0, max_new_tokens: Annotated[int, Option(help="of an answer")] = 256
+    method: Method,
+    study: Name,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, Option(help="token limit per answer")] = 256,
 ):
-    """Talk to a trained model, or to base; /new starts over, /quit ends."""
+    """Chat with a trained model, or with base; /new starts over, /quit ends."""
     found = open_study(study)
-    found.cfg.replace(max_new_tokens=max_new_tokens)  # refuses what is out of range
+    found.cfg.replace(max_new_tokens=max_new_tokens)  # validates the value
     from peftlib.evaluation.chat import main as talk
 
     return talk(found, _name_of(method), seed=seed, max_new_tokens=max_new_tokens)
@@ -213,14 +214,14 @@ def chat(
 def export(
     method: Method,
     study: Name,
-    to: Annotated[str, Option(metavar="WHERE", help="a folder, or hf://USER/REPO (made private)")],
+    to: Annotated[str, Option(metavar="WHERE", help="a folder, or hf://USER/REPO (created private)")],
     seed: Seed = 0,
     form: Annotated[
-        str, Option(help="adapter, lora (of what trained whole), merged (one model in bf16) or gguf")
+        str, Option(help="adapter, lora (from full weights), merged (one model in bf16) or gguf")
     ] = "adapter",
-    quant: Annotated[str, Option(help="of a GGUF file: q8_0, f16 or bf16")] = "q8_0",
-    rank: Annotated[int, Option(min=1, help="of --form lora")] = 16,
-    public: Annotated[bool, Option("--public", help="a repository made now may be seen by everyone")] = False,
+    quant: Annotated[str, Option(help="type of a GGUF file: q8_0, f16 or bf16")] = "q8_0",
+    rank: Annotated[int, Option(min=1, help="rank of --form lora")] = 16,
+    public: Annotated[bool, Option("--public", help="create the repository public")] = False,
     dry_run: Flag = False,
 ):
     """Export a trained model with its model card to a folder or the hub."""
@@ -255,14 +256,15 @@ _command("site runs/first runs/second --to page")(analysis_cli.site)
 @_command("sweep qlora galore --study first", "sweep hybrid --study first --factor 0.5 --factor 2 --rows 800")
 def sweep(
     study: Name,
-    methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: a study's six")] = None,
-    factor: Annotated[list[float] | None, Option(help="of the study's rates; default: searched, see above")] = None,
+    methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: the study's six")] = None,
+    factor: Annotated[list[float] | None, Option(help="multiplies the study's rates; default: a search")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
     """Try learning rates of a study's methods on its validation rows.
 
-    From 1/3, 1 and 3 times the study's rates on by factors of 3, until the best lies between worse ones or the next
-    diverges; a method's two rates apart, in at most 9 trials. Cut, the same command goes on.
+    The search starts at 1/3, 1 and 3 times the study's rates and continues by factors of 3 until the best rate lies
+    between worse ones or the next diverges. A method's two rates are searched apart, in at most 9 trials. Run the
+    command again to resume.
     """
     found = open_study(study)
     from peftlib.methods import default_methods
@@ -276,17 +278,17 @@ app.add_typer(suite_cli.app, name="study")
 
 
 def _name_of(method):
-    """What a METHOD of a command line is called in files."""
+    """The name that a METHOD argument has in files."""
     from peftlib.methods import BASE, find
 
     return method if method == BASE else find(method).name
 
 
 def call(argv):
-    """Run one command; returns its exit code. Errors come through; ConfigError: words that no command takes."""
+    """Run one command; returns its exit code. Errors propagate; ConfigError: invalid arguments."""
     return console.call(app, argv)
 
 
 def main(argv=None):
-    """Run one command of the process's arguments, or of `argv`; returns its exit code."""
+    """Run one command with the process's arguments, or with `argv`; returns its exit code."""
     return console.main(app, sys.argv[1:] if argv is None else argv)

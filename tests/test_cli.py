@@ -84,9 +84,9 @@ def test_settings_are_given_in_either_way(monkeypatch):
         ("data --study x --train many", "Invalid value for '--train'"),
         ("run -p lora_rank", "-p lora_rank: give a setting as NAME=VALUE"),
         ("run -p lora_rnk=8", "'lora_rnk' is not a setting: did you mean lora_rank"),
-        ("evaluate --study x", "name one model: a METHOD, or --path FOLDER"),
-        ("evaluate qlora --path y --study x", "name one model: a METHOD, or --path FOLDER"),
-        ("judge --study x --methods a b", "name one judge: --endpoint URL --model M, or --local MODEL"),
+        ("evaluate --study x", "give one model: a METHOD, or --path FOLDER"),
+        ("evaluate qlora --path y --study x", "give one model: a METHOD, or --path FOLDER"),
+        ("judge --study x --methods a b", "give one judge: --endpoint URL --model M, or --local MODEL"),
         ("train qlora --study new", "no data in"),
     ],
 )

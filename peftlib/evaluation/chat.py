@@ -1,4 +1,4 @@
-"""A conversation with a trained model, on a terminal or from a pipe."""
+"""Chat with a trained model, in a terminal or from a pipe."""
 
 import sys
 
@@ -18,7 +18,7 @@ QUIT, NEW = "/quit", "/new"
 class Conversation:
     """Turns with one model, [{role, content}, ...] in `messages`.
 
-    limit: tokens of history and answer together; the oldest exchanges are left out beyond it.
+    limit: tokens of history plus answer; beyond it the oldest exchanges are dropped.
     """
 
     def __init__(self, model, tokenizer, *, max_new_tokens, limit=None):
@@ -27,16 +27,16 @@ class Conversation:
         self.messages = []
 
     def say(self, text, show=None):
-        """Print the model's answer to one more user turn while it is made, and return it.
+        """Stream the model's answer to one more user turn, and return it.
 
-        show: takes the pieces of the answer in place of the terminal.
+        show: receives the pieces of the answer instead of the terminal.
         """
         self.messages.append({"role": "user", "content": text})
         ids = encode_prompt(self._tokenizer, self.messages)
         while len(ids) + self._max_new_tokens > self._limit and len(self.messages) > 1:
             self.messages = self.messages[2:]
             ids = encode_prompt(self._tokenizer, self.messages)
-        kept = ids[-max(1, self._limit - self._max_new_tokens) :]  # of one turn that is too long, its end
+        kept = ids[-max(1, self._limit - self._max_new_tokens) :]  # keep the end of a turn that is too long
         prompt = torch.tensor([kept], device=self._model.device)
         shown = _shown(self._tokenizer, show)
         made = greedy(self._model, prompt, torch.ones_like(prompt), self._max_new_tokens, streamer=shown)
@@ -69,7 +69,7 @@ def main(study, method, *, seed, max_new_tokens):
 
 
 def _shown(tokenizer, show):
-    """A streamer that shows an answer as it comes, on a terminal with nothing in it that this would act on."""
+    """A streamer for an answer; on a terminal without control characters."""
     from transformers import TextStreamer
 
     class Shown(TextStreamer):
@@ -83,7 +83,7 @@ def _shown(tokenizer, show):
 
 
 def _typed():
-    """Lines of the input, each trimmed. What comes from a pipe is shown, for nobody sees it being typed."""
+    """Lines of the input, stripped. Lines from a pipe are echoed, because they are not visible otherwise."""
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     while sys.stdin is not None:  # it is None when closed, as by `<&-`
         try:
@@ -91,7 +91,7 @@ def _typed():
         except EOFError:
             print(end="\n" if is_terminal else "")
             return
-        # Some terminals let half characters through, which no tokenizer takes.
+        # Some terminals pass incomplete characters, which a tokenizer rejects.
         text = line.encode("utf-8", "replace").decode("utf-8").strip()
         if not is_terminal:
             print(f"> {visible(text)}", flush=True)

@@ -1,4 +1,4 @@
-"""Runs of a scored study compared: paired differences of scores, and settings that were not matched."""
+"""Compare the runs of a scored study: paired differences of scores, and settings that differ."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,16 @@ from peftlib.evaluation import stats
 from peftlib.evaluation.results import BASE_CUT
 from peftlib.methods import BASE
 
-# Settings of one method alone: they may differ between methods without making them unequal.
+# Settings of single methods: they may differ without making runs unmatched.
 _OWN_SETTINGS = ("lora_", "galore_", "apollo_", "full_", "loraplus_", "oft_", "seed")
-_SCORED_AFTER = ("benchmark", "rewind")  # settings that say what else a run is scored on
+_SCORED_AFTER = ("benchmark", "rewind")  # settings that add scores to a run
 _RUN_FACTS = ("planned_steps", "steps", "train_tokens", "model", "precision", "device")  # of the record
 PAIR_COLUMNS = ("metric", "method", "other", "difference", "low", "high", "p", "verdict")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """score(method) - score(other) with its 95 % interval and the p of the swap test (None where seeds do not pair)."""
+    """score(method) - score(other) with its 95 % interval and the p of the swap test (None if seeds do not pair)."""
 
     metric: str
     method: str
@@ -41,7 +41,7 @@ def pairs_of(systems, boot):
         for at, method in enumerate(names):
             for other in names[:at]:
                 if {method, other} == {BASE, BASE_CUT}:
-                    continue  # the same answers, once cut
+                    continue  # the same answers, cut and uncut
                 counts = {1, len(systems[method]), len(systems[other])}
                 p = stats.swap_test(systems[method], systems[other], metric) if len(counts) < 3 else None
                 found.append(Pair(metric, method, other, boot.difference(method, other, metric), p))
@@ -51,7 +51,7 @@ def pairs_of(systems, boot):
 def unmatched(runs):
     """['what: value (runs); value (runs)', ...] of settings and facts in which finished runs differ.
 
-    Models that were trained elsewhere have a line each, because nothing is known to compare.
+    Each model that was trained elsewhere gets a line, because its settings are unknown.
     """
     finished = [run for run in runs if run.record["method"] != BASE and run.record["status"] == "ok"]
     trained = [run for run in finished if not run.is_external]
@@ -79,7 +79,7 @@ def _elsewhere(record):
 
 
 def _differing(name, values):
-    """['name: value (runs); value (runs)'] of (run, value) pairs, [] where all values are equal."""
+    """['name: value (runs); value (runs)'] of (run, value) pairs, [] if all values are equal."""
     groups = {}
     for run, value in values:
         groups.setdefault(value, []).append(run.name)
@@ -92,6 +92,6 @@ def _shown(value):
 
 
 def mean_of(runs, value_of):
-    """Mean of a figure over runs, None where any is unknown or there are none."""
+    """Mean of a number over runs, None if any is unknown or there are no runs."""
     values = [value_of(run) for run in runs]
     return None if not values or None in values else sum(values) / len(values)

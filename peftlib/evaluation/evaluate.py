@@ -1,6 +1,6 @@
 """Evaluation of saved weights on the test rows: losses, greedy answers and their scores, the same way for every method.
 
-The loss on general text is measured too: its rise shows what a method made the model forget.
+The loss on general text is also measured: its rise shows forgetting.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print)
     """Evaluate a finished run, or the untrained model ('base'): losses, answers and scores; returns its record.
 
     The saved weights are loaded as one plain merged model, in the precision of `evaluation_dtype`.
-    What was done before is not done again: losses, answered rows, a finished evaluation.
-    StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session works in the
+    Existing results are reused: losses, answered rows, a finished evaluation.
+    StudyError: the run is not finished, its record lacks a field, 01_data has not run, or another session is using the
     study. ModelError: engine='vllm' without vLLM. Stopped: this session ends soon; the answers so far are kept.
     """
     with opened(study, method, "answering the test rows", log=log) as (record, load):
@@ -49,15 +49,15 @@ def evaluate(study: Study, method: str, *, log: Callable[[str], object] = print)
 def evaluate_path(
     study: Study, folder: str | Path, *, name: str = "", log: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Evaluate a model that was trained elsewhere like a run of the study, as a row of its own in the report.
+    """Evaluate a model that was trained elsewhere like a run of the study, with its own row in the report.
 
     folder: a PEFT adapter of the study's model, as save_pretrained writes it, or a whole transformers model with the
     same tokenizer. name: of the row; default: the folder's. Returns the record, which says that the model was trained
-    elsewhere, and on which base an adapter was scored; its training figures are None. What was done before is not done
-    again, as in `evaluate`.
-    ConfigError: no such folder, or a name that is a method's or no file's. StudyError: as in `evaluate`, or the name
-    stands for other weights. ModelError: an adapter of another base model, one that cannot be merged, another
-    tokenizer, pickled or damaged files.
+    elsewhere, and on which base an adapter was scored; its training figures are None. Existing results are reused, as
+    in `evaluate`.
+    ConfigError: no such folder, or the name is a method's or not a valid file name. StudyError: as in `evaluate`, or
+    the name is used for other weights. ModelError: an adapter of another base model, one that cannot be merged,
+    another tokenizer, pickled or damaged files.
     """
     doing = "answering the test rows"
     with opened(study, name, doing, path=Path(folder).expanduser(), log=log) as (record, load):
@@ -68,8 +68,8 @@ def evaluate_path(
 def opened(study, method, doing, *, path=None, log):
     """(record, load) of a finished run, of the untrained model, or of a folder by name; the study is locked meanwhile.
 
-    load(device=, dtype=): the model, plain and merged. doing: in words, for others who want the study. path: of a
-    model that was trained elsewhere, `method` then its name or ''.
+    load(device=, dtype=): the plain merged model. doing: describes the work to other sessions. path: of a model that
+    was trained elsewhere; `method` is then its name or ''.
     """
     model = path and external.open_folder(path, study.cfg.model, name=method, log=log)
     method = model.name if model else method
@@ -83,18 +83,18 @@ def opened(study, method, doing, *, path=None, log):
 
 
 def _evaluate(study, record, load, *, log):
-    """The stages of an evaluation. load(device=, dtype=): the model, plain and merged."""
+    """The stages of an evaluation. load(device=, dtype=): the plain merged model."""
     name, cfg = record["method"], study.cfg
     path = study.predictions_path(name, record["seed"])
     done = record["evaluation"]
     if done and path.exists():
         require_unchanged(path, record)
         if not _add_rounding(study, record, log=log):
-            log(f"{name}: evaluated before, nothing to do")
+            log(f"{name}: already evaluated, nothing to do")
         return record
     if cfg.engine == "vllm":
         require_vllm()
-    if done:  # its answers are gone, so it must not stand beside new ones before these are complete
+    if done:  # its answers are missing, so it must not coexist with incomplete new ones
         record["evaluation"] = None
         records.save(study, record)
 
@@ -105,13 +105,13 @@ def _evaluate(study, record, load, *, log):
     losses = _losses(study, record, model, rows, precision=precision, log=log)
     engine = resolve_engine(model, cfg.engine)
     with contextlib.ExitStack() as stack:
-        if engine == "vllm":  # it reads a folder, and takes the card for itself
+        if engine == "vllm":  # it reads a folder and uses the whole GPU
             model = stack.enter_context(_written(model, data.load_tokenizer(cfg.model)))
             gc.collect()
             torch.cuda.empty_cache()
         answers = _answers(study, record, model, rows, engine=engine, log=log)
     _log_scores(study, record, rows, log=log)
-    record["eval_loss"] = losses["eval_loss"]  # None where it was not finite
+    record["eval_loss"] = losses["eval_loss"]  # None if it was not finite
     record["evaluation"] = {
         "n_test": len(rows),
         **losses,
@@ -129,7 +129,7 @@ def _evaluate(study, record, load, *, log):
 
 
 def _record_of(study, name, seed, model=None):
-    """The record to fill: a finished run's, or the untrained model's or an External's, new where there is none."""
+    """The record to fill: a finished run's, or the untrained model's or an External's, which may be new."""
     path, split_hash = study.record_path(name, seed), study.manifest()["split_hash"]
     record = records.load(study, name, seed)
     if record is None:
@@ -137,13 +137,13 @@ def _record_of(study, name, seed, model=None):
             raise StudyError(f"no record of {name} (seed {seed}) in {study.folder}: train it first")
         record = _new_record(study, name, model)
     elif model is not None and (record.get("trained_elsewhere") or {}).get("files") != model.files:
-        raise StudyError(f"{path} is of other weights than {model.folder}: give this model another name")
+        raise StudyError(f"{path} is for other weights than {model.folder}: give this model another name")
     records.require_fields(record, path)
     records.require_ok(record)
     if record["split_hash"] != split_hash:
         raise StudyError(
-            f"{path} has split_hash {record['split_hash']}, the data {split_hash}: these runs "
-            "saw other rows; move the record away and train again, or build the data it was made with"
+            f"{path} has split_hash {record['split_hash']}, the data {split_hash}: this run "
+            "used other rows; move the record away and train again, or build the data it was trained on"
         )
     return record
 
@@ -156,19 +156,19 @@ def _new_record(study, name, model):
     record = {**identity.new_record(study, name, **how), "status": "ok"}
     if model is not None:
         record |= {"seed": 0, "config": {}, **model.record_fields()}
-        del record["run_hash"]  # of settings, which are not known
+        del record["run_hash"]  # its settings are unknown
     return record
 
 
 def _losses(study, record, model, rows, *, precision, log):
-    """Losses on test rows and general text, kept in the record as soon as they are known.
+    """Losses on test rows and general text, saved in the record immediately.
 
-    Those of a session that evaluated in another precision are measured again: an evaluation names one for all.
+    Losses from a session with another precision are measured again: an evaluation has one precision.
     """
     kept = record.get("losses")
     if kept is not None and kept.get("precision") == precision:
         return kept
-    log(f"{record['method']}: loss on {len(rows)} test rows")
+    log(f"{record['method']}: measuring the loss on {len(rows)} test rows")
     how = {"device": resolve_device(study.cfg.device), "precision": autocast_of(precision)}
     measured = {"eval_loss": mean_loss(model, Rows(rows), **how)}
     measured |= forgetting.record_fields(general_loss(study, model, **how))
@@ -182,13 +182,13 @@ def _losses(study, record, model, rows, *, precision, log):
 
 
 def general_loss(study, model, **how):
-    """The forgetting.GeneralLoss of a model on the text that is apart from the study's training rows, or None."""
+    """The forgetting.GeneralLoss of a model on text that does not overlap with the study's training rows, or None."""
     train = data.load_split(study.data_dir, "train")
     return forgetting.general_loss(model, data.load_tokenizer(study.cfg.model), study.cfg, train, **how)
 
 
 def _answers(study, record, model, rows, *, engine, log):
-    """Answer the rows that are not answered yet; returns what the record's evaluation says about the answers."""
+    """Answer the remaining rows; returns the answer fields of the record's evaluation."""
     cfg, split_hash = study.cfg, record["split_hash"]
     kept = Predictions(study.predictions_path(record["method"], record["seed"]), split_hash)
     seconds, tokens = answer_into(
@@ -198,7 +198,7 @@ def _answers(study, record, model, rows, *, engine, log):
 
 
 def answer_into(kept, cfg, model, rows, *, engine="auto", log=print):
-    """Answer what `kept`, a Predictions, lacks of the rows, by a study's settings; returns what answer_rows does."""
+    """Answer the rows missing in `kept`, a Predictions, with a study's settings; returns the result of answer_rows."""
     deadline = Deadline(cfg.replace(max_seconds=0.0))  # max_seconds limits training
     how = {"max_new_tokens": cfg.max_new_tokens, "batch": cfg.eval_batch_size, "engine": engine, "deadline": deadline}
     return answer_rows(model, data.load_tokenizer(cfg.model), rows, kept, **how, log=log)
@@ -215,10 +215,10 @@ def _log_scores(study, record, rows, *, log):
 
 
 def _add_rounding(study, record, *, log):
-    """Record the general text loss of the untrained model in the method's 4 bits; returns whether this was new.
+    """Record the general text loss of the untrained model in the method's 4 bits; returns whether it was new.
 
-    A part of what a 4-bit method seems to forget is this rounding. Optional: skipped if it cannot be measured in the
-    same precision as the rest.
+    Part of the apparent forgetting of a 4-bit method is this rounding. Optional: skipped if it cannot be measured in
+    the same precision as the rest.
     """
     done, method = record["evaluation"], record["method"]
     spec = registry.known(method)
@@ -228,26 +228,26 @@ def _add_rounding(study, record, *, log):
     is_open = forgetting.of_record(record) is not None and forgetting.ROUNDED_FIELD not in done
     if not (layers and is_open and done.get("precision") == precision):
         return False
-    log(f"{method}: loss on general text of the untrained model in NF4")
+    log(f"{method}: measuring the loss on general text of the untrained model in NF4")
     try:
         _require_base(study, record, log)
         model = load_rounded(study.cfg.model, layers, precision=record["precision"], device=device, dtype=dtype)
         how = {"device": device, "precision": autocast_of(precision)}
         done[forgetting.ROUNDED_FIELD] = general_loss(study, model, **how).loss
     except (PeftlibError, RuntimeError, OSError) as error:
-        log(f"{method}: not measured, and nothing rests on it: {error}")
+        log(f"{method}: skipped, it is optional: {error}")
         return False
     records.save(study, record)
     return True
 
 
 def autocast_of(precision):
-    """A bf16 model needs no autocast; fp16 matrices beside a float32 residual do."""
+    """A bf16 model needs no autocast; fp16 matrices with a float32 residual do."""
     return "fp16" if precision == "fp16" else "fp32"
 
 
 def evaluation_dtype(device):
-    """(torch dtype, its name, reason) of evaluation: float32 wherever 16 bits are slow."""
+    """(torch dtype, its name, reason) of evaluation: float32 if 16 bits are slow."""
     if device != "cuda":
         return torch.float32, "fp32", "CPUs decode faster in float32"
     major, minor = torch.cuda.get_device_capability()
@@ -261,7 +261,7 @@ def evaluation_dtype(device):
 def load_model(study, method, seed, *, device, dtype, log=print):
     """The saved weights of a run as one plain merged model, or the untrained model of 'base', in eval mode.
 
-    ModelError: the weights are not those of the run's record, or the base model is not the one it was then.
+    ModelError: the weights are not those of the run's record, or the base model has changed.
     """
     if method == BASE:
         found = study.records()
@@ -270,7 +270,7 @@ def load_model(study, method, seed, *, device, dtype, log=print):
         return load_plain(study.cfg.model, device=device, dtype=dtype)
     record = records.load(study, method, seed)
     if record is not None and record.get("model_sha256"):
-        _require_base(study, record, log, is_local=True)  # weights of a whole model are read without their base
+        _require_base(study, record, log, is_local=True)  # full weights are loaded without their base
     return load_trained(study.weights_dir(method, seed), device=device, dtype=dtype, log=log)
 
 
@@ -286,7 +286,7 @@ def _written(model, tokenizer):
         with writing(folder):
             (model if model.dtype == torch.bfloat16 else model.float()).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        del model  # the card's memory goes with the last name for it
+        del model  # deleting the last reference frees GPU memory
         yield folder
 
 

@@ -19,7 +19,7 @@ from peftlib.models.locate import locate
 from peftlib.models.saved import ADAPTER, ADAPTER_CONFIG, FACTS, facts_of, tensors_of
 
 _MODEL_CONFIG = "config.json"
-# PEFT's files do not say in which precision the base was while an adapter was trained.
+# PEFT's files do not record the base's precision during training.
 _UNQUANTIZED = "the unquantized base (an adapter that was trained on a 4-bit base may score otherwise there)"
 _ROUNDED = "the base with its 4-bit matrices dequantized, as it was trained"
 
@@ -27,7 +27,7 @@ _ROUNDED = "the base with its 4-bit matrices dequantized, as it was trained"
 @dataclass(frozen=True)
 class External:
     """A checked folder. name: of its row in the report. base: the study's model, a config's `model`. scored_on: what an
-    adapter is merged into, in words; '' for a whole model. files: {name: SHA-256} of its weights."""
+    adapter is merged into, as text; '' for a whole model. files: {name: SHA-256} of its weights."""
 
     folder: Path
     name: str
@@ -37,7 +37,7 @@ class External:
     log: object
 
     def record_fields(self):
-        """What a record says about the model beside the scores."""
+        """The record's fields about the model, besides the scores."""
         kind = "adapter" if self.scored_on else "model"
         fields = {"folder": self.folder.name, "kind": kind, "files": self.files, "scored_on": self.scored_on}
         if self.scored_on:
@@ -63,18 +63,18 @@ class External:
 
 
 def open_folder(folder, base, *, name="", log=print):
-    """The External in a folder, on a config's model `base`; nothing is loaded yet. Errors as in
+    """The External in a folder, for a config's model `base`, without loading it. Errors as in
     evaluate.evaluate_path."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: give that of a PEFT adapter or of a transformers model")
+        raise ConfigError(f"{folder} is not a folder: give the folder of a PEFT adapter or a transformers model")
     folder, scored_on = folder.resolve(), ""
     name = name or folder.name
     require_folder_name("name", name)
     if registry.known(name) or name in (registry.BASE, BASE_CUT) or "-vs-" in name:
-        raise ConfigError(f"name={name!r} has a meaning here: choose another name for the model in {folder}")
+        raise ConfigError(f"name={name!r} is reserved: choose another name for the model in {folder}")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / _MODEL_CONFIG).is_file():
-        raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter and no model")
+        raise ConfigError(f"{folder} has neither {ADAPTER_CONFIG} nor {_MODEL_CONFIG}: it is no adapter or model")
     refuse_pickles(folder)
     if is_adapter and (folder / FACTS).is_file():
         facts = facts_of(folder)
@@ -87,7 +87,7 @@ def open_folder(folder, base, *, name="", log=print):
         _require_same_tokenizer(folder, base)
     files = {path.name: identity.known_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     if not files:
-        raise ModelError(f"{folder} has no safetensors files, so no weights that can be evaluated")
+        raise ModelError(f"{folder} has no safetensors files, so there are no weights to evaluate")
     return External(folder, name, base, scored_on, files, log)
 
 
@@ -101,14 +101,14 @@ def _check_adapter(folder, base):
     if config.get("auto_map"):
         raise ModelError(f"{path} names code in auto_map, which peftlib never runs: remove it")
     if not (isinstance(kind, str) and isinstance(named, str) and named):
-        raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which tells what it was trained on")
+        raise ModelError(f"{path} lacks peft_type or base_model_name_or_path, which peftlib needs to find its base")
     if not (folder / ADAPTER).is_file():
         raise ModelError(f"{folder} has no {ADAPTER}")
     _require_same_base(folder, named, base)
 
 
 def _require_same_base(folder, named, base):
-    """ModelError unless an adapter's base model `named` has the name or the weights of the study's."""
+    """ModelError unless an adapter's base model `named` has the same name or weights as the study's."""
     here = locate(base)[0]
     if named in (base, here):
         return
@@ -123,13 +123,13 @@ def _require_same_base(folder, named, base):
 
 def _require_same_tokenizer(folder, base):
     if not (folder / "tokenizer.json").is_file():
-        return  # as model.save_pretrained leaves it; load() checks the number of embeddings
+        return  # as written by model.save_pretrained; load() checks the number of embeddings
     if auto_tokenizer(folder).get_vocab() != data.load_tokenizer(base).get_vocab():
-        raise ModelError(f"{folder} has another tokenizer than {base}, so the study's rows cannot be given to it")
+        raise ModelError(f"{folder} uses another tokenizer than {base}, so it cannot read the study's rows")
 
 
 def _merged(folder, base, *, device, dtype):
-    """The base model with a PEFT adapter merged into it in float32, then brought to `dtype` as load_plain does."""
+    """The base model with a PEFT adapter merged into it in float32, then converted to `dtype` as in load_plain."""
     from peft import PeftModel, get_peft_model_state_dict
 
     plain = saved.load_plain(base, device=device, dtype=torch.float32)
@@ -140,14 +140,14 @@ def _merged(folder, base, *, device, dtype):
         kind = model.peft_config["default"].peft_type
         raise ModelError(f"{folder} holds a {kind} adapter, which cannot be merged into the model's weights")
     unlike = {name for name in kept.keys() ^ tensors_of(folder / ADAPTER).keys() if "embed_tokens" not in name}
-    if unlike:  # PEFT would leave a tensor that is missing as it was drawn
-        raise ModelError(f"{ADAPTER} in {folder} does not fit {base}: {min(unlike)} is in one of the two alone")
+    if unlike:  # PEFT would leave a missing tensor at its random initialization
+        raise ModelError(f"{ADAPTER} in {folder} does not fit {base}: {min(unlike)} is in only one of them")
     merged = model.merge_and_unload()
     if dtype != torch.float32:
         rounded = saved.load_plain(base, device=device, dtype=dtype)
         head = rounded.get_output_embeddings()
         if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # trained apart from the embedding
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # trained separately from the embedding
         rounded.load_state_dict(merged.state_dict())
         merged = rounded
     return stop_at(merged).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Loss on general text, whose rise shows what a model forgot: bundled prose that nobody trains on.
+"""Loss on general text, whose rise measures forgetting: bundled prose that no method trains on.
 
-The text and its source and licence are in peftlib/evaluation/general. A passage is plain text after one <bos>, not a
-conversation, so that what was learnt about turns does not count.
+The text, its source and its licence are in peftlib/evaluation/general. A passage is plain text after one <bos>, not a
+conversation, so that learning the turn format has no effect.
 """
 
 import hashlib
@@ -14,16 +14,18 @@ from peftlib.data import dedup
 from peftlib.train.batching import Rows, mean_loss
 
 TEXT_NAME = "CIA World Factbook, country backgrounds"
-ROUNDED_FIELD = "general_loss_nf4"  # of the untrained model with a method's 4-bit matrices, in its evaluation
+ROUNDED_FIELD = (
+    "general_loss_nf4"  # loss of the untrained model with a method's 4-bit matrices, a field of its evaluation
+)
 _RECORD_FIELDS = ("general_loss", "general_tokens", "general_text_sha256")
-_SHORTEST = 64  # tokens of a passage that are read at least, where it has so many
+_SHORTEST = 64  # minimum tokens read of a passage, if it has that many
 _PATH = Path(__file__).parent / "general" / "factbook.jsonl"
 
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """loss: nats per token, without the first token of each passage. n_tokens: how many were counted. text_sha256: 12
-    hex digits over the token ids that were read, so that losses on different texts are never compared."""
+    """loss: nats per token, without the first token of each passage. n_tokens: number of scored tokens. text_sha256: 12
+    hex digits over the token ids, so that losses on different texts are never compared."""
 
     loss: float
     n_tokens: int
@@ -36,7 +38,7 @@ def passages():
 
 
 def apart_from(texts, rows):
-    """The texts that are near-duplicates of none of the rows (with 'messages'), see data.dedup."""
+    """The texts that are not near-duplicates of any of the rows (with 'messages'), see data.dedup."""
     grams, index = dedup.Grams(), dedup.NearIndex()
     for text in texts:
         index.add(grams([text]))
@@ -45,9 +47,9 @@ def apart_from(texts, rows):
 
 
 def tokenized(tokenizer, texts, *, n_tokens, max_length):
-    """Rows for batching.Rows: each a <bos> and the beginning of a passage, up to n_tokens scored tokens in all.
+    """Rows for batching.Rows: each a <bos> and the start of a passage, up to n_tokens scored tokens in total.
 
-    Few tokens are spread over several passages, because one subject alone says little.
+    Few tokens are spread over several passages, because a single subject says little.
     """
     made, left = [], n_tokens
     longest = min(max_length - 1, max(_SHORTEST, -(-n_tokens // max(len(texts), 1))))
@@ -62,7 +64,7 @@ def tokenized(tokenizer, texts, *, n_tokens, max_length):
 
 
 def general_loss(model, tokenizer, cfg, train_rows, *, device, precision="fp32"):
-    """The GeneralLoss of a model, or None where cfg.general_tokens is 0 or no passage is apart from the training rows.
+    """The GeneralLoss of a model, or None if cfg.general_tokens is 0 or all passages overlap with training rows.
 
     precision: of autocast, as in batching.mean_loss.
     """
@@ -82,37 +84,37 @@ def record_fields(found):
 
 
 def of_record(record):
-    """The GeneralLoss in a record, None where it was not measured."""
+    """The GeneralLoss in a record, None if it was not measured."""
     values = [(record["evaluation"] or {}).get(name) for name in _RECORD_FIELDS]
     return None if None in values else GeneralLoss(*values)
 
 
 def rounded_of(record):
-    """The GeneralLoss of the untrained model, rounded to 4 bits as the record's method holds it; None where unknown."""
+    """The GeneralLoss of the untrained model, rounded to 4 bits as in the record's method; None if unknown."""
     found, loss = of_record(record), (record["evaluation"] or {}).get(ROUNDED_FIELD)
     return None if found is None or loss is None else replace(found, loss=loss)
 
 
 def in_words(base, record):
-    """A line on how a run changed the loss on general text, and how its 4 bits alone do; '' where unknown."""
+    """A line on how a run changed the loss on general text, and how 4-bit rounding alone does; '' if unknown."""
     before, after, rounded = of_record(base), of_record(record), rounded_of(record)
     moved, by_rounding = change(before, after), change(before, rounded)
     if moved is None:
         return ""
-    line = f"{record['method']}: general text loss {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
-    same_bits = f"untrained, in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})" if rounded else ""
+    line = f"{record['method']}: loss on general text {after.loss:.4f}, base {before.loss:.4f} ({moved:+.1%})"
+    same_bits = f"base in the same 4 bits {rounded.loss:.4f} ({by_rounding:+.1%})" if rounded else ""
     return "; ".join(filter(None, (line, same_bits)))
 
 
 def mean_over(losses):
-    """The mean GeneralLoss of several seeds, None where any is unknown or they are not of the same text."""
+    """The mean GeneralLoss of several seeds, None if any is unknown or their texts differ."""
     if not losses or None in losses or len({found.text_sha256 for found in losses}) > 1:
         return None
     return replace(losses[0], loss=statistics.fmean(found.loss for found in losses))
 
 
 def change(before, after):
-    """Relative change of the loss, None where one is unknown or they are not of the same text."""
+    """Relative change of the loss, None if one is unknown or their texts differ."""
     if before is None or after is None or before.text_sha256 != after.text_sha256 or not before.loss:
         return None
     return (after.loss - before.loss) / before.loss

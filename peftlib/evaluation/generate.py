@@ -1,4 +1,4 @@
-"""Greedy answers to test rows and questions. Each is kept at once, so that a cut session repeats little."""
+"""Greedy answers to test rows and questions. Each is saved immediately, so an interrupted session repeats little."""
 
 import time
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from peftlib.evaluation.inference.engines import block_rows, generate_batch, gen
 from peftlib.models.chat_template import STOP_IDS, encode_prompt
 
 _LOG_SECONDS = 2.0
-_ETA_FROM = 0.1  # share of the rows to answer from which on the time left is logged
+_ETA_FROM = 0.1  # share of answered rows from which the remaining time is logged
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text: decoded, without control tokens. n_tokens: its tokens, without the stop token. finish_reason: 'stop' or
-    'length', where it met the token limit."""
+    """text: decoded, without control tokens. n_tokens: its tokens, without the stop token. finish_reason: 'stop', or
+    'length' at the token limit."""
 
     text: str
     n_tokens: int
@@ -24,7 +24,7 @@ class Answer:
 
 
 def answer_batch(model, tokenizer, prompts, *, max_new_tokens):
-    """[Answer, ...] to a batch of token-id lists, greedy, by transformers' generate."""
+    """[Answer, ...] to a batch of token-id lists, greedy, with transformers' generate."""
     made = generate_batch(model, prompts, [max_new_tokens] * len(prompts))
     return [_answer(tokenizer, ids) for ids in made]
 
@@ -49,18 +49,18 @@ def ask(model: Any, tokenizer: Any, questions: Sequence[str], *, max_new_tokens:
 def answer_rows(
     model, tokenizer, rows, predictions, *, max_new_tokens, batch=0, engine="auto", deadline=None, log=print
 ):
-    """Answer every test row that `predictions` lacks, longest prompts first; then put its file in the rows' order.
+    """Answer every test row that `predictions` lacks, longest prompts first; then sort its file in the rows' order.
 
     rows: test rows of peftlib.data; the last turn is the reference, the turns before it the prompt. predictions: a
     predictions.Predictions. engine, batch: see engines.generate_rows. deadline: a session.Deadline.
-    On a CPU the file of an interrupted run equals an uninterrupted one's, byte by byte; on a GPU answers may differ
-    where two tokens were within rounding of each other.
+    On a CPU the file of an interrupted run is identical to an uninterrupted one's; on a GPU answers may differ if two
+    tokens were within rounding of each other.
     Returns (seconds of generation, tokens generated) of this call. Stopped: the deadline has passed.
     """
     prompts = {row["id"]: encode_prompt(tokenizer, row["messages"][:-1]) for row in rows}
     ordered = sorted(rows, key=lambda row: (-len(prompts[row["id"]]), row["id"]))
     size = block_rows(model, engine=engine, batch=batch)
-    if size is None:  # then a row's answer may depend on its neighbours anyway
+    if size is None:  # a row's answer may then depend on its batch anyway
         ordered = [row for row in ordered if row["id"] not in predictions.rows]
     progress = _Progress(len(rows), len(predictions.rows), log)
     for block in (ordered[at : at + (size or len(rows))] for at in range(0, len(ordered), size or len(rows))):
@@ -82,7 +82,7 @@ def answer_rows(
 
 
 class _Progress:
-    """Logs rows answered, tokens a second and time left, every few seconds and at the end."""
+    """Logs answered rows, tokens per second and remaining time, every few seconds and at the end."""
 
     def __init__(self, rows, before, log):
         self.rows, self.answered, self.before, self.log = rows, before, before, log
@@ -99,7 +99,7 @@ class _Progress:
             return
         self.logged = time.monotonic()
         spent, share = max(self.spent(), 1e-9), (self.answered - self.before) / max(self.rows - self.before, 1)
-        # Rows are answered side by side, so the first to end do not yet tell how long all take.
+        # Rows are answered in parallel, so the first finished ones do not show how long all take.
         left = int(spent / share - spent)
         eta = f"  ETA {left // 60}:{left % 60:02d}" if share >= _ETA_FROM else ""
         self.log(f"answered {self.answered}/{self.rows}  {self.tokens / spent:,.0f} tok/s{eta}")

@@ -1,10 +1,10 @@
-"""Scoring answers, with `evaluate.Metric` classes of our own: they need no network and load nothing from a hub.
+"""Answer scoring with our own `evaluate.Metric` classes, which need no network and load nothing from the hub.
 
     import evaluate
     from peftlib.evaluation.hf_metrics import Bleu4, RougeL
     evaluate.combine([Bleu4(), RougeL()]).compute(predictions=answers, references=references)
 
-Importing `evaluate` takes seconds: import this module only where answers are scored.
+Importing `evaluate` takes seconds, so import this module only to score answers.
 """
 
 import datasets
@@ -21,16 +21,16 @@ _ROUGE_PAPER = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries
 
 
 def score(predictions, references, *, tokenizer=None):
-    """{metric: value} of answers against one reference each: what all metrics below give, and n, the number of rows.
+    """{metric: value} of answers with one reference each: all metrics below, and n, the number of rows.
 
-    tokenizer: of corpus BLEU; None takes 13a, or what references in scripts without spaces need, see
-    metrics.bleu_tokenizer. DataError: no rows, lists of unequal length, or an entry that is no text.
+    tokenizer: of corpus BLEU; None uses 13a, or the one that references in scripts without spaces need, see
+    metrics.bleu_tokenizer. DataError: no rows, lists of different lengths, or an entry that is not a text.
     """
     return scored(predictions, references, tokenizer=tokenizer)[0]
 
 
 def scored(predictions, references, *, tokenizer=None):
-    """(what `score` returns, the RowScores that it was made from). DataError: as `score`."""
+    """(result of `score`, its RowScores). DataError: as in `score`."""
     predictions, references = _texts("prediction", predictions), _texts("reference", references)
     if len(predictions) != len(references):
         counts = f"{len(predictions)} predictions and {len(references)} references"
@@ -42,20 +42,20 @@ def scored(predictions, references, *, tokenizer=None):
 
 
 def _texts(name, given):
-    """A list of texts. DataError: none, or something else."""
+    """A list of texts. DataError: no texts, or other values."""
     if isinstance(given, str):
-        raise DataError(f"{name}s are one text: give a list of texts, one a row")
+        raise DataError(f"{name}s must be a list of texts, one per row, not a single text")
     texts = list(given)
     if not texts:
         raise DataError(f"no {name}s: nothing to score, generate answers first")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DataError(f"{name} of row {row} is {text!r}, no text: give a text for every row ('' if empty)")
+            raise DataError(f"{name} of row {row} is {text!r}, not a text: give a text for every row ('' if empty)")
     return texts
 
 
 class _PairMetric(evaluate.Metric):
-    """A metric of answers and one reference each. After `compute`, `rows` holds {column of RowScores: values}."""
+    """A metric of answers with one reference each. After `compute`, `rows` is {column of RowScores: values}."""
 
     description = citation = ""
 
@@ -64,7 +64,7 @@ class _PairMetric(evaluate.Metric):
         self.rows = {}
 
     def _build_data_dir(self):
-        return ""  # rows are held in memory: no cache folder is needed
+        return ""  # rows stay in memory: no cache folder is needed
 
     def _info(self):
         inputs = "predictions: [answer, ...] as text; references: [text, ...], one for each answer"
@@ -77,12 +77,12 @@ class _PairMetric(evaluate.Metric):
         return {**metrics.scores_of(self.rows), **of_corpus}
 
     def measure(self, predictions, references):
-        """({column of RowScores: one number a row}, {name: value} that does not follow from these)."""
+        """({column of RowScores: one number per row}, {name: value} that these do not determine)."""
         raise NotImplementedError
 
 
 class Bleu4(_PairMetric):
-    """{'bleu4': 0-1, 'bleu_signature'}. tokenizer: sacrebleu's; None takes the one that the references need."""
+    """{'bleu4': 0-1, 'bleu_signature'}. tokenizer: sacrebleu's; None uses the one that the references need."""
 
     description, citation = "Corpus BLEU-4 by sacrebleu with 'exp' smoothing, 0-1.", _BLEU_PAPER
 
@@ -120,7 +120,7 @@ class Chrf(_PairMetric):
 
 
 class PerSample(_PairMetric):
-    """{'sample_bleu4', 'sample_rougeL'}, 0-1: means of each row's own score, as tutorials print them."""
+    """{'sample_bleu4', 'sample_rougeL'}, 0-1: means of the rows' own scores, as in tutorials."""
 
     description = "Means over rows of nltk's sentence BLEU-4 (method1 smoothing) and rouge_score's ROUGE-L (a-z, 0-9)."
     citation = f"{_BLEU_PAPER}; {_ROUGE_PAPER}"
@@ -134,7 +134,7 @@ class PerSample(_PairMetric):
 class AnswerForm(_PairMetric):
     """{'length_ratio', 'empty_share', 'repetition'}: whether a model rambles, says nothing or repeats itself.
 
-    repetition: mean over answers of the share of 4-grams (whitespace words) that stood in the same answer before.
+    repetition: mean over answers of the share of 4-grams (whitespace words) that occurred earlier in the answer.
     """
 
     description = "Words of answers over words of references, share of empty answers, mean share of repeated 4-grams."

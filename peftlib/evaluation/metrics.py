@@ -1,6 +1,6 @@
-"""Numbers of each row from which all scores follow, so that 2,000 bootstrap resamples are one matrix product.
+"""Per-row statistics that determine all scores, so that 2,000 bootstrap resamples are one matrix product.
 
-All scores lie in 0-1. hf_metrics scores answers with them.
+All scores are in 0-1. hf_metrics uses them to score answers.
 """
 
 import math
@@ -15,16 +15,22 @@ from peftlib.evaluation import rouge
 
 _ORDER = 4
 _EPSILON = 0.1  # nltk's SmoothingFunction().method1
-_MEANS = ("rougeL", "sample_bleu4", "sample_rougeL", "empty_share", "repetition")  # scores that are a column's mean
+_MEANS = (
+    "rougeL",
+    "sample_bleu4",
+    "sample_rougeL",
+    "empty_share",
+    "repetition",
+)  # scores that are the mean of a column
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """Per-row statistics, one entry a row, in the order of the predictions.
+    """Per-row statistics, one entry per row, in the order of the predictions.
 
     bleu: (n, 10), see bleu_counts. rougeL, sample_bleu4, sample_rougeL: (n,) F1 or score, 0-1.
-    n_words, n_reference_words: (n,) words by whitespace. repetition: (n,) share of 4-grams seen before in the answer.
-    empty_share: (n,) 1 for an answer of nothing but whitespace.
+    n_words, n_reference_words: (n,) whitespace words. repetition: (n,) share of 4-grams seen before in the answer.
+    empty_share: (n,) 1 for an answer with only whitespace.
     """
 
     bleu: np.ndarray
@@ -44,12 +50,12 @@ class RowScores:
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def scores(self):
-        """{name: value} of everything that follows from the rows alone (all but chrF)."""
+        """{name: value} of all scores that the rows determine (all except chrF)."""
         return scores_of(vars(self))
 
 
 def scores_of(rows):
-    """{name: value} of the scores that follow from {column of RowScores: values}, whichever columns are there."""
+    """{name: value} of the scores that {column of RowScores: values} determines, for any subset of columns."""
     found = {"bleu4": float(corpus_bleu(rows["bleu"].sum(axis=0)))} if "bleu" in rows else {}
     found |= {name: float(np.mean(rows[name])) for name in _MEANS if name in rows}
     if "n_words" in rows:
@@ -58,14 +64,14 @@ def scores_of(rows):
 
 
 def bleu_counts(predictions, references, tokenizer):
-    """(n, 10) whole numbers of sacrebleu: answer length, reference length, matched 1-4-grams, answer's 1-4-grams."""
+    """(n, 10) integers from sacrebleu: answer length, reference length, matched 1-4-grams, answer's 1-4-grams."""
     metric = _sacrebleu(tokenizer)
     found = [metric.corpus_score([answer], [[wanted]]) for answer, wanted in zip(predictions, references)]
     return np.array([[f.sys_len, f.ref_len, *f.counts, *f.totals] for f in found], dtype=np.float64)
 
 
 def corpus_bleu(counts):
-    """BLEU-4 in 0-1 from summed statistics, as sacrebleu's compute_bleu with its default 'exp' smoothing.
+    """BLEU-4 in 0-1 from summed statistics, like sacrebleu's compute_bleu with its default 'exp' smoothing.
 
     counts: (..., 10), see bleu_counts; the result has the leading shape.
     """
@@ -103,10 +109,10 @@ def ngrams(tokens, n):
 
 
 def bleu_tokenizer(references):
-    """sacrebleu's tokenizer for these references: '13a', or 'zh' / 'char' where most letters need it.
+    """sacrebleu's tokenizer for these references: '13a', or 'zh' / 'char' if most letters need it.
 
-    13a takes a Chinese, Japanese or Thai clause for one word, and BLEU-4 of such text is then 0. Only references
-    decide, so that all methods of a comparison get the same one.
+    13a treats a Chinese, Japanese or Thai clause as one word, which makes BLEU-4 0. Only the references decide, so
+    that all methods of a comparison use the same tokenizer.
     """
     text = "".join(references)
     unspaced = rouge.UNSPACED.findall(text)
@@ -118,12 +124,12 @@ def bleu_tokenizer(references):
 def bleu_signature(tokenizer):
     """sacrebleu's signature of the BLEU used here, with its version."""
     metric = _sacrebleu(tokenizer)
-    metric.corpus_score(["a"], [["a"]])  # the number of references enters the signature with the first score
+    metric.corpus_score(["a"], [["a"]])  # the signature includes the number of references only after a first score
     return str(metric.get_signature())
 
 
 def repeated_share(text, n=4):
-    """Share of an answer's n-grams of whitespace words that stood in it before, 0-1; 0 below n words."""
+    """Share of an answer's n-grams of whitespace words that occurred in it before, 0-1; 0 below n words."""
     grams = ngrams(text.split(), n)
     total = sum(grams.values())
     return (total - len(grams)) / total if total else 0.0
@@ -135,7 +141,7 @@ def median_words(references):
 
 
 def cut_words(text, n_words):
-    """The text up to the end of its n-th whitespace word, its inner whitespace unchanged; whole where shorter."""
+    """The text up to the end of its n-th whitespace word, with its whitespace unchanged; the whole text if shorter."""
     ends = [0, *(word.end() for word in re.finditer(r"\S+", text))]
     return text[: ends[n_words]] if n_words < len(ends) else text
 

@@ -1,4 +1,4 @@
-"""predictions/<method>-s<seed>.jsonl: one answer a line, appended as they come, and read back checked."""
+"""predictions/<method>-s<seed>.jsonl: one answer per line, appended during generation and validated when read."""
 
 import json
 import time
@@ -10,18 +10,18 @@ from peftlib.core.files import append_text, read_text, sha256, write_text
 
 
 class OtherAnswersError(StudyError):
-    """A file of answers to other rows, or of other weights, than those asked for."""
+    """A file has answers to other rows, or from other weights, than requested."""
 
 
-_SYNC_SECONDS = 5.0  # between two fsyncs: what a crash of the machine, not of the process, may lose
+_SYNC_SECONDS = 5.0  # between fsyncs: what a crash of the machine (not the process) may lose
 _TEXTS = dict.fromkeys(("id", "source", "prompt_sha256", "answer", "split_hash"), str)
 _SHAPE = {**_TEXTS, "n_tokens": int, "finish_reason": ("stop", "length")}
 
 
 class Predictions:
-    """The answers of one run, written while they are made; a line that a kill cut is dropped on opening.
+    """The answers of one run, written during generation; a line truncated by a kill is dropped on opening.
 
-    OtherAnswersError: the file holds answers to the rows of another split; it stays as it is.
+    OtherAnswersError: the file has answers for another split; it is not changed.
     """
 
     def __init__(self, path, split_hash):
@@ -32,10 +32,10 @@ class Predictions:
         lines = _lines_of(self.path) if self.path.exists() else []
         for row, fault in map(_parsed, lines):
             if fault:
-                continue  # cut by a kill, or damaged: answered again
+                continue  # truncated by a kill, or damaged: will be answered again
             if row["split_hash"] != split_hash:
                 raise OtherAnswersError(
-                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers belong to "
+                    f"{self.path} has split_hash {row['split_hash']}, the data {split_hash}: these answers are for "
                     "other rows; move the file away and run again"
                 )
             self.rows[row["id"]] = row
@@ -43,7 +43,7 @@ class Predictions:
             self._write()
 
     def add(self, test_row, answer):
-        """Append a generate.Answer. A kill of the process loses none, a crash of the machine those of seconds."""
+        """Append a generate.Answer. A killed process loses none, a crashed machine the last few seconds."""
         row = {
             **{name: test_row[name] for name in ("id", "source", "prompt_sha256")},
             "answer": answer.text,
@@ -58,7 +58,7 @@ class Predictions:
             self._synced = time.monotonic()
 
     def complete(self, test_rows):
-        """Rewrite the file in the order of the test rows, whatever the order they were answered in; drop other rows."""
+        """Rewrite the file in the order of the test rows and drop other rows."""
         self.rows = {row["id"]: self.rows[row["id"]] for row in test_rows}
         self._write()
 
@@ -71,7 +71,7 @@ def _line(row):
 
 
 def require_unchanged(path, record):
-    """StudyError where a run's predictions are not those that its evaluation left; older evaluations do not say."""
+    """StudyError if a run's predictions differ from those its evaluation wrote; older evaluations have no hash."""
     known = (record["evaluation"] or {}).get("predictions_sha256")
     if known is not None and sha256(path) != known:
         raise _wrong(path, "it is not what the evaluation wrote (its SHA-256 differs)")
@@ -80,7 +80,7 @@ def require_unchanged(path, record):
 def read_predictions(path, test_rows, split_hash):
     """[prediction, ...] in the order of the test rows.
 
-    StudyError: a damaged line, or answers that are not one to each test row of this split and prompt.
+    StudyError: a damaged line, or answers that do not match this split's test rows and prompts one to one.
     """
     found = []
     for number, line in enumerate(_lines_of(path), start=1):
@@ -94,18 +94,18 @@ def read_predictions(path, test_rows, split_hash):
     unlike = sorted(known.items() ^ {(name, row["prompt_sha256"]) for name, row in by_id.items()})
     if unlike or len(found) != len(known):
         named = f"; the first that differs is {unlike[0][0]!r}" if unlike else ""
-        raise _wrong(path, f"{len(found)} answers, not one to each of the {len(known)} test rows and prompts{named}")
+        raise _wrong(path, f"{len(found)} answers do not match the {len(known)} test rows and prompts{named}")
     return [by_id[name] for name in known]
 
 
 def _lines_of(path):
     """The lines of a file as texts, without their ends. StudyError: it is not UTF-8."""
-    # Not splitlines: an answer may hold U+2028 and other characters that it takes for line ends.
+    # Not splitlines: it also splits at U+2028 and other characters that an answer may contain.
     return read_text(path).removesuffix("\n").split("\n")
 
 
 def _parsed(line):
-    """(one answer as a dict, what is wrong with it in words or None)."""
+    """(one answer as a dict, its fault as text or None)."""
     try:
         row = json_reading.parse(line)
     except ValueError as error:

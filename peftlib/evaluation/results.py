@@ -1,6 +1,6 @@
 """A study's runs with their scores: records and predictions are read, checked against the test rows, and scored.
 
-Nothing is written. Files that do not belong together are refused with their names and values.
+Nothing is written. Files that do not match raise errors with their names and values.
 """
 
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ BASE_CUT = "base (cut)"  # base's answers cut at the median reference length
 
 @dataclass(frozen=True)
 class Run:
-    """One record and, where it was evaluated, its answers in the order of the test rows and their scores."""
+    """One record and, if it was evaluated, its answers in the order of the test rows and their scores."""
 
     record: dict
     answers: list | None = field(default=None, repr=False)  # of text
     rows: metrics.RowScores | None = field(default=None, repr=False)
     scores: dict | None = field(default=None, repr=False)  # as hf_metrics.score returns
     n_tokens: list | None = field(default=None, repr=False)  # of each answer
-    finish_reasons: list | None = field(default=None, repr=False)  # 'stop', or 'length' where it met the limit
+    finish_reasons: list | None = field(default=None, repr=False)  # 'stop', or 'length' at the token limit
 
     @property
     def name(self):
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def truncated_share(self):
-        """Share of the answers that met the token limit, or None."""
+        """Share of the answers that reached the token limit, or None."""
         return self.finish_reasons and self.finish_reasons.count("length") / len(self.finish_reasons)
 
     @property
@@ -95,7 +95,7 @@ class ScoredStudy:
 
 
 def load(study):
-    """The ScoredStudy of a study folder. StudyError: no data, no records, or any that do not belong together."""
+    """The ScoredStudy of a study folder. StudyError: no data, no records, or files that do not match."""
     from peftlib.evaluation.hf_metrics import scored  # imports evaluate, which takes seconds
 
     split_hash = study.manifest()["split_hash"]
@@ -126,12 +126,12 @@ def _records_of(study, split_hash):
     for path, record in found.items():
         require_fields(record, path)
         if path != study.record_path(record["method"], record["seed"]):
-            raise StudyError(f"{path} is a copy of another record: both are {Run(record).name}; delete it")
+            raise StudyError(f"{path} duplicates another record: both are {Run(record).name}; delete it")
     hashes = {study.manifest_path: split_hash, **{path: record["split_hash"] for path, record in found.items()}}
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{path} has {value}" for path, value in hashes.items())
         raise StudyError(
-            f"not of the same test rows, so not comparable: split_hash differs: {listed}. "
+            f"these runs used different test rows and cannot be compared: split_hash differs: {listed}. "
             "Train and evaluate these methods again on one split, or use another study name."
         )
     return sorted(found.values(), key=lambda record: (study_order(record["method"]), record["seed"]))
@@ -139,7 +139,7 @@ def _records_of(study, split_hash):
 
 def _run(study, record, test_rows, score):
     path = study.predictions_path(record["method"], record["seed"])
-    # A run that was cut, or answers that are not all there yet, have no score: an unknown, not an error.
+    # An interrupted run or incomplete answers have no score, which is not an error.
     if record["status"] != "ok" or record["evaluation"] is None or not path.exists():
         return Run(record)
     require_unchanged(path, record)

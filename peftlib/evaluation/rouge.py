@@ -1,4 +1,4 @@
-"""ROUGE-L as rouge_score computes it, with words of any script and a longest common subsequence fast enough for 6,000
+"""ROUGE-L as rouge_score computes it, for words of any script, with a longest common subsequence fast enough for 6,000
 rows.
 
 rouge_score drops every character outside a-z and 0-9, so that Russian or Chinese text scores 0. Here a word is a run of
@@ -40,7 +40,7 @@ def rouge_l(prediction, reference):
     common = _lcs_length(prediction, reference)
     if not common:
         return 0.0
-    # The same order of operations as rouge_score's, so that the last digit agrees too.
+    # The same order of operations as in rouge_score, so that even the last digit agrees.
     precision, recall = common / len(prediction), common / len(reference)
     return 2 * precision * recall / (precision + recall)
 

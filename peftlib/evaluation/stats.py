@@ -17,7 +17,7 @@ METRICS = {"bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 RATIO = "ratio"
 FEW_ROWS = 100
 _CHUNK = 250  # resamples whose row counts are held at once
-# Means over seeds that are drawn with each resample of rows: Student's t of few degrees has far tails, a draw is cheap.
+# Means over seeds drawn per resample of rows: Student's t with few degrees has long tails, and draws are cheap.
 _SEED_DRAWS = 50
 
 
@@ -31,21 +31,21 @@ class Interval:
 
     @property
     def is_noise(self):
-        """True where the interval of a difference contains 0."""
+        """Whether the interval of a difference contains 0."""
         return self.low <= 0.0 <= self.high
 
     @property
     def verdict(self):
-        """'inside the noise', 'higher' or 'lower', of a difference."""
+        """'inside the noise', 'higher' or 'lower', for a difference."""
         return "inside the noise" if self.is_noise else "higher" if self.value > 0 else "lower"
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Scores of several methods on the same rows, and the same resamples of all of them.
+    """Scores of several methods on the same rows, with shared resamples.
 
-    value: {method: {metric: float}}, mean over seeds. replicates: {method: {metric: (draws,)}}, in which each of the
-    resamples of rows stands equally often.
+    value: {method: {metric: float}}, mean over seeds. replicates: {method: {metric: (draws,)}}, with each resample of
+    rows equally often.
     """
 
     n_rows: int
@@ -67,10 +67,10 @@ class Bootstrap:
 def bootstrap(runs, *, resamples=2000, seed=0):
     """Bootstrap of methods' scores. runs: {method: [RowScores of one seed, ...]}, all on the same rows in one order.
 
-    A resample draws rows with replacement, the same for every method. Where methods have several seeds, each resample
-    is taken 50 times, with the mean over a method's seeds from Student's t around it. Seeds are paired in their order:
-    a seed is the same order of training rows for all methods, and what that does to all of them is no difference. Where
-    methods have unlike seeds, unlike ones are paired, which is as valid and gains nothing.
+    A resample draws rows with replacement, the same for every method. If methods have several seeds, each resample
+    is used 50 times, with the mean over a method's seeds drawn from Student's t around it. Seeds are paired in order:
+    a seed gives all methods the same order of training rows, and its common effect cancels in a difference. If methods
+    have different seeds, different ones are paired, which is valid but gains nothing.
     Intervals are percentile intervals, widened for small samples (Hesterberg 2015: t instead of normal quantiles) and
     by one standard error of the tail that the resamples estimate. Deterministic in `seed`.
     DataError: no runs, or runs of unequal row counts.
@@ -84,10 +84,10 @@ def bootstrap(runs, *, resamples=2000, seed=0):
 
 
 def ratio_bootstrap(strata, *, is_perplexity=False, resamples=2000, seed=0):
-    """As `bootstrap`, of the metric RATIO: sum(value) / sum(weight) over rows, with weights of 1 a mean.
+    """Like `bootstrap`, for the metric RATIO: sum(value) / sum(weight) over rows; a mean if the weights are 1.
 
     strata: [{method: [(n, 2) values and weights of one seed, ...]}, ...], the same methods and seeds in each; rows are
-    drawn within each, and the score is the mean over them. is_perplexity: exp of the ratio instead.
+    drawn within each stratum, and the score is the mean over strata. is_perplexity: exp of the ratio instead.
     """
     counts = [_checked_rows(runs) for runs in strata]
     rng = np.random.default_rng(seed)
@@ -128,15 +128,15 @@ def _over_seeds(runs, n_rows, scores, drawn, rng):
 def swap_test(runs, others, metric, *, resamples=2000, seed=0):
     """Two-sided p of a difference by approximate randomization: each row's answers are swapped between methods or not.
 
-    runs, others: [RowScores of one seed, ...] of two methods on the same rows, equally many seeds, or one on a side,
-    which is then paired with each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1). It is
-    about these runs on other rows; only the interval counts that other seeds might have come out otherwise.
-    DataError: several but unequally many seeds, or unequal row counts.
+    runs, others: [RowScores of one seed, ...] of two methods on the same rows, with equal numbers of seeds, or one on a
+    side, which is then paired with each seed of the other. p = (draws at least as far apart + 1) / (resamples + 1). It
+    is about these runs on other rows; only the interval includes the variation over seeds.
+    DataError: several but different numbers of seeds, or different row counts.
     """
     n_rows = _checked_rows({"first": runs, "second": others})
     pairs = max(len(runs), len(others))
     if {len(runs), len(others)} - {1, pairs}:
-        raise DataError(f"{len(runs)} and {len(others)} seeds cannot be swapped: give equally many, or one")
+        raise DataError(f"{len(runs)} and {len(others)} seeds cannot be swapped: give equal numbers, or one")
     rng = np.random.default_rng(seed)
     left, right = (np.hstack([_columns(rows[i % len(rows)]) for i in range(pairs)]) for rows in (runs, others))
     sums_left, sums_right = left.sum(axis=0), right.sum(axis=0)
@@ -151,7 +151,7 @@ def swap_test(runs, others, metric, *, resamples=2000, seed=0):
 
 
 def mean_interval(values, *, resamples=2000, seed=0):
-    """95 % Interval of the mean of one number a row, by the same bootstrap of rows. DataError: no values."""
+    """95 % Interval of the mean of one number per row, by the same bootstrap of rows. DataError: no values."""
     values = np.asarray(values, dtype=np.float64).reshape(len(values), 1)
     return sums_interval(values, lambda sums: sums[:, 0] / len(values), resamples=resamples, seed=seed)
 
@@ -162,25 +162,27 @@ def sums_interval(values, score, *, resamples=2000, seed=0):
     DataError: no rows.
     """
     if not len(values):
-        raise DataError("no rows, so no mean")
+        raise DataError("no rows to average")
     drawn = score(_resampled_sums(values, resamples, np.random.default_rng(seed)))
     return _interval(float(score(values.sum(axis=0, keepdims=True))[0]), drawn, len(values), resamples)
 
 
 class SeedDraws:
-    """Weights by which means over seeds stray from themselves as Student's t says, the same draws for all methods.
+    """Weights that spread means over seeds according to Student's t, with the same draws for all methods.
 
-    Drawing k seeds with replacement shows only (k - 1) / k of their mean's variance, and of three seeds nothing of how
-    badly three numbers tell a variance; with t the interval holds what it promises. Shared draws pair the methods'
-    first seeds, their second ones and so on: a difference then has the t interval of the differences seed by seed.
+    Drawing k seeds with replacement gives only (k - 1) / k of their mean's variance, and ignores how poorly a few seeds
+    estimate a variance; with t the interval has its nominal coverage. Shared draws pair the methods' first seeds,
+    their second ones and so on: a difference then has the t interval of the differences seed by seed.
     """
 
     def __init__(self, draws, most_seeds, rng):
         self._normal = rng.standard_normal((draws, most_seeds))
-        self._chi = np.square(rng.standard_normal((draws, most_seeds - 1))).cumsum(axis=1)  # of 1, 2, ... degrees
+        self._chi = np.square(rng.standard_normal((draws, most_seeds - 1))).cumsum(
+            axis=1
+        )  # for 1, 2, ... degrees of freedom
 
     def of(self, n_seeds):
-        """(draws, n_seeds) weights that sum to 0; one seed strays by nothing."""
+        """(draws, n_seeds) weights that sum to 0; all 0 for one seed."""
         if n_seeds == 1:
             return np.zeros((len(self._normal), 1))
         normal = self._normal[:, :n_seeds]
@@ -189,7 +191,7 @@ class SeedDraws:
 
 def few_rows_note(n_rows):
     """A warning about the intervals of fewer than 100 test rows."""
-    return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough, and small differences cannot show"
+    return f"{n_rows} test rows: below {FEW_ROWS} rows intervals are wide and rough and hide small differences"
 
 
 def t_quantile(p, degrees):
@@ -206,10 +208,10 @@ def t_quantile(p, degrees):
 
 
 def _interval(value, replicates, n_rows, resamples):
-    # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t quantiles.
+    # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal instead of t quantiles.
     widened = math.sqrt(n_rows / max(n_rows - 1, 1)) * t_quantile(0.975, max(n_rows - 1, 1))
     tail = 1 - statistics.NormalDist().cdf(widened)
-    # A tail estimated from a finite number of resamples errs by this much: err towards the wider interval.
+    # A tail estimated from finitely many resamples has this error: choose the wider interval.
     tail = max(0.0, tail - math.sqrt(tail * (1 - tail) / resamples))
     low, high = np.quantile(replicates, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))
@@ -227,7 +229,7 @@ def _scores_of_sums(sums, n_rows):
 
 
 def _resampled_sums(values, resamples, rng):
-    """(resamples, ...) sums of rows that are drawn with replacement. values: (n_rows, ...)."""
+    """(resamples, ...) sums of rows drawn with replacement. values: (n_rows, ...)."""
     n_rows, sums = len(values), []
     for start in range(0, resamples, _CHUNK):
         draws = min(_CHUNK, resamples - start)
@@ -247,5 +249,5 @@ def _checked_rows(runs):
     if not counts or not all(counts.values()):
         raise DataError(f"no scored rows to compare: {counts}")
     if len({n for found in counts.values() for n in found}) != 1:
-        raise DataError(f"runs of unequal row counts cannot be paired: {counts}")
+        raise DataError(f"runs with different row counts cannot be paired: {counts}")
     return next(iter(counts.values()))[0]

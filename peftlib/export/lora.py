@@ -1,4 +1,4 @@
-"""What training changed in whole matrices as a LoRA adapter, by singular value decomposition of the difference."""
+"""The change of full weight matrices as a LoRA adapter, by singular value decomposition of the difference."""
 
 import json
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from peftlib.models.load import load_base
 from peftlib.models.saved import ADAPTER, ADAPTER_CONFIG, ATTENTION_FILE, facts_of, load_trained, tensors_of
 from peftlib.train.batching import Rows, mean_loss
 
-_WRAPPED = "base_model.model."  # before the names of PEFT's tensors
-_MORE, _ITERATIONS = 16, 4  # singular vectors beside the wanted ones, and power iterations, of torch.svd_lowrank
+_WRAPPED = "base_model.model."  # prefix of PEFT's tensor names
+_MORE, _ITERATIONS = 16, 4  # extra singular vectors and power iterations of torch.svd_lowrank
 
 
 @dataclass(frozen=True)
 class Kept:
     """layers: {weight: share of its change's energy (squared Frobenius norm) that the adapter keeps}. kept: of all
-    changes together. outside: share in norms and embeddings, which no LoRA can hold. losses: see losses_of."""
+    changes together. outside: share in norms and embeddings, which a LoRA cannot hold. losses: see losses_of."""
 
     rank: int
     layers: dict
@@ -31,32 +31,32 @@ class Kept:
     losses: dict
 
     def lines(self):
-        """What an export prints and its card says."""
+        """Lines that an export prints and its card shows."""
         low, high = min(self.layers, key=self.layers.get), max(self.layers, key=self.layers.get)
         yield (
-            f"rank {self.rank} keeps {self.kept:.1%} of the change's energy, of single matrices "
+            f"rank {self.rank} keeps {self.kept:.1%} of the change's energy; per matrix "
             f"{self.layers[low]:.1%} ({low}) to {self.layers[high]:.1%} ({high})"
         )
         if self.outside:
-            yield f"{self.outside:.2%} of it is in norms and embeddings, which a LoRA cannot hold: they stay the base's"
+            yield f"{self.outside:.2%} of it is in norms and embeddings, which a LoRA cannot hold: the base's are kept"
         split, n_rows, exact = (self.losses[name] for name in ("split", "rows", "exact"))
         own = self.losses["adapter"]
         gap = f"{own - exact:+.4f} nats per token"
         yield f"loss on the {n_rows} {split} rows: {exact:.4f} as trained, {own:.4f} with the adapter ({gap})"
         plain = self.losses["on_16_bit"]
         if plain is not None:
-            yield f"on a base that was not rounded to NF4, as a server loads it: {plain:.4f} ({plain - exact:+.4f})"
+            yield f"on a base without NF4 rounding, as a server loads it: {plain:.4f} ({plain - exact:+.4f})"
 
 
 def require_whole_weights(weights, method):
-    """ConfigError: a trained folder has nothing that trained whole, or adapters that no other LoRA can take in."""
+    """ConfigError: a trained folder has no full weights, or adapters that cannot become part of a LoRA."""
     if not facts_of(weights)["is_adapter"]:
         return
     if not (weights / ATTENTION_FILE).exists():
         raise ConfigError(f"form='lora': {method} has an adapter already: use form='adapter'")
     if _config(weights).get("use_dora"):
         raise ConfigError(
-            "form='lora': DoRA's magnitudes fit no LoRA: use form='merged', or train without lora_use_dora"
+            "form='lora': a LoRA cannot hold DoRA's magnitudes: use form='merged', or train without lora_use_dora"
         )
 
 
@@ -68,8 +68,8 @@ def write_lora(weights, folder, rank):
     """Write a PEFT adapter of what differs between a trained folder and its base; returns (layers, kept, outside) as in
     Kept.
 
-    A matrix that trained whole gets its difference's leading `rank` singular vectors; adapters beside it are kept as
-    they are. One lora_alpha for all and ranks by name (rank_pattern): PEFT, vLLM and llama.cpp agree on that scaling.
+    A full-weight matrix becomes the leading `rank` singular vectors of its difference; existing adapters are kept
+    unchanged. One lora_alpha for all and ranks by name (rank_pattern): PEFT, vLLM and llama.cpp agree on that scaling.
     ConfigError: the rank is larger than a matrix. ModelError: as load_trained.
     """
     from peft import LoraConfig
@@ -83,7 +83,7 @@ def write_lora(weights, folder, rank):
     energy = {name: float(change.square().sum()) for name, change in changes.items()}
     total = sum(energy.values())
     if not total:
-        raise ConfigError("form='lora': training changed no whole matrix, so there is nothing to export")
+        raise ConfigError("form='lora': training changed no full-weight matrix, so there is nothing to export")
     tensors, held = {}, {}
     for name, change in matrices.items():
         b, a, held[name] = _leading(change, rank)
@@ -122,7 +122,7 @@ def _trained_whole(weights, facts):
 def _leading(change, rank):
     """(B, A, energy): the leading part of a float32 matrix as factors of equal size, and its squared Frobenius norm."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the random start, so that an export made twice is equal
+        torch.manual_seed(0)  # for the random start, so that repeated exports are equal
         u, s, v = torch.svd_lowrank(change, q=min(rank + _MORE, *change.shape), niter=_ITERATIONS)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, (v[:, :rank] * root).T, float(s[:rank].square().sum())
@@ -134,10 +134,10 @@ def _named(layer, a, b):
 
 def losses_of(study, weights, adapter):
     """{'split', 'rows', 'exact', 'adapter', 'on_16_bit'}: losses in nats per token on the study's validation rows, or
-    on its test rows where there are none.
+    on its test rows if there are none.
 
-    exact: of the trained folder. adapter: of the folder `adapter` on the base as in training, merged. on_16_bit: of it
-    on the base that was never rounded to NF4; None where training did not round it.
+    exact: of the trained folder. adapter: of the folder `adapter`, merged into the base as in training. on_16_bit:
+    merged into the base without NF4 rounding; None if training did not round it.
     """
     split = "valid" if sum(study.manifest()["counts"]["valid"].values()) else "test"
     rows, device = Rows(data.load_split(study.data_dir, split)), resolve_device(study.cfg.device)

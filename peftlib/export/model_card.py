@@ -1,4 +1,4 @@
-"""The model card of an export: what the run's record, the data's manifest and the scores say, and nothing else."""
+"""The model card of an export, made only from the run's record, the data's manifest and the scores."""
 
 import json
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ _OWN_FILE = "the user's own file, licence unknown"
 _SHARED: tuple[str, ...] = ("batch_size", "epochs", "max_steps", "max_length", "lr_scheduler", "warmup_ratio")
 _SHARED += ("weight_decay", "max_grad_norm", "moment_bits", "seed", "split_seed")
 _TORCH_NAMES = {name: str(dtype) for name, dtype in DTYPES.items()}
-_METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # as the hub calls them
+_METRIC_TYPES = {"bleu4": "bleu", "rougeL": "rouge"}  # the hub's names
 
 
 @dataclass(frozen=True)
 class Scores:
-    """run, base: results.Run of this model and of the untrained one, or None. boot: of both, None without answers."""
+    """run, base: results.Run of this model and of the untrained one, or None. boot: of both; None without answers."""
 
     run: results.Run
     base: results.Run
@@ -92,7 +92,7 @@ def model_card(study, record, form, scores, *, quant=None, kept=None, to=None):
         "is_packaged_base": record["model_provenance"] == PROVENANCE,
         "peak_gib": gib(record["peak_memory_bytes"]),
         "few_rows_note": stats.few_rows_note(scores.n_test) if scores.n_test < stats.FEW_ROWS else "",
-        # of the code that loads it
+        # for the code that loads it
         "repository": to,
         "base": _base_name(study.cfg.model),
         "four_bit": facts["four_bit"],
@@ -109,7 +109,7 @@ def model_card(study, record, form, scores, *, quant=None, kept=None, to=None):
 
 
 def name_base_model(path, model):
-    """Name the base in an adapter_config.json as others can find it."""
+    """Set the base in an adapter_config.json to a name that others can find."""
     config = json.loads(path.read_text(encoding="utf-8"))
     write_text(path, json.dumps({**config, "base_model_name_or_path": _base_name(model)}, indent=2) + "\n")
 
@@ -119,7 +119,7 @@ def _base_name(model):
 
 
 def _literal(text):
-    """A text as a Python literal on one line, without what would end the block of code."""
+    """A text as a one-line Python literal, without characters that would end the code block."""
     return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
 
 

@@ -1,4 +1,4 @@
-"""Redact what is published: models and files by name, without their paths on this machine."""
+"""Redact published content: models and files by name, without local paths."""
 
 import re
 from pathlib import Path
@@ -11,19 +11,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def hub_base(model):
-    """The hub id of a config's `model`, of the packaged one its original release; None for a folder."""
+    """The hub id of a config's `model` (for the packaged model, its original release); None for a folder."""
     if model == PACKAGED_MODEL:
         return PACKAGED_RELEASE
     return None if _is_folder(model) else model
 
 
 def public_model(model):
-    """A config's `model`, a folder by its last name alone."""
+    """A config's `model`; a folder is reduced to its name."""
     return Path(model).name if _is_folder(model) else model
 
 
 def public_sources(sources):
-    """A config's `sources`, files by their last names alone."""
+    """A config's `sources`; files are reduced to their names."""
     shown = []
     for source in parse_sources(sources):
         is_file = source.where == "file"
@@ -32,12 +32,12 @@ def public_sources(sources):
 
 
 def public_config(fields):
-    """{name: value} of a config, without paths on this machine."""
+    """{name: value} of a config, without local paths."""
     return {**fields, "model": public_model(fields["model"]), "sources": public_sources(fields["sources"])}
 
 
 def without_folders(text):
-    """A message whose files are named without their absolute folders; addresses stay."""
+    """A message with file names instead of absolute paths; URLs are kept."""
     plain = text and re.sub(r"file://(?=/)", "", text)
     return plain and re.sub(r"(?<![\w:/.])/(?:(?:My Drive|[^/\s'\"]+)/)+", "", plain)
 

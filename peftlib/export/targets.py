@@ -1,4 +1,4 @@
-"""Where an export goes: a folder or a repository of the Hugging Face hub, which lose nothing that they hold."""
+"""Targets of an export: a folder or a Hugging Face hub repository. Other content in them is never overwritten."""
 
 import contextlib
 import tempfile
@@ -16,13 +16,13 @@ _OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
 
 
 def target_of(to, *, private=True, api=None):
-    """The FolderTarget or HubTarget of a folder or hf://USER/REPO. ConfigError: not the name of a repository."""
+    """The FolderTarget or HubTarget of a folder or hf://USER/REPO. ConfigError: not a valid repository name."""
     text = str(to)
     return HubTarget(text, private=private, api=api) if text.startswith(_SCHEME) else FolderTarget(to)
 
 
 class FolderTarget:
-    """A folder, written under another name beside it and then renamed."""
+    """A folder, written under another name next to it and then renamed."""
 
     repository = None
 
@@ -33,7 +33,7 @@ class FolderTarget:
         return str(self.path)
 
     def require_free(self, identity):
-        """ModelError: the path holds anything but an export of this run in this form."""
+        """ModelError: the path contains anything other than an export of this run in this form."""
         if self.path.is_dir() and not any(self.path.iterdir()):
             return
         if self.path.exists() or self.path.is_symlink():
@@ -42,12 +42,12 @@ class FolderTarget:
             there = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.is_dir()}
             foreign = sorted(there - set(listed))
             if foreign:
-                raise ModelError(f"{self} also holds {foreign[0]}, which no export wrote: move it away first")
+                raise ModelError(f"{self} also contains {foreign[0]}, which is not from an export: move it away first")
 
     def workspace(self, what, *, is_dry=False, log=print):
-        """Context manager: a folder beside the path, removed after the block.
+        """Context manager: a folder next to the path, removed after the block.
 
-        LockedError: another process exports to the same path.
+        LockedError: another process is exporting to the same path.
         """
         if is_dry:
             return _scratch(self.path.parent if self.path.parent.is_dir() else None)
@@ -70,7 +70,7 @@ class HubTarget:
         self._private, self._api = private, api
         try:
             validate_repo_id(self.repository)
-            why = "" if self.repository.count("/") == 1 else "it names no user or no repository"
+            why = "" if self.repository.count("/") == 1 else "it needs one user and one repository name"
         except ValueError as error:
             why = str(error)
         if why:
@@ -88,7 +88,7 @@ class HubTarget:
         return self._api
 
     def require_free(self, identity):
-        """ModelError: it is public, or holds anything but an export of this run in this form; no token; a refusal."""
+        """ModelError: it is public, contains anything but an export of this run in this form, or access fails."""
         with self._explained():
             if not self.api.repo_exists(self.repository, repo_type="model"):
                 return
@@ -117,11 +117,11 @@ class HubTarget:
         return str(url)
 
     def _require_private(self):
-        # create_repo leaves an existing one as it is
+        # create_repo does not change an existing repository
         if self._private and is_public(self.api, self.repository):
             raise ModelError(
-                f"{self} is public, so everybody could read the export: make it private in its settings on the hub, "
-                "choose another place, or say --public (private=False) if that is meant"
+                f"{self} is public, so anyone could read the export: make it private in its settings on the hub, "
+                "choose another place, or use --public (private=False) if you intend that"
             )
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ class HubTarget:
                 yield
         except OSError as error:
             said = str(error.strerror or error).strip().split("\n")[0][:200]
-            raise ModelError(f"{self}: {said}. See whether HF_TOKEN may write there, and the network") from error
+            raise ModelError(f"{self}: {said}. Check that HF_TOKEN may write there, and the network") from error
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def _scratch(folder=None):
 
 
 def _read_marker(path):
-    """The identity that an export left, or None."""
+    """The identity that an export wrote, or None."""
     try:
         return read_json(path)
     except (OSError, StudyError):
@@ -150,7 +150,7 @@ def _read_marker(path):
 
 def _require_same(target, found, identity):
     if found is None:
-        raise ModelError(f"{target} is there already and is no export of ours: choose another place")
+        raise ModelError(f"{target} already exists and is not a peftlib export: choose another place")
     if {name: found.get(name) for name in identity} != identity:
         raise ModelError(
             f"{target} holds another export ({found.get('method')}, seed {found.get('seed')}, {found.get('form')}, run "

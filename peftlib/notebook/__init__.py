@@ -1,4 +1,4 @@
-"""What the notebooks' cells call and show; `from peftlib.notebook import NAME` loads it when it is used."""
+"""Functions and widgets of the notebooks' cells; `from peftlib.notebook import NAME` loads them lazily."""
 
 import importlib
 

@@ -1,6 +1,6 @@
 """Test rows with the answers of several runs as HTML cards.
 
-The cards wrap on narrow screens; their colours mix with the page's own text colour, so that they suit light and dark
+The cards wrap on narrow screens; their colours blend with the page's text colour, so that they suit light and dark
 pages. All texts are escaped.
 """
 
@@ -9,8 +9,8 @@ import html
 from peftlib.report.answers import METRICS, SAME, marked
 from peftlib.report.palette import LIGHT
 
-_FOLDED = 300  # characters of a prompt that are shown unfolded at most
-# Blue and orange differ with every common colour blindness; the lines below say the same without colour.
+_FOLDED = 300  # longer prompts are folded, in characters
+# Blue and orange are distinct for all common colour blindness; underlines show the same without colour.
 STYLE = """<style>
 .pl-rows { font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; max-width: 100%; box-sizing: border-box; }
 .pl-rows * { box-sizing: border-box; }
@@ -26,8 +26,8 @@ STYLE = """<style>
 .pl-rows u { text-decoration: underline dotted 1.5px #d55e00; text-underline-offset: 3px; }
 </style>"""
 LEGEND = (
-    '<div class="pl-note"><mark>A line below</mark>: the reference\'s words, in its order; <u>dots below</u>: other '
-    "words. ROUGE-L and BLEU-4 are of this row alone, 0 to 1: ROUGE-L as in the table, BLEU-4 on words by whitespace "
+    '<div class="pl-note"><mark>Underlined</mark>: the reference\'s words, in its order; <u>dotted</u>: other '
+    "words. ROUGE-L and BLEU-4 are for this row only, 0 to 1: ROUGE-L as in the table, BLEU-4 on whitespace words "
     "with nltk's smoothing (method1), because most rows share no four words with their reference.</div>"
 )
 
@@ -44,7 +44,7 @@ def row_html(answers, at, names, *, against=None, theme=LIGHT, heading="", limit
         first = html.escape(prompt.strip().split("\n")[0][:90])
         note = f'<span class="pl-note">(all {len(prompt):,} characters)</span>'
         asked = f"<details><summary>{first} ... {note}</summary>{asked}</details>"
-    cards = [_card("reference", "", "what the data hold", _cut(reference, limit))]
+    cards = [_card("reference", "", "from the data", _cut(reference, limit))]
     for name in names:
         text = answers.runs[name].answers[at]
         body = _cut(text, limit, reference if is_marked else None)
@@ -58,12 +58,12 @@ def side(cards):
 
 
 def page(parts):
-    """The parts as one piece of HTML with its style."""
+    """The parts as one HTML block with its style."""
     return f'{STYLE}<div class="pl-rows">{"".join(parts)}</div>'
 
 
 def answer_card(name, color, facts, text):
-    """One card of any answer; the texts are escaped."""
+    """A card of one answer; the texts are escaped."""
     return _card(name, color, facts, _cut(text))
 
 
@@ -81,7 +81,7 @@ class StaticRows:
 
 
 def side_by_side(questions, answers):
-    """The StaticRows of questions with their answers, line breaks kept. answers: {name: [one text a question]}."""
+    """The StaticRows of questions with their answers, with line breaks. answers: {name: [one text per question]}."""
     parts, said = [], []
     for at, question in enumerate(questions):
         cards = [answer_card(name, "", "", texts[at]) for name, texts in answers.items()]
@@ -91,8 +91,8 @@ def side_by_side(questions, answers):
 
 
 def ended(finish_reason):
-    """How an answer ended, in words."""
-    return "ended by itself" if finish_reason == "stop" else "cut at the limit"
+    """How an answer ended, as text."""
+    return "finished" if finish_reason == "stop" else "cut at the token limit"
 
 
 def _card(name, color, facts, body):
@@ -112,7 +112,7 @@ def _facts(answers, at, name, against):
 
 
 def _cut(text, limit=None, reference=None):
-    """HTML of a text, cut at a limit; the words that it shares with a reference are marked."""
+    """HTML of a text, truncated at a limit, with the words that it shares with a reference marked."""
     if not text.strip():
         return '<span class="pl-note">(empty)</span>'
     shown = text if limit is None else text[:limit]

@@ -1,4 +1,4 @@
-"""Models of a study that answer in a notebook: one question to all of them, or a conversation with one."""
+"""Ask a study's models in a notebook: one question to all of them, or a chat with one."""
 
 import gc
 import time
@@ -18,17 +18,17 @@ from peftlib.notebook.answers import answer_card, ended, page, side
 from peftlib.notebook.widgets import Action, can_click, checkboxes, look, off, ticked
 from peftlib.report.palette import THEMES
 
-# A model stays loaded while this many times its size is free: room for the next one and for merging it.
+# A model stays loaded while this many times its size is free: space to load and merge the next one.
 _FREE_TIMES = 3.0
 _MOST_TOKENS = 2048
 _QUESTION = "Give me one tip for learning a new language."
-# A text is sent when its box loses the focus: if it were sent while typed, a click could overtake its last letters.
+# A text is sent when its box loses focus: if it were sent while typing, a click could arrive before its last letters.
 _TEXT = {"continuous_update": False, **look("40rem")}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """answer: a generate.Answer, or None if `error` says why there is none. seconds: of answering alone."""
+    """answer: a generate.Answer, or None if `error` says why there is none. seconds: generation time only."""
 
     method: str
     answer: object
@@ -39,7 +39,7 @@ class Reply:
 class Models:
     """The saved models of a study, loaded one by one; several stay loaded if memory allows.
 
-    log: called with a sentence on what is being done.
+    log: receives progress messages.
     """
 
     def __init__(self, study, log=print):
@@ -64,7 +64,7 @@ class Models:
                 prompt = encode_prompt(self._tokenizer, [{"role": "user", "content": question}])
                 [answer] = answer_batch(model, self._tokenizer, [prompt], max_new_tokens=max_new_tokens)
                 yield Reply(method, answer, None, time.monotonic() - started)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other answers are worth having
+            except Exception as error:  # noqa: BLE001 - the other models can still answer
                 yield Reply(method, None, f"{type(error).__name__}: {error}", None)
             model = None
             largest = max((sum(p.nbytes for p in model.parameters()) for model in self._loaded.values()), default=0)
@@ -72,7 +72,7 @@ class Models:
                 self.close()
 
     def close(self):
-        """Free the memory of all models."""
+        """Free all models' memory."""
         self._loaded.clear()
         gc.collect()
         if self._device == "cuda":
@@ -95,15 +95,15 @@ class Models:
 
 
 def ask_box(study, *, is_interactive=None):
-    """Show a box to ask all models of a study; if nobody can click, print a sentence about it."""
+    """Show a box to ask all models of a study; print a sentence about it in a headless run."""
     if can_click(is_interactive):
         return AskBox(study)
-    print(f"In Jupyter or Colab this cell asks {', '.join([BASE, *trained_methods(study)])} what you type.")
+    print(f"In Jupyter or Colab this cell asks your question to {', '.join([BASE, *trained_methods(study)])}.")
     return None
 
 
 class AskBox(Action):
-    """Widgets that ask; `box` holds them all. The kernel answers between cells, when it has nothing else to do."""
+    """Widgets to ask models; `box` contains them all. The kernel answers between cells, when it is idle."""
 
     def __init__(self, study):
         import ipywidgets as w
@@ -126,26 +126,26 @@ class AskBox(Action):
         for reply in self._models.ask(question, methods, self.tokens.value):
             cards.append(self._card(reply))
             self.shown.value = page([side(cards)])
-        say("Greedy answers: the same question gives them again.")
+        say("Greedy decoding: the same question gives the same answers.")
         return self.shown.value
 
     def _card(self, reply):
         color = self._theme.color_of(reply.method)
         if reply.answer is None:
-            return answer_card(reply.method, color, "could not answer", reply.error)
+            return answer_card(reply.method, color, "no answer", reply.error)
         facts = f"{reply.answer.n_tokens} tokens in {reply.seconds:.1f} s, {ended(reply.answer.finish_reason)}"
         return answer_card(reply.method, color, facts, reply.answer.text)
 
 
 def chat_box(study, method, *, is_interactive=None):
-    """Show a box to talk to a trained method or base; if nobody can type, print a sentence about it."""
+    """Show a box to chat with a trained method or base; print the command in a headless run."""
     if can_click(is_interactive):
         return ChatBox(study, method)
-    return off("nobody is there to type", f"peftlib chat {method} --study {study.cfg.study}")
+    return off("chatting needs input", f"peftlib chat {method} --study {study.cfg.study}")
 
 
 class ChatBox(Action):
-    """Widgets that talk to one model at a time; another model, or new weights of it, starts a new conversation."""
+    """Widgets to chat with one model at a time; another model, or new weights, start a new conversation."""
 
     def __init__(self, study, method):
         import ipywidgets as w
@@ -157,7 +157,7 @@ class ChatBox(Action):
         self.method = w.Dropdown(options=names, value=chosen, description="model", **look("17rem"))
         self.again = w.Button(description="Start over", layout={"width": "auto"})
         super().__init__("Send", self._send, [self.method, self.again], self.text)
-        self.instead = "a box to chat with the result (run the cell to see it)"
+        self.instead = "a box to chat with the model (run the cell to see it)"
         self._start_over()
         self.method.observe(self._change_model, "value")
         self.again.on_click(self._start_over)
@@ -190,10 +190,10 @@ class ChatBox(Action):
         say(f"{name} is answering")
         try:
             self._talk.say(text, show)
-        except BaseException:  # a question without its answer would stand before the next one
+        except BaseException:  # an unanswered question would stay in the history
             self._talk.messages = before
             raise
-        say("Greedy answers: the same words give them again.")
+        say("Greedy decoding: the same words give the same answers.")
         return self._cards(self._talk.messages)
 
     def _cards(self, turns):

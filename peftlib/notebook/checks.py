@@ -1,4 +1,4 @@
-"""Checks of methods on a notebook's own run: the hybrid's split and its other choices, and GaLore's engines."""
+"""Checks of methods on a notebook's own run: the hybrid's split and its alternatives, and GaLore's engines."""
 
 import torch
 
@@ -14,8 +14,8 @@ from peftlib.train.batching import Rows
 def placement(run):
     """[{projection, by GaLore, 4-bit with LoRA, chosen}, ...] of a hybrid TrainingRun.
 
-    The values count layers: those in which the weight trains whole, those in which it is frozen in NF4 with an adapter,
-    and those that hybrid_galore gives to GaLore."""
+    The values count layers: those where the full weight trains, those where it is frozen in NF4 with an adapter,
+    and those that hybrid_galore assigns to GaLore."""
     whole = [name for kind, names in run.method.trains.items() if kind != "adapters" for name in names]
     parameters, layers = dict(run.model.named_parameters()), core(run.model).config.num_hidden_layers
     rows = []
@@ -49,9 +49,9 @@ def engines_apart(run, *, steps=4, gap=2):
     """The largest relative difference between the changes of `steps` steps by our GaLore and by galore_torch.
 
     run: a TrainingRun. Both start from copies of three weights of the last layer and get the same real gradients, one
-    training row a step, with a refresh among the steps. Ours runs in its reference mode, which has galore_torch's
-    arithmetic; otherwise it finds its bases in a faster way. Relative: norm of the difference over norm of
-    galore_torch's change.
+    training row per step, with a basis refresh among the steps. Ours runs in its reference mode, which has
+    galore_torch's arithmetic; otherwise it computes its bases in a faster way. Relative: norm of the difference over
+    norm of galore_torch's change.
     """
     from peftlib.optim.galore import GaLoreAdamW
     from peftlib.optim.galore_original import galore_torch_adamw

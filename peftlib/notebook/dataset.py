@@ -1,4 +1,4 @@
-"""A study's data in a notebook: rows with the tokens that the loss scores marked, and charts of lengths and sources."""
+"""A study's data in a notebook: rows with the scored tokens marked, and charts of lengths and sources."""
 
 import html
 from itertools import groupby
@@ -12,11 +12,9 @@ from peftlib.report.palette import LIGHT
 
 _SCORED = "background:#fff2b3;color:#000;border-bottom:2px solid #b58900"
 _READ = "opacity:.65"  # of the page's own colour, light or dark
-_LEGEND = (
-    f'<p><span style="{_SCORED}">scored</span> by the loss; <span style="{_READ}">the rest</span> is only read.</p>'
-)
+_LEGEND = f'<p><span style="{_SCORED}">scored</span> by the loss; <span style="{_READ}">the rest</span> is masked.</p>'
 
-# Okabe and Ito's palette; hatches repeat what the colours say.
+# Okabe and Ito's palette; hatches duplicate the colours' meaning.
 _KEPT = {"train": ("#0072b2", ""), "valid": ("#56b4e9", "//"), "test": ("#009e73", "..")}
 _REST = {"rejected": ("#d55e00", "xx"), "not needed": ("#d9d9d9", "")}
 _SOURCES = ("#cc79a7", "#e69f00", None, "#8c6d31", "#7b4173")  # none that means a split above; None: the ink
@@ -33,12 +31,12 @@ def spans(row, tokenizer):
 
 
 def mask_text(row, tokenizer):
-    """A row as text, what is scored between ⟦ and ⟧."""
+    """A row as text, with scored parts between ⟦ and ⟧."""
     return "".join(f"⟦{text}⟧" if is_scored else text for is_scored, text in spans(row, tokenizer))
 
 
 def mask_html(row, tokenizer):
-    """A row as HTML, what is scored coloured and underlined; its text is escaped."""
+    """A row as HTML with scored parts coloured and underlined; its text is escaped."""
     parts = "".join(
         f'<span style="{_SCORED if is_scored else _READ}">{html.escape(text)}</span>'
         for is_scored, text in spans(row, tokenizer)
@@ -50,7 +48,7 @@ def mask_html(row, tokenizer):
 def browse(rows, tokenizer, *, is_interactive=None):
     """Show a split in a cell: widgets to pick source and row, or a table of each source's first two rows.
 
-    rows: as load_split gives them. is_interactive: None finds out whether somebody is there to click.
+    rows: as returned by load_split. is_interactive: None detects whether a user can click.
     """
     names, of_source = rows.column("source"), {}
     for at, name in enumerate(names):
@@ -72,7 +70,7 @@ def _widgets(rows, tokenizer, of_source):
     shown = ipywidgets.HTML()
 
     def show(change=None):
-        number.max = len(of_source[source.value]) - 1  # a larger value is brought down to it
+        number.max = len(of_source[source.value]) - 1  # a larger value is reduced to it
         shown.value = _LEGEND + mask_html(rows[of_source[source.value][number.value]], tokenizer)
 
     source.observe(show, "value")
@@ -82,7 +80,7 @@ def _widgets(rows, tokenizer, of_source):
 
 
 def length_chart(folder, split="train", theme=LIGHT):
-    """Tokens of a split's rows, one outline a source. folder: a data folder."""
+    """Tokens of a split's rows, one outline per source. folder: a data folder."""
     rows = load_split(folder, split)
     lengths, names = np.array(rows.column("n_tokens")), np.array(rows.column("source"))
     chart, axes = drawing(7.0, 3.4, "tokens of a row", "rows", theme)

@@ -21,8 +21,8 @@ from peftlib.train import memory_model as plan
 from peftlib.train.batching import Rows
 
 BLOCK = 64  # weights that share a scale in NF4
-_SCALES = 256  # scales that share a scale of their own under double quantization
-# Where the outermost quantile lies: with it the levels are those of QLoRA's code; 0 would give infinite ones.
+_SCALES = 256  # scales that share a second-level scale under double quantization
+# Position of the outermost quantile: it gives the levels of QLoRA's code; 0 would give infinite ones.
 _OUTERMOST = 0.9677083
 _PARTS = {  # of a memory_model.Plan: (colour, hatch)
     "weights": ("#0072b2", ""),
@@ -34,7 +34,7 @@ _PARTS = {  # of a memory_model.Plan: (colour, hatch)
 
 @dataclass(frozen=True)
 class FourBit:
-    """A weight matrix through NF4, by hand and by bitsandbytes.
+    """A weight matrix quantized to NF4, by hand and by bitsandbytes.
 
     levels: (16,). scaled: (blocks, 64), each weight over the largest of its block. by_library: a matrix, as by_hand.
     """
@@ -46,7 +46,7 @@ class FourBit:
 
     @property
     def by_hand(self):
-        """The weight with each number at the nearest NF4 level, times its block's scale."""
+        """The weight with each number rounded to the nearest NF4 level, times its block's scale."""
         return self.nearest(self.levels)
 
     def error(self, restored):
@@ -54,14 +54,14 @@ class FourBit:
         return float((restored - self.weight).norm() / self.weight.norm())
 
     def nearest(self, levels):
-        """The weight with each number at the nearest of `levels`, times its block's scale."""
+        """The weight with each number rounded to the nearest of `levels`, times its block's scale."""
         scales = self.weight.reshape(-1, BLOCK).abs().amax(1, keepdim=True)
         at = torch.bucketize(self.scaled, (levels[1:] + levels[:-1]) / 2)
         return (levels[at] * scales).reshape(self.weight.shape)
 
 
 def one_weight(model, ending="layers.0.mlp.up_proj.weight"):
-    """(name, (m, n) float32) of one matrix in a model's files. model: as in a config. ModelError: no such tensor."""
+    """(name, (m, n) float32) of one matrix of a model. model: as in a config. ModelError: no such tensor."""
     from peftlib.models.locate import BaseWeights, hub_errors
 
     with hub_errors(model):
@@ -82,7 +82,7 @@ def nf4_levels():
 
 
 def in_four_bits(weight):
-    """The FourBit of an (m, n) float32 matrix; its count must be a multiple of 64. Nothing is doubly quantized."""
+    """The FourBit of an (m, n) float32 matrix, whose size must be a multiple of 64. No double quantization."""
     from peftlib.models.load import without_advice
 
     without_advice()
@@ -96,7 +96,7 @@ def in_four_bits(weight):
 
 
 def bits_per_weight(*, is_doubled=True):
-    """4 bits and a weight's part of its block's scale: 32 bits, or 8 and a part of 32 under double quantization."""
+    """4 bits plus a weight's share of its block's scale: 32 bits, or 8 plus a share of 32 with double quantization."""
     return 4 + ((8 + 32 / _SCALES) if is_doubled else 32) / BLOCK
 
 
@@ -116,9 +116,9 @@ def level_chart(found, name="a weight matrix", theme=LIGHT):
 
 
 def merged(layer):
-    """W + alpha/r B A, (m, n) float32, of a PEFT LoRA layer; a W in 4 bits is dequantized first.
+    """W + alpha/r B A, (m, n) float32, of a PEFT LoRA layer; a 4-bit W is dequantized first.
 
-    With DoRA each row is brought to its trained length.
+    With DoRA each row is scaled to its trained norm.
     """
     base, scale = layer.base_layer.weight, layer.scaling["default"]
     weight = base.data
@@ -171,9 +171,9 @@ def captured_energy(run, layers, *, rows=4):
 
 
 def moved_directions(*, shape=(48, 96), rank=4, gap=5, steps=25):
-    """[(step, rank of all that has changed), ...] of one weight under GaLore's own optimizer, on a toy problem.
+    """[(step, rank of the total change), ...] of one weight under GaLore's own optimizer, on a toy problem.
 
-    The weight starts at 0 and is pulled to a random matrix of full rank.
+    The weight starts at 0 and is trained towards a random full-rank matrix.
     """
     from peftlib.optim.galore import GaLoreAdamW
 
@@ -193,7 +193,7 @@ def moved_directions(*, shape=(48, 96), rank=4, gap=5, steps=25):
 
 
 def direction_chart(seen, *, rank, gap, theme=LIGHT):
-    """Stairs of moved_directions: how many directions of a weight have moved after each step."""
+    """Step plot of moved_directions: how many directions of a weight have moved after each step."""
     chart, axes = drawing(6.4, 2.8, "optimizer step", "rank of the change", theme)
     steps, ranks = zip(*seen)
     axes.step(steps, ranks, where="mid", color="#d55e00", linewidth=1.8)
@@ -206,7 +206,7 @@ def direction_chart(seen, *, rank, gap, theme=LIGHT):
 
 
 def memory_parts(shape, cfg, names, *, precision="bf16"):
-    """{method: plan.Plan} at one micro-batch, with recomputation, so that the parts can be put side by side."""
+    """{method: plan.Plan} at one micro-batch, with recomputation, so that the parts can be compared."""
     rows = min(cfg.micro_batch_size or 4, cfg.batch_size)
     how = {"precision": precision, "micro_batch": rows, "checkpointing": "on"}
     return {name: plan.estimate(shape, name, cfg, **how) for name in names}
@@ -224,7 +224,7 @@ def memory_chart(parts, theme=LIGHT):
 
 
 def resampled_means(values, *, resamples=2000, seed=0):
-    """(resamples,) means of as many values drawn from `values` with replacement: what the bootstrap does."""
+    """(resamples,) means of len(values) draws from `values` with replacement, as in the bootstrap."""
     values = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     return values[rng.integers(0, len(values), size=(resamples, len(values)))].mean(axis=1)

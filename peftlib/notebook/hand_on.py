@@ -1,4 +1,4 @@
-"""A finished run handed on from a notebook by a click: to Google Drive, to the hub, to Ollama."""
+"""Buttons that copy a finished run to Google Drive, push it to the hub, or convert it for Ollama."""
 
 import html
 import shlex
@@ -13,16 +13,16 @@ from peftlib.notebook.widgets import Action, can_click, look, off
 from peftlib.report.render import plain
 from peftlib.storage import remotes
 
-_DRIVE_FOLDER = "peftlib results"  # beside peftlib, where the archives of studies are
+_DRIVE_FOLDER = "peftlib results"  # next to the folder peftlib, which has the archives of studies
 
 
 def drive_box(study, method, *, is_interactive=None):
-    """Show on Colab a button that copies a run and the report to Google Drive, as plain files."""
+    """Show a button (on Colab) that copies a run and the report to Google Drive as plain files."""
     if not can_click(is_interactive):
-        return off("Drive asks its owner for permission", f"cp -r {readable_path(study.folder)} FOLDER")
+        return off("mounting Drive needs your permission", f"cp -r {readable_path(study.folder)} FOLDER")
     if not remotes.can_ask_colab():
         weights = readable_path(study.weights_dir(method, study.cfg.seed))
-        print(f"Google Drive is available only on Colab; here the files are in {weights}")
+        print(f"Google Drive is available only on Colab; the files are in {weights}")
         return None
     return Action("Copy to my Drive", lambda say: _copied_to_drive(study, method, say))
 
@@ -45,20 +45,20 @@ def _copied_to_drive(study, method, say):
     files = [path for path in files if path.is_file()]
     for path in files:
         shutil.copyfile(path, to / path.name)
-    say("Copied. Keep this runtime for some minutes: Colab uploads in the background.")
+    say("Copied. Keep this runtime for a few minutes: Colab uploads in the background.")
     names = ", ".join([weights.name, *(path.name for path in files)])
     return f"<p>In My Drive, folder {html.escape(f'{_DRIVE_FOLDER}/{to.name}: {names}')}.</p>"
 
 
 def hub_box(study, method, *, is_interactive=None, api=None):
-    """Show what would be pushed to the hub, once asked, and then a button that pushes just that.
+    """Show a preview of a push to the hub on request, and then a button that pushes exactly that.
 
-    api: a huggingface_hub.HfApi; None makes one with the token of hub_token when the push begins.
+    api: a huggingface_hub.HfApi; None creates one with the token of hub_token when the push starts.
     """
     if can_click(is_interactive):
         return HubBox(study, method, api)
     command = f"peftlib export {method} --study {study.cfg.study} --to hf://USER/REPO"
-    return off("nothing is pushed without a click", command)
+    return off("a push needs a click", command)
 
 
 class HubBox(Action):
@@ -91,12 +91,12 @@ class HubBox(Action):
         if not self.to.value.strip():
             say("Type a repository first, such as your-name/model-name.")
             return ""
-        say("making the files, which sends nothing")
+        say("preparing the files (nothing is uploaded)")
         how = self._how()
         found = Preview(*self._run, **how)
         self.push.disabled = not found.is_finished
-        say("Nothing is sent yet." if found.is_finished else "")
-        who = "private: only you can read it" if how["private"] else "PUBLIC: everybody can read it"
+        say("Nothing has been uploaded yet." if found.is_finished else "")
+        who = "private: only you can read it" if how["private"] else "PUBLIC: anyone can read it"
         return f"<p>{html.escape(how['to'])}, {who}.</p>{found._repr_html_()}"
 
     def _push(self, say):
@@ -108,10 +108,10 @@ class HubBox(Action):
 
 
 def gguf_box(study, method, *, is_interactive=None):
-    """Show a button that makes a GGUF file with a Modelfile, and then the commands that run it in Ollama."""
+    """Show a button that makes a GGUF file with a Modelfile, and then the commands to run it in Ollama."""
     if not can_click(is_interactive):
         command = f"peftlib export {method} --study {study.cfg.study} --form gguf --to FOLDER"
-        return off("it takes minutes and a file of the model's size", command)
+        return off("it takes minutes and writes a file as large as the model", command)
     import ipywidgets as w
 
     quant = w.Dropdown(options=QUANTS, description="type", **look("12rem", "4rem"))

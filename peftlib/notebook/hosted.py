@@ -1,4 +1,4 @@
-"""Notebooks on Colab, Kaggle and elsewhere: say before work begins what runs here, what it takes and what it lacks."""
+"""Notebooks on Colab, Kaggle and elsewhere: print the hardware, the plan with its cost, and what is missing."""
 
 import contextlib
 import importlib.metadata
@@ -23,12 +23,12 @@ _CHOOSE_GPU = {
     "kaggle": "Settings > Accelerator > GPU T4 x2",
 }
 _DRIVE = (
-    "or keep the study on Google Drive: let 01_data and this notebook mount it, as they ask by default; where "
-    "PEFTLIB_DRIVE=0 is set, setup({name!r}, drive=True) mounts it. "
+    "or keep the study on Google Drive: let 01_data and this notebook mount it (they ask by default; if "
+    "PEFTLIB_DRIVE=0 is set, use setup({name!r}, drive=True)). "
 )
 _KAGGLE_KEEPS = (
-    "Kaggle keeps /kaggle/working where Settings > Persistence says so; another notebook's output can be added by "
-    "Add Input and copied to {root}. "
+    "Kaggle keeps /kaggle/working if Settings > Persistence is on; you can also add another notebook's output with "
+    "Add Input and copy it to {root}. "
 )
 
 # What `make demo` takes on two CPU cores (README), and its largest training (results/demo/results.csv).
@@ -36,13 +36,13 @@ DEMO_MINUTES, DEMO_GIB = 10, 2.4
 
 
 def show_runtime():
-    """Print in one line what runs here, what the profile will do, and what that takes; where a GPU is missing, more.
+    """Print one line with the hardware, what the profile will do, and its cost; more lines if there is no GPU.
 
     ModelError: see require_sound_packages.
     """
     require_sound_packages()
     if not is_watched():  # its settings are injected below this cell
-        print(f"{runtime()}: the setup cell says what is planned")
+        print(f"{runtime()}: the setup cell shows the plan")
         return
     cfg = resolve(**with_first_profile({}))
     print(f"{runtime()}: {plan(cfg)}")
@@ -80,7 +80,7 @@ def runtime():
 
 
 def plan(cfg):
-    """What a config will do here, with the planner's time and memory, in words."""
+    """What a config will do here, with the planner's time and memory, as text."""
     from peftlib.models.shapes import card_at_hand, shape_of
     from peftlib.notebook.planner import TRAINED, notebooks_cost
     from peftlib.train.estimate import duration, forecast
@@ -91,15 +91,15 @@ def plan(cfg):
     here = card_at_hand() if resolve_device(cfg.device) == "cuda" else None
     if here is None:
         is_demo = cfg.fields_of("data", "math") == resolve("demo").fields_of("data", "math")
-        known = f"up to {DEMO_MINUTES} min and {DEMO_GIB} GiB for 01 to 05, as measured on two cores"
-        return f"{doing}; {known if is_demo else 'how long is not known for this machine'}"
+        known = f"up to {DEMO_MINUTES} min and {DEMO_GIB} GiB for 01 to 05, measured on two cores"
+        return f"{doing}; {known if is_demo else 'the time on this machine is unknown'}"
     with contextlib.suppress(ModelError):
         found = forecast(cfg, *here, shape=shape_of(cfg.model), names=TRAINED)
         low, high, size = notebooks_cost(found) or (0, 0, 0)
         if not size:
             return f"{doing}; {found.refusal or 'not every method fits this card'}"
-        return f"{doing}; 01 to 05 take {duration(low, high)} and {size:.1f} GiB, as planned, downloads not counted"
-    return f"{doing}; what it takes is not known for this model"
+        return f"{doing}; 01 to 05 take {duration(low, high)} and {size:.1f} GiB (estimate, without downloads)"
+    return f"{doing}; time and memory are unknown for this model"
 
 
 def require_sound_packages(modules=None, version=importlib.metadata.version):
@@ -113,20 +113,20 @@ def require_sound_packages(modules=None, version=importlib.metadata.version):
         if loaded and installed and Version(loaded) != Version(installed):
             menu = {"colab": "Runtime > Restart session", "kaggle": "Run > Restart & clear cell outputs"}.get(host())
             raise ModelError(
-                f"{name} {loaded} was loaded before {installed} was installed, and the two do not mix: restart the "
-                f"session ({menu or 'the kernel'}) and run the cells from the top, nothing before the install cell"
+                f"{name} {loaded} was imported before {installed} was installed, and the two do not mix: restart the "
+                f"session ({menu or 'the kernel'}) and run the cells from the top, starting with the install cell"
             )
     torchao = _installed("torchao", version)
     if torchao and Version(torchao) < Version(TORCHAO_MIN):
         raise ModelError(
-            f"torchao {torchao} is installed, and PEFT works with none older than {TORCHAO_MIN}: run "
-            f'%pip install -q "torchao>={TORCHAO_MIN}" in a cell, or %pip uninstall -y torchao, and go on '
+            f"torchao {torchao} is installed, but PEFT needs {TORCHAO_MIN} or newer: run "
+            f'%pip install -q "torchao>={TORCHAO_MIN}" in a cell, or %pip uninstall -y torchao, and continue '
             "(no restart needed)"
         )
 
 
 def quiet_torchao():
-    """Silence torchao's own SyntaxWarning (an escape in a docstring), which Colab's cells would show."""
+    """Silence torchao's SyntaxWarning (an escape in a docstring), which Colab's cells would show."""
     if host() in _CHOOSE_GPU:
         warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*torchao")
 
@@ -139,14 +139,14 @@ def _installed(name, version):
 
 
 def without_gpu(device, cfg):
-    """Lines for a session of Colab or Kaggle without a GPU: how to get one, and what happens otherwise; else []."""
+    """Lines for a Colab or Kaggle session without a GPU: how to get one, and what happens without; else []."""
     if device != "cpu" or host() not in _CHOOSE_GPU:
         return []
-    lines = [f"no GPU     this session has none: {_CHOOSE_GPU[host()]}, then run the cells from the top"]
+    lines = [f"no GPU     choose one with {_CHOOSE_GPU[host()]}, then run the cells from the top"]
     if cfg.profile == "demo":
-        what = f"{_model_of(cfg)}, {cfg.train_rows} rows a source, minutes"
-        return [*lines, f"           without one all works as a small demo: {what}"]
-    return [*lines, f'           without one profile = {cfg.profile!r} takes days: profile = "demo" is made for it']
+        what = f"{_model_of(cfg)}, {cfg.train_rows} rows per source, minutes"
+        return [*lines, f"           without a GPU everything runs as a small demo: {what}"]
+    return [*lines, f'           without a GPU profile = {cfg.profile!r} takes days: use profile = "demo"']
 
 
 def _model_of(cfg):
@@ -154,7 +154,7 @@ def _model_of(cfg):
 
 
 def where_data_come_from(name, study):
-    """What to do on Colab or Kaggle when a notebook finds no data of its study; '' elsewhere."""
+    """What to do on Colab or Kaggle if a notebook finds no data of its study; '' elsewhere."""
     if host() not in _CHOOSE_GPU:
         return ""
     cfg = study.cfg
@@ -164,6 +164,6 @@ def where_data_come_from(name, study):
     line = "%run -m peftlib " + shlex.join(["data", "--profile", cfg.profile, "--study", cfg.study, *fields])
     kept = _DRIVE.format(name=name) if host() == "colab" else _KAGGLE_KEEPS.format(root=study.folder.parent)
     return (
-        f"Every notebook that is opened by its badge gets its own machine. Make the data here with this line in a "
+        f"Every notebook opened from its badge gets its own machine. To build the data here, run this line in a "
         f"cell:\n    {line}\n{kept}Then run this cell again."
     )

@@ -1,6 +1,6 @@
-"""The study form: what a choice of settings costs on a GPU before anything is trained.
+"""The study form: what settings cost on a GPU, before anything is trained.
 
-It changes nothing; it shows the lines for the parameters cell, and the command, that apply a choice.
+It changes nothing; it shows the lines for the parameters cell, or the command, that apply a choice.
 """
 
 import html
@@ -20,20 +20,20 @@ from peftlib.train import estimate
 
 CHOICES: tuple[str, ...] = ("model", "train_rows", "max_length", "epochs", "batch_size")
 CHOICES += ("lora_rank", "galore_rank", "moment_bits", "galore_weights")
-_WITHOUT_GPU = "t4"  # what is planned for where this machine has none: Colab's and Kaggle's free one
-TRAINED = ("qlora", "galore", "hybrid")  # by 02, 03 and 05; 04 and 05 answer with them and with base
-# Tokens/s that the engine answered with on an H100, by rows: Gemma 3 270M in 16 bits (results/bench/generate.json).
+_WITHOUT_GPU = "t4"  # planned for if this machine has no GPU: the free one of Colab and Kaggle
+TRAINED = ("qlora", "galore", "hybrid")  # by 02, 03 and 05; 04 and 05 generate answers with them and with base
+# Tokens/s of the engine on an H100 by number of rows: Gemma 3 270M in 16 bits (results/bench/generate.json).
 ANSWERED = {192: 9456, 1800: 26418}
-OPENING_S = 45.0  # of each notebook: loading models, its demonstrations, the first step. An allowance, not measured
+OPENING_S = 45.0  # per notebook: loading models, its demonstrations, the first step. An allowance, not measured
 _MODELS = (PACKAGED_MODEL, *(f"google/{name}-{kind}" for name in SHAPES for kind in ("it", "pt")))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the form says about some choices.
+    """The form's result for some choices.
 
     refused: why they are impossible, or ''. cfg: the Config, or None. forecast: estimate.Forecast, or None if the
-    model's shape is unknown. remarks: further lines, without the forecast's own notes.
+    model's shape is unknown. remarks: more lines, without the forecast's own notes.
     """
 
     refused: str = ""
@@ -43,7 +43,7 @@ class Answer:
 
 
 def study_form(study, *, is_interactive=None):
-    """Show widgets to try choices with, or the plan of the study's config where nobody can click."""
+    """Show widgets to try settings, or the plan of the study's config in a headless run."""
     if can_click(is_interactive):
         return _widgets(study)
     found = answer(study, {})
@@ -52,7 +52,7 @@ def study_form(study, *, is_interactive=None):
 
 
 def answer(study, choices, card_name=None):
-    """The Answer to {field: value} on a card of models.shapes, None for the one here. ConfigError: no such card."""
+    """The Answer for {field: value} on a card of models.shapes, None for this machine's. ConfigError: no such card."""
     try:
         cfg = study.cfg.replace(**choices)
     except PeftlibError as error:
@@ -69,7 +69,7 @@ def answer(study, choices, card_name=None):
 
 
 def notebooks_cost(found):
-    """(shortest, longest seconds of 01 to 05, GiB of the largest training) by a Forecast; None: one does not fit."""
+    """(min seconds, max seconds of 01 to 05, GiB of the largest training) of a Forecast; None: one does not fit."""
     costs = [cost for cost in found.costs if cost.method in TRAINED]
     if not all(cost.fits for cost in costs):
         return None
@@ -87,7 +87,7 @@ def notebooks_parts(found):
     n_rows, n_models = cfg.test_rows * len([part for part in cfg.sources.split(";") if part.strip()]), len(TRAINED) + 1
     measured = ANSWERED[max((n for n in ANSWERED if n <= n_rows), default=min(ANSWERED))]
     speeds = answering_speeds(measured, source, card, shape_of(cfg.model))
-    # Reading is at least as fast as training.
+    # A forward pass is at least as fast as training.
     reads = max(cost.speed.high for cost in costs), min(cost.speed.low for cost in costs)
     shares = 1 / 5, 1.0  # of the longest row and answer, as study_tokens has it
     lengths = [n_rows * cfg.max_length * share + cfg.general_tokens for share in shares]
@@ -110,12 +110,12 @@ def answering_speeds(measured, source, card, shape):
 
 
 def _numbers(shape):
-    """How many weights each token is multiplied by."""
+    """Number of weights that each token is multiplied with."""
     return sum(map(math.prod, shape.all_matrices(PROJECTIONS))) + shape.vocabulary * shape.hidden
 
 
 def parameter_lines(cfg):
-    """['NAME = VALUE', ...] for the parameters cell: profile, study, and what differs from the profile."""
+    """['NAME = VALUE', ...] for the parameters cell: profile, study, and differences from the profile."""
     return [f"{name} = {value!r}" for name, value in {"profile": cfg.profile, "study": cfg.study, **_set(cfg)}.items()]
 
 
@@ -126,27 +126,27 @@ def command(cfg):
 
 
 def as_html(found):
-    """An Answer as HTML: its text, the table with bars of memory, the resolved config, the lines and the command."""
+    """An Answer as HTML: its text, the table with memory bars, the resolved config, the lines and the command."""
     parts = []
     if found.refused:
         parts.append(f"<p><b>Not possible:</b> {html.escape(found.refused)}</p>")
     if found.forecast is not None:
         parts += [f"<p>{html.escape(found.forecast.headline)}</p>", _html_table(found.forecast)]
         cost = notebooks_cost(found.forecast)
-        parts += [f"<p>All five notebooks: {estimate.duration(*cost[:2])}, downloads not counted.</p>"] if cost else []
+        parts += [f"<p>All five notebooks: {estimate.duration(*cost[:2])}, without downloads.</p>"] if cost else []
     parts += [f"<p>{html.escape(line)}</p>" for line in found.remarks]
     if found.forecast is not None:
-        parts.append(folded("what these numbers rest on", "\n".join(found.forecast.notes())))
+        parts.append(folded("basis of these estimates", "\n".join(found.forecast.notes())))
     if found.cfg is not None:
         lines = "\n".join(parameter_lines(found.cfg))
-        parts.append(f"<p>To apply this, put these lines into the settings cell and run it again:</p>{plain(lines)}")
-        parts.append(f"<p>or, without a browser:</p>{plain(command(found.cfg))}")
+        parts.append(f"<p>To apply this, copy these lines into the settings cell and run it again:</p>{plain(lines)}")
+        parts.append(f"<p>or run this command:</p>{plain(command(found.cfg))}")
         parts.append(folded("resolved config", describe(found.cfg)))
     return "".join(parts)
 
 
 def _of_a_free_study(study, cfg, remarks):
-    """cfg, under the name of a new study if data or runs of this one fix other values, which `remarks` then says."""
+    """cfg, renamed to a new study (with a remark) if data or runs of this one fix other values."""
     try:
         return Study.open(cfg).cfg
     except StudyError as error:
@@ -163,7 +163,7 @@ def _card(name, remarks):
     if here is not None and name in (None, here[0]):
         return here
     if here is None and name is None:
-        remarks.append(f"this machine has no GPU that is known here, so the plan is for a {_WITHOUT_GPU}")
+        remarks.append(f"this machine has no known GPU, so the plan is for a {_WITHOUT_GPU}")
     return find_card(name or _WITHOUT_GPU)
 
 
@@ -174,7 +174,7 @@ def _manifest(study, cfg):
 
 
 def _set(cfg):
-    """{field: value} of what differs from the profile."""
+    """{field: value} of the differences from the profile."""
     plain = vars(resolve(cfg.profile, study=cfg.study))
     return {name: value for name, value in vars(cfg).items() if value != plain[name]}
 
@@ -209,7 +209,7 @@ def _widgets(study):
 
     def take_profile(change):
         nonlocal base, is_changing
-        base, is_changing = study, True  # one answer, not one a widget
+        base, is_changing = study, True  # one answer, not one per widget
         if profile.value:
             base = Study(study.folder.parent / profile.value, resolve(profile.value))
         for name, widget in inputs.items():
@@ -231,4 +231,4 @@ def _input(w, name, value):
         return w.Dropdown(options=choices, **given)
     if name == "model":
         return w.Combobox(options=tuple(dict.fromkeys((value, *_MODELS))), continuous_update=False, **given)
-    return w.IntText(**given)  # unbounded: the config's own message refuses what is impossible
+    return w.IntText(**given)  # unbounded: the config rejects impossible values with its own message

@@ -1,4 +1,4 @@
-"""A report in a notebook's cells: its charts, benchmarks and answers, to pick from where somebody can click."""
+"""A report in a notebook's cells: its charts, benchmarks and answers, interactive if a user can click."""
 
 import html
 
@@ -17,13 +17,13 @@ from peftlib.report.tables import benchmark_table
 
 _STATIC = ("scores", "rougeL_by_source", "rougeL_against_memory", "rewind")  # of a report's figures
 ALL = "all sources"
-_STATIC_CHARACTERS = 400  # of a text in the static table, which stays in executed notebooks
+_STATIC_CHARACTERS = 400  # of a text in the static table, which executed notebooks keep
 _CSV_NAME, _CSV = "answers.download.csv", "text/csv"
-_LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; a notebook that holds more gets slow
+_LINK_LIMIT_BYTES = 2_000_000  # of a file inside a link; larger ones make notebooks slow
 
 
 def show_charts(report, *, is_interactive=None):
-    """Show a report.Report's charts in a cell: a ChartPanel, or its main figures where nobody can click."""
+    """Show a report.Report's charts in a cell: a ChartPanel, or its main figures in a headless run."""
     if can_click(is_interactive):
         return ChartPanel(report)
     _display_figures(report, _STATIC)
@@ -32,9 +32,9 @@ def show_charts(report, *, is_interactive=None):
 
 
 def show_benchmarks(study, report):
-    """Score what the study's setting `benchmarks` names, and show it as a table and two figures.
+    """Score the benchmarks of the study's setting `benchmarks` and show a table and two figures.
 
-    Returns the Report, built again where anything was scored.
+    Returns the Report, rebuilt if anything was scored.
     """
     from IPython.display import display
 
@@ -56,7 +56,7 @@ def _display_figures(report, names):
 
 
 def explore(report, *, is_interactive=None):
-    """Show a report.Report's answers in a cell: an Explorer, or the most telling rows where nobody can click."""
+    """Show a report.Report's answers in a cell: an Explorer, or the most telling rows in a headless run."""
     answers, theme = Answers(report.study), THEMES[report.theme]
     if not answers.runs:
         return StaticRows(["No answers yet: run the cells above."], "no answers yet")
@@ -66,7 +66,7 @@ def explore(report, *, is_interactive=None):
 
 
 class ChartPanel(Shown):
-    """Widgets over a Report's numbers; `box` holds them all."""
+    """Widgets for a Report's charts; `box` contains them all."""
 
     instead = "charts (run the cell to see them)"
 
@@ -88,7 +88,7 @@ class ChartPanel(Shown):
 
     def _change_kind(self, change):
         choices, wanted = row_choices(self._report.numbers, self.kind.value), self.rows.value
-        self._is_changing = True  # one drawing, not one a widget
+        self._is_changing = True  # draw once, not once per widget
         self.rows.options, self.rows.disabled = choices, len(choices) == 1
         self.rows.value = wanted if wanted in choices else choices[0]
         self._is_changing = False
@@ -120,7 +120,7 @@ def notable_rows(answers, theme):
 
 
 class Explorer(Shown):
-    """Widgets over an Answers; `box` holds them all. folder: gets a CSV that is too large for a link."""
+    """Widgets to explore an Answers; `box` contains them all. folder: for a CSV that is too large for a link."""
 
     def __init__(self, answers, folder, theme):
         self.answers, self._folder, self._theme = answers, folder, theme
@@ -134,7 +134,7 @@ class Explorer(Shown):
         import ipywidgets as w
 
         names, wide, button = list(self.answers.runs), look("17rem"), {"layout": {"width": "7rem"}}
-        hint = {"placeholder": "rows that hold these words", "continuous_update": False}
+        hint = {"placeholder": "rows that contain these words", "continuous_update": False}
         labels = [(label, name) for name, label in METRICS.items()]
         self.source = w.Dropdown(options=[ALL, *self.answers.sources], description="source", **wide)
         self.text = w.Text(description="text", **hint, **wide)
@@ -148,7 +148,7 @@ class Explorer(Shown):
         self.next = w.Button(description="Next", icon="arrow-right", **button)
         self.number = w.BoundedIntText(value=1, min=1, description="row", **look("8rem", "2.2rem"))
         self.count, self.shown, self.download = w.HTML(), w.HTML(), w.HTML()
-        self.csv = w.Button(description="Make CSV", icon="table", tooltip="the rows found, in this order")
+        self.csv = w.Button(description="Make CSV", icon="table", tooltip="the matching rows, in this order")
         choices = [self.source, self.text, self.order, self.metric, self.name, self.other]
         shows = [*self.methods.values(), self.is_marked]
         steps = [self.previous, self.number, self.count, self.next]
@@ -162,7 +162,7 @@ class Explorer(Shown):
         self.csv.on_click(self._make_csv)
 
     def place(self):
-        """Index of the row shown, or None where no row was found."""
+        """Index of the row shown, or None if no row was found."""
         return int(self._found[self.number.value - 1]) if len(self._found) else None
 
     def _find(self, change=None):
@@ -171,7 +171,7 @@ class Explorer(Shown):
         self._found = self.answers.chosen(source=source, text=self.text.value, order=self.order.value, **scores)
         self.name.disabled = self.metric.disabled = self.order.value == FILE
         self.other.disabled = self.order.value not in (GAIN, LOSS)
-        self.download.value = ""  # it offered another choice of rows
+        self.download.value = ""  # it linked another selection of rows
         self._is_moving = True  # the number may change twice; the row is shown once
         self.number.max = max(1, len(self._found))
         self.number.value = 1
@@ -188,12 +188,12 @@ class Explorer(Shown):
         self.count.value = f"of {n:,}"
         self.previous.disabled, self.next.disabled = self.number.value <= 1, self.number.value >= n
         if at is None:
-            self.shown.value = page(["<p>No row holds this text: shorten it, or take all sources.</p>"])
+            self.shown.value = page(["<p>No row contains this text: shorten it, or choose all sources.</p>"])
             return
         against = self.other.value if self.order.value in (GAIN, LOSS) else BASE if BASE in self.methods else None
         how = {"against": against, "theme": self._theme, "is_marked": self.is_marked.value}
         row = row_html(self.answers, at, ticked(self.methods), **how)
-        note = f'<p class="pl-note">In brackets: against {html.escape(against)}, on this row.</p>' if against else ""
+        note = f'<p class="pl-note">In brackets: change from {html.escape(against)}.</p>' if against else ""
         self.shown.value = page([row, note, LEGEND])
 
     def _make_csv(self, button):
@@ -203,5 +203,5 @@ class Explorer(Shown):
             return
         path = self._folder / _CSV_NAME
         write_text(path, content.decode())
-        where = f"It is written: {html.escape(readable_path(path))}"
-        self.download.value = f"{_CSV_NAME} has {size_text(len(content))}, too much for a link. {where}"
+        where = f"Saved to {html.escape(readable_path(path))}"
+        self.download.value = f"{_CSV_NAME} has {size_text(len(content))}, too large for a link. {where}"

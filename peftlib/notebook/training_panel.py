@@ -1,7 +1,7 @@
 """Training with a live panel in a watched notebook; plain log lines elsewhere.
 
-The panel is HTML that is replaced as training goes on. It has no button: the kernel's interrupt button saves and stops,
-and the click of a widget would not arrive before the cell ends.
+The panel is HTML that is updated during training. It has no button: the kernel's interrupt button saves and stops,
+and a widget's click would only arrive after the cell ends.
 """
 
 import html
@@ -17,10 +17,10 @@ from peftlib.report.render import folded, plain
 from peftlib.train.callbacks import Callback, clock
 from peftlib.train.parallel.helpers import helping
 
-_SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # no more often than this
-_SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # of the time, at most
+_SHOW_EVERY_S, _DRAW_EVERY_S = 1.0, 2.0  # minimum seconds between updates
+_SHOW_SHARE, _DRAW_SHARE = 0.005, 0.01  # maximum share of the time
 _LAST_LINES = 6  # of the log that the panel shows
-_NEARLY_FULL = 0.9  # of the memory's limit
+_NEARLY_FULL = 0.9  # share of the memory limit
 _GREY, _WARNING = "#7f7f7f", LIGHT.color_of("galore")
 _STOP = "To stop, interrupt the kernel: it saves a checkpoint first, and this cell resumes from there when run again."
 
@@ -39,7 +39,7 @@ def train_live(run):
 
 
 class Panel(Callback):
-    """The state of a run, its losses and the last log lines. As a context manager it takes the run's log."""
+    """The state of a run, its losses and the last log lines. As a context manager it captures the run's log."""
 
     def __init__(self, run):
         self._run = run
@@ -56,17 +56,17 @@ class Panel(Callback):
             self._handle.update(ending(self._last, self._lines), raw=True)
 
     def wants_numbers(self):
-        """About once a second, less often where showing takes long."""
+        """About once a second, less often if showing takes long."""
         return self._show.is_due()
 
     def show(self, snapshot):
-        """Show a Snapshot, unless the last one was shown a moment ago."""
+        """Show a Snapshot, unless one was shown a moment ago."""
         self._last = snapshot
         if self._handle is None:
             self._display()
         elif not (snapshot.is_over or self._show.is_due()):
             return
-        if snapshot.history and not snapshot.is_over and self._draw.is_due():  # in the end the picture goes
+        if snapshot.history and not snapshot.is_over and self._draw.is_due():  # the final state has no picture
             with self._draw:
                 chart = figures.loss_curves([vars(snapshot)], THEMES[self._run.cfg.theme])
                 self._picture = image(chart.png(), chart.alt, "max-width:min(100%,630px)")
@@ -76,7 +76,7 @@ class Panel(Callback):
             self._handle.update({"text/html": shown, "text/plain": summary(snapshot)}, raw=True)
 
     def _say(self, line):
-        # Until the panel stands, and if it breaks, lines are printed as ever.
+        # Until the panel is shown, and if it fails, lines are printed as usual.
         if self._handle is None or self.is_dropped:
             self._print(line)
         else:
@@ -86,17 +86,17 @@ class Panel(Callback):
         from IPython.display import display
 
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)
-        figures.loss_curves([]).png()  # the first one takes several times as long
+        figures.loss_curves([]).png()  # the first drawing takes several times as long
 
 
 class _Pace:
-    """When a piece of work is due again: not before `every_s` seconds, nor beyond its share of the time."""
+    """When an update is due again: at least `every_s` seconds apart, and within its share of the time."""
 
     def __init__(self, every_s, share):
         self._every_s, self._share, self._next_at = every_s, share, 0.0
 
     def is_due(self):
-        """Whether it may be done now."""
+        """Whether an update is due now."""
         return time.monotonic() >= self._next_at
 
     def __enter__(self):
@@ -108,7 +108,7 @@ class _Pace:
 
 
 def facts(snapshot):
-    """{name: text} of what is known of a callbacks.Snapshot, in the order of the panel."""
+    """{name: text} of the known facts of a callbacks.Snapshot, in the panel's order."""
     found = {
         "speed": snapshot.tokens_per_second and f"{snapshot.tokens_per_second:,.0f} tokens/s",
         "time left": None if snapshot.is_over or snapshot.seconds_left is None else clock(snapshot.seconds_left),
@@ -116,7 +116,7 @@ def facts(snapshot):
         "validation": _last(snapshot.valid_history, "valid_loss"),
         "memory": _memory(snapshot),
         "checkpoint": _checkpoint(snapshot),
-        "copy": snapshot.copy or "none, only this disk has it",
+        "copy": snapshot.copy or "none, only on this disk",
         "precision": f"{snapshot.precision} on {snapshot.device}",
         "skipped steps": f"{snapshot.skipped_steps} (fp16 overflow)" if snapshot.skipped_steps else None,
     }
@@ -129,23 +129,23 @@ def _last(history, name):
 
 
 def _memory(snapshot):
-    """Memory now against its limit, and its peak."""
+    """Current memory, its limit, and its peak."""
     now = f"{gib(snapshot.memory_bytes):.2f} of {gib(snapshot.memory_limit_bytes):.1f} GiB"
     peak = f"{gib(snapshot.peak_memory_bytes):.2f}"
     if snapshot.reserved_bytes is None:
-        return f"{now}, has grown by up to {peak}"
+        return f"{now}, peak growth {peak}"
     return f"{now}, {gib(snapshot.reserved_bytes):.2f} reserved, peak {peak}"
 
 
 def _checkpoint(snapshot):
     """The step from which a run would resume."""
     if snapshot.status == "ok":
-        return "not needed any more, the weights are saved"
+        return "no longer needed, the weights are saved"
     if snapshot.saved_step is None:
         return "being written" if snapshot.is_saving else "none yet"
     if snapshot.is_over:
         return f"step {snapshot.saved_step}"
-    age = "of an earlier session"
+    age = "from an earlier session"
     if snapshot.saved_at is not None:
         seconds = time.time() - snapshot.saved_at
         age = f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"
@@ -153,7 +153,7 @@ def _checkpoint(snapshot):
 
 
 def summary(snapshot):
-    """How far a run is, in one line."""
+    """A run's progress, in one line."""
     of_all = f"step {snapshot.step:,} of {snapshot.planned_steps:,}"
     told = {
         "running": of_all,
@@ -165,7 +165,7 @@ def summary(snapshot):
 
 
 def state(snapshot):
-    """The state as HTML: the line, how far it is, the facts, memory as a bar."""
+    """The state as HTML: the summary, a progress bar, the facts, a memory bar."""
     limit = max(1, snapshot.memory_limit_bytes)
     used, held = snapshot.memory_bytes / limit, (snapshot.reserved_bytes or 0) / limit
     bars = {"memory": bar(used, _WARNING if max(used, held) > _NEARLY_FULL else _GREY, held=held)}
@@ -183,7 +183,7 @@ def state(snapshot):
 
 
 def ending(snapshot, lines):
-    """What stays in the notebook: {MIME type: text} of the last state and all lines of the log."""
+    """The notebook's final output: {MIME type: text} of the last state and all log lines."""
     shown = state(snapshot) if snapshot else ""
     told = folded(f"log, {len(lines)} lines", "\n".join(lines)) if lines else ""
     words = list(lines)

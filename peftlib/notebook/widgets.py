@@ -1,6 +1,6 @@
-"""What the notebooks' widgets share, under ipywidgets 7 (Colab) and 8: how they are shown, and links that save a file.
+"""Shared code of the notebooks' widgets, for ipywidgets 7 (Colab) and 8: display, and links that save a file.
 
-Only version 8 gives widgets `_repr_mimebundle_`; version 7 offers no way to put other text beside them. The bundle that
+Only version 8 gives widgets `_repr_mimebundle_`; with version 7 no other text can be added to them. The bundle that
 a front end needs is the same for both.
 """
 
@@ -12,13 +12,13 @@ from peftlib.core.errors import PeftlibError
 from peftlib.core.session import is_watched
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-LINE = {"flex_flow": "row wrap", "grid_gap": "4px 10px", "align_items": "center"}  # layout of a line of controls
+LINE = {"flex_flow": "row wrap", "grid_gap": "4px 10px", "align_items": "center"}  # layout of a row of controls
 
 
 def can_click(is_interactive=None):
-    """Whether somebody looks at this notebook and it can show widgets; False outside notebooks and in headless runs.
+    """Whether a user can click widgets in this notebook; False outside notebooks and in headless runs.
 
-    is_interactive: the answer of a caller who knows it.
+    is_interactive: the answer, if the caller knows it.
     """
     if is_interactive is not None:
         return is_interactive
@@ -26,12 +26,12 @@ def can_click(is_interactive=None):
 
 
 def off(why, command):
-    """Print in a headless run why a cell does nothing, and the command that does its work; returns None."""
-    print(f"off in a headless run, because {why}: `{command}` does it")
+    """Print why a cell does nothing in a headless run, and the command to use instead; returns None."""
+    print(f"off in a headless run, because {why}: use `{command}`")
 
 
 class Shown:
-    """A class whose instances a notebook shows as their `box`, a widget; `instead` is the text beside it."""
+    """Base class: a notebook shows instances as their `box`, a widget, with the fallback text `instead`."""
 
     def _repr_mimebundle_(self, **given):
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
@@ -39,7 +39,7 @@ class Shown:
 
 
 class Action(Shown):
-    """A button that does `work(say)` between cells and shows the HTML that it returns; errors go to the status line.
+    """A button that runs `work(say)` between cells and shows the HTML that it returns; errors go to the status line.
 
     controls: as for stacked, above the button.
     """
@@ -54,15 +54,15 @@ class Action(Shown):
         self.button.on_click(lambda _: self.do(self._work))
 
     def say(self, text):
-        """Show a line of text beside the button."""
+        """Show a status line next to the button."""
         self.status.value = html.escape(str(text))
 
     def do(self, work):
-        """Do some work as the button does."""
+        """Run some work as the button does."""
         self.button.disabled = True
         try:
             self.shown.value = work(self.say) or ""
-        except Exception as error:  # noqa: BLE001 - on Colab nobody sees the traceback of a click
+        except Exception as error:  # noqa: BLE001 - Colab does not show the traceback of a click
             self.say(error if isinstance(error, PeftlibError) else f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
             self.say("Interrupted.")
@@ -90,7 +90,7 @@ def ticked(boxes):
 
 
 def stacked(*parts):
-    """A VBox of widgets, and of lists of them, each of which is a line of controls that wraps."""
+    """A VBox of widgets; a list of widgets becomes a row of controls that wraps."""
     import ipywidgets
 
     lines = (ipywidgets.Box(part, layout=LINE) if isinstance(part, list) else part for part in parts)
@@ -98,7 +98,7 @@ def stacked(*parts):
 
 
 def bar(share, color="currentColor", *, held=0.0, height_px=6):
-    """HTML of a grey bar, a share of it in a colour. held: a larger share in a light tone; the colour is hex then."""
+    """HTML of a grey bar with a share of it coloured. held: a larger share in a light tone; needs a hex colour."""
 
     def part(width, tone, inside=""):
         return f'<div style="width:{min(1.0, max(0.0, width)):.1%};height:100%;background:{tone}">{inside}</div>'
@@ -111,8 +111,8 @@ def bar(share, color="currentColor", *, held=0.0, height_px=6):
 def link(name, content, kind):
     """HTML of a link that saves `content` (bytes of MIME type `kind`) as `name`.
 
-    The file is in the link itself, as a data: address: no path has to be within the browser's reach, JupyterLab leaves
-    such links alone, VS Code opens a save dialog, and no kernel on Colab or Kaggle is asked.
+    The file is in the link itself, as a data: URL: the browser needs no access to a path, JupyterLab does not change
+    such links, VS Code opens a save dialog, and it works without a kernel on Colab and Kaggle.
     """
     name, address = html.escape(name), f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return f'<a style="text-decoration:underline" download="{name}" href="{address}">Download {name}</a>'

@@ -1,4 +1,4 @@
-"""The test rows of a study with every run's answer: searched, sorted, written as CSV, and compared word by word."""
+"""The test rows of a study with every run's answer: search, sorting, CSV export, and word-level comparison."""
 
 import csv
 import difflib
@@ -11,7 +11,7 @@ import pandas as pd
 from peftlib.evaluation import rouge
 from peftlib.evaluation.results import BASE, prompt_text
 
-# As a row's own scores are called; BLEU needs smoothing on one row, the table's corpus BLEU-4 does not.
+# Names of a row's own scores; BLEU needs smoothing on one row, unlike the table's corpus BLEU-4.
 METRICS = {"rougeL": "ROUGE-L", "bleu4": "BLEU-4 of the row"}
 _COLUMNS = {"rougeL": "rougeL", "bleu4": "sample_bleu4"}
 FILE, HIGHEST, LOWEST, GAIN, LOSS = "file order", "highest score", "lowest score", "largest gain", "largest loss"
@@ -21,7 +21,7 @@ SAME, OTHER = "same", "other"
 
 
 class Answers:
-    """n test rows and their answers. runs: {name: results.Run}; a name is the method's, with the seed if it has
+    """n test rows and their answers. runs: {name: results.Run}; a name is the method's, plus the seed if it has
     several."""
 
     def __init__(self, found):
@@ -93,7 +93,7 @@ class Answers:
     def to_csv(self, found, names):
         """CSV text of the rows with these indices, in that order, with the answers and scores of some runs.
 
-        A spreadsheet takes no cell for a formula.
+        Spreadsheets do not read cells as formulas.
         """
         columns = {name: [_as_text(self.rows[at][name]) for at in found] for name in ("source", "id")}
         columns["prompt"] = [_as_text(self.prompts[at]) for at in found]
@@ -105,20 +105,20 @@ class Answers:
                 columns[f"{name} {label}"] = [f"{score:.6f}" for score in self.scores(name, metric)[list(found)]]
             columns[f"{name} n_tokens"] = [run.n_tokens[at] for at in found]
             columns[f"{name} finish_reason"] = [run.finish_reasons[at] for at in found]
-        # All quoted, or a lone carriage return would begin a new row, and with it a formula.
+        # Quote all cells: otherwise a lone carriage return would start a new row, possibly with a formula.
         return pd.DataFrame(columns).to_csv(index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
 
 
 def _as_text(cell):
-    """A cell that no spreadsheet takes for a formula: the apostrophe is what OWASP advises against CSV injection."""
+    """A cell that spreadsheets do not read as a formula: OWASP advises the apostrophe against CSV injection."""
     return f"'{cell}" if cell.startswith(_FORMULA_STARTS) else cell
 
 
 def marked(answer, reference):
     """[(SAME or OTHER, text), ...] whose texts join to the answer.
 
-    Words are ROUGE's (any script; case and punctuation are ignored); what stands between two words belongs to the first
-    one. The longest common runs are matched first (difflib), so that a phrase stays in one piece.
+    Words are ROUGE's (any script; case and punctuation are ignored); text between two words belongs to the first one.
+    The longest common runs are matched first (difflib), so that phrases stay together.
     """
     spans, wanted = _spans(answer), [_key(reference[a:b]) for a, b in _spans(reference)]
     own = [_key(answer[a:b]) for a, b in spans]

@@ -1,6 +1,6 @@
-"""The report of a study: tables, report.md, report.html and figures, made from records and predictions alone.
+"""The report of a study: tables, report.md, report.html and figures, made only from records and predictions.
 
-The same inputs give the same bytes. Nothing is written before everything was read, checked and scored.
+The same inputs give the same bytes. Nothing is written before everything has been read, checked and scored.
 """
 
 from dataclasses import dataclass, field
@@ -24,16 +24,19 @@ from peftlib.train import run_record
 from peftlib.train.sweep import verdict
 
 N_SAMPLES = 10
-_MOST_PAIRS, _COMPARED = 60, 6  # pairs that a reader may look through; else methods that all are compared with
+_MOST_PAIRS, _COMPARED = (
+    60,
+    6,
+)  # maximum number of listed pairs; beyond it, number of methods that all are compared with
 _ANSWER_CHARACTERS = 700  # of an answer in the report
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a study's report holds, as its templates and notebooks show it."""
+    """A study's report, as its templates and notebooks show it."""
 
     results: pd.DataFrame  # results.csv
-    table: pd.DataFrame  # texts: before and after training, one row a method
+    table: pd.DataFrame  # texts: before and after training, one row per method
     per_source: pd.DataFrame  # numbers, as `pairs` and `scores`
     pairs: pd.DataFrame
     scores: pd.DataFrame
@@ -43,13 +46,13 @@ class Report:
     dark_figures: dict
     alt: dict  # {name: text}
     numbers: charts.Numbers = field(repr=False)
-    samples: list = field(repr=False)  # dicts of source, id, prompt, reference and one answer a method
+    samples: list = field(repr=False)  # dicts of source, id, prompt, reference and one answer per method
     notes: list  # differences in setup that limit the comparison
     judged: list  # of verdicts.Judged
     agreed: list  # of rates.Agreement
     n_other_verdicts: int  # on other answers or under another rubric
     benchmarks: list  # of scores.TaskScores
-    rates: dict  # {method: what its swept rates may be called}
+    rates: dict  # {method: verdict on its swept rates}
     study: results.ScoredStudy = field(repr=False)
     folder: Path
     theme: str  # of the study's notebooks, 'light' or 'dark'
@@ -63,7 +66,7 @@ class Report:
 def build_report(study: Study) -> Report:
     """Score the study's runs, write its results.csv, pairs.csv, report.md, report.html and figures; returns the Report.
 
-    StudyError: no data or records yet, or records and predictions that do not belong together (nothing is written).
+    StudyError: no data or records yet, or records and predictions that do not match (nothing is written).
     """
     # Load and score.
     found, boot, by_source, numbers = scored(study)
@@ -133,9 +136,9 @@ def _by_source(found):
 
 
 def _samples(found):
-    """Up to N_SAMPLES test rows with every method's answer (its first seed), sources in turn.
+    """Up to N_SAMPLES test rows with every method's answer (its first seed), alternating between sources.
 
-    Within a source by the hash of the prompt, so that nobody chose them.
+    Within a source they are ordered by the prompt's hash, so that nobody chose them.
     """
     order = sorted(range(len(found.test_rows)), key=lambda i: found.test_rows[i]["prompt_sha256"])
     by_source = ([i for i in order if found.test_rows[i]["source"] == source] for source in found.sources)
@@ -153,7 +156,7 @@ def _samples(found):
 
 
 def _pair_tables(pairs):
-    """Tables of the differences from the first methods, [] where all pairs can be looked through."""
+    """Tables of the differences from the first methods, [] if all pairs can be listed."""
     others = list(dict.fromkeys(pair.other for pair in pairs))[:_COMPARED]
     shown = [pair for pair in pairs if pair.other in others]
     if len(pairs) <= _MOST_PAIRS:
@@ -166,7 +169,7 @@ def _pair_tables(pairs):
 
 
 def _content(report, pairs, benchmark_pairs, by_source):
-    """What the templates are filled with."""
+    """The templates' variables."""
     found = report.study
     versions = {}
     for run in found.runs:

@@ -1,6 +1,6 @@
-"""A matplotlib figure in a theme that shows itself in a notebook and describes its content in words.
+"""A themed matplotlib figure that displays itself in a notebook, with alt text.
 
-Nothing global (pyplot, rcParams) is changed.
+No global state (pyplot, rcParams) is changed.
 """
 
 import html
@@ -19,7 +19,7 @@ _DPI = 150
 
 
 class Chart(Figure):
-    """A figure with `alt`, its content in words, and `is_empty`, whether there was nothing to draw."""
+    """A figure with `alt`, its alt text, and `is_empty`, whether there was nothing to draw."""
 
     def __init__(self, width, height, theme=LIGHT):
         super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.paper)
@@ -40,19 +40,19 @@ class Chart(Figure):
 
 
 def bundle(png, alt):
-    """What a notebook shows of a PNG file's bytes: {MIME type: text}."""
+    """A notebook's display bundle of a PNG file's bytes: {MIME type: text}."""
     return {"text/html": image(png, alt), "text/plain": f"<figure: {alt}>"}
 
 
 def image(png, alt, style="max-width:100%"):
-    """HTML of a PNG file's bytes with its content in words."""
+    """HTML of a PNG file's bytes with alt text."""
     return f'<img alt="{html.escape(alt)}" src="{png_address(png)}" style="{style}">'
 
 
 def save(chart, folder, name, formats=("png", "svg")):
-    """Write NAME.png and NAME.svg, whole or not at all; returns the PNG's path.
+    """Write NAME.png and NAME.svg atomically; returns the PNG's path.
 
-    Equal charts give equal bytes: no dates, and names inside the SVG that follow from its content.
+    Equal charts give equal bytes: no dates, and ids inside the SVG are derived from its content.
     """
     for kind in formats:
         with atomic_path(folder / f"{name}.{kind}") as beside, rc_context({"svg.hashsalt": "peftlib"}):
@@ -61,13 +61,13 @@ def save(chart, folder, name, formats=("png", "svg")):
 
 
 def drawing(width, height, x_label, y_label, theme, grid="y"):
-    """(Chart, its only axes, dressed)."""
+    """(Chart, its only axes, styled)."""
     chart = Chart(width, height, theme)
     return chart, dress(chart.add_subplot(), x_label, y_label, grid)
 
 
 def dress(axes, x_label, y_label, grid="y"):
-    """Axes in their chart's theme, without a box, with a grid along one direction; returns them."""
+    """Style axes in their chart's theme, without a box, with a grid in one direction; returns them."""
     theme = axes.figure.theme
     axes.set_facecolor(theme.paper)
     axes.set_xlabel(x_label, color=theme.ink)
@@ -81,12 +81,12 @@ def dress(axes, x_label, y_label, grid="y"):
 
 
 def title(axes, text):
-    """Set what axes show, above them and to the left."""
+    """Set the axes' title, above them and left-aligned."""
     axes.set_title(text, fontsize=11, color=axes.figure.theme.ink, loc="left")
 
 
 def finished(chart, axes, heading, alt, place=None):
-    """The chart with its heading, its content in words and, at a place of `legend`, its legend."""
+    """The chart with its heading, its alt text and, at a place of `legend`, its legend."""
     title(axes, heading)
     if place:
         legend(axes, place)
@@ -102,12 +102,12 @@ _PLACES = {
 
 
 def legend(axes, place="inside", **look):
-    """A legend without a frame, inside the axes, to their right or above them."""
+    """A frameless legend inside the axes, to their right or above them."""
     axes.legend(**{"frameon": False, "fontsize": 9, "labelcolor": axes.figure.theme.ink, **_PLACES[place], **look})
 
 
 def stacked_bars(axes, labels, parts, looks):
-    """Horizontal stacked bars with a legend above. parts: {name: (labels,) widths}. looks: {name: of its bars}."""
+    """Horizontal stacked bars with a legend above. parts: {name: (labels,) widths}. looks: {name: bar style}."""
     left = np.zeros(len(labels))
     for name, widths in parts.items():
         axes.barh(labels, widths, left=left, edgecolor=axes.figure.theme.paper, label=name, **looks[name])

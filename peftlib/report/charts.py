@@ -1,4 +1,4 @@
-"""Which charts a report has, and the numbers that they are drawn from."""
+"""The charts of a report, and their numbers."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from peftlib.report import figures
 from peftlib.report.chart import save
 from peftlib.report.palette import DARK, LIGHT
 
-# What can be shown of a study, by the name that a reader picks.
+# Charts by the names that a user picks.
 _SCORES = {  # {name: (metric, whether against memory)}; for each source's rows alone, too
     "ROUGE-L": ("rougeL", False),
     "BLEU-4": ("bleu4", False),
@@ -26,18 +26,18 @@ _MEANS = {  # {name: (field of Numbers, title, unit, format)}
     "training speed": ("tokens_per_second", "Speed of training", "tokens/s", ",.0f"),
 }
 KINDS = (*_SCORES, *_MEANS, TRAINING)
-REWIND = "between base and tuned"  # one more of a study that has rewound a method
+REWIND = "between base and tuned"  # an additional chart if a study has rewound a method
 ALL_ROWS, EACH_SOURCE = "all rows", "each source"
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the charts are drawn from."""
+    """The numbers of the charts."""
 
     records: list  # of all runs
     intervals: dict  # {method: {metric: stats.Interval}}, base cut included
     per_source: dict  # {source: the same without base cut}
-    peak_gib: dict  # this and the next five: {method: mean over its finished runs}, if all of them know it
+    peak_gib: dict  # this and the next five: {method: mean over its finished runs}, if all runs have it
     reserved_gib: dict
     eval_loss: dict
     general_loss: dict
@@ -56,7 +56,7 @@ def numbers_of(found, boot, by_source, rewound, benchmarks):
     both = [method for method in changes if method in known and BASE in known]
     texts = [run.general.text_sha256 for run in found.runs if run.general]
 
-    def general_loss(run):  # losses on another text than the first run's cannot be compared with it
+    def general_loss(run):  # losses on another text than the first run's are not comparable
         return run.general.loss if run.general and run.general.text_sha256 == texts[0] else None
 
     def means(value_of):
@@ -114,14 +114,14 @@ def chart_of(numbers, kind, rows=ALL_ROWS, theme=LIGHT):
 
 
 def row_choices(numbers, kind):
-    """What chart_of takes as `rows`: scores are known by row, losses and memory are not."""
+    """The values for `rows` of chart_of: scores are known per row, losses and memory are not."""
     if kind not in _SCORES:
         return [ALL_ROWS]
     return [ALL_ROWS, *([] if _SCORES[kind][1] else [EACH_SOURCE]), *numbers.per_source]
 
 
 def charts_of(numbers, theme=LIGHT):
-    """{name: Chart} of a report; charts that need what is not known are left out."""
+    """{name: Chart} of a report, without charts whose data are unknown."""
     drawn = {
         "loss": chart_of(numbers, TRAINING, theme=theme),
         "scores": figures.score_bars(numbers.intervals, theme=theme),
@@ -138,7 +138,7 @@ def charts_of(numbers, theme=LIGHT):
 
 
 def save_charts(numbers, folder):
-    """Write each chart of a report as PNG and SVG, and for dark pages as NAME-dark.png.
+    """Write each chart of a report as PNG and SVG, and as NAME-dark.png for dark pages.
 
     Returns ({name: PNG path}, {name: path of the dark PNG}, {name: alt text}).
     """

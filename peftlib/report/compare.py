@@ -1,4 +1,4 @@
-"""Studies side by side that answered the same test rows."""
+"""Compare studies that answered the same test rows."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,14 +16,14 @@ from peftlib.report.tables import benchmark_table
 
 
 def compare_studies(studies: Iterable[str | Path]) -> str:
-    """Markdown that compares two or more studies: scores, differences to the first one, settings that differ.
+    """Markdown that compares two or more studies: scores, differences from the first one, settings that differ.
 
-    studies: folders, or names under the output root. StudyError: a folder that is no study, the same one twice, one
-    without scores, or studies of other test rows.
+    studies: folders, or names under the output root. StudyError: a folder that is not a study, the same one twice, one
+    without scores, or studies with different test rows.
     """
     folders = [folder_of(name) for name in studies]
     if len(set(folders)) < max(len(folders), 2):
-        raise StudyError("compare needs two or more different studies: name the folders, e.g. runs/a runs/b")
+        raise StudyError("compare needs two or more different studies: give their folders, e.g. runs/a runs/b")
     names = names_of(folders)
     opened = {name: study_in(folder) for name, folder in zip(names, folders)}
     found = {name: results.load(study) for name, study in opened.items()}
@@ -61,7 +61,7 @@ def compare_studies(studies: Iterable[str | Path]) -> str:
 
 
 def folder_of(name):
-    """The folder of a study that is given as a folder or by name. StudyError: there is none."""
+    """The folder of a study, given as a folder or by name. StudyError: no such study."""
     for folder in (Path(name), output_root() / name):
         if (folder / "config.json").exists():
             return folder.resolve()
@@ -69,12 +69,12 @@ def folder_of(name):
 
 
 def study_in(folder):
-    """The Study in a folder, to be read only: its settings are not looked at."""
+    """The Study in a folder, for reading only: its settings are not checked."""
     return Study(folder, resolve("demo", study=folder.name))
 
 
 def names_of(folders):
-    """Folder names, with as much of the path before them as tells them apart."""
+    """Folder names, with as much of their paths as makes them unique."""
     depth = 1
     while len({folder.parts[-depth:] for folder in folders}) < len(folders):
         depth += 1
@@ -82,7 +82,7 @@ def names_of(folders):
 
 
 def require_same_rows(hashes):
-    """StudyError: studies of unlike test rows. hashes: {name: split_hash}."""
+    """StudyError: studies with different test rows. hashes: {name: split_hash}."""
     if len(set(hashes.values())) > 1:
         listed = "; ".join(f"{name} has {value}" for name, value in hashes.items())
         raise StudyError(f"these studies have different test rows and cannot be compared: split_hash differs: {listed}")

@@ -14,13 +14,13 @@ from peftlib.report.chart import Chart, drawing, dress, empty, finished, title
 from peftlib.report.palette import LIGHT, marker_of
 
 _FEW = 8  # methods that a small chart has room for
-_MOST_RAW_CURVES = 4  # more of them hide the smoothed ones
-_RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # dark paper swallows more
+_MOST_RAW_CURVES = 4  # more would hide the smoothed ones
+_RAW_ALPHA = {"light": 0.3, "dark": 0.5}  # a dark background needs more
 
 
 def loss_curves(records, theme=LIGHT):
-    """Training loss over optimizer steps, one smoothed line a run (of up to four runs as logged too); validation as
-    points."""
+    """Training loss over optimizer steps, one smoothed line per run (for up to four runs also as logged); validation
+    as points."""
     chart, axes = drawing(5.8, 3.4, "optimizer step", "loss (nats per assistant token)", theme)
     records = sorted(records, key=lambda record: (_order(record["method"]), record["seed"]))
     curves = [(r, _points(r["history"], "loss"), _points(r["valid_history"], "valid_loss")) for r in records]
@@ -30,7 +30,7 @@ def loss_curves(records, theme=LIGHT):
     labelled, said = set(), []
     for record, history, valid in curves:
         method, color = record["method"], theme.color_of(record["method"])
-        label = None if method in labelled else method  # one entry a method, not one a seed
+        label = None if method in labelled else method  # one entry per method, not per seed
         labelled.add(method)
         parts = []
         if history:
@@ -50,17 +50,17 @@ def loss_curves(records, theme=LIGHT):
 
 
 def _points(entries, key):
-    """[(step, loss), ...] of the known ones."""
+    """[(step, loss), ...] of the known losses."""
     return [(entry["step"], entry[key]) for entry in entries if _is_number(entry.get(key))]
 
 
 def smoothed(values):
-    """Exponential mean of a list of numbers over about a tenth of its length, without the pull of its start."""
+    """Bias-corrected exponential mean of a list of numbers over about a tenth of its length."""
     return pd.Series(values, dtype=float).ewm(alpha=1 / max(1.0, 0.1 * len(values))).mean().tolist()
 
 
 def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
-    """One panel a metric, a bar a method with its 95 % interval. rows: name of the source if only its rows are
+    """One panel per metric, one bar per method with its 95 % interval. rows: name of the source if only its rows are
     scored."""
     methods = sorted(intervals, key=_order)
     chart = Chart(max(6.0, 0.34 * len(methods) * len(metrics)), 3.3, theme)
@@ -78,7 +78,7 @@ def score_bars(intervals, metrics=tuple(METRICS), *, rows="", theme=LIGHT):
 
 
 def source_bars(per_source, metric="rougeL", theme=LIGHT):
-    """One metric by data source, a bar a method, 95 % intervals. per_source: {source: intervals}."""
+    """One metric by data source, one bar per method, 95 % intervals. per_source: {source: intervals}."""
     methods = sorted({method for found in per_source.values() for method in found}, key=_order)
     width = max(6.2, 0.24 * len(methods) * len(per_source))
     chart, axes = drawing(width, 3.3, "", f"{METRICS[metric]} (0-1)", theme)
@@ -98,10 +98,10 @@ def source_bars(per_source, metric="rougeL", theme=LIGHT):
 
 
 def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *, rows=""):
-    """A point a method: peak training memory across, score with 95 % interval up.
+    """One point per method: peak training memory on x, score with 95 % interval on y.
 
-    The base is a dashed line if it is near; a base far below is named at the edge, so that the methods fill the axes.
-    peak_gib: {method: GiB or None}; methods of unknown memory are left out. rows: as in `score_bars`.
+    The base is a dashed line if it is near; a base far below is noted at the edge, so that the methods fill the axes.
+    peak_gib: {method: GiB or None}; methods with unknown memory are left out. rows: as in `score_bars`.
     """
     name = METRICS[metric]
     size = (5.6, 3.5) if len(intervals) <= _FEW else (7.4, 4.6)
@@ -135,10 +135,10 @@ def quality_against_memory(intervals, peak_gib, metric="rougeL", theme=LIGHT, *,
 
 
 def rewind_curves(curves, theme=LIGHT):
-    """What was kept over the loss on the test rows, a line a method from base to tuned.
+    """Retained ability over the loss on the test rows, one line per method from base to tuned.
 
-    curves: of rewind.curves. Kept is the accuracy on retention tasks where all of them have it, else what the loss on
-    general text says.
+    curves: from rewind.curves. Retained ability is the accuracy on retention tasks if all curves have it, else the
+    loss on general text.
     """
     every = [point for points in curves.values() for point in points]
     kept, label = "general_loss", "loss on general text"
@@ -163,9 +163,9 @@ def rewind_curves(curves, theme=LIGHT):
 
 
 def benchmark_points(benchmarks, theme=LIGHT):
-    """A row a task and a point a method with its 95 % interval; a grey line where guessing lies.
+    """One row per task and one point per method with its 95 % interval; a grey line at the score of guessing.
 
-    benchmarks: [scores.TaskScores, ...]; perplexities, which are no accuracy, are left out.
+    benchmarks: [scores.TaskScores, ...]; perplexities, which are not accuracies, are left out.
     """
     tasks = [scores for scores in benchmarks if not scores.facts["is_perplexity"]]
     methods = sorted({method for scores in tasks for method in scores.runs}, key=study_order)
@@ -194,9 +194,9 @@ def benchmark_points(benchmarks, theme=LIGHT):
 
 
 def gain_against_loss(trade, tasks, theme=LIGHT):
-    """A point a method: its gain on the test rows across, its mean change on other tasks up, both against base.
+    """One point per method: its gain on the test rows on x, its mean change on other tasks on y, both from base.
 
-    trade: {method: (gain, change)} of stats.Intervals. tasks: names of those that the change is a mean over.
+    trade: {method: (gain, change)} of stats.Intervals. tasks: names of the tasks in the mean change.
     """
     size = (5.6, 3.6) if len(trade) < _FEW else (7.4, 4.6)
     chart, axes = drawing(
@@ -212,7 +212,7 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
         said.append(f"{method} {gain.value:+.3f} and {change.value:+.3f} ({change.verdict})")
     gains = [end for gain, _ in trade.values() for end in (gain.low, gain.high)]
     axes.axhline(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
-    if min(gains) < max(gains) - min(gains):  # else it would squeeze the methods into one corner
+    if min(gains) < max(gains) - min(gains):  # otherwise it would squeeze the methods into one corner
         axes.axvline(0.0, color=theme.color_of(BASE), linestyle="--", linewidth=1.2)
     else:
         axes.set_xlabel(f"{axes.get_xlabel()}; the axis does not start at 0")
@@ -221,9 +221,9 @@ def gain_against_loss(trade, tasks, theme=LIGHT):
 
 
 def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
-    """A horizontal bar a method whose value is known, with the number at its end.
+    """One horizontal bar per method with a known value, with the number at its end.
 
-    values: {method: number or None}. outlines: {method: larger value}, such as what the allocator reserved.
+    values: {method: number or None}. outlines: {method: larger value}, such as the allocator's reserved memory.
     """
     methods = [method for method in sorted(values, key=_order) if _is_number(values[method])]
     outer = {method: value for method, value in (outlines or {}).items() if method in methods and _is_number(value)}
@@ -248,13 +248,13 @@ def value_bars(values, name, unit, form, theme=LIGHT, *, outlines=None):
 
 
 def _mark(method, theme):
-    """How a point of a method looks."""
+    """Style of a method's points."""
     return {"marker": marker_of(method), "color": theme.color_of(method), "linestyle": "none"}
 
 
 def _bar(axes, x, width, interval, method, label=None):
     theme = axes.figure.theme
-    # The rim keeps the lower half of the interval apart from a dark bar.
+    # The outline separates the lower half of the interval from a dark bar.
     rim = [withStroke(linewidth=2.6, foreground=theme.paper)]
     error = {"capsize": 3, "ecolor": theme.ink, "elinewidth": 1.1, "path_effects": rim}
     color = theme.color_of(method)
@@ -262,12 +262,12 @@ def _bar(axes, x, width, interval, method, label=None):
 
 
 def _spans(interval):
-    # A replicate's quantile can lie on the other side of the score itself; a bar needs lengths of 0 or more.
+    # A quantile of the replicates can be on the other side of the score; error bars need non-negative lengths.
     return [[max(interval.value - interval.low, 0.0)], [max(interval.high - interval.value, 0.0)]]
 
 
 def _hold(set_limits, values):
-    """Set an axis' limits around the values, with room for marks, and never below 0."""
+    """Set an axis' limits around the values, with space for markers, and never below 0."""
     room = 0.15 * ((max(values) - min(values)) or max(values) or 1.0)
     set_limits(max(0.0, min(values) - room), max(values) + room)
 

@@ -1,4 +1,4 @@
-"""What a scored study shows, in sentences made from its numbers; an unknown number gives no sentence."""
+"""Findings of a scored study as sentences from its numbers; an unknown number gives no sentence."""
 
 import math
 
@@ -23,12 +23,12 @@ def summary(found, boot, pairs, notes, numbers):
     """
     told = [*_best(found, boot, pairs), *_against_base(boot, pairs)]
     if not told:
-        told = ["Fewer than two methods are scored, so none can be called better."]
+        told = ["Fewer than two methods have scores, so there is nothing to compare."]
     return [*told, *_cost(numbers), *_forgetting(found), *_cautions(found, notes)]
 
 
 def details(found, pairs):
-    """[sentence, ...] that neither the summary nor a table tells; arguments as in `summary`."""
+    """[sentence, ...] with findings that are not in the summary or a table; arguments as in `summary`."""
     return [*_against_cut_base(found, pairs), *_losses(found), *_four_bit(found), *_unended(found)]
 
 
@@ -44,7 +44,7 @@ def _best(found, boot, pairs):
         leads.setdefault((first, second, noise), []).append(f"{name} ({value:.3f})")
         beaten += [f"; the untrained model has a higher {name}: {base:.3f}"] if base > value else []
     clauses = (
-        f"{first} has the highest {_listed(scores)}, a lead over {second} {noise} the noise"
+        f"{first} has the highest {_listed(scores)}; its lead over {second} is {noise} the noise"
         for (first, second, noise), scores in leads.items()
     )
     yield f"Of the trained methods, {'; '.join(clauses)}{''.join(beaten)}."
@@ -70,13 +70,13 @@ def _against_base(boot, pairs):
 
 
 def _cost(numbers):
-    """Memory and speed of training, the best first."""
+    """Training memory and speed, best first."""
     clauses = []
     memory, speed = numbers.peak_gib, numbers.tokens_per_second
     if memory:
         least, *rest = sorted(memory, key=memory.get)
         more = _shortened([f", {method} {memory[method]:.2f}" for method in rest])
-        clauses.append(f"{least} {'needs the least memory:' if rest else 'needs'} {memory[least]:.2f} GiB{more}")
+        clauses.append(f"{least} {'uses the least memory:' if rest else 'uses'} {memory[least]:.2f} GiB{more}")
     if speed:
         first, *rest = sorted(speed, key=lambda method: -speed[method])
         more = _shortened([f", {method} {_figure(speed[method])}" for method in rest])
@@ -90,13 +90,13 @@ def _forgetting(found):
     base, parts = _changes(found, lambda run: run.general)
     if parts:
         yield (
-            f"On general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens) a rise of the loss is forgetting, in "
+            f"Loss on general text ({forgetting.TEXT_NAME}, {base.n_tokens:,} tokens), where a rise is forgetting, in "
             f"nats per token: base {base.loss:.3f}, {', '.join(parts)}."
         )
 
 
 def _changes(found, loss_of):
-    """(base's GeneralLoss, ['method loss (change against base)', ...] of the trained methods that are known)."""
+    """(base's GeneralLoss, ['method loss (change from base)', ...] of the trained methods with known losses)."""
     base = forgetting.mean_over([run.general for run in found.scored.get(BASE, [])])
     losses = {m: forgetting.mean_over([loss_of(run) for run in runs]) for m, runs in found.scored.items() if m != BASE}
     changes = {method: forgetting.change(base, loss) for method, loss in losses.items()}
@@ -109,9 +109,9 @@ def _changes(found, loss_of):
 def _cautions(found, notes):
     n_rows = len(found.test_rows)
     cautions = [stats.few_rows_note(n_rows)] if found.scored and n_rows < stats.FEW_ROWS else []
-    cautions += ["the runs were not matched in everything (listed below the result)"] if notes else []
+    cautions += ["the runs differ in some settings (listed below the result)"] if notes else []
     if cautions:
-        yield f"Caution, {'; '.join(cautions)}."
+        yield f"Caution: {'; '.join(cautions)}."
 
 
 def _against_cut_base(found, pairs):
@@ -129,15 +129,15 @@ def _against_cut_base(found, pairs):
 def worth(difference, cut_share):
     """What a difference from the cut base means. cut_share: of the method's own answers, cut by the token limit."""
     verdict = difference.verdict
-    if cut_share >= 0.5:  # it has not learnt to stop, so its answers are long and those of the cut base are not
+    if cut_share >= 0.5:  # it has not learned to stop, so its answers are long, unlike those of the cut base
         return (
-            f"{verdict}; {cut_share:.0%} of its own answers met the token limit uncut, and score low for that, so this "
-            "compares lengths as much as answers"
+            f"{verdict}; {cut_share:.0%} of its own answers reached the token limit uncut and score low for that, so "
+            "this compares lengths as much as answers"
         )
     return {
         "inside the noise": "inside the noise, so the gain may be no more than knowing when to stop",
         "higher": "so the gain is more than knowing when to stop",
-        "lower": "so the cut base is the better one",
+        "lower": "so the cut base is better",
     }[verdict]
 
 
@@ -153,7 +153,7 @@ def _losses(found):
 
 
 def perplexity(loss):
-    """exp of a loss in nats; None for an unknown loss, inf where a float cannot hold it."""
+    """exp of a loss in nats; None for an unknown loss, inf on overflow."""
     return None if loss is None else math.exp(loss) if loss < 700 else math.inf
 
 
@@ -161,8 +161,8 @@ def _four_bit(found):
     _, parts = _changes(found, lambda run: run.rounded)
     if parts:
         yield (
-            "The untrained model's loss on general text with its matrices in 4 bits, as the method holds them: "
-            f"{', '.join(parts)}. That much is lost before training, which may repair a part of it."
+            "The untrained model's loss on general text with its matrices in 4 bits, as the method stores them: "
+            f"{', '.join(parts)}. This increase exists before training, which may recover part of it."
         )
 
 
@@ -170,11 +170,11 @@ def _unended(found):
     shares = {method: mean_of(runs, lambda run: run.truncated_share) for method, runs in found.scored.items()}
     if shares:
         listed = ", ".join(f"{method} {share:.0%}" for method, share in shares.items())
-        yield f"Answers that reached the token limit instead of ending by themselves: {listed}."
+        yield f"Answers that reached the token limit: {listed}."
 
 
 def _pair(pairs, metric, method, other):
-    """The Pair of two methods in either order, None where there is none."""
+    """The Pair of two methods in either order, or None."""
     return next((p for p in pairs if p.metric == metric and {p.method, p.other} == {method, other}), None)
 
 
@@ -184,7 +184,7 @@ def _listed(names):
 
 
 def _shortened(parts):
-    """Parts of a list from best to worst as one text; of many the next two and the last."""
+    """Parts of a list from best to worst as one text; of a long list only the first two and the last."""
     return "".join(parts if len(parts) < _FEW else (*parts[:2], f" to{parts[-1][1:]}"))
 
 
@@ -193,16 +193,16 @@ def _figure(value):
 
 
 def of_benchmarks(benchmarks):
-    """[sentence, ...] on the differences from base that lie beyond the noise, and on what is at its floor."""
+    """[sentence, ...] on differences from base beyond the noise, and on tasks at their floor."""
     pairs = [pair for scores in benchmarks for pair in scores.pairs() if pair.other == BASE]
     beyond = [pair for pair in pairs if not pair.difference.is_noise]
     if pairs:
         listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond[:_MOST])
         listed += f" and {len(beyond) - _MOST} more (table)" if len(beyond) > _MOST else ""
         yield (
-            f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base lie beyond the noise"
+            f"On standard benchmarks, {len(beyond)} of {len(pairs)} differences from base are beyond the noise"
             f"{': ' if listed else ''}{listed}."
         )
     floor = [scores.task for scores in benchmarks if all(map(scores.is_at_floor, scores.runs))]
     if floor:
-        yield f"No method is above guessing on {', '.join(floor)}: nothing that was learnt or forgotten can show there."
+        yield f"No method beats guessing on {', '.join(floor)}, so these tasks cannot show learning or forgetting."

@@ -16,7 +16,7 @@ def marker_of(method):
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a chart. position: in MethodSpec.colors. other: of methods that are not known."""
+    """Colours of a chart. position: in MethodSpec.colors. other: for unknown methods."""
 
     name: str
     position: int
@@ -32,8 +32,8 @@ class Theme:
         return pair[self.position] if pair else self.other
 
 
-# Okabe and Ito's palette where it has a contrast of 3:1 with the paper, else its hue made darker or lighter, so that
-# every two still differ to those who see no red, no green or no blue (tested); markers repeat the distinction.
+# Okabe and Ito's palette if it has a contrast of 3:1 with the background, else its hue made darker or lighter, so that
+# every two remain distinct with red, green or blue colour blindness (tested); markers repeat the distinction.
 LIGHT = Theme("light", 0, paper="#ffffff", ink="#222222", grid="#d9d9d9", other="#000000")
 DARK = Theme("dark", 1, paper="#16181b", ink="#e4e4e4", grid="#3b3f45", other="#ffffff")
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}

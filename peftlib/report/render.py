@@ -1,6 +1,6 @@
-"""Documents from Jinja templates, which get plain texts and escape them: an answer of a model shows as it is.
+"""Documents from Jinja templates, which escape plain texts, so that a model's answer is shown verbatim.
 
-markdown.jinja and page.jinja hold the same macros (heading, paragraph, list, table, picture), one for each format.
+markdown.jinja and page.jinja define the same macros (heading, paragraph, list, table, picture) for their formats.
 """
 
 import base64
@@ -28,13 +28,13 @@ def interval_text(found, form=".4f"):
 
 
 def render(template, folder=_TEMPLATES, **content):
-    """The text of a template in `folder`, without runs of blank lines; ends in one line break."""
+    """The text of a template in `folder`, without repeated blank lines; ends with one line break."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, _TEMPLATES]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # the macros escape, as their format asks for
+        autoescape=False,  # the macros escape, as their format requires
     )
     environment.filters |= {
         "md": markdown.escape,
@@ -57,16 +57,16 @@ def page_text(text):
 
 
 def png_address(content):
-    """A data: address that holds the bytes of a PNG file."""
+    """A data: URL with the bytes of a PNG file."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def plain(text):
     """HTML of a plain text with its line breaks."""
-    # JupyterLab would break a line within a word.
+    # JupyterLab would break lines within words.
     return f'<pre style="white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere">{html.escape(text)}</pre>'
 
 
 def folded(title, text):
-    """HTML of a plain text that opens by a click on its title."""
+    """HTML of a plain text that opens with a click on its title."""
     return f"<details><summary>{html.escape(title)}</summary>{plain(text)}</details>"

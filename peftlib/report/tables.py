@@ -29,7 +29,7 @@ def result_frame(found, judged, benchmarks):
 
 
 def _result_row(run):
-    """{column of results.csv: value or None} of a results.Run, among others."""
+    """{column of results.csv: value or None} of a results.Run, plus other columns."""
     record = run.record
     scores = run.rows.scores() if run.is_scored else {}
     return {
@@ -43,7 +43,7 @@ def _result_row(run):
 
 
 def _judged_columns(run, judged):
-    """Win rates of a run's answers to the test rows against base, means over the judges; {} where nothing is judged."""
+    """Win rates of a run's answers to the test rows against base, means over the judges; {} if nothing was judged."""
     own = [of for of in judged if not of.prompts and of.a == f"{BASE}-s0" and of.length_controlled is not None]
     of_run = [of for of in own if of.b == f"{run.record['method']}-s{run.record['seed']}"]
     means = (comparison.mean_of(of_run, lambda of, name=name: getattr(of, name).value) for name in _JUDGED.values())
@@ -51,7 +51,7 @@ def _judged_columns(run, judged):
 
 
 def source_frame(by_source):
-    """Scores with their intervals, one row a source and method. by_source: {source: Bootstrap}."""
+    """Scores with their intervals, one row per source and method. by_source: {source: Bootstrap}."""
     rows = []
     for source, boot in by_source.items():
         for method in boot.value:
@@ -64,9 +64,9 @@ def source_frame(by_source):
 
 
 def difference_tables(gaps):
-    """[Texts, one row and column each of their names] of differences, a table for every few columns.
+    """[Texts with named rows and columns] of differences, split into tables of a few columns.
 
-    gaps: [(row, column, stats.Interval), ...]. Which are beyond the noise is said with their intervals.
+    gaps: [(row, column, stats.Interval), ...]. The intervals show which are beyond the noise.
     """
     rows, columns = {}, dict.fromkeys(column for _, column, _ in gaps)
     for row, column, gap in gaps:
@@ -77,13 +77,13 @@ def difference_tables(gaps):
 
 
 def _split(frame, columns=6):
-    """[frame, ...] of at most so many columns beside the first, which all have."""
+    """[frame, ...] with at most `columns` columns each, after the first one, which all have."""
     first, *rest = frame.columns
     return [frame[[first, *rest[at : at + columns]]] for at in range(0, len(rest), columns)]
 
 
 def score_frame(found):
-    """Every score of every scored run, one row a run."""
+    """Every score of every scored run, one row per run."""
     runs = [run for run in found.runs if run.is_scored]
     rows = [
         {
@@ -100,7 +100,7 @@ def score_frame(found):
 
 
 def method_table(found, boot):
-    """The field's table as texts: one row a method with a record, one of base cut at the median reference length."""
+    """The main table as texts: one row per method with a record, one for base cut at the median reference length."""
     rows = []
     for method, runs in by_method(found.runs).items():
         rows.append({"technique": _technique(method, runs), **_method_cells(method, runs, found, boot)})
@@ -122,7 +122,7 @@ def _technique(method, runs):
 
 
 def _method_cells(method, runs, found, boot):
-    """{column: text}; the base is its own 'before', and has no 'after'."""
+    """{column: text}; base has only 'before' values."""
     finished = [run for run in runs if run.record["status"] == "ok"]
     base_runs, is_base = found.scored.get(BASE, []), method == BASE
     cells = {}
@@ -147,7 +147,7 @@ def _method_cells(method, runs, found, boot):
 
 
 def benchmark_table(benchmarks):
-    """Texts, one row a task and one column a method. benchmarks: [scores.TaskScores, ...]."""
+    """Texts, one row per task and one column per method. benchmarks: [scores.TaskScores, ...]."""
     methods = list(dict.fromkeys(method for scores in benchmarks for method in scores.runs))
     rows = [
         {
@@ -164,7 +164,7 @@ def benchmark_table(benchmarks):
 
 
 def benchmark_tables(benchmarks, columns=8):
-    """[`benchmark_table`], or of many methods one table of the tasks and one row a method in the next."""
+    """[`benchmark_table`], or for many methods a table of the tasks and one with a row per method."""
     frame = benchmark_table(benchmarks)
     if len(frame.columns) <= columns:
         return [frame] if len(frame) else []

@@ -1,4 +1,4 @@
-"""The verbs that train nothing: what fits a card, benchmarks, a judge, and what studies have found."""
+"""The commands that do not train: plan, methods, bench, judge, compare and site."""
 
 import math
 from pathlib import Path
@@ -11,26 +11,26 @@ from peftlib.core.study import Study
 from peftlib.runner.console import AnyName, Flag, Name, Profile, Settings, given_settings, say
 from peftlib.storage.mirror import open_study
 
-Price = Annotated[float | None, Option(min=0, help="of a million tokens, for the cost")]
+Price = Annotated[float | None, Option(min=0, help="price per million tokens, to estimate the cost")]
 
 
 def bench(
     study: Name,
     methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="trained methods, or base")] = None,
-    path: Annotated[Path | None, Option(metavar="FOLDER", help="instead: an adapter or model made elsewhere")] = None,
-    name: Annotated[str, Option(help="of the model in FOLDER; default: the folder's name")] = "",
-    tasks: Annotated[str, Option(metavar="A,B,...", help="retention, skill, or any of lm-eval's tasks")] = "retention",
-    data: Annotated[Path | None, Option(metavar="DIR", help="with the tasks' files; default: from the hub")] = None,
-    limit: Annotated[int, Option(min=0, metavar="N", help="the first N rows of each task; 0: all")] = 0,
-    seed: Annotated[int, Option(min=0, help="of the run")] = 0,
+    path: Annotated[Path | None, Option(metavar="FOLDER", help="an adapter or model trained elsewhere")] = None,
+    name: Annotated[str, Option(help="name of the model in FOLDER; default: the folder's name")] = "",
+    tasks: Annotated[str, Option(metavar="A,B,...", help="retention, skill, or any lm-eval task")] = "retention",
+    data: Annotated[Path | None, Option(metavar="DIR", help="folder with the tasks' files; default: the hub")] = None,
+    limit: Annotated[int, Option(min=0, metavar="N", help="use the first N rows of each task; 0: all")] = 0,
+    seed: Annotated[int, Option(min=0, help="seed of the run")] = 0,
 ):
     """Score models on standard benchmarks through lm-evaluation-harness; needs peftlib[bench].
 
     retention is what a model may forget (arc_easy, arc_challenge, piqa, winogrande, boolq, openbookqa, lambada_openai,
-    wikitext), skill what it may learn (ifeval, gsm8k). Cut, the same command goes on. `peftlib report` shows them.
+    wikitext), skill what it may learn (ifeval, gsm8k). Run it again to resume. `peftlib report` shows the scores.
     """
     if bool(methods) == (path is not None):
-        raise ConfigError("name one or more METHODs, or --path FOLDER")
+        raise ConfigError("give one or more METHODs, or --path FOLDER")
     from peftlib.evaluation.benchmarks.run import bench as score
     from peftlib.methods import BASE, find
 
@@ -46,21 +46,21 @@ def bench(
 def judge(
     study: Name,
     methods: Annotated[tuple[str, str], Option(metavar="A B", help="such as: base qlora")],
-    seed: Annotated[int, Option(min=0, help="of the runs")] = 0,
-    rows: Annotated[int, Option(min=0, metavar="N", help="so many rows; 0: all")] = 0,
-    again: Annotated[int, Option(min=0, metavar="N", help="rows to ask twice: does the judge agree with itself?")] = 0,
-    prompts: Annotated[str, Option(metavar="SET", help="instead of test rows: mt_bench or alpaca_eval")] = "",
-    data: Annotated[str | None, Option(metavar="DIR", help="that holds the set's file; default: the hub")] = None,
-    endpoint: Annotated[str | None, Option(metavar="URL", help="OpenAI-compatible; mostly ends in /v1")] = None,
-    model: Annotated[str | None, Option(metavar="M", help="that the endpoint serves")] = None,
-    local: Annotated[str | None, Option(metavar="MODEL", help="instead: a folder, 'packaged' or a hub id")] = None,
+    seed: Annotated[int, Option(min=0, help="seed of the runs")] = 0,
+    rows: Annotated[int, Option(min=0, metavar="N", help="number of rows to judge; 0: all")] = 0,
+    again: Annotated[int, Option(min=0, metavar="N", help="rows to judge twice, to measure self-agreement")] = 0,
+    prompts: Annotated[str, Option(metavar="SET", help="mt_bench or alpaca_eval instead of the test rows")] = "",
+    data: Annotated[str | None, Option(metavar="DIR", help="folder with the set's file; default: the hub")] = None,
+    endpoint: Annotated[str | None, Option(metavar="URL", help="OpenAI-compatible; usually ends in /v1")] = None,
+    model: Annotated[str | None, Option(metavar="M", help="model that the endpoint serves")] = None,
+    local: Annotated[str | None, Option(metavar="MODEL", help="local judge: a folder, 'packaged' or a hub id")] = None,
     dry_run: Flag = False,
     price_in: Price = None,
     price_out: Price = None,
-    parallel: Annotated[int, Option(min=1, metavar="N", help="calls at a time")] = 4,
-    reply_tokens: Annotated[int, Option(min=1, metavar="N", help="of a reply; more for a judge that thinks")] = 300,
-    timeout: Annotated[float, Option(metavar="SECONDS", help="of one call in all")] = 60.0,
-    retries: Annotated[int, Option(min=0, metavar="N", help="of a call that failed")] = 5,
+    parallel: Annotated[int, Option(min=1, metavar="N", help="concurrent calls")] = 4,
+    reply_tokens: Annotated[int, Option(min=1, metavar="N", help="reply limit; a reasoning judge needs more")] = 300,
+    timeout: Annotated[float, Option(metavar="SECONDS", help="time limit of one call")] = 60.0,
+    retries: Annotated[int, Option(min=0, metavar="N", help="retries of a failed call")] = 5,
 ):
     """Have a language model compare two methods' answers to the same test rows, in both orders.
 
@@ -71,11 +71,11 @@ def judge(
     if math.inf in (price_in, price_out):
         raise ConfigError("--price-in and --price-out must be finite")
     if (endpoint is None) == (local is None):
-        raise ConfigError("name one judge: --endpoint URL --model M, or --local MODEL")
+        raise ConfigError("give one judge: --endpoint URL --model M, or --local MODEL")
     if data is not None and not prompts:
-        raise ConfigError("--data holds a set of prompts: name it with --prompts mt_bench or alpaca_eval")
+        raise ConfigError("--data needs a prompt set: add --prompts mt_bench or --prompts alpaca_eval")
     if endpoint is not None and model is None:
-        raise ConfigError("--endpoint needs --model, the name under which the server knows its model")
+        raise ConfigError("--endpoint needs --model, the server's name for its model")
     from peftlib.evaluation.judging.backends import Endpoint, Local
     from peftlib.evaluation.judging.study import judge_study
 
@@ -86,14 +86,14 @@ def judge(
 
 
 def plan(
-    gpu: Annotated[str | None, Option(help="t4, l4, a100, h100 ...; default: the one here, else a t4")] = None,
+    gpu: Annotated[str | None, Option(help="t4, l4, a100, h100 ...; default: this machine's, else a t4")] = None,
     model: Annotated[str | None, Option(help="'packaged', gemma-3-1b, a folder or a hub id")] = None,
     study: AnyName = None,
     profile: Profile = None,
     settings: Settings = None,
-    methods: Annotated[str | None, Option(metavar="A,B,...", help="default: a study's; see `peftlib methods`")] = None,
+    methods: Annotated[str | None, Option(metavar="A,B,...", help="default: six; see `peftlib methods`")] = None,
 ):
-    """Say which method fits a GPU, in which micro-batch, and for how many hours."""
+    """Show which methods fit a GPU, with which micro-batch, and for how many hours they train."""
     given = given_settings(settings, profile=profile, model=model)
     found = open_study(study) if study else None
     from peftlib.runner.suite_plan import plan_lines
@@ -103,16 +103,16 @@ def plan(
 
 
 def methods(
-    names: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all, but for peft:FILE.json")] = None,
+    names: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all except peft:FILE.json")] = None,
 ):
-    """List the methods: what trains, how the base is held, the memory that the 1B takes on a T4, the paper."""
+    """List the methods: what trains, the base's precision, the memory of the 1B model on a T4, the paper."""
     from peftlib.runner.suite_plan import method_lines
 
     for line in method_lines(names or ()):
         print(line)
 
 
-def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, two or more")]):
+def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="two or more names or folders")]):
     """Compare studies that were evaluated on the same test rows."""
     from peftlib import compare_studies
 
@@ -120,10 +120,10 @@ def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="names 
 
 
 def site(
-    studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders, with equal test rows")],
-    to: Annotated[Path, Option(metavar="DIR", help="a new or empty folder, or one that holds a page already")],
+    studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders with the same test rows")],
+    to: Annotated[Path, Option(metavar="DIR", help="a new or empty folder, or one with an earlier page")],
 ):
-    """Write a page about studies that opens from a disk: runs, charts, answers, and what fits which GPU."""
+    """Write a results page that opens from disk: runs, charts, answers, and which methods fit which GPU."""
     from peftlib.report.site.build import build_site
 
     print(build_site(studies, to))

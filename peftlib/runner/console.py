@@ -1,4 +1,4 @@
-"""What the commands share: settings from the command line, one-line errors, exit codes, and former spellings."""
+"""Shared code of the commands: settings from the command line, one-line errors, exit codes, old spellings."""
 
 import math
 import os
@@ -16,17 +16,17 @@ from peftlib.core.errors import ConfigError, PeftlibError, Stopped, disk_error
 from peftlib.core.study import Study
 from peftlib.storage import mirror
 
-# What several commands share is said in one way.
+# Options that several commands share.
 Name = Annotated[str, Option("--study", metavar="NAME", help="study folder")]
 AnyName = Annotated[str | None, Option("--study", metavar="NAME", help="study folder; default: the profile's name")]
-Profile = Annotated[str | None, Option(help="demo, quick, t4, gpu or auto; default: by the hardware")]
-Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a setting; repeatable")]
-Flag = Annotated[bool, Option("--dry-run", help="say what would be done, and how much it is; do nothing")]
-_WHERE = "WHERE: FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
+Profile = Annotated[str | None, Option(help="demo, quick, t4, gpu or auto; default: chosen by hardware")]
+Settings = Annotated[list[str] | None, Option("-p", "--set", metavar="NAME=VALUE", help="a config field; repeatable")]
+Flag = Annotated[bool, Option("--dry-run", help="only print what would be done and how much it would take")]
+_WHERE = "WHERE is FILE[,TESTFILE] (JSONL, JSON, CSV, Parquet), hub or sample; repeatable"
 Sources = Annotated[list[str] | None, Option("--source", metavar="NAME=WHERE", help=_WHERE)]
 
-ERROR_CODE = 2  # of a command that was refused
-STOPPED_CODE = 3  # of work that was cut and saved: the same command resumes it
+ERROR_CODE = 2  # the command was refused
+STOPPED_CODE = 3  # the work was stopped and saved: the same command resumes it
 
 
 def examples_of(*examples):
@@ -35,26 +35,26 @@ def examples_of(*examples):
 
 
 def given_settings(settings, *, source=None, **options):
-    """{field: value} of the options that are set and of -p NAME=VALUE."""
+    """{field: value} from the given options and from -p NAME=VALUE."""
     given = {name: value for name, value in options.items() if value is not None}
     given |= {"sources": "; ".join(source)} if source else {}
     for text in settings or []:
         name, has_value, value = text.partition("=")
         if not has_value:
-            raise ConfigError(f"-p {text}: give a setting as NAME=VALUE, or as NAME VALUE")
+            raise ConfigError(f"-p {text}: give a setting as NAME=VALUE or NAME VALUE")
         given[name] = from_text(name, value)
     return given
 
 
 def study_of(given, *, is_copied=True):
-    """The study that settings name. is_copied: restore it from its remote, if any, and copy it there from now on."""
+    """The study that settings name. is_copied: restore it from its remote, if any, and keep copying it there."""
     if is_copied:
         mirror.open_mirror(output_root() / resolve(**given).study)
     return Study.resolve(**given)
 
 
 def sized_as_full_study(given):
-    """Settings completed by the full study's lengths and row counts, with validation rows in proportion."""
+    """Settings completed with the full study's lengths and row counts, with validation rows in proportion."""
     full = PROFILES["t4"]
     given = {**{name: full[name] for name in ("train_rows", "test_rows", "max_length", "max_new_tokens")}, **given}
     return {"valid_rows": round(full["valid_rows"] / full["train_rows"] * given["train_rows"]), **given}
@@ -67,12 +67,12 @@ def numbers(option, text, kind):
     except ValueError:
         raise ConfigError(f"{option} {text!r}: give numbers separated by commas, such as 0,1,2") from None
     if len(set(found)) < len(found) or not all(0 <= number < math.inf for number in found):
-        raise ConfigError(f"{option} {text!r}: give each number once, finite and not below 0")
+        raise ConfigError(f"{option} {text!r}: give each number once, finite and not negative")
     return found
 
 
 def say(line):
-    """Print a line at once, also into a pipe."""
+    """Print a line and flush it, also into a pipe."""
     print(line, flush=True)
 
 
@@ -92,18 +92,18 @@ def main(app, argv):
         return _refused(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+    except BrokenPipeError:  # the reader of our output has exited, as with `| head`
         _leave_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
         known = disk_error(error) or _fault_of_output(error)
-        if known is None:  # a bug, or the network: its traceback tells where
+        if known is None:  # a bug, or the network: show its traceback
             raise
         return _refused(known)
 
 
 def call(app, argv):
-    """Run one command; returns its exit code. ConfigError: words that no command takes. Other errors pass through."""
+    """Run one command; returns its exit code. ConfigError: invalid arguments. Other errors propagate."""
     command = typer.main.get_command(app)
     try:
         with command.make_context("peftlib", in_todays_words(argv)) as context:
@@ -111,13 +111,13 @@ def call(app, argv):
     except typer.Exit as done:  # of --help
         return done.exit_code
     except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own have it; their class depends on its version
+        if not hasattr(error, "format_message"):  # typer's own errors have it; their class depends on its version
             raise
         raise ConfigError(" ".join(error.format_message().split())) from None
 
 
 def in_todays_words(argv):
-    """A command line of the first edition (`-p NAME VALUE`, `--method M`, `--methods A B C`) as it is written now."""
+    """A command line of the first edition (`-p NAME VALUE`, `--method M`, `--methods A B C`) in today's form."""
     words, rest = [], list(argv)
     if rest[:1] == ["reference"]:
         print("`peftlib reference` is now called `peftlib study run`", file=sys.stderr)
@@ -128,7 +128,7 @@ def in_todays_words(argv):
             return [*words, word, *rest]
         if word in ("-p", "--set") and len(rest) > 1 and "=" not in rest[0]:
             rest[:2] = [f"{rest[0]}={rest[1]}"]
-        if word == "--method":  # now a plain argument
+        if word == "--method":  # now a positional argument
             continue
         words.append(word)
         if word == "--methods" and words[0] == "study":
@@ -146,11 +146,11 @@ def _refused(error):
 def _fault_of_output(error):
     """The DiskError if standard output is a file on a full disk, else None.
 
-    Writes to standard output are the only ones whose errors carry no path.
+    Only errors of writes to standard output have no path.
     """
     try:
         mode = os.fstat(sys.stdout.fileno()).st_mode
-    except (OSError, ValueError):  # no file at all, as under a test
+    except (OSError, ValueError):  # not a file, as in a test
         return None
     if error.errno is None or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or sys.stdout.isatty():
         return None
@@ -159,4 +159,4 @@ def _fault_of_output(error):
 
 
 def _leave_output():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains when it flushes at exit

@@ -1,4 +1,4 @@
-"""Execute one notebook with papermill: relay its lines, pass signals on to its kernel, and judge how it ended."""
+"""Execute one notebook with papermill: relay its output, forward signals to its kernel, and check how it ended."""
 
 import contextlib
 import logging
@@ -20,9 +20,9 @@ from peftlib.runner.console import STOPPED_CODE
 from peftlib.runner.notebook_io import FAILED
 
 EXIT_FAILED = 1
-SAVE_S = 120.0  # seconds that an interrupted kernel gets for saving
-LINE_LIMIT = 200  # characters relayed of a line; the executed copy holds all of it
-# What papermill logs about its own work. Its guesses at our parameters are wrong: peftlib.core.config knows them.
+SAVE_S = 120.0  # seconds that an interrupted kernel has to save
+LINE_LIMIT = 200  # characters relayed per line; the executed copy has the whole line
+# What papermill logs about itself. Its inferred parameters are wrong: peftlib.core.config knows them.
 _ABOUT_ITSELF = (
     "Input Notebook",
     "Output Notebook",
@@ -30,15 +30,17 @@ _ABOUT_ITSELF = (
     "Ending Cell",
     "Unable to parse line",
     "Passed unknown param",
-    "Kernel died while waiting",  # said in our own words
+    "Kernel died while waiting",  # we log our own message
 )
-_INLINE_FIGURES = "module://matplotlib_inline.backend_inline"  # a file-only backend would leave copies without figures
+_INLINE_FIGURES = (
+    "module://matplotlib_inline.backend_inline"  # with a file-only backend the copies would have no figures
+)
 _CELL_START = re.compile(r"Executing Cell (\d+)-*$")
 _NOT_TEXT = re.compile(r"<[^\n]*>$|[^\n]*\d%\|[^\n]*$")  # the text form of a figure, an HTML table, a progress bar
 
 
 class Execution:
-    """One run of a notebooks.Stage. papermill works in a thread, so that this one can pass signals on.
+    """One run of a notebooks.Stage. papermill runs in a thread, so that this one can forward signals.
 
     signals: a deque that receives this process's signals. heartbeat_s: seconds of silence before a line is printed.
     """
@@ -52,7 +54,7 @@ class Execution:
         self.error = self.signal = self.kill_at = None  # error: what papermill raised
 
     def run(self):
-        """Execute to the end and keep the executed copy; returns (exit code, why the run may not go on)."""
+        """Execute to the end and keep the executed copy; returns (exit code, why the run must stop)."""
         with writing(self.stage.running):
             self.stage.running.parent.mkdir(parents=True, exist_ok=True)
             self.stage.running.unlink(missing_ok=True)
@@ -75,7 +77,7 @@ class Execution:
         import papermill
         from traitlets.config import Config
 
-        # Without it newer kernels warn that messages to papermill could be read on the way.
+        # Without it newer kernels warn that messages to papermill could be intercepted.
         encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
         source, target = str(self.stage.source), str(self.stage.running)
         how = {"progress_bar": False, "log_output": True, "kernel_manager_class": self._kernel_class()}
@@ -86,7 +88,7 @@ class Execution:
             self.error = error
 
     def _kernel_class(self):
-        """A kernel manager whose kernel runs this very interpreter, whatever kernels a user has by that name."""
+        """A kernel manager whose kernel runs this interpreter, whatever kernel specs the user has."""
         from ipykernel.kernelspec import get_kernel_dict
         from jupyter_client import AsyncKernelManager
         from jupyter_client.kernelspec import KernelSpec
@@ -103,7 +105,7 @@ class Execution:
         return Kernel
 
     def _on_log(self, record):
-        """Handle what papermill logs: the cells that start, and what they print. False: no other handler gets it."""
+        """Handle papermill's log: starting cells and their output. Returns False, so that no other handler gets it."""
         text = record.getMessage()
         start = _CELL_START.match(text)
         if start:
@@ -118,7 +120,7 @@ class Execution:
     def _on_cell(self, number):
         self.cell = number
         self.cell_started = time.monotonic()
-        if self.signal is not None:  # the interrupted cell has saved and come to its end: skip the rest
+        if self.signal is not None:  # the interrupted cell has saved and ended: skip the rest
             self._kill()
         cell = self.cells[number - 1]
         if cell["cell_type"] == "code" and not notebook_io.tags_of(cell):
@@ -141,18 +143,18 @@ class Execution:
             with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
                 process.send_signal(signal.SIGINT)  # KeyboardInterrupt in the running cell
             self.kill_at = time.monotonic() + SAVE_S
-            self._relay(f"{number.name}: the kernel is asked to save and stop; once more ends it at once")
+            self._relay(f"{number.name}: asked the kernel to save and stop; send it again to kill the kernel")
         self.signal = number
 
     def _kill(self):
-        """Kill the kernel and its children; papermill then writes the executed copy and ends."""
+        """Kill the kernel and its children; papermill then writes the executed copy and exits."""
         self.kill_at = None
         process = self._kernel_process()
         if process is not None:
             end_tree(process)
 
     def _kernel_process(self):
-        """The kernel's psutil.Process, or None before it is started and after it is gone."""
+        """The kernel's psutil.Process, or None before it starts and after it exits."""
         try:
             return psutil.Process(self.kernel.provisioner.pid) if self.kernel else None
         except (psutil.NoSuchProcess, AttributeError):
@@ -164,34 +166,34 @@ class Execution:
     def _relay(self, text):
         self.last_line_at = time.monotonic()
         shown = text if len(text) <= LINE_LIMIT else f"{text[:LINE_LIMIT]} ..."
-        # In one write: papermill's thread prints too.
+        # A single write, because papermill's thread prints too.
         print(f"{self.stage.name} {self.cell}/{len(self.cells)} | {shown}\n", end="", flush=True)
 
     def _judge(self):
-        """As `run`, from papermill's error and the copy's last line; the status of a cell proves nothing."""
+        """The result of `run`, from papermill's error and the copy's last line; a cell's status is not reliable."""
         name, copy = self.stage.name, self._tidied_copy()
         status, state, _ = (notebook_io.ending(copy) if copy else None) or (None, None, None)
         if self.error is None and state == self.stage.state:
             kept = self.stage.keep(copy, status)
             if status == STOPPED:
-                so_far = f"the same command goes on from there; so far: {readable_path(kept)}"
+                so_far = f"the same command resumes from there; so far: {readable_path(kept)}"
                 return STOPPED_CODE, f"{name} stopped at its time limit, {so_far}"
             if self.signal is None:
                 return 0, ""
-            return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command goes on"
-        kept = "it left no executed copy"
+            return 128 + self.signal, f"{self.signal.name}: {name} is finished, the same command resumes the rest"
+        kept = "there is no executed copy"
         if copy:
             kept = f"executed copy: {readable_path(self.stage.keep(copy, STOPPED if self.signal else FAILED))}"
         failure = notebook_io.failure(copy) if copy else None
         if failure and failure[1] == Stopped.__name__:
             return STOPPED_CODE, f"{name} stopped: {failure[2]}\n{kept}"
         if self.signal is not None:
-            goes_on = f"the same command goes on from there; {kept}"
+            goes_on = f"the same command resumes it; {kept}"
             return 128 + self.signal, f"{name} was interrupted by {self.signal.name}, {goes_on}"
         return EXIT_FAILED, f"FAILED: {name}, {self._reason(failure, state)}\n{kept}"
 
     def _tidied_copy(self):
-        """What papermill left, or None if it left nothing that can be read."""
+        """The notebook that papermill wrote, or None if it is missing or unreadable."""
         try:
             copy = notebook_io.load(self.stage.running)
         except (DiskError, StudyError):
@@ -200,7 +202,7 @@ class Execution:
         return copy
 
     def _reason(self, failure, state):
-        """Where and why the notebook failed, in words. failure: of notebook_io.failure."""
+        """Where and why the notebook failed, as text. failure: from notebook_io.failure."""
         from nbclient.exceptions import DeadKernelError
 
         number = failure[0] if failure else self.cell
@@ -208,12 +210,12 @@ class Execution:
         if failure:
             return f"{where}\n{failure[1]}: {failure[2]}"
         if isinstance(self.error, DeadKernelError):
-            return f"{where}\nthe kernel died without an error of its own: often out of memory, or it was killed"
+            return f"{where}\nthe kernel died without an error: it probably ran out of memory or was killed"
         if self.error is not None:
-            return f"{where}\npapermill ended with {type(self.error).__name__}: {without_tokens(str(self.error))}"
+            return f"{where}\npapermill failed with {type(self.error).__name__}: {without_tokens(str(self.error))}"
         if state is None:
-            return "all cells ran, but its last one did not print the last line of finish()"
-        return f"its last line tells of other settings (state {state}) than this run's (state {self.stage.state})"
+            return "all cells ran, but the last one did not print the last line of finish()"
+        return f"its last line is for other settings (state {state}) than this run's (state {self.stage.state})"
 
 
 def environment():
@@ -236,7 +238,7 @@ def end_tree(process):
 
 
 def _with_injected(cells):
-    """The cells as papermill will execute them: with ours below the parameters cell, or first where there is none."""
+    """The cells as papermill will execute them: with ours below the parameters cell, or first if there is none."""
     injected = {"cell_type": "code", "source": "# Parameters", "metadata": {"tags": ["injected-parameters"]}}
     at = next((i + 1 for i, cell in enumerate(cells) if "parameters" in notebook_io.tags_of(cell)), 0)
     return [*cells[:at], injected, *cells[at:]]

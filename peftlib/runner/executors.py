@@ -1,7 +1,7 @@
-"""Where the commands of a study's runs are executed: child processes here, or tasks of a Ray cluster; a class each.
+"""Executors of a study's runs: local child processes or tasks of a Ray cluster.
 
-start(name, words) starts `peftlib WORDS` if has_room; ended() lists the Endings since the last call; avoid(node) starts
-nothing more there, False if that leaves no node; stop() makes the commands save and end; close() ends them at once.
+start(name, words) starts `peftlib WORDS` if has_room; ended() lists the Endings since the last call; avoid(node) stops
+using a node and returns False if none is left; stop() makes the commands save and exit; close() kills them.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.paths import pip_line
 from peftlib.runner.execute import environment
 
-GRACE_S = 45.0  # seconds that a command gets for saving before it is killed
+GRACE_S = 45.0  # seconds that a command has to save before it is killed
 
 
 class Ending(NamedTuple):
@@ -27,13 +27,13 @@ class Ending(NamedTuple):
     name: str
     code: int  # exit code, negative for a signal
     last: str  # its last line
-    seconds: float  # it ran
+    seconds: float  # duration
     node: str = ""  # to `avoid`
     place: str = "here"
 
 
 class Local:
-    """Child processes, one at a time on each worker: {variable: value}, what its environment has beside ours."""
+    """Child processes, one at a time on each worker: {variable: value}, its additional environment variables."""
 
     def __init__(self, workers):
         self._free, self._running, self._kill_at = list(workers), {}, float("inf")
@@ -43,7 +43,11 @@ class Local:
     def start(self, name, words):
         worker, said = self._free.pop(), tempfile.TemporaryFile()  # noqa: SIM115 - `_ending` closes it
         argv, env = [sys.executable, "-m", "peftlib", *words, "--attended"], {**os.environ, **worker}
-        how = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}  # Ctrl-C is ours
+        how = {
+            "stdin": subprocess.DEVNULL,
+            "stderr": subprocess.STDOUT,
+            "start_new_session": True,
+        }  # this process handles Ctrl-C
         process = subprocess.Popen(argv, env={**env, "PYTHONUNBUFFERED": "1"}, stdout=said, **how)
         self._running[name] = process, worker, said, time.monotonic()
 
@@ -71,14 +75,14 @@ class Local:
     def close(self):
         for process, *_ in self._running.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # the compiler's helpers too
+                os.killpg(process.pid, signal.SIGKILL)  # including the compiler's helpers
             process.wait()
 
 
 class Ray:
-    """Tasks, at_once of them on each GPU of a cluster; Ray repeats them elsewhere when their node dies.
+    """Tasks, at_once of them on each GPU of a cluster; Ray reruns them elsewhere when their node dies.
 
-    ConfigError: no Ray here, no cluster at the address, or one without a GPU where device is not 'cpu'.
+    ConfigError: Ray is not installed, no cluster at the address, or one without a GPU although device is not 'cpu'.
     """
 
     has_room = True  # Ray keeps the queue
@@ -91,7 +95,7 @@ class Ray:
         except ImportError:
             raise ConfigError(f"--executor ray needs Ray, which is missing: {pip_line('cluster')}") from None
         except (ConnectionError, ValueError) as error:
-            how = f"no Ray cluster ({error}); `ray start --head` starts one"
+            how = f"no Ray cluster ({error}); start one with `ray start --head`"
             raise ConfigError(f"--address {settings.address}: {how}") from None
         self._ray, self._running, self._avoided = ray, {}, set()
         self._kind, has = "CPU" if cfg.device == "cpu" else "GPU", ray.cluster_resources()
@@ -101,9 +105,9 @@ class Ray:
         gpus = 0 if cfg.device == "cpu" else 1 / settings.at_once
         cpus = int(has.get("CPU", 1) / has["GPU"] * gpus) if gpus else 1
         self._how = {"max_retries": 3, "scheduling_strategy": "SPREAD", "num_gpus": gpus, "num_cpus": max(1, cpus)}
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node with other code is to say so itself
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a node with other code reports that itself
         self._task = ray.remote(_task)
-        # A node's own values come first, and it has a checkout of its own.
+        # A node's own values take precedence, and it has its own checkout.
         places = {name: os.environ[name] for name in ("PEFTLIB_ROOT", "PEFTLIB_MIRROR") if name in os.environ}
         self._environment = {**{k: v for k, v in environment().items() if k != "PYTHONPATH"}, **places}
 
@@ -138,7 +142,7 @@ class Ray:
 
 
 def _task(words, env):
-    """On a node: what an Ending holds after the name. Ray cancels it by a KeyboardInterrupt."""
+    """Runs on a node: returns an Ending's fields after the name. Ray cancels it with a KeyboardInterrupt."""
     import ray
 
     with contextlib.closing(Local([{name: value for name, value in env.items() if name not in os.environ}])) as local:
@@ -154,10 +158,10 @@ def _task(words, env):
 
 
 def workers_of(cfg, at_once):
-    """The workers of a Local: every visible GPU at_once times, or the CPU once."""
+    """The workers of a Local: each visible GPU at_once times, or the CPU once."""
     import torch
 
-    n_gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()  # asks the driver alone, and takes no memory
+    n_gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()  # only asks the driver, and takes no memory
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
     share = str(max(1, (os.cpu_count() or 1) // (n_gpus * at_once or 1)))
     threads = {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share}

@@ -1,4 +1,4 @@
-"""Notebook files: reading and writing them, how an executed copy ended, and what is removed before it is kept."""
+"""Notebook files: reading, writing, how an executed copy ended, and what is removed before it is kept."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from peftlib.core.paths import PACKAGE
 from peftlib.notebook.session import last_words
 from peftlib.notebook.widgets import VIEW
 
-FAILED = "failed"  # of a notebook's endings; notebook.session has the others
-_WAY_OUT = "put the original file back; an executed copy can be deleted, and is made again"
+FAILED = "failed"  # one status of an ended notebook; notebook.session has the others
+_WAY_OUT = "restore the original file; an executed copy can be deleted, the next run writes it again"
 _OUTPUT = {"output_type": str, "data?": {}}
 _CELL = {"cell_type": str, "metadata?": {"tags?": [str]}, "outputs?": [_OUTPUT]}
 _SHAPE = {"cells": [_CELL], "metadata": {}}
 
 
 def load(path):
-    """A notebook file as a dict. StudyError: it is none. DiskError: it is not there, or cannot be read."""
+    """A notebook file as a dict. StudyError: not a notebook. DiskError: the file is missing or unreadable."""
     with reading(path, _WAY_OUT):
         notebook = json.loads(Path(path).read_bytes().decode("utf-8"))
     found = fault(notebook, _SHAPE)
@@ -33,12 +33,12 @@ def load(path):
 
 
 def save(path, notebook):
-    """Write a notebook as Jupyter does, whole or not at all."""
+    """Write a notebook as Jupyter does, atomically."""
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 def source_of(cell):
-    """A cell's text, which the format holds as a string or as a list of lines."""
+    """A cell's text, which the format stores as a string or a list of lines."""
     return "".join(cell["source"])
 
 
@@ -47,7 +47,7 @@ def tags_of(cell):
 
 
 def code_of(notebook):
-    """The texts of the code cells, but for the parameters that papermill put in."""
+    """The texts of the code cells, without the parameters that papermill injected."""
     cells = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     return [source_of(cell) for cell in cells if "injected-parameters" not in tags_of(cell)]
 
@@ -55,7 +55,7 @@ def code_of(notebook):
 def ending(notebook):
     """(status, state hash, [paths it wrote]) that the last code cell printed by `finish`, or None if it did not.
 
-    The cells' own status proves nothing: a killed kernel leaves its cell marked completed.
+    The cells' own status is not reliable: a killed kernel leaves its cell marked completed.
     """
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source_of(cell).strip()]
     outputs = code[-1].get("outputs", []) if code else []
@@ -63,7 +63,7 @@ def ending(notebook):
 
 
 def ended_at(notebook):
-    """When papermill was done with it, as sortable text in UTC; empty if it does not say."""
+    """When papermill finished it, as sortable UTC text; empty if unknown."""
     return notebook["metadata"].get("papermill", {}).get("end_time") or ""
 
 
@@ -83,7 +83,7 @@ def first_line(cell):
 
 
 def tidy(notebook, studies_root):
-    """Take out what must not be kept: widgets, overwritten progress text, this machine's paths, tokens. In place."""
+    """Remove what must not be kept: widgets, overwritten progress text, this machine's paths, tokens. In place."""
     notebook["metadata"].pop("widgets", None)
     if "papermill" in notebook["metadata"]:
         notebook["metadata"]["papermill"]["input_path"] = Path(notebook["metadata"]["papermill"]["input_path"]).name
@@ -101,13 +101,13 @@ def _changes(studies_root):
     paths = {str(studies_root): "runs", str(PACKAGE.parent): ".", sys.prefix: "[python]", str(Path.home()): "~"}
     longer_first = sorted((path for path in paths if len(path) > 1), key=len, reverse=True)
     of_paths = [(re.compile(re.escape(path) + r"(?![\w.-])"), paths[path]) for path in longer_first]
-    # Anchored: else each place of a long line is tried, which takes seconds for a page in one.
+    # Anchored: otherwise every position of a long line is tried, which takes seconds.
     overwritten = re.compile(r"^[^\n]*\r(?!\n)", re.MULTILINE)
     return [(overwritten, ""), (token_pattern(), MASK), *of_paths]
 
 
 def _changed(value, changes):
-    """An output, or a part of one, with all its texts changed; pictures stay."""
+    """An output, or a part of one, with all its texts changed; images are kept."""
     if isinstance(value, dict):
         return {k: part if k.startswith("image/") else _changed(part, changes) for k, part in value.items()}
     if isinstance(value, list):

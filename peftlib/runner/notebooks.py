@@ -1,4 +1,4 @@
-"""Run notebooks headless, in their order, skipping those that are finished."""
+"""Run notebooks headless, in order, and skip finished ones."""
 
 import collections
 import contextlib
@@ -23,13 +23,13 @@ from peftlib.runner.notebook_io import FAILED
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import restore
 
-HEARTBEAT_S = 20.0  # seconds without a line after which the runner prints one itself
+HEARTBEAT_S = 20.0  # seconds of silence after which the runner prints a line
 _SIGNALS = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One notebook of a run: its file, the study that its parameters name, and the parameters to inject."""
+    """One notebook of a run: its file, its study, and the parameters to inject."""
 
     name: str
     source: Path
@@ -41,12 +41,12 @@ class Stage:
     state = property(lambda self: state_hash(self.name, self.study.cfg), doc="Hash of the settings of this run.")
 
     def path(self, mark):
-        """Path of an executed copy; mark: '' or what tells an unfinished one, such as '.failed'."""
+        """Path of an executed copy; mark: '' or the suffix of an unfinished one, such as '.failed'."""
         seed = self.study.cfg.seed
         return self.study.notebooks_dir / f"{self.name}{f'-s{seed}' if seed else ''}{mark}.ipynb"
 
     def keep(self, copy, status):
-        """Save an executed copy under its status; only a finished one replaces a finished one. Returns the path."""
+        """Save an executed copy by its status; only a finished copy replaces a finished one. Returns the path."""
         mark = "" if status == FINISHED else f".{status}"
         target = self.path(mark)
         copy["metadata"].setdefault("papermill", {})["output_path"] = target.name
@@ -59,53 +59,53 @@ class Stage:
 def plan(wanted, overrides, notebooks_dir=None):
     """[Stage, ...] in the notebooks' order.
 
-    wanted: numbers or names, none for all. overrides: {field: value}, 'profile' included.
-    ConfigError: unknown notebook, field or value. StudyError: a study folder made with another config.
+    wanted: numbers or names, empty for all. overrides: {field: value}, including 'profile'.
+    ConfigError: unknown notebook, field or value. StudyError: the study folder was made with another config.
     """
     folder = Path(notebooks_dir) if notebooks_dir else paths.shipped("notebooks")
     found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise ConfigError(f"no notebooks in {folder}: name their folder with --notebooks")
+        raise ConfigError(f"no notebooks in {folder}: set their folder with --notebooks")
     return [_stage(name, found[name], overrides) for name in _selected(wanted, found)]
 
 
 def run(stages, heartbeat_s=HEARTBEAT_S):
-    """Execute what is not finished, in order, until one does not finish; returns the exit code.
+    """Execute unfinished notebooks in order until one does not finish; returns the exit code.
 
-    LockedError: another runner is at work in the study.
+    LockedError: another runner is running in the study.
     """
     minutes = {}
     code = 0
     with contextlib.ExitStack() as stack:
         for folder in {stage.study.folder for stage in stages}:
-            # Not the lock of the work itself, which the kernel takes: two runners would share executed copies.
+            # Not the study's own lock, which the kernel takes: it keeps two runners from sharing executed copies.
             stack.enter_context(StudyLock(folder, "python -m peftlib run", name="runner-lock.json"))
         signals = stack.enter_context(_caught_signals())
         for stage in stages:
             reason = unfinished_reason(stage)
             if reason is None:
-                print(f"{stage.name}: finished before, skipped ({readable_path(stage.copy)})", flush=True)
+                print(f"{stage.name}: already finished, skipped ({readable_path(stage.copy)})", flush=True)
                 continue
             cfg = stage.study.cfg
-            print(f"{stage.name}: starts, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
+            print(f"{stage.name}: starting, {reason} (study {cfg.study}, seed {cfg.seed})", flush=True)
             started = time.monotonic()
             code, message = Execution(stage, signals, heartbeat_s).run()
             minutes[stage.name] = (time.monotonic() - started) / 60
             mirror = restore(stage.study.folder)
-            if mirror is not None:  # takes the executed copy along; the kernel has uploaded the rest
+            if mirror is not None:  # uploads the executed copy; the kernel has uploaded the rest
                 mirror.flush()
                 print(mirror.state(), flush=True)
             if code:
                 print(message, flush=True)
                 break
-    print("minutes a stage:")
+    print("minutes per stage:")
     for name, value in {**minutes, "together": sum(minutes.values())}.items():
         print(f"  {name:<12} {value:>7.1f}", flush=True)
     return code
 
 
 def unfinished_reason(stage):
-    """Why a notebook has to be run, or None if its executed copy is up to date."""
+    """Why a notebook must be run, or None if its executed copy is up to date."""
     if not stage.copy.exists():
         return "not finished yet"
     copy = notebook_io.load(stage.copy)
@@ -116,8 +116,8 @@ def unfinished_reason(stage):
         return "its cells have changed"
     gone = [path for path in wrote if not (stage.study.folder / path).exists()]
     if gone:
-        return f"{gone[0]} is gone"
-    # A notebook of someone's own reads, for all we know, what every earlier one wrote.
+        return f"{gone[0]} is missing"
+    # A user's own notebook may read what any earlier one wrote.
     earlier_ones = [path.stem for path in stage.source.parent.glob("[0-9][0-9]_*.ipynb") if path.stem < stage.name]
     for name in NOTEBOOKS.get(stage.name, earlier_ones):
         earlier = dataclasses.replace(stage, name=name).copy
@@ -127,7 +127,7 @@ def unfinished_reason(stage):
 
 
 def _selected(wanted, found):
-    """The names asked for, in order; all of them if none is."""
+    """The requested names in order; all names if none is requested."""
     by_any_name = {}
     for name in found:
         number, _, rest = name.partition("_")
@@ -140,7 +140,7 @@ def _selected(wanted, found):
 
 
 def _stage(name, source, overrides):
-    """The notebook with its own parameters under the overrides, resolved as its kernel will resolve them."""
+    """The notebook with its parameters and the overrides, resolved as its kernel will resolve them."""
     given = {}
     for cell in notebook_io.load(source)["cells"]:
         if "parameters" in notebook_io.tags_of(cell):
@@ -154,20 +154,20 @@ def _stage(name, source, overrides):
 
 
 def _profile_of_this_machine():
-    # In a process of its own: a CUDA context in the runner would take memory from the notebooks for the whole run.
+    # In a separate process: a CUDA context in the runner would take GPU memory from the notebooks.
     code = "from peftlib.core.env import profile_for_hardware; print(profile_for_hardware())"
     asked = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment()}, check=False
     )
     if asked.returncode:
         last_line = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"profile='auto' could not be resolved here: name one with --profile ({last_line})")
+        raise ConfigError(f"profile='auto' could not be resolved here: set one with --profile ({last_line})")
     return asked.stdout.split()[-1]
 
 
 @contextlib.contextmanager
 def _caught_signals():
-    """A deque that receives the signals that come in the block."""
+    """A deque that receives the signals during the block."""
     caught = collections.deque()
     before = {number: signal.signal(number, lambda got, _: caught.append(signal.Signals(got))) for number in _SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""A whole study by one command, `peftlib study run`, on one machine or many, until all is done.
+"""A whole study with one command, `peftlib study run`, on one or many machines.
 
 It builds the data, sweeps each method's learning rates, trains and evaluates every method and seed, and writes the
 report. An executor starts each run as a command; claims divide the runs among all machines that run the same study.
@@ -22,28 +22,28 @@ from peftlib.storage.claims import Claims
 from peftlib.storage.lock import StudyLock
 from peftlib.storage.mirror import open_mirror, running
 
-_LOOK_S = 10.0  # seconds between two looks at what others have done, 300 at a remote
+_LOOK_S = 10.0  # seconds between checks of what others have done, 300 for a remote
 
 
 def run(settings, *, log=print, why_stop=lambda: None):
-    """Run all unfinished jobs of the study; returns 0 if all is done, 1 if something failed, STOPPED_CODE if cut.
+    """Run all unfinished jobs of the study; returns 0 if all are done, 1 if any failed, STOPPED_CODE if stopped.
 
     why_stop() -> None, or a reason to stop now besides the time limit and signals.
     ConfigError, StudyError: the study does not fit the settings, or the executor is not available. LockedError: a
-    session works in the study as a whole.
+    session has locked the whole study.
     """
     started, reason = time.monotonic(), None
     study = _with_data(settings, log)
     StudyLock(study.folder, "study run").require_free()
     executor = Ray(study.cfg, settings) if settings.address else Local(workers_of(study.cfg, settings.at_once))
-    with contextlib.closing(executor), interrupts() as interrupted:  # Ray first, which takes SIGTERM for itself
+    with contextlib.closing(executor), interrupts() as interrupted:  # Ray first, because it handles SIGTERM itself
         session = _Session(study, settings, executor, log)
-        log(f"to be done: {', '.join(job.name for job in session.waiting()) or 'nothing'}")
+        log(f"to do: {', '.join(job.name for job in session.waiting()) or 'nothing'}")
         with session.shown():
             while session.running or (reason is None and session.waiting()):
                 late = settings.minutes and time.monotonic() - started > 60 * settings.minutes - GRACE_S
                 why = "interrupted" if interrupted.is_set() else why_stop()
-                why = why or (f"minutes={settings.minutes:g} are nearly over" if late else None)
+                why = why or (f"minutes={settings.minutes:g} have nearly passed" if late else None)
                 if reason is None and why:
                     reason = why
                     log(f"stopping ({reason}): {', '.join(session.running) or 'nothing is running'}")
@@ -54,7 +54,7 @@ def run(settings, *, log=print, why_stop=lambda: None):
 
 
 def _resolved(settings, log):
-    open_mirror(Study.resolve(**settings.given).folder, runs=(), log=log)  # brings what stands on a remote
+    open_mirror(Study.resolve(**settings.given).folder, runs=(), log=log)  # restores from the remote
     return Study.resolve(**settings.given)
 
 
@@ -69,16 +69,16 @@ def _with_data(settings, log):
         build_data(study.cfg, study.data_dir)
     study.freeze()
     if settings.factors != () and not sum(study.manifest()["counts"]["valid"].values()):
-        raise ConfigError("a sweep is scored on validation rows and there are none: set valid_rows, or --factors none")
+        raise ConfigError("a sweep needs validation rows and there are none: set valid_rows, or use --factors none")
     if study.cfg.model == "packaged":
-        locate(study.cfg.model)  # converted once, before many processes want it
+        locate(study.cfg.model)  # converted once, before many processes need it
     if not settings.address and resolve_device(study.cfg.device) == "cpu":
-        study = Study(study.folder, study.cfg.replace(device="cpu"))  # runs elsewhere are not to fall back to it
+        study = Study(study.folder, study.cfg.replace(device="cpu"))  # runs elsewhere must not fall back to it
     return study
 
 
 class _Session:
-    """The jobs of one command: which wait, which run, and how the others ended."""
+    """The jobs of one command: which are waiting, which are running, and how the others ended."""
 
     def __init__(self, study, settings, executor, log):
         self.study, self.settings, self.executor, self.log = study, settings, executor, log
@@ -86,12 +86,12 @@ class _Session:
         for method in {job.method for job in self.all} - {BASE}:
             keep(method, study.folder)
         self.running, self.notes = {}, {}  # {name: its log}, {name: (status, last line)}
-        self._died, self._tried = {}, set()  # {name: (DIED, why)}, what is not started here again
+        self._died, self._tried = {}, set()  # {name: (DIED, why)}, names not started here again
         self._restore_at = 0.0
         self._look()
 
     def _look(self):
-        """Find out what has been done, here and elsewhere, and which runs others hold."""
+        """Update what is done, here and elsewhere, and which runs others hold."""
         mirror = running(self.study.folder)
         if mirror is not None and time.monotonic() >= self._restore_at:
             mirror.restore(())
@@ -106,7 +106,7 @@ class _Session:
         self._look_at = time.monotonic() + _LOOK_S
 
     def waiting(self):
-        """[Job, ...] that are still to be done, by this command or another's."""
+        """[Job, ...] that are still to do, by this command or another."""
         over = {DONE} if self.settings.is_again else {DONE, FAILED}
         left = [job for job in self.chosen if self.states[job.name][0] not in over]
         vain = {job.method for job in left if job.is_sweep and job.name in self._tried}
@@ -114,7 +114,7 @@ class _Session:
         return [job for job in left if job.is_sweep or job.method not in vain or job.is_ready()]
 
     def step(self, *, is_cut):
-        """Start the jobs that can start, pass on their output, and handle those that have ended."""
+        """Start the jobs that can start, relay their output, and handle finished ones."""
         if time.monotonic() >= self._look_at:
             self._look()
         while not is_cut and self.ready and self.executor.has_room:
@@ -135,11 +135,11 @@ class _Session:
         from rich.text import Text
 
         live = Live(get_renderable=lambda: Text("\n".join(table(self.states | self.notes))), refresh_per_second=1)
-        return live if sys.stdout.isatty() else contextlib.nullcontext()  # elsewhere lines are logged
+        return live if sys.stdout.isatty() else contextlib.nullcontext()  # without a terminal, lines are logged
 
     def _pass_on(self, name):
         for line in self.running[name].read().splitlines():
-            self.notes[name] = ("at work", line)
+            self.notes[name] = ("running", line)
             if not sys.stdout.isatty():
                 self.log(f"{name} | {line}")
 
@@ -151,9 +151,9 @@ class _Session:
         self._look()
         status = self.states[name][0]
         self.log(f"{name} ended {ending.place} after {ending.seconds / 60:.1f} min: {status}")
-        self.ready = [job for job in self.ready if job.name != name]  # at the next look again, if at all
+        self.ready = [job for job in self.ready if job.name != name]  # the next check may add it again
         if code == NODE_CODE and self.executor.avoid(ending.node):
-            self.log(f"{ending.last}; no more runs go there")
+            self.log(f"{ending.last}; no more runs are sent there")
         elif code != NOT_NOW_CODE:
             self._tried.add(name)
             if not is_cut and code not in (0, STOPPED_CODE) and status not in (DONE, FAILED):
@@ -161,13 +161,13 @@ class _Session:
                 self._died[name] = DIED, f"{how}: {ending.last or 'no output'}"
 
     def close(self, reason):
-        """Report and table; the exit code."""
+        """Build the report, log the table, and return the exit code."""
         self._look()
         if not reason and self.settings.has_report and all(s in (DONE, FAILED) for s, _ in self.states.values()):
             from peftlib import build_report
 
             with contextlib.suppress(LockedError), Claims(self.study.folder, log=self.log).take("report"):
-                self.log(f"report of {self.study.folder.name}")
+                self.log(f"building the report of {self.study.folder.name}")
                 build_report(self.study)
         for line in table(self.states | self.notes):
             self.log(line)
@@ -175,19 +175,19 @@ class _Session:
         failed = [name for name in status if status[name] in (FAILED, DIED)]
         left = [name for name in status if status[name] not in (DONE, FAILED)]
         if failed:
-            self.log(f"failed: {', '.join(failed)}; --again tries them again")
+            self.log(f"failed: {', '.join(failed)}; --again retries them")
         if left:
             self.log(f"left: {', '.join(left)}; the same command resumes them")
         if not failed and not left:
-            self.log("all is done" if len(status) == len(self.all) else "all that was chosen is done")
+            self.log("all runs are done" if len(status) == len(self.all) else "all chosen runs are done")
         return 1 if failed else STOPPED_CODE if left else 0
 
 
 def listing(settings, *, is_pending):
-    """The state of a study's runs as lines, or the commands that can be started now. StudyError: no data yet."""
+    """The state of a study's runs as lines, or the commands that can start now. StudyError: no data yet."""
     study = _resolved(settings, lambda line: None)
     study.manifest()
     study.freeze()
-    session = _Session(study, settings, None, lambda line: print(line, file=sys.stderr))  # the list may be commands
+    session = _Session(study, settings, None, lambda line: print(line, file=sys.stderr))  # stdout is for the list
     commands = (shlex.join(["peftlib", *job.words()]) for job in session.ready)
     return commands if is_pending else table(session.states | session.notes)

@@ -1,4 +1,4 @@
-"""The verbs of `peftlib study`: a whole study, or the commands that it is made of."""
+"""The subcommands of `peftlib study`: run a whole study, list its runs, or do one run."""
 
 from typing import Annotated
 
@@ -13,25 +13,25 @@ _EXAMPLES = (
     "study list --study big --pending",
     "study work galore-s1 --study big",
 )
-app = typer.Typer(help="Run a whole study, on one machine or many.", epilog=examples_of(*_EXAMPLES))
+app = typer.Typer(help="Run a whole study on one or many machines.", epilog=examples_of(*_EXAMPLES))
 
 Profile = Annotated[str, Option(help="demo, quick, t4 or gpu")]
 Methods = Annotated[str | None, Option(metavar="A,B,...", help="default: base and the first six; or peft:FILE.json")]
-Seeds = Annotated[str, Option(help="of every method but base")]
-Factors = Annotated[str, Option(help="of the rates that a sweep tries; auto: until the best is bracketed; or none")]
+Seeds = Annotated[str, Option(help="seeds of every method except base")]
+Factors = Annotated[str, Option(help="learning rate factors of a sweep; auto: until the best is bracketed; or none")]
 SweepRows = Annotated[int, Option(help="training rows of each trial")]
-Only = Annotated[str, Option(metavar="METHOD[-sSEED],...", help="these runs and their sweeps alone")]
-Again = Annotated[bool, Option("--again", help="failed runs too")]
-AtOnce = Annotated[int, Option(min=1, help="runs side by side on each GPU")]
+Only = Annotated[str, Option(metavar="METHOD[-sSEED],...", help="only these runs and their sweeps")]
+Again = Annotated[bool, Option("--again", help="retry failed runs")]
+AtOnce = Annotated[int, Option(min=1, help="concurrent runs per GPU")]
 
 
 def _settings(given, methods="", seeds="0", factors="none", only="", **others):
-    """suite_jobs.Settings of a command line's words, lists with commas between. ConfigError: what cannot be."""
+    """suite_jobs.Settings from command-line arguments with comma-separated lists. ConfigError: invalid arguments."""
     from peftlib.methods import BASE, METHODS, default_methods, find, known
     from peftlib.runner.suite_jobs import Settings as SuiteSettings
 
     if "seed" in given:
-        raise ConfigError("-p seed: the runs of a study have their seeds in their names; --seeds says which there are")
+        raise ConfigError("-p seed: the runs of a study have their seeds in their names; use --seeds instead")
     names = (BASE, *default_methods()) if methods is None else tuple(methods.replace(",", " ").split())
     strange = [name for name in names if name != BASE and ":" not in name and not known(name)]
     if strange or methods == ",":
@@ -61,15 +61,15 @@ def run(
     only: Only = "",
     again: Again = False,
     at_once: AtOnce = 1,
-    minutes: Annotated[float, Option(min=0, help="save and stop before so many are over; 0: no limit")] = 0.0,
+    minutes: Annotated[float, Option(min=0, help="time limit: save and stop before it; 0: no limit")] = 0.0,
     executor: Annotated[str, Option(help="local (all GPUs of this machine) or ray")] = "local",
-    address: Annotated[str, Option(help="of the Ray cluster")] = "auto",
-    no_report: Annotated[bool, Option("--no-report", help="leave the report to `peftlib report`")] = False,
+    address: Annotated[str, Option(help="address of the Ray cluster")] = "auto",
+    no_report: Annotated[bool, Option("--no-report", help="do not build the report; `peftlib report` can")] = False,
     dry_run: Flag = False,
 ):
-    """Run a whole study: data, sweeps, every method and seed, the report. After a cut the same command resumes it.
+    """Run a whole study: data, sweeps, every method and seed, the report. Run it again to resume.
 
-    Runs go side by side on all GPUs. On several machines with one store the same command shares the runs out.
+    Runs use all GPUs in parallel. On several machines with one store, run the same command on each to share the runs.
     """
     from peftlib.runner import suite, suite_plan
 
@@ -88,7 +88,7 @@ def run(
 @_command("study list --study big", "study list --study big --pending > runs.txt", name="list")
 def list_runs(
     study: Name = "reference",
-    pending: Annotated[bool, Option("--pending", help="the commands that can be started now, one a line")] = False,
+    pending: Annotated[bool, Option("--pending", help="print the commands that can start now, one per line")] = False,
     profile: Profile = "gpu",
     settings: Settings = None,
     methods: Methods = None,
@@ -99,9 +99,9 @@ def list_runs(
     again: Again = False,
     at_once: AtOnce = 1,
 ):
-    """Show the state of a study's runs, or print the commands that do those that can be started now.
+    """Show the state of a study's runs, or print the commands of those that can start now.
 
-    The runs of a method can be started once its sweep is done: list again then. The study's rows have to stand.
+    The runs of a method can start once its sweep is done: list them again then. Build the study's data first.
     """
     from peftlib.runner import suite
 
@@ -118,15 +118,15 @@ def work(
     settings: Settings = None,
     factors: Factors = "auto",
     sweep_rows: SweepRows = 1500,
-    at_once: Annotated[int, Option(min=1, help="runs that share this GPU")] = 1,
-    code: Annotated[str, Option(metavar="ID", help="refuse to run with another version of peftlib")] = "",
-    data: Annotated[str, Option(metavar="HASH", help="refuse to run on other rows")] = "",
+    at_once: Annotated[int, Option(min=1, help="number of runs that share this GPU")] = 1,
+    code: Annotated[str, Option(metavar="ID", help="refuse another version of peftlib")] = "",
+    data: Annotated[str, Option(metavar="HASH", help="refuse other rows")] = "",
     attended: Annotated[bool, Option("--attended", hidden=True)] = False,
 ):
-    """Do one run of a study, or go on with it. Started twice it is done once.
+    """Do or resume one run of a study. If it is started twice, it is done once.
 
     Exit codes: 0 done, 1 failed (its record says why), 2 refused, 3 stopped and saved, 69 this machine cannot do it,
-    75 not now: another worker has it, or its sweep is not done.
+    75 not now: another worker does it, or its sweep is not done.
     """
     from peftlib.runner.suite_work import main
 

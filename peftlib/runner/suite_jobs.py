@@ -1,4 +1,4 @@
-"""The runs of a whole study: which there are, how far each one is, and the command that does it."""
+"""The runs of a whole study, their states, and the commands that do them."""
 
 import re
 from dataclasses import dataclass
@@ -13,31 +13,31 @@ from peftlib.methods import BASE, default_methods, find
 from peftlib.train import sweep
 
 OPEN, STOPPED, TRAINED, DONE, FAILED = "waits", "stopped", "trained", "done", "failed"
-DIED = "died"  # in this session, and its record does not say why
+DIED = "died"  # in this session, without a reason in its record
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a whole study is to do."""
+    """The settings of a whole study."""
 
     given: dict  # for Study.resolve
     methods: tuple = (BASE, *default_methods())
     seeds: tuple = (0, 1, 2)
-    factors: tuple | None = None  # of the sweeps' rates; None: as train.sweep searches, (): no sweeps
-    rows: int = sweep.ROWS  # of a sweep's trial
+    factors: tuple | None = None  # of the sweeps' rates; None: the search of train.sweep, (): no sweeps
+    rows: int = sweep.ROWS  # training rows of a sweep's trial
     names: tuple = ()  # as in `jobs`, empty for all
-    is_again: bool = False  # try failed runs once more
+    is_again: bool = False  # retry failed runs
     minutes: float = 0.0  # time limit; 0: none
     at_once: int = 1  # runs on each GPU
-    address: str = ""  # of a Ray cluster, '' for this machine
+    address: str = ""  # address of a Ray cluster, '' for this machine
     has_report: bool = True
 
     def jobs(self, study):
-        """([Job, ...] of a study in starting order: sweeps, base, then seed after seed; those that `names` choose).
+        """([Job, ...] of a study in starting order: sweeps, base, then seed by seed; the jobs that `names` selects).
 
-        A name is such as galore, galore-s1 or sweep-galore; a chosen run brings its method's sweep with it, and base
-        where the study is rewound to it.
-        ConfigError: an unknown method, or a name that means none.
+        A name is for example galore, galore-s1 or sweep-galore; a selected run includes its method's sweep, and base
+        if the study rewinds.
+        ConfigError: an unknown method, or a name that matches no job.
         """
         trained = [method for method in self.methods if method != BASE and find(method)]
         jobs = [Job(study, self, method, is_sweep=True) for method in trained if self.factors != ()]
@@ -47,7 +47,7 @@ class Settings:
         unknown = {*self.names} - {name for job in jobs for name in (job.name, job.method)}
         if unknown:
             known = ", ".join(job.name for job in jobs)
-            raise ConfigError(f"--only {','.join(sorted(unknown))}: there is no such run, use {known}")
+            raise ConfigError(f"--only {','.join(sorted(unknown))}: no such run, use {known}")
         chosen = [job for job in jobs if not self.names or {job.name, job.method} & {*self.names}]
         needed = {(job.method, True) for job in chosen} | ({(BASE, False)} if is_rewound else set())
         return jobs, [job for job in jobs if job in chosen or (job.method, job.is_sweep) in needed]
@@ -66,7 +66,7 @@ class Job:
     name = property(lambda self: f"sweep-{self.method}" if self.is_sweep else f"{self.method}-s{self.seed}")
 
     def words(self):
-        """The words after `peftlib` that do this job on any machine; other settings than the study's are named."""
+        """The arguments of `peftlib` that do this job on any machine, with settings that differ from the study's."""
         study, asked, usual = self.study, self.settings, Settings({})
         own = Study.existing(study.folder.name).cfg
         words = ["study", "work", self.name, "--study", study.folder.name]
@@ -78,17 +78,17 @@ class Job:
         return [*words, "--code", code_id(), "--data", study.manifest()["split_hash"]]
 
     def swept(self):
-        """What the method's sweep with these factors and rows has found, or None."""
+        """The result of the method's sweep with these factors and rows, or None."""
         return sweep.kept(self.study, self.method, factors=self.settings.factors, rows=self.settings.rows)
 
     def is_ready(self):
-        """Whether it can start: a run needs its method's adopted rates, where there are to be sweeps."""
+        """Whether it can start: with sweeps, a run needs its method's adopted rates."""
         if self.is_sweep or self.method == BASE:
             return True
         return self.settings.factors == () or self.method in self.study.adopted_rates()
 
     def unscored(self, record):
-        """[words, ...]: what `benchmarks` ("auto" names none) and `rewind` of the settings name and a record lacks."""
+        """[text, ...] of what the settings `benchmarks` ("auto" means none) and `rewind` ask for and a record lacks."""
         cfg = self.study.cfg
         named = () if cfg.benchmarks in ("", "auto") else tasks.chosen(cfg.benchmarks)
         done = record.get("benchmarks") or {}
@@ -97,7 +97,7 @@ class Job:
         return left + [f"rewound to {factor:g}" for factor in rewind.missing(self.study, record, factors)]
 
     def state(self):
-        """(one of this module's words, steps and minutes or the reason of a failure), read from the study's folder."""
+        """(a status of this module, steps and minutes or the reason for a failure), read from the study's folder."""
         found = self.swept() if self.is_sweep else records.load(self.study, self.method, self.seed)
         if found is None:
             return OPEN, ""
@@ -119,13 +119,13 @@ class Job:
 
 
 def _has_more_rows(done, limit):
-    """Whether a benchmark has rows beside those that were scored, within a limit (0: none)."""
+    """Whether a benchmark has more rows than were scored, within a limit (0: none)."""
     of = done.get("n_all") or done["n"]
     return done["n"] < min(limit or of, of)
 
 
 def job_named(study, settings, name):
-    """The Job of such a name. ConfigError: no run is called so."""
+    """The Job with this name. ConfigError: no such run."""
     found = re.fullmatch(r"sweep-(.+)|(.+)-s(\d+)", name)
     if not found:
         raise ConfigError(f"{name!r} is not a run: use sweep-METHOD or METHOD-sSEED, such as galore-s1")
@@ -136,7 +136,7 @@ def job_named(study, settings, name):
 
 
 def adopt_sweeps(study, settings):
-    """Have a study take the best rates of all finished sweeps. StudyError: see Study.adopt."""
+    """Adopt the best rates of all finished sweeps in the study's config. StudyError: see Study.adopt."""
     for path in (study.folder / "sweeps").glob("*.json") if settings.factors != () else []:
         found = Job(study, settings, path.stem, is_sweep=True).swept()
         if found:

@@ -1,4 +1,4 @@
-"""What work costs before it is done: the methods on a card, and each run of a whole study."""
+"""Cost estimates before training: the methods on a GPU, and each run of a whole study."""
 
 import re
 
@@ -18,13 +18,13 @@ _PAPER = re.compile(r"arXiv:[0-9.]*[0-9]")
 def plan_lines(gpu, given, study=None, names=None):
     """Yield lines on which methods fit a GPU, with which micro-batch and for how long.
 
-    gpu: a name in shapes.CARDS; None for the one here, else a t4, and a line says so. given: {field: value} of the
-    config. study: a Study whose config and data to plan for. names: of methods; None for those of a study.
+    gpu: a name in shapes.CARDS; None for this machine's, else a t4, which a line says. given: {field: value} of the
+    config. study: a Study whose config and data to plan for. names: methods; None for the default methods.
     ConfigError: an unknown GPU or setting, or no method fits the card. ModelError: the model's shape is unknown.
     """
     name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
     if gpu is None:
-        yield f"no --gpu given: planned for a {name}"
+        yield f"no --gpu given: planning for a {name}"
     own = {field: value for field, value in given.items() if field != "profile"}
     cfg = study.cfg.replace(**own) if study else resolve(**{"profile": "gpu", **given})  # t4 asks for the same rows
     manifest = study.manifest() if study and study.manifest_path.exists() else None
@@ -40,15 +40,15 @@ def method_lines(names=()):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield f"A study takes {', '.join(default_methods())} where no methods are named."
-    yield "Any other adapter of PEFT: peft:FILE.json with its adapter_config.json, on the NF4 base peft4:FILE.json."
+    yield f"A study without a list of methods runs {', '.join(default_methods())}."
+    yield "Any other PEFT adapter: peft:FILE.json with its adapter_config.json, or peft4:FILE.json on the NF4 base."
 
 
 def method_rows(names=()):
     """Yield the header and a row of texts for each method: what trains, how the base is held, memory, paper.
 
-    Numbers are for the profile t4, the 1B model on a T4. names: as methods.find has them, none for all. ConfigError:
-    there is no such method.
+    Numbers are for the profile t4, the 1B model on a T4. names: as for methods.find, empty for all. ConfigError:
+    unknown method.
     """
     (name, card), cfg = find_card("t4"), resolve("t4")
     shape = shape_of(cfg.model)
@@ -64,7 +64,7 @@ def method_rows(names=()):
 
 
 def lines(settings):
-    """Yield the runs of a study with training time and status, then the total of what is left.
+    """Yield the runs of a study with training time and status, then the total of the remaining runs.
 
     settings: suite_jobs.Settings. StudyError: the study has no data yet. ModelError: the model's shape is unknown.
     """
@@ -84,4 +84,4 @@ def lines(settings):
         left += [seconds] if seconds and job in chosen and status != DONE else []
         yield f"{job.name:<18} {words(*seconds) if seconds else 'does not fit':<18}  {status}"
     total = words(*map(sum, zip(*left, strict=True)))
-    yield f"left: {total} of training on a {name}, one run at a time; answering the test rows comes on top"
+    yield f"left: {total} of training on a {name}, one run at a time, plus the time to answer the test rows"

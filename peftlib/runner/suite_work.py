@@ -1,6 +1,6 @@
-"""One run of a whole study by one command, `peftlib study work RUN`, wherever and however often it is started.
+"""One run of a whole study with one command, `peftlib study work RUN`, which can be started anywhere and repeatedly.
 
-A claim keeps others from the same run; a finished run is not repeated, and an interrupted one is resumed.
+A claim prevents others from doing the same run; a finished run is not repeated, and an interrupted one is resumed.
 """
 
 import gc
@@ -30,16 +30,16 @@ from peftlib.storage.mirror import open_mirror
 from peftlib.train.sweep import sweep
 
 FAILED_CODE = 1  # the run's record says why
-NODE_CODE = 69  # this machine cannot do it, another can (EX_UNAVAILABLE)
-NOT_NOW_CODE = 75  # another worker has it, or its sweep is not done: the same command later (EX_TEMPFAIL)
+NODE_CODE = 69  # this machine cannot do it, another may (EX_UNAVAILABLE)
+NOT_NOW_CODE = 75  # another worker has it, or its sweep is not done: retry later (EX_TEMPFAIL)
 
 
 def main(settings, name, *, code="", data="", is_attended=False):
-    """Do one run unless it is done; returns the exit code. Its lines go to logs/RUN.log of the study too.
+    """Do one run unless it is done; returns the exit code. Its lines are also written to the study's logs/RUN.log.
 
-    settings.given: the study's name, and settings of this run besides the study's. name: such as galore-s1. code, data:
-    the required code_id() and split_hash of the rows; '' for any. is_attended: an executor started this process, which
-    stops once its parent is gone. A failure is kept in the run's record.
+    settings.given: the study's name, and this run's own settings. name: such as galore-s1. code, data: the required
+    code_id() and split_hash of the rows; '' for any. is_attended: an executor started this process, which stops when
+    its parent exits. A failure is saved in the run's record.
     """
     if is_attended:
         parent = psutil.Process(os.getppid())
@@ -49,25 +49,25 @@ def main(settings, name, *, code="", data="", is_attended=False):
 
     def log_both(line):
         say(line)
-        with path.open("a", encoding="utf-8") as out:  # for the copying thread too, which outlives this call
+        with path.open("a", encoding="utf-8") as out:  # also for the copying thread, which outlives this call
             out.write(f"{line}\n")
 
     try:
-        job_named(None, settings, name)  # before it names a file
+        job_named(None, settings, name)  # validate it before it becomes a file name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         log = log_both
         if code not in ("", code_id()):
-            raise NodeError(f"has peftlib {code_id()}, the command is of {code}: install the same on all machines")
+            raise NodeError(f"has peftlib {code_id()}, but the command needs {code}: install the same on all machines")
         return _claimed(folder, settings, name, data, log)
-    except (NodeError, OSError) as error:  # what disks do to a training is in its record
+    except (NodeError, OSError) as error:  # disk errors of training are in its record
         why = error if isinstance(error, NodeError) else f"cannot write to the store: {error}"
         log(f"NodeError: {socket.gethostname()} {why}")
         return NODE_CODE
     except PeftlibError as error:
         log(f"{type(error).__name__}: {error}")
         return NOT_NOW_CODE if isinstance(error, LockedError) else ERROR_CODE
-    except Exception:  # noqa: BLE001 - the log keeps it, and other runs go on
+    except Exception:  # noqa: BLE001 - it is logged, and other runs continue
         log(traceback.format_exc())
         return FAILED_CODE
 
@@ -78,14 +78,14 @@ def _claimed(folder, settings, name, data, log):
     with Claims(folder, log=log).take(name) as claim, claimed(folder, name, claim.require):
         StudyLock(folder, name).require_free()
         if mirror is not None:
-            mirror.restore((name,))  # what the claim's last holder has done
+            mirror.restore((name,))  # what the claim's last owner has done
         job = _job(folder, settings, name, data)
         adopt_sweeps(job.study, settings)
         if job.state()[0] == DONE:
-            log(f"{name} is done")
+            log(f"{name} is already done")
             return 0
         if not job.is_ready():
-            raise LockedError(f"{name} waits for sweep-{job.method}, whose rates it trains with")
+            raise LockedError(f"{name} waits for sweep-{job.method}, which finds its learning rates")
         log(f"{name} starts on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
         ended = _do(job, log)
         if mirror is not None and not mirror.flush():
@@ -101,11 +101,11 @@ def _job(folder, settings, name, data):
     study = Study.existing(folder.name)
     found = study.manifest()["split_hash"]
     if data not in ("", found):
-        raise NodeError(f"has rows with the hash {found} in {folder}, the command asks for {data}: remove that folder")
+        raise NodeError(f"has rows with hash {found} in {folder}, but the command needs {data}: remove that folder")
     job = job_named(study, settings, name)
     cfg = study.cfg.replace(**settings.given, seed=job.seed)
     if cfg.device == "auto" and resolve_device("auto") == "cpu":
-        raise NodeError("has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p device=cpu")
+        raise NodeError("has no GPU that torch can use: check nvidia-smi there, or train on CPUs with -p device=cpu")
     if settings.at_once > 1 and cfg.device != "cpu" and not cfg.memory_gib:
         import torch
 
@@ -128,7 +128,7 @@ def _do(job, log):
                 sweep(study, job.method, factors=job.settings.factors, rows=job.settings.rows, log=log)
                 return 0
             if is_trained and job.state()[0] == FAILED:
-                study.record_path(BASE, 0).unlink()  # nothing of it can be resumed
+                study.record_path(BASE, 0).unlink()  # it cannot be resumed
             if not is_trained:
                 record = TrainingRun(study, job.method, log=log).train()
                 if record["status"] != "ok":
@@ -148,7 +148,7 @@ def _do(job, log):
         return STOPPED_CODE
     except (LockedError, StudyError):
         raise
-    except Exception as error:  # whatever it is, it is this run's result, and the others go on
+    except Exception as error:  # any error is this run's result, and the others continue
         if job.is_sweep:
             raise
         log(f"{'evaluation ' if is_trained else ''}failed: {type(error).__name__}: {error}")
@@ -157,7 +157,7 @@ def _do(job, log):
 
 
 def _score_more(job, log):
-    """What the settings `benchmarks` and `rewind` name; returns the run's record."""
+    """Score what the settings `benchmarks` and `rewind` name; returns the run's record."""
     from peftlib.evaluation.benchmarks import rewind
     from peftlib.evaluation.benchmarks.run import bench_study
 

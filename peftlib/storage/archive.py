@@ -1,4 +1,4 @@
-"""A study folder as a few tar archives: which files belong together, whether they have changed, packing, unpacking."""
+"""A study folder as a few tar archives: which files belong together, change detection, packing, unpacking."""
 
 import contextlib
 import errno
@@ -13,23 +13,23 @@ from pathlib import Path
 from peftlib.core.errors import writing
 from peftlib.core.files import MANIFEST, remove_tree, rename, sha256
 
-# Folders that are archives of their own, here and in a sweep's trial; the compiler's cache is never copied, and one on
-# a remote never restored: loading it runs it.
+# Folders with their own archives, here and in a sweep's trial; the compiler's cache is never copied or restored:
+# loading it executes it.
 _OWN = {"data", "compile", "weights", "checkpoints", "claims"}
 # Folders whose files and folders are named after runs, as qlora-s0.
 _OF_RUNS = ("records", "predictions", "rewind", "logs")
 NOT_RESTORED = ("compile",)
 # Suffixes excluded from the copies: lock files, in-progress notebooks, on-demand CSV exports.
 _NOT_KEPT = ("lock.json", ".running.ipynb", ".download.csv")
-_BUFFER = 4 << 20  # bytes written to a remote at once
-BUILDING = ".mirroring"  # folder of hard links to what is being copied
+_BUFFER = 4 << 20  # bytes per write to a remote
+BUILDING = ".mirroring"  # folder of hard links to the files being copied
 
 
 def units_of(folder):
-    """{unit: [path, ...]} of what a study folder holds, in the order to copy it.
+    """{unit: [path, ...]} of a study folder, in the order to copy.
 
-    Units: 'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; 'study', the small files that all share; 'sweep-METHOD';
-    and last 'run-RUN', a run's record, answers and log, since a record says that the others are there.
+    Units: 'data'; 'weights-RUN'; 'checkpoint-RUN', its newest; 'study', the small shared files; 'sweep-METHOD';
+    and last 'run-RUN', a run's record, answers and log, because a record implies that the others exist.
     """
     folder, units = Path(folder), {}
     if (folder / "data" / "manifest.json").exists():
@@ -39,7 +39,7 @@ def units_of(folder):
     for run in sorted(folder.glob("checkpoints/[!.]*/")):
         whole = sorted(step for step in run.glob("step-*") if (step / MANIFEST).exists())
         files = [path for step in whole[-1:] for path in _files_below(step)]
-        if whole and (whole[-1] / MANIFEST).exists():  # training has not deleted it since
+        if whole and (whole[-1] / MANIFEST).exists():  # training has not deleted it in the meantime
             units[f"checkpoint-{run.name}"] = files
     small = _files_below(folder, but=_OWN)
     for path in sorted(small, key=lambda path: _unit_of(path.relative_to(folder)) != "study"):
@@ -61,35 +61,35 @@ def _unit_of(path):
 
 
 def is_small(unit):
-    """Whether a unit is of small files, which change all the time."""
+    """Whether a unit has small files, which change often."""
     return unit == "study" or unit.startswith(("run-", "sweep-"))
 
 
 def run_of(unit):
-    """The run whose checkpoint or weights a unit is; None for one that every worker needs."""
+    """The run whose checkpoint or weights a unit holds; None for a unit that every worker needs."""
     kind, _, run = unit.partition("-")
     return run if kind in ("checkpoint", "weights") else None
 
 
 def is_wanted(unit, runs):
-    """Whether a unit is restored by a worker on some runs; None: on all."""
+    """Whether a worker on these runs (None: all) restores a unit."""
     return unit not in NOT_RESTORED and (runs is None or run_of(unit) in (None, *runs))
 
 
 def superseded(listing, folder):
-    """Names of a listing's checkpoints whose runs are finished and have their weights there."""
+    """Names of a listing's checkpoints whose runs are finished and whose weights are listed too."""
     units = {facts["unit"] for facts in listing.values()}
     found = {name: facts["unit"].partition("-")[2] for name, facts in listing.items() if "checkpoint-" in facts["unit"]}
     return [name for name, run in found.items() if f"weights-{run}" in units and is_finished(folder, run)]
 
 
 def in_order(units):
-    """Units in the order to restore them: a record must not say more than what is here, and each run's own stands."""
+    """Units in the order to restore: records come last, so that they never claim more than exists here."""
     return sorted(units, key=lambda unit: (is_small(unit), unit != "study", unit))
 
 
 def content(folder, files):
-    """SHA-256 over names and contents of files: equal where two sessions have made the same."""
+    """SHA-256 over names and contents of files: equal if two sessions made the same files."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
@@ -97,9 +97,9 @@ def content(folder, files):
 
 
 def _files_below(folder, but=()):
-    """Files below a folder, without hidden ones, without those of folders named `but`, at any depth.
+    """Files below a folder, except hidden ones and those in folders named `but`, at any depth.
 
-    Training deletes folders while this looks: one that is gone has no files.
+    Training may delete folders meanwhile: a missing folder has no files.
     """
     found = []
     try:
@@ -121,8 +121,8 @@ def newest_first(unit, listing):
 
 
 def slot_of(unit, known):
-    """The archive to write: a free one of the unit's slots, else the oldest. known: as newest_first has it."""
-    # Data can be made again, and the checkpoint is kept until the weights are copied.
+    """The archive to write: a free slot of the unit, else its oldest. known: as returned by newest_first."""
+    # Data can be rebuilt, and the checkpoint is kept until the weights are copied.
     slots = 1 if unit == "data" or unit.startswith("weights-") else 2
     names = [f"{unit}.{slot}" for slot in range(slots)]
     taken = [name for name, _ in known if name in names]
@@ -131,7 +131,7 @@ def slot_of(unit, known):
 
 
 def fingerprint(folder, files):
-    """[[path below folder, bytes, mtime in ns], ...], which differs once files have changed."""
+    """[[path below folder, bytes, mtime in ns], ...], to detect changed files."""
     rows = []
     for path in files:
         with contextlib.suppress(FileNotFoundError):
@@ -142,9 +142,9 @@ def fingerprint(folder, files):
 
 @contextlib.contextmanager
 def pinned(folder, files):
-    """Keep files from vanishing while they are copied, by hard links below folder/BUILDING.
+    """Keep files available while they are copied, by hard links in folder/BUILDING.
 
-    Yields [(link, name below folder), ...]. FileNotFoundError: one of them is gone already.
+    Yields [(link, name below folder), ...]. FileNotFoundError: one of them is already deleted.
     """
     building = Path(folder) / BUILDING
     remove_tree(building)
@@ -162,19 +162,19 @@ def pinned(folder, files):
 
 
 def pack(pairs, out):
-    """Write (path, name) pairs as an uncompressed tar to a file-like `out`, in order; links as what they lead to."""
+    """Write (path, name) pairs as an uncompressed tar to a file-like `out`, in order; links are followed."""
     with tarfile.open(fileobj=out, mode="w|", bufsize=_BUFFER, copybufsize=1 << 20, dereference=True) as tar:
         for path, name in pairs:
             tar.add(path, arcname=name, recursive=False)
 
 
 def unpack(archive, folder, *, only_missing=False):
-    """Put the files of a tar into their places below `folder`, each at once; returns their names.
+    """Extract a tar below `folder`, each file atomically; returns the files' names.
 
-    only_missing: leave those alone that are there.
+    only_missing: skip existing files.
 
-    A checkpoint's folder comes as a whole, and is only then listed as one.
-    OSError: it is no archive of a study (damaged, or with links, devices or places outside); nothing of it was used.
+    A checkpoint's folder is extracted as a whole, so that it is never seen incomplete.
+    OSError: not an archive of a study (damaged, or with links, devices or paths outside); nothing of it was used.
     """
     folder = Path(folder)
     beside = folder / ".restoring"
@@ -199,14 +199,14 @@ def _extract(archive, folder):
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 if not (member.isreg() or member.isdir()) or member.name.startswith(("/", "\\")):
-                    raise tarfile.ExtractError(f"{member.name!r} is no file or folder of a study")
+                    raise tarfile.ExtractError(f"{member.name!r} is not a file or folder of a study")
                 tar.extract(member, folder, filter="data")
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise OSError(errno.EBADMSG, f"no archive of a study: {error}") from error
+        raise OSError(errno.EBADMSG, f"not an archive of a study: {error}") from error
 
 
 def is_finished(folder, run):
-    """Whether the run 'METHOD-sSEED' of a study folder has a record that says so."""
+    """Whether the record of the run 'METHOD-sSEED' of a study folder says that it finished."""
     path = Path(folder) / "records" / f"{run}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("status") == "ok"

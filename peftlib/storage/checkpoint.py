@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or ignored: written beside, read back, listed with sizes and SHA-256 last, renamed."""
+"""Atomic checkpoints: written to a temporary folder, read back, sealed with sizes and SHA-256, then renamed."""
 
 import contextlib
 import shutil
@@ -32,8 +32,8 @@ _BESIDE = ".writing-"
 class Checkpoint:
     """What a run needs to resume.
 
-    weights: {name: tensor} of what trains. optimizer: its state dict. state: JSON values of the loop. generators: see
-    env.generator_states.
+    weights: {name: tensor} of trained weights. optimizer: its state dict. state: the loop's JSON values. generators:
+    see env.generator_states.
     """
 
     weights: dict
@@ -43,10 +43,10 @@ class Checkpoint:
 
 
 class CheckpointDir:
-    """The checkpoints of one run below `folder`, the newest `keep` of them.
+    """The newest `keep` checkpoints of one run, in `folder`.
 
-    A checkpoint is a folder step-NNNNNN of tensors.pt (plain tensors, for torch.load(weights_only=True)), state.json
-    and, written last, manifest.json. log: called with what goes wrong and is mended.
+    A checkpoint is a folder step-NNNNNN with tensors.pt (plain tensors, for torch.load(weights_only=True)), state.json
+    and, written last, manifest.json. log: receives messages about recovered errors.
     """
 
     def __init__(self, folder, *, keep, log=print):
@@ -56,21 +56,21 @@ class CheckpointDir:
         self._verified = set()  # paths that this object has read back or resumed from
 
     def save(self, step, checkpoint):
-        """Write step's checkpoint; older ones go once it stands and was read back.
+        """Write step's checkpoint; delete older ones once it is written and verified.
 
-        CheckpointError: it could not be written, or not as it was meant (older ones stay).
+        CheckpointError: it could not be written, or verification failed (older ones are kept).
         """
         self.begin(step, checkpoint)
         self.finish(step)
 
     def begin(self, step, checkpoint):
-        """The first part of `save`, which needs the tensors: write without waiting for the disk. Errors as there."""
+        """The first part of `save`, which needs the tensors: write without waiting for the disk. Same errors."""
         with self._errors_of(step) as beside:
             remove_tree(beside)
             beside.mkdir(parents=True)
             tensors = {name: getattr(checkpoint, name) for name in _PARTS}
             state = json_text(checkpoint.state).encode("utf-8")
-            torch.serialization.set_crc32_options(False)  # SHA-256 does more, and CRC-32 takes as long
+            torch.serialization.set_crc32_options(False)  # SHA-256 is stronger, and CRC-32 takes as long
             listed = {
                 TENSORS: write_stream(beside / TENSORS, lambda out: torch.save(tensors, out), is_lasting=False),
                 STATE: write_stream(beside / STATE, lambda out: out.write(state), is_lasting=False),
@@ -102,11 +102,11 @@ class CheckpointDir:
             self._remove(beside)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({error.strerror or error}): "
-                f"free some space or take another disk (PEFTLIB_ROOT); {self._what_stands()}"
+                f"free some space or set PEFTLIB_ROOT to another disk; {self._what_stands()}"
             ) from error
 
     def _prune(self):
-        """Delete all but the newest `keep` good ones; what cannot be deleted is tried again after the next save."""
+        """Delete all but the newest `keep` valid ones; failed deletions are retried after the next save."""
         good = []
         for path in self._all():
             with contextlib.suppress(SchemaError):
@@ -119,13 +119,13 @@ class CheckpointDir:
         try:
             remove_tree(path)
         except OSError as error:
-            self.log(f"{path.name} could not be deleted ({error.strerror or error}); it takes space, nothing else")
+            self.log(f"{path.name} could not be deleted ({error.strerror or error}); this only takes disk space")
 
     def newest(self):
-        """(Checkpoint, ['folder: why it was skipped', ...]) of the newest one that verifies, or (None, [...]).
+        """(Checkpoint, ['folder: why it was skipped', ...]) of the newest valid one, or (None, [...]).
 
-        CheckpointError: the newest was written by a peftlib of another schema version, or is as it was written but
-        holds something else than a checkpoint. That is no damage, so no older one is taken in its place.
+        CheckpointError: the newest has another schema version, or is undamaged but is not a checkpoint. That is not
+        damage, so there is no fallback to an older one.
         """
         for left in self.folder.glob(f"{_BESIDE}*"):
             self._remove(left)
@@ -142,7 +142,7 @@ class CheckpointDir:
         return None, skipped
 
     def last_step(self):
-        """Step of the newest checkpoint by its name, which may yet turn out damaged; 0: there is none."""
+        """Step of the newest checkpoint by its name, not verified; 0: there is none."""
         numbers = [path.name.removeprefix("step-") for path in self._all()]
         return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
@@ -153,7 +153,7 @@ class CheckpointDir:
         self._verified.clear()
 
     def require_space(self, checkpoint_bytes):
-        """CheckpointError, with the numbers, unless keep + 1 checkpoints of this size fit on the disk."""
+        """CheckpointError, with numbers, unless keep + 1 checkpoints of this size fit on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         free += sum(part.stat().st_size for path in self._all() for part in path.iterdir())
@@ -166,7 +166,7 @@ class CheckpointDir:
 
     def _what_stands(self):
         good = [path.name for path in self._all() if path in self._verified]
-        return f"{good[0]} stands" if good else "none stands yet"
+        return f"{good[0]} is kept" if good else "no checkpoint has been saved yet"
 
     def _path(self, step):
         return self.folder / f"step-{step:06d}"
@@ -176,7 +176,7 @@ class CheckpointDir:
 
 
 def _fault(path):
-    """Why a checkpoint is damaged, in words, or None. SchemaError: it is whole, but of another schema version."""
+    """Why a checkpoint is damaged, as text, or None. SchemaError: it is undamaged but has another schema version."""
     try:
         manifest = read_json(path / MANIFEST, is_sealed=True)
         return next(filter(None, (fault_of(path / name, manifest["files"][name]) for name in (TENSORS, STATE))), None)
@@ -187,21 +187,21 @@ def _fault(path):
 
 
 def _content(path):
-    """The Checkpoint of a folder that verifies. CheckpointError: its files hold something else."""
+    """The Checkpoint of a valid folder. CheckpointError: its files contain something else."""
     try:
         tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
         found = Checkpoint(**tensors, state=read_json(path / STATE))
         if not all(isinstance(part, torch.Tensor) for part in [*found.weights.values(), *found.generators.values()]):
-            raise TypeError("a weight or a generator's state is no tensor")
+            raise TypeError("a weight or a generator's state is not a tensor")
         return found
     except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} could not be read ({type(error).__name__}: {error}): run again where the disk answers and memory "
-            "is free"
+            f"{path} could not be read ({type(error).__name__}: {error}): check the disk and the free memory, "
+            "then run again"
         ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}"
         raise CheckpointError(
-            f"{path} is as it was written, but cannot be read as a checkpoint ({said:.200}): delete that folder to go "
-            "on from an older one or to start over, or bring back a copy of it"
+            f"{path} is undamaged, but cannot be loaded as a checkpoint ({said:.200}): delete that folder to resume "
+            "from an older one or to start over, or restore a copy of it"
         ) from error

@@ -1,8 +1,8 @@
 """Claims on the runs of a study, so that workers on several machines do each run once.
 
-A claim is a small file on the study's store: its remote, or the study folder where it has none, which may be NFS. Its
-owner writes a heartbeat into it. Machines' clocks differ, so a claim counts as left behind once its heartbeat was not
-seen to change for a while; each machine remembers since when it has seen what, for commands to come.
+A claim is a small file on the study's store: its remote, or the study folder if it has none, which may be on NFS. Its
+owner writes a heartbeat into it. Machines' clocks differ, so a claim is stale once its heartbeat has not changed for a
+while; each machine stores since when it has seen which claim unchanged, for later commands.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ from peftlib.storage.remotes import remote_of
 from peftlib.storage.store import Remote
 
 _FOLDER = "claims"
-_SETTLE_S = 3.0  # seconds after which a claim is read back from a store where two may have written it at once
+_SETTLE_S = 3.0  # seconds after which a claim is read back from a store where two workers may write it at once
 
 
 class Claims:
     """Who works on which run of a study folder.
 
-    log: told of a store that cannot be asked. heartbeat_s, stale_s, settle_s: seconds between two heartbeats, without a
-    new one until a claim counts as left behind, and until a claim is read back; None: as the store allows. remote: a
+    log: receives messages about an unreachable store. heartbeat_s, stale_s, settle_s: seconds between heartbeats, until
+    a claim without a new one is stale, and until a new claim is read back; None: what the store allows. remote: a
     storage.remotes.Remote; None: the study's, or its folder.
     """
 
@@ -51,7 +51,7 @@ class Claims:
     def take(self, run):
         """Hold the claim of a run, such as qlora-s0; yields the Claim.
 
-        LockedError: another live worker holds it, by name. OSError: the store cannot be written.
+        LockedError: another live worker, which the message names, holds it. OSError: cannot write to the store.
         """
         claim = Claim(self, run)
         claim.begin()
@@ -61,7 +61,7 @@ class Claims:
             claim.end()
 
     def owners(self):
-        """{run: its owner in words} of claims not known to be left behind; {} where the store cannot be asked."""
+        """{run: its owner as text} of claims that may be alive; {} if the store is unreachable."""
         try:
             with as_os_errors():
                 self.remote.fs.invalidate_cache(self.remote.root)
@@ -71,7 +71,7 @@ class Claims:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            self.log(f"{self.remote} does not say who works on {self.folder.name} ({error.strerror or error})")
+            self.log(f"{self.remote}: cannot read who works on {self.folder.name} ({error.strerror or error})")
             return {}
         return {run: self.named(text) for run, text in found.items() if text is not None and self.is_alive(run, text)}
 
@@ -80,7 +80,7 @@ class Claims:
         return self.remote.at(f"{_FOLDER}/{run}.json")
 
     def read(self, run):
-        """The text of a run's claim, or None where there is none."""
+        """The text of a run's claim, or None."""
         try:
             with as_os_errors():
                 self.remote.fs.invalidate_cache(self.remote.root)
@@ -89,7 +89,7 @@ class Claims:
             return None
 
     def is_alive(self, run, text):
-        """Whether the owner of a claim may still be at work: it is here and lives, or has changed it lately."""
+        """Whether a claim's owner may still be running: it is a live process here, or it changed the claim recently."""
         owner = _owner(text)
         if owner is not None and is_of_this_machine(owner) and owner.get("space") == _space():
             return psutil.pid_exists(owner.get("pid", 0))
@@ -101,7 +101,7 @@ class Claims:
             seen = dict(read_json(self._memory)["seen"])
         except (OSError, StudyError, TypeError, ValueError):
             seen = {}
-        now = time.time()  # of one machine: only its own readings are compared
+        now = time.time()  # only times of the same machine are compared
         known = seen.get(run)
         if isinstance(known, list) and known[0] == text and now >= known[1]:
             return now - known[1]
@@ -110,9 +110,9 @@ class Claims:
         return 0.0
 
     def named(self, text):
-        """The owner of a claim, in words."""
+        """The owner of a claim as text."""
         owner = _owner(text)
-        return "somebody whose claim is damaged" if owner is None else named_owner(owner)
+        return "a worker with a damaged claim" if owner is None else named_owner(owner)
 
 
 class Claim:
@@ -122,7 +122,7 @@ class Claim:
         self._claims, self.run = claims, run
         self._owner = {"host": socket.gethostname(), "boot": psutil.boot_time(), "pid": os.getpid(), "space": _space()}
         self._owner |= {"what": f"working on {run}", "token": uuid.uuid4().hex, "since": time.time()}
-        self._is_over, self._taker = threading.Event(), None  # the text of the claim that has replaced ours
+        self._is_over, self._taker = threading.Event(), None  # the text of the claim that replaced ours
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def begin(self):
@@ -135,7 +135,7 @@ class Claim:
         except FileExistsError:
             self._refuse(self._claims.read(self.run) or "")
         settle_s = max(self._claims.settle_s, 0.3) if there is not None else self._claims.settle_s
-        if settle_s:  # others may have found the same claim left behind
+        if settle_s:  # others may have found the same stale claim
             time.sleep(settle_s)
             self._look()
             if self._taker is not None:
@@ -143,7 +143,7 @@ class Claim:
         self._beating.start()
 
     def end(self):
-        """Give the claim back."""
+        """Release the claim."""
         self._is_over.set()
         self._beating.join()
         with contextlib.suppress(OSError), as_os_errors():
@@ -152,11 +152,9 @@ class Claim:
                 self._claims.remote.fs.rm(self._claims.path(self.run))
 
     def require(self):
-        """LockedError once another worker has taken the run over."""
+        """LockedError if another worker has taken over the run."""
         if self._taker is not None:
-            raise LockedError(
-                f"{self._claims.named(self._taker)} has taken over {self.run}: this worker stops and writes no more"
-            )
+            raise LockedError(f"{self._claims.named(self._taker)} has taken over {self.run}: this worker stops writing")
 
     def _refuse(self, text):
         claims = self._claims
@@ -168,7 +166,7 @@ class Claim:
 
     def _beat(self):
         while not self._is_over.wait(self._claims.heartbeat_s):
-            with contextlib.suppress(OSError):  # a store that is away is no reason to give up the work
+            with contextlib.suppress(OSError):  # an unreachable store must not stop the work
                 self._look()
                 if self._taker is not None:
                     return
@@ -181,7 +179,7 @@ class Claim:
             self._taker = text
 
     def _write(self, *, is_new):
-        """FileExistsError: is_new, and another has just written it, where the store can tell."""
+        """FileExistsError: is_new, and another worker has just written it (if the store can tell)."""
         content, remote = sealed(self._owner | {"heartbeat": time.time()}), self._claims.remote
         with as_os_errors():
             if remote.folder is None:
@@ -198,7 +196,7 @@ class Claim:
 
 
 def _owner(text):
-    """The owner that a claim names; None where it is damaged."""
+    """The owner that a claim names; None if it is damaged."""
     with contextlib.suppress(ValueError):
         owner = parse(text)
         if not fault(owner, OWNER) and 0 <= owner.get("since", 0) < 2**33 and 0 < owner.get("pid", 1) < 2**31:
@@ -207,7 +205,7 @@ def _owner(text):
 
 
 def _space():
-    """What tells apart containers of one machine, whose process numbers differ."""
+    """An id of this container: containers on one machine have separate process numbers."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

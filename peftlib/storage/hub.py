@@ -1,4 +1,4 @@
-"""What a repository of the Hugging Face hub needs beside its file system: who can read it, and how space is freed."""
+"""Hugging Face hub calls beyond its file system: whether a repository is public, and how to free its space."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ _OURS = re.compile(r"initial commit$|[\w.-]+: [\w.-]+\.\d|peftlib: |Delete \S+\.
 
 
 def is_public(api, repository, repo_type="model"):
-    """Whether everybody can read a repository of the hub; one that does not exist is not public."""
+    """Whether a hub repository is public; a missing one is not."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     try:
@@ -27,19 +27,19 @@ def is_public(api, repository, repo_type="model"):
 
 @contextlib.contextmanager
 def as_os_errors():
-    """Raise what a store's library raises as OSError, which is all that a remote may raise."""
+    """Raise a store library's errors as OSError, the only error that a remote may raise."""
     try:
         yield
     except (OSError, PeftlibError):
         raise
-    except Exception as error:  # these libraries' errors have no class in common
+    except Exception as error:  # these libraries' errors have no common class
         said = str(error).strip().split("\n")[0] or type(error).__name__
         raise OSError(errno.EIO, said[:200]) from error
 
 
 def squash(api, repository):
-    """Free the space of old versions in a repository whose history is of such copies alone."""
+    """Free the space of old versions in a repository whose history has only such copies."""
     commits = api.list_repo_commits(repository, repo_type="model")
     if all(_OURS.match(commit.title) for commit in commits):
-        message = "peftlib: older versions are gone"
+        message = "peftlib: squash older versions"
         api.super_squash_history(repository, repo_type="model", commit_message=message)

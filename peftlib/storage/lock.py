@@ -1,8 +1,8 @@
-"""One session at a time in a study folder: the system's lock on this machine, an owner with a heartbeat for others.
+"""One session at a time per study folder: the OS lock on this machine, an owner with a heartbeat for other machines.
 
-On one machine `filelock` decides, and the system frees its lock when a process dies. Between machines, as on Drive,
-`lock.json` does: a lock without a heartbeat for a while is taken over, a live one is refused by its owner's name.
-Workers that share out a study's runs hold one claim a run instead, see storage.claims.
+On one machine `filelock` decides, and the OS releases its lock when a process dies. Between machines, as on Drive,
+`lock.json` decides: a lock whose heartbeat is stale is taken over, and a live one raises an error that names its owner.
+Workers that share a study's runs hold one claim per run instead, see storage.claims.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from peftlib.core.json_reading import fault, parse
 from peftlib.storage.mirror import running
 
 HEARTBEAT_S = 15.0  # seconds between two heartbeats
-STALE_S = 90.0  # seconds without one after which a lock counts as left behind
+STALE_S = 90.0  # seconds without a heartbeat after which a lock is stale
 _NAME = "lock.json"
 OWNER = {"host": str, "token": str, "heartbeat": float, "what?": str, "pid?": int, "boot?": float, "since?": float}
-_LATEST = 2.0**33  # the year 2242: a later time is no time
+_LATEST = 2.0**33  # the year 2242: a later time is invalid
 
 
 _CLAIMED: dict[tuple[Path, str], Callable[[], object]] = {}  # (folder, run) -> what raises once the claim is lost
@@ -36,7 +36,7 @@ _CLAIMED: dict[tuple[Path, str], Callable[[], object]] = {}  # (folder, run) -> 
 
 @contextlib.contextmanager
 def claimed(folder, run, require):
-    """While it lasts, `held` lets this process, which holds the claim of a run, work on that run of a study folder.
+    """In this context `held` lets this process, which holds a run's claim, work on that run of a study folder.
 
     require: raises LockedError once the claim is lost.
     """
@@ -50,10 +50,10 @@ def claimed(folder, run, require):
 
 @contextlib.contextmanager
 def held(folder, what, *, run="", log=print):
-    """Hold the locks on a study folder, here and on its remote; yields a function that raises once another took over.
+    """Hold the locks on a study folder, here and on its remote; yields a function that raises after a takeover.
 
-    run: such as qlora-s0; where this process holds its claim (see `claimed`), no other lock is taken.
-    LockedError: another live session holds one of them. An unreachable remote is logged and goes without a lock.
+    run: such as qlora-s0; if this process holds its claim (see `claimed`), no other lock is taken.
+    LockedError: another live session holds one of them. If the remote is unreachable, this is logged, without a lock.
     """
     require_claim = _CLAIMED.get((Path(folder).absolute(), run))
     if require_claim is not None:
@@ -64,33 +64,33 @@ def held(folder, what, *, run="", log=print):
         checks = [stack.enter_context(StudyLock(folder, what)).require]
         mirror = running(folder)
         if mirror is not None and mirror.remote.lock_settle_s is not None:
-            # Fewer heartbeats: Drive counts writes, and shows them late to other machines.
+            # Fewer heartbeats: Drive limits writes, and other machines see them late.
             pace = {"heartbeat_s": 60.0, "stale_s": 240.0, "settle_s": mirror.remote.lock_settle_s}
             try:
                 checks.append(stack.enter_context(StudyLock(mirror.remote.folder, what, **pace)).require)
             except OSError as error:
-                log(f"no lock on {mirror.remote} ({error}): see to it that no other session uses this study")
+                log(f"could not lock {mirror.remote} ({error}): make sure that no other session uses this study")
         _require_no_workers(folder, log)
         yield lambda: [check() for check in checks]
 
 
 def _require_no_workers(folder, log):
-    """LockedError where workers hold claims on runs of a study folder."""
-    from peftlib.storage.claims import Claims  # which is built on this module
+    """LockedError if workers hold claims on runs of a study folder."""
+    from peftlib.storage.claims import Claims  # it imports this module
 
     owners = Claims(folder, log=log).owners()
     if owners:
         told = ", ".join(f"{run} by {owner}" for run, owner in sorted(owners.items()))
-        raise LockedError(f"runs of study {Path(folder).name!r} are at work: {told}. Wait for them, or stop them")
+        raise LockedError(f"study {Path(folder).name!r} has running workers: {told}. Wait for them, or stop them")
 
 
 class StudyLock:
-    """Context manager that holds `folder`/lock.json, or another `name` that ends so.
+    """Context manager that holds `folder`/lock.json, or another `name` with the same ending.
 
-    what: the work in words, shown to whoever is refused. settle_s: seconds after which the file is read again, for
-    Drive, where two machines may have written it at once; the system's lock is then kept outside of the folder. place:
-    what is locked, in words; None: the study of that folder. log: told of a lock that cannot be believed at once.
-    LockedError: another live session holds it. While held, `require` raises LockedError once another has taken over.
+    what: describes the work to sessions that are refused. settle_s: seconds after which the file is read again, for
+    Drive, where two machines may write it at the same time; the OS lock is then kept outside the folder. place: what
+    is locked, as text; None: the study of that folder. log: receives messages about damaged or future-dated locks.
+    LockedError: another live session holds it. While held, `require` raises LockedError after a takeover.
     """
 
     def __init__(
@@ -130,14 +130,12 @@ class StudyLock:
         self._release_local()
 
     def require(self):
-        """LockedError where another session has taken over."""
+        """LockedError if another session has taken over."""
         if self._taker is not None:
-            raise LockedError(
-                f"{named_owner(self._taker)} has taken over {self._place}: this session stops and writes no more"
-            )
+            raise LockedError(f"{named_owner(self._taker)} has taken over {self._place}: this session stops writing")
 
     def require_free(self):
-        """LockedError where another live session holds the lock; nothing is taken."""
+        """LockedError if another live session holds the lock; does not take the lock."""
         if self.path.exists():
             self._acquire_local()
             try:
@@ -146,7 +144,7 @@ class StudyLock:
                 self._release_local()
 
     def _acquire_local(self):
-        """Take the system's lock. LockedError: another process or thread of this machine holds it."""
+        """Take the OS lock. LockedError: another process or thread of this machine holds it."""
         owner = None
         for attempt in range(20):
             with writing(self.path):
@@ -155,28 +153,28 @@ class StudyLock:
                     self._local.acquire(blocking=False)
                     return
                 except FileNotFoundError:
-                    continue  # the session before removed the folder with its lock
+                    continue  # the previous session removed the folder with its lock
                 except Timeout:
                     owner = _read(self.path)
             if owner is not None and is_of_this_machine(owner) and attempt >= 3:
                 break
-            time.sleep(0.1)  # it is just being taken or given back, or its owner is being killed
+            time.sleep(0.1)  # it is being taken or released, or its owner is being killed
         if owner is not None:
             self._refuse(owner)
-        raise LockedError(f"{self.path} changes hands all the time: several sessions want {self._place} at once")
+        raise LockedError(f"{self.path} keeps changing owners: several sessions are trying to use {self._place}")
 
     def _release_local(self):
         with contextlib.suppress(OSError):
-            os.unlink(self._local.lock_file)  # while it is held: filelock takes none that was deleted meanwhile
+            os.unlink(self._local.lock_file)  # while it is held: filelock does not take a deleted file
         self._local.release()
 
     def _write_first(self):
-        """Write the lock file, unless another machine has just done so: a network folder may know no system locks."""
+        """Write the lock file, unless another machine has just done so: network folders may not support OS locks."""
         beside = self.path.with_name(f".{self.path.name}.{self._owner['token']}")
         write_json(beside, self._owner | {"heartbeat": time.time()})
         try:
             os.link(beside, self.path)
-        except OSError as error:  # another's lock, or a file system without hard links, as Drive's
+        except OSError as error:  # another session's lock, or a file system without hard links, such as Drive's
             owner = _read(self.path) if isinstance(error, FileExistsError) else None
             if owner is not None:
                 self._refuse(owner)
@@ -185,29 +183,29 @@ class StudyLock:
             beside.unlink(missing_ok=True)
 
     def _clear_if_left_behind(self):
-        """Remove the lock file of a session that has ended. LockedError: it lives, or the file cannot be read."""
+        """Remove the lock file of a dead session. LockedError: the session is alive, or the file cannot be read."""
         owner = _read(self.path)
         if owner is not None:
             if not is_of_this_machine(owner):
                 self._refuse_if_alive(owner)
         elif self.path.is_dir() or (self.path.exists() and not os.access(self.path, os.R_OK)):
             raise LockedError(
-                f"{self.path} cannot be read as a lock: see whose it is, and move it away if nobody works there"
+                f"{self.path} cannot be read as a lock: check whose it is, and move it away if nobody uses it"
             )
         elif self.path.exists():
-            self._log(f"{self.path} is damaged and names no session: it counts as left behind")
+            self._log(f"{self.path} is damaged and names no session: treating it as stale")
         with writing(self.path):
             self.path.unlink(missing_ok=True)
 
     def _refuse_if_alive(self, owner):
-        """LockedError where the owner's heartbeat is young or, where it is of the future, is seen to go on."""
+        """LockedError if the owner's heartbeat is recent or, if it lies in the future, keeps changing."""
         age = time.time() - owner["heartbeat"]
         if age >= self.stale_s:
             return
-        if age <= -self.stale_s:  # of two clocks that differ neither is known to be right
+        if age <= -self.stale_s:  # either clock may be wrong
             self._log(
-                f"the lock of {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
-                f"{self.stale_s:.0f} s to see whether {named_owner(owner)} still works"
+                f"the lock on {self._place} is {-age / 60:,.0f} minutes ahead of this machine's clock: waiting up to "
+                f"{self.stale_s:.0f} s to see whether {named_owner(owner)} is still running"
             )
             end = time.monotonic() + self.stale_s
             while (now := _read(self.path)) == owner:
@@ -222,7 +220,7 @@ class StudyLock:
     def _refuse(self, owner):
         silent = time.time() - owner["heartbeat"]
         raise LockedError(
-            f"{self._place} is in use by {named_owner(owner)}, last sign of life {max(0, silent):.0f} s ago: wait for "
+            f"{self._place} is in use by {named_owner(owner)}, last heartbeat {max(0, silent):.0f} s ago: wait for "
             f"it, or stop it. If it is gone, run this again in {max(0, self.stale_s - silent):.0f} s"
         )
 
@@ -231,7 +229,7 @@ class StudyLock:
             self._look()
             if self._taker is not None:
                 return
-            with contextlib.suppress(OSError):  # a full disk is no reason to give up the work
+            with contextlib.suppress(OSError):  # a full disk must not stop the work
                 write_json(self.path, self._owner | {"heartbeat": time.time()})
 
     def _look(self):
@@ -241,7 +239,7 @@ class StudyLock:
 
 
 def _local_lock(path, *, is_drive=False):
-    """The system's lock that stands for a lock file: beside it, or on this machine's own disk for one on Drive."""
+    """The OS lock for a lock file: next to it, or on the local disk if the file is on Drive."""
     beside = path.with_name(f".{path.name}.local")
     if is_drive:
         mark = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
@@ -259,7 +257,7 @@ def _is_free(path):
 
 
 def _read(path):
-    """The owner that a lock file names, or None where there is no file, or one that is damaged or cannot be read."""
+    """The owner that a lock file names, or None if the file is missing, damaged or unreadable."""
     try:
         owner = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -270,7 +268,7 @@ def _read(path):
 
 
 def is_of_this_machine(owner):
-    """Whether the owner is a process of this machine, since it was started."""
+    """Whether the owner is a process of this machine since its last boot."""
     return owner["host"] == socket.gethostname() and abs(owner.get("boot", 0.0) - psutil.boot_time()) <= 5
 
 

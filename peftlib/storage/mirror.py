@@ -23,28 +23,28 @@ from peftlib.core.study import Study
 from peftlib.storage import archive
 from peftlib.storage.remotes import remote_of
 
-_EVERY_S = 10.0  # seconds between two looks for something new
-_SMALL_FILES_S = 60.0  # seconds between two copies of the small files, which change all the time
-_LOOK_S = 300.0  # seconds between two looks at a remote to which nothing was copied
-_PAUSE_S = 60.0  # seconds after which a copy that has failed is tried again
-_RUNNING: dict[Path, "Mirror"] = {}  # study folder -> its Mirror: a process has one for each
+_EVERY_S = 10.0  # seconds between checks for changed files
+_SMALL_FILES_S = 60.0  # seconds between copies of the small files, which change often
+_LOOK_S = 300.0  # seconds between checks of a remote to which nothing was copied
+_PAUSE_S = 60.0  # seconds before a failed copy is retried
+_RUNNING: dict[Path, "Mirror"] = {}  # {study folder: its Mirror}: one per folder and process
 _STATE = ".mirror.json"
 _STATE_SHAPE = {"remote": str, "origin": str, "serials": Map(int), "copied": Map([list])}
 
 
 def restore(folder, *, runs=None, log=print):
-    """Restore what another session left of a study folder on its remote; returns a Mirror, which copies when told.
+    """Restore what other sessions copied of a study folder to its remote; returns a Mirror, which copies on request.
 
-    runs: names such as qlora-s0 whose checkpoints and weights are wanted; None: all. Data, records and small files come
-    in any case. None where neither PEFTLIB_MIRROR nor a mounted Drive name a remote. ConfigError: it is the study's own
-    folder, or a place that everybody can read.
+    runs: names such as qlora-s0 whose checkpoints and weights to restore; None: all. Data, records and small files are
+    always restored. Returns None if neither PEFTLIB_MIRROR nor a mounted Drive gives a remote. ConfigError: the remote
+    is the study's own folder, or public.
     """
     if (remote := remote_of(Path(folder).name)) is None:
         return None
     if remote.folder is not None and Path(folder).resolve() == remote.folder.resolve():
-        said = f"PEFTLIB_MIRROR leads to {folder}, where the study itself is kept: name another place, or off"
+        said = f"PEFTLIB_MIRROR points to {folder}, the study's own folder: set it to another place, or to off"
         raise ConfigError(said)
-    with contextlib.suppress(OSError):  # one that cannot be asked now is asked again before anything goes there
+    with contextlib.suppress(OSError):  # an unreachable remote is checked again before any upload
         if refusal := remote.refusal():
             raise ConfigError(refusal)
     mirror = Mirror(Path(folder).absolute(), remote, log=log)
@@ -53,7 +53,7 @@ def restore(folder, *, runs=None, log=print):
 
 
 def open_mirror(folder, *, runs=None, log=print):
-    """The Mirror of a study folder that uploads in the background, started by the first call; else as restore."""
+    """The Mirror of a study folder that uploads in the background; the first call starts it. Otherwise as restore."""
     folder = Path(folder).absolute()
     if folder not in _RUNNING:
         mirror = restore(folder, runs=runs, log=log)
@@ -65,7 +65,7 @@ def open_mirror(folder, *, runs=None, log=print):
 
 
 def open_study(name):
-    """The Study of a folder that exists here or on its remote; uploaded from now on. Errors: see Study.existing."""
+    """The Study of a folder that exists here or on its remote, with uploads started. Errors: see Study.existing."""
     require_folder_name("study", name)
     open_mirror(output_root() / name)
     return Study.existing(name)
@@ -77,20 +77,20 @@ def running(folder):
 
 
 def flush_all():
-    """Wait for the last uploads of every study that this process has opened; yields a line on each."""
+    """Wait for the last uploads of every study that this process has opened; yields one line per study."""
     for mirror in _RUNNING.values():
         mirror.flush()
         yield mirror.state()
 
 
 class Mirror:
-    """Copies of a study folder on a remote, in archives that alternate between slots, so that one is always whole.
+    """Copies of a study folder on a remote, in archives that alternate between slots, so that one is always complete.
 
-    Machines may share a remote: a unit of which another has uploaded a newer one is taken over, and left alone.
+    Machines may share a remote: if another machine has uploaded a newer version of a unit, this one stops copying it.
 
-    What this folder and its remote have in common is remembered in the folder, for later sessions and other processes:
-    `origin`: the folder's mark in what it uploads. `copied`: {unit: fingerprint of the files that the remote has}.
-    `serials`: {unit: serial of the upload that this folder's files are as new as}.
+    The state of the copies is saved in the folder for later sessions and other processes:
+    `origin`: this folder's id in its uploads. `copied`: {unit: fingerprint of the files that the remote has}.
+    `serials`: {unit: serial of the last upload that this folder's files include}.
     """
 
     def __init__(self, folder, remote, *, log=print, every_s=_EVERY_S, small_files_s=_SMALL_FILES_S):
@@ -98,15 +98,15 @@ class Mirror:
         self.every_s, self.small_files_s = every_s, max(small_files_s, remote.pace_s)
         self.busy_with = None  # the unit being copied
         self.origin, self.copied, self.serials = uuid.uuid4().hex, {}, {}
-        # what is not known about what is written there; when to look next for checkpoints of finished runs
+        # what is uncertain about the uploads; when to look next for checkpoints of finished runs
         self._doubt, self._look_at = remote.doubt, 0.0
-        self._failures = {}  # unit -> (what went wrong, time of the next try)
-        self._small_files_at, self._taken_over = {}, set()  # {unit: when it was copied last}, units
+        self._failures = {}  # {unit: (what went wrong, time of the next retry)}
+        self._small_files_at, self._taken_over = {}, set()  # {unit: time of its last copy}, units
         self._one_at_a_time, self._is_over = threading.Lock(), threading.Event()
         self._read_state()
 
     def start(self):
-        """Say what a person should know about the remote, and start the thread that copies."""
+        """Log the remote's notice and start the copying thread."""
         if self.remote.notice:
             self.log(self.remote.notice)
 
@@ -115,17 +115,17 @@ class Mirror:
             while not self._is_over.wait(self.every_s):
                 try:
                     self.copy_once()
-                except (OSError, PeftlibError) as error:  # of this machine's disk: the next look may find it well again
+                except (OSError, PeftlibError) as error:  # from the local disk, which may recover
                     if str(error) not in told:
-                        self.log(f"nothing is copied to {self.remote} now ({error}); it is tried again")
+                        self.log(f"cannot copy to {self.remote} ({error}); will retry")
                     told.add(str(error))
 
         threading.Thread(target=loop, daemon=True).start()
         atexit.register(self._is_over.set)
 
     def restore(self, runs=None):
-        """Restore what others have uploaded since; `runs` as in restore. What cannot be read is logged and left."""
-        if (listing := self._listing("going on with what is here")) is None:
+        """Restore what others have uploaded since; `runs` as in restore. Unreadable archives are logged and skipped."""
+        if (listing := self._listing("continuing with the local files")) is None:
             return
         units = archive.in_order({facts["unit"] for facts in listing.values()})
         with self._one_at_a_time:
@@ -140,7 +140,7 @@ class Mirror:
     def _restore_unit(self, unit, known):
         for name, facts in known:
             if facts["origin"] == self.origin or facts["serial"] <= self.serials.get(unit, 0):
-                return  # what is here is at least as new
+                return  # the local files are at least as new
             if unit.startswith("checkpoint-") and archive.is_finished(self.folder, unit.removeprefix("checkpoint-")):
                 return
             with writing(self.folder):
@@ -148,7 +148,7 @@ class Mirror:
             try:
                 self._unpack(name, facts)
             except OSError as error:
-                self.log(f"{self.remote}: {name} not used ({error.strerror or error})")
+                self.log(f"{self.remote}: skipped {name} ({error.strerror or error})")
                 continue
             self.log(f"restored {unit} from {self.remote} ({size_text(facts['bytes'])})")
             files = archive.units_of(self.folder).get(unit, [])
@@ -163,16 +163,16 @@ class Mirror:
             return archive.unpack(fetched, self.folder, **how)
 
     def require_space(self, run, checkpoint_bytes):
-        """CheckpointError, with numbers, unless two checkpoints of a run fit on the remote, where it can be asked."""
-        if (listing := self._listing("its free space is not known")) is None:
+        """CheckpointError, with numbers, if the remote answers and has no space for two checkpoints of a run."""
+        if (listing := self._listing("its free space is unknown")) is None:
             return
         free = self.remote.free_bytes()
         free += sum(facts["bytes"] for _, facts in archive.newest_first(f"checkpoint-{run}", listing))
         if 2 * checkpoint_bytes > free:
             raise CheckpointError(
-                f"{self.remote} may take {gib(free):.2f} GiB more, two checkpoints of {run} need "
-                f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), name another place in "
-                "PEFTLIB_MIRROR, or set PEFTLIB_MIRROR=off to train without a copy"
+                f"{self.remote} has {gib(free):.2f} GiB free, two checkpoints of {run} need "
+                f"{gib(2 * checkpoint_bytes):.2f} GiB: free some space (a Drive's trash counts), set PEFTLIB_MIRROR to "
+                "another place, or set PEFTLIB_MIRROR=off to train without a copy"
             )
 
     def _listing(self, consequence):
@@ -183,14 +183,14 @@ class Mirror:
             return None
 
     def flush(self, timeout_s=900.0):
-        """Wait at most `timeout_s` until all is uploaded; returns whether it is."""
+        """Wait at most `timeout_s` until everything is uploaded; returns whether it is."""
         flushing = threading.Thread(target=self._copy_all, daemon=True)
         flushing.start()
         flushing.join(timeout_s)
         return not flushing.is_alive() and not self._waiting()
 
     def _copy_all(self):
-        """Copy until nothing waits, or what waits has failed several times over."""
+        """Copy until nothing is pending, or what is pending has failed several times."""
         for pause in (0.0, 1.0, 2.0, 4.0, 8.0):
             time.sleep(min(pause, self.every_s))
             self._failures = {unit: (said, 0.0) for unit, (said, _) in self._failures.items()}
@@ -200,24 +200,24 @@ class Mirror:
                 return
 
     def state(self):
-        """What is on the remote, what is not, and why, in words."""
+        """Text that says what is on the remote, what is not, and why."""
         waiting = self._waiting()
         if lost := ", ".join(sorted(self._taken_over.intersection(waiting))):
-            what = f"what this one made since of {lost} is only in {self.folder}"
-            return f"another session writes to {self.remote} now: {what}"
+            what = f"this session's newer files of {lost} are only in {self.folder}"
+            return f"another session now writes to {self.remote}: {what}"
         if not waiting:
             where = f"written to {self.remote}; {self._doubt}" if self._doubt else f"on {self.remote}"
-            return f"all of the study is {where}"
+            return f"the whole study is {where}"
         told = [" ".join([unit, *(f"({said})" for said in self._failures.get(unit, [])[:1])]) for unit in waiting]
         return f"NOT on {self.remote} yet: {', '.join(told)}"
 
     def _waiting(self):
-        """Units whose present files the remote does not have."""
+        """Units whose current files are not on the remote."""
         units = archive.units_of(self.folder)
         return [unit for unit in units if archive.fingerprint(self.folder, units[unit]) != self.copied.get(unit)]
 
     def copy_once(self, *, is_last=False):
-        """Copy each unit that has changed; is_last: wait for another process that copies, and take small files too."""
+        """Copy each changed unit; is_last: wait for another copying process, and include small files."""
         lock = FileLock(self.folder / ".mirror.lock")
         with self._one_at_a_time, contextlib.suppress(Timeout), lock.acquire(blocking=is_last):
             self._read_state()
@@ -236,13 +236,13 @@ class Mirror:
         try:
             self._put(unit)
             if self._failures.pop(unit, None):
-                self.log(f"{self.remote}: {unit} is copied now")
+                self.log(f"{self.remote}: {unit} is now copied")
         except OSError as error:
             if isinstance(error, FileNotFoundError) and Path(error.filename or "").is_relative_to(self.folder):
-                return  # it was replaced while it was read, and the next look finds what took its place
+                return  # it was replaced while it was read; the next check finds its replacement
             said = error.strerror or str(error)
             if self._failures.get(unit, ("",))[0] != said:
-                self.log(f"{self.remote}: {unit} cannot be copied ({said}). Work goes on; {self.remote.remedy(error)}")
+                self.log(f"{self.remote}: cannot copy {unit} ({said}). Work continues; {self.remote.remedy(error)}")
             self._failures[unit] = (said, time.monotonic() + _PAUSE_S)
             with contextlib.suppress(OSError):
                 self.remote.reconnect()
@@ -251,16 +251,16 @@ class Mirror:
 
     def _put(self, unit):
         if not (files := archive.units_of(self.folder).get(unit)):
-            return None  # it is being replaced, and the next look finds what took its place
+            return None  # it is being replaced; the next check finds its replacement
         fingerprint = archive.fingerprint(self.folder, files)
         known = archive.newest_first(unit, self.remote.listing([unit]))
         newest = known[0][1] if known else {"serial": 0, "origin": self.origin}
         if newest["origin"] != self.origin and newest["serial"] > self.serials.get(unit, 0):
-            if newest.get("content") == archive.content(self.folder, files):  # two workers have made the same
+            if newest.get("content") == archive.content(self.folder, files):  # two workers made the same files
                 return self._has_copied(unit, newest["serial"], fingerprint)
             if unit != "study":
                 return self._taken_over.add(unit) or self.log(self.state())
-            with contextlib.suppress(OSError):  # all write there: what another has added is added here
+            with contextlib.suppress(OSError):  # every worker writes there: add what others have added
                 self._unpack(*known[0], only_missing=True)
             files = archive.units_of(self.folder)[unit]
             fingerprint = archive.fingerprint(self.folder, files)
@@ -284,7 +284,7 @@ class Mirror:
                 self.remote.drop(name)
 
     def _read_state(self):
-        """Read what other processes have done; where it is damaged, or of another remote, all is uploaded once more."""
+        """Read what other processes have copied; if it is damaged or for another remote, all is uploaded again."""
         with contextlib.suppress(OSError, StudyError):
             path = self.folder / _STATE
             state = require_shape(read_json(path), _STATE_SHAPE, path)

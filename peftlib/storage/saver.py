@@ -1,4 +1,4 @@
-"""When a run saves checkpoints, and how long that holds up training."""
+"""When a run saves checkpoints, and how long saving may stall training."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ _BYTES_PER_SECOND = {False: GIB, True: 4 * GIB}
 
 
 class Saved(NamedTuple):
-    """The newest checkpoint that stands: its step, and time.time() of it where this session wrote it."""
+    """The newest complete checkpoint: its step, and its time.time() if this session wrote it."""
 
     step: int | None = None
     at: float | None = None
@@ -26,14 +26,14 @@ class Saved(NamedTuple):
 class Saver:
     """Saves checkpoints into a CheckpointDir.
 
-    every: steps between two saves, at least. stall_share: share of the wall clock that saving may hold up training:
-    after a save that took s seconds of training's time, the next waits s / stall_share; 0 saves every `every` steps.
-    expected_bytes: of a checkpoint, from which the first save's stall is guessed.
-    is_background: copy the tensors to the host and write them in a thread while training goes on, for GPUs. On a CPU
-    the copy would cost memory that the method is measured by: there the file is written at once, and the thread
+    every: minimum number of steps between saves. stall_share: maximum share of wall-clock time for which saving may
+    stall training: after a stall of s seconds the next save waits s / stall_share; 0 saves every `every` steps.
+    expected_bytes: size of a checkpoint, to estimate the first save's stall.
+    is_background: copy the tensors to the host and write them in a thread while training continues, for GPUs. On a CPU
+    the copy would distort the method's measured memory: there the file is written directly, and the thread
     waits for the disk and reads it back.
-    A save that fails, for whatever reason, is logged at the next one or by `close`, and training goes on.
-    `saves`, `stall_seconds`: how many, and what they have cost training so far. `saved`: what stands.
+    A failed save is logged at the next save or by `close`, and training continues.
+    `saves`, `stall_seconds`: number of saves and their total stall. `saved`: the newest checkpoint.
     """
 
     def __init__(self, checkpoints, *, every, stall_share, is_background, log, expected_bytes=0):
@@ -42,10 +42,10 @@ class Saver:
         self.saves, self.stall_seconds, self.saved = 0, 0.0, Saved()
         self._last_step, self._expected_bytes, self._next_at = 0, expected_bytes, 0.0
         self._writing = None  # the thread of the newest save
-        self._error = None  # of the newest save, as a CheckpointError
+        self._error = None  # CheckpointError of the newest save
 
     def start(self, step):
-        """Count from here: the step that a resumed run stands at."""
+        """Start counting at this step, for a resumed run."""
         self._last_step = step
         self.saved = Saved(step or None)
         self._put_off(self._expected_bytes / _BYTES_PER_SECOND[self.is_background])
@@ -55,13 +55,13 @@ class Saver:
         return step - self._last_step >= self.every and time.monotonic() >= self._next_at
 
     def save(self, step, checkpoint, *, must=False):
-        """Write a checkpoint. A failure is logged, and training goes on with the older one.
+        """Write a checkpoint. A failure is logged, and training continues with the older checkpoint.
 
-        must: wait until it is written. CheckpointError: `must`, and this one (not one before it) could not be written.
+        must: wait until it is written. CheckpointError: `must`, and this checkpoint could not be written.
         """
         started = time.monotonic()
         self.wait()
-        self._tell("training goes on and tries again")  # of an earlier save
+        self._tell("training continues and will retry")  # of an earlier save
         self._last_step = step
         try:
             if self.is_background:
@@ -69,11 +69,11 @@ class Saver:
             else:
                 self.checkpoints.begin(step, checkpoint)
                 self._start_thread(self.checkpoints.finish, step)
-        except Exception as error:  # noqa: BLE001 - whatever it is, training need not end by it
+        except Exception as error:  # noqa: BLE001 - no error of a save may end training
             self._keep(step, error)
         stall = time.monotonic() - started
         if must:
-            self.wait()  # not held up: training ends here
+            self.wait()  # not counted as a stall: training ends here
         self.saves += 1
         self.stall_seconds += stall
         self._put_off(stall)
@@ -81,15 +81,15 @@ class Saver:
             kept, self._error = self._error, None
             raise kept or CheckpointError(f"the checkpoint of step {step} was not written; {self.checkpoints.folder}")
         if not self.is_writing():
-            self._tell("training goes on and tries again")
+            self._tell("training continues and will retry")
 
     def close(self):
-        """Wait for what is being written; a failure is logged."""
+        """Wait for a save in progress; a failure is logged."""
         self.wait()
         self._tell("nothing else is affected")
 
     def is_writing(self):
-        """Whether a thread is writing a checkpoint at the moment."""
+        """Whether a thread is writing a checkpoint."""
         return self._writing is not None and self._writing.is_alive()
 
     def wait(self):
@@ -106,7 +106,7 @@ class Saver:
             try:
                 write(step, *args)
                 self.saved = Saved(step, time.time())
-            except BaseException as error:  # noqa: BLE001 - in a thread it would be lost
+            except BaseException as error:  # noqa: BLE001 - a thread would lose it
                 self._keep(step, error)
 
         thread = threading.Thread(target=work)

@@ -1,8 +1,8 @@
-"""A place of archives that fsspec opens: a folder, a repository or bucket of the Hugging Face hub, S3, Google Cloud.
+"""Archives on a store that fsspec opens: a folder, a repository or bucket of the Hugging Face hub, S3, Google Cloud.
 
-Any of them can fail or lie, so each archive is read back after it was written, and counts only with its sealed listing,
-written last. A Drive's trash counts as well, so in folders files keep their names, are overwritten in place, and are
-emptied before they are deleted; renaming over a file would trash the old one.
+Any store can fail or return wrong data, so each archive is read back after writing, and is valid only with its sealed
+listing, which is written last. Drive's trash uses the quota, so in folders files keep their names, are overwritten in
+place, and are truncated before they are deleted; renaming over a file would move the old one to the trash.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from peftlib.core.json_reading import require_shape
 from peftlib.storage import hub
 from peftlib.storage.hub import as_os_errors
 
-PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 to copy a study to a place that everybody can read
+PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 allows copies to a public place
 _LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive on a remote
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AWAY = (errno.ENOTCONN, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOENT)
@@ -31,19 +31,19 @@ _ANONYMOUS: dict[str, dict] = {
     "gs": {"token": "anon"},
     "gcs": {"token": "anon"},
 }
-_SQUASH_BYTES = 1 << 30  # old versions that may pile up in a hub repository
+_SQUASH_BYTES = 1 << 30  # old versions that may accumulate in a hub repository
 
 
 class Remote:
-    """A place of archives: NAME.tar, and its listing NAME.json with bytes, SHA-256 and facts. Methods raise OSError.
+    """Archives NAME.tar with listings NAME.json (bytes, SHA-256 and facts). Methods raise OSError.
 
     place: a folder, or a URL as in remote_of; the study's files are below it in `study_name`. fs, api: an fsspec file
-    system and a huggingface_hub.HfApi, for tests. ConfigError: nothing opens the URL. ModelError: no token for the hub.
+    system and a huggingface_hub.HfApi, for tests. ConfigError: unsupported URL. ModelError: no token for the hub.
 
-    folder: the study's, None where the place is none of this machine's. lock_settle_s: see StudyLock; None where system
-    locks cannot be kept there. creates_exclusively: whether of two that create a file one is refused. pace_s: seconds
-    between two writes of what changes all the time, at least. doubt: what is not known about a copy before it is
-    flushed; '' where a copy is there once it is written.
+    folder: the study's folder, None if the place is not on this machine. lock_settle_s: see StudyLock; None if the
+    place cannot hold locks. creates_exclusively: whether creating a file fails if another has just created it. pace_s:
+    minimum seconds between writes of files that change often. doubt: what is uncertain about a copy until it is
+    flushed; '' if a written copy is certain.
     """
 
     lock_settle_s: float | None = None
@@ -63,7 +63,7 @@ class Remote:
             raise ConfigError(f"PEFTLIB_MIRROR={self._name!r}: use hf://USER/REPO or hf://buckets/USER/BUCKET")
         self._is_repository, self.creates_exclusively = self._scheme == "hf" and not self._bucket, self._scheme != "hf"
         if self._is_repository:
-            self.pace_s = 300.0  # each is a commit, and the hub takes about a hundred an hour
+            self.pace_s = 300.0  # each is a commit, and the hub allows about a hundred per hour
         self.root = self._name if self.folder else f"{below}/{study_name}".rstrip("/")
         self.__dict__ |= {name: given for name, given in (("fs", fs), ("api", api)) if given is not None}
         if fs is None:
@@ -74,7 +74,7 @@ class Remote:
 
     @functools.cached_property
     def api(self):
-        """The hub's client."""
+        """The hub client."""
         from huggingface_hub import HfApi
 
         return HfApi(token=hf_token())
@@ -89,12 +89,12 @@ class Remote:
 
     @property
     def notice(self):
-        """What a person should know when copying starts, in one line."""
+        """One line to log when copying starts, or ''."""
         if not self._is_repository:
             return ""
         return (
-            f"{self} keeps old versions of what is copied: peftlib squashes its history at every GiB of them, which "
-            "frees their space, but not where it holds commits that are not peftlib's"
+            f"{self} keeps old versions of copied files: peftlib squashes its history after every GiB of them to free "
+            "their space, unless it holds commits that are not peftlib's"
         )
 
     def at(self, name):
@@ -102,9 +102,9 @@ class Remote:
         return f"{self.root}/{name}"
 
     def listing(self, units=None):
-        """{name: facts} of the archives whose listing is whole; whether an archive is, `fetch` finds out.
+        """{name: facts} of the archives with a valid listing; `fetch` verifies the archives themselves.
 
-        units: only those, each asked for by its name: a store may list late what it holds.
+        units: only these, each looked up by its name, because a store's listing may lag.
         """
         with as_os_errors():
             self.fs.invalidate_cache(self.root)
@@ -113,7 +113,7 @@ class Remote:
         return {name: facts for name, facts in found.items() if facts}
 
     def _listed(self):
-        """{name: a mark that differs once its listing has changed; None where that is not known}."""
+        """{name: a mark that changes with its listing; None if unknown}."""
         try:
             entries = self.fs.ls(self.root, detail=True, refresh=True)
         except FileNotFoundError:
@@ -134,7 +134,7 @@ class Remote:
                 return require_shape(json_of(text, path, is_sealed=True), _LISTED, path)
             except FileNotFoundError:
                 return None
-            except (OSError, StudyError) as error:  # perhaps of this reading alone
+            except (OSError, StudyError) as error:  # possibly temporary
                 if is_last and (self.folder is not None or isinstance(error, StudyError)):
                     return None
                 if is_last:
@@ -144,14 +144,14 @@ class Remote:
     def put(self, name, write, needed_bytes, facts):
         """Write an archive by write(writer), in place, read it back, and list it with `facts` (JSON values).
 
-        OSError: also where it would not fit or everybody could read it, before anything is touched, and where what is
-        read back differs.
+        OSError: also if it would not fit or would be public, before anything is changed, and if verification
+        fails.
         """
         with as_os_errors():
             self._require_place(name, needed_bytes)
             archive, listing = f"{name}.tar", f"{name}.json"
             if self.folder is not None:
-                self._write(listing, lambda out: None)  # from here the old archive does not count
+                self._write(listing, lambda out: None)  # from here the old archive is invalid
             made = self._write(archive, write)
             self._require_written(archive, made)
             self._write(listing, lambda out: out.write(sealed({**facts, **made})))
@@ -165,7 +165,7 @@ class Remote:
             archive = self.folder / f"{name}.tar"
             free = self.free_bytes() + (archive.stat().st_size if archive.exists() else 0)
             if needed_bytes > free:
-                said = f"{name} takes {gib(needed_bytes):.2f} GiB, {gib(max(0, free)):.2f} are free"
+                said = f"{name} needs {gib(needed_bytes):.2f} GiB, {gib(max(0, free)):.2f} GiB free"
                 raise OSError(errno.ENOSPC, said)
             return
         if self._bucket:
@@ -175,10 +175,10 @@ class Remote:
         refusal = None if self._is_private else self.refusal()
         if refusal:
             raise OSError(errno.EPERM, refusal)
-        self.fs.invalidate_cache(self.root)  # it may say that a repository made just now is not there
+        self.fs.invalidate_cache(self.root)  # the cache may not have a new repository yet
 
     def _write(self, name, write):
-        """Write one file; {'bytes', 'sha256'} of what was given."""
+        """Write one file; returns {'bytes', 'sha256'} of the content."""
         if self.folder is not None:
             return write_stream(self.folder / name, write)
         words = {"commit_message": f"{PurePosixPath(self.root).name}: {name}"} if self._is_repository else {}
@@ -189,23 +189,23 @@ class Remote:
 
     def _require_written(self, name, made):
         if self.folder is not None:
-            return require_sound(self.folder / name, made, "read back")
+            return require_sound(self.folder / name, made, "verification failed")
         self.fs.invalidate_cache(self.root)
-        hashed = self.fs.info(self.at(name)).get("lfs")  # the hub hashes what arrives
+        hashed = self.fs.info(self.at(name)).get("lfs")  # the hub hashes what it receives
         with contextlib.nullcontext() if hashed else self.fs.open(self.at(name), "rb") as raw:
             found = hashed.sha256 if hashed else hashlib.file_digest(raw, "sha256").hexdigest()
         if found != made["sha256"]:
-            raise OSError(errno.EIO, f"read back: {name} is damaged (SHA-256 differs)")
+            raise OSError(errno.EIO, f"verification failed: {name} is damaged (SHA-256 differs)")
 
     def fetch(self, name, facts, target):
-        """Copy an archive to the local path `target`. OSError: it is not what its listing says."""
+        """Copy an archive to the local path `target`. OSError: it does not match its listing."""
         with as_os_errors():
             self.fs.invalidate_cache(self.root)
             self.fs.get_file(self.at(f"{name}.tar"), str(target))
         require_sound(target, facts, name)
 
     def drop(self, name):
-        """Delete an archive; in a folder it is emptied first."""
+        """Delete an archive; in a folder it is truncated first."""
         with as_os_errors():
             for part in (f"{name}.json", f"{name}.tar"):
                 if self.folder is None:
@@ -215,13 +215,13 @@ class Remote:
                     os.unlink(self.folder / part)
 
     def free_bytes(self):
-        """Bytes that may still be written; a large number for a store, which names no limit in advance."""
+        """Free bytes; a large number for a store, which has no known limit."""
         if self.folder is None:
             return 1 << 50
         return shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
 
     def refusal(self):
-        """Why a study should not be copied there, in words, or None."""
+        """Why a study should not be copied there, as text, or None."""
         if os.environ.get(PUBLIC, "").strip() == "1":
             return None
         with as_os_errors():
@@ -229,8 +229,8 @@ class Remote:
         if self._is_private:
             return None
         return (
-            f"{self} is public, so everybody could read the study's rows, answers and weights: make it private, name "
-            f"another place in PEFTLIB_MIRROR, or, if that is meant, set {PUBLIC}=1 or start with `peftlib --public`"
+            f"{self} is public, so anyone could read the study's rows, answers and weights: make it private, set "
+            f"PEFTLIB_MIRROR to another place, or, if you intend that, set {PUBLIC}=1 or use `peftlib --public`"
         )
 
     def _is_public(self):
@@ -238,7 +238,7 @@ class Remote:
             return hub.is_public(self.api, self._bucket or self._repository, "bucket" if self._bucket else "model")
         if self._scheme not in _ANONYMOUS:
             return False
-        # Rules, policies and access lists are many: whether somebody without a key can read a file settles it.
+        # There are many rules, policies and access lists, so test whether a file can be read without a key.
         probe = self.at("probe.txt")
         self.fs.pipe_file(probe, b"whether everybody can read this")
         settings = {**self.fs.storage_options, **_ANONYMOUS[self._scheme], "skip_instance_cache": True}
@@ -250,7 +250,7 @@ class Remote:
             self.fs.rm_file(probe)
 
     def _squash(self):
-        """Free the space of old versions on the hub, where all of its history is of such copies."""
+        """Free the space of old versions on the hub if its history has only such copies."""
         self._unsquashed = 0
         if self._is_repository:
             hub.squash(self.api, self._repository)
@@ -270,31 +270,31 @@ class Remote:
             raise ConfigError(f"PEFTLIB_MIRROR={self._name!r}: use {known}") from None
 
     def reconnect(self):
-        """Take up a connection that was lost."""
+        """Restore a lost connection."""
 
     def flush(self):
-        """Wait until all has arrived; returns the doubt that is left."""
+        """Wait until everything has arrived; returns the remaining doubt."""
         with contextlib.suppress(OSError), as_os_errors():
             if self._unsquashed:
                 self._squash()
         return self.doubt
 
     def remedy(self, error):
-        """What a person can do about an OSError of this remote, in words."""
+        """What the user can do about an OSError of this remote, as text."""
         if error.errno == errno.EPERM and self.folder is None:
-            return "nothing is copied there until then"
+            return "nothing is copied there until that changes"
         if error.errno in FULL:
-            return f"free some space on {self}, or name another place in PEFTLIB_MIRROR"
+            return f"free some space on {self}, or set PEFTLIB_MIRROR to another place"
         if self.folder is None:
             whose = "HF_TOKEN may" if self._scheme == "hf" else "this machine's credentials may"
-            return f"see whether {whose} write to {self}, and the network, or set PEFTLIB_MIRROR to a folder or to off"
+            return f"check that {whose} write to {self}, check the network, or set PEFTLIB_MIRROR to a folder or to off"
         if error.errno in AWAY:
-            return f"see whether {self.folder} is still mounted"
-        return f"see whether {self.folder} can be written to, or set PEFTLIB_MIRROR to another place or to off"
+            return f"check whether {self.folder} is still mounted"
+        return f"check that {self.folder} is writable, or set PEFTLIB_MIRROR to another place or to off"
 
 
 def require_sound(path, listed, what):
-    """OSError unless a file is the {'bytes', 'sha256'} that was written."""
+    """OSError unless a file has the {'bytes', 'sha256'} that were written."""
     fault = fault_of(path, listed)
     if fault:
         raise OSError(errno.EIO, f"{what}: {fault}")

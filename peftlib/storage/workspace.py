@@ -1,4 +1,4 @@
-"""The hidden folder in which an export is built before it is renamed to its target."""
+"""A hidden folder in which an export is built before it is renamed to its target."""
 
 import contextlib
 import hashlib
@@ -12,24 +12,24 @@ from peftlib.storage.lock import StudyLock
 
 
 class Workspace:
-    """Context manager that yields an empty folder in a hidden one beside `target`; both are gone after the block.
+    """Context manager that yields an empty folder in a hidden one next to `target`; both are removed after the block.
 
-    `replace` gives the target's name to it. Nobody else builds for the target meanwhile; what a killed process left of
-    it is removed first. what: the work in words. log: told what was left. LockedError: another process is at it.
+    `replace` renames it to the target. No other process can build the same target in the meantime; leftovers of a
+    killed process are removed first. what: describes the work. log: reports leftovers. LockedError: the target is busy.
     """
 
     def __init__(self, target, what, *, log=print):
         self.target, self._log = Path(target), log
         mark = hashlib.sha256(os.fsencode(self.target.name)).hexdigest()
         self.folder = self.target.parent / f".exporting-{mark[:12]}"
-        self._new, self._old = self.folder / "new", self.folder / "old"  # what is built, what the target held before
+        self._new, self._old = self.folder / "new", self.folder / "old"  # the new export, the previous one
         self._lock = StudyLock(self.folder, what, place=f"the export to {target}", log=log)
 
     def __enter__(self):
         self._lock.__enter__()
         try:
             if self._new.exists() or self._old.exists():
-                self._log(f"removed {self.folder}, which an interrupted export had left")
+                self._log(f"removed {self.folder}, left by an interrupted export")
             self._clear()
             with writing(self.folder):
                 self._new.mkdir()
@@ -47,19 +47,19 @@ class Workspace:
                 os.rmdir(self.folder)
 
     def replace(self):
-        """Rename what was built to the target; what was there goes with the workspace."""
+        """Rename the new export to the target; the previous one is removed with the workspace."""
         self._lock.require()
         if self.target.is_dir():
             rename(self.target, self._old)
         rename(self._new, self.target)
 
     def _clear(self):
-        """Empty the folder, and put back what was to be replaced."""
-        if self._old.exists() and self._new.exists():  # cut between the two renames
+        """Empty the folder, and restore an export that was being replaced."""
+        if self._old.exists() and self._new.exists():  # killed between the two renames
             back = self.target
-            if back.exists() or back.is_symlink():  # of somebody else, meanwhile
+            if back.exists() or back.is_symlink():  # created by someone else in the meantime
                 back = back.with_name(f"{back.name}.before-{uuid.uuid4().hex[:6]}")
             rename(self._old, back)
-            self._log(f"{back} is the earlier export, which an interrupted one had moved away")
+            self._log(f"restored the earlier export as {back}: an interrupted export had moved it")
         for path in (self._new, self._old):
             remove_tree(path)

@@ -51,7 +51,7 @@ def take(lab, study, folder):
         chat = opened.cell("chat_box(")
         chat.enter("you", "Explain in one sentence why leaves are green.")
         chat.press("Send")
-        chat.wait_for("Greedy answers", seconds=200)
+        chat.wait_for("Greedy decoding", seconds=200)
         _keep(opened, chat, folder / "chat.png")
 
 

@@ -147,7 +147,7 @@ def test_the_explorer_goes_through_sorts_and_finds_rows(opened, finished_study):
         explorer.wait_for(r"of 1(?!\d)")
         assert word in explorer.text
         explorer.enter("text", "nobody wrote this")
-        explorer.wait_for("No row holds this text")
+        explorer.wait_for("No row contains this text")
         explorer.enter("text", "")
         explorer.wait_for(f"of {ROWS}")
         explorer.press("Make CSV")
@@ -170,7 +170,7 @@ def test_every_model_answers_what_is_asked(opened):
         box.enter("question", "What is two and two?")
         box.press("Ask all models")
         box.wait_for(r"(loading|answering with) base \(1 of 4\)")
-        box.wait_for("Greedy answers: the same question gives them again", seconds=120)
+        box.wait_for("Greedy decoding: the same question gives the same answers", seconds=120)
         assert box.parts(".pl-card h4") == ["base", *METHODS] and box.problems() == []
         assert all(re.match(r"\d tokens in \d+\.\d s, ", told) for told in box.parts(".pl-card div.pl-note"))
         assert opened.lab.script_errors() == []

@@ -22,7 +22,7 @@ def opened(lab, tiny_model):
         setup.run()
         assert "StudyError" in setup.text and "run 01_data first" in setup.text
         setup.press("Make data now")
-        setup.wait_for("Made. Run this cell again", seconds=120)
+        setup.wait_for("Done. Run this cell again", seconds=120)
         setup.run()
         setup.wait_for("folder ")
         assert "StudyError" not in setup.text
@@ -43,7 +43,7 @@ def test_the_result_answers_in_the_notebook(opened):
         assert chat.value("model") == "qlora"
         chat.enter("you", "What is two and two?")
         chat.press("Send")
-        chat.wait_for("Greedy answers: the same words give them again", seconds=120)
+        chat.wait_for("Greedy decoding: the same words give the same answers", seconds=120)
         assert chat.parts(".pl-card h4") == ["you", "qlora"] and "What is two and two?" in chat.text
         chat.lab.wait(lambda: chat.value("you") == "", "an empty field for the next message")
         chat.press("Start over")
@@ -59,7 +59,7 @@ def test_a_push_is_previewed_and_needs_a_token(opened):
         hub = shown(opened, "hub_box(")
         hub.enter("repository", "me/my-model")
         hub.press("Preview")
-        hub.wait_for("Nothing is sent yet", seconds=120)
+        hub.wait_for("Nothing has been uploaded yet", seconds=120)
         assert "hf://me/my-model, private: only you can read it" in hub.text
         assert "adapter_model.safetensors" in hub.text and "## Training" in hub.text
         hub.press("Push to the hub")
@@ -77,6 +77,6 @@ def test_a_gguf_file_is_made_with_the_commands_for_ollama(opened):
 
 def test_drive_is_named_as_colabs(opened):
     with opened.watched():
-        assert "Google Drive is available only on Colab; here the files are in" in shown(opened, "drive_box(").text
+        assert "Google Drive is available only on Colab; the files are in" in shown(opened, "drive_box(").text
         assert opened.problems() == []
         opened.picture_in_both_themes("02_qlora-ends")

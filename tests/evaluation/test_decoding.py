@@ -132,7 +132,7 @@ def test_after_out_of_memory_half_the_slots_go_on_and_nothing_is_lost(monkeypatc
     said = []
     made = list(decoding.generate_by_slots(model, prompts, limits, slots=8, log=said.append))
     assert sorted(number for number, _ in made) == list(range(30)) and dict(made) == whole
-    assert said == [f"out of GPU memory: going on with {n} rows at a time" for n in (4, 2)]
+    assert said == [f"out of GPU memory: continuing with {n} rows at a time" for n in (4, 2)]
 
 
 def test_a_row_that_does_not_fit_alone_is_a_named_error(monkeypatch):

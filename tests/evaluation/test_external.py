@@ -68,7 +68,7 @@ def test_a_stock_adapter_is_a_row_of_the_report_that_says_where_it_comes_from(ma
 
     before = study.record_path("my-adapter", 0).read_bytes()
     assert evaluate_path(study, adapter, log=lines.append) == record.load(study, "my-adapter", 0)
-    assert lines[-1] == "my-adapter: evaluated before, nothing to do"
+    assert lines[-1] == "my-adapter: already evaluated, nothing to do"
     assert study.record_path("my-adapter", 0).read_bytes() == before
 
 
@@ -116,7 +116,7 @@ def test_a_name_stands_for_one_model(make_study, adapter, tmp_path, tiny_model):
     study = make_study()
     evaluate_path(study, adapter, **QUIET)
     torch.manual_seed(3)
-    with pytest.raises(StudyError, match="is of other weights than .*give this model another name"):
+    with pytest.raises(StudyError, match="is for other weights than .*give this model another name"):
         evaluate_path(study, tiny.model_folder(tmp_path / "other"), name="my-adapter", **QUIET)
     for name in ("qlora", "base", "base (cut)", "a/b"):
         with pytest.raises(ConfigError, match="name="):
@@ -125,7 +125,7 @@ def test_a_name_stands_for_one_model(make_study, adapter, tmp_path, tiny_model):
 
 def test_what_is_no_model_is_named(make_study, tmp_path):
     (tmp_path / "empty").mkdir()
-    for folder, message in ((tmp_path / "gone", "is no folder"), (tmp_path / "empty", "no adapter and no model")):
+    for folder, message in ((tmp_path / "gone", "is not a folder"), (tmp_path / "empty", "no adapter or model")):
         with pytest.raises(ConfigError, match=message):
             evaluate_path(make_study(), folder, **QUIET)
 
@@ -181,7 +181,7 @@ def test_a_model_of_another_tokenizer_is_refused(tmp_path, tiny_model):
     folder = tiny.model_folder(tmp_path / "model")
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(text.replace('"<0x41>"', '"<0x4G>"'), encoding="utf-8")
-    with pytest.raises(ModelError, match="has another tokenizer"):
+    with pytest.raises(ModelError, match="uses another tokenizer"):
         external.open_folder(folder, str(tiny_model))
     small = tmp_path / "small"
     tiny.model(vocab_size=300).save_pretrained(small)

@@ -145,7 +145,7 @@ def test_an_evaluation_stands_where_the_rounding_cannot_be_measured(trained, mon
     assert record.load(study, "qlora", 0)["evaluation"] == done
     lines.clear()
     evaluate(study, "qlora", log=lines.append)
-    assert lines[-1] == "qlora: evaluated before, nothing to do"
+    assert lines[-1] == "qlora: already evaluated, nothing to do"
 
 
 def test_no_general_text_no_rounding(make_study):
@@ -153,7 +153,7 @@ def test_no_general_text_no_rounding(make_study):
     TrainingRun(study, "qlora", log=lambda line: None).train()
     for _ in range(2):
         evaluate(study, "qlora", log=lines.append)
-    assert lines[-1] == "qlora: evaluated before, nothing to do" and not any("4 bits" in line for line in lines)
+    assert lines[-1] == "qlora: already evaluated, nothing to do" and not any("4 bits" in line for line in lines)
 
 
 def test_an_evaluation_from_before_it_was_known_gets_it_and_nothing_else_is_done_again(trained):
@@ -185,8 +185,8 @@ def test_the_line_of_a_run_tells_rounding_apart():
         return {"method": method, "evaluation": done | ({} if nf4 is None else {"general_loss_nf4": nf4})}
 
     base = made("base", 2.0)
-    assert forgetting.in_words(base, made("lora", 2.2)) == "lora: general text loss 2.2000, base 2.0000 (+10.0%)"
-    assert forgetting.in_words(base, made("qlora", 2.2, 2.1)).endswith("untrained, in the same 4 bits 2.1000 (+5.0%)")
+    assert forgetting.in_words(base, made("lora", 2.2)) == "lora: loss on general text 2.2000, base 2.0000 (+10.0%)"
+    assert forgetting.in_words(base, made("qlora", 2.2, 2.1)).endswith("base in the same 4 bits 2.1000 (+5.0%)")
     assert forgetting.in_words({"evaluation": None}, made("lora", 2.2)) == ""
 
 

@@ -191,7 +191,7 @@ def test_evaluation_writes_loss_and_answers_once(make_study):
     before = study.record_path("qlora", 0).read_bytes()
     said = []
     evaluate(study, "qlora", log=said.append)
-    assert said == ["qlora: evaluated before, nothing to do"]
+    assert said == ["qlora: already evaluated, nothing to do"]
     assert study.record_path("qlora", 0).read_bytes() == before
     assert trained_methods(study) == ["qlora"]
 

@@ -214,7 +214,7 @@ def test_rows_of_a_subset_score_as_if_alone():
         (["a"], ["a", "b"], "1 predictions and 2 references"),
         (["a", None], ["a", "b"], "prediction of row 1 is None"),
         (["a"], [["a"]], "reference of row 0"),
-        ("text", "text", "predictions are one text"),
+        ("text", "text", "predictions must be a list of texts"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(answers, references, message):

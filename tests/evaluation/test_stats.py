@@ -134,7 +134,7 @@ def test_several_seeds_widen_the_interval():
 
 def test_runs_that_cannot_be_paired_are_refused():
     rng = np.random.default_rng(0)
-    with pytest.raises(DataError, match=r"unequal row counts.*'a': \[100\].*'b': \[101\]"):
+    with pytest.raises(DataError, match=r"different row counts.*'a': \[100\].*'b': \[101\]"):
         quietly({"a": [simulated(rng, 100)], "b": [simulated(rng, 101)]})
     rows = simulated(rng, 100)
     with pytest.raises(DataError, match="2 and 3 seeds"):

@@ -17,7 +17,7 @@ def test_an_export_is_replaced_whole_by_one_of_the_same_run_alone(finished, tmp_
     with pytest.raises(ModelError, match=r"another export \(qlora, seed 0, adapter, run .*choose another place"):
         export_model(study, "qlora", to=out, form="merged")
     (out / "mine.txt").write_text("kept")
-    with pytest.raises(ModelError, match=r"also holds mine.txt, which no export wrote"):
+    with pytest.raises(ModelError, match=r"also contains mine.txt, which is not from an export"):
         export_model(study, "qlora", to=out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]  # no folder is left beside
 
@@ -28,7 +28,7 @@ def test_what_stands_there_is_never_lost(finished, tmp_path, what):
     held = out / "thesis.tex" if what == "folder" else out
     held.parent.mkdir(exist_ok=True)
     held.write_text("a year's work")
-    with pytest.raises(ModelError, match="is there already and is no export of ours"):
+    with pytest.raises(ModelError, match="already exists and is not a peftlib export"):
         export_model(study, "qlora", to=out)
     assert held.read_text() == "a year's work"
 
@@ -57,7 +57,7 @@ def test_two_exports_to_one_place_are_refused_by_name_and_leftovers_are_told(fin
         (left,) = tmp_path.glob(".exporting-*")
     (left / "new").mkdir(parents=True)
     export_model(study, "qlora", to=tmp_path / "out", log=told.append)
-    assert told == [f"removed {left}, which an interrupted export had left"]
+    assert told == [f"removed {left}, left by an interrupted export"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "runs"]
 
 
@@ -76,7 +76,7 @@ def test_a_preview_shows_files_and_card_and_keeps_nothing(finished, tmp_path):
     page = shown._repr_html_()
     assert "adapter_model.safetensors</td><td>" in page and "KiB" in page and "## Training" in page
     assert "<out>" not in page and "## Training" not in repr(shown)
-    assert repr(shown).startswith(f"would go to {tmp_path / '<out>'}, README.md a model card of ")
+    assert repr(shown).startswith(f"would be written to {tmp_path / '<out>'}; README.md is a model card of ")
     assert "\n  adapter_model.safetensors  " in repr(shown)
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
@@ -94,9 +94,7 @@ def test_a_preview_of_a_run_that_has_not_ended_says_so(finished, tmp_path):
 @pytest.mark.parametrize("method", ["galore", "full", "apollo"])
 def test_a_method_without_adapter_names_the_way_out(finished, tmp_path, method):
     study = finished(method)
-    with pytest.raises(
-        ConfigError, match=f"{method} trains the model itself and has no adapter: use lora, merged or gguf"
-    ):
+    with pytest.raises(ConfigError, match=f"{method} trains full weights and has no adapter: use lora, merged or gguf"):
         export_model(study, method, to=tmp_path / "out")
 
 

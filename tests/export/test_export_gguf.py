@@ -83,7 +83,7 @@ def test_a_file_that_lacks_a_stop_is_not_handed_on(tmp_path):
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
         write()
     writer.close()
-    with pytest.raises(ModelError, match="has not the right tokenizer.ggml.eot_token_id:"):
+    with pytest.raises(ModelError, match="has a wrong or missing tokenizer.ggml.eot_token_id:"):
         export_gguf._require_whole(path)
     assert not path.exists()
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_that_sentencepiece_cannot_follow_is_refused(tiny_model, tmp
     tokenizer = json.loads(path.read_text())
     tokenizer["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(ModelError, match="cannot be written as SentencePiece's"):
+    with pytest.raises(ModelError, match="cannot be converted to SentencePiece"):
         export_gguf._add_tokenizer_model(folder)
 
 

@@ -40,7 +40,7 @@ def test_a_repository_is_replaced_by_the_same_run_alone(finished, tmp_path):
     foreign = FakeHub(tmp_path / "foreign")
     foreign.folder.mkdir()
     (foreign.folder / "model.bin").write_text("somebody's")
-    with pytest.raises(ModelError, match="is there already and is no export of ours"):
+    with pytest.raises(ModelError, match="already exists and is not a peftlib export"):
         export_model(study, "qlora", to="hf://me/m", api=foreign)
     assert foreign.commits == [] and (foreign.folder / "model.bin").exists()
 
@@ -65,7 +65,7 @@ def test_a_repository_that_was_just_made_is_free(finished, tmp_path):
 def test_a_hub_that_cannot_be_had_is_explained(finished, tmp_path, monkeypatch):
     study, hub = finished("qlora"), FakeHub(tmp_path / "hub")
     hub.is_down = True
-    with pytest.raises(ModelError, match=r"hf://me/m: the network is unreachable\. See whether HF_TOKEN may write"):
+    with pytest.raises(ModelError, match=r"hf://me/m: the network is unreachable\. Check that HF_TOKEN may write"):
         export_model(study, "qlora", to="hf://me/m", api=hub)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ModelError, match="no Hugging Face token: set the environment variable HF_TOKEN") as told:

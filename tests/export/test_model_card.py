@@ -36,7 +36,7 @@ def test_the_adapters_card_loads_the_model_that_was_scored(finished, tiny_model,
 def test_the_hybrids_adapter_without_its_attention_is_another_model(finished, tiny_model, tmp_path):
     study = finished("hybrid")
     card = export_model(study, "hybrid", to=tmp_path / "out", form="adapter").card
-    start, end = card.index("# Weights beside the adapter"), card.index("model.eval()")
+    start, end = card.index("# These weights next to the adapter"), card.index("model.eval()")
     names, _ = run_code_of(tmp_path / "out", card[:start] + card[end:], base=tiny_model)
     ours = load_trained(study.weights_dir("hybrid", 0))
     assert (logits(names["model"]) - logits(ours)).abs().max() > 1e-3
@@ -113,7 +113,7 @@ def test_how_it_was_trained_is_the_records(finished, tmp_path):
     for shown in (
         f"| steps | {record['steps']} of {record['planned_steps']} |",
         f"| tokens read | {record['train_tokens']:,} |",
-        f"| weights that trained | {record['trainable_params']:,} of {record['total_params']:,} |",
+        f"| trained parameters | {record['trainable_params']:,} of {record['total_params']:,} |",
         "| learning rates (peak) | lora 0.01 |",
         f"| hardware | {record['device']} |",
         f"| seconds | {record['train_seconds']:,.0f} of training",
@@ -155,7 +155,7 @@ def test_the_packaged_model_is_not_passed_off_as_the_original(finished):
     record = read_json(study.record_path("qlora", 0)) | {"model": "packaged", "model_provenance": PROVENANCE}
     there = Study(study.folder, study.cfg.replace(model="packaged"))
     text = str(model_card.model_card(there, record, "adapter", model_card.scores_of(study, "qlora", 0)))
-    assert PROVENANCE in text and "neither trained nor scored on the original release" in text
+    assert PROVENANCE in text and "not trained or scored on the original release" in text
     assert ModelCard(text).data.base_model == "google/gemma-3-270m"
 
 

@@ -116,7 +116,7 @@ def test_the_box_shows_answers_side_by_side_as_they_come(study, monkeypatch):
     assert states[1] == ("answering with base (1 of 3)", True, 0)
     assert states[5] == ("answering with full (3 of 3)", True, 2)
     assert not box.button.disabled and box.shown.value.count("<h4>") == 3
-    assert "5 tokens in" in box.shown.value or "ended by itself" in box.shown.value
+    assert "5 tokens in" in box.shown.value or ", finished" in box.shown.value
 
 
 def test_the_box_asks_the_ticked_models_alone_and_nothing_without_a_question(study):
@@ -171,4 +171,4 @@ def test_the_interrupt_button_ends_the_asking_and_keeps_what_is_there(study, mon
 
 def test_without_a_reader_one_sentence_says_what_the_cell_is_for(study, capsys):
     assert ask_box(study) is None
-    assert capsys.readouterr().out == "In Jupyter or Colab this cell asks base, galore, full what you type.\n"
+    assert capsys.readouterr().out == "In Jupyter or Colab this cell asks your question to base, galore, full.\n"

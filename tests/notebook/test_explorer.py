@@ -161,7 +161,7 @@ def test_the_widgets_show_the_row_that_they_name(explorer):
             assert explorer.answers.runs[name].answers[at] in shown
             assert f"ROUGE-L {explorer.answers.scores(name, 'rougeL')[at]:.3f}" in shown
         gain = explorer.answers.scores("galore", "rougeL")[at] - explorer.answers.scores("qlora", "rougeL")[at]
-        assert f"({gain:+.3f})" in shown and "against qlora" in shown
+        assert f"({gain:+.3f})" in shown and "change from qlora" in shown
 
 
 def test_buttons_walk_and_stop_at_both_ends(explorer):
@@ -182,7 +182,7 @@ def test_another_choice_of_rows_starts_at_its_first(explorer):
     explorer.source.value = "ultrachat"
     assert explorer.number.value == 1 and explorer.count.value == "of 16" and explorer.place() == 2
     explorer.text.value = "no row has this"
-    assert explorer.place() is None and "No row holds this text" in explorer.shown.value
+    assert explorer.place() is None and "No row contains this text" in explorer.shown.value
     assert explorer.previous.disabled and explorer.next.disabled
     explorer.text.value = ""
     assert explorer.place() == 2
@@ -208,7 +208,7 @@ def test_methods_and_marks_are_shown_or_not(explorer):
 
 def test_how_an_answer_ended_stands_beside_it(explorer):
     shown = text_of(explorer.shown.value)
-    assert "tokens, cut at the limit" in shown and "tokens, ended by itself" in shown
+    assert "tokens, cut at the token limit" in shown and "tokens, finished" in shown
 
 
 def test_a_conversation_is_folded_and_a_short_question_is_not(explorer):

@@ -65,7 +65,7 @@ def test_a_login_before_the_install_cell_asks_for_a_restart(at, host, menu):
     at(host)
     version = packages(huggingface_hub="2.4.0", transformers="5.24.0")
     with pytest.raises(
-        ModelError, match=r"huggingface_hub 1\.27\.0 was loaded before 2\.4\.0.*restart the session"
+        ModelError, match=r"huggingface_hub 1\.27\.0 was imported before 2\.4\.0.*restart the session"
     ) as told:
         hosted.require_sound_packages(loaded(huggingface_hub="1.27.0"), version)
     assert menu in str(told.value)
@@ -81,7 +81,7 @@ def test_the_check_comes_before_anything_imports_a_package_that_the_install_chan
 
 def test_a_torchao_that_peft_refuses_is_named_with_both_ways_out():
     with pytest.raises(
-        ModelError, match=r"torchao 0\.10\.0 .* none older than 0\.16: .*torchao>=0\.16.*uninstall -y torchao"
+        ModelError, match=r"torchao 0\.10\.0 .* PEFT needs 0\.16 or newer: .*torchao>=0\.16.*uninstall -y torchao"
     ):
         hosted.require_sound_packages({}, packages(torchao="0.10.0"))
     hosted.require_sound_packages({}, packages(torchao="0.16.0"))
@@ -124,7 +124,7 @@ def test_an_installed_copy_knows_its_address(monkeypatch):
 def test_without_a_gpu_a_hosted_session_says_how_to_get_one_and_what_happens_else(at, host, way):
     at(host)
     demo = hosted.without_gpu("cpu", config.resolve("demo"))
-    assert way in demo[0] and "small demo" in demo[1] and "24 rows a source" in demo[1]
+    assert way in demo[0] and "small demo" in demo[1] and "24 rows per source" in demo[1]
     assert 'profile = "demo"' in hosted.without_gpu("cpu", config.resolve("t4"))[1]
     assert hosted.without_gpu("cuda", config.resolve("t4")) == []
 
@@ -231,7 +231,7 @@ def test_several_cards_and_a_headless_run_are_named(at, on_t4, monkeypatch, caps
     at("kaggle")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     hosted.show_runtime()
-    assert capsys.readouterr().out.startswith("Kaggle, headless, 2 x Tesla T4 with 14.6 GiB: the setup cell says")
+    assert capsys.readouterr().out.startswith("Kaggle, headless, 2 x Tesla T4 with 14.6 GiB: the setup cell shows")
 
 
 def test_what_the_demo_takes_is_what_was_measured():
@@ -266,11 +266,11 @@ def test_a_notebook_opened_alone_makes_what_it_lacks_when_asked(at, monkeypatch,
     given = {"profile": "demo", "study": "mine", "model": str(tiny_model), **TINY, "max_steps": 1}
     with pytest.raises(StudyError, match="run 01_data first.*make_missing = True"):
         open_notebook(monkeypatch, "04_eval", **given)
-    assert "not there yet: data, qlora, galore; make_missing = True" in capsys.readouterr().out
+    assert "missing: data, qlora, galore; set make_missing = True" in capsys.readouterr().out
     study = open_notebook(monkeypatch, "02_qlora", **given, make_missing=True)
     assert study.manifest()["split_hash"] and "making data" in capsys.readouterr().out
     open_notebook(monkeypatch, "03_galore", **given)
-    assert "not there yet" not in capsys.readouterr().out
+    assert "missing: " not in capsys.readouterr().out
     study = open_notebook(monkeypatch, "05_hybrid", **given, make_missing=True)
     assert {r["method"]: "evaluation" in r for r in study.records()} == {"galore": True, "qlora": True}
     assert notebook.missing_inputs("05_hybrid", study) == []

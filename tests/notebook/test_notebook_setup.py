@@ -91,17 +91,17 @@ def test_our_own_cells_and_papermills_are_told_apart():
 
 @pytest.mark.parametrize("line", ["lora_rank = 4 * 2", "import os", "lora_rank =", "cfg.lora_rank = 8", "print(1)"])
 def test_anything_but_literals_is_refused(line):
-    with pytest.raises(ConfigError, match="only lines NAME = VALUE with literal values"):
+    with pytest.raises(ConfigError, match="only NAME = VALUE lines with literal values"):
         notebook.executed_parameters([f"# Parameters\n{line}"])
 
 
 def test_without_a_parameters_cell_the_way_out_is_named():
-    with pytest.raises(ConfigError, match="run the cell that begins with '# Parameters' first"):
+    with pytest.raises(ConfigError, match="first run the cell that begins with '# Parameters'"):
         notebook.executed_parameters(["", "x = 1"])
 
 
 def test_setup_outside_a_notebook_is_refused():
-    with pytest.raises(ConfigError, match="setup\\(\\) is for notebooks"):
+    with pytest.raises(ConfigError, match="setup\\(\\) works only in notebooks"):
         notebook.setup("01_data")
 
 
@@ -133,7 +133,7 @@ def test_the_last_notebook_of_quick_names_the_full_study_and_what_it_takes(study
 
 
 def test_finish_refuses_a_path_that_is_not_there_unless_the_work_was_stopped(study, capsys):
-    with pytest.raises(StudyError, match="02_qlora should have written results.csv, which is not there"):
+    with pytest.raises(StudyError, match="02_qlora should have written results.csv, which is missing"):
         notebook.finish(study, "02_qlora", wrote=[study.results_path])
     assert notebook.last_words(capsys.readouterr().out) is None
     notebook.finish(study, "02_qlora", wrote=[study.results_path], status="stopped")
@@ -213,7 +213,7 @@ def test_in_a_live_kernel_an_edited_parameters_cell_wins_and_errors_are_short(st
         assert "lora_rank: 16 -> 4" in said
         _said(client, '# Parameters\nprofile = "demo"\nstudy = "s"')
         _, said = _said(client, 'study = setup("01_data")')
-        assert "changed    nothing, all as in the profile" in said
+        assert "changed    nothing, same as the profile" in said
         status, said = _said(client, 'study = setup("01_data", drive=True)')
         assert status == "error" and said.endswith("but only Colab can mount it")
         _said(client, "# Parameters\nlora_rank = 0")

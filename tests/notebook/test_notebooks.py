@@ -181,7 +181,7 @@ def headless(tiny_model, tmp_path_factory):
 def test_a_time_limit_stops_02_and_the_same_command_goes_on(headless):
     assert headless["cut"]["code"] == 3, headless["cut"]["said"]
     assert "02_qlora stopped at its time limit" in headless["cut"]["said"]
-    assert "01_data: finished before, skipped" in headless["full"]["said"]
+    assert "01_data: already finished, skipped" in headless["full"]["said"]
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_results_have_the_contracts_columns_and_a_row_for_each_method(headless):
 @pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_changes_nothing(headless):
     assert headless["again"]["code"] == 0, headless["again"]["said"]
-    assert headless["again"]["said"].count("finished before, skipped") == len(NAMES)
+    assert headless["again"]["said"].count("already finished, skipped") == len(NAMES)
     assert headless["again"]["seconds"] < 60
     assert (headless["folder"] / "results.csv").read_bytes() == headless["results"]
 

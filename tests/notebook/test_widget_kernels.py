@@ -176,7 +176,7 @@ def test_every_control_of_the_explorer_is_heeded(page):
     page.pick("sort by", "largest gain")
     for control, label in (("score", "BLEU-4 of the row"), ("of", "base"), ("over", "qlora")):
         page.pick(control, label)
-    assert "against qlora" in page.html()
+    assert "change from qlora" in page.html()
     page.change("qlora", value=False)
     assert "<h4>qlora</h4>" not in page.html()
     page.change("mark words", value=False)
@@ -184,7 +184,7 @@ def test_every_control_of_the_explorer_is_heeded(page):
     page.press("Make CSV")
     assert 'download="answers.download.csv"' in page.html()
     page.change("text", value="no row has this")
-    assert "No row holds this text" in page.html()
+    assert "No row contains this text" in page.html()
 
 
 def test_the_question_box_asks_what_is_typed_of_what_is_ticked(page):
@@ -195,8 +195,8 @@ def test_the_question_box_asks_what_is_typed_of_what_is_ticked(page):
     page.change("question", value="What is <b>this</b>?")
     page.change("at most", value=3)
     page.press("Ask all models")
-    assert "<h4>base</h4>" in page.html() and "Greedy answers" in page.html()
-    assert "3 tokens in" in page.html() or "ended by itself" in page.html()
+    assert "<h4>base</h4>" in page.html() and "Greedy decoding" in page.html()
+    assert "3 tokens in" in page.html() or ", finished" in page.html()
     assert not page.models[page.control("Ask all models")]["disabled"]
     page.change("base", value=False)
     page.press("Ask all models")
@@ -204,7 +204,7 @@ def test_the_question_box_asks_what_is_typed_of_what_is_ticked(page):
 
 
 def test_the_chat_box_answers_and_starts_over(page):
-    assert page.show('chat_box(study, "qlora")') == "a box to chat with the result (run the cell to see it)"
+    assert page.show('chat_box(study, "qlora")') == "a box to chat with the model (run the cell to see it)"
     page.press("Send")
     assert "Type something first." in page.html()
     page.change("you", value="Hello <b>there</b>")

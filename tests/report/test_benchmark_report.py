@@ -49,9 +49,9 @@ def test_the_report_says_what_is_a_finding_and_what_is_not(built):
     assert "galore - base | piqa" not in text and "Fewer than 100 rows: piqa, wikitext." in text
     said = [sentence for sentence in made.findings if "benchmarks" in sentence or "guessing" in sentence]
     assert said[0].startswith(
-        "On standard benchmarks, 1 of 4 differences from base lie beyond the noise: galore on arc_easy -0."
+        "On standard benchmarks, 1 of 4 differences from base are beyond the noise: galore on arc_easy -0."
     )
-    assert said[1].startswith("No method is above guessing on piqa")
+    assert said[1].startswith("No method beats guessing on piqa")
     assert "Standard benchmarks" in study.folder.joinpath("report.html").read_text()
 
 

@@ -110,7 +110,7 @@ def test_runs_that_were_not_matched_are_named(small):
     assert "batch_size: 3 (qlora (seed 0)); 4 (galore (seed 0))" in notes
     assert "train_tokens: 31,234 (qlora (seed 0)); 99 (galore (seed 0))" in notes
     assert not any("galore_rank" in note for note in notes)  # a setting of one method alone
-    assert "Not matched between runs" in small.report_path.read_text(encoding="utf-8")
+    assert "These settings differ between runs" in small.report_path.read_text(encoding="utf-8")
 
 
 def test_different_seed_sets_are_named(small):

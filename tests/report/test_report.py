@@ -140,13 +140,13 @@ def test_findings_are_made_from_the_numbers(built):
     _, shown = built
     said = "\n".join(shown.findings)
     assert shown.findings[: len(shown.summary)] == shown.summary and shown.summary[-1].startswith(
-        "Caution, 48 test rows"
+        "Caution: 48 test rows"
     )
     value = shown.results.set_index("method")["rougeL"]
     assert f"galore has the highest ROUGE-L ({value['galore']:.3f})" in said
     assert f"ROUGE-L (base {value['base']:.3f})" in said and "with qlora, galore and hybrid" in said
     assert "the gain is more than knowing when to stop" in said
-    assert "qlora needs the least memory: 1.12 GiB, hybrid 1.77, galore 2.24;" in said
+    assert "qlora uses the least memory: 1.12 GiB, hybrid 1.77, galore 2.24;" in said
     assert "base 100%, qlora 0%" in said
 
 
@@ -155,10 +155,10 @@ def test_findings_are_made_from_the_numbers(built):
     [
         (0.01, 0.03, 0.1, "so the gain is more than knowing when to stop"),
         (-0.01, 0.03, 0.1, "inside the noise, so the gain may be no more than knowing when to stop"),
-        (-0.03, -0.01, 0.49, "so the cut base is the better one"),
-        (0.01, 0.03, 0.96, "higher; 96% of its own answers met the token limit uncut"),
-        (-0.01, 0.03, 0.5, "inside the noise; 50% of its own answers met the token limit uncut"),
-        (-0.03, -0.01, 1.0, "lower; 100% of its own answers met the token limit uncut"),
+        (-0.03, -0.01, 0.49, "so the cut base is better"),
+        (0.01, 0.03, 0.96, "higher; 96% of its own answers reached the token limit uncut"),
+        (-0.01, 0.03, 0.5, "inside the noise; 50% of its own answers reached the token limit uncut"),
+        (-0.03, -0.01, 1.0, "lower; 100% of its own answers reached the token limit uncut"),
     ],
 )
 def test_a_method_that_never_stops_is_not_said_to_know_when(low, high, cut_share, said):
@@ -240,7 +240,7 @@ def test_figures_are_written_with_text_for_those_who_cannot_see_them(built):
 def test_the_original_studys_figures_stand_beside_ours_as_quoted(built):
     study, shown = built
     text = study.report_path.read_text(encoding="utf-8")
-    assert "## Beside the original study" in text
+    assert "## The original study" in text
     assert "| original (quoted) | base | 5 samples | 0.0085 | 0.1355 |" in text
     assert "| original (quoted) | qlora | 5 samples | 0.0227 | 0.1632 |" in text
     ours = shown.scores.set_index("method").loc["qlora"]

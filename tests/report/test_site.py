@@ -192,7 +192,7 @@ def refused(words, *args):
 def test_bad_input_is_refused_in_words_and_nothing_is_written(study, tmp_path):
     to = tmp_path / "page"
     refused("nothing here is not a study", ["nothing here"], to)
-    refused("the same study is named twice", [study.folder, study.folder], to)
+    refused("the same study is given twice", [study.folder, study.folder], to)
     other = tmp_path / "other"
     shutil.copytree(study.folder, other)
     write_json(

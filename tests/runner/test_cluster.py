@@ -148,7 +148,9 @@ def test_a_ray_node_dies_another_has_other_code_and_the_study_is_as_of_one_proce
     asked = settings("cluster", address=cluster.address)
     assert run(asked, log=lines.append, why_stop=kill_in_training) == 0, lines[-20:]
     told = "\n".join(lines)
-    assert re.search(r"has peftlib \S+, the command is of \S+: install the same on all machines; no more runs go", told)
+    assert re.search(
+        r"has peftlib \S+, but the command needs \S+: install the same on all machines; no more runs are sent", told
+    )
     study = Study.resolve(study="cluster", profile="demo")
     require_equal(study, whole, asked)
     [name] = killed

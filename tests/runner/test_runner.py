@@ -84,7 +84,7 @@ def test_a_run_relays_prints_keeps_tidy_copies_and_is_skipped_the_next_time(
     assert run(notebooks, heartbeat_s=0.4) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == "01_first: starts, not finished yet (study s, seed 0)"
+    assert lines[0] == "01_first: starting, not finished yet (study s, seed 0)"
     assert [line for line in lines if "| step" in line] == [f"01_first 5/7 | step {i}" for i in range(3)]
     assert any(line.startswith("01_first 5/7 | ... ") and line.endswith(" s in this cell") for line in lines)
     assert any(f"interpreter {sys.executable}" in line for line in lines)
@@ -99,7 +99,7 @@ def test_a_run_relays_prints_keeps_tidy_copies_and_is_skipped_the_next_time(
     assert sorted(p.name for p in copy.parent.iterdir()) == ["01_first.ipynb"]
 
     assert run(notebooks) == 0
-    assert "01_first: finished before, skipped" in capsys.readouterr().out
+    assert "01_first: already finished, skipped" in capsys.readouterr().out
     assert copy.read_text() == text
 
 
@@ -117,7 +117,7 @@ def test_after_a_failure_the_same_command_goes_on_and_no_finished_copy_is_lost(n
     fake_notebooks.write_good(notebooks, "02_second")
     assert run(notebooks) == 0
     out = capsys.readouterr().out
-    assert "01_first: finished before, skipped" in out and "02_second: starts, not finished yet" in out
+    assert "01_first: already finished, skipped" in out and "02_second: starting, not finished yet" in out
     assert sorted(p.name for p in folder.iterdir()) == ["01_first.ipynb", "02_second.ipynb", "03_third.ipynb"]
 
     finished = (folder / "03_third.ipynb").read_text()
@@ -126,7 +126,7 @@ def test_after_a_failure_the_same_command_goes_on_and_no_finished_copy_is_lost(n
     )
     assert run(notebooks) == 1
     out = capsys.readouterr().out
-    assert "03_third: starts, its cells have changed" in out and "DataError: no rows" in out
+    assert "03_third: starting, its cells have changed" in out and "DataError: no rows" in out
     assert (folder / "03_third.ipynb").read_text() == finished
     failed = executed.load(folder / "03_third.failed.ipynb")
     assert failed["cells"][4]["outputs"][0]["traceback"] == ["DataError: no rows"]  # and nothing of a library
@@ -146,7 +146,7 @@ def test_finished_means_same_settings_cells_and_files_and_nothing_read_made_late
     assert runner.unfinished_reason(seeded) == "not finished yet"
     assert seeded.copy.name == "02_second-s1.ipynb"
     (studies / "s" / "01_first.txt").unlink()
-    assert runner.unfinished_reason(first) == "01_first.txt is gone"
+    assert runner.unfinished_reason(first) == "01_first.txt is missing"
     _plant_copy(first, "2026-01-01T00:05:00")
     assert runner.unfinished_reason(second) == "01_first was run after it"
     fake_notebooks.write_good(notebooks, "01_first", "print(1)")
@@ -167,14 +167,14 @@ def test_a_killed_kernel_is_said_in_plain_words(notebooks, studies, capsys):
     fake_notebooks.write(notebooks, "01_first", fake_notebooks.OPEN, "import os\n\nos.kill(os.getpid(), 9)", "FINISH")
     assert run(notebooks) == 1
     out = capsys.readouterr().out
-    assert "FAILED: 01_first, cell 5/6 (import os)\nthe kernel died without an error of its own: often out of" in out
+    assert "FAILED: 01_first, cell 5/6 (import os)\nthe kernel died without an error: it probably ran out of" in out
     assert (studies / "s" / "notebooks" / "01_first.failed.ipynb").exists()
 
 
 def test_a_notebook_without_its_last_line_is_not_finished(notebooks, studies, capsys):
     fake_notebooks.write(notebooks, "01_first", fake_notebooks.OPEN, fake_notebooks.WRITE)
     assert run(notebooks) == 1
-    assert "FAILED: 01_first, all cells ran, but its last one did not print" in capsys.readouterr().out
+    assert "FAILED: 01_first, all cells ran, but the last one did not print" in capsys.readouterr().out
     assert not (studies / "s" / "notebooks" / "01_first.ipynb").exists()
 
 
@@ -183,7 +183,7 @@ def test_a_time_limit_stops_the_run_and_the_next_one_goes_on(notebooks, studies,
     fake_notebooks.write(notebooks, "01_first", fake_notebooks.OPEN, stop)
     fake_notebooks.write_good(notebooks, "02_second")
     assert run(notebooks) == 3
-    assert "01_first stopped at its time limit, the same command goes on from there" in capsys.readouterr().out
+    assert "01_first stopped at its time limit, the same command resumes from there" in capsys.readouterr().out
     assert [p.name for p in (studies / "s" / "notebooks").iterdir()] == ["01_first.stopped.ipynb"]
     assert runner.unfinished_reason(runner.plan(["1"], {"profile": "demo", "study": "s"}, notebooks)[0])
 
@@ -209,7 +209,7 @@ except KeyboardInterrupt:
     kernel = kernels_below(process.pid)[0]
     process.send_signal(number)
     assert process.wait(timeout=30) == 128 + number, log.read_text()
-    assert f"01_first was interrupted by {number.name}, the same command goes on" in log.read_text()
+    assert f"01_first was interrupted by {number.name}, the same command resumes it" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert (studies / "s" / "saved").exists() and not (studies / "s" / "later").exists()
     assert executed.load(studies / "s" / "notebooks" / "01_first.stopped.ipynb")

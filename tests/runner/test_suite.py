@@ -56,7 +56,7 @@ def test_benchmarks_and_rewinding_that_are_named_are_part_of_a_run(settings, in_
 def test_the_whole_study_by_one_command_and_nothing_twice(settings, in_this_process):
     lines, asked = [], settings()
     assert run(asked, log=lines.append) == 0
-    assert lines[-1] == "all is done"
+    assert lines[-1] == "all runs are done"
     study = Study.resolve(study="tiny", profile="demo")
     records = {f"{r['method']}-s{r['seed']}": r for r in study.records()}
     assert set(records) == {"base-s0", "qlora-s0", "qlora-s1", "galore-s0", "galore-s1"}
@@ -119,7 +119,7 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(settings, in_this_proces
     )
     assert found["galore-s1"]["evaluation_error"] == "MemoryError: no room for answers, planted"
     assert found["qlora-s1"]["evaluation"] and found["galore-s0"]["evaluation"] and found["base-s0"]["evaluation"]
-    assert "failed: qlora-s0, galore-s1; --again tries them again" in lines
+    assert "failed: qlora-s0, galore-s1; --again retries them" in lines
     assert "qlora,0,failed" in study.results_path.read_text()  # the report tells it too
 
 
@@ -162,7 +162,7 @@ def test_a_cut_command_says_what_is_left(settings, in_this_process):
     assert run(settings(has_report=False, minutes=0.01), log=lines.append) == STOPPED_CODE
     assert not any("starts" in line for line in lines)  # none is begun that could not save in time
     assert run(settings(has_report=False, names=("galore-s1",)), log=lines.append) == 0
-    assert lines[-1] == "all that was chosen is done"
+    assert lines[-1] == "all chosen runs are done"
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_runs_are_named_and_chosen(make_study):
     assert [job.name for job in jobs] == [job.name for job in chosen] == names
     chosen = replace(asked, names=("qlora", "galore-s1")).jobs(study)[1]
     assert [job.name for job in chosen] == ["sweep-qlora", "sweep-galore", "qlora-s0", "qlora-s1", "galore-s1"]
-    with pytest.raises(ConfigError, match="--only galore-s7: there is no such run, use sweep-qlora"):
+    with pytest.raises(ConfigError, match="--only galore-s7: no such run, use sweep-qlora"):
         replace(asked, names=("galore-s7",)).jobs(study)
     with pytest.raises(ConfigError, match="method='qlor' is unknown"):
         replace(asked, methods=("qlor",)).jobs(study)

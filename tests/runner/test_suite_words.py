@@ -37,7 +37,7 @@ def test_arguments_become_settings(settings_of):
     for words, message in (
         ("--seeds 0,x", "--seeds '0,x': give numbers"),
         ("--seeds 1,1", "each number once"),
-        ("--factors 1,inf", "--factors '1,inf': give each number once, finite and not below 0"),
+        ("--factors 1,inf", "--factors '1,inf': give each number once, finite and not negative"),
         ("--factors nan", "--factors 'nan': give each number once"),
         ("--at-once 0", "Invalid value for '--at-once'"),
         ("--methods qlor,galore", "--methods qlor: use base, qlora, galore"),
@@ -59,7 +59,7 @@ def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     one_run = estimate.duration(*(3600 * end for end in hours))
     assert told["galore-s0"] == told["galore-s1"] == told["sweep-galore"] == [one_run, "waits"]  # 6 of 12 rows, twice
     assert told["base-s0"] == ["none", "waits"]
-    assert last == f"left: {one_run} of training on a t4, one run at a time; answering the test rows comes on top"
+    assert last == f"left: {one_run} of training on a t4, one run at a time, plus the time to answer the test rows"
     assert not (study.folder / "records").exists()
 
 
@@ -111,7 +111,7 @@ def test_the_list_of_commands_leads_to_the_whole_study_and_each_command_can_be_g
     before = log.read_text()
     assert re.search(r"^qlora-s0 starts on .*^step 2/2 .*^qlora: BLEU-4", before, re.MULTILINE | re.DOTALL)
     assert cli.main(words) == 0
-    assert log.read_text() == before + "qlora-s0 is done\n"
+    assert log.read_text() == before + "qlora-s0 is already done\n"
 
 
 def test_what_another_worker_holds_is_neither_listed_nor_done(listed, capsys):
@@ -134,7 +134,7 @@ def test_a_store_that_does_not_say_who_works_is_named_beside_the_list(study_word
     monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.ls", unreachable)
     assert cli.main(["study", "list", *study_words]) == 0
     said = capsys.readouterr()
-    assert "does not say who works on tiny" in said.err and "sweep-qlora" in said.out
+    assert "cannot read who works on tiny" in said.err and "sweep-qlora" in said.out
 
 
 def test_the_name_of_a_run_sets_its_seed(listed, capsys):
@@ -153,9 +153,12 @@ def test_a_run_whose_sweep_is_not_done_waits(listed, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, the command is of 0\.1\.0\+cafecafe: install the same"),
-        ({"--data": "0123456789ab"}, r"has rows with the hash \S+ in .*tiny, the command asks for 0123456789ab"),
-        ({"device=cpu": "device=auto"}, "has no GPU that torch can use: see nvidia-smi there, or train on CPUs by -p"),
+        ({"--code": "0.1.0+cafecafe"}, r"has peftlib \S+, but the command needs 0\.1\.0\+cafecafe: install the same"),
+        ({"--data": "0123456789ab"}, r"has rows with hash \S+ in .*tiny, but the command needs 0123456789ab"),
+        (
+            {"device=cpu": "device=auto"},
+            "has no GPU that torch can use: check nvidia-smi there, or train on CPUs with -p",
+        ),
         ({"PEFTLIB_ROOT": "elsewhere"}, "has no study 'tiny' in .*elsewhere: set PEFTLIB_ROOT to the folder that all"),
         ({"PEFTLIB_ROOT": "file"}, "cannot write to the store: .*file/tiny"),
         ({"PEFTLIB_MIRROR": "file/remote"}, "cannot write to the store: .*file"),

@@ -24,7 +24,7 @@ def test_a_damaged_copy_is_said_and_the_older_one_taken(study, remote, open_agai
     path = remote.folder / f"{names[2]}.tar"
     path.write_bytes(path.read_bytes()[:-100] + bytes(100).replace(b"\0", b"x"))
     assert newest(open_again().folder) == 3
-    assert any("not used" in line and "SHA-256" in line for line in lines)
+    assert any("skipped" in line and "SHA-256" in line for line in lines)
 
 
 def test_an_archive_of_all_small_files_as_older_versions_wrote_it_is_restored(study, remote, open_again):
@@ -107,7 +107,7 @@ def test_an_archive_of_something_else_is_said_and_the_study_goes_on(what, study,
     here = tmp_path / "other machine" / "study"
     Mirror(here, remote, log=lines.append).restore()
     is_harmless = what in ("a time out of range", "zeros", "nothing")  # tarfile takes them, as empty or at another time
-    assert is_harmless or any(f"{name} not used" in line for line in lines), lines
+    assert is_harmless or any(f"skipped {name}" in line for line in lines), lines
     assert is_harmless or not (here / "data").exists()
     assert (here / "records" / "base-s0.json").exists() and not (here / ".restoring").exists()
     outside = [tmp_path / "outside", tmp_path / "other machine" / "outside", Path("/tmp/peftlib-outside")]

@@ -86,7 +86,7 @@ def test_what_a_disk_changes_while_writing_is_found_before_older_ones_go(tmp_pat
         return listed
 
     monkeypatch.setattr("peftlib.storage.checkpoint.write_stream", flipping)
-    with pytest.raises(CheckpointError, match=r"step 2 could not be written.*step-000001 stands"):
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written.*step-000001 is kept"):
         folder.save(2, checkpoint(2))
     assert folder.newest()[0].state["at"] == 1
 

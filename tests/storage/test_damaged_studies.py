@@ -142,7 +142,7 @@ def test_what_damage_left_of_answers_is_answered_again(tmp_path):
 )
 def test_a_damaged_notebook_is_refused_by_name(tmp_path, content):
     (tmp_path / "01_data.ipynb").write_text(content)
-    with pytest.raises(StudyError, match=r"01_data\.ipynb.*put the original file back"):
+    with pytest.raises(StudyError, match=r"01_data\.ipynb.*restore the original file"):
         load_notebook(tmp_path / "01_data.ipynb")
 
 

@@ -136,9 +136,9 @@ def test_drive_is_mounted_or_its_absence_said(colab, capsys, monkeypatch):
 def test_the_last_copy_on_drive_is_flushed_and_drive_mounted_again(colab, to_drive):
     assert "NOT on Google Drive" in to_drive.state()
     to_drive.copy_once(is_last=True)
-    assert "all of the study is written to Google Drive; Colab uploads it in the background" in to_drive.state()
+    assert "the whole study is written to Google Drive; Colab uploads it in the background" in to_drive.state()
     assert to_drive.flush(20) and colab.asked == ["flush", "remount"]
-    assert to_drive.state() == "all of the study is on Google Drive"
+    assert to_drive.state() == "the whole study is on Google Drive"
     (to_drive.folder / "report.md").write_text("new")
     to_drive.copy_once(is_last=True)
     assert "Colab uploads it in the background" in to_drive.state(), "the flush was of other files"
@@ -148,8 +148,8 @@ def test_a_flush_that_fails_is_said_and_nothing_more_is_claimed(colab, to_drive)
     colab.flush_fails = True
     assert to_drive.flush(20) and colab.asked == ["flush"], "a remount would kill what is still being uploaded"
     said = to_drive.state()
-    assert "Drive did not say that it arrived (flush_and_unmount failed)" in said and "drive.google.com" in said
-    assert "all of the study is on" not in said
+    assert "Drive did not confirm the upload (flush_and_unmount failed)" in said and "drive.google.com" in said
+    assert "the whole study is on" not in said
 
 
 def test_drive_is_not_unmounted_in_a_headless_run_nor_where_somebody_else_has_mounted_it(colab, to_drive, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_dead_mount_is_mounted_again_and_nothing_is_written_below_it(colab, to
     assert "Google Drive is not mounted" in lines[0] and "force_remount=True" in lines[0]
     colab.mount_fails = False
     to_drive.remote.reconnect()
-    assert to_drive.flush(20) and to_drive.state() == "all of the study is on Google Drive"
+    assert to_drive.flush(20) and to_drive.state() == "the whole study is on Google Drive"
 
 
 def test_a_full_drive_is_not_mounted_again(colab, to_drive):

@@ -38,7 +38,7 @@ def holder(tmp_path):
 
 
 def test_a_live_session_is_refused_with_who_holds_it(holder, tmp_path):
-    with pytest.raises(LockedError, match=rf"process {holder.pid} \(training qlora, since .*last sign of life 0 s ago"):
+    with pytest.raises(LockedError, match=rf"process {holder.pid} \(training qlora, since .*last heartbeat 0 s ago"):
         StudyLock(tmp_path, "evaluating").__enter__()
     assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
 
@@ -157,7 +157,7 @@ def test_a_session_whose_clock_is_ahead_is_not_robbed(tmp_path, monkeypatch):
     beat()
     before = clock.now
     for wanted in (StudyLock(tmp_path, "x").__enter__, StudyLock(tmp_path, "x").require_free):
-        with pytest.raises(LockedError, match=r"elsewhere, process 7 \(training.*last sign of life 0 s ago"):
+        with pytest.raises(LockedError, match=r"elsewhere, process 7 \(training.*last heartbeat 0 s ago"):
             wanted()
     assert clock.now - before < 40  # two signs of life, not two waits
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "t"
@@ -294,7 +294,7 @@ def test_a_claim_lets_its_holder_work_on_that_run_and_keeps_sessions_out(tmp_pat
         with held(tmp_path, "training", run="qlora-s0") as require:
             require()
         with (
-            pytest.raises(LockedError, match=r"runs of study .* are at work: qlora-s0 by .* \(working on qlora-s0"),
+            pytest.raises(LockedError, match=r"study .* has running workers: qlora-s0 by .* \(working on qlora-s0"),
             held(tmp_path, "training", run="full-s0"),
         ):
             pass

@@ -22,7 +22,7 @@ def tree(folder):
 
 def test_a_new_machine_gets_everything_that_was_copied(study, remote, open_again, lines):
     ours = Mirror(study, remote, log=lines.append)
-    assert ours.flush(20) and ours.state() == f"all of the study is on {remote}"
+    assert ours.flush(20) and ours.state() == f"the whole study is on {remote}"
     again = open_again()
     left_out = {
         "lock.json",
@@ -67,7 +67,7 @@ def test_a_machine_that_falls_behind_gets_what_another_has_made(study, remote, o
     assert other.flush(20)
     save(study, 5)
     first.copy_once(is_last=True)  # would put an older state over the newer one
-    assert "another session writes to" in first.state() and not first.flush(5)
+    assert "another session now writes to" in first.state() and not first.flush(5)
     back = Mirror(study, remote, log=lines.append)
     back.restore()
     assert newest(study) == 7
@@ -89,11 +89,11 @@ def test_a_failing_remote_is_said_once_with_the_remedy_and_caught_up_with(study,
             ours.copy_once(is_last=True)
         assert put.call_count == 6  # once a unit: then it pauses
         assert not ours.flush(20) and put.call_count > 6
-    assert len(lines) == 6 and all(os.strerror(number) in line and "Work goes on" in line for line in lines)
+    assert len(lines) == 6 and all(os.strerror(number) in line and "Work continues" in line for line in lines)
     remedy = {errno.ENOSPC: "free some space", errno.ENOTCONN: "still mounted", errno.EIO: "still mounted"}
-    assert remedy.get(number, "can be written to") in lines[0]
+    assert remedy.get(number, "is writable") in lines[0]
     assert ours.state().startswith(f"NOT on {remote} yet: ") and os.strerror(number) in ours.state()
-    assert ours.flush(20) and ours.state().startswith("all of the study")
+    assert ours.flush(20) and ours.state().startswith("the whole study")
 
 
 def test_a_full_remote_is_found_before_the_older_copy_is_touched(study, remote, open_again, lines):
@@ -102,7 +102,7 @@ def test_a_full_remote_is_found_before_the_older_copy_is_touched(study, remote, 
     save(study, 4)
     with mock.patch.object(Remote, "free_bytes", return_value=100):
         ours.copy_once(is_last=True)
-    assert "takes" in lines[-1] and "are free" in lines[-1]
+    assert "needs" in lines[-1] and "GiB free" in lines[-1]
     assert newest(open_again().folder) == 3
 
 
@@ -181,7 +181,7 @@ def test_a_look_that_fails_is_told_once_and_copies_go_on(study, remote, open_aga
             time.sleep(0.02)
     assert ours.flush(20) and newest(open_again().folder) == 3
     ours._is_over.set()
-    assert len([line for line in lines if line.startswith(f"nothing is copied to {remote} now ")]) == 1
+    assert len([line for line in lines if line.startswith(f"cannot copy to {remote} ")]) == 1
 
 
 def test_space_for_two_checkpoints(study, remote):
@@ -228,7 +228,7 @@ def test_workers_on_one_remote_write_runs_of_their_own(study, remote, open_again
     (one.folder / "predictions" / "galore-s1.jsonl").write_text("newer")
     (study / "report.md").write_text("report")
     assert one.flush(20) and not driver.flush(5)
-    assert "of run-galore-s1 is only in" in driver.state()
+    assert "of run-galore-s1 are only in" in driver.state()
     one.restore()
     assert (one.folder / "report.md").exists(), "the other units are copied as ever"
 

@@ -99,7 +99,7 @@ def s3(server, request, monkeypatch):
 def test_a_bucket_serves_as_a_folder_does_and_nothing_is_left_in_pieces(study, s3, tmp_path):
     lines = []
     ours = Mirror(study, s3(), log=lines.append, every_s=0.01)
-    assert ours.flush(60) and ours.state() == f"all of the study is on s3://{s3.bucket}", lines
+    assert ours.flush(60) and ours.state() == f"the whole study is on s3://{s3.bucket}", lines
     for step in range(4, 8):
         save(study, step)
         ours.copy_once(is_last=True)
@@ -140,7 +140,7 @@ def test_a_store_that_is_down_is_said_and_caught_up_with(study, s3):
     ours = Mirror(study, s3(), log=lines.append, every_s=0.01)
     s3.faults.plant("500", "PUT", "", times=10**6)
     ours.copy_once(is_last=True)
-    assert lines and all("Work goes on" in line and "credentials" in line for line in lines)
+    assert lines and all("Work continues" in line and "credentials" in line for line in lines)
     s3.faults.times = 0
     assert ours.flush(60)
 

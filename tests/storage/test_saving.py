@@ -55,13 +55,13 @@ def test_a_disk_that_refuses_is_said_and_only_a_last_save_fails(tmp_path, monkey
         full.setattr("peftlib.storage.checkpoint.write_stream", lambda *a, **k: (_ for _ in ()).throw(error))
         ours.save(2, checkpoint(torch.ones(1)))
         ours.wait()
-        with pytest.raises(CheckpointError, match="step 3 .*No space left.*step-000001 stands"):
+        with pytest.raises(CheckpointError, match="step 3 .*No space left.*step-000001 is kept"):
             ours.save(3, checkpoint(torch.ones(1)), must=True)
     ours.save(4, checkpoint(torch.full((1,), 4.0)))
     ours.wait()
     assert float(newest(tmp_path).weights["w"]) == 4.0
     if not is_background:
-        assert "training goes on and tries again" in lines[0]
+        assert "training continues and will retry" in lines[0]
 
 
 FAULTS = [RuntimeError("planted"), MemoryError("planted"), SystemExit("planted"), OSError(errno.EIO, "planted")]

@@ -33,7 +33,7 @@ def test_which_remote(monkeypatch, tmp_path):
 
 def test_a_study_is_not_copied_into_itself(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLIB_MIRROR", str(tmp_path))
-    with pytest.raises(ConfigError, match="where the study itself is kept"):
+    with pytest.raises(ConfigError, match="the study's own folder"):
         mirror.restore(tmp_path / "study")
 
 
@@ -102,7 +102,7 @@ def test_a_repository_that_keeps_every_version_is_said_when_copying_starts(study
 
 def test_old_versions_are_squashed_out_of_a_repository_of_copies_alone(study, tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub")
-    assert Mirror(study, hub_remote(hub)).flush(20) and hub.commits == ["peftlib: older versions are gone"]
+    assert Mirror(study, hub_remote(hub)).flush(20) and hub.commits == ["peftlib: squash older versions"]
     monkeypatch.setattr("peftlib.storage.store._SQUASH_BYTES", 20_000)
     for step in range(4, 9):
         save(study, step)
@@ -150,7 +150,7 @@ def test_a_command_finds_a_study_on_its_remote_and_leaves_what_it_makes_there(
 
     monkeypatch.setattr("peftlib.runner.console.call", lambda app, argv: work(argv))
     command_line.main(["report", "--study", "mine"])
-    assert "all of the study is on" in capsys.readouterr().err
+    assert "the whole study is on" in capsys.readouterr().err
     third = Mirror(tmp_path / "third" / "mine", storage.remote_of("mine"))
     third.restore()
     assert (third.folder / "records" / "new.json").exists() and newest(third.folder) == 3

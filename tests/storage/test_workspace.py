@@ -91,7 +91,7 @@ def test_what_a_killed_maker_left_is_removed_by_the_next(at_work, tmp_path):
     assert (left / "new" / "weights").exists()
     made, told = making(tmp_path)
     with made:
-        assert told == [f"removed {left}, which an interrupted export had left"]
+        assert told == [f"removed {left}, left by an interrupted export"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +104,7 @@ def test_a_kill_while_it_is_replaced_leaves_one_whole(tmp_path, when):
     with made:
         assert (tmp_path / "out" / "weights").read_text() == ("the old ones" if when == "first" else "the new ones")
     assert names(tmp_path) == ["out"]
-    assert (f"{tmp_path / 'out'} is the earlier export, which an interrupted one had moved away" in told) == (
+    assert (f"restored the earlier export as {tmp_path / 'out'}: an interrupted export had moved it" in told) == (
         when == "first"
     )
 

@@ -135,7 +135,7 @@ def test_the_facts_are_words_with_units(snapshot):
         "time left": "1:15",
         "loss": "2.5000",
         "memory": "6.00 of 16.0 GiB, 15.00 reserved, peak 7.00",
-        "checkpoint": "step 10, of an earlier session (a new one is being written)",
+        "checkpoint": "step 10, from an earlier session (a new one is being written)",
         "copy": "NOT on <Drive> yet: data",
         "precision": "fp16 on Tesla T4",
         "skipped steps": "2 (fp16 overflow)",

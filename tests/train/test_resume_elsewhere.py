@@ -166,15 +166,15 @@ def state_with(**parts):
 
 
 ODD = {
-    "a pickle with code": (lambda t, s: (pickle.dumps(Stranger()), s), "cannot be read as a checkpoint"),
-    "no pickle": (lambda t, s: (b"no pickle", s), "cannot be read as a checkpoint"),
-    "a list": (lambda t, s: ([1, 2], s), "cannot be read as a checkpoint .*list"),
+    "a pickle with code": (lambda t, s: (pickle.dumps(Stranger()), s), "cannot be loaded as a checkpoint"),
+    "no pickle": (lambda t, s: (b"no pickle", s), "cannot be loaded as a checkpoint"),
+    "a list": (lambda t, s: ([1, 2], s), "cannot be loaded as a checkpoint .*list"),
     "no weights": (
         lambda t, s: ({k: v for k, v in t.items() if k != "weights"}, s),
-        "cannot be read as a checkpoint .*'weights'",
+        "cannot be loaded as a checkpoint .*'weights'",
     ),
     "one part more": (lambda t, s: ({**t, "more": {}}, s), "'more'"),
-    "a weight of text": (lambda t, s: ({**t, "weights": dict.fromkeys(t["weights"], "x")}, s), "is no tensor"),
+    "a weight of text": (lambda t, s: ({**t, "weights": dict.fromkeys(t["weights"], "x")}, s), "is not a tensor"),
     "optimizer of text": (lambda t, s: ({**t, "optimizer": "x"}, s), "does not hold what a run of this kind saves"),
     "groups of another number": (
         lambda t, s: ({**t, "optimizer": {**t["optimizer"], "param_groups": []}}, s),
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_memory_does_not_hold_is_not_called_odd(cut, monkeypat
         raise MemoryError
 
     monkeypatch.setattr(checkpoint.torch, "load", full)
-    with pytest.raises(CheckpointError, match="could not be read .*MemoryError.*memory is free"):
+    with pytest.raises(CheckpointError, match="could not be read .*MemoryError.*free memory"):
         cut[1].newest()
 
 

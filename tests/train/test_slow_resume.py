@@ -77,7 +77,7 @@ def test_a_killed_study_has_the_results_of_one_never_stopped(studies):
             return [{name: v for name, v in row.items() if name not in NOT_EQUAL} for row in csv.DictReader(opened)]
 
     whole, killed, said = studies
-    assert "restored study from" in said and "01_data: finished before, skipped" in said
+    assert "restored study from" in said and "01_data: already finished, skipped" in said
     assert kept(whole) == kept(killed) and len(kept(whole)) == 4
 
 

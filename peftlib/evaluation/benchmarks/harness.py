@@ -1,4 +1,4 @@
-"""A model of ours as the harness sees it: answers are kept as they come, and memory that runs out halves the batch."""
+"""A peftlib model for lm-evaluation-harness: answers are saved as they come, and out-of-memory halves the batch."""
 
 import contextlib
 import functools
@@ -20,16 +20,16 @@ from peftlib.core.errors import DataError, ModelError, Stopped, StudyError
 from peftlib.core.files import append_text, read_text
 from peftlib.evaluation.inference.engines import generate_rows, resolve_engine
 
-MAX_LENGTH = 2048  # tokens: the harness's own default, and what logits of 262,144 words leave memory for
-_CHUNK = {"loglikelihood_rolling": 4, "generate_until": 32}  # requests between two writes
-_MANY, _MANY_WRITTEN = 128, 1024  # of likelihoods; of answers on a GPU, which is busy only with many
+MAX_LENGTH = 2048  # tokens: the harness's default, and what fits the memory next to logits of 262,144 tokens
+_CHUNK = {"loglikelihood_rolling": 4, "generate_until": 32}  # requests between writes
+_MANY, _MANY_WRITTEN = 128, 1024  # for likelihoods; for generation on a GPU, which needs many rows to be busy
 _LOG_SECONDS = 10.0
 
 
 class Responses:
-    """What a model has answered to the harness's requests of one task, kept in a file, one a line.
+    """A model's responses to the harness's requests of one task, saved in a file, one per line.
 
-    weights: of the model, as a short text. StudyError: the file holds answers of other weights; it stays as it is.
+    weights: identifies the model's weights. StudyError: the file has answers from other weights; it is not changed.
     """
 
     def __init__(self, path, weights):
@@ -40,14 +40,14 @@ class Responses:
                 row = json.loads(line)
                 key, response = row["key"], row["response"]
             except (ValueError, KeyError, TypeError):
-                continue  # cut by a kill: asked again
+                continue  # truncated by a kill: will be asked again
             if row["weights"] != weights:
-                raise StudyError(f"{path} holds answers of other weights: move it away and run again")
+                raise StudyError(f"{path} holds answers from other weights: move it away and run again")
             self.kept[key] = tuple(response) if isinstance(response, list) else response
             self.lines[key] = row
 
     def add(self, found, **facts):
-        """Append {key: response} at once. A line that a kill cut before them ends here."""
+        """Append {key: response} immediately, after ending a line that a kill truncated."""
         rows = {key: {"key": key, "response": value, "weights": self.weights, **facts} for key, value in found.items()}
         text = "".join(json.dumps(row) + "\n" for row in rows.values())
         is_cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
@@ -56,20 +56,20 @@ class Responses:
         self.lines |= rows
 
     def total(self, field):
-        """Sum of a fact over the kept answers."""
+        """Sum of a fact over the saved answers."""
         return sum(row[field] for row in self.lines.values())
 
 
 class KeepingModel(HFLM):
-    """HFLM that asks in chunks of requests, always cut at the same places, so that a run that was killed has the same
-    neighbours in a batch, and so the same numbers, as one that was not."""
+    """HFLM that asks in fixed chunks of requests, so that a resumed run has the same batches, and so the same numbers,
+    as an uninterrupted one."""
 
     def __init__(self, model, tokenizer, responses, *, batch, precision, deadline, log):
         head = model.get_output_embeddings().weight
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=MAX_LENGTH, softmax_dtype="float32"
         )
-        model.get_output_embeddings().weight = head  # HFLM ties it to the embedding, also where it was trained apart
+        model.get_output_embeddings().weight = head  # HFLM ties it to the embedding, even if it was trained separately
         self._responses, self._precision, self._deadline, self._told = responses, precision, deadline, log
 
     def loglikelihood(self, requests, disable_tqdm=True):
@@ -84,8 +84,8 @@ class KeepingModel(HFLM):
         return self._answered("generate_until", self._greedily if is_ours else super().generate_until, requests)
 
     def _greedily(self, requests, disable_tqdm=True):
-        """super().generate_until by our engine, some ten times as fast: a row that has ended makes room for the next.
-        Stop strings cut the text afterwards, as they do there."""
+        """super().generate_until with our engine, about ten times as fast: a finished row makes room for the next.
+        Stop strings truncate the text afterwards, as in HFLM."""
         eos, prompts, limits, stops = self.tok_decode(self.eot_token_id, skip_special_tokens=False), [], [], []
         for request in requests:
             settings = _settings(self, request)
@@ -130,16 +130,16 @@ class KeepingModel(HFLM):
                 if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                     raise
                 if self.batch_size_per_gpu == 1:
-                    raise ModelError(f"memory does not hold one row at a time ({error}): use a larger card") from None
+                    raise ModelError(f"not even one row fits the memory ({error}): use a larger GPU") from None
             self.batch_size_per_gpu //= 2
-            self._told(f"out of memory: {self.batch_size_per_gpu} rows at a time from here on")
+            self._told(f"out of memory: continuing with {self.batch_size_per_gpu} rows at a time")
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
 def score(lm, benchmark, *, limit=0):
-    """[sample, ...] of the harness: a task's rows in order with their metrics. limit: so many rows, 0 for all.
+    """[sample, ...] of the harness: a task's rows in order with their metrics. limit: number of rows, 0 for all.
 
     DataError: an answer that the task's parser cannot read.
     """
@@ -151,11 +151,11 @@ def score(lm, benchmark, *, limit=0):
         try:
             return plain(doc, results)
         except Exception as error:
-            raise DataError(f"{task.task_name}: {error!r} when scoring the answer {results!r:.300}") from error
+            raise DataError(f"{task.task_name}: {error!r} while scoring the answer {results!r:.300}") from error
 
     task.process_results = named
     how = {"limit": limit or None, "bootstrap_iters": 0, "apply_chat_template": benchmark.is_generated}
-    with _templates_once(), contextlib.redirect_stderr(io.StringIO()):  # its bars, for which a log has no place
+    with _templates_once(), contextlib.redirect_stderr(io.StringIO()):  # hides its progress bars
         found = evaluator.evaluate(lm, {"tasks": {task.task_name: task}}, fewshot_as_multiturn=True, **how)
     rows = [row for row in found["samples"][task.task_name] if row["filter"] == benchmark.filter]
     return sorted(rows, key=lambda row: row["doc_id"])
@@ -163,13 +163,13 @@ def score(lm, benchmark, *, limit=0):
 
 @contextlib.contextmanager
 def _templates_once():
-    """The harness compiles a task's template anew for every row, which takes longer than a small model's answer."""
+    """Cache templates: the harness compiles one for every row, which takes longer than a small model's answer."""
     templates = lm_eval.utils.env
     templates.from_string = functools.lru_cache(maxsize=64)(templates.from_string)
     try:
         yield
     finally:
-        del templates.from_string  # the class's own again
+        del templates.from_string  # restore the class's method
 
 
 def _settings(lm, request):
@@ -183,7 +183,7 @@ def _key(kind, args):
 def _finite(response):
     number = response[0] if isinstance(response, tuple) else response
     if isinstance(number, float) and not math.isfinite(number):
-        raise ModelError(f"the model gives a text the log-likelihood {number}: its weights are no good")
+        raise ModelError(f"the model gives a text the log-likelihood {number}: its weights are broken")
     return response
 
 

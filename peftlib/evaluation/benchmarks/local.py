@@ -1,6 +1,6 @@
-"""Rows of benchmarks from files, in the fields that the harness's own prompts are made from.
+"""Benchmark rows from files, in the fields that the harness's own prompts need.
 
-A file may hold those fields, or the {query, choices, gold} renderings of llm-foundry, which are taken apart again.
+A file may have those fields, or the {query, choices, gold} renderings of llm-foundry, which are parsed back.
 """
 
 import gzip
@@ -13,18 +13,18 @@ from peftlib.core.errors import ConfigError, DataError, reading
 from peftlib.core.files import sha256
 
 _LETTERS = "ABCDEFGHIJ"
-# A page of WikiText begins at its title; the hub's 62 test pages are split at the same lines.
+# A page of WikiText starts at its title; the hub's 62 test pages are split at the same lines.
 _PAGE = re.compile(r"(?m)^(?= = [^=\n][^\n]* = $)")
 
 
 def _after(text, start):
     if not text.startswith(start):
-        raise ValueError(f"it does not begin with {start!r}")
+        raise ValueError(f"it does not start with {start!r}")
     return text[len(start) :]
 
 
 def _lettered(row, field, text):
-    # llm-foundry repeats an answer where a question has fewer than four.
+    # llm-foundry repeats an answer if a question has fewer than four.
     choices = list(dict.fromkeys(row["choices"]))
     key = _LETTERS[choices.index(row["choices"][row["gold"]])]
     return {field: text, "choices": {"text": choices, "label": list(_LETTERS[: len(choices)])}, "answerKey": key}
@@ -47,7 +47,7 @@ def _piqa(row):
 def _boolq(row):
     passage, found, question = _after(row["query"], "Passage: ").rpartition("\nQuestion: ")
     if not found or row["choices"] != ["no", "yes"]:
-        raise ValueError("it is no passage, question, no and yes")
+        raise ValueError("it is not a passage, question, no and yes")
     return {"passage": passage, "question": question.removesuffix("?"), "label": row["gold"]}
 
 
@@ -55,7 +55,7 @@ def _winogrande(row):
     first, second = row["context_options"]
     start = first[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))]
     if "_" in start:
-        raise ValueError("'_' stands before the gap")
+        raise ValueError("'_' occurs before the gap")
     texts = {
         "sentence": f"{start}_ {row['continuation']}",
         "option1": first[len(start) :],
@@ -68,7 +68,7 @@ def _lambada(row):
     return {"text": f"{row['context']} {row['continuation']}"}
 
 
-# {task: ({split: file without its ending}, how a rendering is taken apart, a field that only renderings have)}
+# {task: ({split: file without extension}, function that parses a rendering, a field that only renderings have)}
 _FILES = {
     "arc_easy": ({"test": "arc_easy"}, _arc, "query"),
     "arc_challenge": ({"test": "arc_challenge"}, _arc, "query"),
@@ -84,16 +84,16 @@ _FILES = {
 
 
 def overrides(name, folder):
-    """(changes to the harness's config of a task so that its rows come from files, those files in words).
+    """(changes to the harness's config of a task so that its rows come from files, the files as text).
 
-    ConfigError: no such folder, or a task that has no files here. DataError: a file is missing or holds other rows.
+    ConfigError: no such folder, or a task without file support. DataError: a file is missing or has other rows.
     """
     if name not in _FILES:
         raise ConfigError(
-            f"{name} cannot be read from files, only {', '.join(_FILES)}: leave --data out for the hub's rows"
+            f"{name} cannot be read from files, only {', '.join(_FILES)}: omit --data to use the hub's rows"
         )
     if not Path(folder).is_dir():
-        raise ConfigError(f"--data {folder}: there is no such folder")
+        raise ConfigError(f"--data {folder}: no such folder")
     stems, apart, mark = _FILES[name]
     paths = {split: _find(name, Path(folder), stem) for split, stem in stems.items()}
     rows = {split: _rows(path, apart, mark) for split, path in paths.items()}
@@ -114,7 +114,7 @@ def _find(name, folder, stem):
     found = sorted(path for ending in endings for path in folder.rglob(stem + ending))
     if len(found) != 1:
         there = f"{len(found)} of them: {', '.join(map(str, found))}" if found else "none"
-        raise DataError(f"{name} needs one {stem}{endings[0]} (or .gz) in {folder} or below, there is {there}")
+        raise DataError(f"{name} needs one {stem}{endings[0]} (or .gz) in {folder} or below, found {there}")
     return found[0]
 
 
@@ -134,8 +134,8 @@ def _rows(path, apart, mark):
         except (ValueError, KeyError, TypeError, IndexError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise DataError(
-                f"{path}, line {number}: no row of this benchmark ({what}); is it another rendering?"
+                f"{path}, line {number}: not a row of this benchmark ({what}); is it from another version of the file?"
             ) from None
     if not found:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} has no rows")
     return found

@@ -1,7 +1,7 @@
-"""Rewinding: the models between the untrained and a trained one, and what they have learnt and forgotten so far.
+"""Rewinding: interpolated models between the untrained and a trained one, and what they have learned and forgotten.
 
 W(a) = base + a (tuned - base) of merged weights, as in Wortsman et al. 2022 (WiSE-FT, arXiv:2109.01903). Every method's
-base is the unquantized one, so all curves begin at one point; a 4-bit method's rounding is scaled with the rest.
+base is the unquantized one, so all curves start at one point; a 4-bit method's rounding is scaled with the rest.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from peftlib.storage.lock import held
 from peftlib.train.batching import Rows, mean_loss
 
 ALL = "all"  # sources together
-ROWS = 500  # of a benchmark at each point, at most: a mean of five tasks has a standard error of a point at most
+ROWS = 500  # maximum per benchmark and point: a mean of five tasks has a standard error of at most one point
 _NUMBER = Maybe(float)
 _POINT = {"factor": float, "valid_loss": Map(_NUMBER), "test_loss": Map(_NUMBER), "rougeL": float, "bleu4": float}
 _POINT |= {"general_loss": _NUMBER, "seconds": float}
@@ -37,10 +37,10 @@ _SHAPE = {"of": {}, "points": [_POINT]}
 
 @contextlib.contextmanager
 def rewound(model, base, factor):
-    """`model` with the weights base + factor (tuned - base) while the block lasts; afterwards its own again.
+    """Context manager: `model` with the weights base + factor (tuned - base); restores its own weights afterwards.
 
-    model, base: plain models of one shape, adapters merged. factor: 1 leaves the model as it is, 0 makes it the base,
-    both to the bit. ModelError: their parameters differ in name or shape.
+    model, base: plain models of the same shape, adapters merged. factor: 1 gives exactly the model, 0 exactly the
+    base. ModelError: their parameters differ in name or shape.
     """
     own, of_base = dict(model.named_parameters()), dict(base.named_parameters())
     unlike = {(name, p.shape) for name, p in own.items()} ^ {(name, p.shape) for name, p in of_base.items()}
@@ -49,7 +49,7 @@ def rewound(model, base, factor):
     kept = {name: p.detach().clone() for name, p in own.items()}
     try:
         with torch.no_grad():
-            for name, p in own.items():  # in place, for what holds the weights' addresses
+            for name, p in own.items():  # in place, because other code holds references to the weights
                 p.copy_(torch.lerp(of_base[name].to(p.device).float(), kept[name].float(), factor))
         yield model
     finally:
@@ -65,7 +65,7 @@ def require_factors(method, factors):
 
 
 def missing(study, record, factors):
-    """[factor, ...] between the ends at which a run was not scored yet with the weights that its record names."""
+    """[factor, ...] between 0 and 1 at which a run's current weights are not scored yet."""
     path = path_of(study, record["method"], record["seed"])
     kept = _read(path) if record["evaluation"] and path.exists() else {"of": {}, "points": []}
     is_of_run = record["evaluation"] and not differences(kept["of"], _identity(study, record))
@@ -74,13 +74,13 @@ def missing(study, record, factors):
 
 
 def rewind(study, method, factors, *, log=print):
-    """Score an evaluated run at factors between base (0) and tuned (1), which are evaluated themselves; [point, ...].
+    """Score an evaluated run at factors between base (0) and tuned (1), without these ends; returns [point, ...].
 
     A point is a dict: factor, valid_loss and test_loss ({source or 'all': nats per token}), general_loss, rougeL,
     bleu4, seconds, and benchmarks: {task: score, n ...} on the first ROWS rows of the retention tasks that the setting
-    `benchmarks` names. Points are kept in rewind/<method>-s<seed>.json, answers beside it, and not scored again.
+    `benchmarks` names. Points are saved in rewind/<method>-s<seed>.json, with answers next to it, and reused.
     ConfigError: a factor outside 0 to 1, or base. StudyError: not trained or evaluated yet, or points of other weights.
-    Stopped: this session ends soon. Others: as peftlib bench.
+    Stopped: this session ends soon. Other errors as in peftlib bench.
     """
     require_factors(method, factors)
     with held(study.folder, f"rewinding {method}", run=f"{method}-s{study.cfg.seed}", log=log):
@@ -88,7 +88,7 @@ def rewind(study, method, factors, *, log=print):
 
 
 def _points(study, method, seed, factors, log):
-    """[point, ...] of one run at the factors and those that its file has, in order; what is missing is measured."""
+    """[point, ...] of one run at the factors and those in its file, in order; measures missing points."""
     record = records.load(study, method, seed)
     if record is None or not record["evaluation"]:
         raise StudyError(f"{method} (seed {seed}) is not evaluated in {study.folder}: peftlib evaluate {method} first")
@@ -96,10 +96,10 @@ def _points(study, method, seed, factors, log):
     kept = _read(path) if path.exists() else {"of": of, "points": []}
     changed = differences(kept["of"], of)
     if changed:
-        raise StudyError(f"{path} holds other points ({'; '.join(changed)}): move it and the folder of its name away")
+        raise StudyError(f"{path} holds points of another run ({'; '.join(changed)}): move it and its folder away")
     now = evaluation_dtype(resolve_device(study.cfg.device))[1]
     if now != of["precision"]:
-        raise StudyError(f"{method} was evaluated in {of['precision']}, here it would be {now}: rewind it where it was")
+        raise StudyError(f"{method} was evaluated in {of['precision']}, this machine uses {now}: rewind it there")
     points, models = {point["factor"]: point for point in kept["points"]}, None
     left = sorted(factors - _known(study, kept).keys())
     benchmarks = [tasks.load(task, study.cfg.benchmark_data or None) for task in _retained(study)] if left else []
@@ -119,13 +119,13 @@ def _points(study, method, seed, factors, log):
 
 
 def _retained(study):
-    """[task, ...] that points are scored on: the retention tasks of the setting `benchmarks`; of "auto" none."""
+    """[task, ...] that points are scored on: the retention tasks in the setting `benchmarks`; none for "auto"."""
     named = () if study.cfg.benchmarks in ("", "auto") else tasks.chosen(study.cfg.benchmarks)
     return [task for task in named if task in tasks.SETS[tasks.RETENTION]]
 
 
 def _known(study, kept):
-    """{factor: point} of a file's points that have been scored on all that is asked for, on as many rows as any."""
+    """{factor: point} of a file's points that are scored on all requested tasks, with as many rows as any point."""
     asked, rows = {*_retained(study)}, _most_rows(kept["points"])
 
     def scored(point):
@@ -135,7 +135,7 @@ def _known(study, kept):
 
 
 def _benchmark(study, of, model, answers, benchmark, log):
-    """What a point holds of one task."""
+    """A point's entry for one task."""
     from peftlib.evaluation.benchmarks import harness  # imports lm-eval, which takes seconds
 
     made_by, n = f"{short_hash(of)} at {answers.stem}", min(study.cfg.benchmark_limit or ROWS, ROWS)
@@ -153,7 +153,7 @@ def _models(study, method, seed, log):
 
 
 def _scores(study, model, kept, log):
-    """What a point holds of one model; answers that `kept`, a Predictions, lacks go there."""
+    """A point's scores of one model; new answers are added to `kept`, a Predictions."""
     from peftlib.evaluation.hf_metrics import score  # imports evaluate, which takes seconds
 
     device = resolve_device(study.cfg.device)
@@ -165,7 +165,7 @@ def _scores(study, model, kept, log):
         losses = {name: mean_loss(model, Rows(part), **how) for name, part in parts.items() if part}
         found[f"{split}_loss"] = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
     general = forgetting.record_fields(general_loss(study, model, **how))
-    engine = "auto" if study.cfg.engine == "vllm" else study.cfg.engine  # that one reads the weights from a folder
+    engine = "auto" if study.cfg.engine == "vllm" else study.cfg.engine  # vLLM reads the weights from a folder
     answer_into(kept, study.cfg, model, rows, engine=engine, log=log)
     scores = score([kept.rows[row["id"]]["answer"] for row in rows], [row["messages"][-1]["content"] for row in rows])
     loss = general["general_loss"]
@@ -181,22 +181,22 @@ def path_of(study, method, seed):
 def _read(path):
     kept = require_shape(read_json(path), _SHAPE, path, "delete it and rewind again")
     for point in kept["points"]:
-        point.setdefault("benchmarks", {})  # of before they were scored here
+        point.setdefault("benchmarks", {})  # for points from before benchmarks were scored here
     return kept
 
 
 def _identity(study, record):
-    """What a run's points rest on."""
+    """What a run's points depend on."""
     weights, done = short_hash(record.get("weights_sha256")), record["evaluation"]
     fields = {name: done.get(name) for name in ("precision", "max_new_tokens", "general_text_sha256")}
     return {"weights": weights, "model": record.get("model_sha256"), "split_hash": record["split_hash"], **fields}
 
 
 def curves(study, runs):
-    """{method: [point, ...]} of scored runs from base to tuned, means over the seeds; points of other weights left out.
+    """{method: [point, ...]} of scored runs from base to tuned, means over seeds, without points of other weights.
 
-    Of means: factor, test_loss, general_loss, rougeL, retention (mean accuracy over the tasks by which scores.lost
-    judges, on the rows that points are scored on); None where a seed's is.
+    Means: factor, test_loss, general_loss, rougeL, retention (mean accuracy over the tasks that scores.lost uses, on
+    the rows that points are scored on); None if a seed's value is None.
     """
     found, base = {}, next((run for run in runs if run.record["method"] == BASE and run.is_scored), None)
     for run in runs:
@@ -231,7 +231,7 @@ def _end(study, run, factor, rows):
 
 
 def _most_rows(points):
-    """{task: rows that it was scored on at most}: points of fewer do not go with the others."""
+    """{task: maximum number of scored rows}: points with fewer rows are not comparable."""
     rows = {}
     for task, of in (item for point in points for item in point["benchmarks"].items()):
         rows[task] = max(rows.get(task, 0), of["n"])
@@ -246,6 +246,6 @@ def _mean(factor, seeds, kept):
 
 
 def _retention(point, kept):
-    """Mean accuracy of a point over the tasks `kept` ({task: n}); None without any, or where one has not n rows."""
+    """Mean accuracy of a point over the tasks `kept` ({task: n}); None without any, or if one does not have n rows."""
     found = [of["score"] for task, of in point["benchmarks"].items() if of["n"] == kept.get(task)]
     return sum(found) / len(found) if found and len(found) == len(kept) else None

@@ -1,4 +1,4 @@
-"""`peftlib bench`: models of a study scored on standard benchmarks, resumable, with the score of every row kept."""
+"""`peftlib bench`: score a study's models on standard benchmarks, resumable, with the score of every row."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ from peftlib.evaluation.benchmarks import tasks
 from peftlib.evaluation.benchmarks.scores import read_rows, score_of
 from peftlib.evaluation.evaluate import evaluation_dtype, opened
 
-_BATCH_CPU, _BATCH, _BATCH_LARGE = 8, 32, 64  # rows whose logits are held at a time; halved where memory runs out
+_BATCH_CPU, _BATCH, _BATCH_LARGE = 8, 32, 64  # rows whose logits are held at a time; halved when out of memory
 _LARGE_GIB = 40  # of a card's memory
 
 
@@ -38,16 +38,16 @@ def bench(
 ) -> dict[str, Any]:
     """Score a finished run, or the untrained model ('base'), on benchmarks; returns its record with the scores.
 
-    names: tasks and sets ('retention', 'skill') with commas between. path: instead of a method the folder of a model
-    that was trained elsewhere, name: of its row, as in `evaluate_path`. data: a folder with the tasks' files; without
-    one the rows come from the hub. limit: the first so many rows of each task, 0 for all. A task that was scored on as
-    many rows is not scored again; one that was cut goes on.
-    ConfigError: no such task or folder. DataError: a file is missing or of other rows, the harness has renamed a
-    metric, or an answer breaks a task's parser. ModelError: lm-evaluation-harness is missing, or memory does not hold
-    one row. StudyError: as in `evaluate`, or kept scores are of other rows or weights. Stopped: this session ends soon.
+    names: comma-separated tasks and sets ('retention', 'skill'). path: instead of a method, the folder of a model that
+    was trained elsewhere; name: of its row, as in `evaluate_path`. data: a folder with the tasks' files; default: the
+    hub. limit: number of first rows of each task, 0 for all. A task already scored on that many rows is skipped, and
+    an interrupted one is resumed.
+    ConfigError: no such task or folder. DataError: a file is missing or has other rows, the harness has renamed a
+    metric, or an answer breaks a task's parser. ModelError: lm-evaluation-harness is missing, or not even one row fits
+    the memory. StudyError: as in `evaluate`, or scores of other rows or weights exist. Stopped: this session ends soon.
     """
     chosen, doing = tasks.chosen(names), "running benchmarks"
-    benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most mistakes show here
+    benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most errors occur here
     path = Path(path).expanduser() if path else None
     with opened(study, name if path else method, doing, path=path, log=log) as (record, load):
         lent = Lent(load, study)
@@ -57,10 +57,10 @@ def bench(
 
 
 def bench_study(study: Study, methods: list[str], *, log: Callable[[str], object] = print) -> bool:
-    """Score methods as the settings `benchmarks`, `benchmark_data` and `benchmark_limit` say; returns whether any was.
+    """Score methods by the settings `benchmarks`, `benchmark_data` and `benchmark_limit`; returns whether any was.
 
-    "auto" is the retention set where there is a GPU and lm-evaluation-harness; rows that cannot be had then are said
-    and left out. Errors as in `bench`.
+    "auto" is the retention set if there is a GPU and lm-evaluation-harness; unavailable rows are then logged and
+    skipped. Errors as in `bench`.
     """
     cfg, names = study.cfg, study.cfg.benchmarks
     if names == "auto":
@@ -80,7 +80,7 @@ def bench_study(study: Study, methods: list[str], *, log: Callable[[str], object
 
 
 class Lent:
-    """The model, loaded when a task first needs it, and what scores it."""
+    """The model, loaded when a task first needs it, and its scoring settings."""
 
     def __init__(self, load, study):
         self.device = resolve_device(study.cfg.device)
@@ -103,7 +103,7 @@ def _batch_of(device):
 
 
 def _score(study, record, benchmark, lent, *, limit, log):
-    """Score one task and put it into the record and its file, unless that was done on as many rows."""
+    """Score one task and save it in the record and its file, unless it is already scored on that many rows."""
     from peftlib.evaluation.benchmarks import harness  # imports lm-eval, which takes seconds
 
     task, run = benchmark.task.task_name, (record["method"], record["seed"])
@@ -112,13 +112,13 @@ def _score(study, record, benchmark, lent, *, limit, log):
     path = study.benchmark_path(*run, task)
     before = read_rows(path, done) if done and path.exists() else []
     if len(before) >= n_rows:
-        log(f"{record['method']}: {task} was scored on {len(before)} rows before, nothing to do")
+        log(f"{record['method']}: {task} is already scored on {len(before)} rows, nothing to do")
         return
     log(f"{record['method']}: {task}, {n_rows} rows from {benchmark.source}")
     responses = harness.Responses(path.with_name(f"{task}.responses.jsonl"), _weights_of(record))
     rows, chance = scored_rows(benchmark, lent, responses, n_rows, lambda line: log(f"{record['method']}: {line}"))
     if [row["doc"] for row in rows[: len(before)]] != [row["doc"] for row in before]:
-        raise StudyError(f"{path} has scores of other rows than {benchmark.source} holds: move it away and run again")
+        raise StudyError(f"{path} has scores for other rows than {benchmark.source}: move it away and run again")
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     found = {
         "n": len(rows),
@@ -144,14 +144,14 @@ def _score(study, record, benchmark, lent, *, limit, log):
 
 
 def scored_rows(benchmark, lent, responses, n_rows, log):
-    """([row, ...], score of guessing) of a task's first n_rows by a lent model; `responses` keeps what it answers."""
+    """([row, ...], score of guessing) of a task's first n_rows by a lent model; `responses` saves its answers."""
     from peftlib.evaluation.benchmarks import harness
 
     how = {"batch": lent.batch, "precision": lent.precision, "deadline": lent.deadline}
     how["log"] = lambda line: log(f"{benchmark.task.task_name}: {line}")
     lm = harness.KeepingModel(lent.model(), lent.tokenizer, responses, **how)
     samples = harness.score(lm, benchmark, limit=n_rows)
-    lent.batch = lm.batch_size_per_gpu  # what memory holds
+    lent.batch = lm.batch_size_per_gpu  # what fits the memory
     docs = [sample["doc"] for sample in samples]
     labels = [{"label": label} for label in benchmark.labels(docs) or ()] or [{}] * len(docs)
     rows = [_row(benchmark, sample) | label for sample, label in zip(samples, labels, strict=True)]
@@ -164,7 +164,7 @@ def _row(benchmark, sample):
 
 
 def _weights_of(record):
-    """What tells a record's weights from others, as a short text."""
+    """A short text that identifies a record's weights."""
     known = record.get("weights_sha256") or (record.get("trained_elsewhere") or {}).get("files")
     known = known or {"model": record.get("model_sha256") or record["model"]}
     return " ".join(f"{name}:{digest[:16]}" for name, digest in sorted(known.items()))

@@ -1,4 +1,4 @@
-"""Benchmark scores of a study's runs: intervals, paired differences, what lies at its floor, and what was lost."""
+"""Benchmark scores of a study's runs: intervals, paired differences, tasks at their floor, and what was lost."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from peftlib.evaluation.comparison import Pair
 from peftlib.methods import BASE
 
 _ROW = {"id": int, "doc": str, "value": float, "weight": float, "label?": str}
-BALANCED = "_balanced"  # after the name of a task: each right answer counts alike, however many rows have it
+BALANCED = "_balanced"  # suffix of a task's name: each correct answer has equal weight, whatever its number of rows
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One task on the rows that all runs share. facts: what a record says of it. runs: {method: {seed: (n, 2)}}."""
+    """One task on the rows that all runs share. facts: from a record. runs: {method: {seed: (n, 2)}}."""
 
     task: str
     facts: dict
@@ -36,13 +36,13 @@ class TaskScores:
         return self.boot.interval(method, stats.RATIO)
 
     def is_at_floor(self, method):
-        """Whether guessing could have scored this. Less than guessing is no floor: it has lost something, if only how
-        often it says yes."""
+        """Whether guessing could have reached this score. A score below guessing is not at floor: something was lost,
+        if only how often the model says yes."""
         found = self.interval(method)
         return self.chance is not None and found.low <= self.chance <= found.high
 
     def pairs(self):
-        """[Pair, ...] of every two methods of which one is above the floor, the later one first."""
+        """[Pair, ...] of every two methods of which at least one is above the floor, the later one first."""
         names = list(self.boot.value)
         both = [(method, other) for at, method in enumerate(names) for other in names[:at]]
         return [
@@ -53,12 +53,12 @@ class TaskScores:
 
 
 def load(runs, *, leaves_out=False):
-    """[TaskScores, ...] of all tasks that any run was scored on, and behind a task with labels its balanced accuracy.
+    """[TaskScores, ...] of all tasks that any run was scored on, with the balanced accuracy after a task with labels.
 
-    A model that says yes more or less often changes its accuracy without knowing more or less, not the balanced one.
+    If a model says yes more or less often without knowing more or less, its accuracy changes, but not the balanced one.
 
-    runs: [(name of the method, its Study, record), ...] in the study's order. leaves_out: tasks of which the runs share
-    no rows, instead of a StudyError. StudyError: rows that are damaged, or not shared by the runs of a task.
+    runs: [(name of the method, its Study, record), ...] in the study's order. leaves_out: skip tasks without shared
+    rows instead of raising a StudyError. StudyError: damaged rows, or a task's runs share no rows.
     """
     tasks = dict.fromkeys(task for _, _, record in runs for task in record.get("benchmarks") or {})
     order = [task for names in SETS.values() for task in names if task in tasks]
@@ -80,7 +80,7 @@ def _task_scores(task, runs, leaves_out):
         if leaves_out:
             return
         named = ", ".join(f"{method} (seed {seed})" for method, seed in rows)
-        raise StudyError(f"the scores of {task} are not of the same rows and metric for {named}: score them again")
+        raise StudyError(f"the scores of {task} for {named} are not on the same rows and metric: score them again")
     by_method = {}
     for (method, seed), found in rows.items():
         by_method.setdefault(method, {})[seed] = np.array(
@@ -104,8 +104,8 @@ def _bootstrapped(task, facts, by_method):
 def lost(found):
     """({method: Interval of its mean change of accuracy against base}, [task, ...]) over the retention tasks.
 
-    Tasks on which base is at its floor are left out, for no knowledge can be lost there; so is perplexity, which is no
-    accuracy, and a method or seed that lacks one of the tasks. ({}, []) where nothing remains.
+    Excluded are tasks where base is at floor, because no knowledge can be lost there, perplexity, which is not an
+    accuracy, and methods or seeds that lack one of the tasks. ({}, []) if nothing remains.
     """
     of = above_guessing(found)
     if not of:
@@ -125,27 +125,27 @@ def lost(found):
 
 
 def above_guessing(found):
-    """[TaskScores, ...] of the retention tasks by which `lost` judges: scored by accuracy, and base is not at floor."""
+    """[TaskScores, ...] of the retention tasks that `lost` uses: scored by accuracy, and base is not at floor."""
     of = [scores for scores in found if scores.task in SETS[RETENTION] and BASE in scores.runs]
     return [scores for scores in of if not (scores.facts["is_perplexity"] or scores.is_at_floor(BASE))]
 
 
 def read_rows(path, facts):
-    """[row, ...] of a task's file. StudyError: it is not what scoring left, as the record says."""
+    """[row, ...] of a task's file. StudyError: it does not match the record."""
     if not path.exists():
         raise StudyError(
-            f"{path} is missing, but its record has a score: bring it back, or score it again by `peftlib bench`"
+            f"{path} is missing, but its record has a score: restore it, or score it again with `peftlib bench`"
         )
     if sha256(path) != facts["rows_sha256"]:
-        raise StudyError(f"{path} is not what scoring wrote (its SHA-256 differs): bring it back from a copy")
+        raise StudyError(f"{path} is not what scoring wrote (its SHA-256 differs): restore it from a copy")
     rows = [json.loads(line) for line in read_text(path).splitlines()]
     wrong = next(filter(None, (fault(row, _ROW) for row in rows)), None)
     if wrong:
-        raise StudyError(f"{path} is damaged ({wrong}): bring it back from a copy")
+        raise StudyError(f"{path} is damaged ({wrong}): restore it from a copy")
     return rows
 
 
 def score_of(rows, is_perplexity):
-    """The harness's score of rows."""
+    """The harness's score for rows."""
     ratio = sum(row["value"] for row in rows) / sum(row["weight"] for row in rows)
     return math.exp(ratio) if is_perplexity else ratio

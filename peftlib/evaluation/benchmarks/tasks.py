@@ -1,7 +1,7 @@
-"""Which tasks of lm-evaluation-harness there are, which metric of each is read, and what guessing would score.
+"""The tasks of lm-evaluation-harness, the metric used of each, and the score of guessing.
 
 Prompts, few-shot examples, answer parsers and metrics are the harness's own (https://github.com/EleutherAI/
-lm-evaluation-harness); a task differs from `lm_eval --tasks NAME` at most in where its rows come from.
+lm-evaluation-harness); a task differs from `lm_eval --tasks NAME` only in the source of its rows, if at all.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from peftlib.core.errors import ConfigError, DataError, ModelError
 from peftlib.core.paths import pip_line
 from peftlib.evaluation.benchmarks import local
 
-GENERATED = "generate_until"  # the harness's word for tasks whose answer is written, not ranked
+GENERATED = "generate_until"  # the harness's name for tasks whose answer is generated, not ranked
 RETENTION, SKILL = "retention", "skill"
 SETS = {
     RETENTION: (
@@ -24,7 +24,7 @@ SETS = {
     SKILL: ("ifeval", "gsm8k"),
 }
 # {task: (metric, filter of the answers, folder of the task in the harness)}. Length-normalised accuracy where the field
-# reports that one (Gu & Dao 2023, Mamba, section 4.2.2).
+# reports it (Gu & Dao 2023, Mamba, section 4.2.2).
 _KNOWN = {
     "arc_easy": ("acc", "none", "arc"),
     "arc_challenge": ("acc_norm", "none", "arc"),
@@ -37,13 +37,13 @@ _KNOWN = {
     "ifeval": ("prompt_level_strict_acc", "none", "ifeval"),
     "gsm8k": ("exact_match", "flexible-extract", "gsm8k"),
 }
-_NO_GUESS = ("lambada_openai", "gsm8k")  # nobody guesses a word or a number
+_NO_GUESS = ("lambada_openai", "gsm8k")  # a word or a number cannot be guessed
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """task: the harness's. metric, filter: of its rows. is_perplexity: exp(sum of nats / sum of words), lower is
-    better; else a mean over rows. source: where its rows come from, in words."""
+    better; else a mean over rows. source: where its rows come from, as text."""
 
     task: object
     metric: str
@@ -58,8 +58,8 @@ class Benchmark:
     def chance(self, docs):
         """The score of guessing on these rows, None where that is not known.
 
-        Of multiple choice: the mean of 1 / choices, or where all rows have the same choices (yes and no) the share of
-        the most frequent answer, if that is more.
+        For multiple choice: the mean of 1 / choices, or, if all rows have the same choices (yes and no), the share of
+        the most frequent answer if that is higher.
         """
         if self.task.OUTPUT_TYPE != "multiple_choice":
             return 0.0 if self.task.task_name in _NO_GUESS else None
@@ -68,7 +68,7 @@ class Benchmark:
         return max(blind, Counter(labels).most_common(1)[0][1] / len(docs)) if labels else blind
 
     def labels(self, docs):
-        """[right answer, ...] of multiple choice where all rows have the same choices (yes and no), else None."""
+        """[correct answer, ...] of multiple choice if all rows have the same choices (yes and no), else None."""
         if self.task.OUTPUT_TYPE != "multiple_choice":
             return None
         first, *others = {tuple(self.task.doc_to_choice(doc)) for doc in docs}
@@ -87,15 +87,15 @@ class Benchmark:
 
 
 def chosen(words):
-    """[task, ...] of names and sets with commas between, each once. ConfigError: none is named."""
+    """[task, ...] of comma-separated names and sets, without repeats. ConfigError: none is given."""
     names = [word.strip() for word in words.split(",") if word.strip()]
     if not names:
-        raise ConfigError(f"tasks {words!r}: name some, such as {RETENTION} or arc_easy,gsm8k")
+        raise ConfigError(f"tasks {words!r}: give some, such as {RETENTION} or arc_easy,gsm8k")
     return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 
 def version():
-    """Of lm-evaluation-harness. ModelError: it is not installed."""
+    """The version of lm-evaluation-harness. ModelError: it is not installed."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -103,14 +103,14 @@ def version():
 
 
 def load(name, folder=None):
-    """The Benchmark of a task, its rows from a folder of files, or from the hub without one.
+    """The Benchmark of a task, with rows from a folder of files, or from the hub without a folder.
 
-    ConfigError: no such task, a group of tasks, or one that runs code. DataError: no such file, other rows in it than
-    the task asks for, the hub does not give them, or the harness has renamed the metric. ModelError: the harness or a
-    library that the task needs is missing.
+    ConfigError: no such task, a group of tasks, or one that runs code. DataError: the file is missing or has other
+    rows, the download failed, or the harness has renamed the metric. ModelError: the harness or a library that the
+    task needs is missing.
     """
     version()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes are for its own command line
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its messages are for its own command line
     known = _KNOWN.get(name)
     manager = _manager(known and known[2])
     _require_task(name, manager)
@@ -118,17 +118,17 @@ def load(name, folder=None):
         _require_sentences()
     changed, source = local.overrides(name, folder) if folder else ({}, "the hub")
     try:
-        # A group of one: the harness changes what it knows by a name only there.
+        # A group of one task: the harness only overrides a known task's config inside a group.
         task = manager.load([{"group": "peftlib", "task": [{"task": name, **changed}]}])["tasks"][name]
     except ImportError as error:
         raise ModelError(f"{name} needs a library that is missing ({error}): {pip_line('bench')}") from None
     except OSError as error:
         raise DataError(
-            f"the rows of {name} cannot be had from the hub ({error}): see the network, or name a folder with its "
-            "files (--data DIR)"
+            f"could not download the rows of {name} from the hub ({error}): check the network, or use --data DIR "
+            "with a folder of its files"
         ) from None
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"{name} runs code that the model writes, or shows it pictures, which peftlib does not do")
+        raise ConfigError(f"{name} runs model-written code or uses images, which peftlib does not support")
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
     return Benchmark(task, *_metric_of(name, task, known), source)
@@ -138,7 +138,7 @@ def _manager(folder):
     from lm_eval import tasks
 
     if folder is None:
-        return tasks.TaskManager()  # reads all the harness's 13,000 tasks, which takes seconds
+        return tasks.TaskManager()  # reads all 13,000 tasks of the harness, which takes seconds
     return tasks.TaskManager(include_path=str(Path(tasks.__file__).parent / folder), include_defaults=False)
 
 
@@ -146,10 +146,10 @@ def _require_task(name, manager):
     if name in manager.all_subtasks:
         return
     if name in manager.all_tasks:
-        raise ConfigError(f"{name} is a group of the harness's tasks: name the tasks themselves")
+        raise ConfigError(f"{name} is a group of tasks: give the tasks themselves")
     near = difflib.get_close_matches(name, [*SETS, *manager.all_subtasks], n=4)
     hint = f"did you mean {', '.join(near)}?" if near else f"sets: {', '.join(SETS)}; tasks: `lm_eval ls tasks`"
-    raise ConfigError(f"no task is called {name!r}: {hint}")
+    raise ConfigError(f"unknown task {name!r}: {hint}")
 
 
 def _require_sentences():
@@ -159,12 +159,12 @@ def _require_sentences():
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
         raise ModelError(
-            "ifeval counts sentences with NLTK's punkt_tab, which is not here: python -m nltk.downloader punkt_tab"
+            "ifeval needs NLTK's punkt_tab to count sentences: run python -m nltk.downloader punkt_tab"
         ) from None
 
 
 def _metric_of(name, task, known):
-    """(metric, filter, whether it is a perplexity) that is read of a task."""
+    """(metric, filter, whether it is a perplexity) to use for a task."""
     from lm_eval.api import metrics
 
     perplexities = (metrics.perplexity, metrics.weighted_perplexity)
@@ -176,7 +176,7 @@ def _metric_of(name, task, known):
     if metric not in found or chosen_filter not in filters:
         raise DataError(
             f"{name} of lm-eval {version()} has no metric {metric!r} with filter {chosen_filter!r} that is a mean over "
-            f"its rows (it has {', '.join(found)}; {', '.join(filters)}): install the version of peftlib[bench], or "
-            "leave the task out"
+            f"its rows (it has {', '.join(found)}; {', '.join(filters)}): install the version that peftlib[bench] "
+            "pins, or omit the task"
         )
     return metric, chosen_filter, found[metric] in perplexities

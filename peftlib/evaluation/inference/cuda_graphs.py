@@ -1,4 +1,4 @@
-"""A decoding step as CUDA graphs, one for each shape: a replay costs the host a single launch."""
+"""A decoding step as CUDA graphs, one per shape: a replay costs the host a single launch."""
 
 import gc
 
@@ -6,10 +6,10 @@ import torch
 
 
 class StepGraphs:
-    """Calls of step(*shape), captured by shape. The step may keep state in tensors that are not reallocated.
+    """Calls step(*shape), one captured graph per shape. The step may keep state in tensors that are not reallocated.
 
-    The first call of a shape runs eagerly, which also lets libraries set up outside a capture. If a capture fails (a
-    library that synchronizes with the host), all later calls run eagerly.
+    The first call of a shape runs eagerly, so that libraries initialize outside a capture. If a capture fails (because
+    a library synchronizes with the host), all later calls run eagerly.
     """
 
     def __init__(self, step):
@@ -29,7 +29,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         collects = gc.isenabled()
-        gc.disable()  # freeing a tensor of another pool would end the capture
+        gc.disable()  # freeing a tensor of another pool would abort the capture
         try:
             with torch.cuda.stream(side):
                 graph.capture_begin(*([self.pool] if self.pool else []))

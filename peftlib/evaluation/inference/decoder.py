@@ -1,8 +1,8 @@
-"""Greedy answers to many prompts by continuous batching: a finished row frees its slot at once.
+"""Greedy answers to many prompts with continuous batching: a finished row frees its slot immediately.
 
-A fixed number of slots in a fixed cache. Prompts are read longest first; the next prompt takes the slot of a finished
-row, or, when none waits, live rows are moved together, so that no compute is spent on completed rows. On a GPU the step
-is a CUDA graph that also checks stop tokens, and the host looks only every few steps.
+A fixed number of slots in a fixed cache. Prompts are prefilled longest first; the next prompt takes the slot of a
+finished row, or, when none is waiting, live rows are compacted, so that no compute is spent on finished rows. On a GPU
+the step is a CUDA graph that also checks stop tokens, and the host checks only every few steps.
 """
 
 import gc
@@ -18,18 +18,18 @@ from peftlib.evaluation.inference.kv_cache import SlotCache, slot_bytes
 from peftlib.models.chat_template import STOP_IDS
 from peftlib.models.inspect import core
 
-CPU_SLOTS = 128  # a step reads all weights, however many rows share it
+CPU_SLOTS = 128  # a step reads all weights, regardless of the number of rows
 _CPU_CACHE_BYTES = 2 * 2**30  # fixed, so that answers do not depend on the memory that happens to be free
 _MOST_SLOTS = 512
-_FREE_SHARE = 0.8  # of the GPU memory that is free: the rest is for fragments and the driver
-_REFILL_SHARE = 8  # prompts are read once 1/8 of the slots is free: a pass over few costs as much as one over many
+_FREE_SHARE = 0.8  # of the free GPU memory: the rest is for fragmentation and the driver
+_REFILL_SHARE = 8  # prefill once 1/8 of the slots are free: a pass over few prompts costs as much as over many
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How a device is driven. prompt_tokens: padded tokens of one pass over prompts. steps: between two checks for
-    finished rows. places: attention reads a multiple of so many cache places. shrink: a step spans all slots, or that
-    divided by a power of `shrink`; 0: exactly the live ones."""
+    """Device-specific batching. prompt_tokens: padded tokens per prefill pass. steps: between checks for finished
+    rows. places: attention reads a multiple of this many cache positions. shrink: a step spans all slots, or their
+    number divided by a power of `shrink`; 0: exactly the live ones."""
 
     prompt_tokens: int
     steps: int
@@ -37,17 +37,17 @@ class Pace:
     shrink: int
 
 
-CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, shrink=0)  # more tokens at a time leave the processor's caches
-# Each pair of places and span is a graph of its own, whose capture costs as much as dozens of replays.
+CPU_PACE = Pace(prompt_tokens=640, steps=1, places=1, shrink=0)  # more tokens at a time exceed the processor's caches
+# Each pair of places and span needs its own graph, whose capture costs as much as dozens of replays.
 GPU_PACE = Pace(prompt_tokens=16384, steps=4, places=256, shrink=4)
 
 
 def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
     """Yield (number of the prompt, its new token ids) as answers finish, each once.
 
-    prompts: lists of token ids, none empty; limits: most new tokens of each. A stop token ends an answer and is its
-    last id. slots: rows of a step, 0 for as many as fit. After an out-of-memory error the slots are halved and
-    unfinished rows start again. ModelError: not even one row fits.
+    prompts: non-empty lists of token ids; limits: maximum new tokens of each. A stop token ends an answer and is its
+    last id. slots: rows per step, 0 for as many as fit. After an out-of-memory error the slots are halved and
+    unfinished rows restart. ModelError: not even one row fits.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     slots = min(slots or planned_slots(model, prompts, limits), max(1, len(prompts)))
@@ -62,18 +62,18 @@ def generate_by_slots(model, prompts, limits, *, slots=0, log=print):
             if slots == 1:
                 raise ModelError(
                     f"one row of {max(map(len, prompts)) + max(limits)} tokens does not fit this GPU's memory: "
-                    "lower max_length or max_new_tokens, or free the card"
+                    "lower max_length or max_new_tokens, or free GPU memory"
                 ) from error
         waiting = [i for i in waiting if i not in finished]
         if waiting:
             slots = max(1, slots // 2)
             gc.collect()
             torch.cuda.empty_cache()
-            log(f"out of GPU memory: going on with {slots} rows at a time")
+            log(f"out of GPU memory: continuing with {slots} rows at a time")
 
 
 def planned_slots(model, prompts, limits):
-    """Rows at a time that fit the memory if all were as long as the longest; a power of two on a GPU."""
+    """Number of rows that fit the memory if all were as long as the longest; a power of two on a GPU."""
     parameter = next(model.parameters())
     config, size = core(model).model.config, _dtype(model).itemsize
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
@@ -82,7 +82,7 @@ def planned_slots(model, prompts, limits):
         return max(1, min(CPU_SLOTS, _CPU_CACHE_BYTES // cache))
     free, whole = torch.cuda.mem_get_info(parameter.device)
     fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # newer than Colab's torch
-    share = int(fraction(parameter.device) * whole)  # where several runs share the GPU
+    share = int(fraction(parameter.device) * whole)  # if several runs share the GPU
     reserved, held = torch.cuda.memory_reserved(parameter.device), torch.cuda.memory_allocated(parameter.device)
     free = min(free + reserved - held, share - held)
     row = cache + 2 * config.vocab_size * size
@@ -93,7 +93,7 @@ def planned_slots(model, prompts, limits):
 
 
 def _dtype(model):
-    """The dtype of keys and values: autocast's where the model runs in it."""
+    """The dtype of keys and values: autocast's if the model runs in autocast."""
     device = next(model.parameters()).device.type
     with running_precision(model):
         if torch.is_autocast_enabled(device):
@@ -104,8 +104,8 @@ def _dtype(model):
 class _Decoder:
     """One run over waiting prompts with a fixed number of slots.
 
-    A live slot reads `tokens` at `positions`. Its first step reads the last prompt token, so that prompts need no
-    logits. The first `count` slots take part in a step; finished ones among them do not advance.
+    A live slot reads `tokens` at `positions`. Its first step reads the last prompt token, so that prefill needs no
+    logits. A step covers the first `count` slots; finished ones among them do not advance.
     """
 
     def __init__(self, model, prompts, limits, waiting, *, slots):
@@ -122,7 +122,7 @@ class _Decoder:
         self.state = torch.zeros((4, slots), dtype=torch.int64, device=device)
         self.tokens, self.positions, self.made, self.most = self.state
         self.done = torch.ones(slots, dtype=torch.bool, device=device)
-        # One column more, into which finished slots write.
+        # One extra column, into which finished slots write.
         self.answers = torch.zeros((slots, max(limits) + 1), dtype=torch.int64, device=device)
         self.stops = torch.tensor(STOP_IDS, device=device)
         self.step = StepGraphs(self._step) if device.type == "cuda" else self._step
@@ -131,14 +131,14 @@ class _Decoder:
         """Yield (number of the prompt, its new token ids) until no row is left."""
         left = []
         while self.waiting or self.live:
-            with running(self.model):  # not around a yield, which would leave the caller in it
+            with running(self.model):  # not around a yield: the caller must not run in this context
                 self._advance()
-            yield from left  # the caller handles them while the GPU works
+            yield from left  # the caller processes them while the GPU works
             left = self._free_finished()
         yield from left
 
     def _advance(self):
-        """Admit prompts and take some steps; on a GPU without waiting for them."""
+        """Admit prompts and launch some steps; on a GPU without waiting for them."""
         self._admit()
         for _ in range(self.pace.steps):
             self.reach = {slot: position + 1 for slot, position in self.reach.items()}
@@ -146,7 +146,7 @@ class _Decoder:
             self.step(self.count, min(seen, self.cache.length))
 
     def _admit(self):
-        """Give free slots to waiting prompts, if there are enough of either; then move live slots together."""
+        """Assign free slots to waiting prompts, if there are enough of either; then compact live slots."""
         free = [slot for slot in range(self.slots) if slot not in self.live]
         few = len(free) < max(1, self.slots // _REFILL_SHARE) and len(free) < len(self.waiting)
         if self.waiting and not (few and self.live):
@@ -159,7 +159,7 @@ class _Decoder:
         self._compact()
 
     def _read(self, part):
-        """Read the prompts of [(slot, number), ...] up to their last tokens, and set the slots' states."""
+        """Prefill the prompts of [(slot, number), ...] up to their last tokens, and set the slots' states."""
         prompts = [self.prompts[number] for _, number in part]
         lengths = [len(prompt) - 1 for prompt in prompts]
         width = max(lengths)
@@ -182,8 +182,8 @@ class _Decoder:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _step(self, count, seen):
-        """One token for each of the first `count` slots. Fixed shapes and no host synchronization, so a graph can hold
-        it."""
+        """One token for each of the first `count` slots, with fixed shapes and no host synchronization, so that a CUDA
+        graph can capture it."""
         tokens, positions, done = self.tokens[:count], self.positions[:count], self.done[:count]
         chosen = next_tokens(self.model, self.cache, tokens, positions, seen=seen)
         made = self.made[:count]
@@ -196,7 +196,7 @@ class _Decoder:
         done |= (chosen[:, None] == self.stops).any(1) | (made >= self.most[:count])
 
     def _free_finished(self):
-        """Free the slots that are done; returns [(number, new token ids), ...]."""
+        """Free finished slots; returns [(number, new token ids), ...]."""
         done = self.done[: self.count].tolist()
         slots = [slot for slot in self.live if done[slot]]
         if not slots:
@@ -237,7 +237,7 @@ class _Decoder:
 
 
 def _parts(entered, prompts, tokens):
-    """Cut [(slot, number), ...] into runs of at most `tokens` padded tokens, one row at least."""
+    """Split [(slot, number), ...] into batches of at most `tokens` padded tokens, with at least one row."""
     part, width = [], 0
     for slot, number in entered:
         widest = max(width, len(prompts[number]))

@@ -1,4 +1,4 @@
-"""Forward passes of a stock Gemma 3 over the slots of a cache: prompts without logits, then one token for each row."""
+"""Forward passes of a stock Gemma 3 over cache slots: prefill without logits, then one token per row."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ _ATTENTION = "peftlib_slots"
 
 @contextlib.contextmanager
 def slot_forwards(model):
-    """Temporarily let `model` attend by slot_attention and run each norm as one kernel."""
+    """Temporarily let `model` use slot_attention and run each norm as one kernel."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, slot_attention)
@@ -36,7 +36,7 @@ def slot_forwards(model):
 
 @contextlib.contextmanager
 def running(model):
-    """A context for forward passes of a model's parts: no gradients, and the autocast of its own forward."""
+    """A context for forward passes of a model's parts: no gradients, and the autocast of the model's forward."""
     with torch.no_grad(), running_precision(model), _kernels(model):
         yield
 
@@ -47,7 +47,7 @@ def running_precision(model):
 
 
 def _kernels(model):
-    """On a GPU, without cuDNN's attention, which plans again for each of our many shapes."""
+    """On a GPU, without cuDNN's attention, which would replan for each of our many shapes."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if next(model.parameters()).device.type != "cuda":
@@ -63,7 +63,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, **kw
     """(B, T, H, D) attention output, None. query: (B, H, T, D); key, value: (B, H_kv, L, D).
 
     For T = 1 the query heads that share a key head become one head's T, so that keys are read once and never copied.
-    Otherwise the prompt attends to itself, causally where no mask is given.
+    Otherwise the prompt attends to itself, causally if no mask is given.
     """
     rows, heads, tokens, width = query.shape
     shared = heads // key.shape[1]
@@ -81,7 +81,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling=None, **kw
 def read_prompts(model, cache, ids, *, slots, lengths):
     """Fill cache slots with right-padded prompts, without logits. ids: (n, T); slots, lengths: (n,), all int64.
 
-    No padding mask: a token never sees what is to its right, and what padding leaves in the cache is hidden until it is
+    No padding mask is needed: a token never attends to its right, and padding's cache entries are masked until they are
     overwritten.
     """
     inner = core(model).model
@@ -110,7 +110,7 @@ def next_tokens(model, cache, tokens, positions, *, seen):
         use_cache=True,
         **{_cache_argument(type(inner)): cache.steps(positions, seen)},
     )
-    # A soft cap on the logits, as some Gemmas have, does not change their order.
+    # A logit soft cap, as in some Gemmas, does not change their order.
     logits = core(model).get_output_embeddings()(hidden.last_hidden_state[:, 0])
     return logits.max(-1).indices if logits.device.type == "cpu" else logits.argmax(-1)
 

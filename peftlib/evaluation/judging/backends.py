@@ -1,4 +1,4 @@
-"""The models that judge: behind any OpenAI-compatible endpoint, or local by transformers.
+"""Judge models: behind any OpenAI-compatible endpoint, or local with transformers.
 
 Each has a name, counts ({'retried ...': n}), stop() and ask(messages, max_tokens=) -> http.Reply.
 """
@@ -28,12 +28,12 @@ from peftlib.models.locate import hub_errors, locate, token_for
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHORTEST_SECRET = 8  # characters
-_LONGEST_SAID = 200  # characters of a server's words in a message
-_REFUSALS = (400, 413, 422)  # statuses that concern this one request
-_MOST_REFUSALS = 3  # in a row; then the fault is not in one request
-_PASSING = (408, 409, 425, 429)  # worth another try, as is every status from 500
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0  # of ours; a server may ask for longer ones
-_PATIENCE_S = 600.0  # for one question with its retries and waits; longer if the timeouts alone take longer
+_LONGEST_SAID = 200  # characters of a server's text in a message
+_REFUSALS = (400, 413, 422)  # statuses that concern only this request
+_MOST_REFUSALS = 3  # in a row; then the problem is not a single request
+_PASSING = (408, 409, 425, 429)  # retried, like every status from 500
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0  # our own waits; a server may ask for longer ones
+_PATIENCE_S = 600.0  # for one question with its retries and waits; longer if the timeouts alone exceed it
 
 
 class Endpoint:
@@ -41,8 +41,8 @@ class Endpoint:
 
     url: base URL, such as http://127.0.0.1:8000/v1. timeout_s: limit of a whole call. retries: how often a call is
     repeated after a timeout, a lost connection, an unreadable answer, status 408, 409, 425, 429 or 5xx; the waits
-    double unless the server asks for longer ones. name: in verdicts; the same model elsewhere is another judge.
-    JudgeError: the URL is malformed, holds a secret or would send one unencrypted, or the package httpx2 is missing.
+    double unless the server asks for longer ones. name: in verdicts; the same model at another URL is another judge.
+    JudgeError: the URL is malformed, contains a secret or would send one unencrypted, or the package httpx2 is missing.
     """
 
     def __init__(self, url, model, *, timeout_s=60.0, retries=5, sleep=None):
@@ -50,12 +50,12 @@ class Endpoint:
         self.name, self._model, self._retries = f"{model} at {url.rstrip('/')}", model, retries
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
-            faults = "characters that cannot be part of a key, such as spaces or quotation marks"
+            faults = "characters that a key cannot contain, such as spaces or quotation marks"
             raise JudgeError(f"{KEY_VARIABLE} holds {faults}: set it again")
         if self._without_key(self.name) != self.name:
-            raise JudgeError(f"the URL or the name of the model contains the key, which belongs in {KEY_VARIABLE}")
+            raise JudgeError(f"the URL or the model's name contains the key: put it into {KEY_VARIABLE} instead")
         self.counts, self._refusals, self._lock = Counter(), 0, threading.Lock()
-        self._not_taken = set()  # parameters that this server refused: their names differ between servers
+        self._not_taken = set()  # parameters that this server rejected: names differ between servers
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
         self._patience_s = max(_PATIENCE_S, timeout_s * (retries + 1))
@@ -87,24 +87,24 @@ class Endpoint:
                 attempt += 1
 
     def stop(self):
-        """Stop waiting for retries: calls that wait end in a JudgeError."""
+        """Stop waiting for retries: waiting calls raise a JudgeError."""
         self._stopped.set()
 
     def _wait(self, failure, attempt, end):
-        """Count a failure and wait before the next try. JudgeError: this was the last one."""
+        """Count a failure and wait before the retry. JudgeError: no retries are left."""
         tries = "1 try" if attempt == 0 else f"{attempt + 1} tries"
-        what = f"{self.name} cannot be asked: {failure.kind} after {tries} ({self._clean(failure.said)})"
+        what = f"{self.name} does not answer: {failure.kind} after {tries} ({self._clean(failure.said)})"
         if attempt >= self._retries:
             raise JudgeError(what) from None
         doubling = min(_FIRST_WAIT_S * 2**attempt * random.uniform(1.0, 1.25), _LONGEST_WAIT_S)
         wait_s = max(failure.retry_after_s or 0.0, doubling)
         if time.monotonic() + wait_s > end:
-            raise JudgeError(f"{what}, and the next try is due in {wait_s:,.0f} s: run it again then") from None
+            raise JudgeError(f"{what}, and the next retry is due in {wait_s:,.0f} s: run it again then") from None
         with self._lock:
             self.counts[f"retried {failure.kind}"] += 1
         self._sleep(wait_s)
         if self._stopped.is_set():
-            raise JudgeError(f"{what}, and retrying was stopped") from None
+            raise JudgeError(f"{what}, and retries were stopped") from None
 
     def _refused(self, said):
         with self._lock:
@@ -114,59 +114,61 @@ class Endpoint:
         return Reply(said, is_refused=True)
 
     def _raise_if_hopeless(self, answer, said):
-        """Hopeless: a status that no other try would change."""
+        """Hopeless: a status that a retry would not change."""
         status = answer.status
-        if status in (401, 403):  # what the server says is not shown: some repeat the key
+        if status in (401, 403):  # the server's text is not shown: some servers repeat the key
             state = f"the key in {KEY_VARIABLE} was refused" if self._key else f"{KEY_VARIABLE} is not set"
             raise Hopeless(f"is unauthorised (status {status}): {state}")
         if status in (404, 405):
-            ending = "--endpoint ends as the server's documentation says, usually in /v1"
-            raise Hopeless(f"was not found (status {status}: {said}): check --model, and that {ending}")
+            ending = "--endpoint (see the server's documentation; it usually ends in /v1)"
+            raise Hopeless(f"was not found (status {status}: {said}): check --model and {ending}")
         if 300 <= status < 400:
             place = self._clean(answer.headers.get("location", "nowhere"))
-            way_out = "give that server's URL as --endpoint if it is the right one"
-            raise Hopeless(f"redirects to {place} (status {status}), where nothing was sent: {way_out}")
+            way_out = "set --endpoint to that URL if it is the right one"
+            raise Hopeless(f"redirects to {place} (status {status}), nothing was sent there: {way_out}")
         if status not in _REFUSALS and status not in _PASSING and not 500 <= status < 600:
             raise Hopeless(f"answers with status {status} ({said}), which a retry would not change")
 
     def _without_key(self, text):
-        """A server's text without the key, which some repeat. A short key is a placeholder and left in."""
+        """A server's text without the key, which some servers repeat. A short key is a placeholder and is kept."""
         if len(self._key) >= _SHORTEST_SECRET:
             for form in {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]}:
                 text = text.replace(form, "(key)")
         return text
 
     def _clean(self, text):
-        """A server's text on one line for a terminal, without the key, shortened."""
-        return visible(" ".join(self._without_key(text).split()))[:_LONGEST_SAID]  # cut last: no half of a key is left
+        """A server's text as one short line for a terminal, without the key."""
+        return visible(" ".join(self._without_key(text).split()))[
+            :_LONGEST_SAID
+        ]  # truncate last, so that no part of a key remains
 
 
 def _check_url(url):
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except ValueError:  # brackets or a port that are none
+    except ValueError:  # invalid brackets or port
         parts = host = None
     is_plain = url.isprintable() and not set(url) & set(" \\")
     if host is None or not is_plain or parts.scheme not in ("http", "https"):
         raise JudgeError(
-            "the endpoint is not a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
+            "the endpoint must be a URL that starts with http:// or https://, such as http://127.0.0.1:8000/v1"
         )
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        # The URL is kept beside each verdict, so nothing secret may stand in it.
-        raise JudgeError(f"the endpoint's URL holds more than an address: put the key into {KEY_VARIABLE} instead")
+        # The URL is stored with each verdict, so it must not contain secrets.
+        raise JudgeError(f"the endpoint's URL contains more than an address: put the key into {KEY_VARIABLE} instead")
     is_loopback = host == "localhost"
-    with contextlib.suppress(ValueError):  # a name
+    with contextlib.suppress(ValueError):  # a host name
         is_loopback = ipaddress.ip_address(host).is_loopback
     if parts.scheme == "http" and not is_loopback:
         raise JudgeError(
-            f"the endpoint {url} would send key and texts unencrypted: use https://, or for a server of your own "
+            f"the endpoint {url} would send key and texts unencrypted: use https://, or for your own server "
             f"a tunnel (ssh -L 8000:127.0.0.1:{parts.port or 80} {host}) and http://127.0.0.1:8000"
         )
 
 
 class Local:
-    """A local model run by transformers with greedy decoding, loaded at the first question.
+    """A local model run with transformers and greedy decoding, loaded at the first question.
 
     model: a folder, 'packaged' or a hub id. ask raises ModelError or JudgeError if it cannot be loaded or has no chat
     template.

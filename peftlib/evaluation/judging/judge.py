@@ -1,7 +1,7 @@
 """LLM as a judge: two methods' answers to the same test rows, compared in both orders under one fixed rubric.
 
-Each verdict is stored at once in judge/<a>-vs-<b>.jsonl of the study folder, so that an interrupted run resumes and
-asks nothing twice. A verdict is valid only for its texts, rubric and judge.
+Each verdict is stored immediately in judge/<a>-vs-<b>.jsonl of the study folder, so that an interrupted run resumes
+without repeating calls. A verdict is valid only for its texts, rubric and judge.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from peftlib.methods import BASE, study_order
 RUBRIC = (Path(__file__).parent / "rubric.txt").read_text(encoding="utf-8").strip()
 _CHOICE = "VERDICT: 1, VERDICT: 2 or VERDICT: TIE"
 REMINDER = f"That did not end with one verdict line. Reply with one line and nothing else: {_CHOICE}"
-RUBRIC_VERSION = "1"  # of rubric, frame and reminder: raise it with any change, which asks everything again
+RUBRIC_VERSION = "1"  # of rubric, frame and reminder: raise it with any change, which invalidates all verdicts
 RUBRIC_SHA256 = hashlib.sha256(f"{RUBRIC}\n{REMINDER}".encode()).hexdigest()
 ORDERS = ("ab", "ba")
-REPLY_TOKENS = 300  # of a judge that does not think at length before it answers
-# The verdict on two equal answers, which are not shown to a judge.
+REPLY_TOKENS = 300  # enough for a judge that does not reason at length
+# The verdict on two identical answers, which are not sent to a judge.
 _EQUAL = {"verdict": "tie", "tries": 0, "reply_tokens": 0, "input_tokens": 0, "output_tokens": 0, "reply": ""}
 _TRIES_TO_PARSE = 3  # a reply and two reminders
 _LOG_EVERY_S = 10.0
-_POLL_S = 0.5  # between two checks for Ctrl-C
+_POLL_S = 0.5  # seconds between checks for Ctrl-C
 _VERDICT = re.compile(r"VERDICT: (1|2|TIE)")
 _VERDICT_LIKE = re.compile(r"(?i)verdict\W*:")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question to the judge. order: 'ab' shows the answer of method a first. message: the whole prompt. time: 2 if
-    it is asked a second time, which shows whether the judge agrees with itself."""
+    """One question to the judge. order: 'ab' shows method a's answer first. message: the whole prompt. time: 2 if it is
+    asked a second time, to measure self-agreement."""
 
     row: dict = field(repr=False)
     order: str
@@ -56,17 +56,17 @@ class Case:
 
     @property
     def is_identical(self):
-        """Whether both answers are the same text: a tie without asking."""
+        """Whether both answers are the same text, which is a tie without a call."""
         return self.first == self.second
 
     def key(self, judge):
-        """16 hex digits over the judge, the rubric, the order and everything that was shown."""
+        """16 hex digits over the judge, the rubric, the order and all texts shown."""
         shown = [judge, RUBRIC_SHA256, self.order, self.message, *([self.time] if self.time > 1 else [])]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def parse_verdict(reply):
-    """1, 2 or 0 (tie); None unless the reply's last line is its only verdict line. Nothing is guessed."""
+    """1, 2 or 0 (tie); None unless the reply's last line is its only verdict line. Never guesses."""
     lines = [line.strip() for line in (reply or "").strip().splitlines()]
     if sum(_VERDICT_LIKE.search(line) is not None for line in lines) != 1:
         return None
@@ -75,14 +75,14 @@ def parse_verdict(reply):
 
 
 def in_order(methods):
-    """The two methods in the study's order, so that a pair has one file. StudyError: not two different methods."""
+    """The two methods in the study's order, so that each pair has one file. StudyError: not two different methods."""
     if len(set(methods)) != 2 or len(methods) != 2:
         raise StudyError(f"a judge compares two different methods, not {' and '.join(methods) or 'none'}")
     return tuple(sorted(methods, key=study_order))
 
 
 def first_rows(rows, n_rows):
-    """The rows with the smallest prompt hashes, so that a larger choice contains a smaller one; 0: all, in order."""
+    """The rows with the smallest prompt hashes, so that a larger sample contains a smaller one; 0: all, in order."""
     return sorted(rows, key=lambda row: (row["prompt_sha256"], row["id"]))[:n_rows] if n_rows else list(rows)
 
 
@@ -94,7 +94,7 @@ def cases_of(rows, answers_a, answers_b, *, n_rows=0):
 
 
 def asked_again(cases, n_rows):
-    """The cases of the first `n_rows` rows, to be asked a second time."""
+    """The cases of the first `n_rows` rows, to ask a second time."""
     rows = {case.row["id"]: case.row for case in cases}.values()
     again = {row["id"] for row in first_rows(rows, n_rows)} if n_rows else ()
     return [replace(case, time=2) for case in cases if case.row["id"] in again]
@@ -124,16 +124,16 @@ def cases_of_study(study, methods, seed, n_rows=0):
 
 
 def open_cases(cases, verdicts, judge, reply_tokens):
-    """[Case, ...] that `verdicts`, a verdicts.Verdicts, does not settle yet."""
+    """[Case, ...] without a settled verdict in `verdicts`, a verdicts.Verdicts."""
     return [case for case in cases if not verdicts.is_settled(case.key(judge), reply_tokens)]
 
 
 def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=print, require=lambda: None):
-    """Judge every case that `verdicts` lacks and store each verdict at once; returns [what _judged found, ...].
+    """Judge every case that `verdicts` lacks and store each verdict immediately; returns [result of _judged, ...].
 
-    backend: see backends. reply_tokens: the limit of one reply; malformed verdicts under a lower limit are asked for
-    again. parallel: calls at a time. require: raises once another session has taken over the verdicts.
-    JudgeError: the judge cannot be asked; earlier verdicts are kept, and the next run resumes there.
+    backend: see backends. reply_tokens: the limit of one reply; malformed verdicts under a lower limit are requested
+    again. parallel: concurrent calls. require: raises if another session has taken over the verdicts.
+    JudgeError: the judge does not answer; earlier verdicts are kept, and the next run resumes there.
     Stopped: Ctrl-C or SIGTERM, after the calls in progress.
     """
     fresh = open_cases(cases, verdicts, backend.name, reply_tokens)
@@ -150,12 +150,12 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
                 continue
             require()
             made.append(found)
-            if found["verdict"] is not None:  # the next run asks again what was refused
+            if found["verdict"] is not None:  # the next run retries what was refused
                 verdicts.add(case, backend.name, found)
             if time.monotonic() - said > _LOG_EVERY_S or len(made) == len(to_ask):
                 log(f"judged {len(made)}/{len(to_ask)}")
                 said = time.monotonic()
-    kept = f"{len(verdicts.by_key)} verdicts are kept in {verdicts.path.name}: run it again to go on"
+    kept = f"{len(verdicts.by_key)} verdicts are kept in {verdicts.path.name}: run it again to resume"
     if interrupted.is_set():
         raise Stopped(f"judging stopped after {len(made)} of {len(to_ask)} calls. {kept}")
     if failed:
@@ -165,7 +165,7 @@ def run(cases, verdicts, backend, *, reply_tokens=REPLY_TOKENS, parallel=1, log=
 
 
 def _asked(backend, cases, parallel, reply_tokens, interrupted):
-    """Yield (case, future of what _judged finds) as they finish; start no new one after an error or interrupt."""
+    """Yield (case, future of _judged) as they finish; start no new one after an error or interrupt."""
     waiting, is_stopped = iter(cases), False
     with ThreadPoolExecutor(parallel) as pool:
         running = {pool.submit(_judged, backend, case, reply_tokens): case for _, case in zip(range(parallel), waiting)}
@@ -180,12 +180,12 @@ def _asked(backend, cases, parallel, reply_tokens, interrupted):
                 if interrupted.is_set():
                     backend.stop()
         finally:
-            if running:  # the caller has given up
+            if running:  # the caller has stopped iterating
                 backend.stop()
 
 
 def _judged(backend, case, reply_tokens):
-    """What a verdict holds of one case's replies; the verdict is None where the server refuses the request."""
+    """A verdict's fields for one case; the verdict is None if the server refuses the request."""
     messages, counted = [{"role": "user", "content": case.message}], []
     while True:
         reply = backend.ask(messages, max_tokens=reply_tokens)
@@ -193,11 +193,11 @@ def _judged(backend, case, reply_tokens):
         chosen = None if reply.is_refused else parse_verdict(reply.text)
         if reply.is_refused or chosen is not None or len(counted) == _TRIES_TO_PARSE:
             break
-        # A greedy judge would repeat itself, so it is told what was missing.
+        # A greedy judge would repeat itself, so tell it what was missing.
         turns = [{"role": "assistant", "content": reply.text or "(nothing)"}, {"role": "user", "content": REMINDER}]
         messages = [*messages[:1], *turns]
     winner = {0: "tie", 1: case.order[0], 2: case.order[1], None: "malformed"}[chosen]
-    # A sum is unknown if the count of one reply is.
+    # A sum is unknown if any reply's count is.
     sent, received = (None if None in numbers else sum(numbers) for numbers in zip(*counted))
     verdict = {"verdict": None if reply.is_refused else winner, "tries": len(counted), "reply_tokens": reply_tokens}
     return {**verdict, "input_tokens": sent, "output_tokens": received, "reply": reply.text}

@@ -1,7 +1,7 @@
-"""Known sets of prompts to judge on, MT-Bench and AlpacaEval, and a study's answers to them.
+"""Prompt sets for the judge, MT-Bench and AlpacaEval, and a study's answers to them.
 
-The study keeps the questions in prompts/<set>/questions.json and its runs' answers beside them, one file a turn. A
-conversation of two turns is answered turn by turn and judged as a whole.
+The study keeps the questions in prompts/<set>/questions.json and its runs' answers next to them, one file per turn. A
+conversation with two turns is answered turn by turn and judged as a whole.
 """
 
 from pathlib import Path
@@ -30,13 +30,13 @@ _SHAPE = {"questions": [{"id": str, "source": str, "turns": [str]}]}
 def rows_of(study, name, folder=None, *, is_kept=True):
     """[row, ...] of a set, in the form of test rows without a reference: source, id, messages, prompt_sha256.
 
-    folder: where the set's file is, or a folder with the set's name in it; None: what the study keeps, else the hub.
-    is_kept: keep the questions in the study from now on.
-    ConfigError: no such set. DataError: no such file, a file of another set, or the hub cannot be reached.
-    StudyError: the study keeps other questions.
+    folder: contains the set's file, or a subfolder with the set's name that does; None: the study's copy, else the hub.
+    is_kept: save the questions in the study.
+    ConfigError: no such set. DataError: no such file, a file of another set, or the hub is unreachable.
+    StudyError: the study has other questions.
     """
     if name not in SETS:
-        raise ConfigError(f"prompts {name!r}: there are {' and '.join(SETS)}")
+        raise ConfigError(f"prompts {name!r} is unknown: use {' or '.join(SETS)}")
     path = path_of(study, name)
     kept = require_shape(read_json(path), _SHAPE, path)["questions"] if path.exists() else None
     if kept is None or folder is not None:
@@ -50,7 +50,7 @@ def rows_of(study, name, folder=None, *, is_kept=True):
 
 
 def path_of(study, name):
-    """The file of the questions that a study keeps of a set."""
+    """The file of a set's questions in a study."""
     return study.folder / "prompts" / name / "questions.json"
 
 
@@ -62,11 +62,11 @@ def _questions(name, folder):
     for number, row in read_rows(path):
         turns = row.get("turns", [row.get("instruction")]) if isinstance(row, dict) else None
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-            raise DataError(f"{path}: row {number} has neither 'turns' nor an 'instruction': fetch the file again")
+            raise DataError(f"{path}: row {number} has neither 'turns' nor an 'instruction': download the file again")
         of, kind = str(row.get("question_id", number)), str(row.get("category") or row.get("dataset") or name)
         found.append({"id": of, "source": kind, "turns": turns})
     if len(found) != n_questions:
-        raise DataError(f"{path} holds {len(found)} questions, {name} has {n_questions}: fetch the file again")
+        raise DataError(f"{path} holds {len(found)} questions, {name} has {n_questions}: download the file again")
     return found
 
 
@@ -80,12 +80,12 @@ def _fetched(name):
     except (OSError, HfHubHTTPError) as error:
         said = str(error).strip().split("\n")[0][:200]
         raise DataError(
-            f"{name} could not be fetched from {repository} ({said}): give --data DIR with {file}"
+            f"{name} could not be downloaded from {repository} ({said}): use --data DIR with {file}"
         ) from None
 
 
 def _row(of, source, turns, answers=()):
-    """A row up to the turn after `answers`; of the judge's, which has none of them, all of the user's turns."""
+    """A row up to the turn after `answers`; without answers, as for the judge, all of the user's turns."""
     messages = [{"role": "user", "content": turn} for turn in turns]
     for at, text in enumerate(answers):
         messages.insert(2 * at + 1, {"role": "assistant", "content": text})
@@ -95,10 +95,10 @@ def _row(of, source, turns, answers=()):
 
 
 def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
-    """{row's id: text} of a run's answers to rows of `rows_of`; is_asked: answer what is missing first.
+    """{row's id: text} of a run's answers to rows of `rows_of`; is_asked: first generate missing answers.
 
-    Answers of other weights are no answers to a caller who does not ask.
-    StudyError: the method is not trained, or it is to answer into a file of other weights. Stopped: this session ends
+    Without is_asked, answers from other weights are ignored.
+    StudyError: the method is not trained, or the file has answers from other weights. Stopped: this session ends
     soon.
     """
     record = records.load(study, method, seed)
@@ -115,7 +115,7 @@ def answers(study, method, seed, name, rows, *, is_asked=True, log=print):
             return {}
         place = study.folder / "prompts" / name
         raise StudyError(
-            f"{place} holds answers of {run} before it was trained anew: move {run}-*.jsonl away"
+            f"{place} holds answers of {run} from before it was retrained: move {run}-*.jsonl away"
         ) from None
     model = None
     for n, kept in enumerate(files):

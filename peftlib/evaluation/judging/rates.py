@@ -1,8 +1,8 @@
-"""What a judge's verdicts are worth: win rates without the effect of length, and agreement, each with an interval.
+"""Reliability of a judge's verdicts: win rates without the effect of length, and agreement, each with an interval.
 
-Length control is AlpacaEval 2.0's (Dubois et al. 2024, arXiv:2404.04475): a logistic model of the preference, read off
-at no difference in length, in the form that its code calls length_controlled_minimal: with one pair of models their
-identity is the intercept, and how hard an instruction is cannot be told, for that takes many models on equal prompts.
+Length control is AlpacaEval 2.0's (Dubois et al. 2024, arXiv:2404.04475): a logistic model of the preference, evaluated
+at zero length difference, in the form that its code calls length_controlled_minimal: with one pair of models their
+identity is the intercept, and instruction difficulty is omitted, because it needs many models on the same prompts.
 """
 
 import itertools
@@ -14,10 +14,10 @@ import numpy as np
 from peftlib.evaluation import stats
 
 VERDICTS = ("a", "b", "tie")
-# Of a normal prior on both weights, of deviation 2.5 (Gelman et al. 2008): without one, a pair that wins every row, or
-# only its longer answers, has no finite fit.
+# Precision of a normal prior on both weights, deviation 2.5 (Gelman et al. 2008): without it there is no finite fit if
+# one model wins every row, or exactly the rows where its answer is longer.
 _PRECISION = 1 / 2.5**2
-_NEWTON_STEPS = 30  # of a convex fit with two weights, which settles in about ten
+_NEWTON_STEPS = 30  # of a convex fit with two weights, which converges in about ten
 
 
 def length_controlled(scores, lengths_a, lengths_b):
@@ -25,7 +25,7 @@ def length_controlled(scores, lengths_a, lengths_b):
 
     scores: (n,) of b, 0 to 1. lengths: (n,) characters of the answers. logit P(b wins) = theta + beta tanh(d / sd(d)),
     d = length of b - length of a; the rate is sigmoid(theta). The interval is theta's by the curvature with t
-    quantiles: resampled rows missed the truth in 13 to 43 % of simulated studies whose judge goes by length alone.
+    quantiles: resampling rows missed the truth in 13 to 43 % of simulated studies whose judge only uses length.
     """
     if len(scores) < 3:
         return None
@@ -51,8 +51,8 @@ class Agreement:
     b: str
     prompts: str
     n_rows: int
-    share: stats.Interval  # of equal verdicts
-    kappa: stats.Interval  # Cohen's; None if chance alone would make all verdicts equal
+    share: stats.Interval  # share of equal verdicts
+    kappa: stats.Interval  # Cohen's kappa; None if all verdicts would be equal by chance
 
 
 def agreements(found, names, prompts):
@@ -83,7 +83,7 @@ def _kappa(sums):
     chance = (tables.sum(axis=2) * tables.sum(axis=1)).sum(axis=1)
     is_open = chance < 1 - 1e-12
     kappa = (_share(sums) - chance) / np.where(is_open, 1 - chance, 1.0)
-    return np.where(is_open, kappa, 1.0 if len(sums) > 1 else np.nan)  # a resample of equal verdicts alone agrees
+    return np.where(is_open, kappa, 1.0 if len(sums) > 1 else np.nan)  # a resample with only equal verdicts agrees
 
 
 def _tables(sums):

@@ -1,4 +1,4 @@
-"""A judge's verdicts on disk, and their summary: win rates with intervals, consistency, malformed replies."""
+"""A judge's verdicts on disk and their summary: win rates with intervals, consistency, malformed replies."""
 
 import hashlib
 import itertools
@@ -22,10 +22,10 @@ _SCORE = {"a": 0.0, "tie": 0.5, "b": 1.0}  # of b
 
 
 class Verdicts:
-    """judge/<a>-vs-<b>.jsonl, one verdict a line. `names`: of the runs whose answers are compared, ('base-s0', ...).
+    """judge/<a>-vs-<b>.jsonl, one verdict per line. `names`: the compared runs, ('base-s0', ...).
 
-    by_key: {Case.key: verdict, a dict}. is_cut: the last line was cut by a kill and does not count.
-    StudyError: any other line that is damaged, or of another schema.
+    by_key: {Case.key: verdict, a dict}. is_cut: the last line was truncated by a kill and is ignored.
+    StudyError: any other line is damaged or has another schema version.
     """
 
     def __init__(self, path, names):
@@ -37,14 +37,14 @@ class Verdicts:
         self.by_key = {line["key"]: line for line in lines}
 
     def is_settled(self, key, reply_tokens):
-        """Whether there is a verdict that a limit of `reply_tokens` would not better."""
+        """Whether there is a verdict that a limit of `reply_tokens` would not improve."""
         line = self.by_key.get(key)
         return line is not None and (line["verdict"] != "malformed" or line["reply_tokens"] >= reply_tokens)
 
     def add(self, case, judge, found):
-        """Append the verdict that judge._judged found and wait until it is on the disk. DiskError: it cannot be.
+        """Append the verdict from judge._judged and wait until it is on disk. DiskError: it cannot be written.
 
-        Its tokens include those of reminders; None if the judge gave no count.
+        Its token counts include reminders; None if the judge gave no count.
         """
         of_case = {"id": case.row["id"], "source": case.row["source"], "order": case.order, "time": case.time, **found}
         of_pair = {"a": self.names[0], "b": self.names[1], "is_identical": case.is_identical}
@@ -69,23 +69,23 @@ def _parsed(path, number, text):
     if not wrong and line.pop("seal", None) not in (None, _seal(line)):  # older verdicts have none
         wrong = "its SHA-256 differs"
     if wrong:
-        raise StudyError(f"{path}: line {number} is damaged ({wrong}): delete that line; the rest is kept")
+        raise StudyError(f"{path}: line {number} is damaged ({wrong}): delete that line and keep the rest")
     return line
 
 
 def _seal(line):
-    """16 hex digits over a line's values, which show whether it was changed."""
+    """16 hex digits over a line's values, to detect changes."""
     return hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def path_of(study, methods, prompts=""):
-    """The file of the verdicts on two methods, whatever their order. prompts: a set's name, '' for the test rows."""
+    """The file of the verdicts on two methods, in any order. prompts: a set's name, '' for the test rows."""
     return study.folder / "judge" / prompts / f"{'-vs-'.join(in_order(methods))}.jsonl"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One judge's verdicts on two runs. Intervals and shares are None if there is nothing to count."""
+    """One judge's verdicts on two runs. Intervals and shares are None if there are no verdicts to count."""
 
     judge: str
     a: str  # names of the runs
@@ -94,13 +94,13 @@ class Judged:
     wins: int  # rows where b wins in both orders, or wins once and ties once
     ties: int
     losses: int
-    win_rate: stats.Interval = field(repr=False)  # of b, a tie as a half, mean of both orders, by row
+    win_rate: stats.Interval = field(repr=False)  # of b, ties count half, mean of both orders, by row
     length_controlled: stats.Interval = field(repr=False)  # the same for answers of equal length, see rates
-    consistency: stats.Interval = field(repr=False)  # rows of different answers with one verdict in both orders
-    self_agreement: stats.Interval = field(repr=False)  # of the same question asked twice
+    consistency: stats.Interval = field(repr=False)  # rows with different answers and the same verdict in both orders
+    self_agreement: stats.Interval = field(repr=False)  # of verdicts on the same question asked twice
     n_identical: int
-    position_bias: float  # rows of different answers whose verdicts both took the first answer, or both the second
-    first_share: float  # of the verdicts that are no tie, those that chose the first answer
+    position_bias: float  # rows with different answers whose verdicts both chose the first answer, or both the second
+    first_share: float  # share of the verdicts without ties that chose the first answer
     n_malformed: int
     prompts: str = ""  # the set judged on, '' for the test rows
 
@@ -116,7 +116,7 @@ def _known(cases, verdicts, judge):
 
 
 def _in_both_orders(known):
-    """The rows of _known with a verdict in both orders, no malformed one among them."""
+    """The rows of _known with a well-formed verdict in both orders."""
     return {row: of for row, of in known.items() if len(of) == len(ORDERS) and "malformed" not in of.values()}
 
 
@@ -165,21 +165,21 @@ def sentences(judged):
         rate = judged.win_rate
         is_noise = rate.low <= 0.5 <= rate.high
         state = "inside the noise" if is_noise else "better" if rate.value > 0.5 else "worse"
-        range_ = f"95 % interval {rate.low:.1%} to {rate.high:.1%}, {judged.n_rows} rows, a tie counts half"
+        range_ = f"95 % interval {rate.low:.1%} to {rate.high:.1%}, {judged.n_rows} rows, ties count half"
         yield f"{judged.b} wins {rate.value:.1%} against {judged.a}{of_set} ({range_}): {state}"
         if judged.length_controlled is not None:
             yield f"at equal lengths {_percent(judged.length_controlled)}"
-        equal = f"{judged.n_identical} of equal answers"
+        equal = f"{judged.n_identical} with identical answers"
         yield f"rows won {judged.wins}, tied {judged.ties} ({equal}), lost {judged.losses}"
     if judged.position_bias is not None:
-        first = "" if judged.first_share is None else f"; of its choices {judged.first_share:.0%} were the first answer"
-        yield f"position bias: {judged.position_bias:.1%} of rows judged by place alone{first}"
+        first = "" if judged.first_share is None else f"; first answer chosen in {judged.first_share:.0%} of decisions"
+        yield f"position bias: {judged.position_bias:.1%} of rows judged by position alone{first}"
     if judged.consistency is not None:
-        yield f"same verdict after a swap of the order: {_percent(judged.consistency)}"
+        yield f"same verdict after swapping the order: {_percent(judged.consistency)}"
     if judged.self_agreement is not None:
         yield f"same verdict when asked again: {_percent(judged.self_agreement)}"
     if judged.n_malformed:
-        yield f"malformed verdicts: {judged.n_malformed}, left out with their rows"
+        yield f"malformed verdicts: {judged.n_malformed}, excluded with their rows"
 
 
 def _percent(interval):
@@ -195,26 +195,26 @@ def findings(judged):
 
 
 def uncounted(study):
-    """Yield one sentence for each incomplete verdict file: its last line is cut, or it is empty."""
+    """Yield one sentence for each incomplete verdict file: its last line is truncated, or it is empty."""
     for path in _paths(study):
         found = Verdicts(path, ())
-        why = "the last line is cut" if found.is_cut else "" if found.by_key else "the file is empty"
+        why = "the last line is truncated" if found.is_cut else "" if found.by_key else "the file is empty"
         if why:
-            asked = "`judge` with the same methods asks again for what is missing"
-            yield f"{path.relative_to(study.folder).as_posix()}: {why} and does not count; {asked}."
+            asked = "run `judge` with the same methods to complete it"
+            yield f"{path.relative_to(study.folder).as_posix()}: {why} and is ignored; {asked}."
 
 
 def _paths(study):
-    """The files of verdicts on the test rows, then those on sets of prompts."""
+    """The verdict files of the test rows, then those of prompt sets."""
     folder = study.folder / "judge"
     return [path for name in ("", *sets.SETS) for path in sorted((folder / name).glob("*-vs-*.jsonl"))]
 
 
 def load(study, found):
-    """([Judged, ...], [rates.Agreement, ...], number of verdicts left out) of the study's verdict files, against the
-    answers of today.
+    """([Judged, ...], [rates.Agreement, ...], number of excluded verdicts) of the study's verdict files, for the
+    current answers.
 
-    found: results.ScoredStudy. Left out are verdicts on other answers or under another rubric.
+    found: results.ScoredStudy. Verdicts on other answers or under another rubric are excluded.
     StudyError: a damaged line.
     """
     made, agreed, n_unused = [], [], 0
@@ -236,12 +236,12 @@ def load(study, found):
 
 
 def _cases(study, found, runs, prompts):
-    """The Cases of two runs' answers of today, to the test rows or to a set of prompts."""
+    """The Cases of two runs' current answers to the test rows or to a prompt set."""
     if not prompts:
         texts = [dict(zip((row["id"] for row in found.test_rows), run.answers)) for run in runs]
         return cases_of(found.test_rows, *texts)
-    if not sets.path_of(study, prompts).exists():  # a report asks no hub
-        raise StudyError(f"{sets.path_of(study, prompts)} is gone: run `judge --prompts {prompts}` again")
+    if not sets.path_of(study, prompts).exists():  # a report does not use the network
+        raise StudyError(f"{sets.path_of(study, prompts)} is missing: run `judge --prompts {prompts}` again")
     rows = sets.rows_of(study, prompts)
     keys = [(run.record["method"], run.record["seed"]) for run in runs]
     texts = [sets.answers(study, *key, prompts, rows, is_asked=False) for key in keys]
@@ -249,6 +249,6 @@ def _cases(study, found, runs, prompts):
 
 
 def _pairs(found, methods):
-    """[(run of a, run of b), ...] of scored runs: equal seeds, or every seed where one side has a single run (base)."""
+    """[(run of a, run of b), ...] of scored runs: equal seeds, or every seed if one side has a single run (base)."""
     pairs = itertools.product(*(found.scored.get(method, []) for method in methods))
     return [(a, b) for a, b in pairs if BASE in methods or a.record["seed"] == b.record["seed"]]

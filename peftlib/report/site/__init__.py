@@ -1,1 +1,1 @@
-"""A study's results as a static page: no server, nothing loaded from elsewhere, no word of a model ever executed."""
+"""A study's results as a static page: no server, no external resources, and model output is never executed."""

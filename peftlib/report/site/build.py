@@ -1,7 +1,7 @@
 """Writes the results page of one or more studies into a folder.
 
-Values reach the page as JSON in script files, because a file:// page may fetch nothing. The page's policy runs no other
-script, and site.js shows every value as text.
+The page loads its data as JSON in script files, because a file:// page cannot use fetch. Its security policy allows no
+other script, and site.js shows every value as text.
 """
 
 import json
@@ -21,14 +21,14 @@ from peftlib.train import estimate
 
 PAGE = ("index.html", "site.css", "site.js", "charts.js", "explorer.js", "plan.js")
 PAGE_FOLDER = Path(__file__).parent / "page"
-_MARK = "vega.js"  # a folder that has it holds a page, which may be written anew
-# What would end a script element, and what JavaScript once took for line ends; lone surrogates are no UTF-8.
+_MARK = "vega.js"  # marks a folder with a page, which may be overwritten
+# What would end a script element, and what JavaScript once treated as line ends; lone surrogates are not valid UTF-8.
 _UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
 
-# Counting other methods' parameters means building their adapters, seconds a model: see `peftlib plan --methods`.
+# Counting other methods' parameters needs their adapters, seconds per model: see `peftlib plan --methods`.
 COUNTED = tuple(name for name, spec in METHODS.items() if not spec.is_counted)
 LENGTHS = (256, 512, 1024, 2048, 4096)
-ROWS = resolve("gpu").train_rows  # of a source, which the page's reader changes; hours are in proportion to it
+ROWS = resolve("gpu").train_rows  # per source, which the page's user can change; hours are proportional to it
 
 
 def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
@@ -37,17 +37,17 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
     studies: folders, or names under the output root. Answers can be explored if a study's data and predictions are in
     its folder. Equal studies give equal files.
 
-    ConfigError: vl-convert-python is not installed, or `to` holds something else. StudyError: a folder that is no study
-    or has no results, the same one twice, or studies of other test rows. DiskError: `to` cannot be written.
+    ConfigError: vl-convert-python is not installed, or `to` has other content. StudyError: a folder is not a study or
+    has no results, the same one twice, or studies with different test rows. DiskError: `to` cannot be written.
     """
     to, library = Path(to), _chart_library()
     if to.exists() and (not to.is_dir() or any(to.iterdir())) and not (to / _MARK).is_file():
-        raise ConfigError(f"--to {to} holds something other than a results page: name a new or empty folder")
+        raise ConfigError(f"--to {to} holds something other than a results page: choose a new or empty folder")
     data, explored = site_data(studies)
     with writing(to):
         to.mkdir(parents=True, exist_ok=True)
         remove_tree(to / "data")  # of a study that is no longer shown
-    write_text(to / _MARK, library)  # first, so that a page cut short can be written anew
+    write_text(to / _MARK, library)  # first, so that an incomplete page can be overwritten
     files = []
     for number, (study, answers) in enumerate(explored):
         if not number:  # every study has the same test rows
@@ -64,7 +64,7 @@ def build_site(studies: Iterable[str | Path], to: str | Path) -> Path:
 
 
 def script_of(name, value):
-    """The text of a script file that gives the page a value under a name."""
+    """The text of a script file that defines a named value for the page."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return f"peftlib.take({json.dumps(name)},{text});\n"
@@ -75,7 +75,7 @@ def _write(to, name, value):
 
 
 def _chart_library():
-    """Vega, Vega-Lite and Vega-Embed as one script, which every browser takes from file:// (a module it would not)."""
+    """Vega, Vega-Lite and Vega-Embed as one script, which every browser loads from file:// (unlike a module)."""
     try:
         import vl_convert
     except ImportError as error:
@@ -84,9 +84,9 @@ def _chart_library():
 
 
 def plan_data():
-    """{"cards", "models", "lengths", "methods", "table"}: table[card][model][length] = one list a method.
+    """{"cards", "models", "lengths", "methods", "table"}: table[card][model][length] = one list per method.
 
-    Such a list is as `_entry` makes it. The times are of `ROWS` rows a source.
+    The lists are those of `_entry`. The times are for `ROWS` rows per source.
     """
     speeds, table = estimate.measured_rows(), {}
     for name, card in CARDS.items():

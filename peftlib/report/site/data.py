@@ -1,4 +1,4 @@
-"""What the results page shows of studies, as plain JSON values. Unknown is None."""
+"""The results page's data as plain JSON values. Unknown values are None."""
 
 import math
 
@@ -42,14 +42,14 @@ _SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v"
 
 
 def site_data(folders):
-    """({what the page starts with}, [(key, Answers), ...] in the order of its studies).
+    """({the page's initial data}, [(key, Answers), ...] in the order of its studies).
 
-    folders: of studies, or names under the output root. StudyError: one that is no study or has no results, the same
-    one twice, or studies of other test rows.
+    folders: of studies, or names under the output root. StudyError: one is not a study or has no results, the same
+    one twice, or studies with different test rows.
     """
     folders = [folder_of(name) for name in folders]
     if len(set(folders)) < len(folders):
-        raise StudyError(f"the same study is named twice: {', '.join(map(str, folders))}; name each folder once")
+        raise StudyError(f"the same study is given twice: {', '.join(map(str, folders))}; give each folder once")
     names = names_of(folders)
     parts = [
         _published(f, n) if not (f / "data" / "manifest.json").exists() else _own(f, n) for f, n in zip(folders, names)
@@ -77,7 +77,7 @@ def site_data(folders):
 
 
 def _own(folder, name):
-    """What is known of a study that has its data: scored anew, as its report is."""
+    """The data of a study that has its rows: scored again, like its report."""
     study = study_in(folder)
     found, _, _, numbers = scored(study)
     frame = result_frame(found, verdicts.load(study, found)[0], numbers.benchmarks)
@@ -96,7 +96,7 @@ def _own(folder, name):
 
 
 def _published(folder, name):
-    """What is known of a study of which only records, results.csv and perhaps summary.json are there."""
+    """The data of a study with only records, results.csv and possibly summary.json."""
     study, path = study_in(folder), folder / "results.csv"
     if not path.exists():
         raise StudyError(f"no results in {folder}: run `peftlib report --study {folder.name}`, or 04_eval, first")
@@ -109,7 +109,7 @@ def _published(folder, name):
         unlike = set(zip(frame["method"], frame["seed"])) ^ set(records)
         hashes = sorted({record["split_hash"] for record in records.values()})
         if unlike or len(hashes) != 1:
-            raise ValueError(f"not what its records say: {unlike or hashes}")
+            raise ValueError(f"it does not match its records: {unlike or hashes}")
     runs = [Run(records[row.method, row.seed]) for row in frame.itertuples()]
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     scores = {method: known.get("scores") or {} for method, known in summary.get("methods", {}).items()}
@@ -149,7 +149,7 @@ def _part(name, frame, runs, values, by_source, facts, rewound, answers):
 
 
 def _runs(study, frame, runs):
-    """[{column: value}, ...] of the rows of results.csv with what the records add."""
+    """[{column: value}, ...] of the rows of results.csv plus fields from the records."""
     base = next((run.general for run in runs if run.record["method"] == BASE), None)
     rows = []
     for row, run in zip(frame.astype(object).where(frame.notna(), None).to_dict("records"), runs):
@@ -169,7 +169,7 @@ def _runs(study, frame, runs):
 
 
 def _curve(history):
-    """[(step, loss, smoothed loss), ...], at most _CURVE of them, the first and the last included."""
+    """[(step, loss, smoothed loss), ...], at most _CURVE of them, including the first and the last."""
     points = _points(history, "loss")
     points = [
         (step, loss, round(mean, 5)) for (step, loss), mean in zip(points, smoothed([loss for _, loss in points]))
@@ -190,14 +190,14 @@ def _plain(value):
 
 
 def row_data(answers):
-    """The test rows: what every run was asked."""
+    """The test rows that every run was asked."""
     rows = [[str(row["id"]), row["source"]] for row in answers.rows]
     return {"rows": rows, "prompts": answers.prompts, "references": answers.references}
 
 
 def answer_data(answers, name):
-    """One run's answers with scores and marks: lengths of parts in UTF-16 units, in turn of other words and of the
-    reference's, see answers.marked."""
+    """One run's answers with scores and marks: lengths of parts in UTF-16 units, alternating between other words and
+    the reference's words, see answers.marked."""
     run = answers.runs[name]
     return {
         "answers": run.answers,

@@ -91,7 +91,7 @@ def test_runs_are_compared_on_the_rows_that_they_share(scored):
     (arc, *_) = loaded(study, [base, qlora])
     assert arc.boot.n_rows == 40 and arc.interval("base").value == pytest.approx(arc.runs["base"][0][:, 0].mean())
     write(study, qlora, "arc_easy", np.ones(40), start=1000)
-    with pytest.raises(StudyError, match=r"scores of arc_easy are not of the same rows .*base \(seed 0\), qlora"):
+    with pytest.raises(StudyError, match=r"scores of arc_easy for base \(seed 0\), qlora.* are not on the same rows"):
         loaded(study, [base, qlora])
     assert [found.task for found in loaded(study, [base, qlora], leaves_out=True)] == ["piqa", "wikitext"]
     write(study, qlora, "arc_easy", np.ones(150), metric="acc_norm")

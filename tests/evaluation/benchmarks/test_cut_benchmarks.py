@@ -88,7 +88,7 @@ def test_what_was_scored_is_not_scored_again_and_more_rows_join_it(make_study, f
     rows = study.benchmark_path("base", 0, "arc_easy").read_text()
     assert two["n"] == 2 and len(rows.splitlines()) == 2 and two["seconds"] > 0
     bench(study, "base", "arc_easy", data=files, limit=1, log=lines.append)
-    assert lines[-1] == "base: arc_easy was scored on 2 rows before, nothing to do"
+    assert lines[-1] == "base: arc_easy is already scored on 2 rows, nothing to do"
     monkeypatch.setattr(harness, "_LOG_SECONDS", 0)
     all_rows = bench(study, "base", "arc_easy", data=files, log=lines.append)["benchmarks"]["arc_easy"]
     assert all_rows["n"] == 5 and study.benchmark_path("base", 0, "arc_easy").read_text().startswith(rows)
@@ -110,10 +110,10 @@ def test_memory_that_runs_out_halves_the_batch(make_study, files, monkeypatch):
     room = 2
     found = bench(make_study(study="small"), "base", "arc_easy,boolq", data=files, log=lines.append)
     assert sizes[:3] == [8, 4, 2] and max(sizes[3:]) == 2  # the next task begins with what memory holds
-    assert "base: arc_easy: out of memory: 2 rows at a time from here on" in lines
+    assert "base: arc_easy: out of memory: continuing with 2 rows at a time" in lines
     assert found["benchmarks"]["arc_easy"]["score"] == expected["benchmarks"]["arc_easy"]["score"]
     room = 0
-    with pytest.raises(ModelError, match="memory does not hold one row at a time"):
+    with pytest.raises(ModelError, match="not even one row fits the memory"):
         bench(make_study(study="none"), "base", "arc_easy", data=files, **QUIET)
 
 
@@ -126,7 +126,7 @@ def test_an_answer_that_breaks_the_parser_is_shown_and_nothing_is_overwritten(ma
         raise IndexError("no number")
 
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.process_results", broken)
-    with pytest.raises(DataError, match=r"arc_easy: IndexError\('no number'\) when scoring the answer \[\(-"):
+    with pytest.raises(DataError, match=r"arc_easy: IndexError\('no number'\) while scoring the answer \[\(-"):
         bench(study, "base", "arc_easy", data=files, **QUIET)
     assert (files_of(study), study.record_path("base", 0).read_bytes()) == before
 
@@ -135,10 +135,10 @@ def test_scores_of_other_rows_or_weights_are_refused(make_study, files, tmp_path
     study = make_study()
     bench(study, "base", "arc_easy", data=files, limit=2, **QUIET)
     other = written(tmp_path / "other", "arc_easy.jsonl", ARC[0][::-1])
-    with pytest.raises(StudyError, match="scores of other rows"):
+    with pytest.raises(StudyError, match="scores for other rows"):
         bench(study, "base", "arc_easy", data=other, **QUIET)
     path = study.benchmark_path("base", 0, "arc_easy")
-    with pytest.raises(StudyError, match="answers of other weights"):
+    with pytest.raises(StudyError, match="answers from other weights"):
         harness.Responses(path.with_name("arc_easy.responses.jsonl"), "model:0123")
     kept = path.read_bytes()
     path.unlink()  # its answers are still there

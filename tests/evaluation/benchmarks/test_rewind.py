@@ -122,7 +122,7 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
         (["galore", "--rewind", "half"], "--rewind='half': use numbers"),
         (["galore", "--rewind", "nan"], "--rewind='nan': use numbers"),
         (["--path", "x", "--rewind", "0.5"], "--rewind needs a METHOD of the study"),
-        (["galore", "--tasks", "piqa"], "--tasks piqa belongs to --rewind"),
+        (["galore", "--tasks", "piqa"], "--tasks piqa needs --rewind"),
     ):
         with pytest.raises(ConfigError, match=said):
             cli.call(["evaluate", *words, "--study", "x"])
@@ -144,7 +144,7 @@ def test_points_of_other_weights_are_refused_and_left_out_of_the_report(finished
 
     write_json(study.record_path("galore", 0), {**record, "weights_sha256": {"model.safetensors": "0" * 64}})
     before = rewind.path_of(study, "galore", 0).read_bytes()
-    with pytest.raises(StudyError, match=r"galore-s0\.json holds other points \(weights: "):
+    with pytest.raises(StudyError, match=r"galore-s0\.json holds points of another run \(weights: "):
         rewind.rewind(study, "galore", [0.75], **QUIET)
     assert rewind.path_of(study, "galore", 0).read_bytes() == before
     monkeypatch.setattr(charts, "charts_of", lambda *_: {})

@@ -66,7 +66,7 @@ def test_a_completion_of_another_shape_is_read_without_guessing(made, text):
     assert (reply.text, reply.input_tokens, reply.output_tokens, reply.is_refused) == (text, None, None, False)
 
 
-NO_API = "answers, but not as an OpenAI-compatible API does"
+NO_API = "answers, but not like an OpenAI-compatible API"
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ NO_API = "answers, but not as an OpenAI-compatible API does"
         (fake_judge.http_answer(b'{"error": {"message": "upstream is\\u001b[31m down"}}'),
          r"error in an answer after 1 try \(upstream is\\x1b\[31m down\)"),
         (fake_judge.http_answer(b"<html>Bad gateway</html>", status="502 Oh", kind="text/html"),
-         r"status 502 after 1 try \(a page of HTML\)"),
+         r"status 502 after 1 try \(an HTML page\)"),
         (fake_judge.http_answer(b'{"error": "plain words"}', status="500 Oh"), r"500 after 1 try \(plain words\)"),
         (fake_judge.http_answer(b'{"detail": [{"loc": 1}]}', status="503 Oh"), r"503 after 1 try \(\[{\"loc\": 1}\]\)"),
         (fake_judge.http_answer(b"\x9b31m\xff", status="500 Oh"), r"500 after 1 try \(\ufffd31m\ufffd\)"),
         (fake_judge.http_answer(b"", status="204 No Content"), "unreadable answer after 1 try"),
         (fake_judge.http_answer(b"pay", status="402 Pay"), r"answers with status 402 \(pay\), which a retry"),
-        (fake_judge.http_answer(b"", status="405 No"), r"was not found \(status 405: no words\)"),
+        (fake_judge.http_answer(b"", status="405 No"), r"was not found \(status 405: no message\)"),
         (fake_judge.http_answer(b"", status="700 What"), "answers with status 700"),
         (b"HTTP/1.1 abc\r\n\r\n", "connection after 1 try"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "connection after 1 try"),

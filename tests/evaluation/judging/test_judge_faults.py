@@ -32,7 +32,7 @@ def test_planted_faults_are_retried_counted_and_lose_nothing(study, capsys, monk
 def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monkeypatch):
     waits = quick(monkeypatch)
     port = fake_judge.free_port()
-    with pytest.raises(JudgeError, match=r"m at http://127\.0\.0\.1:\d+/v1 cannot be asked: connection after 3 tries"):
+    with pytest.raises(JudgeError, match=r"m at http://127\.0\.0\.1:\d+/v1 does not answer: connection after 3 tries"):
         call(study, f"http://127.0.0.1:{port}/v1", "--retries", "2", "--parallel", "1")
     assert len(waits) == 2 and waits[0] >= 1 and waits[1] >= 2
     assert [line["verdict"] for line in lines_of(study)] == ["tie", "tie"]  # of equal answers
@@ -55,7 +55,7 @@ def test_an_endpoint_that_is_down_is_named_and_what_was_said_is_kept(study, monk
         (401, rf"unauthorised \(status 401\): the key in {KEY_VARIABLE} was refused"),
         (403, r"unauthorised \(status 403\)"),
         (404, r"was not found \(status 404: .*planted 404.*check --model"),
-        ("page", r"answers, but not as an OpenAI-compatible API does"),
+        ("page", r"answers, but not like an OpenAI-compatible API"),
         (400, r"refused 3 requests in a row \(.*planted 400"),
     ],
 )

@@ -144,7 +144,7 @@ def test_planted_faults_before_a_real_server_lose_nothing(served, study, monkeyp
 def test_a_server_that_went_away_is_named(served, study, monkeypatch):
     _, model = served
     _quick(monkeypatch)
-    with pytest.raises(JudgeError, match="cannot be asked: connection"):
+    with pytest.raises(JudgeError, match="does not answer: connection"):
         call(study, f"http://127.0.0.1:{fake_judge.free_port()}/v1", model, "--retries", "1")
     assert not (study.folder / "judge").exists()
 

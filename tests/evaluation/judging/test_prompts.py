@@ -44,7 +44,7 @@ def test_two_turns_are_asked_one_by_one_and_judged_as_a_whole(study, folder, cap
         call(study, url, "--prompts", "mt_bench", "--data", folder, "--rows", 3, "--dry-run")
         said = capsys.readouterr().out
         assert "base has to answer 3 of 3 prompts first" in said
-        assert "calls and cost below are without those for 3 rows that are not answered yet" in said
+        assert "calls and cost below exclude 3 rows that are not answered yet" in said
         assert not (study.folder / "prompts").exists()
         call(study, url, "--prompts", "mt_bench", "--data", folder, "--rows", 3)
         asked = len(server.requests)
@@ -94,7 +94,7 @@ def test_verdicts_on_answers_of_earlier_weights_are_left_out_of_the_report(study
         records.save(study, {**record, "weights_sha256": {"model.safetensors": "0" * 64}})  # trained anew
         made = report.build_report(study)
         assert made.judged == [] and made.n_other_verdicts == 4
-        with pytest.raises(StudyError, match=r"answers of galore-s0 before it was trained anew: move galore-s0-\*"):
+        with pytest.raises(StudyError, match=r"answers of galore-s0 from before it was retrained: move galore-s0-\*"):
             call(study, url, "--prompts", "mt_bench", "--rows", 2)
 
 
@@ -106,9 +106,9 @@ def test_a_single_turn_is_its_answer(study, folder):
 
 
 def test_bad_sets_are_named_and_nothing_is_kept(study, folder, monkeypatch):
-    with pytest.raises(ConfigError, match="prompts 'mtbench': there are mt_bench and alpaca_eval"):
+    with pytest.raises(ConfigError, match="prompts 'mtbench' is unknown: use mt_bench or alpaca_eval"):
         prompts.rows_of(study, "mtbench", folder)
-    with pytest.raises(ConfigError, match="--data holds a set of prompts"):
+    with pytest.raises(ConfigError, match="--data needs a prompt set"):
         call(study, "http://127.0.0.1:1/v1", "--data", folder)
     with pytest.raises(DataError, match=r"question\.jsonl does not exist"):
         prompts.rows_of(study, "mt_bench", folder / "nowhere")
@@ -131,7 +131,7 @@ def test_bad_sets_are_named_and_nothing_is_kept(study, folder, monkeypatch):
         prompts.rows_of(study, "mt_bench", folder)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", _no_hub)
     with pytest.raises(
-        DataError, match="alpaca_eval could not be fetched from tatsu-lab/alpaca_eval .no network.: give --data"
+        DataError, match="alpaca_eval could not be downloaded from tatsu-lab/alpaca_eval .no network.: use --data"
     ):
         prompts.rows_of(study, "alpaca_eval")
     with pytest.raises(StudyError, match="no record of qlora"):
@@ -159,5 +159,5 @@ def test_a_report_asks_no_hub_for_questions_that_are_gone(study, folder, monkeyp
         call(study, url, "--prompts", "alpaca_eval", "--data", folder, "--rows", 2)
     prompts.path_of(study, "alpaca_eval").unlink()
     monkeypatch.setattr("huggingface_hub.hf_hub_download", _no_hub)
-    with pytest.raises(StudyError, match="is gone: run `judge --prompts alpaca_eval` again"):
+    with pytest.raises(StudyError, match="is missing: run `judge --prompts alpaca_eval` again"):
         report.build_report(study)

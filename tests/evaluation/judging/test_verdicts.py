@@ -47,12 +47,14 @@ def test_both_orders_are_asked_and_the_win_rate_follows(study, capsys):
     with fake_judge.serving(server) as url:
         assert call(study, url, "--price-in", "2", "--price-out", "10") == 0
     printed = capsys.readouterr().out
-    assert "24 comparisons: 0 judged before, 2 of equal answers (ties without asking), 22 calls to make" in printed
+    assert (
+        "24 comparisons: 0 already judged, 2 with identical answers (ties without a call), 22 calls to make" in printed
+    )
     assert (
         "cost: up to about" in printed
         and "2,200 tokens sent, 220 received as the judge counts them, cost 0.0066" in printed
     )
-    assert "rows won 11, tied 1 (1 of equal answers), lost 0" in printed and "position bias: 0.0%" in printed
+    assert "rows won 11, tied 1 (1 with identical answers), lost 0" in printed and "position bias: 0.0%" in printed
     assert len(server.requests) == 22 and len(lines_of(study)) == 24
     pairs = [tuple(shown(body)) for body, _ in server.requests]
     assert {(second, first) for first, second in pairs} == set(pairs)
@@ -105,7 +107,7 @@ def test_a_judge_that_never_says_a_verdict_is_counted_and_never_guessed(study, c
     assert len(server.requests) == 3 * 2 * len(asked)  # a reply and two reminders
     assert server.requests[-1][0]["messages"][-1]["content"] == judge.REMINDER
     assert all(line["verdict"] == "malformed" for line in lines_of(study) if not line["is_identical"])
-    assert f"malformed verdicts: {2 * len(asked)}, left out with their rows" in capsys.readouterr().out
+    assert f"malformed verdicts: {2 * len(asked)}, excluded with their rows" in capsys.readouterr().out
     text = report.build_report(study) and study.report_path.read_text(encoding="utf-8")
     assert "Judged by a language model" in text and "Judged by m at" not in text
 

@@ -1,5 +1,5 @@
 "use strict";
-// Vega-Lite charts of the runs that the filter leaves. Each has its content in words, and its numbers as CSV.
+// Vega-Lite charts of the filtered runs. Each has alt text, and its numbers as CSV.
 (() => {
   const { $, el, number, options, save, csv, isDark, color, data, figure, mean, shown } = peftlib;
   const AGAINST = ["peak_memory_gib", "tokens_per_second", "forgetting", "hours"];
@@ -7,7 +7,7 @@
   const several = () => data().studies.length > 1;
   const ENTRY = (at) => (several() ? `${at.study}: ${at.method}` : at.method);
 
-  /** [{study, method, runs}, ...] of the runs that are shown and finished, in the study's order. */
+  /** [{study, method, runs}, ...] of the shown and finished runs, in the study's order. */
   function groups() {
     const found = new Map();
     for (const run of data().runs.filter((run) => shown().includes(run) && run.status === "ok")) {
@@ -19,7 +19,7 @@
     return [...found.values()].map((group) => ({ ...group, isWhole: group.runs.length === all(group).length }));
   }
 
-  /** A group's value of a figure: the study's interval where the filter leaves all seeds, else their mean and range. */
+  /** A group's value of a figure: the study's interval if the filter keeps all seeds, else their mean and range. */
   function valueOf(group, key, source) {
     const is = (one) => one.study === group.study && one.method === group.method && one.key === key;
     const entry = !group.isWhole ? null : source === undefined ? data().intervals.find(is) : data().sources.find((one) => is(one) && one.source === source);
@@ -57,7 +57,7 @@
   }
 
   const turns = {}, views = {};
-  /** Draw a Vega-Lite spec into a figure. words: what it shows. rows: [[cell, ...], ...] of its CSV, the header first. */
+  /** Draw a Vega-Lite spec into a figure. words: its alt text. rows: [[cell, ...], ...] of its CSV, header first. */
   async function draw(id, spec, words, rows) {
     const place = $(id);
     if (!place.firstChild) place.append(el("div", { className: "chart" }), el("figcaption"));
@@ -66,10 +66,10 @@
     if (rows.length < 2) return;
     const turn = turns[id] = (turns[id] ?? 0) + 1;
     await peftlib.script("vega.js");
-    if (turns[id] !== turn) return;  // asked for anew meanwhile
+    if (turns[id] !== turn) return;  // a newer request replaced this one
     views[id]?.finalize();
     const sized = { width: "container", height: 320, autosize: { type: "fit", contains: "padding" }, ...spec };
-    // Interpreted (ast), for the page's policy allows no text to become code.
+    // Interpreted (ast), because the page's security policy forbids eval.
     const { view } = await window.vegaEmbed(box, { $schema: "https://vega.github.io/schema/vega-lite/v5.json", ...sized },
       { ast: true, renderer: "svg", actions: false, defaultStyle: false, config: look(), tooltip: tip });
     views[id] = view;
@@ -110,7 +110,7 @@
       ],
     };
     const said = points.map((p) => `${p.name} ${interval(p.up, y)} at ${number(p.x, x.digits)}${x.unit && ` ${x.unit}`}`);
-    const words = `${y.label} against ${x.label}: ${said.join("; ")}. Unbeaten on both: ${front.map((p) => p.name).join(", ")}.`
+    const words = `${y.label} against ${x.label}: ${said.join("; ")}. Pareto front: ${front.map((p) => p.name).join(", ")}.`
       + base.map(([name, at]) => ` ${name}: ${number(at.value, y.digits)}.`).join("");
     return draw("pareto", spec, words, [["study", "method", x.key, y.key, "low", "high", "unbeaten"], ...points.map((p) => [p.study, p.method, p.x, p.value, p.low, p.high, front.includes(p) ? "yes" : "no"])]);
   }
@@ -153,7 +153,7 @@
       ],
     };
     const said = values.map((v) => `${across ? `${v.source}, ` : ""}${v.name} ${interval(v, of)}`);
-    return draw(id, spec, `${of.label}: ${said.join("; ")}.${chance ? ` Dashed: ${number(chance, 3)}, by chance.` : ""}`, [["source", "study", "method", of.key, "low", "high"], ...values.map((v) => [v.source, v.study, v.method, v.value, v.low, v.high])]);
+    return draw(id, spec, `${of.label}: ${said.join("; ")}.${chance ? ` Dashed: ${number(chance, 3)}, the score of guessing.` : ""}`, [["source", "study", "method", of.key, "low", "high"], ...values.map((v) => [v.source, v.study, v.method, v.value, v.low, v.high])]);
   }
 
   const barsOf = (key, source) => groups().flatMap((group) => {
@@ -172,7 +172,7 @@
     return of && bars("bench-bars", barsOf(of.key), of, false, chances.find(Boolean));
   }
 
-  /** The models between base (0) and tuned (1), a mean over the seeds. */
+  /** The models between base (0) and tuned (1), mean over seeds. */
   function rewind() {
     const choice = $("rewind-score"), of = { label: choice.selectedOptions[0].textContent, unit: choice.value.endsWith("_loss") ? "nats/token" : "", digits: 3 };
     const known = groups().map((group) => data().rewound.find((one) => one.study === group.study && one.method === group.method));

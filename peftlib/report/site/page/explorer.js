@@ -1,5 +1,5 @@
 "use strict";
-// The test rows with two runs' answers: found by words, sorted by score or gain, the reference's words marked.
+// The test rows with two runs' answers: text search, sorting by score or gain, the reference's words marked.
 peftlib.explorer = (() => {
   const { $, el, number, options, labelled, load, save, csv, swatch, data } = peftlib;
   const METRICS = [["rougeL", "ROUGE-L"], ["bleu4", "BLEU-4 of the row"]];
@@ -26,7 +26,7 @@ peftlib.explorer = (() => {
       count: el("output"), list: el("table", { className: "found" }), detail: el("div", { "aria-live": "polite" }),
       previous: el("button", { type: "button", textContent: "Previous", onclick: () => move(-PAGE) }),
       next: el("button", { type: "button", textContent: "Next", onclick: () => move(PAGE) }),
-      csv: el("button", { type: "button", textContent: "CSV", title: "The rows found, in this order", onclick: download }),
+      csv: el("button", { type: "button", textContent: "CSV", title: "The matching rows, in this order", onclick: download }),
     };
     const controls = el("div", { className: "controls" }, labelled("Answers of", parts.run), labelled("against", parts.over), labelled("Source", parts.source),
       labelled("Search", parts.text), labelled("Sort by", parts.order), labelled("Score", parts.metric), labelled("mark words", parts.marked));
@@ -50,7 +50,7 @@ peftlib.explorer = (() => {
     parts.marked.addEventListener("input", show);
   }
 
-  /** Load what is asked for and not there yet; returns what went wrong, in words, or "". */
+  /** Load requested data that are not loaded yet; returns an error message or "". */
   async function choose() {
     try {
       rows ??= await load("rows");
@@ -101,7 +101,7 @@ peftlib.explorer = (() => {
       el("td", { className: "quiet" }, el("bdi", {}, rows.rows[i][0])));
     parts.list.replaceChildren(el("caption", { hidden: true }, `Rows found, ${metric[1]}`), el("thead", {}, el("tr", {}, ...head.map((name, n) => el("th", { scope: "col", className: isNumber(n) ? "number" : "" }, el("bdi", {}, name))))),
       el("tbody", {}, ...found.slice(first, first + PAGE).map((i, n) => line(i, first + n))));
-    parts.count.textContent = found.length ? `${number(first + 1, 0)} to ${number(Math.min(first + PAGE, found.length), 0)} of ${number(found.length, 0)} rows` : "No row holds this: shorten the search, or take all sources.";
+    parts.count.textContent = found.length ? `${number(first + 1, 0)} to ${number(Math.min(first + PAGE, found.length), 0)} of ${number(found.length, 0)} rows` : "No row contains this: shorten the search, or choose all sources.";
     parts.previous.disabled = first === 0;
     parts.next.disabled = first + PAGE >= found.length;
     parts.csv.disabled = !found.length;
@@ -114,7 +114,7 @@ peftlib.explorer = (() => {
     parts.list.querySelectorAll("th button")[place % PAGE].focus();
   }
 
-  /** A text with the reference's words marked: lengths of parts in turn, other words first. */
+  /** A text with the reference's words marked: alternating lengths of parts, other words first. */
   function markedText(text, lengths) {
     const made = el("div", { className: "text", dir: "auto" });
     let from = 0;
@@ -140,13 +140,13 @@ peftlib.explorer = (() => {
     const i = found[at], plain = (text) => el("div", { className: "text", dir: "auto" }, text.trim() ? text : "(empty)");
     const ofRun = (of) => {
       const run = runs.get(of.file), text = run.answers[i];
-      const facts = `${METRICS.map(([key, label]) => `${label.replace(" of the row", "")} ${number(run[key][i], 3)}`).join(", ")}; ${run.tokens[i]} tokens, ${run.cut[i] ? "cut at the limit" : "ended by itself"}`;
+      const facts = `${METRICS.map(([key, label]) => `${label.replace(" of the row", "")} ${number(run[key][i], 3)}`).join(", ")}; ${run.tokens[i]} tokens, ${run.cut[i] ? "cut at the token limit" : "finished"}`;
       return card(labelOf(of), of.method, facts, text.trim() && parts.marked.checked ? markedText(text, run.marks[i]) : plain(text));
     };
     const shown = [...new Set([chosen("over"), chosen("run")])];
-    const legend = el("p", { className: "quiet" }, el("mark", {}, "Shaded"), ": the reference's words, in its order; ", el("u", {}, "dotted"), ": other words. Scores are of this row alone, from 0 to 1.");
+    const legend = el("p", { className: "quiet" }, el("mark", {}, "Shaded"), ": the reference's words, in its order; ", el("u", {}, "dotted"), ": other words. Scores are for this row only, from 0 to 1.");
     parts.detail.replaceChildren(card(`Prompt of ${rows.rows[i][0]}`, null, rows.rows[i][1], plain(rows.prompts[i])),
-      el("div", { className: "cards" }, card("reference", null, "what the data hold", plain(rows.references[i])), ...shown.map(ofRun)), parts.marked.checked ? legend : "");
+      el("div", { className: "cards" }, card("reference", null, "from the data", plain(rows.references[i])), ...shown.map(ofRun)), parts.marked.checked ? legend : "");
   }
 
   function download() {

@@ -1,5 +1,5 @@
 "use strict";
-// The planner's table, loaded when the rest of the page stands. Hours are in proportion to the rows; nothing else is computed.
+// The planner's table, loaded after the rest of the page. Hours are proportional to the rows; nothing else is computed.
 (() => {
   const { $, el, number, options, labelled, load, missing } = peftlib;
 
@@ -8,7 +8,7 @@
     const [size, unit] = [[3600, "h"], [60, "min"], [1, "s"]].find(([size]) => seconds >= size || size === 1);
     return [String(Math.max(1, two(seconds / size))), unit];
   }
-  /** As train/estimate.duration says it. */
+  /** Formats like train/estimate.duration. */
   function duration(low, high) {
     const [from, to] = [time(low), time(high)];
     if (from.join() === to.join()) return `about ${from.join(" ")}`;
@@ -54,12 +54,12 @@
       const profile = chosen.precision === "fp16" ? "t4" : "gpu";
       const lines = Object.entries({ profile, ...given }).map(([name, value]) => `${name} = ${JSON.stringify(value)}`);
       const words = Object.entries(given).map(([name, value]) => `-p ${name}=${value}`).join(" ");
-      settings.textContent = [...lines, "", "# or, without a browser:", `peftlib run --profile ${profile} --study mine ${words}`].join("\n");
+      settings.textContent = [...lines, "", "# or run this command:", `peftlib run --profile ${profile} --study mine ${words}`].join("\n");
     }
     for (const control of [card, model, length, rows]) control.addEventListener("input", show);
     $("planner").append(el("div", { className: "controls" }, labelled("GPU", card), labelled("Model", model), labelled("Longest row, tokens", length), labelled(`Training rows of each of ${plan.sources} sources`, rows), said),
       el("div", { className: "scroller", role: "region", "aria-label": "What fits", tabIndex: 0 }, table),
-      el("p", { className: "quiet" }, "Times reach from rows of a fifth of the longest length to rows that all have it; answering the test rows comes on top. For adapters of other kinds: peftlib plan --methods."),
+      el("p", { className: "quiet" }, "Times range from rows of a fifth of the maximum length to rows that all have the maximum; answering the test rows takes extra time. For other adapters use peftlib plan --methods."),
       el("h3", {}, "Settings"), settings, copy);
     show();
   }

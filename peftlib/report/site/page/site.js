@@ -1,5 +1,5 @@
 "use strict";
-// Whatever comes from a study goes onto the page as a text node, never as markup: `el` is the only maker of elements.
+// Study data are added to the page as text nodes, never as markup: only `el` creates elements.
 const peftlib = (() => {
   const kept = new Map(), waiting = new Map();
   const $ = (id) => document.getElementById(id);
@@ -7,20 +7,20 @@ const peftlib = (() => {
   /** Called by the files of data/. */
   function take(name, value) { kept.set(name, value); }
 
-  /** A script of the page's folder, once. */
+  /** Load a script of the page's folder once. */
   function script(path) {
     if (!waiting.has(path)) {
       waiting.set(path, new Promise((resolve, reject) => {
-        document.head.append(el("script", { src: path, onload: resolve, onerror: () => { waiting.delete(path); reject(new Error(`${path} is not there`)); } }));
+        document.head.append(el("script", { src: path, onload: resolve, onerror: () => { waiting.delete(path); reject(new Error(`${path} is missing`)); } }));
       }));
     }
     return waiting.get(path);
   }
 
-  /** Say that a file is missing; a page of file:// gets no event of a rejection that nobody handles. */
+  /** Show that a file is missing; a file:// page gets no event for an unhandled rejection. */
   function missing(error) { $("about").textContent = `${error.message}: copy the whole folder, then reload this page.`; }
 
-  /** The value of data/NAME.js, which is loaded when it is first asked for. */
+  /** The value of data/NAME.js, loaded on first use. */
   async function load(name) {
     if (!kept.has(name)) await script(`data/${name}.js`);
     return kept.get(name);
@@ -55,7 +55,7 @@ const peftlib = (() => {
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   }
 
-  /** CSV of [[cell, ...], ...]: all quoted, and no cell a formula to a spreadsheet (OWASP's apostrophe). */
+  /** CSV of [[cell, ...], ...]: all cells quoted and escaped against formulas (OWASP's apostrophe). */
   function csv(rows) {
     const cell = (value) => {
       let text = value === null || value === undefined ? "" : String(value);
@@ -101,7 +101,7 @@ const peftlib = (() => {
     if (sort) {
       const known = (run) => run[sort] !== null && run[sort] !== undefined;
       const order = (a, b) => (a[sort] < b[sort] ? -1 : a[sort] > b[sort] ? 1 : 0) * (descending ? -1 : 1);
-      shown.sort((a, b) => known(b) - known(a) || (known(a) ? order(a, b) : 0));  // unknown ones last, either way
+      shown.sort((a, b) => known(b) - known(a) || (known(a) ? order(a, b) : 0));  // unknown values last in both directions
     }
     $("count").textContent = `${shown.length} of ${data().runs.length} runs`;
   }
@@ -155,7 +155,7 @@ const peftlib = (() => {
     const facts = [...new Set(studies.flatMap((study) => study.models)), ...(studies[0].n_test === null ? [] : [`${number(studies[0].n_test, 0)} test rows`]),
       ...new Set(studies.flatMap((study) => study.devices))];
     $("about").textContent = facts.join(" · ");
-    $("made").textContent = `Made by peftlib ${data().version}. Intervals are 95 % intervals over test rows and seeds where the study has them, else the range of the seeds.`;
+    $("made").textContent = `Made by peftlib ${data().version}. Intervals are 95 % intervals over test rows and seeds if the study has them, otherwise the range over seeds.`;
     options($("study"), [["", "all"], ...names.map((name) => [name, name])], "");
     $("study-label").hidden = names.length < 2;
     if (names.length < 2) state.hidden.add("study");
