@@ -281,7 +281,7 @@ def _require_base(study, record, log, **where):
 
 @contextlib.contextmanager
 def _written(model, tokenizer):
-    """A temporary transformers folder of a model for engines that load it; fp16, which vLLM refuses, becomes float32."""
+    """A temporary transformers folder of a model for engines that load it; vLLM refuses fp16, so it becomes float32."""
     with tempfile.TemporaryDirectory(prefix="peftlib-merged-") as folder:
         with writing(folder):
             (model if model.dtype == torch.bfloat16 else model.float()).save_pretrained(folder)

@@ -247,15 +247,6 @@ def _local_lock(path, *, is_drive=False):
     return FileLock(beside, thread_local=False)
 
 
-def _is_free(path):
-    """Whether no process of this machine holds a lock file's local lock."""
-    try:
-        with _local_lock(path).acquire(blocking=False):
-            return True
-    except (Timeout, OSError):
-        return False
-
-
 def _read(path):
     """The owner that a lock file names, or None if the file is missing, damaged or unreadable."""
     try:
