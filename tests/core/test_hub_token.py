@@ -118,7 +118,7 @@ def test_colab_is_not_asked_outside_a_kernel_or_where_nobody_looks(colab, monkey
     monkeypatch.setattr(hub_token, "is_watched", session.is_watched)  # this process is no kernel
     # What Colab's own function comes to in a terminal.
     colab.answer = AttributeError("'NoneType' object has no attribute 'kernel'")
-    with pytest.raises(ModelError, match="in a notebook's cell alone, not from a terminal"):
+    with pytest.raises(ModelError, match="only in a notebook cell, not from a terminal"):
         hub_token.hf_token()
     assert colab.asked == []
 

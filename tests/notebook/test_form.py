@@ -59,7 +59,7 @@ def test_a_choice_moves_the_numbers_it_should(fresh):
 @pytest.mark.parametrize(
     "choices, words",
     [
-        ({"lora_rank": 0}, "lora_rank=0 is out of range: use 1 or more (columns of each adapter)"),
+        ({"lora_rank": 0}, "lora_rank=0 is out of range: use 1 or more (rank of each adapter)"),
         ({"moment_bits": 16}, "moment_bits=16 is not allowed: use 8, 32"),
         ({"train_rows": "many"}, "train_rows='many' is a str: use a whole number (rows per source)"),
         ({"max_length": 32768, "model": "google/gemma-3-1b-it", "memory_gib": 1.0}, "the least is"),
