@@ -86,7 +86,7 @@ def test_without_factors_a_study_adopts_what_a_search_finds(settings, in_this_pr
 
 def test_later_rates_are_refused(settings, in_this_process):
     run(settings(methods=("qlora",), seeds=(0,), has_report=False), log=str)
-    with pytest.raises(StudyError, match="has learning rates of qlora already"):
+    with pytest.raises(StudyError, match="already has learning rates for qlora"):
         changed = settings(methods=("qlora",), seeds=(0, 1), factors=(0.1,), has_report=False)
         run(changed, log=str)
 

@@ -166,7 +166,7 @@ def test_an_update_that_cannot_be_captured_runs_kernel_by_kernel(trained, monkey
     monkeypatch.setattr(StepGraphs, "_capture", refuse_updates)
     found = trained("qlora", is_graphed=True, lines=lines)
     assert_alike(found, plain)
-    assert lines == ["the optimizer's update is not captured (planted)"] and found[2].graphs.captured
+    assert lines == ["the optimizer update runs without CUDA graphs (planted)"] and found[2].graphs.captured
 
 
 def test_out_of_memory_in_a_capture_reaches_the_loop(trained, monkeypatch):

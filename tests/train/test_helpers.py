@@ -115,4 +115,4 @@ def test_a_process_without_a_gpu_says_so(monkeypatch):
 def test_a_finished_run_starts_no_process(finished, monkeypatch):
     monkeypatch.setattr(helpers, "_Helper", lambda *args: pytest.fail("a process was started"))
     record, lines = lived(finished("galore", processes=2))
-    assert record["status"] == "ok" and "finished before" in lines[0]
+    assert record["status"] == "ok" and "already finished" in lines[0]

@@ -204,7 +204,7 @@ def test_what_several_cards_cannot_do_is_refused_with_the_arithmetic(make_study,
     whole = memory_model.optimizer_bytes(SHAPES["gemma-3-1b"], "galore", cfg)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert 0.25 * whole < memory_model.optimizer_bytes(SHAPES["gemma-3-1b"], "galore", cfg) < 0.6 * whole
-    with pytest.raises(ConfigError, match=r"4 cards do not change that: each holds all weights \(\d\.\d\d GiB\)"):
+    with pytest.raises(ConfigError, match=r"4 GPUs do not help: each holds all weights \(\d\.\d\d GiB\)"):
         memory_model.choose(SHAPES["gemma-3-1b"], "galore", cfg, device_bytes=2 * GIB, precision="bf16")
     with pytest.raises(ConfigError, match="4 processes: a sweep works in one process"):
         sweep.sweep(make_study(), "qlora", log=lambda line: None)

@@ -266,7 +266,7 @@ def test_rates_are_adopted_once_and_before_the_first_run(make_study):
     study = make_study()
     study.adopt("qlora", {"lora_learning_rate": 6e-4}, {"rows": 6})
     study.adopt("qlora", {"lora_learning_rate": 6e-4}, {"rows": 6})
-    with pytest.raises(StudyError, match=r"has learning rates of qlora already: lora_learning_rate: 0.0006 -> 0.0001"):
+    with pytest.raises(StudyError, match=r"already has learning rates for qlora: lora_learning_rate: 0.0006 -> 0.0001"):
         study.adopt("qlora", {"lora_learning_rate": 1e-4}, {})
     record = TrainingRun(study, "qlora").train()
     assert record["learning_rate"] == 6e-4 and record["config"]["lora_learning_rate"] == 6e-4
