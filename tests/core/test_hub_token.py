@@ -161,7 +161,9 @@ def test_kaggles_secret_is_asked_on_kaggle_and_colabs_is_not(colab, monkeypatch)
     kaggle.UserSecretsClient = Client
     monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle)
     assert hub_token.hf_token() == "HF_TOKEN planted"
-    with pytest.raises(ModelError, match=r"secret HF_TOKEN could not be read \(BackendError: .*\): add it under Add-ons"):
+    with pytest.raises(
+        ModelError, match=r"secret HF_TOKEN could not be read \(BackendError: .*\): add it under Add-ons"
+    ):
         hub_token.hf_token()
     assert colab.asked == []
 
