@@ -110,7 +110,7 @@ def test_the_copy_in_a_study_is_checked(make_study, file, monkeypatch):
         (None, "there is no file .*: give an adapter_config.json"),
         ("{", "is no JSON"),
         (json.dumps({**FIELDS, "peft_type": "PROMPT_TUNING"}), "trains a prompt"),
-        (json.dumps({**FIELDS, "target_modules": ["q_porj"]}), "'q_porj', which no layer is called: use q_proj"),
+        (json.dumps({**FIELDS, "target_modules": ["q_porj"]}), "'q_porj', which is not a layer: use q_proj"),
         (
             json.dumps({**FIELDS, "base_model_name_or_path": "google/gemma-3-4b-it"}),
             "='google/gemma-3-4b-it', the study's",

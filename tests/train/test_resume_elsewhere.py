@@ -246,5 +246,5 @@ def test_a_checkpoint_of_another_model_is_refused(make_study, tmp_path):
     study = make_study(model=str(folder), max_seconds=1e-9)
     trained(study, "galore")
     tiny.model_folder(folder, seed=1)
-    with pytest.raises(ModelError, match="another base model than the one of galore"):
+    with pytest.raises(ModelError, match="is not the base model of galore"):
         trained(study, "galore")
