@@ -87,9 +87,9 @@ def _nf4(precision, kept_plain):
 def guard_four_bit(model, four_bit):
     """Require that exactly the named projections are 4-bit, and prevent repacking on CPUs.
 
-    At the first eval() forward a CPU would repack 4-bit weights in place, which changes later losses.
+    In the first eval() forward pass a CPU would repack 4-bit weights in place, which changes later losses.
 
-    ModelError: a projection that should be 4-bit is not, or one that should not be is; lm_head is 4-bit or untied.
+    ModelError: a projection should be 4-bit but is not, or should not be but is; lm_head is 4-bit or untied.
     """
     from bitsandbytes.nn import Linear4bit
 

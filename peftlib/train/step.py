@@ -199,7 +199,7 @@ def _cause(model, optimizer, applied, step):
     numbers = {id(p): (i, name) for i, (name, p) in enumerate(params.items())}
     # Backward runs from the last layer to the first, so it started at the last weight in the model's order.
     _, name = max(numbers[id(p)] for p in unfit)
-    return f"the gradient of {name}{of_step} is inf or nan (as in {len(unfit)} of {len(params)} trained weights)"
+    return f"the gradient of {name}{of_step} is inf or nan ({len(unfit)} of {len(params)} gradients are not finite)"
 
 
 def first_nonfinite(tensors):

@@ -65,9 +65,7 @@ def sweep(
         log(f"{method}, {_shown(rates)}: " + (f"stopped at step {cut}, clearly worse" if cut else ended))
     best = _least(tried)
     if best is None:
-        raise NonFiniteLossError(
-            f"{method}: none of the {len(tried)} rates tried gave a finite loss: sweep with smaller factors"
-        )
+        raise NonFiniteLossError(f"{method}: none of {len(tried)} rates gave a finite loss: sweep with smaller factors")
     found = {"method": method, "rows": rows, "steps": steps, "seed": cfg.seed, "tried": tried, "best": best}
     found |= {"is_at_edge": is_at_edge(found), "diverges_beyond": _diverges_beyond(found, fields)}
     found |= {"max_trials": TRIALS} if factors is None else {}

@@ -107,7 +107,7 @@ def test_a_base_models_own_code_is_neither_run_nor_asked_about(base, monkeypatch
         with pytest.raises(ModelError, match="base needs its own Python code .auto_map"):
             call()
     if fields:
-        with pytest.raises(ModelError, match="base.*auto_map|base.*has no config"):
+        with pytest.raises(ModelError, match="base.*auto_map|base.*has no Gemma-like config"):
             shape_of(str(base))
     assert not ran.exists()
 

@@ -175,7 +175,7 @@ def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make
     monkeypatch.setattr(placement, "step_seconds", lambda *args, **how: 0.75)  # compiled; else 1.0
     long, short = (make_study(study=f"{n}", epochs=200, max_steps=n) for n in (400, 40))
     told, execution = told_on_a_card(long, monkeypatch)
-    assert told == "compiles its layers: about 25 s, saves about 100 s over 400 steps" and execution.is_compiled
+    assert told == "compiles the layers: about 25 s, saves about 100 s over 400 steps" and execution.is_compiled
     told, execution = told_on_a_card(short, monkeypatch)
     assert (
         told == "does not compile the layers: about 25 s, would save about 10 s over 40 steps"
@@ -184,7 +184,7 @@ def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make
     assert "about 20 s, saves about 100 s" in told_on_a_card(long, monkeypatch, "galore")[0]
     execution._cache.keep_seconds(8.0)  # as this machine has done it before
     told, execution = told_on_a_card(short, monkeypatch)
-    assert told == "compiles its layers: about 8 s, saves about 10 s over 40 steps" and execution.is_compiled
+    assert told == "compiles the layers: about 8 s, saves about 10 s over 40 steps" and execution.is_compiled
     execution._cache.path.write_bytes(b"of an earlier session")
     assert "about 5 s, saves" in told_on_a_card(short, monkeypatch)[0]
 

@@ -189,7 +189,7 @@ ODD = {
     "progress of text": (state_with(progress="x"), 'progress is "x", not an object'),
     "unknown progress": (state_with(progress={"steps": 1}), "progress lacks 'step'"),
     "step of text": (state_with(progress={"step": "2"}), 'progress.step is "2", not a number'),
-    "a step beyond the end": (state_with(progress={"step": 900}), "progress.step is 900, the run has 6 steps"),
+    "a step beyond the end": (state_with(progress={"step": 900}), "progress.step is 900, but the run has 6 steps"),
     "history of numbers": (state_with(history=[1, 2]), "history.0 is 1, not an object"),
     "history without loss": (
         state_with(history=[{"step": 1, "tokens": 1, "seconds": 1.0, "learning_rate": 1.0}]),
