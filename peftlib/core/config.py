@@ -125,7 +125,7 @@ class Config:
     max_seconds: float = setting(0.0, "run", "wall-clock limit per training call, then save; 0: none", low=0.0)
     session_hours: float = setting(0.0, "run", "session length; 0: 12 on Colab and Kaggle, else no limit", low=0.0)
     save_steps: int = setting(50, "run", "minimum optimizer steps between checkpoints", low=1)
-    max_save_overhead: float = setting(0.02, "run", "limit on time spent saving; 0: none", low=0.0, high=1.0)
+    max_save_overhead: float = setting(0.02, "run", "max share of time spent saving; 0: no limit", low=0.0, high=1.0)
     eval_steps: int = setting(50, "run", "optimizer steps between validation losses", low=1)
     resume_rate_factor: float = setting(1.0, "run", "factor on a resumed run's learning rates", above=0.0, high=100.0)
     save_total_limit: int = setting(1, "run", "number of verified checkpoints to keep", low=1, high=10)

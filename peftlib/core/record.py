@@ -161,7 +161,7 @@ def save(study, record):
 
 
 def load(study, method, seed):
-    """The record of a run, or None where there is none. StudyError: as read."""
+    """The record of a run, or None if there is none. StudyError: see read."""
     path = study.record_path(method, seed)
     return read(path) if path.exists() else None
 

@@ -115,7 +115,7 @@ class Study:
         if changed:
             raise StudyError(
                 f"study {self.cfg.study!r} was made with another config: {'; '.join(changed)}. "
-                f"Set these fields back, or choose another study name ({self.folder} stays as it is)."
+                f"Change these fields back, or choose another study name ({self.folder} is left unchanged)."
             )
 
     def has_begun(self):

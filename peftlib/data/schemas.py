@@ -30,10 +30,10 @@ from peftlib.data.turns import (
 
 SCHEMAS = {
     "alpaca": "Alpaca (instruction, input, output)",
-    "tulu": "Tulu (dataset, id, messages of role and content)",
-    "ultrachat": "UltraChat (prompt, prompt_id, messages of role and content)",
-    "messages": "chat messages (messages of role and content)",
-    "sharegpt": "ShareGPT (conversations of from and value)",
+    "tulu": "Tulu (dataset, id, messages with role and content)",
+    "ultrachat": "UltraChat (prompt, prompt_id, messages with role and content)",
+    "messages": "chat messages (messages with role and content)",
+    "sharegpt": "ShareGPT (conversations with from and value)",
 }
 
 _TURNS_FIELD = {"tulu": "messages", "ultrachat": "messages", "messages": "messages", "sharegpt": "conversations"}

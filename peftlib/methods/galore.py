@@ -70,8 +70,8 @@ def _by_its_authors(cfg, projected, plain):
     for field, value in needed.items():
         if getattr(cfg, field) != value:
             raise ConfigError(
-                f"{field}={getattr(cfg, field)!r} is not for galore_engine='galore_torch': set {field} to {value!r}, "
-                "or galore_engine='peftlib'"
+                f"{field}={getattr(cfg, field)!r} does not work with galore_engine='galore_torch': set {field} to "
+                f"{value!r}, or galore_engine='peftlib'"
             )
     require_rank("galore_rank", cfg.galore_rank, [p.shape for p in projected])
     group = {"params": projected, "rank": cfg.galore_rank, "update_proj_gap": cfg.galore_update_interval}

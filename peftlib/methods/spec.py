@@ -87,7 +87,7 @@ class MethodSpec:
 def register(spec):
     """Register a method, last in the study order; returns it. ConfigError: the name is taken."""
     if spec.name == BASE or spec.name in METHODS:
-        raise ConfigError(f"method={spec.name!r} exists already: choose another name")
+        raise ConfigError(f"method={spec.name!r} already exists: choose another name")
     METHODS[spec.name] = spec
     return spec
 

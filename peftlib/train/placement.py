@@ -54,22 +54,22 @@ class ExecutionPlan:
             use_kernel(model, self.attention, longest=longest_row(cfg.max_length, self.tokens))
         if device == "cuda":
             how = (
-                f"packs rows without masks ({self.attention})"
+                f"packing rows without masks ({self.attention})"
                 if self.attention
-                else f"packs rows with masks ({why_masks})"
+                else f"packing rows with masks ({why_masks})"
             )
-            log(f"{how}, {'runs steps as CUDA graphs' if self.is_graphed else 'runs steps without CUDA graphs'}")
+            log(f"{how}, {'running steps as CUDA graphs' if self.is_graphed else 'running steps without CUDA graphs'}")
         self.compile_error, self._steps = None, 0
         self.captured = 0  # micro-batch lengths captured in this session
         if self.is_compiled:
             loaded = self._cache.load()
-            log(f"compiles the layers{', from the cache' if loaded else ''}: {why}")
+            log(f"compiling the layers{', from the cache' if loaded else ''}: {why}")
             try:
                 compiled.compile_layers(model, activation_budget=budget)
             except Exception as error:  # noqa: BLE001  re-raised if it is not the compiler's
                 self.recover_from(error, step=0)
         elif device == "cuda":
-            log(f"does not compile the layers: {why}")
+            log(f"not compiling the layers: {why}")
 
     def _compile_costs(self, shape, precision, tokens):
         """Estimated (seconds to compile, seconds per uncompiled step)."""

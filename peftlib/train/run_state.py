@@ -164,7 +164,7 @@ def resume_from_checkpoint(run):
     if (state["run_hash"], state["split_hash"]) != (run.cfg.run_hash(run.name), run.manifest["split_hash"]):
         changed = differences(current_names(state["config"]), run.cfg.fields_of("data", "math")) or ["split_hash"]
         raise CheckpointError(
-            f"{what} was made with other settings: {'; '.join(changed)}. Set them back, choose another study name "
+            f"{what} was made with other settings: {'; '.join(changed)}. Change them back, choose another study name "
             "(with fork = this study, it starts from these weights), or delete that folder to start over."
         )
     run_record.require_same_architecture(state["layers"], run.record["layers"], where)
@@ -195,7 +195,7 @@ def init_from_study(run):
     what = f"fork={run.cfg.fork!r}: what its {run.name} trained"
     _load_weights(run, _fitting_weights(weights, made_with, run, what))
     run.record["forked_from"] = where
-    run.log(f"starts from the weights of {where}")
+    run.log(f"starting from the weights of {where}")
 
 
 @contextlib.contextmanager

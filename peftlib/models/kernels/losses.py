@@ -11,7 +11,7 @@ from peftlib.models.inspect import head_weight, hidden_states
 
 IGNORE = -100  # label of positions that are not scored, torch's default
 CHUNK = 256  # positions whose logits are in memory at once
-_FP16_LIFT = 1024.0  # exact power of two that keeps small probabilities above fp16's smallest number
+_FP16_LIFT = 1024.0  # power of two that keeps small probabilities above fp16's smallest number
 
 
 def chunked_loss_sum(
