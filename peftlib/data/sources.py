@@ -82,7 +82,7 @@ class Source:
         }
         return {
             "where": {stream: self.label(stream, is_public=True) for stream in self.streams},
-            "license": known.get(self.where, "unknown to peftlib: see its owner's terms"),
+            "license": known.get(self.where, "as its owner says: not known to peftlib"),
             "test_rows_from": "separate rows" if "test" in self.streams else "the same rows, by hash",
         }
 

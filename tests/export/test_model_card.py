@@ -137,7 +137,7 @@ def rewrite_manifest(study, **sources):
 def test_the_datas_licences_are_told_and_a_ban_on_commerce_stands_first(finished, tmp_path):
     study = finished("qlora")
     assert "commercial" not in export_model(study, "qlora", to=tmp_path / "sample").card
-    own = "unknown to peftlib: see its owner's terms"
+    own = "as its owner says: not known to peftlib"
     rewrite_manifest(
         study, alpaca=("CC BY-NC 4.0", "tatsu-lab/alpaca"), tulu=("ODC-BY 1.0", "a/tulu"), ultrachat=(own, None)
     )

@@ -182,7 +182,7 @@ ODD = {
     ),
     "no generators": (lambda t, s: ({**t, "generators": {}}, s), "does not contain what .*KeyError: 'python'"),
     "a broadcastable shape": (wider, r"lora_A.* has the shape \(1, .*here it has \(4, .*same model"),
-    "a broadcastable moment": (moment_of_one_row, r"exp_avg of weight .* should have the shape \(8, .*it is \(1, "),
+    "a broadcastable moment": (moment_of_one_row, r"exp_avg of weight .* should have the shape \(8, .*but is \(1, "),
     "a nan": (with_nan, "contains inf or nan, so no run can continue from it"),
     "no config hash": (state_without("run_hash"), "does not contain what .*lacks 'run_hash'"),
     "no progress": (state_without("progress"), "does not contain what .*lacks 'progress'"),

@@ -53,7 +53,7 @@ def test_all_tasks_of_the_harness_are_known_by_their_names():
     [
         ("piqa.jsonl", [], "arc_easy needs one arc_easy.jsonl .*there is none"),
         ("more/arc_easy.jsonl", ARC[0], "there is 2 of them"),
-        ("arc_easy.jsonl", "", "has no rows"),
+        ("arc_easy.jsonl", "", "holds no rows"),
         (
             "arc_easy.jsonl",
             [{"query": "What?", "choices": ["a"], "gold": 0}],
