@@ -113,7 +113,7 @@ def test_the_copy_in_a_study_is_checked(make_study, file, monkeypatch):
         (json.dumps({**FIELDS, "target_modules": ["q_porj"]}), "'q_porj', which is not a layer: use q_proj"),
         (
             json.dumps({**FIELDS, "base_model_name_or_path": "google/gemma-3-4b-it"}),
-            "='google/gemma-3-4b-it', the study's",
+            "='google/gemma-3-4b-it', but the study's",
         ),
     ],
 )
