@@ -1,4 +1,4 @@
-"""Where and how a run executes: device, precision with its reason, output folder, seeds of the random generators."""
+"""Where and how a run executes: device, precision and its reason, output folder, random seeds."""
 
 import os
 import random
@@ -21,7 +21,7 @@ def profile_for_hardware():
 
 
 def resolve_device(device):
-    """'cuda' or 'cpu' for a config's device. ModelError: cuda is asked for and there is none."""
+    """'cuda' or 'cpu' for a config's device. ModelError: cuda is requested but not available."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -32,9 +32,9 @@ def resolve_device(device):
 
 
 def training_precision(device, asked="auto"):
-    """(precision, reason) of training on a device: 'bf16', 'fp16' or 'fp32', and why; `asked` wins unless 'auto'.
+    """(precision, reason) for training on a device: 'bf16', 'fp16' or 'fp32', and why; `asked` wins unless 'auto'.
 
-    Decided by compute capability: torch.cuda.is_bf16_supported() is True on a T4, which only emulates it.
+    Uses the compute capability: torch.cuda.is_bf16_supported() returns True on a T4, which only emulates bf16.
     """
     import torch
 
@@ -53,13 +53,13 @@ def training_precision(device, asked="auto"):
 def output_root():
     """Folder on the local disk that holds the studies.
 
-    PEFTLIB_ROOT, else runs/ of the checkout or, for a copy that pip installed, of the working folder (/content on
-    Colab).
+    PEFTLIB_ROOT if set; else runs/ in the checkout, or in the working folder (/content on Colab) if pip installed
+    this copy.
     """
     named = os.environ.get("PEFTLIB_ROOT")
     if named:
         return Path(named).expanduser()
-    # An installed copy lies in site-packages, where nothing should be written.
+    # An installed copy is in site-packages, where we should not write.
     return (paths.checkout() or Path.cwd()) / "runs"
 
 
@@ -70,14 +70,14 @@ def require_bitsandbytes(what):
     except ImportError as error:
         raise ModelError(
             f"{what} needs bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes, "
-            "or take a method that needs none (lora, galore)"
+            "or use a method that does not need it (lora, galore)"
         ) from error
 
 
 def seed_of(*numbers):
-    """A 32-bit seed from whole numbers, every one of which counts.
+    """A 32-bit seed that depends on every one of these integers.
 
-    torch's generator on CPUs takes the low 32 bits of a seed alone, so shifting a number above them loses it.
+    torch's CPU generator uses only the low 32 bits of a seed, so a number shifted above them would be lost.
     """
     import numpy as np
 
@@ -85,7 +85,7 @@ def seed_of(*numbers):
 
 
 def generator_states():
-    """States of Python's, NumPy's and torch's generators, CUDA's included, as {name: plain tensor}."""
+    """States of the Python, NumPy and torch generators, including CUDA's, as {name: plain tensor}."""
     import numpy as np
     import torch
 
@@ -105,7 +105,7 @@ def generator_states():
 
 
 def set_generator_states(states):
-    """Set the generators to what `generator_states` returned; a GPU's is left alone where there is none now or then."""
+    """Restore what `generator_states` returned; CUDA's state only if there is a GPU now and there was one then."""
     import numpy as np
     import torch
 

@@ -1,6 +1,6 @@
-"""Errors that a user can act on: each message names the thing, its value and the way out.
+"""Errors that a user can act on: each message names the problem, the value and what to do.
 
-`writing` and `reading` put what disks and damaged files raise into these words.
+`writing` and `reading` convert errors from disks and damaged files to these.
 """
 
 import contextlib
@@ -10,10 +10,10 @@ import re
 
 
 class PeftlibError(Exception):
-    """Base of every error peftlib raises on purpose; the command line prints it without a traceback."""
+    """Base of all errors that peftlib raises on purpose; the command line prints them without a traceback."""
 
     def _render_traceback_(self):
-        """What a notebook shows for it (IPython's protocol): the message alone. The cell fails as ever."""
+        """What a notebook shows (IPython's protocol): only the message. The cell still fails."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -22,7 +22,7 @@ class ConfigError(PeftlibError, ValueError):
 
 
 class DataError(PeftlibError, ValueError):
-    """A data source that is missing, empty, of another schema, or too small."""
+    """A data source that is missing, empty or too small, or that has an unknown schema."""
 
 
 class StudyError(PeftlibError, RuntimeError):
@@ -30,17 +30,17 @@ class StudyError(PeftlibError, RuntimeError):
 
 
 class LockedError(StudyError):
-    """A study folder that another live session works in."""
+    """A study folder that another live session is using."""
 
 
 class NodeError(PeftlibError, RuntimeError):
-    """A machine that cannot do a run which another one of the cluster can."""
+    """A machine that cannot do a run, although another one in the cluster may."""
 
 
 class DiskError(PeftlibError, OSError):
-    """A disk that is full, read-only or failing, or a path that it does not take.
+    """A disk that is full, read-only or failing, or a path that it does not accept.
 
-    action: what could not be done with the file, such as 'written'. way_out: what to do about it, in words.
+    action: what could not be done with the file, such as 'written'. way_out: what the user can do about it.
     """
 
     def __new__(cls, number, strerror, path, *, action, way_out):
@@ -55,31 +55,31 @@ class DiskError(PeftlibError, OSError):
 
 
 class SchemaError(StudyError):
-    """A file that a peftlib of another schema version wrote; undamaged."""
+    """An undamaged file written by a peftlib with another schema version."""
 
 
 class ModelError(PeftlibError, RuntimeError):
-    """A model or tokenizer that cannot be had, or that is not what it claims to be."""
+    """A model or tokenizer that cannot be loaded, or that is not what it claims to be."""
 
 
 class CheckpointError(PeftlibError, RuntimeError):
-    """A checkpoint that cannot be resumed here, with the reason."""
+    """A checkpoint that cannot be resumed here; the message says why."""
 
 
 class Stopped(PeftlibError):
-    """Work that ends before its time is over; what is done is kept, and the same call goes on from there."""
+    """Work that stopped early; finished work is kept, and the same call resumes from there."""
 
 
 class ParallelError(PeftlibError, RuntimeError):
-    """A process of a run on several has failed or is gone; the last checkpoint is kept."""
+    """A process of a multi-process run has failed or is gone; the last checkpoint is kept."""
 
 
 class NonFiniteLossError(PeftlibError, FloatingPointError):
-    """Training met a loss that is inf or nan; the last good checkpoint is kept."""
+    """The training loss is inf or nan; the last good checkpoint is kept."""
 
 
 class JudgeError(PeftlibError, RuntimeError):
-    """A judge that cannot be asked: its endpoint is down, refuses the key, or does not serve the model."""
+    """An unusable judge: its endpoint is down, rejects the key, or does not serve the model."""
 
 
 MADE_AGAIN = "delete it and run the notebook that writes it again"
@@ -87,21 +87,21 @@ MADE_AGAIN = "delete it and run the notebook that writes it again"
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn an error of the disk into a DiskError that names `path`, or the file that the error itself names."""
+    """Convert disk errors to a DiskError that names `path`, or the file that the error itself names."""
     try:
         yield
     except PeftlibError:
         raise
     except Exception as error:
         number = _number_of(error)
-        if number is None:  # no error of a disk: of the network, as requests has them, or a bug
+        if number is None:  # not a disk error: a network error, as in requests, or a bug
             raise
         raise _disk_error(number, error, path, "written") from error
 
 
 @contextlib.contextmanager
 def reading(path, way_out=MADE_AGAIN):
-    """Turn an error of the disk into a DiskError, and of a damaged file into a StudyError; both name `path`."""
+    """Convert disk errors to a DiskError and damaged files to a StudyError; both name `path`."""
     try:
         yield
     except PeftlibError:
@@ -114,12 +114,12 @@ def reading(path, way_out=MADE_AGAIN):
             raise
         said = (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
         if isinstance(error, UnicodeDecodeError):
-            said = f"byte {error.start} is no UTF-8"
+            said = f"byte {error.start} is not UTF-8"
         raise StudyError(f"{path} is damaged ({said}): {way_out}") from error
 
 
 def disk_error(error):
-    """The DiskError of an OSError that carries a number and a path, else None: the last net of the command line."""
+    """The DiskError for an OSError with an errno and a path, else None: the command line's last resort."""
     if error.filename is None or error.errno is None or isinstance(error.filename, int):
         return None
     return _disk_error(error.errno, error, error.filename, "used")
@@ -133,7 +133,7 @@ def _disk_error(number, error, path, action):
 
 
 def _number_of(error):
-    """The errno of an OSError, or the first one that another library's message names (shutil.Error lists texts)."""
+    """The errno of an OSError, or the first one named in another library's message (shutil.Error lists messages)."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
@@ -147,22 +147,22 @@ def _number_of(error):
 
 
 def _is_of_a_reader(error):
-    """Whether an error is of a library that reads files: safetensors, tarfile, pyarrow."""
+    """Whether an error comes from a library that reads files: safetensors, tarfile, pyarrow."""
     names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     return bool(names & {"safetensors_rust.SafetensorError", "tarfile.TarError", "pyarrow.ArrowException"})
 
 
-_ELSEWHERE = "(for studies PEFTLIB_ROOT)"
-_FULL = f"free some space there, or choose a place on another disk {_ELSEWHERE}"
-_CLOSED = f"see who may write there and whether it is mounted read-only, or choose another place {_ELSEWHERE}"
-_FAILING = f"see whether the disk is still mounted and sound, or choose a place on another one {_ELSEWHERE}"
-_OF_ANOTHER_KIND = "something of another kind stands there, which has to be moved away first"
+_ELSEWHERE = "(for studies, set PEFTLIB_ROOT)"
+_FULL = f"free some space there, or use another disk {_ELSEWHERE}"
+_CLOSED = f"check the permissions and whether it is mounted read-only, or use another folder {_ELSEWHERE}"
+_FAILING = f"check that the disk is still mounted and healthy, or use another disk {_ELSEWHERE}"
+_OF_ANOTHER_KIND = "something of another type already exists there: move it away first"
 _WAYS_OUT = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _CLOSED),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV), _FAILING),
     **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY), _OF_ANOTHER_KIND),
-    errno.ENAMETOOLONG: f"choose a shorter name of the study, or a folder with a shorter path {_ELSEWHERE}",
-    errno.ENOENT: "see whether it was moved or deleted meanwhile, and run the same again",
+    errno.ENAMETOOLONG: f"choose a shorter study name, or a folder with a shorter path {_ELSEWHERE}",
+    errno.ENOENT: "check whether it was moved or deleted in the meantime, then run it again",
     errno.EMFILE: "too many files are open: restart this session",
 }

@@ -1,6 +1,6 @@
-"""Files that are either whole or absent: written beside their place, flushed to the disk, then renamed.
+"""Files that are either complete or absent: written to a temporary name, synced to disk, then renamed.
 
-Every write, rename, flush and deletion of what a study must not lose goes through this module.
+Every write, rename, sync and deletion of files that a study must not lose goes through this module.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from peftlib.core.errors import MADE_AGAIN, SchemaError, StudyError, reading, wr
 from peftlib.core.json_reading import parse
 
 GIB = 2**30
-MANIFEST = "manifest.json"  # written last: what lacks it does not count
+MANIFEST = "manifest.json"  # written last: a folder without it does not count
 _SEAL = "seal"  # key of a JSON object's own SHA-256
 
 
 class HashingWriter:
-    """A binary file to write to in order, which knows `bytes` and `sha256` of what it was given.
+    """A sequential binary writer that tracks `bytes` and `sha256` of the data it was given.
 
-    Hashed before it is written, so that what a disk changes on the way is found when the file is read back.
+    Data are hashed before they are written, so damage by the disk is found when the file is read back.
     """
 
     def __init__(self, raw):
@@ -40,7 +40,7 @@ class HashingWriter:
         self._digest.update(view)
         try:
             written = 0
-            while written < view.nbytes:  # a disk may take a part
+            while written < view.nbytes:  # a disk may write only a part
                 written += self._raw.write(view[written:])
         except OSError as error:
             self.error = error
@@ -49,18 +49,18 @@ class HashingWriter:
         return view.nbytes
 
     def flush(self):
-        """For those who write to files; nothing is held back here."""
+        """Does nothing: writes are unbuffered. Callers expect a file's interface."""
 
     @property
     def sha256(self):
-        """Hex digest so far."""
+        """Hex digest of the data so far."""
         return self._digest.hexdigest()
 
 
 def write_stream(path, write, *, is_lasting=True):
-    """Write a file by write(HashingWriter), onto the disk; returns {'bytes', 'sha256'} of what was given.
+    """Write a file by calling write(HashingWriter), and sync it; returns {'bytes', 'sha256'} of the data.
 
-    is_lasting=False: without waiting for the disk; `sync_file` does that. DiskError: the disk does not take it.
+    is_lasting=False: skip the sync; call `sync_file` later. DiskError: the file cannot be written.
     """
     with writing(path), open(path, "wb", buffering=0) as raw:
         writer = HashingWriter(raw)
@@ -76,19 +76,19 @@ def write_stream(path, write, *, is_lasting=True):
 
 
 def sync_file(path):
-    """Wait until the disk has what was written to a file."""
+    """Wait until a file's contents are on the disk."""
     with open(path, "rb") as opened:
         os.fsync(opened.fileno())
 
 
 def sha256(path):
-    """Hex digest of a file. DiskError: it cannot be read."""
+    """Hex digest of a file. DiskError: the file cannot be read."""
     with reading(path), open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fault_of(path, listed):
-    """Why a file is not the {'bytes', 'sha256'} that was written, in words, or None."""
+    """How a file differs from the {'bytes', 'sha256'} that were written, as text, or None."""
     path = Path(path)
     if not path.is_file():
         return f"{path.name} is missing"
@@ -100,17 +100,17 @@ def fault_of(path, listed):
 
 
 def rename(old, new):
-    """Put `old` in the place of `new`, at once and lastingly. DiskError: it cannot be put there."""
+    """Rename `old` to `new` atomically and sync the folder. DiskError: it cannot be renamed."""
     with writing(new):
         os.replace(old, new)
         sync_folder(Path(new).parent)
 
 
 def sync_folder(folder):
-    """Have the disk keep the names in a folder, where the system can."""
+    """Sync the entries of a folder to disk, if the system supports it."""
     try:
         opened = os.open(folder, os.O_RDONLY)
-    except (PermissionError, IsADirectoryError):  # Windows opens no folders
+    except (PermissionError, IsADirectoryError):  # Windows cannot open folders
         return
     try:
         os.fsync(opened)
@@ -119,7 +119,7 @@ def sync_folder(folder):
 
 
 def sync_tree(folder):
-    """Wait until the disk has every file in a folder and below, and their names."""
+    """Wait until every file below a folder, and its directory entry, is on the disk."""
     for path in sorted(Path(folder).rglob("*")):
         if path.is_dir():
             sync_folder(path)
@@ -129,7 +129,7 @@ def sync_tree(folder):
 
 
 def remove_tree(folder):
-    """Delete a folder, its manifest first, so that a half-deleted one does not count; one that is not there is fine.
+    """Delete a folder, its manifest first, so that a half-deleted folder does not count. A missing folder is fine.
 
     DiskError: something could not be deleted.
     """
@@ -144,10 +144,10 @@ def remove_tree(folder):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """A path beside `path` to write to; renamed to `path` when the block ends well, removed when it does not.
+    """Yield a temporary path next to `path`; it is renamed to `path` if the block succeeds, and removed otherwise.
 
-    Two that write the same file at once do not meet: the last to end has its content there, whole.
-    DiskError: the disk does not take it, or the block ended in an error of the disk.
+    Concurrent writers of one file do not mix: the last to finish wins, with complete content.
+    DiskError: the file cannot be written, or the block raised a disk error.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.writing")
@@ -162,7 +162,7 @@ def atomic_path(path):
 
 
 def write_text(path, text):
-    """Replace `path` with UTF-8 text, whole or not at all."""
+    """Replace `path` with UTF-8 text, completely or not at all."""
     _write_bytes(path, text.encode("utf-8"))
 
 
@@ -172,7 +172,7 @@ def _write_bytes(path, content):
 
 
 def append_text(path, text, *, is_lasting=True):
-    """Add UTF-8 text to the end of a file; is_lasting: wait until the disk has it. DiskError: it does not take it."""
+    """Append UTF-8 text to a file; is_lasting: wait until it is on the disk. DiskError: it cannot be written."""
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,13 +184,13 @@ def append_text(path, text, *, is_lasting=True):
 
 
 def copy_tree(source, target, **how):
-    """shutil.copytree. DiskError: the disk does not take it; what was copied until then stays."""
+    """shutil.copytree. DiskError: a file cannot be written; files copied before that stay."""
     with writing(target):
         shutil.copytree(source, target, **how)
 
 
 def read_text(path):
-    """A UTF-8 file's text. StudyError: it is not UTF-8. DiskError: it cannot be read, or is not there."""
+    """A UTF-8 file's text. StudyError: it is not UTF-8. DiskError: it is missing or cannot be read."""
     with reading(path):
         return Path(path).read_bytes().decode("utf-8")
 
@@ -201,8 +201,8 @@ def json_text(value):
 
 
 def sealed(value):
-    """A JSON object with schema version and its own SHA-256, as bytes, so that damage shows when it is read."""
-    value = json.loads(json_text(value))  # as it will be read
+    """A JSON object with schema version and its own SHA-256, as bytes, so that damage is detected when it is read."""
+    value = json.loads(json_text(value))  # the form that will be read back
     return (json.dumps({**value, _SEAL: _seal(value)}, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
@@ -212,34 +212,34 @@ def write_json(path, value):
 
 
 def read_json(path, *, is_sealed=False):
-    """A JSON object of this project, made of json_reading.Fields.
+    """A JSON object of this project, as json_reading.Fields.
 
-    is_sealed: refuse one without its SHA-256, which people may take out of the files that they edit.
-    StudyError: damaged. SchemaError: whole, but of another schema version. DiskError: it cannot be read.
+    is_sealed: require its SHA-256, which people may remove from files that they edit.
+    StudyError: damaged. SchemaError: undamaged, but another schema version. DiskError: it cannot be read.
     """
     return json_of(read_text(path), Path(path), is_sealed=is_sealed)
 
 
 def json_of(text, path, *, is_sealed=False):
-    """As read_json, of a text that stands at `path`."""
+    """As read_json, for text that was read from `path`."""
     with reading(path):
         value = parse(text, path)
     if not isinstance(value, dict):
-        raise StudyError(f"{path} is damaged (it is no object): {MADE_AGAIN}")
+        raise StudyError(f"{path} is damaged (it is not a JSON object): {MADE_AGAIN}")
     if is_sealed and _SEAL not in value:
         raise StudyError(f"{path} is damaged (it lacks its SHA-256): {MADE_AGAIN}")
     seal = value.pop(_SEAL, None)
     if seal is not None and seal != _seal(value):
         raise StudyError(
-            f"{path} is damaged (its SHA-256 differs): {MADE_AGAIN}. If you have changed it on purpose, take its line "
-            f"{_SEAL!r} out"
+            f"{path} is damaged (its SHA-256 differs): {MADE_AGAIN}. If you edited it on purpose, remove its line "
+            f"{_SEAL!r}"
         )
     version = value.get("schema_version")
     if version != SCHEMA_VERSION:
         writer = f" ({value['written_by']})" if "written_by" in value else ""
         raise SchemaError(
-            f"{path} has schema_version {version!r}, this is peftlib {__version__} with {SCHEMA_VERSION}: resume with "
-            f"that version{writer}, or start anew under another study name"
+            f"{path} has schema_version {version!r}, but peftlib {__version__} uses {SCHEMA_VERSION}: resume with "
+            f"that version{writer}, or start over under another study name"
         )
     return value
 
@@ -249,12 +249,12 @@ def _seal(value):
 
 
 def gib(n_bytes):
-    """Bytes in GiB; None for None."""
+    """Bytes as GiB; None for None."""
     return None if n_bytes is None else n_bytes / GIB
 
 
 def readable_path(path):
-    """A path without what is private to this machine: below the working folder, the checkout or home."""
+    """A path without its private part: relative to the working folder, the checkout or home."""
     path = Path(path).absolute()
     for base, shown in ((Path.cwd(), "."), (paths.checkout(), "."), (Path.home(), "~")):
         if base is not None and path.is_relative_to(base):
@@ -263,21 +263,21 @@ def readable_path(path):
 
 
 def size_text(size_bytes):
-    """A size with a unit that fits, as in 11.1 KiB."""
+    """A size with a suitable unit, as in 11.1 KiB."""
     power = min(max(size_bytes, 1).bit_length() - 1, 30) // 10
     return f"{size_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}" if power else f"{size_bytes} B"
 
 
-# Control characters but newline and tab, those of C1, marks that turn the direction of writing, and half characters.
+# Control characters except newline and tab, C1 controls, bidirectional marks, and lone surrogates.
 _ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text):
-    r"""The text with escapes such as \x1b in place of what a terminal would act on. Newlines and tabs stay."""
+    r"""The text with characters that a terminal would act on escaped, as \x1b. Newlines and tabs stay."""
     return _ACTIVE.sub(lambda c: f"\\x{ord(c[0]):02x}" if ord(c[0]) < 0x100 else f"\\u{ord(c[0]):04x}", text)
 
 
 def allow_odd(stream, errors):
-    """Have stdin or stdout handle characters that its encoding lacks as `errors` says, instead of raising."""
-    if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:  # a notebook's own is none
+    """Make stdin or stdout handle unencodable characters as `errors` says, instead of raising."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:  # a notebook's stream is not one
         stream.reconfigure(errors=errors)

@@ -1,6 +1,6 @@
-"""The Hugging Face token: where it is looked for, and how it is kept out of everything that is written.
+"""The Hugging Face token: where we look for it, and how we keep it out of everything that is written.
 
-It is handed to the hub's client and to nothing else: never printed, stored or put into the environment.
+Only the hub client gets it. It is never printed, stored or put into the environment.
 """
 
 import os
@@ -14,22 +14,22 @@ from peftlib.core.session import host, is_watched
 
 NAME = "HF_TOKEN"
 MASK = "[token]"
-_LEAST_CHARACTERS = 8  # a shorter "token" is none, and masking it would hit ordinary text
-_FORM = r"\bhf_[A-Za-z0-9]{30,}\b|\bhf_oauth_[\w.~+/=-]{20,}"  # of the hub's own tokens, wherever they come from
-_given: set[str] = set()  # what this process was given: a secret is known from nowhere else
+_LEAST_CHARACTERS = 8  # anything shorter is not a token, and masking it would hit ordinary text
+_FORM = r"\bhf_[A-Za-z0-9]{30,}\b|\bhf_oauth_[\w.~+/=-]{20,}"  # format of the hub's own tokens
+_given: set[str] = set()  # tokens found by this process: secrets cannot be listed otherwise
 
 _ADVICE = (
-    f"set the environment variable {NAME}, or put a line {NAME}=... into a file .env in the working folder, or run "
+    f"set the environment variable {NAME}, or add a line {NAME}=... to a .env file in the working folder, or run "
     f"`hf auth login`, or add the secret {NAME} (on Colab the key icon, on Kaggle Add-ons > Secrets)"
 )
-_KAGGLE = "under Add-ons > Secrets add it and tick it for this notebook, with Internet on"
+_KAGGLE = "add it under Add-ons > Secrets, tick it for this notebook, and switch Internet on"
 _COLAB = "click the key icon on the left, fill it in, switch on its 'Notebook access', and run this cell again"
 
 
 def hf_token():
-    """The token from HF_TOKEN, a .env file, huggingface_hub's own login, or Colab's or Kaggle's secrets, in this order.
+    """The token from HF_TOKEN, a .env file, huggingface_hub's login, or Colab's or Kaggle's secrets, in this order.
 
-    ModelError: none of them has one; it says why each that could not be read failed.
+    ModelError: none of them has a token; the message says which could not be read and why.
     """
     problems = []
     for source in (_of_environment, _of_dotenv, _of_login, _of_secrets):
@@ -42,19 +42,19 @@ def hf_token():
 
 
 def without_tokens(text):
-    """`text` with every known token, and whatever has the form of one, masked."""
+    """`text` with every known token, and anything that looks like one, masked."""
     return token_pattern().sub(MASK, text)
 
 
 def token_pattern():
-    """A pattern of all tokens that can be known here without asking anybody."""
+    """A pattern that matches all tokens known without asking a secret store."""
     older = os.environ.get("HUGGING_FACE_HUB_TOKEN", "").strip()
     known = {*_given, _of_environment([]), older, _of_dotenv([]), _stored()}
     known = sorted((token for token in known if len(token) >= _LEAST_CHARACTERS), key=len, reverse=True)
     return re.compile("|".join([*map(re.escape, known), _FORM]))
 
 
-# Each source returns a token or ""; it adds to `problems` what kept it from being read, in words.
+# Each source returns a token or "", and appends to `problems` why it could not be read.
 
 
 def _of_environment(problems):
@@ -62,12 +62,12 @@ def _of_environment(problems):
 
 
 def _of_dotenv(problems):
-    """From the first .env that has one: the working folder's, then the checkout's."""
+    """From the first .env that has one: in the working folder, then in the checkout."""
     from dotenv import dotenv_values
 
-    # In site-packages, where an installed copy lies, a .env would be nobody's.
+    # An installed copy is in site-packages, where a .env would not be the user's.
     places = [folder / ".env" for folder in (Path(), checkout()) if folder is not None]
-    for path in (path for path in places if path.is_file()):  # a folder may be a virtual environment
+    for path in (path for path in places if path.is_file()):  # a folder named .env may be a virtual environment
         try:
             token = (dotenv_values(path, encoding="utf-8-sig").get(NAME) or "").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -79,20 +79,20 @@ def _of_dotenv(problems):
 
 
 def _of_login(problems):
-    """From what `hf auth login` left on this machine."""
+    """From `hf auth login` on this machine."""
     from huggingface_hub import get_token
 
     if _is_colab() and not _stored():
-        return ""  # get_token would go on to Colab's secret, and tell of a refusal in a warning alone
+        return ""  # get_token would fall back to Colab's secret, and report a refusal only as a warning
     try:
         return (get_token() or "").strip()
-    except Exception as error:  # noqa: BLE001  unreadable files, and errors of a refresh or of a CI's exchange
+    except Exception as error:  # noqa: BLE001  unreadable files, failed token refresh or CI token exchange
         problems.append(f"huggingface_hub's login cannot be used ({type(error).__name__}: {error})")
         return ""
 
 
 def _stored():
-    """The token in huggingface_hub's file; "" where it has none or cannot be read, which get_token reports."""
+    """The token in huggingface_hub's file, or "" if it has none or cannot be read, which get_token reports."""
     from huggingface_hub import constants
 
     try:
@@ -106,13 +106,13 @@ def _is_colab():
 
 
 def _of_secrets(problems):
-    """From the secrets of Kaggle or Colab."""
+    """From Kaggle's or Colab's secrets."""
     is_kaggle = host() == "kaggle"
     if not is_kaggle and not _is_colab():
         return ""
     if not is_kaggle and not is_watched():
-        # userdata.get needs a kernel and its page: elsewhere it fails with an AttributeError, or waits for nobody.
-        problems.append("Colab's secrets can be read in a notebook's cell alone, not from a terminal or a headless run")
+        # userdata.get needs a kernel and its open page. Elsewhere it raises AttributeError or waits forever.
+        problems.append("Colab's secrets can be read only in a notebook cell, not from a terminal or a headless run")
         return ""
     try:
         if is_kaggle:
@@ -123,7 +123,7 @@ def _of_secrets(problems):
             from google.colab import userdata
 
             token, why = userdata.get(NAME), "it is empty"
-    except Exception as error:  # noqa: BLE001  no such secret, no access, no network: they have no common class
+    except Exception as error:  # noqa: BLE001  no such secret, no access, no network: no common base class
         token, why = "", f"{type(error).__name__}: {error}"
     token = (token or "").strip()
     if not token:

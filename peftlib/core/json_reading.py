@@ -1,4 +1,4 @@
-"""JSON that may be damaged: read strictly, and checked against the shape that its readers rely on."""
+"""Strict reading of JSON that may be damaged, checked against the shape that its readers rely on."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from peftlib.core.errors import MADE_AGAIN, StudyError
 
 
 class Fields(dict):
-    """An object of a JSON file; a key that it lacks is a StudyError that names the file, not a KeyError."""
+    """An object from a JSON file; a missing key raises a StudyError that names the file, not a KeyError."""
 
     path = None
 
@@ -19,7 +19,7 @@ class Fields(dict):
 def parse(text, path=None):
     """The value of a JSON text; its objects are Fields of `path`.
 
-    ValueError: no JSON, or what JSON has no word for (NaN, infinities, half a surrogate pair), or nested without end.
+    ValueError: not JSON, values outside the standard (NaN, infinities, lone surrogates), or nested too deeply.
     """
 
     def fields(found):
@@ -42,12 +42,12 @@ def parse(text, path=None):
 def _finite(text):
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no number")
+        raise ValueError(f"{text} is not a number")
     return value
 
 
 def require_shape(value, shape, path, way_out=MADE_AGAIN):
-    """A JSON value that has a shape (see fault). StudyError, naming the file and the fault: it has not."""
+    """Return a JSON value that has a shape (see fault). StudyError: it does not; the file and the fault are named."""
     found = fault(value, shape)
     if found:
         raise StudyError(f"{path} is damaged ({found}): {way_out}")
@@ -56,14 +56,14 @@ def require_shape(value, shape, path, way_out=MADE_AGAIN):
 
 @dataclass
 class Maybe:
-    """A shape that null fits too."""
+    """A shape that also allows null."""
 
     shape: object
 
 
 @dataclass
 class Map:
-    """Objects whose keys are free and whose values have one shape."""
+    """Objects with any keys, whose values have one shape."""
 
     shape: object
 
@@ -73,10 +73,10 @@ _NAMES |= {dict: "an object", list: "a list"}
 
 
 def fault(value, shape, name="it"):
-    """The first part of a JSON value that does not have a shape, in words, or None.
+    """Describe the first part of a JSON value that does not have a shape; None if all of it does.
 
-    shape: a type (float takes whole numbers too), a tuple of allowed values, [shape of each], Maybe, Map, or an object
-    {key: shape} whose keys ending in '?' may be absent; keys that it does not name are free.
+    shape: a type (float allows integers too), a tuple of allowed values, [shape of each item], Maybe, Map, or
+    {key: shape}, where keys ending in '?' may be absent and keys that are not named are ignored.
     """
     if isinstance(shape, Maybe):
         return None if value is None else fault(value, shape.shape, name)

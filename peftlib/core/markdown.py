@@ -1,16 +1,16 @@
-"""Markdown made from plain texts, which shows them as they are: pipes, backticks, tags and all."""
+"""Markdown from plain text that is shown literally, including pipes, backticks and tags."""
 
 import html
 import re
 
 _MARKUP = re.compile(r"([\\`*\[\]~$])")
-_EDGE_UNDERSCORES = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")  # inside a word they are no markup
-# Control characters; the line separators of Unicode, too, end a table row for some readers.
+_EDGE_UNDERSCORES = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")  # inside a word they are not markup
+# Control characters. Some readers also end a table row at Unicode line separators.
 _CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\u2028\u2029\x85]")
 
 
 def escape(text):
-    """Markdown that shows a text as it is, in paragraphs, links and tables; keeps line breaks and indents."""
+    """Escape text so that Markdown shows it literally in paragraphs, links and tables, with line breaks and indents."""
     text = _MARKUP.sub(r"\\\1", without_controls(text))
     text = _EDGE_UNDERSCORES.sub(lambda found: r"\_" * len(found[0]), text)
     text = html.escape(text, quote=False).replace("|", "&#124;")
@@ -25,16 +25,16 @@ def without_controls(text):
 
 
 def table(rows):
-    """A table of rows of texts, the first its header."""
+    """A table from rows of text; the first row is the header."""
     return "\n".join([header(rows[0]), *map(row, rows[1:])])
 
 
 def header(cells, *, n_text=None):
-    """The first two lines of a table. n_text: columns from the left that hold text, not numbers; None: all."""
+    """The first two lines of a table. n_text: how many columns from the left hold text, not numbers; None: all."""
     rules = ("---|" if n_text is None or at < n_text else "---:|" for at in range(len(cells)))
     return f"{row(cells)}\n|{''.join(rules)}"
 
 
 def row(cells):
-    """One line of a table, from texts."""
+    """One line of a table."""
     return f"| {' | '.join(map(escape, cells))} |"

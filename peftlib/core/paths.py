@@ -1,7 +1,7 @@
-"""Where the package and the repository's other files are, the address of both, and import paths of the first edition.
+"""Paths of the package and the repository's other files, their address, and import paths of the first edition.
 
-In a checkout the notebooks and results lie beside the package. pyproject.toml maps them into the wheel under the same
-names, so that a `pip install` of the address brings them too.
+In a checkout the notebooks and results are next to the package. pyproject.toml maps them into the wheel under the
+same names, so `pip install` of the address includes them.
 """
 
 import hashlib
@@ -14,26 +14,26 @@ import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# In the install cell, and in messages. pip would compile all of transformers, a third of the time; Python compiles what
-# it imports.
+# For the install cell and messages. Without --no-compile, pip spends a third of the time compiling transformers; Python
+# compiles what it imports anyway.
 INSTALL = '%pip install -q --no-compile "peftlib[{extras}] @ git+{address}"'
-TORCHAO_MIN = "0.16"  # PEFT refuses older ones, even for layers that torchao has nothing to do with
+TORCHAO_MIN = "0.16"  # PEFT rejects older versions, even for layers that do not use torchao
 
 
 def checkout(package=PACKAGE):
-    """The checkout that a package runs from, or None for a copy that pip installed."""
+    """The checkout that the package runs from, or None if pip installed it."""
     folder = package.parent
     return folder if (folder / "notebooks" / "01_data.ipynb").is_file() else None
 
 
 def shipped(name, package=PACKAGE):
-    """A file or folder of the repository, such as 'notebooks', wherever this copy has it."""
+    """Path of a file or folder of the repository, such as 'notebooks', in this copy."""
     return (checkout(package) or package) / name
 
 
 def code_id(package=PACKAGE):
-    """The version and 8 hex digits of the SHA-256 over the package's Python files, such as 0.2.0+1f3a09bc: equal
-    wherever the same code is installed."""
+    """The version and 8 hex digits of the SHA-256 over the package's Python files, such as 0.2.0+1f3a09bc. It is the
+    same wherever the same code is installed."""
     from peftlib import __version__
 
     digest = hashlib.sha256()
@@ -45,7 +45,7 @@ def code_id(package=PACKAGE):
 
 
 def address():
-    """The repository's public address, from the checkout or from what pip noted when it installed this copy."""
+    """The repository's public address, from the checkout or from the installed package's metadata."""
     folder = checkout()
     if folder is not None:
         return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
@@ -54,17 +54,17 @@ def address():
 
 
 def install_line(*extras):
-    """The line that a cell runs to get peftlib with these extras, without a restart."""
+    """The line that installs peftlib with these extras in a notebook cell, without a restart."""
     return INSTALL.format(extras=",".join(extras), address=address())
 
 
 def pip_line(extra):
-    """The command that installs what an extra names. PyPI has no peftlib: it is the checkout or the public address."""
+    """The command that installs an extra. peftlib is not on PyPI, so it uses the checkout or the public address."""
     here = checkout()
     return f"pip install -e '{here}[{extra}]'" if here else f"pip install 'peftlib[{extra}] @ git+{address()}'"
 
 
-# Named by model cards that the first edition published.
+# Model cards published by the first edition use these.
 ALIASES = {"peftlib.trained": "peftlib.models.saved", "peftlib.packaged": "peftlib.models.packaged"}
 
 
@@ -77,6 +77,6 @@ class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install_aliases():
-    """Let the old paths be imported; what they stand for is loaded only then."""
+    """Make the old import paths work; the modules they stand for are loaded on use."""
     if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AliasFinder())

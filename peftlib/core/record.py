@@ -1,4 +1,4 @@
-"""One JSON a run: what was asked, what ran it, what came out. An unknown is null."""
+"""One JSON file per run: its settings, its environment and its results. Unknown values are null."""
 
 import importlib.metadata
 import json
@@ -22,7 +22,7 @@ def _optional(shape, names):
     return {f"{name}?": shape for name in names.split()}
 
 
-# Known when a run ends; a record lists them from the start, as None.
+# Known when a run ends; a record has them from the start, as None.
 _OUTCOME = {
     **_optional(_COUNT, "trainable_params steps planned_steps train_tokens"),
     **_optional(_NUMBER, "learning_rate learning_rate_2 train_loss eval_loss peak_memory_bytes peak_reserved_bytes"),
@@ -78,14 +78,14 @@ _SHAPE = {
 
 
 def new_record(study, method, *, provenance, device, precision, precision_reason):
-    """A record with everything that is known before training; what is not is None.
+    """A record with everything known before training; the rest is None.
 
-    provenance: {'model_provenance', 'model_sha256', 'model_revision'} of the base model, as models.identity has it.
+    provenance: {'model_provenance', 'model_sha256', 'model_revision'} of the base model, from models.identity.
     """
     cfg, manifest = study.cfg, study.manifest()
     return {
         "method": method,
-        "seed": 0 if method == "base" else cfg.seed,  # greedy answers of an untrained model have no seed
+        "seed": 0 if method == "base" else cfg.seed,  # greedy answers of an untrained model do not depend on a seed
         "status": "stopped",
         "error": None,
         "config": asdict(cfg),
@@ -107,7 +107,7 @@ def new_record(study, method, *, provenance, device, precision, precision_reason
 
 
 def device_name(device):
-    """The card's name, or the processor's with its number of cores."""
+    """The GPU's name, or the CPU's with its number of cores."""
     if device == "cuda":
         import torch
 
@@ -116,13 +116,13 @@ def device_name(device):
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
     processor = named or platform.processor() or platform.machine()
-    if not hasattr(os, "sched_getaffinity"):  # Linux alone has it
+    if not hasattr(os, "sched_getaffinity"):  # only on Linux
         return processor
     return f"CPU ({processor}, {len(os.sched_getaffinity(0))} cores)"
 
 
 def versions():
-    """{package: version} of what a result depends on; a package that is absent is None."""
+    """{package: version} of the packages that results depend on; None for a package that is not installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -133,10 +133,10 @@ def versions():
 
 
 def git_state(folder=paths.PACKAGE):
-    """{'commit', 'is_dirty'} of the checkout that a package runs from; None each where there is no git.
+    """{'commit', 'is_dirty'} of the checkout that the package runs from; both None without git.
 
-    is_dirty: the package differs from the commit; data and results that lie around it do not count. A copy that pip
-    installed from the repository's address has the commit that pip noted.
+    is_dirty: the package differs from the commit; data and results around it do not count. If pip installed it from
+    the repository's address, the commit is the one that pip recorded.
     """
     if folder == paths.PACKAGE and paths.checkout() is None:
         noted = importlib.metadata.distribution("peftlib").read_text("direct_url.json")
@@ -154,23 +154,23 @@ def _git(folder, *words):
 
 
 def save(study, record):
-    """Write the record to its place in the study folder; returns the path."""
+    """Write the record to the study folder; returns the path."""
     path = study.record_path(record["method"], record["seed"])
     write_json(path, record)
     return path
 
 
 def load(study, method, seed):
-    """The record of a run, or None where there is none. StudyError: as read."""
+    """The record of a run, or None if there is none. StudyError: see read."""
     path = study.record_path(method, seed)
     return read(path) if path.exists() else None
 
 
 def read(path):
-    """The record in a file. StudyError: it is damaged, of another schema version, or no record of a run."""
+    """Read a record file. StudyError: it is damaged, has another schema version, or is not a run's record."""
     record = read_json(path)
     if not {"method", "seed"} <= record.keys():
-        raise StudyError(f"{path} names no method or seed, so it is no record of a run: move it away")
+        raise StudyError(f"{path} has no method or seed, so it is not a run's record: move it away")
     require_shape(record, _SHAPE, path)
     if "config" in record:
         record["config"] = current_names(record["config"])
@@ -178,14 +178,14 @@ def read(path):
 
 
 def require_fields(record, path):
-    """StudyError where a record lacks a field that evaluation or the report reads."""
+    """StudyError if a record lacks a field that evaluation or the report reads."""
     missing = [name for name in _NEEDED if name not in record]
     if missing:
         raise StudyError(f"{path} lacks {', '.join(missing)}: delete it and run its notebook again")
 
 
 def require_ok(record):
-    """StudyError unless the run came to its end."""
+    """StudyError unless the run finished."""
     if record["status"] != "ok":
         raise StudyError(
             f"{record['method']} (seed {record['seed']}) is {record['status']} at step {record['steps']} of "

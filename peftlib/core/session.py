@@ -1,4 +1,4 @@
-"""The session that runs this code: its host, how long it lasts, who looks on, and how it is asked to stop."""
+"""The session that runs this code: its host, its time limit, whether anyone is watching, and how it is interrupted."""
 
 import contextlib
 import os
@@ -9,22 +9,22 @@ import time
 
 import psutil
 
-MARGIN_S = 300.0  # seconds before the end at which work is saved and stopped
-_HOURS = {"colab": 12.0, "kaggle": 12.0}  # what their documentation names as the longest session
+MARGIN_S = 300.0  # seconds before the end when work is saved and stopped
+_HOURS = {"colab": 12.0, "kaggle": 12.0}  # longest session according to their documentation
 
 
 def host():
-    """'colab', 'kaggle' or '' for any other machine."""
+    """'colab', 'kaggle', or '' for any other machine."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "kaggle"  # first: its image is made from Colab's and has Colab's variables too
+        return "kaggle"  # check first: its image is built from Colab's and has Colab's variables too
     return "colab" if "COLAB_RELEASE_TAG" in os.environ else ""
 
 
 def seconds_left(session_hours=0.0):
-    """Seconds until work should be saved and stopped, or None where nothing ends the session.
+    """Seconds until work should be saved and stopped, or None if the session has no limit.
 
-    session_hours: the longest session; 0 takes the host's own, until it has lasted longer. Counted on Colab and Kaggle
-    from the start of the machine's first process, which is the session's, elsewhere from the start of this one.
+    session_hours: session length; 0 uses the host's own limit, unless the session has already outlasted it. It counts
+    from the start of the machine's first process on Colab and Kaggle, and of this process elsewhere.
     """
     hours = session_hours or _HOURS.get(host(), 0.0)
     if not hours:
@@ -32,26 +32,26 @@ def seconds_left(session_hours=0.0):
     first = psutil.Process(1) if host() else psutil.Process()
     left = first.create_time() + 3600 * hours - time.time()
     if left < 0 and not session_hours:
-        return None  # it has outlived them, as Colab's paid sessions may
+        return None  # it outlasted the limit, as Colab's paid sessions may
     return left - MARGIN_S
 
 
 class Deadline:
-    """When the work of a config has to stop, counted from now: cfg.max_seconds, or the end of the session."""
+    """When work has to stop, counted from now: after cfg.max_seconds, or at the end of the session."""
 
     def __init__(self, cfg):
         self._cfg = cfg
         self._started = time.monotonic()
 
     def passed(self):
-        """Why it is time to save and stop, in words, or None."""
+        """The reason to save and stop now, as text, or None."""
         limit = self._cfg.max_seconds
         if limit > 0 and time.monotonic() - self._started > limit:
-            return f"max_seconds={limit:g} is over"
+            return f"max_seconds={limit:g} is reached"
         left = seconds_left(self._cfg.session_hours)
         if left is not None and left < 0:
             hours, minutes = self._cfg.session_hours or _HOURS[host()], max(0.0, left + MARGIN_S) / 60
-            return f"this session's {hours:g} hours, see session_hours, end in {minutes:.0f} minutes"
+            return f"this session's {hours:g} hours (see session_hours) end in {minutes:.0f} minutes"
         return None
 
 
@@ -59,8 +59,8 @@ class Deadline:
 def interrupts(*, echo_s=0.0):
     """Yield an event that Ctrl-C, the kernel's interrupt button or SIGTERM sets; a second signal raises at once.
 
-    Training then stops after the current step, with a checkpoint. Threads other than the main one get no signals.
-    echo_s: seconds in which more signals are the first one's: a launcher passes on what the terminal has sent already.
+    Training then stops after the current step and saves a checkpoint. Only the main thread gets signals.
+    echo_s: seconds in which further signals are ignored, because a launcher forwards what the terminal already sent.
     """
     asked, since = threading.Event(), time.monotonic()
     if threading.current_thread() is not threading.main_thread():
@@ -85,7 +85,7 @@ def interrupts(*, echo_s=0.0):
 
 def running_kernel():
     """The ipykernel kernel of this process; None in scripts, terminals and plain IPython."""
-    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    ipython = sys.modules.get("IPython")  # kernels have imported it
     return getattr(ipython.get_ipython(), "kernel", None) if ipython else None
 
 
@@ -94,4 +94,4 @@ def is_watched():
     kernel = running_kernel()
     if kernel is None or os.environ.get("PEFTLIB_HEADLESS") == "1":
         return False
-    return bool(getattr(kernel, "_allow_stdin", True))  # what the client of the running cell said about itself
+    return bool(getattr(kernel, "_allow_stdin", True))  # set by the client that runs the cell

@@ -1,4 +1,4 @@
-"""A study folder: the place of each file, and the frozen config that keeps its runs comparable."""
+"""A study folder: where each file is, and the frozen config that keeps its runs comparable."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,9 @@ _MANIFEST = {
 
 
 def frozen_of(path):
-    """What a study's config.json holds: 'profile', 'config' and the adopted 'rates'.
+    """Contents of a study's config.json: 'profile', 'config' and the adopted 'rates'.
 
-    StudyError: it is damaged, or holds settings that this peftlib does not know or allow.
+    StudyError: it is damaged, or has settings that this peftlib does not know or allow.
     """
     found = require_shape(read_json(path), _CONFIG, path)
     found["config"] = current_names(found["config"])
@@ -47,25 +47,25 @@ def frozen_of(path):
         resolve(found["profile"], **found["config"])
     except ConfigError as error:
         raise StudyError(
-            f"{path} cannot be used ({error}): it is damaged, or of another peftlib; put it right, or delete it and "
-            "run 01_data with the settings that the study was made with"
+            f"{path} cannot be used ({error}): it is damaged, or from another version of peftlib; fix it, or "
+            "delete it and run 01_data with the study's original settings"
         ) from None
     return found
 
 
 @dataclass(frozen=True)
 class Study:
-    """Paths below `folder`, and the config that this session resolved."""
+    """Paths below `folder`, and this session's resolved config."""
 
     folder: Path
     cfg: Config
 
     @classmethod
     def open(cls, cfg: Config) -> "Study":
-        """The study named in cfg. StudyError: its folder holds other data, or runs of other mathematics (fields
-        named), or there is no study of the name in cfg.fork.
+        """The study named in cfg. StudyError: its folder has other data or runs with other math settings (the fields
+        are named), or the study in cfg.fork does not exist.
 
-        Nothing is written; `freeze` does that once the data stand.
+        Writes nothing; `freeze` does that once the data are built.
         """
         study = cls(output_root() / cfg.study, cfg)
         if cfg.fork and not (output_root() / cfg.fork / "config.json").exists():
@@ -75,9 +75,9 @@ class Study:
 
     @classmethod
     def resolve(cls, **given: Any) -> "Study":
-        """The study that settings name: what they leave open comes from its folder where it stands, else the profile.
+        """The study that settings name. Settings not given come from its folder if it exists, else from the profile.
 
-        given: fields of Config as in config.resolve, None where open. ConfigError, StudyError: see there and `open`.
+        given: fields of Config as in config.resolve; None is not given. ConfigError, StudyError: see there and `open`.
         """
         cfg = resolve(**given)
         path = cls(output_root() / cfg.study, cfg).config_path
@@ -88,24 +88,24 @@ class Study:
 
     @classmethod
     def existing(cls, name: str) -> "Study":
-        """The study of a folder that exists, with the config it was made with.
+        """An existing study, with the config it was made with.
 
-        ConfigError: no name of a folder. StudyError: there is no such study.
+        ConfigError: not a folder name. StudyError: there is no such study.
         """
         require_folder_name("study", name)
         folder = output_root() / name
         if not (folder / "config.json").exists():
             raise StudyError(
-                f"there is no study {name!r} in {output_root()}: python -m peftlib run --study {name} makes it"
+                f"there is no study {name!r} in {output_root()}: create it with python -m peftlib run --study {name}"
             )
         frozen = frozen_of(folder / "config.json")
         return cls.open(resolve(frozen["profile"], study=name, **frozen["config"]))
 
     def _require_same(self):
-        """StudyError: config.json fixes other values. The data's fields once it stands, all once something has run."""
+        """StudyError: config.json has other values. Compares the data fields, and all fields once something has run."""
         if not self.config_path.exists():
             return
-        # A field that is younger than the study had its default then.
+        # A field that was added after the study was made had its default then.
         frozen = {**resolve(self.cfg.profile).study_fields(), **frozen_of(self.config_path)["config"]}
         ours = self.cfg.study_fields()
         if not self.has_begun():
@@ -115,16 +115,16 @@ class Study:
         if changed:
             raise StudyError(
                 f"study {self.cfg.study!r} was made with another config: {'; '.join(changed)}. "
-                f"Set these fields back, or choose another study name ({self.folder} stays as it is)."
+                f"Change these fields back, or choose another study name ({self.folder} is left unchanged)."
             )
 
     def has_begun(self):
-        """Whether something was trained, swept or scored here, which other settings of training would not match."""
+        """Whether anything was trained, swept or scored here, so that the training settings may no longer change."""
         places = (self.folder / name for name in ("records", "checkpoints", "sweeps"))
         return any(path.is_file() for place in places for path in place.rglob("*")) or bool(self.adopted_rates())
 
     def freeze(self) -> None:
-        """Write config.json, or write it anew while nothing has run. StudyError: as in open."""
+        """Write config.json, or rewrite it while nothing has run. StudyError: as in open."""
         self._require_same()
         frozen = self.cfg.study_fields()
         kept = frozen_of(self.config_path) if self.config_path.exists() else None
@@ -135,16 +135,16 @@ class Study:
             )
 
     def adopted_rates(self):
-        """{method: {'rates': {field: value}, 'from': {...}}} that config.json has of `adopt`."""
+        """{method: {'rates': {field: value}, 'from': {...}}} that `adopt` wrote to config.json."""
         return frozen_of(self.config_path).get("rates", {}) if self.config_path.exists() else {}
 
     def adopt(self, method, rates, found):
-        """Train `method` with these learning rates from now on; config.json keeps them with `found`, what they rest on.
+        """Train `method` with these learning rates from now on; config.json keeps them with `found`, their origin.
 
-        rates: {field: value}. Once for each method, before its first run.
-        StudyError: there are other rates already, or a run of it was begun with others.
+        rates: {field: value}. Allowed once per method, before its first run.
+        StudyError: the method already has other rates, or a run of it started with others.
         """
-        with FileLock(self.folder / ".rates.lock"):  # of several runs that start at once none may lose another's
+        with FileLock(self.folder / ".rates.lock"):  # runs that start at once must not overwrite each other's rates
             self._adopt(method, rates, found)
 
     def _adopt(self, method, rates, found):
@@ -153,22 +153,22 @@ class Study:
             changed = differences(kept[method]["rates"], rates)
             if changed:
                 raise StudyError(
-                    f"study {self.folder.name!r} has learning rates of {method} already: {'; '.join(changed)}. A study "
-                    "keeps those it began with: choose another study name"
+                    f"study {self.folder.name!r} already has learning rates for {method}: {'; '.join(changed)}. A "
+                    "study keeps the rates it started with: choose another study name"
                 )
             return
         begun = [r["seed"] for r in self.records() if r["method"] == method and r["steps"]]
         if begun and any(getattr(self.cfg, name) != value for name, value in rates.items()):
             raise StudyError(
                 f"{method} (seed {begun[0]}) was trained in study {self.folder.name!r} with other rates than {rates}: "
-                "rates come before the first run; choose another study name"
+                "rates must be adopted before the first run; choose another study name"
             )
-        self.cfg.replace(**rates)  # refuses a rate out of range
+        self.cfg.replace(**rates)  # rejects a rate out of range
         kept[method] = {"rates": rates, "from": found}
         write_json(self.config_path, {**frozen_of(self.config_path), "rates": kept})
 
     def with_rates_of(self, method):
-        """This study with the adopted learning rates of a method in its config; itself where there are none."""
+        """This study with a method's adopted learning rates in its config; itself if there are none."""
         adopted = self.adopted_rates().get(method)
         return Study(self.folder, self.cfg.replace(**adopted["rates"])) if adopted else self
 
@@ -205,6 +205,6 @@ class Study:
         return require_shape(read_json(self.manifest_path), _MANIFEST, self.manifest_path)
 
     def records(self) -> list[dict[str, Any]]:
-        """[record, ...] of every run in the folder, by method's name and seed."""
+        """[record, ...] of every run in the folder, sorted by method name and seed."""
         found = [records.read(path) for path in (self.folder / "records").glob("*.json")]
         return sorted(found, key=lambda record: (record["method"], record["seed"]))

@@ -1,4 +1,4 @@
-"""Sources to train/valid/test rows: read, convert, choose without leaks, tokenize, store."""
+"""From sources to train/valid/test rows: read, convert, select without leaks, tokenize, store."""
 
 from peftlib.data.build import build_data
 from peftlib.data.card import push_to_hub

@@ -1,4 +1,4 @@
-"""Builds the data of a study, from its sources to the files in its folder."""
+"""Build a study's data, from its sources to the files in its folder."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -29,16 +29,16 @@ from peftlib.models import chat_template
 from peftlib.models.load import tokenizer_sha256
 from peftlib.storage.lock import held
 
-_CODE_VERSION = 2  # raised when data that were built before must be built again
-_SPARE = 1.25  # candidates held for each row wanted, so that a second pass over the source is rarely needed
+_CODE_VERSION = 2  # increase when existing data must be rebuilt
+_SPARE = 1.25  # candidates held per wanted row, so that a second pass over the source is rarely needed
 
 
 def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = print) -> dict[str, Any]:
     """Write train/valid/test.parquet, rejects.jsonl, README.md and, last, manifest.json; returns the manifest.
 
-    Data in the folder that were made from the same inputs are kept. log: takes progress lines.
-    DataError: a source that cannot be read, or that falls short (see allow_short). ConfigError: `sources` is malformed.
-    ModelError: no tokenizer. StudyError: the folder cannot be written, or another session works in it.
+    Existing data from the same inputs are kept. log: called with progress lines.
+    DataError: a source cannot be read or has too few rows (see allow_short). ConfigError: `sources` is malformed.
+    ModelError: no tokenizer. StudyError: the folder cannot be written, or another session is using it.
     """
     folder, sources = Path(folder), parse_sources(cfg.sources, most=cfg.max_read_rows)
     try:
@@ -52,15 +52,15 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
     inputs = _inputs(cfg, sources)
     manifest = standing_manifest(folder, inputs)
     if manifest is not None:
-        log(f"data already built: split {manifest['split_hash']}, from the same inputs")
+        log(f"data already built from the same inputs: split {manifest['split_hash']}")
         return manifest
 
     asked = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
     quotas = {(source.name, split): n for source in sources for split, n in asked.items()}
-    while True:  # a second time where a stream ran out and its rows are to be shared out among its splits
+    while True:  # repeated if a stream runs out and its rows have to be divided among its splits
         tallies = {source.name: Tally(source, log) for source in sources}
-        queues = _read_candidates(cfg, tallies, asked)  # each tokenizes its rows as they are drawn
-        splits = choose(queues, quotas)  # without leaks; a row that is rejected gives way to the next
+        queues = _read_candidates(cfg, tallies, asked)  # each tokenizes rows on demand
+        splits = choose(queues, quotas)  # without leaks; a rejected row is replaced by the next
         found = {split: Counter(row.source for row in rows) for split, rows in splits.items()}
         counts = {split: {name: found[split][name] for name in tallies} for split in sorted(splits)}
         require_rows(counts, asked, tallies, allow_short=cfg.allow_short)
@@ -80,25 +80,25 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
     except OSError as error:
         raise StudyError(
             f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to "
-            "another place"
+            "another folder"
         ) from error
 
 
 def _inputs(cfg, sources):
-    """Everything that decides what the rows are, JSON values."""
+    """Everything that determines the rows, as JSON values."""
     fields = ("train_rows", "valid_rows", "test_rows", "split_seed", "allow_short", "max_length")
     return {
         "code_version": _CODE_VERSION,
         "sources": {source.name: source.identity() for source in sources},
         **{name: getattr(cfg, name) for name in fields},
-        **({"max_read_rows": cfg.max_read_rows} if cfg.max_read_rows else {}),  # older data have no such field
+        **({"max_read_rows": cfg.max_read_rows} if cfg.max_read_rows else {}),  # older data lack this field
         "tokenizer_sha256": tokenizer_sha256(cfg.model),
         "template_sha256": chat_template.TEMPLATE_SHA256,
     }
 
 
 def _read_candidates(cfg, tallies, asked):
-    """{(source, split): Queue}; splits that draw on the same rows share one."""
+    """{(source, split): Queue}; splits that draw from the same rows share one."""
     queues = {}
     for source, tally in tallies.items():
         has_own = "test" in tally.source.streams
@@ -111,22 +111,22 @@ def _read_candidates(cfg, tallies, asked):
 
 
 def _shared_out(queues, counts, asked, quotas, log):
-    """New quotas that divide the rows of each stream that ran out among its splits, in the proportions asked."""
+    """New quotas that divide each exhausted stream's rows among its splits in the requested proportions."""
     new = {}
     for queue in dict.fromkeys(queues.values()):
         keys = [key for key, drawn in queues.items() if drawn is queue]
         n_rows = sum(counts[split][source] for source, split in keys)
         is_done = any(quotas[source, split] != asked[split] for source, split in keys)
         if not is_done and n_rows < sum(asked[split] for _, split in keys):
-            log(f"{keys[0][0]} runs out after {n_rows:,} rows: they are shared out in the proportions asked")
+            log(f"{keys[0][0]} has only {n_rows:,} usable rows: dividing them in the requested proportions")
             shares = in_proportion(n_rows, {split: asked[split] for _, split in keys})
-            # Training rows are chosen last and take all that is left.
+            # Training rows are chosen last and take everything that is left.
             new |= {(source, split): shares[split] for source, split in keys if split != "train"}
     return {key: n for key, n in new.items() if quotas[key] != n}
 
 
 def _manifest(queues, splits, counts, asked, inputs):
-    """What the data are and how they were made, JSON values. read = chosen + rejected + unused, for each source."""
+    """What the data are and how they were made, as JSON values. For each source, read = chosen + rejected + unused."""
     streams = [queue.stream for queue in dict.fromkeys(queues.values())]
     tallies = {stream.source.name: stream.tally for stream in streams}
     chosen = {name: [row for rows in splits.values() for row in rows if row.source == name] for name in tallies}
@@ -160,7 +160,7 @@ def _manifest(queues, splits, counts, asked, inputs):
 
 
 def _token_statistics(rows, source):
-    """Numbers of tokens of a source's rows in one split; None where there is no row."""
+    """Token counts of a source's rows in one split; None if it has no rows."""
     own = [row for row in rows if row.source == source]
     if not own:
         return None
@@ -180,8 +180,8 @@ def _meaning(texts, counted):
 
 
 def _remarks(manifest):
-    """Lines on sources that fell short and fields that were not used."""
+    """Yield lines about sources with too few rows and about unused fields."""
     yield from (shortfall_line(name, splits) for name, splits in manifest["short"].items())
     for name, found in manifest["ignored_fields"].items():
         if found:
-            yield f"{name}: fields that are not used: {', '.join(map(ascii, found))[:300]}"
+            yield f"{name}: unused fields: {', '.join(map(ascii, found))[:300]}"

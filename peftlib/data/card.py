@@ -1,4 +1,4 @@
-"""The data card of a study's rows, and the one call that publishes them."""
+"""The data card of a study's rows, and the function that publishes them."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_card(folder, manifest):
-    """Write README.md: provenance, licences, counts, and how the rows were made, with the hub's YAML header."""
+    """Write README.md with the hub's YAML header: provenance, licences, counts, and how the rows were made."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -35,10 +35,10 @@ def _identity(facts):
 
 
 def push_to_hub(folder, repo_id, *, token=None, private=True):
-    """Publish a data folder as the data set `repo_id` on the Hugging Face hub; returns its address.
+    """Publish a data folder as the dataset `repo_id` on the Hugging Face hub; returns its URL.
 
-    Mind the licences on the card first: Alpaca's, for one, allows no commercial use. token: None takes
-    hub_token.hf_token(). private: False publishes the rows to everybody; without it, a public repository is refused.
+    Check the licences on the card first: Alpaca's, for example, forbids commercial use. token: None uses
+    hub_token.hf_token(). private: False publishes the rows to everyone; otherwise a public repository is refused.
     StudyError: the folder is not finished. ModelError: there is no token, or the repository is public.
     """
     from huggingface_hub import HfApi
@@ -49,8 +49,8 @@ def push_to_hub(folder, repo_id, *, token=None, private=True):
     address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     if private and is_public(api, repo_id, "dataset"):
         raise ModelError(
-            f"{repo_id} is public on the hub: make it private there, choose another name, or say private=False to "
-            "publish the rows to everybody"
+            f"{repo_id} is public on the hub: make it private there, choose another name, or pass private=False to "
+            "publish the rows to everyone"
         )
     api.upload_folder(
         repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=["*.parquet", "*.json", CARD]

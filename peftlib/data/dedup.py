@@ -1,9 +1,9 @@
-"""Which earlier conversations nearly equal a new one: an exact set-similarity search that misses none.
+"""Find the earlier conversations that are near-duplicates of a new one, by an exact set-similarity search.
 
-Two conversations of Jaccard similarity t or more on their gram sets must share a gram among the first
+Two conversations whose gram sets have a Jaccard similarity of t or more must share a gram among the first
 n - ceil(t n) + 1 of each in any fixed order of all grams (prefix filtering: Chaudhuri et al. 2006; Bayardo et al. 2007,
-"Scaling up all pairs similarity search"). The order here is by hash, with grams that were common in a sample put last:
-rows that only share a template then share no prefix. The order decides how long a search takes, never what it finds.
+"Scaling up all pairs similarity search"). We order by hash, with grams that are common in a sample last, so that rows
+that only share a template share no prefix. The order affects the time of a search, never its result.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ import numpy as np
 
 THRESHOLD = 0.8
 GRAM_WORDS = 5
-# A word is a run of letters and digits by one reading, of all but white space by the other. Near by either is near:
-# each reading alone leaves near-duplicates in Tulu's rows.
+# Two readings: a word is a run of letters and digits, or a run of anything but white space. Rows are near-duplicates if
+# either reading says so: each one alone misses some in Tulu's rows.
 READINGS = (re.compile(r"\w+"), re.compile(r"\S+"))
-_SHARE = THRESHOLD / (1 + THRESHOLD)  # of the sum of both sizes must be shared to reach the threshold
+_SHARE = THRESHOLD / (1 + THRESHOLD)  # fraction of the summed sizes that must be shared to reach the threshold
 _WORDS_REMEMBERED = 500_000
-_COMMON = 3  # conversations of a sample that make a gram common
-_ROUNDING = 1e-9  # a product like 0.8 * 35 must not be rounded up past the whole number it stands for
+_COMMON = 3  # a gram is common if this many conversations of a sample have it
+_ROUNDING = 1e-9  # keeps a product like 0.8 * 35 from being rounded up past the exact integer
 _QUOTES = "\"'"
 _STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("“”„‟«»", '"') | dict.fromkeys("‘’‚‛‹›", "'"))
 _QUOTES_AND_STOPS = re.compile(r"[\"'.,;:!?]{2,}")
-# Odd multipliers that make a gram's hash depend on the order of its words.
+# Odd multipliers, so that a gram's hash depends on word order.
 _MIX = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F],
     dtype=np.uint64,
@@ -34,20 +34,20 @@ _MIX = np.array(
 
 
 def normalised(texts):
-    """The text of turns for comparison: NFKC, casefolded, white space runs as one space, turns joined by a space."""
+    """The text of turns for comparison: NFKC, casefolded, white space collapsed, turns joined by a space."""
     return " ".join(unicodedata.normalize("NFKC", " ".join(texts)).casefold().split())
 
 
 def prompt_sha256(texts):
-    """SHA-256 of the normalised text of a prompt's turns. It names prompts in files, so it never changes."""
+    """SHA-256 of the normalised text of a prompt's turns. Files refer to prompts by it, so it never changes."""
     return hashlib.sha256(normalised(texts).encode()).hexdigest()
 
 
 def prompt_key(texts):
-    """Digest of a prompt's turns, equal for prompts that may not be in two splits.
+    """Digest of a prompt's turns, equal for prompts that must not be in two splits.
 
-    Beyond what `normalised` evens out, all kinds of quotes count as one, and so do 'this.' and 'this'. with the stop
-    inside and outside of the quotes.
+    In addition to `normalised`, all kinds of quotes are equal, and so are 'this.' and 'this'. with the full stop
+    inside or outside the quotes.
     """
     text = normalised(texts).translate(_STRAIGHT_QUOTES)
     return hashlib.sha256(_QUOTES_AND_STOPS.sub(_quotes_first, text).encode()).digest()
@@ -60,7 +60,7 @@ def _quotes_first(found):
 class Grams:
     """Texts as sorted arrays of 63-bit hashes of their distinct word 5-grams, one array for each of READINGS.
 
-    sample: the turns of some conversations; grams that several of them share get the 64th bit, so that they sort last.
+    sample: the turns of some conversations; grams that several of them share get the 64th bit set, so they sort last.
     """
 
     def __init__(self, sample=()):
@@ -78,7 +78,7 @@ class Grams:
     def _grams(self, text, words):
         if len(words) < GRAM_WORDS:
             return np.array([_hash(" ".join(words) or text)], dtype=np.uint64) >> np.uint64(1)
-        if len(self._word_hashes) > _WORDS_REMEMBERED:  # else a source's rare words would fill the memory
+        if len(self._word_hashes) > _WORDS_REMEMBERED:  # otherwise rare words would fill the memory
             self._word_hashes.clear()
         hashes = np.fromiter(map(self._word_hashes.__getitem__, words), dtype=np.uint64, count=len(words))
         n = len(words) - GRAM_WORDS + 1
@@ -108,13 +108,13 @@ def _hash(text):
 
 
 def jaccard(a, b):
-    """Shared grams over all grams of two gram sets."""
+    """Shared grams divided by all grams of two gram sets."""
     shared = np.intersect1d(a, b, assume_unique=True).size
     return shared / (a.size + b.size - shared)
 
 
 class NearIndex:
-    """The conversations added so far, numbered from 0, and the search for those near a new one."""
+    """An index of conversations, numbered from 0, that finds the near-duplicates of a new one."""
 
     def __init__(self):
         self._readings = [_SetIndex() for _ in READINGS]
@@ -125,7 +125,7 @@ class NearIndex:
             index.add(one)
 
     def near(self, grams):
-        """Numbers of all whose Jaccard similarity is THRESHOLD or more by any reading, ascending."""
+        """Ascending numbers of all conversations with a Jaccard similarity of THRESHOLD or more in any reading."""
         return sorted({n for index, one in zip(self._readings, grams, strict=True) for n in index.near(one)})
 
 
@@ -134,7 +134,7 @@ class _SetIndex:
 
     def __init__(self):
         self._sets, self._prefix_ends, self._lefts = [], [], []  # last gram of each prefix; number of grams behind it
-        self._holders = {}  # gram -> number of the set whose prefix holds it, or a list of them
+        self._holders = {}  # gram -> number of the set whose prefix has it, or a list of them
 
     def add(self, grams):
         number, prefix = len(self._sets), _prefix(grams)
@@ -144,7 +144,7 @@ class _SetIndex:
         for gram in prefix.tolist():
             holders = self._holders.get(gram)
             if holders is None:
-                self._holders[gram] = number  # most grams have one holder, and a list each would fill the memory
+                self._holders[gram] = number  # most grams have one holder, and a list for each would fill the memory
             elif isinstance(holders, list):
                 holders.append(number)
             else:
@@ -158,7 +158,7 @@ class _SetIndex:
         return [number for number, n in shared.items() if self._is_near(grams, prefix, number, n)]
 
     def _is_near(self, grams, prefix, number, n_shared):
-        # Up to the end of the prefix that ends first all shared grams are known; behind it that set has so many.
+        # All shared grams are known up to the end of the prefix that ends first; after it, that set has so many left.
         left = grams.size - len(prefix) if prefix[-1] <= self._prefix_ends[number] else self._lefts[number]
         least = _SHARE * (grams.size + self._sets[number].size) - _ROUNDING
         return n_shared + left >= least and jaccard(grams, self._sets[number]) >= THRESHOLD

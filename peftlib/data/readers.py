@@ -1,8 +1,8 @@
-"""Rows of JSON Lines, JSON, CSV and Parquet files, plain or gzip. All but JSON are read a few rows at a time.
+"""Rows of JSON Lines, JSON, CSV and Parquet files, plain or gzip. All except JSON are streamed.
 
-A row that cannot be read comes as `Broken`, and reading continues. A file that cannot be read, or that is cut short,
-is a DataError: the rows read so far would be another data set under the same name. CSV files are read by Python's csv
-module in strict mode, as pandas accepts misplaced quotes and short rows and does not number what it skips.
+A row that cannot be read is yielded as `Broken`, and reading continues. A file that cannot be read, or is truncated,
+raises DataError: the rows read so far would be another dataset under the same name. CSV is read by Python's csv
+module in strict mode, because pandas accepts misplaced quotes and short rows and does not number the rows it skips.
 """
 
 import csv
@@ -19,16 +19,16 @@ from pathlib import Path
 from peftlib.core.errors import DataError
 from peftlib.data.outcomes import Broken
 
-MAX_ROW_BYTES = 64 * 2**20  # of a line of JSON Lines or a field of CSV
-_ADVICE = "fetch or write the file again"
+MAX_ROW_BYTES = 64 * 2**20  # limit of a JSON Lines line or a CSV field
+_ADVICE = "download or write the file again"
 _BOM, _UTF16 = b"\xef\xbb\xbf", "UTF-16 text: save it as UTF-8"
-# What a text file may turn out to be, by its first bytes.
+# Other formats that a text file may turn out to have, by its first bytes.
 _OTHER_CONTENT = {
-    b"PK\x03\x04": "a zip archive (or a spreadsheet): give what is in it, a spreadsheet as CSV",
-    b"BZh": "compressed by bzip2: unpack it, or use gzip",
-    b"\xfd7zXZ": "compressed by xz: unpack it, or use gzip",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or use gzip",
-    b"\x1f\x8b": "compressed by gzip twice: unpack it once",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack it, or save the spreadsheet as CSV",
+    b"BZh": "compressed with bzip2: unpack it, or use gzip",
+    b"\xfd7zXZ": "compressed with xz: unpack it, or use gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it, or use gzip",
+    b"\x1f\x8b": "compressed with gzip twice: unpack it once",
     b"PAR1": "Parquet: name it .parquet",
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
@@ -45,7 +45,7 @@ _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
 def loads(text):
-    """json.loads, but an object that names a field twice comes as Broken: Python would silently keep the last.
+    """json.loads, but an object with a repeated field becomes Broken: Python would silently keep the last value.
 
     ValueError, RecursionError: not JSON.
     """
@@ -61,11 +61,11 @@ def _unique(pairs):
 
 
 def read_rows(path, fields=None):
-    """Yields (row number from 1, row or Broken) of a file.
+    """Yield (row number from 1, row or Broken) of a file.
 
-    fields: names of the fields whose values are needed, None for all; of the others in a Parquet file numbers and times
-    come as None and the rest as a text that says so.
-    DataError: missing, a folder, empty, of an unknown kind, damaged, or cut short.
+    fields: names of the fields whose values are needed, None for all. Other fields of a Parquet file are not read:
+    numbers and times become None, everything else a placeholder text.
+    DataError: the file is missing, a folder, empty, of an unknown type, damaged, or truncated.
     """
     path = Path(path)
     kind, is_gzip = kind_of(path)
@@ -80,30 +80,30 @@ def read_rows(path, fields=None):
             for number, row in enumerate(rows, start=1):
                 yield number, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged or cut short after row {number} ({error}): {_ADVICE}") from None
+        raise DataError(f"{path} is damaged or truncated after row {number} ({error}): {_ADVICE}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read after row {number} ({error})") from None
     if number == 0:
-        raise DataError(f"{path} holds no rows: {_ADVICE}, or leave the source out")
+        raise DataError(f"{path} has no rows: {_ADVICE}, or remove the source")
 
 
 def kind_of(path):
-    """(kind of file by its name, whether it is gzip by its content). DataError: missing, a folder, empty, unknown."""
+    """(file type by its name, whether its content is gzip). DataError: missing, a folder, empty, unknown type."""
     try:
         if path.is_dir():
-            raise DataError(f"{path} is a folder: name one file in it ({', '.join(_KINDS)}, each plain or .gz)")
+            raise DataError(f"{path} is a folder: give one file in it ({', '.join(_KINDS)}, each plain or .gz)")
         if not path.exists():
             start = "" if path.is_absolute() else f" (it starts at {Path.cwd()})"
             raise DataError(f"{path} does not exist: check the path{start}, or use 'hub' or 'sample' as the source")
         with open(path, "rb") as stream:
             start = stream.read(2)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}): check the path and who may read it") from None
+        raise DataError(f"{path} cannot be read ({error}): check the path and its permissions") from None
     if not start:
         raise DataError(f"{path} is empty: {_ADVICE}")
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     if not suffixes or suffixes[-1] not in _KINDS:
-        raise DataError(f"{path.name} is of no known kind: name it {', '.join(_KINDS)}, each plain or with .gz")
+        raise DataError(f"{path.name} has an unknown file type: use {', '.join(_KINDS)}, plain or with .gz")
     return _KINDS[suffixes[-1]], start == b"\x1f\x8b"
 
 
@@ -140,7 +140,7 @@ def _excerpt(line):
 
 
 def _json_rows(stream, path):
-    """Rows of one array, or one object a line, as some files of that name have it. The file is held whole."""
+    """Rows of one array, or of one object per line, as in some .json files. Reads the whole file into memory."""
     content = stream.read()
     try:
         value = loads(content.decode("utf-8-sig"))
@@ -148,7 +148,7 @@ def _json_rows(stream, path):
         if not content.lstrip(_BOM + b" \t\r\n").startswith(b"["):
             return _jsonl_rows(io.BytesIO(content), path)
         raise DataError(
-            f"{path}: it is not JSON ({error}): {_ADVICE}, or give JSON Lines, where a bad row costs only itself"
+            f"{path}: it is not JSON ({error}): {_ADVICE}, or use JSON Lines, where a bad row affects only itself"
         ) from None
     return value if isinstance(value, list) else [value]
 
@@ -161,7 +161,7 @@ def _csv_rows(stream, path):
     try:
         names = next(reader, [])
     except csv.Error as error:
-        raise DataError(f"{path}: its first line, the header, is no CSV ({error}): {_ADVICE}") from None
+        raise DataError(f"{path}: its first line, the header, is not CSV ({error}): {_ADVICE}") from None
     _require_distinct(filter(None, names), path)
     header = [name or f"column {i}" for i, name in enumerate(names, start=1)]
     while True:
@@ -172,7 +172,7 @@ def _csv_rows(stream, path):
             return
         except csv.Error as error:
             if "end of data" in str(error):
-                raise DataError(f"{path}: the quote opened in line {line} is never closed: {_ADVICE}") from None
+                raise DataError(f"{path}: the quote opened on line {line} is never closed: {_ADVICE}") from None
             yield Broken("bad_csv", f"line {line}: {error}")
             continue
         shown = ascii(values)[:200]
@@ -199,22 +199,22 @@ def _parquet_rows(stream, path, fields):
     from pyarrow import parquet, types
 
     with tempfile.TemporaryFile() as plain:
-        if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end
+        if isinstance(stream, gzip.GzipFile):  # Parquet files are read from the end
             shutil.copyfileobj(stream, plain)
             stream = plain
         try:
             opened = parquet.ParquetFile(stream)
             schema = opened.schema_arrow
             _require_distinct(schema.names, path)
-            # Python cannot hold every time, and no time decides what a row becomes.
+            # Python cannot represent every timestamp, and times do not affect the rows.
             read = [f.name for f in schema if fields is None or (f.name in fields and not types.is_temporal(f.type))]
-            # A number that is not read changes nothing either; of other fields it counts that they are there.
+            # Unread numbers do not affect them either; for other fields only their presence matters.
             others = {f.name: None if _is_number(f.type) else "(not read)" for f in schema if f.name not in read}
             for batch in opened.iter_batches(batch_size=256, columns=read):
                 for i in range(batch.num_rows):
                     yield _parquet_row(batch, i, others)
         except pyarrow.ArrowException as error:
-            raise DataError(f"{path} is no whole Parquet file ({error}): {_ADVICE}") from None
+            raise DataError(f"{path} is not a complete Parquet file ({error}): {_ADVICE}") from None
 
 
 def _is_number(kind):
@@ -228,5 +228,5 @@ def _parquet_row(batch, i, others):
         return batch.slice(i, 1).to_pylist()[0] | others
     except UnicodeDecodeError as error:
         return Broken("not_utf8", str(error)[:200])
-    except (OverflowError, ValueError, KeyError) as error:  # a time that Python cannot hold, or in an unknown zone
+    except (OverflowError, ValueError, KeyError) as error:  # a time that Python cannot represent, or an unknown zone
         return Broken("bad_value", f"{type(error).__name__}: {error}"[:200])

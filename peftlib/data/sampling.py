@@ -1,7 +1,7 @@
-"""Candidates of a stream in an order that only their content and the seed decide, in memory independent of its size.
+"""Candidates of a stream, in an order that depends only on their content and the seed, in constant memory.
 
-Of all convertible rows only the first so many are kept while the stream is read. If these are not enough, the stream is
-read again for the next ones.
+While the stream is read, only the first n_held convertible rows in that order are kept. If these are not enough, the
+stream is read again for the next ones.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ import time
 from peftlib.data.outcomes import Broken, RowRejected
 from peftlib.data.schemas import SCHEMAS, convert, schema_of
 
-_SILENT_SECONDS = 10.0  # of reading, at most about
-_LOOK_AHEAD = 100  # rows that decide a stream's schema
+_SILENT_SECONDS = 10.0  # at most about this long between log lines while reading
+_LOOK_AHEAD = 100  # rows that determine a stream's schema
 
 
 class Stream:
-    """The rows of one stream of a source as candidates, ordered by `seed`; `schema` is found on the first pass.
+    """The rows of one stream of a source as candidates, ordered by `seed`; the first pass detects `schema`.
 
     tally: the source's. n_held: candidates in memory at a time.
     """
@@ -28,7 +28,7 @@ class Stream:
         self._seed, self._n_held = seed, n_held
 
     def batches(self):
-        """Yields lists of Row, distinct, each in order and behind the one before. The stream is read once for each."""
+        """Yield lists of distinct Rows, sorted, each list after the one before. Each takes one pass over the stream."""
         after, is_last = -1, False
         while not is_last:
             batch, is_last = self._pass(after)
@@ -37,7 +37,7 @@ class Stream:
                 after = batch[-1].key
 
     def _pass(self, after):
-        """(the first n_held candidates behind the key `after`, whether these are all)."""
+        """(the first n_held candidates after the key `after`, whether there are no more)."""
         held, heap, is_last = {}, [], True
         for number, given in self._rows():
             row = self._converted(number, given, is_counted=after < 0)
@@ -49,11 +49,11 @@ class Stream:
             if key in held:
                 known = held[key]
                 known.copies += 1
-                # The least, so that the order of rows decides nothing.
+                # The smallest, so that the order of rows does not matter.
                 known.origin, known.notes = min(known.origin, row.origin), min(known.notes, row.notes)
             elif len(heap) < self._n_held or key < -heap[0]:
                 if len(heap) == self._n_held:
-                    # What falls out never comes back: as many smaller keys as are held are known. So `copies` is exact.
+                    # A dropped candidate never comes back: n_held smaller keys are known. So `copies` is exact.
                     del held[-heapq.heappop(heap)]
                     is_last = False
                 heapq.heappush(heap, -key)
@@ -63,7 +63,7 @@ class Stream:
         return [held[key] for key in sorted(held)], is_last
 
     def _rows(self):
-        """Yields (row number, row or Broken); finds the schema first, and logs a line now and then."""
+        """Yield (row number, row or Broken); detects the schema first, and logs progress from time to time."""
         rows = self.source.rows(self.name)
         if self.schema is None:
             head, label = list(itertools.islice(rows, _LOOK_AHEAD)), self.source.label(self.name)
@@ -78,7 +78,7 @@ class Stream:
             yield number, row
 
     def _converted(self, number, given, *, is_counted):
-        """The Row of what a reader gave, or None; counts it in the tally."""
+        """Convert what a reader gave to a Row, or None; counts it in the tally."""
         self.tally.read += is_counted
         try:
             if isinstance(given, Broken):

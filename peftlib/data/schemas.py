@@ -1,7 +1,7 @@
-"""The known schemas: which one a file has, and its rows as alternating user and assistant turns, user first.
+"""The known schemas: detect a file's, and convert its rows to alternating user and assistant turns, user first.
 
-A row that cannot be converted is rejected under a named reason; what conversion changes is noted under a named note.
-Both are counted in the manifest.
+A row that cannot be converted is rejected with a named reason; changes made by conversion have a named note. The
+manifest counts both.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from peftlib.data.turns import (
 
 SCHEMAS = {
     "alpaca": "Alpaca (instruction, input, output)",
-    "tulu": "Tulu (dataset, id, messages of role and content)",
-    "ultrachat": "UltraChat (prompt, prompt_id, messages of role and content)",
-    "messages": "chat messages (messages of role and content)",
-    "sharegpt": "ShareGPT (conversations of from and value)",
+    "tulu": "Tulu (dataset, id, messages with role and content)",
+    "ultrachat": "UltraChat (prompt, prompt_id, messages with role and content)",
+    "messages": "chat messages (messages with role and content)",
+    "sharegpt": "ShareGPT (conversations with from and value)",
 }
 
 _TURNS_FIELD = {"tulu": "messages", "ultrachat": "messages", "messages": "messages", "sharegpt": "conversations"}
@@ -43,7 +43,7 @@ _PAIR = ("chosen", "rejected")
 _ORIGINS = ("prompt_id", "id")
 _ALPACA_FIELDS = ("instruction", "input", "output", "history")
 _ANY_FIELDS = (*_SYSTEM_FIELDS, *_TOOL_LISTS, *MEDIA_FIELDS, *_ORIGINS, "dataset")
-# Every field whose value decides what a row becomes; a reader may leave out the values of all others.
+# Every field whose value affects the converted row; readers may skip the values of all others.
 FIELDS_READ = (*_ALPACA_FIELDS, "messages", "conversations", "prompt", *_PAIR, *_ANY_FIELDS, *NUMBERS_THAT_MATTER)
 
 _CONTROL = re.compile(r"<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image)>")
@@ -53,11 +53,11 @@ _CONTROL = re.compile(r"<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start
 class Row:
     """A conversation on its way from a source to a split.
 
-    texts: user, assistant, user, ... in turn, each trimmed and not empty, an even number of them. notes: keys of NOTES.
-    origin: the row's own id, or ''. unscored: indices in `texts` of answers that are not learned; never the last.
+    texts: user, assistant, user, ... alternating, stripped and non-empty, an even number of them. notes: keys of NOTES.
+    origin: the row's own id, or ''. unscored: indices in `texts` of answers that are not trained on; never the last.
     ignored: names of unused fields that may matter.
-    Sampling adds key: its place in the order, and copies: rows of the stream that hold it. The split adds source, ids:
-    (T,) int32, and is_scored: (T,) bool, all answers that are learned.
+    Sampling adds key: its place in the order, and copies: how many rows of the stream equal it. The split adds source,
+    ids: (T,) int32, and is_scored: (T,) bool, True on all answers that are trained on.
     """
 
     texts: list
@@ -72,7 +72,7 @@ class Row:
     is_scored: np.ndarray | None = None
 
     def content(self):
-        """Bytes that are equal where conversations are: their texts, and which answers are not learned."""
+        """Bytes that are equal for equal conversations: their texts, and which answers are not trained on."""
         return json.dumps([self.texts, self.unscored] if self.unscored else self.texts, ensure_ascii=True).encode()
 
     @property
@@ -85,7 +85,7 @@ class Row:
 
 
 def detect(row):
-    """The schema, a key of SCHEMAS, that a row's field names show, or None. Fields that are null count last."""
+    """The schema, a key of SCHEMAS, that matches a row's field names, or None. Null fields are considered last."""
     if not isinstance(row, dict):
         return None
     return _schema_of({name for name, value in row.items() if value is not None}) or _schema_of(row.keys())
@@ -102,8 +102,8 @@ def _schema_of(names):
 def schema_of(numbered, label):
     """The schema, a key of SCHEMAS, that most of the first rows of a file have.
 
-    numbered: [(row number, row or Broken), ...]. label: where they come from, in words.
-    DataError: none of them is of a known schema; it says what to do.
+    numbered: [(row number, row or Broken), ...]. label: describes where they come from.
+    DataError: none of them has a known schema; the message says what to do.
     """
     rows = [row for _, row in numbered]
     found = Counter(filter(None, map(detect, rows)))
@@ -114,31 +114,31 @@ def schema_of(numbered, label):
     reasons = Counter(row.reason for _, row in broken)
     seen = fields + "".join(f"; {n} {reason}: {REASONS[reason]}" for reason, n in reasons.items())
     lines = [
-        f"{label}: none of its first {len(rows)} rows is of a known schema ({seen})",
-        f"Rows must be one of {'; '.join(SCHEMAS.values())}",
+        f"{label}: none of its first {len(rows)} rows has a known schema ({seen})",
+        f"Supported schemas: {'; '.join(SCHEMAS.values())}",
         *list(dict.fromkeys(filter(None, map(_advice, rows))))[:3],
-        *(f"The first that cannot be read is row {number}: {row.excerpt}" for number, row in broken[:1]),
+        *(f"The first unreadable row is row {number}: {row.excerpt}" for number, row in broken[:1]),
     ]
     raise DataError(". ".join(lines))
 
 
 def _advice(row):
-    """What to do about a row of no known schema, in words, or None."""
-    no_comma = "The header holds no comma: commas separate the columns of a CSV file"
+    """Advice for a row with an unknown schema, or None."""
+    no_comma = "The header contains no comma: the columns of a CSV file must be separated by commas"
     if isinstance(row, Broken):
         if row.reason == "ragged_row" and "the header has 1:" in row.excerpt:
             return no_comma
-        advice = "Each line of JSON Lines is one object, without a comma behind it; an array goes into a .json file"
+        advice = "In JSON Lines each line is one object, without a trailing comma; put an array into a .json file"
         return advice if row.reason == "not_json" else None
     if not isinstance(row, dict):
-        advice = "A row is an object of named fields"
-        return f"{advice}, not a list: give one array of objects, in a .json file" if isinstance(row, list) else advice
+        advice = "A row must be an object with named fields"
+        return f"{advice}, not a list: use one array of objects, in a .json file" if isinstance(row, list) else advice
     if _is_preference_pair(row):
         return "These are preference pairs (prompt, chosen, rejected), as for DPO: end each row with the chosen answer"
     if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
-        return "A field holds a list of objects: if these are the rows, give that list alone"
+        return "A field contains a list of objects: if these are the rows, save only that list"
     if detect({str(name).strip().lower(): value for name, value in row.items()}):
-        return "Names of fields are lower case, without spaces around them"
+        return "Field names must be lower case, without surrounding spaces"
     if len(row) == 1 and re.search(r"[;\t|]", str(*row)):
         return no_comma
     others = [name for name, value in row.items() if isinstance(value, str) and name not in _ALPACA_FIELDS]
@@ -146,7 +146,7 @@ def _advice(row):
     if len(others) < len(wanted):
         return None
     names = dict(zip(others, wanted))
-    return f"Rename the fields of question and answer, in pandas for example: df.rename(columns={names})"
+    return f"Rename the question and answer fields, for example in pandas: df.rename(columns={names})"
 
 
 def _is_preference_pair(row):
@@ -154,7 +154,7 @@ def _is_preference_pair(row):
 
 
 def convert(row, schema):
-    """The Row of a source's row. RowRejected: it cannot be one; nothing is guessed."""
+    """Convert a source's row to a Row. RowRejected: it cannot be converted; nothing is guessed."""
     if not isinstance(row, dict):
         raise RowRejected("not_an_object")
     if _is_preference_pair(row):
@@ -173,7 +173,7 @@ def convert(row, schema):
     used = {*_ANY_FIELDS, *((field,) if field else _ALPACA_FIELDS)}
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt.strip() in texts[0]:
-        used.add("prompt")  # the first turn repeats it
+        used.add("prompt")  # same as the first turn
     ignored.update(unused_fields(row, used))
     return Row(texts, tuple(sorted(notes)), _origin(row), unscored, tuple(sorted(ignored)))
 
@@ -195,7 +195,7 @@ def _optional_text(row, name):
 
 
 def _history_turns(history, notes):
-    """Earlier turns, a list of [user, assistant] as LLaMA-Factory defines it, or that list as JSON text."""
+    """Earlier turns from a list of [user, assistant], as defined by LLaMA-Factory, or from that list as JSON text."""
     if is_empty(history):
         return []
     pairs, turns = listed(history, "history"), []
@@ -210,7 +210,7 @@ def _history_turns(history, notes):
 
 
 def _system_turns(row, turns, notes):
-    """Turns of the row's own system text, unless it is also the first of its turns."""
+    """The row's own system text as turns, unless it is also the first turn."""
     own = [Turn("system", text, name) for name in _SYSTEM_FIELDS if (text := _optional_text(row, name))]
     known = {turn.text.strip() for turn in turns[:1] if turn.role == "system"}
     new = [turn for turn in own if turn.text.strip() not in known]
@@ -220,7 +220,7 @@ def _system_turns(row, turns, notes):
 
 
 def _alternating(turns, notes, field):
-    """(texts, indices of unscored answers) of turns in any order; adds to notes. field: where the turns come from."""
+    """(texts, indices of unscored answers) from turns in any order; adds to notes. field: where the turns come from."""
     n_system = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     system, turns = [turn.text for turn in turns[:n_system]], turns[n_system:]
     for turn in turns:
@@ -233,8 +233,8 @@ def _alternating(turns, notes, field):
     turns = _merged(trimmed, notes)
     unscored = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.is_scored)
     if not unscored:
-        notes.discard("unscored_turn")  # they were all cut
-    # System texts go before the first user text, as Gemma's template has it.
+        notes.discard("unscored_turn")  # all of them were cut
+    # System texts go before the first user text, as in Gemma's template.
     kept = [text.strip() for text in system if text.strip()]
     if len(kept) < len(system):
         notes.add("dropped_empty_system")
@@ -244,7 +244,7 @@ def _alternating(turns, notes, field):
 
 
 def _exchanges(turns, notes, field):
-    """The turns from the first of the user to the last scored one of the assistant."""
+    """The turns from the first user turn to the last scored assistant turn."""
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     scored = [i for i in answers if turns[i].is_scored]
@@ -262,7 +262,7 @@ def _exchanges(turns, notes, field):
 
 
 def _merged(turns, notes):
-    """The turns with neighbours of one role joined. RowRejected: one is empty, or their weights differ."""
+    """Merge adjacent turns of one role. RowRejected: one is empty, or their weights differ."""
     for turn in turns:
         if not turn.text:
             raise RowRejected("empty_turn", turn.where)

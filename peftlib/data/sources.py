@@ -1,4 +1,4 @@
-"""Where rows come from: the Hugging Face hub at pinned revisions, the bundled sample, or the user's own files."""
+"""Sources of rows: the Hugging Face hub at pinned revisions, the bundled sample, or the user's own files."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _FORM = "NAME=WHERE; ... where WHERE is hub, sample, or FILE[,TESTFILE], as in m
 
 
 class HubSource(NamedTuple):
-    """A data set of the hub at one revision. splits: {stream: its split}."""
+    """A hub dataset at one revision. splits: {stream: its split}."""
 
     id: str
     revision: str
@@ -40,8 +40,8 @@ HUB = {
 class Source:
     """One named source. where: 'hub', 'sample' or 'file'.
 
-    streams: {'main', and 'test' where test rows come from rows of their own: file, or split of the hub}.
-    most: rows that are read of a stream, from its beginning; 0: all.
+    streams: {'main', and 'test' if the test rows are separate: file or hub split}.
+    most: read only this many rows of a stream; 0: all.
     """
 
     name: str
@@ -50,17 +50,17 @@ class Source:
     most: int = 0
 
     def check(self):
-        """DataError: one of its files is missing, empty, a folder, or of no known kind."""
+        """DataError: one of its files is missing, empty, a folder, or of an unknown type."""
         for path in self.streams.values() if self.where != "hub" else ():
             kind_of(path)
 
     def rows(self, stream):
-        """Yields (row number, row or Broken) of a stream. DataError: it cannot be read."""
+        """Yield (row number, row or Broken) of a stream. DataError: it cannot be read."""
         found = self._hub_rows(stream) if self.where == "hub" else read_rows(self.streams[stream], FIELDS_READ)
         return islice(found, self.most or None)
 
     def label(self, stream, *, is_public=False):
-        """The stream in words. is_public: without the folder of a user's own file."""
+        """Describe the stream. is_public: omit the folder of a user's own file."""
         place, part = self.streams[stream], f", its first {self.most:,} rows" if self.most else ""
         if self.where == "hub":
             return f"{HUB[self.name].id} {place} at {HUB[self.name].revision[:12]}{part}"
@@ -69,13 +69,13 @@ class Source:
         return os.fsencode(place.name if is_public else place).decode(errors="backslashreplace") + part
 
     def identity(self):
-        """What decides its rows: the hub's revision, or each file's SHA-256. DiskError: a file cannot be read."""
+        """What determines its rows: the hub revision, or each file's SHA-256. DiskError: a file cannot be read."""
         if self.where == "hub":
             return {"hub": HUB[self.name].id, "revision": HUB[self.name].revision}
         return {"sha256": {stream: sha256(path) for stream, path in self.streams.items()}}
 
     def provenance(self):
-        """What the manifest and the card say of it, JSON values."""
+        """What the manifest and the card say about it, as JSON values."""
         known = {
             "hub": self.where == "hub" and HUB[self.name].license,
             "sample": "Apache-2.0 (written for this project)",
@@ -83,16 +83,16 @@ class Source:
         return {
             "where": {stream: self.label(stream, is_public=True) for stream in self.streams},
             "license": known.get(self.where, "as its owner says: not known to peftlib"),
-            "test_rows_from": "rows of their own" if "test" in self.streams else "the same rows, by hash",
+            "test_rows_from": "separate rows" if "test" in self.streams else "the same rows, by hash",
         }
 
     def _hub_rows(self, stream):
-        """Streams the rows; nothing is kept on disk. DataError: the hub cannot be reached, or reading broke off."""
+        """Stream the rows without writing to disk. DataError: the hub cannot be reached, or reading was interrupted."""
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
 
-        # The hub client's own error and the base of its HTTP library's, which depends on the client's version.
+        # The hub client's own error, and the base error of its HTTP library, which depends on the client's version.
         http_errors = [base for base in HfHubHTTPError.__mro__ if base.__name__ in ("HTTPError", "RequestException")]
         source, number = HUB[self.name], 0
         try:
@@ -103,7 +103,7 @@ class Source:
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:200]}"
             raise DataError(
                 f"{self.label(stream)} could not be read from the hub after row {number} ({reason}): "
-                f"check the network and run again, or give a file of your own: sources = '{self.name}=FILE; ...'"
+                f"check the network and run again, or use your own file: sources = '{self.name}=FILE; ...'"
             ) from error
 
 
@@ -112,7 +112,7 @@ def parse_sources(text, *, most=0):
 
     most: as in Source.
 
-    ConfigError: not of the form NAME=WHERE; ..., a name twice, or hub/sample for a name they do not have.
+    ConfigError: not of the form NAME=WHERE; ..., a repeated name, or hub/sample with a name they do not have.
     """
     found = {}
     for part in filter(None, map(str.strip, text.split(";"))):
@@ -131,13 +131,13 @@ def parse_sources(text, *, most=0):
 def _source(name, where):
     if where in ("hub", "sample"):
         if name not in HUB:
-            raise ConfigError(f"sources: {name}={where}, but {where} has only {', '.join(HUB)}: give a file")
+            raise ConfigError(f"sources: {name}={where}, but {where} has only {', '.join(HUB)}: use a file")
         return Source(name, where, HUB[name].splits if where == "hub" else {"main": SAMPLE / f"{name}.jsonl"})
     files = [piece.strip() for piece in where.split(",")]
     if len(files) > 2 or not all(files):
-        raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (a path must hold no comma)")
+        raise ConfigError(f"sources: {name}={where!r} is not FILE or FILE,TESTFILE (paths must not contain commas)")
     try:
         paths = [Path(file).expanduser() for file in files]
-    except RuntimeError as error:  # ~name of nobody here
-        raise ConfigError(f"sources: {name}={where!r}: {error}: give the whole path") from None
+    except RuntimeError as error:  # ~name of an unknown user
+        raise ConfigError(f"sources: {name}={where!r}: {error}: use the full path") from None
     return Source(name, "file", dict(zip(("main", "test"), paths)))

@@ -1,7 +1,7 @@
-"""Assign candidates to test, valid and train: exact numbers, no leak, in a fixed order of precedence.
+"""Assign candidates to test, valid and train: exact numbers, no leaks, in a fixed order of precedence.
 
-Test rows are chosen before valid rows and these before train rows, each split source by source. A candidate that comes
-too near to a row chosen before is rejected, and the next candidate of its source takes its place.
+Test rows are chosen first, then valid rows, then train rows, each split source by source. A candidate that is too
+similar to a row chosen before is rejected, and the next candidate of its source takes its place.
 """
 
 import itertools
@@ -10,13 +10,13 @@ from peftlib.data.dedup import Grams, NearIndex, prompt_key
 from peftlib.data.tokenize import tokenize
 
 SPLITS = ("test", "valid", "train")  # in order of precedence
-_SAMPLE = 500  # candidates of a stream that say which grams are common
+_SAMPLE = 500  # candidates of a stream that determine which grams are common
 
 
 class Queue:
-    """Iterator of the usable rows of one stream in order; they are tokenized a batch at a time, as they are drawn.
+    """Iterator over the usable rows of one stream in order; tokenizes them on demand, in batches.
 
-    expected: the least number of rows that will be drawn. sample: turns of the first candidates.
+    expected: the minimum number of rows that will be drawn. sample: turns of the first candidates.
     """
 
     def __init__(self, stream, cfg, expected):
@@ -30,11 +30,11 @@ class Queue:
         return self._rows
 
     def _usable(self, batches):
-        cfg, taken = self._cfg, 0  # rows of the stream that were looked at
+        cfg, taken = self._cfg, 0  # rows of the stream seen so far
         for batch in batches:
             at = 0
             while at < len(batch):
-                # Some will be rejected; a twentieth more is cheaper than many small batches.
+                # Some will be rejected; 5% more is cheaper than many small batches.
                 part = batch[at : at + max(256, self._expected - taken + self._expected // 20)]
                 at += len(part)
                 encoded = tokenize(cfg.model, part, max_length=cfg.max_length, workers=cfg.workers)
@@ -44,7 +44,7 @@ class Queue:
                         yield row
 
     def _is_usable(self, row, ids, is_scored, n_turns):
-        """Whether a scored answer fits; cuts the row to what does."""
+        """Whether a scored answer fits; truncates the row to what fits."""
         reject = self.stream.tally.reject
         shown = {"stream": self.stream.name, "origin": row.origin, "excerpt": row.texts[0][:200]}
         if row.copies > 1:
@@ -60,7 +60,7 @@ class Queue:
 
 
 class LeakFilter:
-    """Admits rows to a split, or says which row admitted before they would leak. sample: as for dedup.Grams."""
+    """Admits rows to a split, or says which admitted row they would leak. sample: as for dedup.Grams."""
 
     def __init__(self, sample):
         self._grams, self._index = Grams(sample), NearIndex()
@@ -68,8 +68,8 @@ class LeakFilter:
         self._prompts = {}  # prompt_key of each admitted row -> (split, id)
 
     def admit(self, row, split):
-        """Add a row to a split; returns None, or, where it is not admitted, (reason, id of the row in its way)."""
-        # Training scores every answer, so each turn's history is a prompt of the row; the last is its own.
+        """Add a row to a split; returns None or, if it is not admitted, (reason, id of the conflicting row)."""
+        # Training scores every answer, so each turn's history is one of the row's prompts; the last is its own.
         prompts = [prompt_key(row.texts[:n]) for n in range(1, len(row.texts), 2)]
         for where, other in (self._prompts[p] for p in prompts if p in self._prompts):
             if where != split:
@@ -88,9 +88,9 @@ class LeakFilter:
 
 
 def choose(queues, quotas):
-    """{split: [Row, ...]}, fewer of a source than its quota where it runs out. A rejected row is replaced by the next.
+    """{split: [Row, ...]}, fewer than a source's quota if it runs out. A rejected row is replaced by the next.
 
-    queues: {(source, split): Queue}, one Queue for several splits where they share a stream; sources in order of
+    queues: {(source, split): Queue}, one Queue for all splits that share a stream; sources in order of
     precedence. quotas: {(source, split): rows}.
     """
     leaks = LeakFilter([texts for queue in dict.fromkeys(queues.values()) for texts in queue.sample])

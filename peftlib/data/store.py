@@ -1,4 +1,4 @@
-"""The files of a study's data folder: Parquet splits, rejects, and the manifest that is written last."""
+"""The files of a study's data folder: Parquet splits, rejects, and the manifest, which is written last."""
 
 import hashlib
 import io
@@ -17,12 +17,12 @@ from peftlib.data.dedup import prompt_sha256
 from peftlib.data.tokenize import as_messages
 
 REJECTS = "rejects.jsonl"
-_MADE_AGAIN = "delete it and run 01_data again, which makes the same rows"
+_MADE_AGAIN = "delete it and run 01_data again, which builds the same rows"
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 class Split(Sequence):
-    """The rows of a split, each a dict made when it is asked for.
+    """The rows of a split, each a dict built on access.
 
     source, id: str. messages: [{role, content}, ...]. prompt_sha256: str, of the normalised history of the scored
     reply. n_tokens: int. input_ids: list of int. is_scored: list of bool. origin: the row's id in its source, or ''.
@@ -43,12 +43,12 @@ class Split(Sequence):
         return {name: column[i % self._length].as_py() for name, column in self._columns.items()}
 
     def column(self, name):
-        """One column as a list, without making whole rows."""
+        """One column as a list, without building rows."""
         return self._columns[name].to_pylist()
 
 
 def load_split(folder: str | Path, split: str) -> Split:
-    """The Split 'train', 'valid' or 'test' of a data folder. StudyError: absent, or not as the manifest lists it."""
+    """Load split 'train', 'valid' or 'test' of a data folder. StudyError: missing, or not what the manifest lists."""
     path = Path(folder) / f"{split}.parquet"
     if not path.exists():
         name = path.absolute().parent.parent.name if path.parent.name == "data" else "NAME"
@@ -62,12 +62,12 @@ def load_split(folder: str | Path, split: str) -> Split:
 
 
 def write_data(folder, splits, examples, manifest):
-    """Write a data folder whole: splits, rejects, card and, last, the manifest; returns the manifest as written.
+    """Write a complete data folder: splits, rejects, card and, last, the manifest; returns the manifest as written.
 
     splits: {split: [split.Row, ...]}. examples: dicts of rejected rows. OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)  # it must never be beside files that it does not describe
+    (folder / MANIFEST).unlink(missing_ok=True)  # it must never exist next to files that it does not describe
     for split, rows in splits.items():
         with atomic_path(folder / f"{split}.parquet") as beside:
             parquet.write_table(_table(split, rows), beside, compression="zstd")
@@ -92,7 +92,7 @@ def _table(split, rows):
 
 
 def _scored_in(split, row):
-    """(T,) bool: every answer to be learned in train and valid, the last one alone in test."""
+    """(T,) bool: True on every answer to train on in train and valid, only on the last one in test."""
     if split != "test":
         return row.is_scored
     starts = np.flatnonzero(row.is_scored & ~np.concatenate([[False], row.is_scored[:-1]]))
@@ -100,7 +100,7 @@ def _scored_in(split, row):
 
 
 def split_hash(splits):
-    """16 hex digits over which conversations are in which split, and their order; the same on any machine."""
+    """16 hex digits over the conversations of each split and their order; the same on any machine."""
     digest = hashlib.sha256()
     for split in sorted(splits):
         for row in splits[split]:
@@ -114,7 +114,7 @@ def _file_hashes(folder):
 
 
 def standing_manifest(folder, inputs):
-    """The manifest in `folder` if it was made from just these inputs and its files are as written, else None."""
+    """The manifest in `folder` if it was made from exactly these inputs and its files are unchanged, else None."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
@@ -122,5 +122,5 @@ def standing_manifest(folder, inputs):
         manifest = read_json(path)
         is_ours = manifest["inputs"] == inputs and manifest["files"] == _file_hashes(path.parent)
     except (StudyError, KeyError, OSError):
-        return None  # of another version, or damaged: made again
+        return None  # from another version, or damaged: rebuild
     return manifest if is_ours else None

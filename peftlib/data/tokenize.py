@@ -1,4 +1,4 @@
-"""Rows as token ids and loss masks, cut after whole turns, in batches and with worker processes."""
+"""Convert rows to token ids and loss masks, truncated after whole turns, in batches and with worker processes."""
 
 import functools
 import os
@@ -11,22 +11,22 @@ from peftlib.core.errors import DataError
 from peftlib.models import chat_template
 from peftlib.models.load import load_tokenizer
 
-_ROWS_WORTH_A_WORKER = 400  # starting one costs about as much as tokenizing these
+_ROWS_WORTH_A_WORKER = 400  # starting a worker costs about as much as tokenizing this many rows
 _BATCH = 64
 
 
 def tokenize(model, rows, *, max_length, workers):
     """[(ids, is_scored, n_turns), ...] of rows, with at most `max_length` ids each.
 
-    ids: (T,) int32. is_scored: (T,) bool. n_turns: turns kept, the last of them scored; 0 where not even the first
-    scored answer fits. model: as in a config. workers: processes, 0 is one per core; they do not change the result.
+    ids: (T,) int32. is_scored: (T,) bool. n_turns: turns kept, the last of them scored; 0 if not even the first
+    scored answer fits. model: as in a config. workers: processes, 0: one per core; they do not change the result.
     """
     workers = min(workers or os.cpu_count() or 1, 1 + len(rows) // _ROWS_WORTH_A_WORKER)
-    _tokenizer(model)  # opened before the workers start, so that a fork has it
+    _tokenizer(model)  # load it before the workers start, so that forks share it
     encode = functools.partial(_encode_batch, model=model, max_length=max_length)
     pairs = [(row.texts, row.unscored) for row in rows]
     batches = [pairs[at : at + _BATCH] for at in range(0, len(pairs), _BATCH)]
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers share the cores; a fork of threads would warn
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers share the cores; forking with threads would warn
     if workers == 1:
         made = map(encode, batches)
     else:
@@ -34,7 +34,7 @@ def tokenize(model, rows, *, max_length, workers):
             with ProcessPoolExecutor(workers) as pool:
                 made = list(pool.map(encode, batches))
         except BrokenProcessPool:
-            killed = f"one of {workers} tokenizing processes was killed, perhaps for memory"
+            killed = f"one of {workers} tokenizing processes was killed, perhaps out of memory"
             raise DataError(f"{killed}: set workers = 1") from None
     return [row for batch in made for row in batch]
 
@@ -43,8 +43,8 @@ def _encode_batch(pairs, *, model, max_length):
     encoded = chat_template.encode_many(_tokenizer(model), [as_messages(texts) for texts, _ in pairs])
     rows = []
     for one, (_, unscored) in zip(encoded, pairs, strict=True):
-        n_turns = sum(end <= max_length for end in one.turn_ends) // 2 * 2  # whole exchanges
-        while n_turns and n_turns - 1 in unscored:  # what follows the last scored answer teaches nothing
+        n_turns = sum(end <= max_length for end in one.turn_ends) // 2 * 2  # complete exchanges
+        while n_turns and n_turns - 1 in unscored:  # nothing after the last scored answer is trained on
             n_turns -= 2
         end = one.turn_ends[n_turns - 1] if n_turns else 0
         is_scored = np.array(one.is_scored[:end], bool)
@@ -55,7 +55,7 @@ def _encode_batch(pairs, *, model, max_length):
 
 
 def as_messages(texts):
-    """[{role, content}, ...] of texts that take turns, user first."""
+    """[{role, content}, ...] from alternating texts, user first."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 

@@ -1,4 +1,4 @@
-"""Turns of a chat row: who speaks, what is said, whether an answer is learned; and which of its fields are unused."""
+"""Turns of a chat row: the role, the text and whether an answer is trained on; and which fields are unused."""
 
 import math
 import re
@@ -17,7 +17,7 @@ _OTHER_PARTS = ("image_url", "input_audio", *MEDIA_FIELDS)
 _READ = {"role", "from", "content", "value", "weight", "name", *_TOOL_FIELDS, *MEDIA_FIELDS}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Names that say where a row comes from or what it is about, and 'text', the usual name of the rendered turns.
+# Names of metadata about a row, and 'text', the usual name of the rendered turns.
 _ABOUT = re.compile(
     r"(.*_)?(ids?|idx|index|uuid|hash|sha256|urls?|sources?|dataset|split|lang|language|licen[cs]e|date|time|timestamp"
     r"|created|updated|created_at|updated_at|model|category|tags?|topic|task|type|quality|difficulty|meta|metadata"
@@ -29,7 +29,7 @@ NUMBERS_THAT_MATTER = ("label", "labels", "weight", "weights", "train", "mask", 
 
 
 class Turn(NamedTuple):
-    """role: user, assistant or system. where: its place in the row. is_scored: an answer that the loss sees."""
+    """role: user, assistant or system. where: its place in the row. is_scored: an answer that counts in the loss."""
 
     role: str
     text: str
@@ -38,9 +38,9 @@ class Turn(NamedTuple):
 
 
 def read_turns(items, field, notes, ignored):
-    """[Turn, ...] of a list of {role, content} or {from, value}, or of such a list as JSON text.
+    """[Turn, ...] from a list of {role, content} or {from, value}, or from such a list as JSON text.
 
-    field: its name in the row. notes, ignored: sets that take keys of NOTES and names of unused fields.
+    field: its name in the row. notes, ignored: sets to which keys of NOTES and names of unused fields are added.
     RowRejected: the list cannot be used.
     """
     items = listed(items, field)
@@ -72,7 +72,7 @@ def _turn(item, where, notes):
 
 
 def _one_of(item, name, other, where):
-    """(value, its place) of the one of two fields that is given."""
+    """(value, its place) of whichever of two fields is present."""
     value, other_value = item.get(name), item.get(other)
     if other_value is None:
         return value, f"{where}.{name}"
@@ -82,7 +82,7 @@ def _one_of(item, name, other, where):
 
 
 def _joined_parts(parts, where, notes):
-    """The text of a list of text parts, as OpenAI's messages have it."""
+    """The text of a list of text parts, as in OpenAI's messages."""
     notes.add("joined_parts")
     texts = []
     for i, part in enumerate(parts):
@@ -95,7 +95,7 @@ def _joined_parts(parts, where, notes):
 
 
 def _is_scored(weight, role, where, notes):
-    """Whether OpenAI's `weight` of a message leaves it in the loss: 0 excludes an answer, 1 is the default."""
+    """Whether OpenAI's `weight` of a message keeps it in the loss: 0 excludes an answer, 1 is the default."""
     if is_missing(weight):
         return True
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
@@ -108,7 +108,7 @@ def _is_scored(weight, role, where, notes):
 
 
 def listed(value, field):
-    """`value`, or what it says where it is JSON text, as in a CSV cell. RowRejected: the text is not JSON."""
+    """`value`, parsed if it is JSON text, as in a CSV cell. RowRejected: the text is not JSON."""
     try:
         return loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -116,7 +116,7 @@ def listed(value, field):
 
 
 def plain_text(value, field):
-    """`value` unchanged. RowRejected: it is not a text, or holds half a surrogate pair."""
+    """`value` unchanged. RowRejected: it is not text, or contains half a surrogate pair."""
     if not isinstance(value, str):
         raise RowRejected("not_text", field)
     if SURROGATE.search(value):
@@ -125,32 +125,32 @@ def plain_text(value, field):
 
 
 def refuse_fields(row, names, reason, field=""):
-    """RowRejected, for `reason`, where one of the named fields is not empty. field: where `row` is in its row."""
+    """Raise RowRejected(reason) if one of the named fields is not empty. field: where `row` is in its row."""
     for name in names:
         if name in row and not is_empty(row[name]):
             raise RowRejected(reason, f"{field}.{name}" if field else name)
 
 
 def is_missing(value):
-    """Whether a field is null; pandas writes that as NaN too."""
+    """Whether a field is null, or NaN, as written by pandas."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def is_empty(value):
-    """Whether a field holds nothing: null, white space, or an empty list or object."""
+    """Whether a field is empty: null, white space, or an empty list or object."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}")
     return is_missing(value) or value == [] or value == {}
 
 
 def unused_fields(row, used):
-    """Names of a row's fields that are not in `used`, are not empty, and could change what the row means."""
+    """Names of a row's non-empty fields that are not in `used` and could change its meaning."""
     return [str(name) for name in row if name not in used and _could_matter(str(name), row[name])]
 
 
 def _could_matter(name, value):
     if is_empty(value):
         return False
-    # All values of a CSV file are texts.
+    # All values of a CSV file are text.
     is_number = _NUMBER.fullmatch(value.strip()) if isinstance(value, str) else isinstance(value, (bool, int, float))
     return name.lower() in NUMBERS_THAT_MATTER if is_number else not _ABOUT.fullmatch(name)

@@ -1,5 +1,5 @@
-"""The methods, in study order. A new one is a module with a MethodSpec, passed to `register`, or an entry of
-`variants`."""
+"""The methods, in study order. To add one, write a module with a MethodSpec and pass it to `register`, or add an entry
+to `variants`."""
 
 from peftlib.methods import apollo, full, galore, hybrid, lora, muon, qlora, variants
 from peftlib.methods.peft_file import find, keep, known

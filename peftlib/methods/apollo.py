@@ -8,7 +8,7 @@ from peftlib.optim.apollo import ApolloAdamW
 
 
 def build_optimizer(model, cfg):
-    """APOLLO for the projections, plain AdamW at the same rate for the norms."""
+    """APOLLO for the projections, plain AdamW with the same rate for the norms."""
     projected, norms = split_trained(model, PROJECTIONS)
     return ApolloAdamW(
         [

@@ -1,4 +1,4 @@
-"""GaLore: all projections train in full, Adam's moments in a rank-r view (Zhao et al. 2024, arXiv:2403.03507)."""
+"""GaLore: all projections train fully, with Adam's moments at rank r (Zhao et al. 2024, arXiv:2403.03507)."""
 
 from peftlib.core.errors import ConfigError
 from peftlib.methods.spec import GALORE_SETTINGS, MethodSpec, require_rank
@@ -11,12 +11,12 @@ from peftlib.optim.sharded import ShardedGaLoreAdamW
 
 
 def prepare(model, cfg):
-    """The model with projections (in cfg.galore_weights) and norms (in float32) trained; the tied embedding frozen."""
+    """The model with trainable projections (in cfg.galore_weights) and norms (in float32), and a frozen embedding."""
     return train_projections_and_norms(model, cfg.galore_weights)
 
 
 def train_projections_and_norms(model, dtype):
-    """Switch training on for the seven projections, held in `dtype`, and for the norms, in float32."""
+    """Make the seven projections trainable in `dtype`, and the norms in float32."""
     for name, p in model.named_parameters():
         if p.ndim == 1 and "norm" in name:
             p.requires_grad_(True)
@@ -25,29 +25,29 @@ def train_projections_and_norms(model, dtype):
 
 
 def train_in(dtype, weights):
-    """Switch training on. fp32 by default, for 16 bits round small updates away; bf16 weights, which take half the
-    memory, are rounded stochastically by the optimizer."""
+    """Make weights trainable in a dtype. The default is fp32, because 16 bits lose small updates; bf16 weights need
+    half the memory, and the optimizer rounds them stochastically."""
     for p in weights.values():
         p.data = p.data.to(DTYPES[dtype])
         p.requires_grad_(True)
 
 
 def split_trained(model, leaves):
-    """(weights of the projections in `leaves`, everything else that trains), lists."""
+    """(weights of the projections in `leaves`, all other trained weights), lists."""
     named = named_weights(model, leaves)
     return list(named.values()), [p for name, p in trainable(model).items() if name not in named]
 
 
 def build_optimizer(model, cfg):
-    """GaLore for the projections. Norms get plain AdamW at the rate that the projected weights effectively have."""
+    """GaLore for the projections, and plain AdamW for the norms, with the effective rate of the projected weights."""
     projected, norms = split_trained(model, PROJECTIONS)
     plain = {"params": norms, "lr": cfg.galore_learning_rate * cfg.galore_scale, "weight_decay": 0.0}
     return galore_adamw(model, cfg, projected, plain)
 
 
 def galore_adamw(model, cfg, projected, plain):
-    """GaLoreAdamW over `projected` weights of a model, whose layers then make projected gradients alone, and one group
-    of plain weights."""
+    """GaLoreAdamW over `projected` weights of a model, whose layers then compute only projected gradients, and one
+    group of plain weights."""
     if cfg.galore_engine == "galore_torch":
         return _by_its_authors(cfg, projected, plain)
     make = ShardedGaLoreAdamW if cfg.shard_optimizer else GaLoreAdamW
@@ -65,13 +65,13 @@ def galore_adamw(model, cfg, projected, plain):
 
 
 def _by_its_authors(cfg, projected, plain):
-    """galore_torch's optimizer. ConfigError: a setting that it has nothing for."""
+    """galore_torch's optimizer. ConfigError: a setting that it does not support."""
     needed = {"moment_bits": 32, "galore_weights": "fp32", "galore_on_refresh": "keep", "shard_optimizer": False}
     for field, value in needed.items():
         if getattr(cfg, field) != value:
             raise ConfigError(
-                f"{field}={getattr(cfg, field)!r} is not for galore_engine='galore_torch': set {field} to {value!r}, "
-                "or galore_engine='peftlib'"
+                f"{field}={getattr(cfg, field)!r} does not work with galore_engine='galore_torch': set {field} to "
+                f"{value!r}, or galore_engine='peftlib'"
             )
     require_rank("galore_rank", cfg.galore_rank, [p.shape for p in projected])
     group = {"params": projected, "rank": cfg.galore_rank, "update_proj_gap": cfg.galore_update_interval}
@@ -81,12 +81,12 @@ def _by_its_authors(cfg, projected, plain):
 
 
 def by_engine(cfg):
-    """What MethodSpec.trains calls GaLore by cfg.galore_engine."""
+    """The name in MethodSpec.trains for GaLore with cfg.galore_engine."""
     return "galore" if cfg.galore_engine == "peftlib" else cfg.galore_engine
 
 
 def projected_group(weights, cfg, *, rank, scale):
-    """The optimizer's group of weights whose gradients are projected."""
+    """The optimizer group of weights whose gradients are projected."""
     return {"params": weights, "rank": rank, "update_gap": cfg.galore_update_interval, "scale": scale}
 
 

@@ -1,4 +1,4 @@
-"""The layer-wise hybrid: LoRA on 4-bit projections, the others unquantized and trained by GaLore."""
+"""The layer-wise hybrid: LoRA on 4-bit projections; the other projections unquantized and trained by GaLore."""
 
 from dataclasses import replace
 
@@ -11,9 +11,9 @@ from peftlib.models.inspect import ATTENTION, MLP, PROJECTIONS, core, in_layers,
 
 
 def split(cfg, layers):
-    """(projections trained by GaLore, the others), as inspect.is_named has them, by cfg.hybrid_galore.
+    """(projections trained by GaLore, the others) according to cfg.hybrid_galore, named as in inspect.is_named.
 
-    ConfigError: more last layers than `layers`, the model's, or all of them.
+    ConfigError: last_K_layers with K not below `layers`, the model's number.
     """
     last = last_layers(cfg.hybrid_galore)
     if not last:
@@ -32,16 +32,16 @@ def _split_of(model, cfg):
 
 
 def prepare(model, cfg):
-    """Adapters on one side of the split, the other trained in full; norms and embedding frozen."""
+    """Adapters on one side of the split, full training of the other; norms and embedding frozen."""
     whole, adapted = _split_of(model, cfg)
     model = with_adapters(model, cfg, adapted)
-    # After the adapters, which freeze the rest. PEFT does not save these weights: saved.save_trained does.
+    # After adding adapters, which freezes the rest. PEFT does not save these weights, saved.save_trained does.
     train_in(cfg.galore_weights, named_weights(model, whole))
     return model
 
 
 def build_optimizer(model, cfg):
-    """GaLore for the weights, AdamW for the adapters, each at its own rate."""
+    """GaLore for the weights and AdamW for the adapters, each with its own rate."""
     whole, adapters = split_trained(model, _split_of(model, cfg)[0])
     return galore_adamw(model, cfg, whole, {"params": adapters, "lr": cfg.lora_learning_rate})
 
@@ -82,15 +82,15 @@ def _of_mlp(cfg):
     return cfg.replace(hybrid_galore="mlp")
 
 
-# The ablation of the hybrid's placement as a method of its own, so that one study can hold both.
+# The ablation of the hybrid's placement is a separate method, so that one study can have both.
 MLP_SPEC = replace(
     SPEC,
     name="hybrid_mlp",
     label="hybrid, reversed",
-    description="the hybrid the other way round: the three MLP projections in full by GaLore (arXiv:2403.03507), LoRA "
+    description="the hybrid reversed: the three MLP projections in full by GaLore (arXiv:2403.03507), LoRA "
     "adapters on the four attention projections over NF4 weights (arXiv:2305.14314), the rest frozen",
     colors=("#0d95ff", "#bb68fd"),
-    marker=(4, 1, 0),  # a star of four points
+    marker=(4, 1, 0),  # a four-pointed star
     trains={"adapters": ATTENTION, "galore": MLP},
     settings=(*LORA_SETTINGS, *GALORE_SETTINGS),
     prepare=lambda model, cfg: prepare(model, _of_mlp(cfg)),

@@ -1,4 +1,4 @@
-"""LoRA on the model in 16 bits: what QLoRA costs and saves shows against it (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA on the 16-bit model, the baseline for QLoRA's costs and savings (Hu et al. 2021, arXiv:2106.09685)."""
 
 from peftlib.methods.qlora import build_optimizer, prepare
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec

@@ -9,12 +9,12 @@ from peftlib.optim.adamw_8bit import adamw_8bit
 
 
 def prepare(model, cfg):
-    """The model with float32 LoRA adapters on all seven projections; everything else frozen, as it was loaded."""
+    """The model with float32 LoRA adapters on all seven projections; everything else is frozen as loaded."""
     return with_adapters(model, cfg, PROJECTIONS)
 
 
 def build_optimizer(model, cfg):
-    """AdamW over the adapters, its moments in cfg.moment_bits."""
+    """AdamW over the adapters, with moments in cfg.moment_bits."""
     make = adamw_8bit if cfg.moment_bits == 8 else AccumulatingAdamW
     return make(
         list(trainable(model).values()),
@@ -25,10 +25,10 @@ def build_optimizer(model, cfg):
 
 
 def with_adapters(model, cfg, targets, **changes):
-    """A PeftModel with LoRA (Hu et al. 2021, arXiv:2106.09685) on `targets`: W x + alpha/r B A x, B zero at first.
+    """A PeftModel with LoRA (Hu et al. 2021, arXiv:2106.09685) on `targets`: W x + alpha/r B A x, B initially zero.
 
     PEFT's options rsLoRA, DoRA and PiSSA come from the config. changes: fields of PEFT's LoraConfig that a method sets.
-    ConfigError: lora_rank above the shorter side of a target, or PiSSA over 4-bit weights. ModelError: no layer bears
+    ConfigError: lora_rank exceeds the shorter side of a target, or PiSSA on 4-bit weights. ModelError: no layer has
     one of the names.
     """
     from peft import LoraConfig

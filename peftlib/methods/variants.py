@@ -1,4 +1,4 @@
-"""Adapters beside plain LoRA, one entry of a table each. `peft_file` takes PEFT's other kinds."""
+"""Adapters other than plain LoRA, one table entry each. `peft_file` supports PEFT's other types."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from peftlib.optim.adamw_8bit import adamw_8bit
 
 
 def _lora(**changes):
-    """prepare() of LoRA on all projections with some fields of PEFT's LoraConfig set."""
+    """prepare() for LoRA on all projections with some fields of PEFT's LoraConfig set."""
     return partial(_prepare_lora, changes=changes)
 
 
@@ -38,7 +38,7 @@ def _with_frozen_a(model, cfg):
 
 
 def _two_rates(model, cfg):
-    """AdamW in the groups of PEFT's create_loraplus_optimizer: B's rate is cfg.loraplus_lr_ratio times A's."""
+    """AdamW with the groups of PEFT's create_loraplus_optimizer: B's rate is cfg.loraplus_lr_ratio times A's."""
     from peft.optimizers import create_loraplus_optimizer
 
     def make(groups, **settings):
@@ -50,12 +50,12 @@ def _two_rates(model, cfg):
 
 
 def _projected_b(model, cfg):
-    """AdamW over B alone, by LoRA-FA's gradient of it, which comes nearest to that of the whole matrix: a linear map,
-    so each micro-batch's part goes through it as autograd makes it."""
+    """AdamW over B only, with LoRA-FA's gradient, the closest to the full matrix's. It is a linear map, so a hook
+    applies it to each micro-batch's gradient."""
     for layer in model.modules():
         if hasattr(layer, "lora_A"):
             a, scale = layer.lora_A["default"].weight, layer.scaling["default"]
-            product = a @ a.T + 1e-8 * torch.eye(len(a), device=a.device)  # as PEFT's LoraFAOptimizer has it
+            product = a @ a.T + 1e-8 * torch.eye(len(a), device=a.device)  # as in PEFT's LoraFAOptimizer
             inverse = torch.linalg.pinv(product) / scale**2
             layer.lora_B["default"].weight.register_hook(partial(torch.matmul, other=inverse))
     return qlora.build_optimizer(model, cfg)
@@ -66,12 +66,12 @@ def _but(*names):
 
 
 _PLACE = "on the seven projections of each layer, the rest frozen in 16 bits"
-# name, label, description, colours on light and dark paper, marker, what of a MethodSpec differs from LoRA's
+# name, label, description, colours for light and dark backgrounds, marker, MethodSpec fields that differ from LoRA's
 _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "dora",
         "DoRA",
-        f"DoRA (arXiv:2402.09353): LoRA adapters that train the length of each row apart from its direction, {_PLACE}",
+        f"DoRA (arXiv:2402.09353): LoRA adapters that train each row's magnitude and direction separately, {_PLACE}",
         ("#4a02a2", "#a4cbe6"),
         "<",
         {"prepare": _lora(use_dora=True), "settings": _but("lora_use_dora")},
@@ -79,7 +79,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "rslora",
         "rsLoRA",
-        f"rsLoRA (arXiv:2312.03732): LoRA adapters scaled by alpha over the root of the rank, {_PLACE}",
+        f"rsLoRA (arXiv:2312.03732): LoRA adapters scaled by alpha / sqrt(rank), {_PLACE}",
         ("#987e48", "#e7d011"),
         ">",
         {"prepare": _lora(use_rslora=True), "settings": _but("lora_use_rslora")},
@@ -87,7 +87,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "pissa",
         "PiSSA",
-        f"PiSSA (arXiv:2404.02948): LoRA adapters that start as the largest singular parts of the weights, {_PLACE}",
+        f"PiSSA (arXiv:2404.02948): LoRA adapters initialised with the weights' top singular components, {_PLACE}",
         ("#0e370b", "#a0f789"),
         "*",
         {"prepare": _lora(init_lora_weights="pissa"), "settings": _but("lora_init")},
@@ -95,7 +95,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "lora_plus",
         "LoRA+",
-        f"LoRA+ (arXiv:2402.12354): LoRA adapters whose B learns at a multiple of A's rate, {_PLACE}",
+        f"LoRA+ (arXiv:2402.12354): LoRA adapters whose B has a multiple of A's learning rate, {_PLACE}",
         ("#f214c7", "#fc146a"),
         "h",
         {"build_optimizer": _two_rates, "settings": (*LORA_SETTINGS, "loraplus_lr_ratio")},
@@ -103,7 +103,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "lora_fa",
         "LoRA-FA",
-        f"LoRA-FA (arXiv:2308.03303): LoRA adapters whose A stays as it was drawn, {_PLACE}",
+        f"LoRA-FA (arXiv:2308.03303): LoRA adapters whose A is frozen at its random initialisation, {_PLACE}",
         ("#050247", "#76fcb2"),
         "d",
         {"prepare": _with_frozen_a, "build_optimizer": _projected_b, "settings": _but("lora_use_dora", "lora_init")},
@@ -111,7 +111,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, str], str, dict], ...] = (
     (
         "oft",
         "OFT",
-        f"OFT (arXiv:2306.07280): rotations of each layer's inputs in blocks, {_PLACE}",
+        f"OFT (arXiv:2306.07280): block-wise rotations of each layer's inputs, {_PLACE}",
         ("#ed30f2", "#4d7437"),
         "H",
         {"prepare": _oft, "settings": ("oft_block_size",)},

@@ -1,4 +1,5 @@
-"""PEFT's adapters: which kinds a run can train, their configs read and checked, put into a model, and counted."""
+"""PEFT adapters: which types a run can train, reading and checking their configs, adding them to a model, and counting
+their parameters."""
 
 import contextlib
 import difflib
@@ -14,17 +15,16 @@ from peftlib.models.load import peft_calls
 
 
 class Kind(NamedTuple):
-    """takes_4_bit: whether PEFT's layers work over 4-bit weights. What a layer keeps for its backward pass, counted in
-    the 1B's shape: kept: numbers a token, over those with fused LoRA; copies: 16-bit copies of all its matrices."""
+    """takes_4_bit: whether PEFT's layers support 4-bit weights. What a layer keeps for backward, counted for the 1B's
+    shape: kept: elements per token, beyond fused LoRA's; copies: 16-bit copies of all its matrices."""
 
     takes_4_bit: bool
     kept: float = 1.0
     copies: float = 0.0
 
 
-# Each was seen to train, to be saved and loaded, and to be merged into the matrices (tests/models/test_adapters.py).
-# What changes the base's own matrices in a way that a second loading may not repeat, or needs calls between the steps,
-# is left out.
+# Each is tested to train, save, load and merge (tests/models/test_adapters.py). Types are excluded if they change the
+# base's own matrices in a way that loading again may not reproduce, or need calls between steps.
 KINDS = {
     "LORA": Kind(True),
     "OFT": Kind(True, 1.06, 0.11),
@@ -47,10 +47,10 @@ KINDS = {
     "VBLORA": Kind(False, 1.06, 0.02),
 }
 UNFUSED_LORA = Kind(True, 1.8)  # DoRA
-_LOW_RANK = ("LORA", "LOHA", "HIRA", "DELORA")  # whose r is a rank of the layer's own matrix
-_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # of LoRA, which a second loading repeats
-_OF_16_BITS = ("pissa", "olora")  # they change the frozen weights
-# Of LoRA: they need data, other models, or calls that training does not make.
+_LOW_RANK = ("LORA", "LOHA", "HIRA", "DELORA")  # r is limited by the rank of the layer's matrix
+_STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")  # LoRA initialisations that loading reproduces
+_OF_16_BITS = ("pissa", "olora")  # these change the frozen weights
+# LoRA fields that need data, other models, or calls that training does not make.
 _BEYOND: tuple[str, ...] = (
     "alora_invocation_tokens",
     "layer_replication",
@@ -62,35 +62,35 @@ _BEYOND: tuple[str, ...] = (
 
 
 def config_of(fields, *, source):
-    """The PeftConfig of an adapter_config.json's content, for training a causal model.
+    """The PeftConfig for the contents of an adapter_config.json, for training a causal model.
 
-    source: what errors name. ConfigError: no object, an unknown or unfit peft_type, task_type or field, or a value that
-    PEFT refuses.
+    source: its name in errors. ConfigError: not an object, an unknown or unsupported peft_type, task_type or field, or
+    a value that PEFT rejects.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if not isinstance(fields, dict):
-        raise ConfigError(f"{source} holds a {type(fields).__name__}: use an object as in PEFT's adapter_config.json")
+        raise ConfigError(f"{source} is a {type(fields).__name__}: use an object as in PEFT's adapter_config.json")
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{source}: peft_type={kind!r} {_why_not(kind)}: use {', '.join(KINDS)}")
     if fields.get("auto_map"):
-        raise ConfigError(f"{source} names code in auto_map, which peftlib never runs: take it out")
+        raise ConfigError(f"{source} refers to code in auto_map, which peftlib never runs: remove it")
     made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = made.__dataclass_fields__
     for name, value in fields.items():
-        if name not in known and value:  # a newer PEFT writes what is unused as null or false
+        if name not in known and value:  # newer PEFT versions write unused fields as null or false
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-            raise ConfigError(f"{source}: {name}={value!r} is no field of {made.__name__}: use {' or '.join(near)}")
+            raise ConfigError(f"{source}: {name}={value!r} is not a field of {made.__name__}: use {' or '.join(near)}")
         if value and (name in _BEYOND or (name.endswith("_config") and kind == "LORA")):
-            raise ConfigError(f"{source}: {name} needs more than the rows of a study: leave it out")
+            raise ConfigError(f"{source}: {name} needs more than a study's rows: remove it")
     task, start = fields.get("task_type"), fields.get("init_lora_weights", True)
     if task not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"{source}: task_type={task!r} is no language model's: use 'CAUSAL_LM'")
+        raise ConfigError(f"{source}: task_type={task!r} is not for language models: use 'CAUSAL_LM'")
     if kind == "LORA" and start not in _STARTS:
-        raise ConfigError(f"{source}: init_lora_weights={start!r} cannot be repeated on loading: use one of {_STARTS}")
+        raise ConfigError(f"{source}: init_lora_weights={start!r} cannot be reproduced when loading: use {_STARTS}")
     given = {name: value for name, value in fields.items() if name in known and name != "runtime_config"}
-    # As saved adapters have them, and as a run needs them.
+    # As in saved adapters, and as a run needs them.
     given |= {"task_type": "CAUSAL_LM", "inference_mode": False, "base_model_name_or_path": None, "revision": None}
     with _as_config_error(source):
         return made(**{name: value for name, value in given.items() if name in known})
@@ -107,33 +107,33 @@ def _why_not(kind):
         near = difflib.get_close_matches(str(kind).upper(), KINDS, n=2)
         return f"is unknown (did you mean {' or '.join(near)}?)" if near else "is unknown"
     if issubclass(found, PromptLearningConfig):
-        return "trains a prompt before each row, not weights in the layers, and packed rows have no place for it"
-    return "is not among the kinds that peftlib trains, saves, loads and merges"
+        return "trains a prompt before each row, not weights in the layers, which does not work with packed rows"
+    return "is not supported by peftlib"
 
 
 @contextlib.contextmanager
 def _as_config_error(source):
-    """Turn what PEFT raises for a value into a ConfigError that names where it comes from."""
+    """Convert PEFT's errors about a value to a ConfigError that names the source."""
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"{source}: PEFT refuses it ({' '.join(str(error).split())[:300]})") from error
+        raise ConfigError(f"{source}: PEFT rejects it ({' '.join(str(error).split())[:300]})") from error
 
 
 def with_adapter(model, config, *, source):
-    """A PeftModel with the adapter of a PeftConfig, in float32; all else is frozen. Layers are fused where they can be.
+    """A PeftModel with the adapter of a PeftConfig, in float32; everything else is frozen. Fuses layers if possible.
 
-    source: what errors name. ConfigError: 4-bit weights that this kind does not take, targets that no layer bears (with
-    near names) or that hold the embedding, a rank above a layer's shorter side, or what PEFT refuses.
+    source: its name in errors. ConfigError: 4-bit weights that this type does not support, targets that match no layer
+    (with near names) or that include the embedding, a rank above a layer's shorter side, or whatever PEFT rejects.
     """
     from peft import get_peft_model
 
     kind = getattr(config.peft_type, "value", config.peft_type)
     if any(map(is_four_bit, model.parameters())):
         if not KINDS[kind].takes_4_bit:
-            raise ConfigError(f"{source}: peft_type={kind!r} takes no 4-bit weights: train it on the 16-bit model")
+            raise ConfigError(f"{source}: peft_type={kind!r} does not support 4-bit weights: use the 16-bit model")
         if getattr(config, "init_lora_weights", None) in _OF_16_BITS:
             raise ConfigError(
                 f"{source}: init_lora_weights={config.init_lora_weights!r} needs the singular values of 16-bit "
@@ -145,18 +145,18 @@ def with_adapter(model, config, *, source):
     with _as_config_error(source), peft_calls():
         adapted = get_peft_model(model, config, low_cpu_mem_usage=is_meta)
     if [core(adapted).get_input_embeddings(), core(adapted).get_output_embeddings()] != ends:
-        raise ConfigError(f"{source}: target_modules or modules_to_save hold the embedding, which stays frozen")
+        raise ConfigError(f"{source}: target_modules or modules_to_save include the embedding, which stays frozen")
     if not trainable(adapted):
-        raise ConfigError(f"{source}: nothing of it trains: check target_modules and layers_to_transform")
+        raise ConfigError(f"{source}: none of its parameters train: check target_modules and layers_to_transform")
     _require_rank(adapted, kind, source)
     for p in trainable(adapted).values():
-        p.data = p.data.float()  # some kinds take the base's 16 bits, which would lose small updates
+        p.data = p.data.float()  # some types use the base's 16-bit dtype, which would lose small updates
     fuse_adapters(adapted)
     return adapted
 
 
 def _require_targets(model, config, source):
-    """ConfigError: a listed target or module to save is the name of no layer; PEFT lets one that is pass for all."""
+    """ConfigError: a listed target or module to save matches no layer. PEFT only raises if none of them matches."""
     names = [name for name, _ in model.named_modules() if name]
     leaves = {name.rsplit(".", 1)[-1] for name in names} - {"model", "layers"}
     for field in ("target_modules", "modules_to_save", "feedforward_modules"):
@@ -164,7 +164,7 @@ def _require_targets(model, config, source):
         for target in () if wanted is None or isinstance(wanted, str) else sorted(wanted):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 near = difflib.get_close_matches(target, leaves, n=3) or sorted(x for x in leaves if not x.isdigit())
-                raise ConfigError(f"{source}: {field} has {target!r}, which no layer is called: use {', '.join(near)}")
+                raise ConfigError(f"{source}: {field} has {target!r}, which is not a layer: use {', '.join(near)}")
 
 
 def _require_rank(adapted, kind, source):
@@ -181,7 +181,7 @@ def _require_rank(adapted, kind, source):
 
 
 def adapter_path(model):
-    """'fused', 'peft' or both: whose forward pass the adapted layers of a model run. None: it has none."""
+    """'fused', 'peft' or both: whose forward pass a model's adapted layers use. None: it has no adapted layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -190,7 +190,7 @@ def adapter_path(model):
 
 
 class Size(NamedTuple):
-    """Numbers that train, numbers held beside the base's, and what layers keep, as in Kind."""
+    """Trained elements, elements stored in addition to the base's, and what layers keep, as in Kind."""
 
     trained: int
     held: int
@@ -199,9 +199,9 @@ class Size(NamedTuple):
 
 
 def adapter_size(shape, prepare):
-    """The Size of the adapter that prepare(model) puts into a Gemma of a shapes.Shape.
+    """The Size of the adapter that prepare(model) adds to a Gemma with a shapes.Shape.
 
-    Counted on a model without memory, so that each kind's own layers say it.
+    Counted on a model on the meta device, from the actual layers.
     """
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 

@@ -1,4 +1,4 @@
-"""torch.compile by layer, and its cache in one file of this machine that outlives the session."""
+"""torch.compile per layer, and its cache in a file on this machine that outlives the session."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ from peftlib.core.files import atomic_path, read_json, write_json
 from peftlib.models.inspect import core
 from peftlib.models.layers import sum_norm_gradients
 
-GAIN = 0.25  # share of a step's seconds that compiling its layers is expected to save; assumed, not measured
-ADAPTERS_S, PLAIN_S, CACHED_S = 25.0, 20.0, 5.0  # to compile, until it was measured: by kind of layers; from the cache
+GAIN = 0.25  # fraction of a step's time that compiling is expected to save; assumed, not measured
+ADAPTERS_S, PLAIN_S, CACHED_S = 25.0, 20.0, 5.0  # compile times by kind of layers and from the cache, until measured
 _VARIANTS = 64  # sliding and full attention, with and without gradients, a few shapes: torch's limit of 8 is too low
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _CODE = (
@@ -25,13 +25,13 @@ _CODE = (
     "layers.py",
     "kernels/losses.py",
     "compile.py",
-)  # what shapes compiled code
+)  # versions that affect the compiled code
 
 
 def resolve(asked, device, steps, costs):
-    """(is_on, reason) of a config's `compile` for a run with so many steps left. ModelError: 'on', but impossible.
+    """(is_on, reason) for a config's `compile` and the number of steps left. ModelError: 'on', but not possible.
 
-    costs: called for (seconds that compiling takes, seconds of a step that is not compiled), where 'auto' weighs them.
+    costs: returns (seconds to compile, seconds per uncompiled step); called only for 'auto'.
     """
     if asked == "off":
         return False, "as set by compile"
@@ -55,17 +55,17 @@ def resolve(asked, device, steps, costs):
 def compile_layers(model, *, backend="inductor", activation_budget=1.0):
     """Compile each decoder layer, for any batch size and length; returns the model.
 
-    By layer, not whole: all layers share two compiled forms (sliding and full attention), gradient checkpointing
-    stays outside, and a layer's hooks run between the compiled pieces. activation_budget: share of a layer's
-    activations, by torch's measure, that its backward pass may find kept; below 1 it recomputes the cheap ones.
+    Per layer, not the whole model: all layers share two compiled versions (sliding and full attention), gradient
+    checkpointing stays outside, and a layer's hooks run between the compiled parts. activation_budget: torch's
+    activation memory budget, the fraction of activations kept for backward; below 1 it recomputes the cheap ones.
     """
     torch._functorch.config.activation_memory_budget = activation_budget
     sum_norm_gradients(model)
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # that of sum_norm_gradients
-    torch._dynamo.config.specialize_float = True  # else an adapter's scaling becomes a kernel of the CPU: 40 s of gcc
-    torch.fx.experimental._config.use_duck_shape = False  # lengths that happen to be equal once need not stay so
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # used by sum_norm_gradients
+    torch._dynamo.config.specialize_float = True  # else an adapter's scaling becomes a CPU kernel: 40 s of gcc
+    torch.fx.experimental._config.use_duck_shape = False  # lengths that are equal once need not stay equal
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    # A first layer whose input needs no gradient would be compiled apart from the others.
+    # A first layer whose input needs no gradient would be compiled separately from the others.
     core(model).get_input_embeddings().register_forward_hook(_with_gradient)
     for layer in core(model).model.layers:
         layer.compile(dynamic=True, backend=backend)
@@ -85,18 +85,18 @@ def uncompiled(model):
 
 
 def release(model):
-    """Drop the compiled forms for good: what comes after training is generation."""
+    """Drop the compiled code for good: after training comes generation."""
     for layer in core(model).model.layers:
         layer._compiled_call_impl = None
 
 
 def is_failure(error):
-    """Whether an error is the compiler's by its kind. It may be of any other kind too: Triton has its own."""
+    """Whether an error's class shows that it is the compiler's. Other classes may be too: Triton has its own."""
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
 
 def cause(error):
-    """What a compiler's error says, in one line."""
+    """A compiler error's message, in one line."""
     inner = getattr(error, "inner_exception", error)  # without the compiler's advice on how to debug it
     return f"{type(inner).__name__}: {_brief(inner)}"
 
@@ -106,14 +106,14 @@ def _with_gradient(module, args, output):
 
 
 class CompileCache:
-    """torch.compile's artifacts in a file per GPU, torch, code and `work`, in a folder of this user's on this machine.
+    """torch.compile's artifacts in a file per GPU, torch, code and `work`, in this user's folder on this machine.
 
-    work: what is compiled, as a part of a file's name: a file is written anew with what its session used. The seconds
-    that compiling took are kept beside it.
+    work: what is compiled, as part of the file's name; a session rewrites the file with what it used. The compile time
+    is stored next to it.
 
-    Loading it unpickles and may run what the file holds, so a file counts only where this user wrote it and nobody else
-    could: it is not kept in a study, whose copies come from elsewhere. Whatever is wrong with it costs a log line and
-    compiling again. log: called with that line.
+    Loading unpickles the file and may run its contents, so it is used only if this user wrote it and no one else could.
+    It is not kept in a study, because studies get copied. If anything is wrong with it, one line is logged and layers
+    are compiled again. log: called with that line.
     """
 
     def __init__(self, folder, work, *, log=print):
@@ -122,21 +122,21 @@ class CompileCache:
         self._log, self._is_loaded = log, False
 
     def expected_seconds(self, default):
-        """Seconds that compiling will take: measured here before, else CACHED_S with a file, `default` without one."""
+        """Expected compile time in seconds: measured here before, else CACHED_S if there is a file, else `default`."""
         is_cached = self.path.exists()
         found = self._seconds().get(_kind(is_cached))
         is_sound = isinstance(found, float) and found > 0
         return found if is_sound else CACHED_S if is_cached else default
 
     def keep_seconds(self, seconds):
-        """Keep how long the first compiled step took; raises what a disk raises."""
+        """Store how long the first compiled step took. Raises disk errors."""
         self._timed.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self._timed, {"seconds": {**self._seconds(), _kind(self._is_loaded): float(seconds)}})
 
     def _seconds(self):
         try:
             return dict(read_json(self._timed)["seconds"])
-        except (PeftlibError, KeyError, TypeError, ValueError):  # there is none yet, or it is not whole
+        except (PeftlibError, KeyError, TypeError, ValueError):  # missing or incomplete
             return {}
 
     def load(self):
@@ -148,12 +148,12 @@ class CompileCache:
             _require_own_places(artifacts)
             self._is_loaded = torch.compiler.load_cache_artifacts(artifacts) is not None
             return self._is_loaded
-        except Exception as error:  # noqa: BLE001  torch promises no kinds of errors, and a cache may never stop a run
+        except Exception as error:  # noqa: BLE001  torch may raise anything, and a cache must never stop a run
             self._log(f"the compile cache {self.path} is not used ({_brief(error)}): compiling again")
             return False
 
     def save(self):
-        """Write what has been compiled so far; returns the bytes written, 0 where there was nothing or it failed."""
+        """Write what has been compiled so far; returns the bytes written, 0 if there was nothing or writing failed."""
         try:
             made = torch.compiler.save_cache_artifacts()
             if made is None:
@@ -175,7 +175,7 @@ def _kind(is_cached):
 
 
 def _own_content(path):
-    """A cache file's content after its SHA-256. ModelError: another user could have written it, or it is damaged."""
+    """A cache file's content without its SHA-256. ModelError: another user could have written it, or it is damaged."""
     without_links = getattr(os, "O_NOFOLLOW", 0)
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | without_links)) as opened:
         status = os.fstat(opened.fileno())
@@ -188,7 +188,7 @@ def _own_content(path):
 
 
 def _require_own_places(artifacts):
-    """ModelError: an artifact's name, which torch joins to the compiler's folder, would lead outside of it."""
+    """ModelError: an artifact's name, which torch joins to the compiler's folder, would lead outside it."""
     from torch.compiler._cache import CacheArtifactManager
 
     found = CacheArtifactManager.deserialize(artifacts)
@@ -197,7 +197,7 @@ def _require_own_places(artifacts):
     for part in (part for parts in found.values() for part in parts):
         name = PurePath(part.key)
         if name.is_absolute() or ".." in name.parts:
-            raise ModelError(f"artifact {part.key!r} leaves its place")
+            raise ModelError(f"artifact {part.key!r} points outside the cache folder")
 
 
 def _brief(error):

@@ -1,6 +1,6 @@
-"""SHA-256 digests that identify weights: of files and of base models, computed once while the files stay as they are.
+"""SHA-256 digests that identify weights, of files and of base models, cached while the files do not change.
 
-Names, shapes and versions do not tell one model from another; only the bytes of its tensors do.
+Names, shapes and versions do not identify a model; only the bytes of its tensors do.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from peftlib.core.files import sha256, write_text
 from peftlib.models.locate import hub_errors, locate, weight_paths
 from peftlib.models.packaged import cache_root
 
-# A file system's clock is coarse: a file that was just written may change again without a newer time.
+# File system clocks are coarse: a file that was just written may change again without a newer timestamp.
 _SETTLED_NS = 2_000_000_000
-_WORTH_KEEPING_BYTES = 64 << 20  # smaller models are hashed faster than a note of them is found
+_WORTH_KEEPING_BYTES = 64 << 20  # smaller models are hashed faster than a cached digest is found
 _BLOCK = 1 << 20
-_KNOWN: dict[Any, str] = {}  # stamps of files -> digest, of this process
-_LOGGED: set[str] = set()  # what was logged as unchecked, of this process
+_KNOWN: dict[Any, str] = {}  # file stamps -> digest, in this process
+_LOGGED: set[str] = set()  # messages about unchecked files already logged by this process
 
 
 def known_sha256(path):
-    """SHA-256 of a file; computed once in a process while the file's size, times and inode stay the same."""
+    """SHA-256 of a file; computed once per process while the file's size, times and inode stay the same."""
     return _remembered("file", [Path(path)], lambda: sha256(path))
 
 
 def forget():
-    """Compute every digest anew from here on, as a new process would."""
+    """Clear the cache: recompute every digest, as a new process would."""
     _KNOWN.clear()
     _LOGGED.clear()
 
@@ -39,9 +39,9 @@ def forget():
 def base_facts(model, *, is_local=False):
     """{'model_sha256', 'model_revision'} of a config's `model`.
 
-    model_sha256: over the name, dtype, shape and bytes of every tensor, however they are spread over files.
-    model_revision: the commit of the hub's repository, None for folders. is_local: as in weight_paths.
-    ModelError: its weights are not to be had, or damaged.
+    model_sha256: over the name, dtype, shape and bytes of every tensor, independent of the sharding into files.
+    model_revision: the commit of the hub repository, None for folders. is_local: as in weight_paths.
+    ModelError: its weights cannot be loaded or are damaged.
     """
     from transformers.utils.hub import extract_commit_hash
 
@@ -55,7 +55,7 @@ def base_facts(model, *, is_local=False):
 def new_record(study, method, **how):
     """core.record.new_record with the provenance of the study's model. how: device, precision, precision_reason.
 
-    ModelError: another run of the study was made with another base model of this name, or see base_facts.
+    ModelError: another run of the study used a different base model with this name, or see base_facts.
     """
     model = study.cfg.model
     for other in study.records():
@@ -67,14 +67,14 @@ def new_record(study, method, **how):
 
 
 def require_base(kept, model, *, what, log=print, error=ModelError, is_local=False):
-    """Raise `error` where a config's `model` is not the one whose base_facts `kept` holds.
+    """Raise `error` if a config's `model` is not the one with the base_facts in `kept`.
 
-    kept: a record, the facts of a trained folder or a checkpoint's state; one without digests (the first edition's) is
-    not checked, which is logged once. what: names it in messages. is_local: compare with what this machine has, if
-    anything, for work that does not read the model.
+    kept: a record, the facts of a trained folder or a checkpoint's state; without digests (first edition) nothing is
+    checked, which is logged once. what: its name in messages. is_local: compare only with what is on this machine, for
+    work that does not read the model.
     """
     if not kept.get("model_sha256"):
-        _log_once(f"{what} names no digest of its base model, so the model is not checked", log)
+        _log_once(f"{what} has no digest of its base model, so the model is not checked", log)
         return
     try:
         here = base_facts(model, is_local=is_local)
@@ -84,15 +84,15 @@ def require_base(kept, model, *, what, log=print, error=ModelError, is_local=Fal
         raise
     if here["model_sha256"] != kept["model_sha256"]:
         raise error(
-            f"model={model!r} is another base model than the one of {what}: {_shown(here)} here, {_shown(kept)} there. "
-            "Bring those weights back, or choose another study name to start anew with these"
+            f"model={model!r} is not the base model of {what}: {_shown(here)} here, {_shown(kept)} there. "
+            "Restore those weights, or choose another study name to start over with these"
         )
 
 
 def require_weights(folder, record, *, log=print):
-    """ModelError where the weights in a trained folder, or its settings, are not those that the run's record lists.
+    """ModelError if the weights or settings in a trained folder are not those that the run's record lists.
 
-    record: of the run that made them; None is logged once, and nothing is checked.
+    record: of the run that made them; with None nothing is checked, which is logged once.
     """
     listed = (record or {}).get("weights_sha256")
     if not listed:
@@ -100,16 +100,16 @@ def require_weights(folder, record, *, log=print):
         return
     listed = {**listed, **(record.get("settings_sha256") or {})}
     foreign = sorted({path.name for path in folder.glob("*.safetensors")} - set(listed))
-    faults = [f"{name} is not in it" for name in foreign]
+    faults = [f"{name} is not listed" for name in foreign]
     for name, digest in listed.items():
         if not (folder / name).is_file():
             faults.append(f"{name} is missing")
         elif known_sha256(folder / name) != digest:
-            faults.append(f"{name} is damaged or was exchanged (its SHA-256 differs)")
+            faults.append(f"{name} is damaged or was replaced (its SHA-256 differs)")
     if faults:
         raise ModelError(
-            f"{folder} is not what the run's record speaks of: {'; '.join(faults)}. Run the method's notebook again, "
-            "or bring the folder back from a copy"
+            f"{folder} does not match the run's record: {'; '.join(faults)}. Run the method's notebook again, "
+            "or restore the folder from a copy"
         )
 
 
@@ -130,7 +130,7 @@ def _hash_tensors(paths):
         try:
             rows += _rows_of(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} is no whole safetensors file ({error}): fetch or write it again") from error
+            raise ModelError(f"{path} is not a complete safetensors file ({error}): replace it") from error
     return hashlib.sha256(json.dumps(sorted(rows)).encode("utf-8")).hexdigest()
 
 
@@ -152,17 +152,17 @@ def _hash_bytes(opened, n_bytes):
     while n_bytes:
         block = opened.read(min(n_bytes, _BLOCK))
         if not block:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         digest.update(block)
         n_bytes -= len(block)
     return digest.hexdigest()
 
 
 def _remembered(kind, paths, compute, *, is_noted=False):
-    """compute(), unless it was computed for these very files before; remembered only for files that lie still.
+    """compute(), cached for these exact files, unless they changed very recently.
 
-    is_noted: keep the digest of large files in the user's cache as well, so that a later session need not read
-    gigabytes to learn it again.
+    is_noted: also cache the digest of large files in the user's cache, so that later sessions need not read
+    gigabytes again.
     """
     stamps = [_stamp(path) for path in paths]
     key = (kind, *stamps)
@@ -176,19 +176,19 @@ def _remembered(kind, paths, compute, *, is_noted=False):
     if is_settled and stamps == [_stamp(path) for path in paths]:
         _KNOWN[key] = digest
         if note:
-            with contextlib.suppress(OSError):  # it is computed again in the next session, which is all that is lost
+            with contextlib.suppress(OSError):  # the next session just computes it again
                 write_text(note, digest)
     return digest
 
 
 def _stamp(path):
-    """What changes with a file: its change time too, for that of its content can be set at will."""
+    """Values that change with a file, including ctime, because mtime can be set at will."""
     status = Path(path).stat()
     return (str(Path(path).resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _read_note(path):
-    """The digest in a note, or None: there is no note, or no digest in it."""
+    """The digest in a cache note, or None if there is no note or no digest in it."""
     with contextlib.suppress(OSError, ValueError):
         text = path.read_text(encoding="ascii")
         return text if re.fullmatch("[0-9a-f]{64}", text) else None

@@ -1,4 +1,4 @@
-"""What a loaded model consists of: its core, projections, trained weights, counts, and its hidden states."""
+"""Parts of a loaded model: its core, projections, trained weights, counts, and hidden states."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ PROJECTIONS = ATTENTION + MLP
 
 
 def core(model):
-    """The transformer without adapter wrapper, whose `.model` gives hidden states and `.lm_head` the vocabulary."""
+    """The transformer without adapter wrapper; its `.model` returns hidden states and its `.lm_head` logits."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -24,7 +24,7 @@ def hidden_states(model, batch):
     """(B, T, D) last hidden states, after the final norm, of a batching.Batch.
 
     No padding mask: attention is causal, so a real token never sees the padding to its right. Rows packed into one
-    sequence do not see each other and count their positions from 0; a flat batch needs attention.use_kernel for it.
+    sequence do not see each other and have positions from 0; a flat batch needs attention.use_kernel for that.
     """
     inner, packed = core(model).model, {}
     if batch.cu_seqlens is not None:
@@ -42,9 +42,9 @@ def hidden_states(model, batch):
 
 
 def packed_masks(documents, window):
-    """{layer type: (B, 1, T, T) bool}, True where a token sees another of its own document, as Gemma 3 names them.
+    """{Gemma 3 layer type: (B, 1, T, T) bool}, True where a token attends to a token of its own document.
 
-    documents: (B, T) ids. window: tokens, itself included, that a sliding layer's token sees.
+    documents: (B, T) ids. window: tokens, including itself, that a token of a sliding layer sees.
     """
     position = torch.arange(documents.shape[1], device=documents.device)
     back = position[:, None] - position
@@ -53,23 +53,23 @@ def packed_masks(documents, window):
 
 
 def trainable(model):
-    """{name: parameter} of what trains, in a fixed order."""
+    """{name: parameter} of the trained parameters, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def is_named(name, projections):
-    """Whether a module's path ends in one of them: "up_proj", or one layer's "layers.3.mlp.up_proj"."""
+    """Whether a module's path ends with one of them: "up_proj", or a single layer's "layers.3.mlp.up_proj"."""
     return any(f".{name}".endswith(f".{projection}") for projection in projections)
 
 
 def in_layers(numbers):
-    """The names of all projections of some layers, by their numbers, each with its layer."""
+    """The names, with layer, of all projections in these layers (numbers)."""
     groups = {"self_attn": ATTENTION, "mlp": MLP}
     return tuple(f"layers.{n}.{group}.{leaf}" for n in numbers for group in groups for leaf in groups[group])
 
 
 def named_weights(model, projections):
-    """{name: weight} of the plain layers that bear such a name (`is_named`). ModelError: none does."""
+    """{name: weight} of the plain layers with such a name (`is_named`). ModelError: there are none."""
     found = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
@@ -81,18 +81,18 @@ def named_weights(model, projections):
 
 
 def has_dropout(model):
-    """Whether the adapter of a model has any dropout, so that its forward pass draws random numbers."""
+    """Whether a model's adapter has dropout, so that its forward pass draws random numbers."""
     configs = getattr(model, "peft_config", {}).values()
     return any(value for config in configs for name, value in vars(config).items() if "dropout" in name)
 
 
 def is_four_bit(p):
-    """Whether a parameter is held in 4 bits by bitsandbytes."""
+    """Whether bitsandbytes stores a parameter in 4 bits."""
     return getattr(p, "quant_state", None) is not None
 
 
 def count_parameters(model):
-    """(trainable, total) as numbers of weights; a 4-bit weight counts as the matrix it stands for."""
+    """(trainable, total) numbers of weights; a 4-bit weight counts as the matrix it represents."""
     return sum(p.numel() for p in trainable(model).values()), sum(map(_numel, model.parameters()))
 
 
@@ -101,7 +101,7 @@ def _numel(p):
 
 
 def layer_table(model):
-    """[{layer, class, dtype, trains, count, weights}, ...]: what each kind of layer is held as."""
+    """[{layer, class, dtype, trains, count, weights}, ...]: how each kind of layer is stored."""
     count, weights = Counter(), Counter()
     for name, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""How layers run in training: fp16's guarded MLP, gradients of norms, and activation checkpointing."""
+"""Layers in training: fp16 overflow protection of the MLP, gradients of norms, and activation checkpointing."""
 
 import functools
 import types
@@ -8,15 +8,15 @@ import torch
 from peftlib.core.errors import ConfigError
 from peftlib.models.inspect import core, has_dropout
 
-_FP16_PRODUCT = 1024.0  # largest MLP product that enters down_proj in fp16: leaves a factor 64 for the sum over it
+_FP16_PRODUCT = 1024.0  # largest MLP product that enters down_proj in fp16: leaves a factor of 64 for the sum over it
 
 
 def guard_products(model):
-    """Keep what fp16 cannot hold out of it: the MLP's product, and what a block adds to the residual.
+    """Avoid fp16 overflows of the MLP's product and of what a block adds to the residual.
 
-    act(gate) * up is made in float32 and each token's row divided by a power of two before down_proj, which is
-    linear, and multiplied by it after; rows below the limit pass unchanged. The norms after attention and MLP get
-    float32, so that they give it: their weights alone can pass 65,504.
+    act(gate) * up is computed in float32, and each token's row is divided by a power of two before down_proj, which
+    is linear, and multiplied by it afterwards; rows below the limit are unchanged. The norms after attention and MLP
+    get float32 inputs, so that their outputs are float32: their weights alone can exceed 65,504.
     """
     for name, module in model.named_modules():
         if name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
@@ -37,7 +37,7 @@ def _guarded_mlp(self, x):
 
 
 def keep_residual_in_float32(model):
-    """Let a model of fp16 matrices carry its residual stream in float32 and guard the MLP's product."""
+    """Keep the residual stream of a model with fp16 matrices in float32, and guard the MLP's product."""
     model.get_input_embeddings().register_forward_hook(_to_float32)
     guard_products(model)
 
@@ -47,15 +47,15 @@ def _to_float32(module, args, output):
 
 
 def checkpoint_layers(model, cfg, count=None):
-    """Activation checkpointing as the config asks: each decoder layer keeps its input alone and recomputes the rest.
+    """Activation checkpointing according to the config: decoder layers keep only their input and recompute the rest.
 
-    cfg.activation_checkpointing: 'off', 'on' (inputs stay on the device) or 'offload' (they go to the host's memory).
-    count: how many layers do, the first ones; None: all. ConfigError: offloading with dropout, whose random numbers it
-    would not draw again.
+    cfg.activation_checkpointing: 'off', 'on' (inputs stay on the device) or 'offload' (inputs move to host memory).
+    count: number of layers that do so, from the first; None: all. ConfigError: offloading with dropout, whose random
+    numbers it cannot reproduce.
     """
     if cfg.activation_checkpointing == "off":
         return
-    # Keeping the random state would wait for the device at every layer; only dropout draws from it.
+    # Saving the random state would synchronise at every layer; only dropout needs it.
     keeps_random_state = cfg.lora_dropout > 0 or has_dropout(model)
     if cfg.activation_checkpointing == "offload" and keeps_random_state:
         what = f"lora_dropout={cfg.lora_dropout:g}" if cfg.lora_dropout else "dropout in the adapter"
@@ -63,7 +63,7 @@ def checkpoint_layers(model, cfg, count=None):
             f"activation_checkpointing='offload' with {what}: use activation_checkpointing='on', or no dropout"
         )
     settings = {"use_reentrant": False, "preserve_rng_state": keeps_random_state, "determinism_check": "none"}
-    newer = getattr(model, "activation_checkpointing_enable", None)  # the newer transformers' name
+    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
     (newer or model.gradient_checkpointing_enable)(settings)
     layers = core(model).model.layers
     for layer in layers[len(layers) if count is None else count :]:
@@ -75,13 +75,13 @@ def checkpoint_layers(model, cfg, count=None):
 
 
 def offloaded(layer, hidden, **inputs):
-    """layer(hidden, **inputs), its activations recomputed from a copy of `hidden` in the host's pinned memory.
+    """layer(hidden, **inputs), with activations recomputed from a copy of `hidden` in pinned host memory.
 
-    As in Unsloth's gradient checkpointing. The weights inside `layer` get their gradients in the backward pass, hooks
-    included; `inputs` get none.
+    As in Unsloth's gradient checkpointing. The weights inside `layer` get gradients in the backward pass, and their
+    hooks run; `inputs` get none.
     """
     if not hidden.requires_grad:
-        hidden = hidden.detach().requires_grad_()  # else nothing would call the backward pass
+        hidden = hidden.detach().requires_grad_()  # otherwise backward would not be called
     return _Offloaded.apply(functools.partial(layer, **inputs), hidden)
 
 
@@ -107,7 +107,7 @@ class _Offloaded(torch.autograd.Function):
 
 
 def sum_norm_gradients(model):
-    """Sum the gradients of trained norms by a kernel of their own: a compiled layer would take a thread a column."""
+    """Sum the gradients of trained norms in a separate kernel: a compiled layer would use one thread per column."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if type(module).__name__.endswith("RMSNorm") and weight is not None and weight.requires_grad:

@@ -1,7 +1,7 @@
-"""Load base models, with NF4 layers where asked, and tokenizers, safely.
+"""Load base models, optionally with NF4 layers, and tokenizers, safely.
 
-No code beside the weights runs and no pickle is read: transformers would ask at the terminal whether to run a model's
-own code, here that is an error. Files that are damaged, incomplete or fit another model end in a ModelError.
+We never run code that comes with weights and never read pickles: where transformers would ask at the terminal whether
+to run a model's own code, we raise. Files that are damaged, incomplete or for another model raise ModelError.
 """
 
 import contextlib
@@ -24,30 +24,30 @@ from peftlib.models.locate import hub_errors, locate, token_for
 from peftlib.models.precision import DTYPES
 from peftlib.models.shapes import shape_of
 
-_CODE = "auto_map"  # names classes in Python files beside the weights
+_CODE = "auto_map"  # refers to classes in Python files next to the weights
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _NO_PICKLE = (
-    "peftlib reads safetensors alone, for pickle can run code when it is read: take a version of the model in that "
+    "peftlib reads only safetensors, because pickle can run code when it is loaded: use a version of the model in that "
     "format"
 )
-_PEFT_WARNING = (  # PEFT asks transformers for an attribute that the newest transformers has renamed
+_PEFT_WARNING = (  # PEFT reads an attribute that the newest transformers has renamed
     "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead."
 )
 
 
 def load_base(model, *, precision, device, four_bit=(), runs=True):
-    """The base model, all weights frozen, in training layout on `device`.
+    """The base model on `device`, ready for training, with all weights frozen.
 
-    precision: 'bf16', 'fp16' or 'fp32' of the matrix products. four_bit: projections (see inspect.is_named) to hold in
-    NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); lm_head never is.
-    Plain matrices are in the precision's dtype; norms, and with fp16 the whole residual stream, are in float32, for
-    Gemma 3's residual passes fp16's 65,504; the MLP's product is guarded against it too. runs: False for its weights
-    alone, to be brought to another precision: without those hooks, which would give it a float32 residual there.
-    ModelError: not to be had (gated, no network, unknown), not readable without running its code, damaged;
-    bitsandbytes is missing, or a 4-bit name matches no layer.
+    precision: 'bf16', 'fp16' or 'fp32' for matrix products. four_bit: projections (see inspect.is_named) to store in
+    NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); never lm_head.
+    Plain matrices have the precision's dtype. Norms, and with fp16 the whole residual stream, are in float32, because
+    Gemma 3's residual exceeds fp16's 65,504; the MLP's product is guarded as well. runs: False to get only weights that
+    will be converted to another precision, without the hooks that keep the residual in float32.
+    ModelError: the model is unavailable (gated, no network, unknown), needs its own code, or is damaged; bitsandbytes
+    is missing, or a 4-bit name matches no layer.
     """
     location, _ = locate(model)
-    # With its number: files are read by threads of their own, in which "cuda" is the first card.
+    # With its index: files are read in other threads, where "cuda" means the first GPU.
     place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     settings = {"dtype": DTYPES[precision], "device_map": {"": place}}
     without_advice()
@@ -67,7 +67,7 @@ def load_base(model, *, precision, device, four_bit=(), runs=True):
     if precision == "fp16" and runs:
         keep_residual_in_float32(loaded)
     if four_bit:
-        named_weights(loaded, four_bit)  # at least one layer bears such a name
+        named_weights(loaded, four_bit)  # raises if no layer has such a name
         guard_four_bit(loaded, four_bit)
     return loaded
 
@@ -80,35 +80,35 @@ def _nf4(precision, kept_plain):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
-        llm_int8_skip_modules=[*sorted(kept_plain), "lm_head"],  # a given list replaces the default one
+        llm_int8_skip_modules=[*sorted(kept_plain), "lm_head"],  # this list replaces the default one
     )
 
 
 def guard_four_bit(model, four_bit):
-    """Require that the named projections, and they alone, are 4-bit; also keep CPUs from repacking them.
+    """Require that exactly the named projections are 4-bit, and prevent repacking on CPUs.
 
-    At the first eval() forward a CPU would repack 4-bit weights in place, which changes later losses.
+    In the first eval() forward pass a CPU would repack 4-bit weights in place, which changes later losses.
 
-    ModelError: a projection that should be 4-bit is not, or one that should not be is; lm_head is 4-bit or untied.
+    ModelError: a projection should be 4-bit but is not, or should not be but is; lm_head is 4-bit or untied.
     """
     from bitsandbytes.nn import Linear4bit
 
     head, embedding = core(model).get_output_embeddings(), core(model).get_input_embeddings()
     if isinstance(head, Linear4bit) or head.weight is not embedding.weight:
-        raise ModelError(f"lm_head is a {type(head).__name__} that is not tied to the embedding: it should share it")
+        raise ModelError(f"lm_head is a {type(head).__name__} that is not tied to the embedding, but should be")
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
         is_projection = leaf in PROJECTIONS and isinstance(module, torch.nn.Linear)
         if is_projection and isinstance(module, Linear4bit) != is_named(name, four_bit):
-            raise ModelError(f"{name} is a {type(module).__name__}: {', '.join(four_bit)} alone should be 4-bit")
+            raise ModelError(f"{name} is a {type(module).__name__}: only {', '.join(four_bit)} should be 4-bit")
 
 
 def load_tokenizer(model: str | Path) -> Any:
     """Tokenizer of 'packaged', a hub id or a folder, with the bundled chat template.
 
-    ModelError: not to be had (gated, unknown, no network), damaged, or not a Gemma 3 tokenizer.
+    ModelError: unavailable (gated, unknown, no network), damaged, or not a Gemma 3 tokenizer.
     """
     location, _ = locate(model)
     with hub_errors(model):
@@ -120,7 +120,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _kept_tokenizer(folder, state):
-    """A folder's tokenizer, opened once (seconds) while the folder's files are in one state."""
+    """A folder's tokenizer, cached while the folder's files are unchanged, because loading takes seconds."""
     return _opened_tokenizer(folder)
 
 
@@ -131,7 +131,7 @@ def _opened_tokenizer(location):
 
 
 def tokenizer_sha256(model):
-    """SHA-256 of the tokenizer.json that `model` stands for. ModelError: there is none, or it is not to be had."""
+    """SHA-256 of the tokenizer.json of `model`. ModelError: it is missing or unavailable."""
     from transformers.utils import cached_file
 
     location, _ = locate(model)
@@ -140,9 +140,9 @@ def tokenizer_sha256(model):
 
 
 def causal_model(location, **settings):
-    """transformers' causal model of a folder or hub id; every weight of it comes from the files.
+    """transformers' causal model of a folder or hub id; every weight comes from the files.
 
-    ModelError: it wants code of its own to be run, has no safetensors files, or its files are damaged or lack a weight.
+    ModelError: it needs its own code, has no safetensors files, or its files are damaged or lack a weight.
     """
     from transformers import AutoModelForCausalLM
 
@@ -157,13 +157,13 @@ def causal_model(location, **settings):
     if wrong:
         names = ", ".join(wrong[:3]) + (" and others" if wrong[3:] else "")
         raise ModelError(
-            f"{location} has no fitting weights for {names}: its files belong to another model, or are not all there"
+            f"{location} has no matching weights for {names}: its files belong to another model, or some are missing"
         )
     return model
 
 
 def _of_wrong_shape(model):
-    """Names of 4-bit weights that were quantized from a matrix of another shape, which bitsandbytes does not mind."""
+    """Names of 4-bit weights quantized from a matrix of another shape, which bitsandbytes does not check."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if is_four_bit(weight) and tuple(weight.quant_state.shape) != (module.out_features, module.in_features):
@@ -171,7 +171,7 @@ def _of_wrong_shape(model):
 
 
 def auto_tokenizer(location, **settings):
-    """transformers' tokenizer of a folder or hub id. ModelError: it wants code of its own, or its files are damaged."""
+    """transformers' tokenizer of a folder or hub id. ModelError: it needs its own code, or its files are damaged."""
     from transformers import AutoTokenizer
 
     with readable(location):
@@ -182,20 +182,20 @@ def auto_tokenizer(location, **settings):
 
 
 def refuse_pickles(location):
-    """ModelError: a folder holds its weights as pickle alone, which runs what its maker wrote when it is read."""
+    """ModelError: a folder has only pickled weights, which may run arbitrary code when loaded."""
     folder = Path(location)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
-        raise ModelError(f"{folder} holds its weights as pickle ({pickles[0]}); {_NO_PICKLE}")
+        raise ModelError(f"{folder} has pickled weights ({pickles[0]}); {_NO_PICKLE}")
 
 
 @contextlib.contextmanager
 def readable(source):
-    """Turn a library's error over damaged or odd files of `source` into a ModelError that names them.
+    """Convert a library's error about damaged or unexpected files of `source` to a ModelError that names them.
 
-    Libraries raise errors of any kind for a damaged file. OSErrors of the system and of the network pass.
+    Libraries raise all kinds of errors for damaged files. OSErrors from the system and the network pass through.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -219,22 +219,22 @@ def readable(source):
 def _unreadable(source, error):
     message = " ".join(str(error).split())[:300]
     return (
-        f"{source} cannot be read ({type(error).__name__}: {message}): a file of it is damaged, or it is another kind "
-        "of model; fetch or make it again"
+        f"{source} cannot be read ({type(error).__name__}: {message}): a file is damaged, or it is another kind of "
+        "model; download or create it again"
     )
 
 
 def _wants_code(source):
     return (
-        f"{source} wants Python code of its own to be run ({_CODE} in its config), which peftlib never does: take a "
-        f"model that transformers knows, or remove {_CODE} from the JSON files of a folder whose weights fit "
+        f"{source} needs its own Python code ({_CODE} in its config), which peftlib never runs: use a "
+        f"model that transformers supports, or remove {_CODE} from the folder's JSON files if its weights fit "
         "transformers' class"
     )
 
 
 @contextlib.contextmanager
 def peft_calls():
-    """Around calls of PEFT: hides the one FutureWarning that its use of transformers raises."""
+    """Context for PEFT calls: hides the one FutureWarning that PEFT's use of transformers triggers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", f"{re.escape(_PEFT_WARNING)}$", FutureWarning)
         yield
@@ -247,12 +247,12 @@ def hide_log(logger, start):
 
 
 def without_advice():
-    """Have bitsandbytes not advise to install `kernels`, which would fetch code from a hub."""
+    """Silence bitsandbytes' advice to install `kernels`, which would download code from a hub."""
     hide_log("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 def _without_loading_bar():
-    """Have transformers load weights without a bar, which would stay in a notebook; bars of downloads stay on."""
+    """Hide transformers' bar for loading weights, which would stay in a notebook; download bars stay on."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,4 +1,4 @@
-"""Where a config's `model` comes from: the packaged weights, a folder, or the Hugging Face hub."""
+"""Locate a config's `model`: the packaged weights, a folder, or the Hugging Face hub."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from peftlib.models.packaged import PROVENANCE, packaged_model
 
 
 def locate(model):
-    """(folder or hub id, provenance in words) of a config's `model`. ModelError: as packaged_model raises it."""
+    """(folder or hub id, provenance as text) of a config's `model`. ModelError: see packaged_model."""
     if model == PACKAGED_MODEL:
         return str(packaged_model()), PROVENANCE
     folder = Path(model).expanduser()
@@ -23,9 +23,9 @@ def locate(model):
 
 
 def token_for(location):
-    """The hub token for a location; None for folders, and where none is set and the model is not of a gated family.
+    """The hub token for a location; None for folders, or if no token is set and the model family is not gated.
 
-    ModelError: a gated family and no token, whose own message from the hub would not say how to set one.
+    ModelError: the model is gated and there is no token. The hub's own message would not say how to set one.
     """
     if Path(location).is_dir():
         return None
@@ -41,9 +41,9 @@ def token_for(location):
 
 
 def weight_paths(model, *, is_local=False):
-    """Paths of the safetensors files of a config's `model`, fetched where needed. OSError: there are none.
+    """Paths of the safetensors files of a config's `model`, downloaded if necessary. OSError: there are none.
 
-    is_local: look at this machine alone, and fetch nothing.
+    is_local: look only on this machine; download nothing.
     """
     from transformers.utils import cached_file
 
@@ -69,11 +69,11 @@ class BaseWeights:
 
     @property
     def names(self):
-        """Names of the tensors, as the files have them."""
+        """Names of the tensors in the files."""
         return list(self._files)
 
     def get(self, name, dtype):
-        """A parameter's first value, on the host in `dtype`, or None where the files have no tensor of its name."""
+        """A parameter's initial value, on the host in `dtype`, or None if the files have no tensor with its name."""
         key = name.removeprefix("base_model.model.")
         if key not in self._files:
             return None
@@ -83,7 +83,7 @@ class BaseWeights:
 
 @contextlib.contextmanager
 def hub_errors(model):
-    """Turn a library's failure to fetch `model` into a ModelError that names the ways out."""
+    """Convert a library's failure to download `model` to a ModelError that says what to do."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
@@ -95,13 +95,13 @@ def hub_errors(model):
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"model={model!r} is neither a folder here nor a repository that this token can see on the hub: "
+            f"model={model!r} is neither a local folder nor a hub repository that this token can access: "
             "check the spelling, or use model='packaged'"
         ) from error
     except OSError as error:
         raise ModelError(
             f"model={model!r} could not be loaded ({_first_line(error)}): check the network and the name, "
-            "give a local folder, or use model='packaged'"
+            "use a local folder, or use model='packaged'"
         ) from error
 
 

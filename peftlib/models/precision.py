@@ -8,14 +8,14 @@ import torch
 
 from peftlib.core.errors import NonFiniteLossError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of a config's `precision`
-_SMALLEST_SCALE = 1e-4  # of fp16's loss
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # for a config's `precision`
+_SMALLEST_SCALE = 1e-4  # smallest fp16 loss scale
 
 
 def autocast(device, precision):
-    """Context in which matrix products run in `precision`; float32 products need none.
+    """Context in which matrix products run in `precision`; a no-op for float32.
 
-    Our own and not accelerate's, whose fp16 silently does nothing on CPUs.
+    We do not use accelerate's, whose fp16 silently does nothing on CPUs.
     """
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -23,9 +23,9 @@ def autocast(device, precision):
 
 
 def run_in_autocast(model, device, precision):
-    """Give `model` a forward that always runs under autocast, so that calls and generate() work on mixed weights.
+    """Make `model` always run forward under autocast, so that calls and generate() work with mixed dtypes.
 
-    What accelerate does to a prepared model, but with our autocast. Returns the model.
+    As accelerate does for a prepared model, but with our autocast. Returns the model.
     """
     forward = model.forward
 
@@ -35,17 +35,17 @@ def run_in_autocast(model, device, precision):
             return forward(*args, **kwargs)
 
     model.forward = mixed
-    model.running_precision = functools.partial(autocast, device, precision)  # for callers of its parts
+    model.running_precision = functools.partial(autocast, device, precision)  # for callers of its submodules
     return model
 
 
 class LossScaler(torch.amp.GradScaler):
     """GradScaler that leaves unscaling and the search for infs to optimizer.finish_accumulation.
 
-    torch's own looks at `.grad` alone: it asserts where every gradient was freed in the backward pass (GaLore) and
-    misses an inf in a projected buffer (the hybrid). Per step: scale(loss).backward(), unscale_(optimizer),
+    torch's own looks only at `.grad`: it fails an assertion if every gradient was freed in the backward pass (GaLore)
+    and misses an inf in a projected buffer (the hybrid). Per step: scale(loss).backward(), unscale_(optimizer),
     step(optimizer), update(). `grad_norm` is the last norm before clipping, `found_inf` whether anything was not
-    finite, both 0-dim tensors. `loss`: of the step, where it counts among what has to be finite.
+    finite, both 0-dim tensors. `loss`: the step's loss, if it has to be finite too.
     """
 
     loss = grad_norm = found_inf = None
@@ -62,13 +62,13 @@ class LossScaler(torch.amp.GradScaler):
 
 
 def loss_scaler(device, precision):
-    """A LossScaler, switched on for fp16 alone."""
+    """A LossScaler, enabled only for fp16."""
     return LossScaler(device, enabled=precision == "fp16")
 
 
 class Applied(NamedTuple):
-    """A step's outcome. grad_norm: before clipping. is_applied: False where loss, a gradient or their norm were not
-    finite; weights and optimizer are unchanged then."""
+    """A step's outcome. grad_norm: before clipping. is_applied: False if the loss, a gradient or the norm was not
+    finite; then weights and optimizer are unchanged."""
 
     loss: float
     grad_norm: float
@@ -78,9 +78,9 @@ class Applied(NamedTuple):
 def apply_step(optimizer, scaler, loss):
     """End an accumulation and update, unless something is inf or nan; returns an Applied.
 
-    loss: of the step, a 0-dim float32 tensor. Synchronises with the device once: most optimizer kernels cannot be told
-    on the device to leave everything as it is, so the host has to know before the first of them.
-    NonFiniteLossError: fp16's scale has shrunk to nothing, so the overflow is not one that scaling can cure.
+    loss: the step's, a 0-dim float32 tensor. Synchronises with the device once: most optimizer kernels cannot skip the
+    update based on a device flag, so the host has to know before it launches the first of them.
+    NonFiniteLossError: the fp16 loss scale has reached its minimum, so scaling cannot fix the overflow.
     """
     scaler.loss = loss
     if scaler.is_enabled():

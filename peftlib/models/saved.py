@@ -1,4 +1,4 @@
-"""Trained models on disk: saved so that stock libraries load them, and loaded for evaluation or further use."""
+"""Trained models on disk: save them so that stock libraries can load them, and load them for evaluation and use."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from peftlib.models.precision import DTYPES, run_in_autocast
 
 FACTS = "peftlib.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-ATTENTION_FILE = "attention.safetensors"  # weights trained beside the adapters, which PEFT would not save
+ATTENTION_FILE = "attention.safetensors"  # weights trained in addition to the adapters, which PEFT would not save
 _FACT_TYPES = {"is_adapter": bool, "model": str, "four_bit": list, "precision": str}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SETTINGS = (FACTS, ADAPTER_CONFIG, "config.json", "generation_config.json", *_TOKENIZER)
@@ -39,12 +39,12 @@ _AGAIN = "run the method's notebook again"
 
 
 def save_trained(model, tokenizer, folder, facts):
-    """Write `folder`, replacing it only when the new one is whole; returns it.
+    """Write `folder`, replacing an existing one only when the new one is complete; returns it.
 
-    An adapter becomes a PEFT folder (PeftModel.from_pretrained), with weights trained beside it in
-    attention.safetensors; a fully trained model becomes a transformers folder in bf16, whose range holds Gemma's
-    residual where fp16's does not. Tokenizer with chat template and stop ids come with each.
-    facts: JSON values kept in peftlib.json; needs 'model', 'four_bit', 'precision'.
+    An adapter becomes a PEFT folder (PeftModel.from_pretrained), with additional trained weights in
+    attention.safetensors; a fully trained model becomes a transformers folder in bf16, because fp16's range is too
+    small for Gemma's residual. Each includes the tokenizer with chat template and stop ids.
+    facts: JSON values stored in peftlib.json; needs 'model', 'four_bit', 'precision'.
     """
     folder = Path(folder)
     beside = _empty_beside(folder)
@@ -53,7 +53,7 @@ def save_trained(model, tokenizer, folder, facts):
     tokenizer.save_pretrained(beside)
     stop_at(core(model)).generation_config.save_pretrained(beside)
     write_json(beside / FACTS, {**facts, "is_adapter": is_adapter})
-    sync_tree(beside)  # checkpoints are deleted once these are there
+    sync_tree(beside)  # checkpoints are deleted once these files exist
     shutil.rmtree(folder, ignore_errors=True)
     rename(beside, folder)
     return folder
@@ -68,7 +68,7 @@ def _empty_beside(folder):
 
 def _save_adapter(model, folder):
     model.save_pretrained(folder)
-    own = (model.base_model.prefix, "modules_to_save")  # in the names of what PEFT saves
+    own = (model.base_model.prefix, "modules_to_save")  # name parts of what PEFT saves
     whole = {name: p for name, p in trainable(model).items() if not any(part in name for part in own)}
     if whole:
         save_file({name: p.detach().cpu().contiguous() for name, p in whole.items()}, folder / ATTENTION_FILE)
@@ -77,7 +77,7 @@ def _save_adapter(model, folder):
 def _save_full(model, folder):
     state = {name: t.to(torch.bfloat16) for name, t in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=state)
-    # transformers writes the dtype of the model in memory, not that of the tensors it was given
+    # transformers writes the dtype of the model in memory, not of the tensors it was given
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_text(folder / "config.json", json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
 
@@ -91,16 +91,16 @@ def load_trained(
     dtype: torch.dtype = torch.float32,
     log: Callable[[str], object] = print,
 ) -> torch.nn.Module:
-    """The trained model of a folder that save_trained wrote, in eval mode.
+    """Load the trained model of a folder that save_trained wrote, in eval mode.
 
-    merge=True: one plain model in `dtype`, adapters merged into dequantized matrices. The 4-bit matrices are
-    dequantized before any forward pass and never merged in place, which would quantize the result again. In fp16 only
-    matrices are, and the model runs under autocast with its residual in float32, as in training.
-    on_16_bit=True: merged into the base that was never rounded to 4 bits, as programs do that do not know of NF4.
-    merge=False: the form that was trained (4-bit, adapters beside), with the logits it had in training.
-    log: told once what could not be checked.
-    ModelError: no such folder, its files are not those of the run's record or not readable, or the base model that an
-    adapter was trained on is not to be had or another one now.
+    merge=True: one plain model in `dtype`, with adapters merged into dequantized matrices. The 4-bit matrices are
+    dequantized before any forward pass and never merged in place, which would quantize the result again. With fp16 only
+    matrices have that dtype, and the model runs under autocast with its residual in float32, as in training.
+    on_16_bit=True: merge into the base that was never rounded to 4 bits, as programs without NF4 support do.
+    merge=False: the model as trained (4-bit, separate adapters), with the same logits as in training.
+    log: called once with what could not be checked.
+    ModelError: no such folder, its files do not match the run's record or cannot be read, or the base model that an
+    adapter was trained on is unavailable or has changed.
     """
     folder = Path(folder)
     facts = facts_of(folder)
@@ -120,9 +120,9 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
     four_bit = tuple(facts["four_bit"])
     base = load_base(facts["model"], precision=facts["precision"], device=device, four_bit=four_bit, runs=not merge)
     if merge:
-        # float32 first: a bf16 matrix would round most of the adapter's product away
+        # float32 first: a bf16 matrix would round away most of the adapter's product
         base = (_dequantized(base) if four_bit else base).float()
-    from peft import PeftModel  # after load_base, which quiets what this import would print
+    from peft import PeftModel  # after load_base, which silences what this import would print
 
     with peft_calls(), readable(folder):
         model = PeftModel.from_pretrained(base, folder)
@@ -132,7 +132,7 @@ def _load_adapter(folder, facts, *, device, merge, dtype):
     if merge:
         return _in_dtype(stop_at(model.merge_and_unload()), dtype, device)
     guard_four_bit(model, four_bit)
-    fuse_adapters(model)  # as in training: other kernels round otherwise
+    fuse_adapters(model)  # as in training: other kernels round differently
     run_in_autocast(stop_at(core(model)), device, facts["precision"])
     return model
 
@@ -141,19 +141,19 @@ def _put_whole_weights(model, path, device):
     parameters = dict(model.named_parameters())
     for name, tensor in tensors_of(path, device=device).items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ModelError(f"{path} holds {name}, which does not fit this base model: use the one it was made on")
+            raise ModelError(f"{path} has {name}, which does not fit this base model: use the one it was trained on")
         parameters[name].data = tensor
 
 
 def _dequantized(base):
-    hide_log("transformers.integrations.bitsandbytes", "The modules are dequantized in")  # as was asked for
+    hide_log("transformers.integrations.bitsandbytes", "The modules are dequantized in")  # as requested
     plain = base.dequantize(dtype=torch.float32)
-    plain.is_loaded_in_4bit = False  # PEFT refuses to merge some kinds where it says so
+    plain.is_loaded_in_4bit = False  # PEFT refuses to merge some types if this is True
     return plain
 
 
 def _in_dtype(model, dtype, device):
-    """The model in `dtype`; in fp16 its vectors stay in float32, and with them what fp16 cannot hold."""
+    """The model in `dtype`; in fp16 its vectors stay in float32, and so does everything that fp16 cannot represent."""
     if dtype != torch.float16:
         return model.to(dtype)
     for p in model.parameters():
@@ -171,23 +171,23 @@ def load_plain(model, *, device, dtype=torch.float32):
 
 
 def load_rounded(model, four_bit, *, precision, device, dtype=torch.float32):
-    """The untrained base model in eval mode, its `four_bit` matrices rounded to NF4 and back.
+    """The untrained base model in eval mode, with its `four_bit` matrices rounded to NF4 and back.
 
-    It is what a method that holds them so starts from. precision: of training, from which they are rounded.
+    This is where a method with 4-bit matrices starts from. precision: of training; they are rounded from it.
     """
     base = load_base(model, precision=precision, device=device, four_bit=four_bit, runs=False)
     return _in_dtype(stop_at(_dequantized(base).float()), dtype, device).eval().requires_grad_(False)
 
 
 def export_merged(folder, out, *, dtype=torch.bfloat16, log=print):
-    """Write a trained model of `folder` as one standalone transformers folder in 16 bits; returns `out`.
+    """Write the trained model in `folder` as a standalone 16-bit transformers folder; returns `out`.
 
-    4-bit matrices are dequantized, adapters merged in float32, and only then is the result rounded to `dtype`.
-    Tokenizer, chat template and stop ids come with it. ModelError: `out` is there already; or as in load_trained.
+    4-bit matrices are dequantized and adapters merged in float32, and only then the result is rounded to `dtype`.
+    Includes tokenizer, chat template and stop ids. ModelError: `out` already exists; or as in load_trained.
     """
     out = Path(out)
     if out.exists():
-        raise ModelError(f"{out} is there already: choose another folder")
+        raise ModelError(f"{out} already exists: choose another folder")
     model = load_trained(folder, merge=True, dtype=torch.float32, log=log).to(dtype)
     beside = _empty_beside(out)
     model.save_pretrained(beside)
@@ -197,7 +197,7 @@ def export_merged(folder, out, *, dtype=torch.bfloat16, log=print):
 
 
 def facts_of(folder):
-    """peftlib.json of a trained folder. ModelError: there is none, or it lacks what a trained model needs."""
+    """peftlib.json of a trained folder. ModelError: it is missing, or lacks required fields."""
     if not (folder / FACTS).exists():
         raise ModelError(f"no trained model in {folder}: run the method's notebook first")
     facts = read_json(folder / FACTS)
@@ -208,17 +208,17 @@ def facts_of(folder):
 
 
 def record_of(folder):
-    """The record of a trained folder's run, from its export or from the study around it; else None."""
+    """The record of a trained folder's run, from its export or from the study that contains it; else None."""
     exported, place = folder / "study" / "record.json", folder.absolute()
     if exported.is_file():
-        # an export names its base model otherwise, so its settings are not the run's, byte for byte
+        # an export names its base model differently, so its settings files differ from the run's
         return {**read_json(exported), "settings_sha256": None}
     beside = place.parent.parent / "records" / f"{place.name}.json"
     return read_json(beside) if place.parent.name == "weights" and beside.is_file() else None
 
 
 def settings_digests(folder):
-    """{name: SHA-256} of the files that decide what a trained folder's weights compute, and of its tokenizer."""
+    """{name: SHA-256} of the files that determine what a trained folder's weights compute, and of its tokenizer."""
     return {name: identity.known_sha256(folder / name) for name in _SETTINGS if (folder / name).is_file()}
 
 
@@ -229,7 +229,7 @@ def tensors_of(path, device="cpu"):
 
 
 def _require_adapter(folder):
-    """ModelError unless a folder holds an adapter as PEFT saves it."""
+    """ModelError unless a folder contains an adapter as saved by PEFT."""
     path = folder / ADAPTER_CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -239,19 +239,19 @@ def _require_adapter(folder):
         raise ModelError(f"{path} is damaged ({error}): {_AGAIN}") from None
     wrong = _wrong_field(found)
     if wrong:
-        raise ModelError(f"{path} is no config of an adapter that peftlib trains ({wrong}): {_AGAIN}")
+        raise ModelError(f"{path} is not the config of an adapter that peftlib can train ({wrong}): {_AGAIN}")
     refuse_pickles(folder)
     if not (folder / ADAPTER).is_file():
         raise ModelError(f"{folder} has no {ADAPTER}: {_AGAIN}")
 
 
 def _wrong_field(found):
-    """The fault of an adapter's config, in words, or None."""
+    """What is wrong with an adapter's config, as text, or None."""
     if not isinstance(found, dict):
         return f"a {type(found).__name__}"
     rank, alpha, is_lora = found.get("r"), found.get("lora_alpha"), found.get("peft_type") == "LORA"
     faults = {
-        "it names code in auto_map": bool(found.get("auto_map")),
+        "it refers to code in auto_map": bool(found.get("auto_map")),
         f"peft_type={found.get('peft_type')!r}": found.get("peft_type") not in KINDS,
         f"r={rank!r}": is_lora and (type(rank) is not int or rank < 1),
         f"lora_alpha={alpha!r}": is_lora and type(alpha) not in (int, float),
@@ -260,9 +260,9 @@ def _wrong_field(found):
 
 
 def _require_adapter_fits(folder, model):
-    """ModelError unless the adapter's file holds exactly the tensors that the model's adapters have, in their shapes.
+    """ModelError unless the adapter file contains exactly the tensors of the model's adapters, with their shapes.
 
-    PEFT leaves an adapter whose tensor is missing as it was drawn.
+    PEFT silently leaves an adapter with a missing tensor at its random initialisation.
     """
     from peft import get_peft_model_state_dict
 
@@ -272,6 +272,6 @@ def _require_adapter_fits(folder, model):
         if held.get(name) != has.get(name):
             there, here = (tuple(shapes[name]) if name in shapes else "nothing" for shapes in (held, has))
             raise ModelError(
-                f"{ADAPTER} in {folder} holds {there} for {name}, the model {here}: it was made with another base "
+                f"{ADAPTER} in {folder} has {there} for {name}, the model has {here}: it was made with another base "
                 "model or rank, or is damaged"
             )

@@ -1,4 +1,4 @@
-"""GPUs by their makers' published figures, and shapes of well-known models: for planning without the network."""
+"""Published figures of GPUs and shapes of well-known models, for planning without network access."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from peftlib.models.locate import hub_errors, locate, token_for
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a Gemma-like model matters for memory. attention: (query, key and value) output widths."""
+    """The dimensions of a Gemma-like model that affect memory. attention: (query, key and value) output widths."""
 
     vocabulary: int
     hidden: int
@@ -29,7 +29,7 @@ class Shape:
         )
 
     def matrices(self, names):
-        """[(out, in), ...] of the named projections, one each."""
+        """[(out, in), ...] of the named projections, once each."""
         query, key, value = self.attention
         shapes = {
             "q_proj": (query, self.hidden),
@@ -43,12 +43,12 @@ class Shape:
         return [shapes[name.rsplit(".", 1)[-1]] for name in names]
 
     def all_matrices(self, names):
-        """[(out, in), ...] of the named projections of the whole model; a name may be one layer's, "layers.3.mlp.…"."""
+        """[(out, in), ...] of the named projections in the model; a name may be of one layer, "layers.3.mlp.…"."""
         each = zip(names, self.matrices(names), strict=True)
         return [matrix for name, matrix in each for _ in range(1 if "." in name else self.layers)]
 
 
-# Text models of one shape: their config.json on the hub is gated.
+# Text models; their config.json on the hub is gated.
 SHAPES = {
     "gemma-3-270m": Shape(262144, 640, 2048, 18, (1024, 256, 256)),
     "gemma-3-1b": Shape(262144, 1152, 6912, 26, (1024, 256, 256)),
@@ -57,11 +57,11 @@ SHAPES = {
 
 
 def shape_of(model):
-    """The Shape of 'packaged', a well-known id, a folder, or any other hub id (its config alone is fetched).
+    """The Shape of 'packaged', a well-known id, a folder, or any other hub id (downloads only its config).
 
-    ModelError: a folder without a config, a hub id that is not to be had, or a model of another kind.
+    ModelError: a folder without a config, an unavailable hub id, or another kind of model.
     """
-    bare = model.split("/")[-1].lower().removesuffix("-it").removesuffix("-pt")  # without owner and kind of tuning
+    bare = model.split("/")[-1].lower().removesuffix("-it").removesuffix("-pt")  # without owner and tuning suffix
     name = "gemma-3-270m" if model == PACKAGED_MODEL else bare
     if not Path(model).expanduser().is_dir() and name in SHAPES:
         return SHAPES[name]
@@ -74,30 +74,31 @@ def shape_of(model):
         return Shape.of(config.get_text_config())
     except (AttributeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"model={model!r} has no config as Gemma's ({reason}): its memory cannot be planned") from None
+        raise ModelError(f"model={model!r} has no Gemma-like config ({reason}): its memory cannot be planned") from None
 
 
 @dataclass(frozen=True)
 class Card:
-    """gib: what the driver leaves of its memory. tflops: 16-bit matrix products, dense, float32 sums, published peak.
-    gb_per_s: published memory bandwidth. device: how torch calls it (a part of the name). dollars: an hour by PRICED;
-    0: not known."""
+    """gib: memory that the driver leaves. tflops: published peak of dense 16-bit matrix products with float32 sums.
+
+    gb_per_s: published memory bandwidth. device: part of torch's device name. dollars: per hour by PRICED; 0: unknown.
+    """
 
     gib: float
     tflops: float
     gb_per_s: float
-    precision: str  # of training: bf16 from compute capability 8.0
+    precision: str  # for training: bf16 from compute capability 8.0
     device: str
     dollars: float = 0.0
 
     def cost(self, hours):
-        """'$0.05 to $0.75' for (shortest, longest) hours where the price is known, a cent at least."""
+        """'$0.05 to $0.75' for (shortest, longest) hours if the price is known; at least a cent."""
         return " to ".join(dict.fromkeys(f"${max(0.01, self.dollars * time):,.2f}" for time in hours))
 
 
-# n1-standard-4 with one T4 (read 2026-05), g2-standard-4 and a2-highgpu-1g (2025-03), by copies of the list on GitHub,
-# among them Cyclenerd/google-cloud-pricing-cost-calculator; Google's own page could not be reached.
-PRICED = "Google Cloud, on demand, us-central1, by copies of its price list of 2025 and 2026"
+# n1-standard-4 with one T4 (as of 2026-05), g2-standard-4 and a2-highgpu-1g (2025-03), from copies of the list on
+# GitHub, such as Cyclenerd/google-cloud-pricing-cost-calculator; Google's own page could not be reached.
+PRICED = "Google Cloud, on demand, us-central1, from copies of its 2025 and 2026 price lists"
 CARDS = {
     "t4": Card(14.6, 65, 320, "fp16", "T4", 0.54),
     "v100": Card(15.7, 125, 900, "fp16", "V100"),
@@ -116,28 +117,28 @@ _ALIASES |= {"4090": "rtx4090"}
 
 
 def find_card(name):
-    """(name, Card) of a GPU, upper case or lower. ConfigError: not known, with those that are."""
+    """(name, Card) of a GPU; case does not matter. ConfigError: unknown; the message lists the known ones."""
     key = name.strip().lower().replace(" ", "").replace("_", "-")
     key = _ALIASES.get(key, key)
     if key not in CARDS:
-        raise ConfigError(f"--gpu {name!r} is not known: use {', '.join(CARDS)}")
+        raise ConfigError(f"--gpu {name!r} is unknown: use {', '.join(CARDS)}")
     return key, CARDS[key]
 
 
 def card_of_device(device):
-    """The Card that torch's name of a device means, or None."""
+    """The Card for torch's device name, or None."""
     words = (device or "").replace("NVIDIA", " ").split()
     return next((card for card in CARDS.values() if set(card.device.split()) <= set(words)), None)
 
 
 def short_name(device):
-    """'H100' of torch's 'NVIDIA H100 80GB HBM3', 'T4' of 'Tesla T4'."""
+    """'H100' for torch's 'NVIDIA H100 80GB HBM3', 'T4' for 'Tesla T4'."""
     words = [word for word in device.split() if word not in ("NVIDIA", "Tesla", "GeForce")]
     return " ".join(words[:2] if words[:1] == ["RTX"] else words[:1])
 
 
 def card_at_hand():
-    """(name in CARDS, Card with this machine's memory) of the GPU here; None: there is none, or it is not listed."""
+    """(name in CARDS, Card with this machine's memory) of the local GPU; None: there is none, or it is not listed."""
     import torch
 
     if not torch.cuda.is_available():

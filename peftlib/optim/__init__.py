@@ -1,1 +1,1 @@
-"""Optimizers that accumulate a step's micro-batches themselves, so that norm and infs are known before any change."""
+"""Optimizers that accumulate micro-batches themselves, so that the norm and infs are known before any update."""

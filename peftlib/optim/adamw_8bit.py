@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments, by bitsandbytes."""
+"""AdamW with 8-bit moments from bitsandbytes."""
 
 import contextlib
 
@@ -9,9 +9,9 @@ from peftlib.optim.adamw import Accumulating
 
 
 def adamw_8bit(params, *, lr, weight_decay=0.0, max_grad_norm=0.0):
-    """bitsandbytes' AdamW with moments in blockwise 8 bits (Dettmers et al. 2022, arXiv:2110.02861), accumulating.
+    """bitsandbytes' AdamW with blockwise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861), accumulating.
 
-    A tensor below 4,096 numbers keeps float32 moments, as bitsandbytes does. ModelError: bitsandbytes is not installed.
+    Tensors with fewer than 4,096 elements keep float32 moments, as in bitsandbytes. ModelError: it is not installed.
     """
     require_bitsandbytes("8-bit moments")
     from bitsandbytes.optim import AdamW8bit
@@ -31,9 +31,9 @@ def adamw_8bit(params, *, lr, weight_decay=0.0, max_grad_norm=0.0):
 
 @contextlib.contextmanager
 def _default_stream(device):
-    """Within it work is queued on CUDA's default stream, between what was queued before and what comes after.
+    """Context that queues work on CUDA's default stream, after earlier and before later work of the current stream.
 
-    bitsandbytes launches its optimizers' kernels there, whatever the current stream is.
+    bitsandbytes launches its optimizer kernels there, whatever the current stream is.
     """
     if device.type != "cuda":
         yield

@@ -1,7 +1,7 @@
-"""APOLLO: each channel of a gradient scaled as Adam would scale it in a random low-rank view (arXiv:2412.05270).
+"""APOLLO: scale each channel of a gradient as Adam would in a random low-rank projection (arXiv:2412.05270).
 
-Our own and not apollo-torch 1.0.3, whose state holds Python objects (it does not load under weights_only=True) and
-whose limiter reads a norm back to the host for every weight. Agrees with it where both draw the same projection.
+We do not use apollo-torch 1.0.3: its state contains Python objects (it does not load with weights_only=True), and its
+norm limiter synchronises with the host for every weight. Results agree if both draw the same projection.
 """
 
 import torch
@@ -10,16 +10,16 @@ from peftlib.optim import moments
 from peftlib.optim.adamw import ProjectedAdamW
 from peftlib.optim.subspace import turned
 
-_GROWTH = 1.01  # most that the norm of a weight's update may grow in one step (Fira, arXiv:2410.01623)
+_GROWTH = 1.01  # limit on the growth of an update's norm per step (Fira, arXiv:2410.01623)
 
 
 class ApolloAdamW(ProjectedAdamW):
-    """Groups with a "rank" go by APOLLO, the others by AdamW.
+    """APOLLO for groups with a "rank", AdamW for the others.
 
     params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}. With the
-    shorter side first the gradient is G (m, n); R = A G with A (r, m) normal of variance 1 / r; Adam's step on R gives
-    each of the n channels its factor ||adam(R)|| / ||R||, and the weight moves along G by it. A is drawn anew every
-    update_gap steps, from `seed`, the weight's place and the step count, so it is never saved.
+    shorter side first the gradient is G (m, n); R = A G with A (r, m) normal with variance 1 / r; Adam's step on R
+    gives each of the n channels the factor ||adam(R)|| / ||R||, which scales G. A is resampled every update_gap steps
+    from `seed`, the weight's index and the step count, so it is never saved.
     """
 
     def __init__(self, params, *, seed=0, **settings):
@@ -27,7 +27,7 @@ class ApolloAdamW(ProjectedAdamW):
         self._drawn = {}  # weight -> (block of steps, its projection)
 
     def can_capture(self):
-        """A projection is drawn anew on the host."""
+        """Not possible: projections are resampled on the host."""
         return False
 
     def _new_state(self, p, group):
@@ -35,11 +35,11 @@ class ApolloAdamW(ProjectedAdamW):
             return super()._new_state(p, group)
         low = torch.empty(group["rank"], max(p.shape), device="meta")
         state = moments.fresh(self.state[p], low, bits=32, device=p.device)
-        state["update_norm"] = torch.full((), torch.inf, device=p.device)  # nothing to grow from yet
+        state["update_norm"] = torch.full((), torch.inf, device=p.device)  # no previous norm yet
         return state
 
     def move(self, group, members, rates):
-        """As AdamW for plain groups; a projected weight moves along its gradient, each channel scaled."""
+        """As AdamW for plain groups; a projected weight moves along its gradient, with each channel scaled."""
         if "rank" not in group:
             super().move(group, members, rates)
             return

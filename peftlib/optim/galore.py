@@ -1,9 +1,9 @@
-"""GaLore: Adam's moments live in a rank-r view of each weight's gradient (Zhao et al. 2024, arXiv:2403.03507).
+"""GaLore: Adam's moments are kept in a rank-r projection of each gradient (Zhao et al. 2024, arXiv:2403.03507).
 
-A projected weight's gradient is turned so that its shorter side comes first: G is (m, n), m <= n. A basis P (m, r)
-with orthonormal columns holds for `update_gap` steps; R = P^T G (r, n) is what Adam sees, and the weight moves by
-scale * P @ adam(R). The projection is linear, so micro-batches are summed as R and each whole gradient is freed in
-the backward pass that made it. A weight whose basis is due keeps its summed G until finish_accumulation.
+A projected weight's gradient is transposed if needed so that its shorter side comes first: G is (m, n), m <= n. A basis
+P (m, r) with orthonormal columns is used for `update_gap` steps; Adam gets R = P^T G (r, n), and the weight moves by
+scale * P @ adam(R). The projection is linear, so micro-batches are accumulated as R, and each full gradient is freed in
+its backward pass. A weight whose basis is due for a refresh keeps its accumulated G until finish_accumulation.
 """
 
 import torch
@@ -25,37 +25,37 @@ from peftlib.optim.subspace import (
 )
 from peftlib.optim.sums import SummedProjections
 
-NUMBERS_AT_ONCE = 1 << 24  # of the foreach update's temporaries
-_FITTED_AT_ONCE = 24  # bases of one shape; of the 1B, 0.2 GiB
+NUMBERS_AT_ONCE = 1 << 24  # limit for the foreach update's temporaries
+_FITTED_AT_ONCE = 24  # bases of one shape; 0.2 GiB for the 1B
 
 
 def state_numbers(shapes, rank) -> tuple[int, int]:
-    """(GaLore's, Adam's) count of optimizer numbers for 2-D weights of these shapes: basis and two moments, against two
-    moments of the weight's own size."""
+    """(GaLore's, Adam's) number of optimizer state elements for 2-D weights of these shapes: basis and two moments,
+    versus two moments of the weight's size."""
     galore = sum(min(shape) * rank + 2 * rank * max(shape) for shape in shapes)
     return galore, sum(2 * shape[0] * shape[1] for shape in shapes)
 
 
 class GaLoreAdamW(SummedProjections):
-    """AdamW in which groups with a "rank" are projected; the other groups are plain AdamW.
+    """AdamW with projected gradients for groups with a "rank"; other groups use plain AdamW.
 
     params: groups; a projected one has 2-D weights and {"rank": r, "update_gap": steps, "scale": factor}.
-    on_refresh: what becomes of the moments when a basis changes. "keep" leaves them (GaLore), "project" turns them
+    on_refresh: what happens to the moments when a basis changes. "keep" leaves them (GaLore), "project" maps them
         into the new basis (LDAdam, Robert et al. 2024, arXiv:2410.16103: M' = C M with C = P_new^T P_old; the second
         moment by the squares of C, which drops its cross terms).
     moment_bits: 32, or 8 for bitsandbytes' blockwise quantization of the projected moments.
     reference: galore_torch 1.0's arithmetic: SVD bases, eps added before bias correction, decay after the update.
-    stagger: spread the refreshes of the weights over the gap, so that few whole gradients are held at once. The first
-        step still fits every basis.
-    whole_gradient_bytes: what the summed whole gradients of a step may take. Where the due weights need more (the
-        first step), basis_passes() asks for backward passes over the same rows, each of which holds a part of them;
-        the bases then come from the whole step's gradients all the same.
-    seed: of the random columns that first bases start from and of stochastic rounding.
-    A bfloat16 weight is rounded stochastically; float16 ones are refused, for their range is too short.
-    The clipped norm is that of the projected gradients and the plain ones together, which is below the full norm.
-    State is tensors only. State dicts load under torch.load(weights_only=True).
+    stagger: spread the refreshes of the weights over the gap, so that few full gradients are in memory at once. The
+        first step still fits every basis.
+    whole_gradient_bytes: limit for the accumulated full gradients of a step. If the due weights need more (in the
+        first step), basis_passes() requests extra backward passes over the same rows, each for a part of the weights;
+        the bases still come from the full step's gradients.
+    seed: for the random columns that initial bases start from, and for stochastic rounding.
+    bfloat16 weights are rounded stochastically; float16 weights are rejected, because their range is too small.
+    Clipping uses the norm of projected and plain gradients together, which is below the full norm.
+    State contains only tensors. State dicts load with torch.load(weights_only=True).
 
-    ConfigError: rank larger than a weight's shorter side, or a projected weight that is not 2-D or float16.
+    ConfigError: rank larger than a weight's shorter side, or a projected weight that is not 2-D or is float16.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class GaLoreAdamW(SummedProjections):
         super().__init__(params, rank_field="galore_rank", seed=seed, **how, **settings)
 
     def load_state_dict(self, state_dict):
-        """Take over a saved state, each tensor in the dtype it was saved in."""
+        """Load a saved state, each tensor in the dtype it was saved in."""
         super().load_state_dict(state_dict)
-        self._index_groups()  # torch has put new group dicts in place of the old
+        self._index_groups()  # torch has replaced the group dicts
         order = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(order, params, strict=True):
@@ -110,7 +110,7 @@ class GaLoreAdamW(SummedProjections):
 
     @torch.no_grad()
     def _fit_due(self):
-        """Pending bases from the whole gradients at hand, those of one shape and age together."""
+        """Fit pending bases to the accumulated full gradients, batched by shape and age."""
         alike = {}
         if self._full:
             norms = torch._foreach_norm(list(self._full.values()), 2, dtype=torch.float32)
@@ -132,7 +132,7 @@ class GaLoreAdamW(SummedProjections):
                 grams = torch.stack([gram(_finite(self._full[p])) for p in params])
                 bases = leading_space(grams, torch.stack(starts), steps)
                 self._pending.update((p, basis.clone()) for p, basis in zip(params, bases, strict=True))
-        if self._full and self.processes:  # unlike cards would fit bases that differ by rounding
+        if self._full and self.processes:  # different GPUs would fit bases that differ by rounding
             self.processes.broadcast_([self._pending[p] for p, _ in self._projected if p in self._full])
 
     def begin_step(self):
@@ -171,11 +171,11 @@ class GaLoreAdamW(SummedProjections):
         return rates
 
     def can_capture(self):
-        """Stochastic rounding draws from a generator of each step."""
+        """Not with stochastic rounding, which uses a generator per step."""
         return super().can_capture() and all(p.dtype == torch.float32 for p, _ in self._projected)
 
     def move(self, group, members, rates):
-        """weight = decay * weight - size * scale * basis @ update; in reference mode the decay comes last."""
+        """weight = decay * weight - size * scale * basis @ update; in reference mode, decay comes last."""
         if "rank" not in group:
             self._move_plain(group, members, rates)
             return
@@ -194,7 +194,7 @@ class GaLoreAdamW(SummedProjections):
         if group["weight_decay"] and self.reference:
             exact.mul_(decay)
         if p.dtype != torch.float32:
-            # A generator that depends on seed, weight and step alone, so that it needs no saved state.
+            # A generator that depends only on seed, weight and step, so that it needs no saved state.
             noise = torch.Generator(p.device).manual_seed(self._seed_of(p, int(self.state[p]["step"])))
             turned(p).copy_(moments.round_stochastically(exact, noise))
 
@@ -209,5 +209,5 @@ class GaLoreAdamW(SummedProjections):
 
 
 def _finite(grad):
-    """The fit needs finite numbers; the norm tells the caller to throw a step with an inf away whole."""
+    """Replace inf and nan for the fit; because of the norm, the caller skips the step anyway."""
     return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)

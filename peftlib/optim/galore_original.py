@@ -1,4 +1,4 @@
-"""GaLore by its authors' own package, galore_torch (Zhao et al. 2024, arXiv:2403.03507), under our loop."""
+"""GaLore from its authors' package, galore_torch (Zhao et al. 2024, arXiv:2403.03507), in our training loop."""
 
 import torch
 
@@ -7,10 +7,10 @@ from peftlib.optim.adamw import Accumulating
 
 
 def galore_torch_adamw(groups, *, lr, weight_decay=0.0, max_grad_norm=0.0):
-    """galore_torch's GaLoreAdamW, accumulating: whole gradients are summed, and every basis is fitted in one step.
+    """galore_torch's GaLoreAdamW, accumulating full gradients; every basis is fitted in the same step.
 
-    groups: as galore_torch has them. The clipped norm is that of the whole gradients. Its state dict holds tensors
-    alone. ConfigError, later: several processes are to share its steps, whose bases could differ.
+    groups: as in galore_torch. Clipping uses the norm of the full gradients. Its state dict contains only tensors.
+    ConfigError, later: several processes would share its steps, and their bases could differ.
     """
     from galore_torch import GaLoreAdamW
     from galore_torch.galore_projector import GaLoreProjector
@@ -20,7 +20,7 @@ def galore_torch_adamw(groups, *, lr, weight_decay=0.0, max_grad_norm=0.0):
         def step(self, closure=None):
             super().step()
             for state in self.state.values():
-                if "projector" in state:  # as a resume will find it, which is what makes that bit-equal
+                if "projector" in state:  # as a resume will load it, so that resuming is bit-identical
                     state["projector"].ortho_matrix = state["projector"].ortho_matrix.contiguous()
 
         def use_flat_buffer(self, extra):

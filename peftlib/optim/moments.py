@@ -1,4 +1,4 @@
-"""Adam's moments of one weight, in float32 or in blockwise 8 bits, as plain tensors of an optimizer's state."""
+"""Adam's moments of one weight, in float32 or blockwise 8 bits, as plain tensors in an optimizer's state."""
 
 import functools
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 _BLOCK = 256
-_SMALLEST = 4096  # numbers; below it the scales would eat what 8 bits save (bitsandbytes' own limit)
+_SMALLEST = 4096  # elements; for fewer, the scales would outweigh the savings (bitsandbytes' limit)
 
 
 def fresh(state, like: Tensor, *, bits, device=None):
-    """Fill an empty state with a step count (on the CPU) and zero moments of the shape of `like`; returns it.
+    """Fill an empty state with a step count (on the CPU) and zero moments in the shape of `like`; returns it.
 
-    device: of the moments, where it is not that of `like`.
+    device: for the moments, by default that of `like`.
     bits: 32, or 8 for bitsandbytes' dynamic blockwise quantization (Dettmers et al. 2022, arXiv:2110.02861): the
-    first moment signed, the second unsigned, a float32 scale for each 256 numbers.
+    first moment signed, the second unsigned, a float32 scale per 256 elements.
     """
     state["step"] = torch.zeros((), dtype=torch.float32)
     for name in ("exp_avg", "exp_avg_sq"):
@@ -25,7 +25,7 @@ def fresh(state, like: Tensor, *, bits, device=None):
 
 
 def read(state, name) -> Tensor:
-    """The moment in float32: the state's own tensor where it is kept so, else a new one."""
+    """The moment in float32: the state's own tensor if it is float32, else a new one."""
     value = state[name]
     if value.dtype != torch.uint8:
         return value
@@ -34,7 +34,7 @@ def read(state, name) -> Tensor:
 
 
 def write(state, name, value: Tensor):
-    """Keep a new value of the moment in the form and in the tensors that it has."""
+    """Store a new value of the moment in its existing tensors and format."""
     kept = state[name]
     if kept.dtype == torch.uint8:
         numbers, scales = _quantized(name, value)
@@ -45,8 +45,8 @@ def write(state, name, value: Tensor):
 
 
 def _quantized(name, value):
-    """(numbers of the nearest values of the code, scales). Not by bitsandbytes' operator, which launches on CUDA's
-    default stream whatever the current one is: it would not wait for a step on another, nor be in its graph."""
+    """(indices of the nearest code values, scales). We do not use bitsandbytes' operator, because it always launches on
+    CUDA's default stream: it would not wait for a step on another stream, nor be part of its graph."""
     code = _code(name, value.device)
     blocks = torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % _BLOCK)).view(-1, _BLOCK)
     scales = blocks.abs().amax(dim=1)
@@ -64,7 +64,7 @@ def _code(name, device):
 
 
 def parts_within(items, limit, *, size=lambda p: 4 * p.numel()):
-    """Runs of `items` whose summed sizes stay within `limit`; a larger item stands alone."""
+    """Consecutive parts of `items` whose summed sizes stay within `limit`; a larger item gets its own part."""
     parts, room = [], 0
     for item in items:
         if size(item) > room or not parts:
@@ -76,10 +76,10 @@ def parts_within(items, limit, *, size=lambda p: 4 * p.numel()):
 
 
 def round_stochastically(value: Tensor, generator) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that makes the mean right.
+    """Round float32 to bfloat16, up or down with probabilities that make the mean exact.
 
-    An update below half of bfloat16's spacing (1/256 of the weight) is lost by rounding to nearest and survives in
-    the mean here (Gupta et al. 2015, arXiv:1502.02551). inf and nan stay.
+    Updates below half of bfloat16's spacing (1/256 of the weight) are lost by rounding to nearest, but preserved in
+    expectation here (Gupta et al. 2015, arXiv:1502.02551). inf and nan are unchanged.
     """
     bits = value.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)

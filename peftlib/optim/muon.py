@@ -1,4 +1,4 @@
-"""Muon for matrices beside AdamW for vectors (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
+"""Muon for matrices and AdamW for vectors (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
 
 import torch
 
@@ -6,10 +6,10 @@ from peftlib.optim.adamw import AccumulatingAdamW
 
 
 class MuonAdamW(AccumulatingAdamW):
-    """torch.optim.Muon over `matrices` and AdamW over `vectors`, with one rate, clipping and accumulation.
+    """torch.optim.Muon over `matrices` and AdamW over `vectors`, with the same rate, clipping and accumulation.
 
-    A matrix moves by its Nesterov momentum, orthogonalized by five Newton-Schulz steps in bfloat16 and scaled to the
-    size of AdamW's steps (Liu et al. 2025, arXiv:2502.16982). weight_decay: of the matrices alone.
+    Matrices are updated by their Nesterov momentum, orthogonalized by five Newton-Schulz steps in bfloat16 and scaled
+    to the size of AdamW's steps (Liu et al. 2025, arXiv:2502.16982). weight_decay: only for matrices.
     State of a matrix: its momentum, float32.
     """
 
@@ -20,14 +20,14 @@ class MuonAdamW(AccumulatingAdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of both kinds from the gradients that finish_accumulation left."""
+        """One update of both from the gradients after finish_accumulation."""
         super().step()
-        # Read anew: loading a state exchanges both.
+        # Read each time, because loading a state replaces both.
         self._muon.param_groups, self._muon.state = self.param_groups[:1], self.state
         self._muon.step()
 
     def can_capture(self):
-        """The step sizes of the matrices are numbers on the host."""
+        """Not possible: the matrices' step sizes are numbers on the host."""
         return False
 
     def _with_gradient(self, group):

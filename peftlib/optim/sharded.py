@@ -1,7 +1,7 @@
-"""GaLore with the moments of each projected weight in one process alone (ZeRO's first stage for what GaLore keeps).
+"""GaLore with each projected weight's moments on only one process (ZeRO stage 1 for GaLore's state).
 
-Rajbhandari et al. 2020, arXiv:1910.02054. Bases stay in every process, for each projects its own gradients with them;
-the owner of a weight's moments hands Adam's rank-r update to the others, as many numbers as were summed.
+Rajbhandari et al. 2020, arXiv:1910.02054. Every process keeps all bases, because each projects its own gradients; the
+owner of a weight's moments sends Adam's rank-r update to the others, as many elements as were summed.
 """
 
 import torch
@@ -11,20 +11,20 @@ from peftlib.optim.galore import NUMBERS_AT_ONCE, GaLoreAdamW
 
 
 class ShardedGaLoreAdamW(GaLoreAdamW):
-    """GaLoreAdamW whose moments are divided among `processes`; in one process it is the same."""
+    """GaLoreAdamW with moments divided among `processes`; the same as GaLoreAdamW in one process."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
-        self._owner = {}  # weight -> process that holds its moments
+        self._owner = {}  # weight -> process that has its moments
 
     def use_flat_buffer(self, extra):
-        """As for any optimizer; the sums of one owner's weights lie together."""
+        """As for any optimizer, but the sums of one owner's weights are contiguous."""
         loads = [0] * self.processes.world
         for p, group in sorted(self._projected, key=lambda pair: -pair[1]["rank"] * max(pair[0].shape)):
             self._owner[p] = loads.index(min(loads))
             loads[self._owner[p]] += group["rank"] * max(p.shape)
         flat = super().use_flat_buffer(extra)
-        self._segments = {}  # owner -> the part of the buffer that its updates travel in
+        self._segments = {}  # owner -> the part of the buffer for its updates
         for owner in range(self.processes.world):
             lows = [self._low[p] for p, _ in self._projected if self._owner[p] == owner]
             if lows:
@@ -45,7 +45,7 @@ class ShardedGaLoreAdamW(GaLoreAdamW):
         return bool(self._owner)
 
     def can_capture(self):
-        """The exchange of updates stays outside of graphs."""
+        """Not with several processes: the exchange of updates stays outside CUDA graphs."""
         return not self._owner and super().can_capture()
 
     def _new_state(self, p, group):
@@ -55,7 +55,7 @@ class ShardedGaLoreAdamW(GaLoreAdamW):
         return self.state[p]
 
     def move(self, group, members, rates):
-        """As GaLoreAdamW; the owners' updates take the place of the sums, which are done with."""
+        """As GaLoreAdamW; the owners' updates overwrite the sums, which are no longer needed."""
         if "rank" not in group or not self._owner:
             super().move(group, members, rates)
             return
@@ -70,7 +70,7 @@ class ShardedGaLoreAdamW(GaLoreAdamW):
             self._move_projected(p, self._low[p], group, rates[2])
 
     def whole_state_dict(self):
-        """state_dict() with the moments of all owners, those of others on the host; whole in the main process."""
+        """state_dict() with the moments of all owners, others' moments on the host; complete in the main process."""
         found = self.state_dict()
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in enumerate(params):
@@ -85,7 +85,7 @@ class ShardedGaLoreAdamW(GaLoreAdamW):
         return found
 
     def load_state_dict(self, state_dict):
-        """Take over a saved state, of which only this process's moments are kept."""
+        """Load a saved state, and keep only this process's moments."""
         super().load_state_dict(state_dict)
         for p in self._owner:
             if not self._is_mine(p):

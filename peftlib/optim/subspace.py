@@ -1,9 +1,9 @@
-"""Bases of projected gradients: the leading left singular directions, without an SVD of the wide matrix.
+"""Bases for projected gradients: the leading left singular vectors, without an SVD of the wide matrix.
 
-A gradient G is (m, n) with m <= n. Its left singular directions are the eigenvectors of the Gram matrix G G^T (m, m),
-found by orthogonal (subspace) iteration from a start: the old basis when there is one, seeded random columns when
-there is none. Iteration keeps a direction's place in the basis as long as the gradients keep the direction, where an
-SVD or eigh may flip signs and swap columns, so that Adam's moments go on meaning something over a change of basis.
+A gradient G is (m, n) with m <= n. Its left singular vectors are the eigenvectors of the Gram matrix G G^T (m, m),
+found by orthogonal (subspace) iteration from the old basis if there is one, else from seeded random columns. Iteration
+keeps a direction's column in the basis as long as the gradients keep the direction, whereas an SVD or eigh may flip
+signs and swap columns. So Adam's moments stay meaningful when the basis changes.
 """
 
 import contextlib
@@ -11,16 +11,16 @@ import contextlib
 import torch
 from torch import Tensor
 
-COLD_ITERATIONS = 8  # from random columns: 99.9 % of the exact basis's energy on a slow 1/sqrt(i) spectrum
+COLD_ITERATIONS = 8  # from random columns: 99.9 % of the exact basis's energy for a slowly decaying 1/sqrt(i) spectrum
 WARM_ITERATIONS = 3
-_SHIFT = 1e-6  # of the trace: keeps the iteration's product of full rank, above rounding, where the gradient is not
-_ORTHONORMAL = 1e-5  # how far a basis's products may be from 0 and 1
+_SHIFT = 1e-6  # of the trace: keeps the iteration's product numerically full-rank even if the gradient is not
+_ORTHONORMAL = 1e-5  # maximum deviation of a basis's inner products from 0 and 1
 
 
 def gram(grad: Tensor) -> Tensor:
     """G G^T / trace, (m, m) float32, of a finite (m, n) gradient of any float dtype; zeros for a zero gradient."""
     wide = grad.float()
-    # Squaring would overflow or vanish for extreme gradients; a basis does not depend on their size.
+    # Squaring extreme gradients would overflow or underflow; a basis does not depend on their scale.
     wide = wide / wide.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     product = wide @ wide.T
     return product / product.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny)
@@ -30,8 +30,8 @@ def leading_space(grams: Tensor, start: Tensor, iterations: int) -> Tensor:
     """Orthonormal columns that span the leading eigenvectors of each Gram matrix.
 
     grams: (k, m, m) from `gram`; start: (k, m, r) float32 of full column rank, r <= m. Returns (k, m, r) float32, the
-    same for one matrix and for a batch up to rounding. Waits for the device once: a basis that is not orthonormal,
-    whose columns were too nearly dependent for the fast factorization, is made again by Householder's, which takes any.
+    same for one matrix and for a batch up to rounding. Synchronises once: if a basis is not orthonormal, because its
+    columns were too nearly dependent for the fast factorization, it is recomputed by the robust Householder one.
     """
     bases = _iterated(grams, start, iterations, _by_cholesky)
     exact = bases.double()
@@ -42,42 +42,42 @@ def leading_space(grams: Tensor, start: Tensor, iterations: int) -> Tensor:
 
 
 def _iterated(grams, start, iterations, orthonormal):
-    basis = orthonormal(start)  # random columns, when there are m, may be as nearly dependent as the gradient's
+    basis = orthonormal(start)  # m random columns may be as nearly dependent as the gradient's
     for _ in range(iterations):
         basis = orthonormal(torch.baddbmm(basis, grams, basis, beta=_SHIFT))
     return orthonormal(basis)
 
 
 def _by_cholesky(columns):
-    """Cholesky QR. The small products are float64: squaring the condition number is more than float32 bears."""
+    """Cholesky QR, with float64 for the small products, because it squares the condition number."""
     wide = columns.double()
     factor = torch.linalg.cholesky_ex(wide.mT @ wide)[0]
     return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.float().contiguous()
 
 
 def _by_householder(columns):
-    """The same, with the signs of Cholesky's, of columns of any rank; several times slower on a GPU."""
+    """Householder QR with the signs of Cholesky QR, for columns of any rank; several times slower on a GPU."""
     basis, factor = torch.linalg.qr(columns.double())
     return torch.where(factor.diagonal(dim1=-2, dim2=-1)[:, None] < 0, -basis, basis).float()
 
 
 def random_start(m: int, r: int, *, seed: int, device) -> Tensor:
-    """(m, r) float32 normal columns, the same on every device; no generator's state has to be saved."""
+    """(m, r) float32 normal columns, the same on every device; no generator state needs to be saved."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(m, r, generator=generator).to(device)
 
 
 def fit_basis(grad: Tensor, rank: int) -> Tensor:
-    """The exact basis (m, rank), float32, strongest column first, by eigh of the Gram matrix: what the fast one is
-    measured against."""
+    """The exact basis (m, rank), float32, strongest column first, by eigh of the Gram matrix: the reference for the
+    fast one."""
     return torch.linalg.eigh(gram(grad))[1][:, -rank:].flip(1).contiguous()
 
 
 def fit_basis_by_svd(grad: Tensor, rank: int, *, is_turned: bool) -> Tensor:
-    """The same space by the SVD that galore_torch runs, with its signs.
+    """The same space by SVD as in galore_torch, with its signs.
 
-    is_turned: `grad` (m, n) is the transpose of the weight's gradient. The SVD then runs on that gradient itself, for
-    the sign of each column differs between a matrix and its transpose, and moments kept over a refresh feel it.
+    is_turned: `grad` (m, n) is the transpose of the weight's gradient. Then the SVD runs on the original gradient,
+    because column signs differ between a matrix and its transpose, which affects moments kept over a refresh.
     """
     if is_turned:
         return torch.linalg.svd(grad.float().T, full_matrices=False)[2][:rank].T.contiguous()
@@ -85,19 +85,19 @@ def fit_basis_by_svd(grad: Tensor, rank: int, *, is_turned: bool) -> Tensor:
 
 
 def energy(grad: Tensor, basis: Tensor) -> float:
-    """Share of ||G||^2 that a basis keeps, 0 to 1."""
+    """Fraction of ||G||^2 that a basis preserves, 0 to 1."""
     wide = grad.float()
     return float((basis.T @ wide).square().sum() / wide.square().sum())
 
 
 def kept_energy(grad: Tensor, rank: int) -> float:
-    """Share of ||G||^2 that the best rank-r basis keeps, 0 to 1. grad: (m, n) in either orientation."""
+    """Fraction of ||G||^2 that the best rank-r basis preserves, 0 to 1. grad: (m, n) in either orientation."""
     wide = turned(grad)
     return energy(wide, fit_basis(wide, rank))
 
 
 def is_turned(matrix) -> bool:
-    """Whether the longer side comes first. Square ones are turned too, as galore_torch projects them from the right."""
+    """Whether the first side is not shorter. Square ones count: galore_torch projects them from the right."""
     return matrix.shape[0] >= matrix.shape[1]
 
 
@@ -107,13 +107,13 @@ def turned(matrix: Tensor) -> Tensor:
 
 
 def low_gradient(g: Tensor, x: Tensor, basis: Tensor) -> Tensor:
-    """R (r, n) float32 of a gradient g^T x, by a basis (m, r) of its shorter side. g: (T, out); x: (T, in)."""
+    """R (r, n) float32 of a gradient g^T x, for a basis (m, r) of its shorter side. g: (T, out); x: (T, in)."""
     narrow, wide = (x, g) if g.shape[1] >= x.shape[1] else (g, x)
     return product_in_float32((narrow @ basis.to(narrow.dtype)).T, wide)
 
 
 def product_in_float32(one: Tensor, two: Tensor) -> Tensor:
-    """one @ two, float32: sums of 16-bit products are not rounded to 16 bits where the device can do without."""
+    """one @ two in float32: sums of 16-bit products are not rounded to 16 bits if the device supports it."""
     if one.dtype != torch.float32 and one.device.type == "cuda":
         return torch.mm(one, two, out_dtype=torch.float32)
     return (one @ two).float()
@@ -121,7 +121,7 @@ def product_in_float32(one: Tensor, two: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def tensor_cores(*, is_on):
-    """Within it a GPU computes float32 products in TF32: gradients of 16-bit products have no more digits than that."""
+    """Context in which a GPU uses TF32 for float32 products, which is enough for gradients of 16-bit products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if is_on else before)
     try:

@@ -1,4 +1,4 @@
-"""Micro-batches: tokenized rows packed into sequences with little padding, and the mean loss over them."""
+"""Micro-batches: tokenized rows packed into sequences with little padding, and the mean loss over rows."""
 
 import itertools
 import math
@@ -11,18 +11,18 @@ from peftlib.models.kernels.losses import IGNORE, batch_loss_sum, next_tokens
 from peftlib.models.precision import autocast
 from peftlib.train.parallel.exchange import divide
 
-_ROWS_AT_ONCE = 64  # packed together; more would gain little and first fit takes their square
-_ROWS_MULTIPLE = 16  # to which the number of a flat batch's rows is padded
-_ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a share of a token's other work
+_ROWS_AT_ONCE = 64  # packed together; more would gain little, and first fit is quadratic
+_ROWS_MULTIPLE = 16  # the number of rows in a flat batch is padded to a multiple of this
+_ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a fraction of a token's other work
 
 
 class Batch(NamedTuple):
     """Rows on a device.
 
-    ids: (B, T) int64. positions, targets: (N,) int64, what losses.next_tokens finds; targets of IGNORE are padding.
+    ids: (B, T) int64. positions, targets: (N,) int64 from losses.next_tokens; targets of IGNORE are padding.
     places: (B, T) int64 position ids within each row. Rows packed with masks have documents: (B, T) int64 segment ids.
-    A flat batch has B = 1 and cu_seqlens: (R + 1,) int32, where each row begins and ends; its padding is a row of its
-    own. All three are None on CPUs where each sequence holds one row.
+    A flat batch has B = 1 and cu_seqlens: (R + 1,) int32, the row boundaries; its padding is a separate row. All three
+    are None on CPUs if each sequence holds one row.
     """
 
     ids: torch.Tensor
@@ -33,11 +33,11 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
 
     def pinned(self):
-        """A copy in the host's pinned memory, from which a GPU copies without a wait."""
+        """A copy in pinned host memory, for asynchronous copies to a GPU."""
         return Batch(*(t if t is None else t.pin_memory() for t in self))
 
     def to(self, device):
-        """Copy to a device without waiting for it."""
+        """Copy to a device asynchronously."""
         if device == "cpu":
             return self
         return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self.pinned()))
@@ -60,7 +60,7 @@ class Rows:
         return len(self.ids)
 
     def batch(self, bins, device):
-        """Build a Batch of bins (lists of row numbers), each one sequence, right-padded to the fullest."""
+        """Build a Batch from bins (lists of row numbers); each bin is one sequence, right-padded to the longest."""
         shape = (len(bins), _width(bins, self.lengths, _multiple_on(device)))
         ids, places = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         labels, documents = np.full(shape, IGNORE, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
@@ -70,7 +70,7 @@ class Rows:
                 part = slice(start, start + self.lengths[n])
                 ids[i, part] = self.ids[n]
                 labels[i, part] = np.where(self.is_scored[n], self.ids[n], IGNORE)
-                labels[i, start] = IGNORE  # nothing comes before a row's first token
+                labels[i, start] = IGNORE  # a row's first token has no prediction
                 places[i, part] = np.arange(self.lengths[n])
                 documents[i, part] = document
                 start = part.stop
@@ -80,7 +80,7 @@ class Rows:
         return batch.to(device)
 
     def flat_batch(self, rows):
-        """Build a flat Batch of rows, on the host, padded to one of few sizes so that shapes repeat."""
+        """Build a flat Batch of rows on the host, padded to one of a few sizes so that shapes repeat."""
         edges = np.cumsum([0, *(self.lengths[n] for n in rows)])
         total = int(edges[-1])
         size, count = padded_size(total), -(-len(rows) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
@@ -98,7 +98,7 @@ class Rows:
         return Batch(*(t if t is None else torch.from_numpy(t) for t in made))
 
     def batches(self, numbers, tokens, device):
-        """Yield Batches of at most `tokens` tokens (padded, where they are not flat) that together hold the rows."""
+        """Yield Batches of at most `tokens` tokens (padded, unless flat) that together hold the rows."""
         if not len(numbers):
             return
         if self.is_flat:
@@ -122,9 +122,9 @@ class Rows:
     def cut(self, numbers, tokens, device):
         """Yield the bins of each of `batches`: [[row, ...], ...].
 
-        On a GPU a batch has at least two bins where `tokens` allows it, if need be an empty one: torch.compile compiles
-        once more for a batch of one. A row that takes more than half of `tokens` stays alone, because a second bin
-        would take memory that was not planned for.
+        On a GPU a batch has at least two bins if `tokens` allows it, one of them possibly empty, because torch.compile
+        recompiles for a batch of one. A row longer than half of `tokens` stays alone, because a second bin would take
+        memory that was not planned for.
         """
         least, multiple = (1 if device == "cpu" else 2), _multiple_on(device)
         for bins in pack(numbers, self.lengths, tokens, multiple=multiple, least=least):
@@ -135,7 +135,7 @@ class Rows:
 def mean_loss(model, rows, *, device, precision, tokens=2048, processes=None):
     """Mean loss over all Rows in nats per scored token; rows are packed into batches of at most `tokens` tokens.
 
-    processes: that each take a part of the rows.
+    processes: share the rows among these.
     """
     was_training = model.training
     model.eval()
@@ -156,37 +156,37 @@ def mean_loss(model, rows, *, device, precision, tokens=2048, processes=None):
 
 
 def longest_row(max_length, tokens):
-    """Tokens of the longest row in flat batches of `tokens` tokens: one of max_length, or the padding."""
+    """Length of the longest row in flat batches of `tokens` tokens: a row of max_length, or the padding."""
     return max(max_length, padded_size(tokens) // 16 + 128)
 
 
 def padded_size(n):
-    """The number of tokens that a flat batch of n is padded to: sixteen sizes between two powers of two, from 128."""
+    """The padded size of a flat batch of n tokens: sixteen sizes between powers of two, from 128."""
     step = max(128, 1 << max(0, (n - 1).bit_length() - 5))
     return max(1, -(-n // step)) * step
 
 
 def pack(rows, lengths, tokens, *, multiple=1, least=1):
-    """Cut some rows into micro-batches of at most `tokens` padded tokens: [[bin, ...], ...], a bin being [row, ...].
+    """Divide rows into micro-batches of at most `tokens` padded tokens: [[bin, ...], ...], where a bin is [row, ...].
 
-    The rows of a bin lie one behind the other in one sequence, so little is padded; all bins of a micro-batch are
-    padded to its fullest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than
-    `tokens` makes a micro-batch of its own. least: bins of a micro-batch, where rows and `tokens` allow it. The summed
-    loss of the rows does not depend on the cut.
+    The rows of a bin are concatenated to one sequence, so there is little padding; all bins of a micro-batch are
+    padded to its longest, rounded up to `multiple`. lengths: tokens of each row, by row number; a row longer than
+    `tokens` gets its own micro-batch. least: minimum bins per micro-batch, if rows and `tokens` allow it. The summed
+    loss of the rows does not depend on the division.
     """
     order = sorted(rows, key=lambda row: (-lengths[row], row))
     batches = []
     for start in range(0, len(order), _ROWS_AT_ONCE):
         bins = _cheapest_bins(order[start : start + _ROWS_AT_ONCE], lengths, tokens // least, multiple, least)
         at_most = max(1, tokens // _width(bins, lengths, multiple))
-        count = -(-len(bins) // at_most)  # micro-batches of like size, so that none is left with a single bin
+        count = -(-len(bins) // at_most)  # micro-batches of similar size, so that none has a single bin
         edges = [round(i * len(bins) / count) for i in range(count + 1)]
         batches += [bins[start:end] for start, end in itertools.pairwise(edges)]
     return batches
 
 
 def _multiple_on(device):
-    """What widths are rounded up to: 64 on a GPU, which suits matrix units and attention masks."""
+    """The multiple that widths are rounded up to: 64 on a GPU, which suits tensor cores and attention masks."""
     return 1 if device == "cpu" else 64
 
 
@@ -195,8 +195,8 @@ def _width(bins, lengths, multiple):
 
 
 def _cheapest_bins(order, lengths, limit, multiple, least):
-    """First fit at several widths up to `limit`; attention costs a token in proportion to the width, the rest does
-    not."""
+    """Try first fit at several widths up to `limit`. Attention's cost per token is proportional to the width; other
+    work is not."""
     best, lowest = None, math.inf
     for width in _candidate_widths([int(lengths[row]) for row in order], limit, least):
         bins = _first_fit(order, lengths, width)
@@ -211,7 +211,7 @@ def _candidate_widths(lengths, limit, least):
     longest, total = lengths[0], sum(lengths)
     yield longest
     for count in range(min(least, len(lengths)), len(lengths) + 1):
-        for slack in (1.0, 1.03, 1.08, 1.15):  # rows do not fill a bin exactly
+        for slack in (1.0, 1.03, 1.08, 1.15):  # rows rarely fill a bin exactly
             width = max(longest, int(slack * total / count) + 1)
             if width <= limit:
                 yield width

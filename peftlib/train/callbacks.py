@@ -1,4 +1,4 @@
-"""What a run shows while it trains: its log line, and the Snapshot that callbacks get, who may ask it to stop."""
+"""What a run shows while it trains: its log line, and the Snapshot for callbacks, which may ask it to stop."""
 
 import contextlib
 import math
@@ -11,51 +11,51 @@ from peftlib.storage.mirror import running
 from peftlib.train.placement import memory_limit
 
 _RECENT = 20  # steps over which speed is averaged
-_COPY_EVERY_S = 5.0  # seconds between two looks at the copy, which reads the state of every file
+_COPY_EVERY_S = 5.0  # seconds between checks of the copy, which read every file's state
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run after a step. What is not known is None."""
+    """A run after a step. Unknown values are None."""
 
-    status: str  # running; at the end the record's: ok, stopped or failed
+    status: str  # running, or at the end the record's status: ok, stopped or failed
     method: str
     seed: int
     step: int  # steps done
     planned_steps: int
-    history: tuple  # entries of the record's history so far
+    history: tuple  # the record's history so far
     valid_history: tuple
-    tokens_per_second: float | None  # unpadded, over the last steps
-    seconds_left: float | None  # of training at that pace
-    skipped_steps: int  # fp16 overflows
-    memory_bytes: int  # now: allocated on the card; on a CPU resident, of the process tree
-    reserved_bytes: int | None  # now, from the card's driver
-    peak_memory_bytes: int  # as in the record: on a CPU the rise since the model began to load
-    memory_limit_bytes: int  # the card's, or memory_gib of it; on a CPU the machine's
-    saved_step: int | None  # of the newest checkpoint
-    saved_at: float | None  # time.time() of it, where this session wrote it
+    tokens_per_second: float | None  # without padding, over the last steps
+    seconds_left: float | None  # of training at that speed
+    skipped_steps: int  # because of fp16 overflows
+    memory_bytes: int  # current: allocated on the GPU; on a CPU, resident memory of the process tree
+    reserved_bytes: int | None  # current: reserved from the GPU's driver
+    peak_memory_bytes: int  # as in the record; on a CPU, the increase since model loading began
+    memory_limit_bytes: int  # the GPU's memory, or memory_gib; on a CPU, the machine's memory
+    saved_step: int | None  # step of the newest checkpoint
+    saved_at: float | None  # its time.time(), if this session wrote it
     is_saving: bool
-    copy: str | None  # what of the study is copied elsewhere, in words; None: it is copied nowhere
+    copy: str | None  # state of the study's copy elsewhere, as text; None: there is no copy
     device: str
     precision: str
 
     @property
     def is_over(self):
-        """Whether this is the last one."""
+        """Whether this is the last snapshot."""
         return self.status != "running"
 
 
 class Callback:
-    """Watches a run while it trains. A callback that raises is dropped; training goes on."""
+    """Watches a run while it trains. A callback that raises is dropped, and training continues."""
 
-    is_dropped = False  # it has raised, and is called no more
+    is_dropped = False  # True once it has raised; it is not called again
 
     def wants_numbers(self):
-        """Whether to be shown the run after this step; asked after each."""
+        """Whether to call show() after this step; asked after each step."""
         return False
 
     def show(self, snapshot):
-        """Take a Snapshot: wanted ones, and all that bring the numbers of a log line; the last one is_over."""
+        """Receive a Snapshot: the wanted ones, and those with the numbers of a log line; the last one is_over."""
 
     def stop_asked(self):
         """Whether to save and stop; asked after each step."""
@@ -63,18 +63,18 @@ class Callback:
 
 
 class CallbackList:
-    """Calls the callbacks of a TrainingRun; logs and drops one that raises."""
+    """Calls the callbacks of a TrainingRun; a callback that raises is logged and dropped."""
 
     def __init__(self, run, callbacks):
         self._run, self._callbacks = run, list(callbacks)
         self._copy, self._copy_at = None, -math.inf
 
     def any(self, question):
-        """Whether one of them answers yes to 'wants_numbers' or 'stop_asked'."""
+        """Whether any callback answers yes to 'wants_numbers' or 'stop_asked'."""
         return any(self._call(question))
 
     def show(self, status="running"):
-        """Show the run to all."""
+        """Show the run to all callbacks."""
         if self._callbacks:
             self._call("show", self._snapshot(status))
 
@@ -87,7 +87,7 @@ class CallbackList:
                 self._callbacks.remove(callback)
                 callback.is_dropped = True
                 kind = type(callback).__name__
-                self._run.log(f"{kind} failed ({type(error).__name__}: {error}) and is left out; training goes on")
+                self._run.log(f"{kind} failed ({type(error).__name__}: {error}) and was disabled; training continues")
         return answers
 
     def _snapshot(self, status):
@@ -125,10 +125,10 @@ class CallbackList:
 
 
 class Stopwatch:
-    """Seconds of steps: all time from lap to lap, whatever the host or the device waits for.
+    """Measures step times: all time from lap to lap, including waits of the host or the device.
 
-    What is done `aside`, as log lines are, belongs to no step so far as it kept the device idle; the kernels of a step
-    that run meanwhile belong to it. So the sum is the same whether there are many log lines or few.
+    Time spent `aside`, as for log lines, does not count to the extent that it kept the device idle; kernels of a step
+    that run in the meantime do count. So the sum does not depend on the number of log lines.
     """
 
     def __init__(self, device):
@@ -136,12 +136,12 @@ class Stopwatch:
         self.start()
 
     def start(self):
-        """Count from now; the time since the last lap belongs to no step."""
+        """Start counting now; the time since the last lap is not counted."""
         self._since, self._aside_s, self._marks = time.monotonic(), 0.0, []
 
     @contextlib.contextmanager
     def aside(self):
-        """Within it is done what belongs to no step, between a lap and the next launch."""
+        """Context for work that belongs to no step, between a lap and the next launch."""
         if not self._marks:
             self._mark()
         began = time.monotonic()
@@ -149,19 +149,19 @@ class Stopwatch:
         self._aside_s += time.monotonic() - began
 
     def launch(self):
-        """Say that the host is about to give the device the first work of a step."""
+        """Mark that the host is about to launch the first work of a step."""
         if len(self._marks) == 1:
             self._mark()
 
     def _mark(self):
-        """Have the device note when it gets here."""
+        """Record an event on the device."""
         self._marks.append(torch.cuda.Event(enable_timing=True) if self._is_cuda else None)
         if self._is_cuda:
             self._marks[-1].record()
 
     def lap(self, *, waits=False):
-        """Seconds since the start or the last lap. waits: first wait until the device is done; else the host has waited
-        for work that was launched since."""
+        """Seconds since the start or the last lap. waits: synchronise with the device first; else the host must have
+        waited for work launched since then."""
         if waits and self._is_cuda:
             self.launch()
             torch.cuda.synchronize()
@@ -173,7 +173,7 @@ class Stopwatch:
 
 
 def pace(history, steps_left):
-    """{'tokens_per_second', 'seconds_left'} by the last steps of a history; None each before the first."""
+    """{'tokens_per_second', 'seconds_left'} from the last steps of a history; both None before the first step."""
     recent = history[-_RECENT:]
     seconds = sum(entry["seconds"] for entry in recent)
     if not recent or seconds <= 0:
@@ -183,10 +183,10 @@ def pace(history, steps_left):
 
 
 def log_line(record, progress, planned_steps):
-    """The log line of a run's last step. progress: run_state.Progress; the record's history is not empty."""
+    """The log line of a run's last step. progress: run_state.Progress. The record's history must not be empty."""
     entry, now = record["history"][-1], pace(record["history"], planned_steps - progress.step)
     skipped = f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
-    loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"  # of a skipped step
+    loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"  # a skipped step
     return (
         f"step {progress.step}/{planned_steps}  loss {loss}  lr {entry['learning_rate']:.2e}  "
         f"{now['tokens_per_second'] or 0:,.0f} tok/s  ETA {clock(now['seconds_left'] or 0)}{skipped}"

@@ -1,6 +1,6 @@
-"""What training costs on a card before anything is trained: memory, micro-batch and hours of every method.
+"""Estimate what training costs on a GPU before it starts: memory, micro-batch and hours of every method.
 
-Hours come from speeds measured on that card, else from a range scaled from those of other cards.
+Hours come from speeds measured on that GPU, or from a range scaled from measurements on other GPUs.
 """
 
 import json
@@ -21,21 +21,21 @@ from peftlib.models.shapes import PRICED, SHAPES, card_of_device
 from peftlib.train import memory_model
 
 MEASURED = shipped("results/bench/methods.json")
-_LENGTH, _RANKS = 1024, {"lora_rank", "galore_rank"}  # rows of other lengths or ranks show how cost grows
+_LENGTH, _RANKS = 1024, {"lora_rank", "galore_rank"}  # benchmark rows with other lengths or ranks show how cost grows
 HEADER = ("method", "fits", "memory GiB", "micro-batch", "recompute", "tokens/s", "time", "")
 _ALIGNED = "<<>><>><"
 _MEASURED_MODEL = "gemma-3-1b"  # tests/bench/methods.py makes this shape
-SLOWER = 1.5  # how far below the scaled speed a card may stay: clocks, cooling, a slower host
-_SHARES = (0.1, 0.4)  # of a card's peak that training reached where it was measured at all
+SLOWER = 1.5  # how far below the scaled speed a GPU may be: clocks, cooling, a slower host
+_SHARES = (0.1, 0.4)  # fractions of a GPU's peak that training reached in our measurements
 
 
 def flops_per_token(shape, method, *, length, rank=128):
-    """Floating-point operations that a token of training needs, without recomputation.
+    """Floating-point operations per training token, without recomputation.
 
-    shape: a Shape. method: a MethodSpec. length: mean tokens of a row; a token attends to half of it. rank: GaLore's.
+    shape: a Shape. method: a MethodSpec. length: mean tokens per row; a token attends to half of them. rank: GaLore's.
     """
-    # 2 per multiply-add. A projection runs forward and back to its input, a trained one also to its weight, or to what
-    # GaLore sees of it; the frozen head forward and back; attention forward and twice that back.
+    # 2 per multiply-add. A projection runs forward and backward to its input; a trained one also to its weight, or to
+    # GaLore's view of it. The frozen head runs forward and backward; attention's backward costs twice its forward.
     projections = 4 * sum(map(math.prod, shape.all_matrices(PROJECTIONS)))
     for kind, names in method.trains.items():
         for rows, columns in shape.all_matrices(names):
@@ -46,7 +46,7 @@ def flops_per_token(shape, method, *, length, rank=128):
 
 
 def matmul_ceiling(device, dtype, *, size=None, seconds=0.2):
-    """Measure the operations a second of a large square product on this device: the ceiling that MFU is a share of."""
+    """Measure the FLOP/s of a large square matrix product on this device, which MFU is relative to."""
     size = size or (8192 if device == "cuda" else 1024)
     a = torch.randn(size, size, device=device).to(dtype)
     (a @ a).sum().item()  # the first product also loads the library
@@ -61,7 +61,7 @@ def matmul_ceiling(device, dtype, *, size=None, seconds=0.2):
 
 @dataclass(frozen=True)
 class Speed:
-    """Training tokens a second, between low and high; equal where it was measured. basis: where it comes from."""
+    """Training tokens per second, between low and high; equal if measured. basis: where the numbers come from."""
 
     low: float
     high: float
@@ -73,7 +73,7 @@ class Speed:
 
 
 def measured_rows(path=MEASURED):
-    """Read the benchmark's rows that hold a speed of one of our methods on a known card; [] where there is no file."""
+    """Read the benchmark rows with a speed of one of our methods on a known GPU; [] if there is no file."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,7 +84,7 @@ def measured_rows(path=MEASURED):
         if isinstance(row, dict)
         and all(row.get(name) for name in ("method", "precision", "tok_s", "device", "micro_batch"))
         and row["method"] in methods.METHODS
-        and "peer" not in row  # another library's speed
+        and "peer" not in row  # not another library's speed
         and row.get("seq") == _LENGTH
         and not _RANKS & row.get("fields", {}).keys()
         and card_of_device(row["device"])
@@ -92,8 +92,8 @@ def measured_rows(path=MEASURED):
 
 
 def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpointing=None, spec=None):
-    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens of a row. rows: measured_rows();
-    one of the same micro-batch and checkpointing (None: any) is this setting's own speed. spec: of a config."""
+    """The Speed of a method. card: shapes.Card. shape: the model's. length: tokens per row. rows: measured_rows();
+    a row with the same micro-batch and checkpointing (None: any) gives this setting's own speed. spec: a config's."""
     spec = spec or methods.find(method)
     usable = [row for row in rows if row["precision"] == precision]
     own = [row for row in usable if row["method"] == method]
@@ -108,12 +108,12 @@ def speed(card, shape, method, *, precision, length, micro_batch, rows, checkpoi
         low, high = (share * card.tflops * 1e12 / needed for share in _SHARES)
         share = f"{_SHARES[0]:.0%} to {_SHARES[1]:.0%}"
         return Speed(low, high, f"estimate, {share} of the card's published {card.tflops:g} TFLOPS")
-    # Scaled by the ratio of work, and of the cards' arithmetic and bandwidth: the wider range of the two.
+    # Scale by the ratio of work, and by the cards' FLOP/s and bandwidth ratios, whichever gives the wider range.
     row = max(here or own or usable, key=itemgetter("tok_s"))
     source = card_of_device(row["device"])
     base = row["tok_s"] * flops_per_token(SHAPES[_MEASURED_MODEL], methods.find(row["method"]), length=row["seq"])
     ratios = card.tflops / source.tflops, card.gb_per_s / source.gb_per_s
-    # A small micro-batch leaves a large card idle, in the worst case in proportion.
+    # A small micro-batch leaves a large card idle, in the worst case proportionally.
     low = base / needed * min(ratios) / SLOWER * min(1.0, micro_batch / row["micro_batch"])
     return Speed(low, base / needed * max(ratios), f"estimate from {_source(row)}")
 
@@ -122,30 +122,30 @@ def _source(row):
     card = card_of_device(row["device"])
     return (
         f"{row['method']}'s {row['tok_s']:,.0f} tokens/s on {row['device']} ({row['precision']}, micro-batch "
-        f"{row['micro_batch']}, {row['seq']} tokens a row; {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s)"
+        f"{row['micro_batch']}, {row['seq']} tokens per row; {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s)"
     )
 
 
 def scaling_note(card):
-    """Explain how estimates come from speeds measured elsewhere."""
+    """Explain how estimates are derived from speeds measured elsewhere."""
     return (
         f"estimates scale speeds of the {_MEASURED_MODEL} shape by the work per token and by published figures (this "
-        f"card: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s): the fast end by the better ratio, the slow end by "
-        f"{SLOWER:g} times the worse one, and slower still where the micro-batch is smaller than the measured one"
+        f"GPU: {card.tflops:g} TFLOPS, {card.gb_per_s:g} GB/s): the fast end by the better ratio, the slow end by "
+        f"{SLOWER:g} times the worse one, and further if the micro-batch is smaller than the measured one"
     )
 
 
 def study_tokens(cfg, manifest=None):
     """(fewest, most, basis) training tokens of one run of a study, without padding.
 
-    manifest: data/manifest.json where the data exist; without it rows are taken to be a fifth to all of max_length
-    long.
+    manifest: data/manifest.json if the data exist; without it, rows are assumed to have a fifth of max_length to all
+    of it.
     """
     known = manifest and [found for found in manifest["tokens"]["train"].values() if found]
     if known:
         n_rows = sum(manifest["counts"]["train"].values())
         low = high = sum(found["total"] for found in known) / n_rows
-        basis = f"{n_rows:,} training rows of {low:,.0f} tokens, as the study's data have them"
+        basis = f"{n_rows:,} training rows of {low:,.0f} tokens on average, from the study's data"
     else:
         n_rows = cfg.train_rows * len([part for part in cfg.sources.split(";") if part.strip()])
         low, high = cfg.max_length / 5, float(cfg.max_length)
@@ -156,9 +156,9 @@ def study_tokens(cfg, manifest=None):
 
 @dataclass(frozen=True)
 class Cost:
-    """One method on one card.
+    """One method on one GPU.
 
-    memory_gib: predicted peak of training; where nothing fits, the least; 0: unknown. variant: as MethodSpec.variant.
+    memory_gib: predicted peak of training; if nothing fits, the minimum; 0: unknown. variant: as MethodSpec.variant.
     hours: (shortest, longest) of one run, or None. speed: a Speed, or None. refused: why it cannot be trained, or ''.
     """
 
@@ -174,7 +174,7 @@ class Cost:
 
     @property
     def mark(self):
-        """How much a reader may build on the hours, in words; for what does not fit, why."""
+        """How reliable the hours are, as text; if the method does not fit, why."""
         if not self.fits:
             return self.refused or "at least this much memory"
         return "measured speed" if self.speed.is_measured else "estimate"
@@ -182,7 +182,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Every method's Cost on a card of `gib` GiB. tokens: (fewest, most, basis) of one run, as study_tokens."""
+    """Every method's Cost on a GPU with `gib` GiB. tokens: (fewest, most, basis) of one run, as study_tokens."""
 
     cfg: object
     card: object
@@ -194,34 +194,34 @@ class Forecast:
 
     @property
     def headline(self):
-        """What is planned for, in a line."""
+        """One line that says what the forecast is for."""
         cfg = self.cfg
         return (
             f"{cfg.model} on a {self.card_name}: {self.gib:.1f} GiB, {self.precision}, rows of up to {cfg.max_length} "
-            f"tokens, {cfg.batch_size} a step"
+            f"tokens, {cfg.batch_size} per step"
         )
 
     @property
     def refusal(self):
-        """Why no method can be trained there and what to change, or ''."""
+        """Why no method can be trained there, and what to change; '' if one can."""
         if any(cost.fits for cost in self.costs):
             return ""
         least = min((cost for cost in self.costs if not cost.refused), key=lambda cost: cost.memory_gib, default=None)
         if least is None:
-            return f"no method trains {self.cfg.model} as set: {self.costs[0].refused}"
+            return f"no method can train {self.cfg.model} with these settings: {self.costs[0].refused}"
         change = "Set micro_batch_size to 0, lower" if self.cfg.micro_batch_size else "Lower"
         return (
-            f"no method trains {self.cfg.model} on a {self.card_name} with {self.gib:.1f} GiB: the least is "
-            f"{least.method} with {least.memory_gib:.1f} GiB. {change} max_length (now {self.cfg.max_length}), or take "
-            "a smaller model or a larger card"
+            f"no method can train {self.cfg.model} on a {self.card_name} with {self.gib:.1f} GiB: the smallest is "
+            f"{least.method} with {least.memory_gib:.1f} GiB. {change} max_length (now {self.cfg.max_length}), or use "
+            "a smaller model or a larger GPU"
         )
 
     def notes(self):
-        """Yield what the numbers rest on, a line each."""
-        yield f"memory: the planner's prediction of training, held below {memory_model.HEADROOM:.0%} of the card"
-        yield f"hours: one run of one seed, training alone, {self.tokens[2]}; answering the test rows comes on top"
+        """Yield one line for each assumption behind the numbers."""
+        yield f"memory: the planner's prediction for training, kept below {memory_model.HEADROOM:.0%} of the card"
+        yield f"hours: training of one run with one seed, {self.tokens[2]}; answering the test rows takes extra time"
         if self.cfg.micro_batch_size:
-            yield f"micro-batch: as set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose"
+            yield f"micro-batch: set by micro_batch_size={self.cfg.micro_batch_size}; 0 lets the planner choose"
         bases = dict.fromkeys(cost.speed.basis for cost in self.costs if cost.speed)
         for basis in bases:
             names = [cost.method for cost in self.costs if cost.speed and cost.speed.basis == basis]
@@ -230,7 +230,7 @@ class Forecast:
             yield scaling_note(self.card)
         if self.card.dollars:
             each = (f"{cost.method} {self.card.cost(cost.hours)}" for cost in self.costs if cost.hours)
-            yield f"cost of these hours at ${self.card.dollars:.2f} each ({PRICED}): {', '.join(each)}"
+            yield f"cost at ${self.card.dollars:.2f} per hour ({PRICED}): {', '.join(each)}"
 
     def lines(self):
         """Yield headline, table and notes as lines of text."""
@@ -244,9 +244,9 @@ class Forecast:
 
 
 def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None, names=None):
-    """The Forecast of a config on a card. card: shapes.Card. shape: of cfg.model. manifest: of the data, if they exist.
+    """The Forecast of a config on a GPU. card: shapes.Card. shape: cfg.model's. manifest: the data's, if they exist.
 
-    rows: speeds to go by, measured_rows() where not given. names: of methods, by default those of a study.
+    rows: measured speeds, by default measured_rows(). names: of methods, by default those of a study.
     """
     precision = card.precision if cfg.precision == "auto" else cfg.precision
     gib = min(card.gib, cfg.memory_gib) if cfg.memory_gib else card.gib
@@ -272,7 +272,7 @@ def forecast(cfg, card_name, card, *, shape, manifest=None, rows=None, names=Non
 
 
 def cells(cost):
-    """A Cost as texts in the order of HEADER; a range where more than one number is possible."""
+    """A Cost as text cells in the order of HEADER, with ranges where the value is uncertain."""
     memory = f"{cost.memory_gib:.2f}" if cost.memory_gib else ""
     name = f"{cost.method} ({cost.variant})" if cost.variant else cost.method
     if not cost.fits:
@@ -283,7 +283,7 @@ def cells(cost):
 
 
 def duration(low_s, high_s):
-    """'20 s to 3 min', two digits that count, nothing below 1 s; 'about 2 h' where both ends read the same."""
+    """'20 s to 3 min' with two significant digits, at least 1 s; 'about 2 h' if both ends round to the same."""
     low, high = _time_text(low_s), _time_text(high_s)
     if low == high:
         return f"about {low}"

@@ -1,8 +1,8 @@
-"""CUDA graphs of a training step: forward, loss, backward and update are each launched as one piece.
+"""CUDA graphs of a training step: forward, loss, backward and update are each launched as one graph.
 
-On rows of real lengths a step is thousands of short kernels, and without graphs the GPU waits for their launches. A
-forward and backward pass is captured for each padded length that comes up, the loss for each number of scored tokens,
-the optimizer's two parts once. Passes of all lengths share their memory, for no two of them ever run at once.
+With rows of realistic length, a step has thousands of short kernels, and without graphs the GPU waits for launches. We
+capture a forward and a backward pass per padded length, the loss per number of scored tokens, and the optimizer's two
+parts once. Passes of all lengths share a memory pool, because no two of them run at the same time.
 """
 
 import contextlib
@@ -14,21 +14,21 @@ from peftlib.models.kernels.losses import chunked_loss_sum
 from peftlib.models.precision import DTYPES, autocast
 from peftlib.train.batching import Batch, padded_size
 
-_WARM_UP = 3  # micro-batches that run kernel by kernel first: torch.compile sees two shapes, libraries load
-_AT_MOST = 64  # lengths that stay captured; each costs some MiB
-_SMALL = 1 << 20  # numbers of a weight whose gradient may lie in memory twice
+_WARM_UP = 3  # micro-batches that first run without graphs: torch.compile sees two shapes, libraries load
+_AT_MOST = 64  # maximum captured lengths; each costs a few MiB
+_SMALL = 1 << 20  # elements of a weight whose gradient may be in memory twice
 
 
 class CaptureError(Exception):
-    """A part of a step cannot be captured; what failed is its cause."""
+    """A part of a step cannot be captured; the error is in __cause__."""
 
 
 class StepGraphs:
-    """Runs a Stepper's micro-batches and its optimizer's update by CUDA graphs.
+    """Runs a Stepper's micro-batches and its optimizer's update as CUDA graphs.
 
-    model, optimizer, scaler, autocast settings and loss_settings: of the Stepper. tokens: of the largest micro-batch.
-    What a graph reads and writes stays where it is: parameters, gradients (optimizer.keeps_buffers), the optimizer's
-    state, and the buffers here. The first steps run kernel by kernel: those tensors are made there.
+    model, optimizer, scaler, autocast settings and loss_settings: the Stepper's. tokens: of the largest micro-batch.
+    Tensors that a graph reads or writes keep their addresses: parameters, gradients (optimizer.keeps_buffers),
+    optimizer state, and the buffers here. The first steps run without graphs and allocate them.
     """
 
     def __init__(self, stepper, *, tokens):
@@ -39,7 +39,7 @@ class StepGraphs:
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._tokens = padded_size(tokens)
         ids = torch.zeros(1, self._tokens, dtype=torch.int64, device=device)
-        self._batch = Batch(ids, ids[0].clone(), ids[0].clone(), ids.clone())  # the longest; each length takes a part
+        self._batch = Batch(ids, ids[0].clone(), ids[0].clone(), ids.clone())  # the longest; shorter ones use a slice
         self._cu_seqlens = {}  # {their number: buffer}
         width, dtype = core(stepper.model).config.hidden_size, DTYPES[stepper.precision]
         dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16's residual stream is float32
@@ -51,16 +51,16 @@ class StepGraphs:
         self.reset()
 
     def reset(self):
-        """Forget what was captured, and free its memory."""
+        """Drop all captured graphs and free their memory."""
         torch.cuda.synchronize()
         self._bodies, self._losses, self._finish, self._move, self._discarded = {}, {}, None, None, []
-        # The loss has a pool of its own: it runs while a body's activations wait for their backward pass.
+        # The loss has its own pool: it runs while a body's activations wait for their backward pass.
         self._pools = {"body": torch.cuda.graph_pool_handle(), "rest": torch.cuda.graph_pool_handle()}
         torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def on_stream(self):
-        """Within it work is queued on the graphs' stream, after all that was queued before."""
+        """Context that queues work on the graphs' stream, after all work queued before."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -68,20 +68,20 @@ class StepGraphs:
 
     @property
     def captured(self):
-        """How many lengths have graphs."""
+        """Number of captured lengths."""
         return len(self._bodies)
 
     def forward_backward(self, batch, scored):
-        """Add a flat batch's gradients, and its share of the loss to `total`; returns whether that was done.
+        """Add a flat batch's gradients, and its share of the loss to `total`; returns whether it did.
 
-        It is not in the first steps, and for a row longer than a micro-batch. CaptureError: nothing was run.
+        It does not in the first steps or for a row longer than a micro-batch. CaptureError: nothing has run.
         """
         size = batch.ids.shape[1]
         self._seen += 1
         if size > self._tokens or self._seen <= _WARM_UP or not self._updates:
             return False
         if not self._bodies:
-            torch.cuda.empty_cache()  # of the first steps: graphs take their memory from pools of their own
+            torch.cuda.empty_cache()  # memory of the first steps; graphs allocate from their own pools
         forward, backward = self._body(size, len(batch.cu_seqlens))
         loss = self._losses.get(len(batch.positions))
         if loss is None:
@@ -101,12 +101,12 @@ class StepGraphs:
         torch.div(self._stepper.scaler.scale(self._one), scored, out=self._share)
 
     def _body(self, size, edges):
-        """The graphs of the forward and the backward pass at a length, kept where every pass is like this one."""
+        """The forward and backward graphs for a length, kept if every pass is like this one."""
         is_kept = self._optimizer.is_steady()
         if is_kept and (size, edges) in self._bodies:
             return self._bodies[size, edges]
         if is_kept and not self._bodies and size < self._tokens:
-            # The longest first: all others find room in its memory, where pieces of shorter ones would not join.
+            # Longest first: all others fit into its memory, whereas blocks of shorter ones would not merge.
             with contextlib.suppress(CaptureError):
                 self._body(self._tokens, edges)
         if edges not in self._cu_seqlens:
@@ -116,7 +116,7 @@ class StepGraphs:
         if is_kept and len(self._bodies) < _AT_MOST:
             self._bodies[size, edges] = forward, backward
         else:
-            self._discarded.append((forward, backward))  # until the device is done with it
+            self._discarded.append((forward, backward))  # keep until the device is done with them
         return forward, backward
 
     def _run_forward(self, size, edges):
@@ -129,7 +129,7 @@ class StepGraphs:
         return hidden
 
     def _run_backward(self, hidden):
-        """Backward; small gradients are added to what is there by one kernel instead of one for each."""
+        """Backward; adds all small gradients to the existing ones in one kernel instead of one each."""
         plain = [p for p in self._optimizer.leaves() if p.grad is not None and p.numel() <= _SMALL]
         sums = [p.grad for p in plain]
         for p in plain:
@@ -153,16 +153,16 @@ class StepGraphs:
         self.total.add_(loss.detach() / self._stepper.scaler.scale(self._one))
 
     def _capture(self, pool, call, *args):
-        """(graph, what the call returned). OutOfMemoryError, CaptureError: nothing was run, and all is forgotten."""
+        """(graph, the call's result). OutOfMemoryError, CaptureError: nothing has run, and all graphs are dropped."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            # Relaxed: the first use of a kernel loads it.
+            # Relaxed, because the first use of a kernel loads it.
             graph.capture_begin(pool=self._pools[pool], capture_error_mode="relaxed")
             result = call(*args)
             graph.capture_end()
         except Exception as error:
-            with contextlib.suppress(RuntimeError):  # says again that the capture has failed
+            with contextlib.suppress(RuntimeError):  # reports the failed capture again
                 graph.capture_end()
             self.reset()
             if isinstance(error, torch.OutOfMemoryError):
@@ -170,10 +170,10 @@ class StepGraphs:
             raise CaptureError from error
         return graph, result
 
-    # What precision.apply_step asks of an optimizer.
+    # The optimizer interface that precision.apply_step uses.
 
     def finish_accumulation(self, scale=1.0):
-        """As the optimizer's, captured where every step is like this one."""
+        """As the optimizer's, captured if every step is like this one."""
         self._is_alike = self._can_capture_update and self._updates > 0 and scale == 1.0 and self._optimizer.is_steady()
         if self._is_alike and self._finish is None:
             captured = self._capture_update(self._optimizer.finish_accumulation)
@@ -186,7 +186,7 @@ class StepGraphs:
         return found
 
     def step(self):
-        """As the optimizer's, captured likewise."""
+        """As the optimizer's, captured in the same way."""
         self._is_zeroed = self._is_alike and self._can_capture_update
         if not self._is_zeroed:
             self._optimizer.step()
@@ -210,27 +210,27 @@ class StepGraphs:
         self._optimizer.zero_grad()
 
     def _capture_update(self, call):
-        """(graph, result) of a part of the update, or None where it cannot be captured; then none of it will be."""
+        """(graph, result) of a part of the update, or None if it cannot be captured; then no part will be."""
         try:
             if self._optimizer.can_capture():
                 return self._capture("rest", call)
         except CaptureError as error:
-            self._stepper.log(f"the optimizer's update is not captured ({brief(error)})")
+            self._stepper.log(f"the optimizer update runs without CUDA graphs ({brief(error)})")
         self._can_capture_update = False
         return None
 
     def zero_grad(self):
-        """As the optimizer's; a captured update has done it."""
+        """As the optimizer's; a captured update has already done it."""
         if not self._is_zeroed:
             self._optimizer.zero_grad()
 
     def end_step(self):
-        """Count a step, after its update; the device has gone through its passes."""
+        """Count a step, after its update, when the device has finished its passes."""
         self._updates += 1
         self._is_zeroed = False
         self._discarded.clear()
 
 
 def brief(error):
-    """What kept a part of a step from being captured, in one line."""
+    """Why a part of a step could not be captured, in one line."""
     return " ".join(str(error.__cause__ or error).split())[:200] or type(error.__cause__ or error).__name__

@@ -1,4 +1,4 @@
-"""Logs a run's numbers by step to TensorBoard or trackio, beside the record (cfg.report_to)."""
+"""Log a run's metrics per step to TensorBoard or trackio, in addition to the record (cfg.report_to)."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ _SMOOTHED_OVER = 20  # steps
 
 
 def require(report_to):
-    """ConfigError where the package that report_to names is not installed; '' needs none."""
+    """ConfigError if the package that report_to names is not installed; '' needs none."""
     if report_to and importlib.util.find_spec(report_to) is None:
         raise ConfigError(
             f"report_to={report_to!r}: the package {report_to} is not installed: run pip install {report_to}, "
@@ -19,7 +19,7 @@ def require(report_to):
 
 
 def of(run):
-    """[the Callback that cfg.report_to asks for], or []. run: a TrainingRun at the step where it starts or resumes."""
+    """[the Callback for cfg.report_to], or []. run: a TrainingRun at the step where it starts or resumes."""
     return [{"tensorboard": TensorBoard, "trackio": Trackio}[run.cfg.report_to](run)] if run.cfg.report_to else []
 
 
@@ -47,7 +47,7 @@ class _Logger(Callback):
 
 
 class TensorBoard(_Logger):
-    """Event files; what a cut session wrote beyond its checkpoint is purged."""
+    """Event files; steps that an interrupted session wrote after its checkpoint are purged."""
 
     def __init__(self, run):
         super().__init__(run)
@@ -62,10 +62,10 @@ class TensorBoard(_Logger):
 
 
 class Trackio(_Logger):
-    """A trackio project named as the study, on this machine.
+    """A trackio project named after the study, on this machine.
 
-    trackio cannot purge what a cut session wrote beyond its checkpoint, so a resumed run leaves those steps out; a file
-    remembers which were written.
+    trackio cannot purge steps that an interrupted session wrote after its checkpoint, so a resumed run skips those; a
+    file records which were written.
     """
 
     def __init__(self, run):
@@ -84,13 +84,13 @@ class Trackio(_Logger):
             name=self._folder.name,
             config=run.cfg.fields_of("data", "math"),
             resume="allow" if is_resumed else "never",
-            embed=False,  # a notebook shows our own panel
+            embed=False,  # notebooks show our own panel
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
 
     def show(self, snapshot):
-        """Write the new steps, then remember on disk how far they go."""
+        """Write the new steps, then save the last one's number to disk."""
         super().show(snapshot)
         write_json(self._written, {"step": self._next_step, "valid": self._next_valid})
 
@@ -111,5 +111,5 @@ def _numbers(history):
 
 
 def _known(**numbers):
-    """Leave out what is None: a skipped step has no loss."""
+    """Drop values that are None: a skipped step has no loss."""
     return {name: number for name, number in numbers.items() if number is not None}

@@ -1,4 +1,4 @@
-"""The training loop: every method, every session, from the last checkpoint to the end."""
+"""The training loop of all methods, from the start or the last checkpoint to the end."""
 
 import contextlib
 import math
@@ -29,25 +29,25 @@ from peftlib.train.parallel.exchange import divide
 from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap
 from peftlib.train.step import Stepper, StepPlan, learning_rate_factor
 
-_ECHO_S = 5.0  # in which a launcher hands on a signal that the terminal sent to all processes
-_SECONDS_BETWEEN_LINES = 20.0  # a headless reader sees life at least this often
+_ECHO_S = 5.0  # a launcher may forward within this time a signal that the terminal already sent to all processes
+_SECONDS_BETWEEN_LINES = 20.0  # headless runs print a line at least this often
 
 
 def run_training(
     study: Study, method: str, *, callbacks: Iterable[Callback] = (), log: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Train one method and seed of a study, or resume it; returns its record. Arguments and errors as in
+    """Train one method and seed of a study, or resume it; returns its record. Arguments and errors: see
     TrainingRun."""
     return TrainingRun(study, method, log=log).train(callbacks)
 
 
 class TrainingRun:
-    """One method and seed of a study. Building it loads and prepares the model; train() starts or resumes.
+    """One method and seed of a study. The constructor loads and prepares the model; train() starts or resumes.
 
-    method: as methods.find has it. log: called with each line of progress; may be exchanged until train().
-    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, report_to names a package that is not
-    installed, or processes that have no GPU or differ. Of the processes that a launcher started for one run, the main
-    one alone logs, is watched, holds the lock and writes. ParallelError: another one has failed.
+    method: as for methods.find. log: called with each progress line; may be replaced before train().
+    StudyError: 01_data has not run. ConfigError: unknown method, rank too large, report_to's package is not installed,
+    or processes without a GPU or with different settings. If a launcher started several processes for one run, only
+    the main one logs, has callbacks, holds the lock and writes. ParallelError: another process has failed.
     """
 
     progress: run_state.Progress
@@ -67,8 +67,8 @@ class TrainingRun:
         if not self.processes.is_main:
             self.log = lambda line: None
         self.precision, self.precision_reason = training_precision(self.device, self.cfg.precision)
-        self._open = contextlib.ExitStack()  # train() closes it
-        self.memory = self._open.enter_context(PeakMemory(self.device))  # from here: the weights belong to the peak
+        self._open = contextlib.ExitStack()  # closed by train()
+        self.memory = self._open.enter_context(PeakMemory(self.device))  # from here, to include the weights
         with self.processes.main_first():
             self._load_model()
 
@@ -82,12 +82,12 @@ class TrainingRun:
             guard_four_bit(self.model, self.method.four_bit)
 
     def train(self, callbacks: Iterable[Callback] = ()) -> dict[str, Any]:
-        """Train to the end, or to cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
+        """Train to the end, or until cfg.max_seconds, an interrupt or SIGTERM; returns the record, which is on disk.
 
-        callbacks: callbacks.Callback objects that see the run while it trains, and may ask it to save and stop.
+        callbacks: callbacks.Callback objects that watch the run and may ask it to save and stop.
         A finished run is not repeated: its weights are loaded and its record is returned.
-        NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale could cure it; that step changed
-        nothing, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint was made with other
+        NonFiniteLossError: a loss or gradient (named) is inf or nan, and no loss scale can fix it; the step was not
+        applied, and the last checkpoint is kept. CheckpointError: no space, or the checkpoint was made with other
         settings.
         """
         with self._open, self.processes.together(), self._locked() as self._require_lock:
@@ -98,7 +98,7 @@ class TrainingRun:
             self._build_optimizer()
             with self.processes.main_first():
                 run_state.open_run(self)
-            for p in trainable(self.model).values():  # unlike cards may have initialised them otherwise
+            for p in trainable(self.model).values():  # different GPUs may have initialised them differently
                 self.processes.broadcast_([p.data])
             run_record.describe(self)
             self._callbacks = CallbackList(self, [*loggers.of(self), *callbacks] if self.processes.is_main else [])
@@ -134,21 +134,21 @@ class TrainingRun:
         return run_record.finished(self)
 
     def _reload(self, record):
-        self.log(f"{self.name}, seed {self.cfg.seed}: finished before ({record['steps']} steps), nothing to do")
+        self.log(f"{self.name}, seed {self.cfg.seed}: already finished ({record['steps']} steps), nothing to do")
         if self.processes.is_main:
-            self.checkpoints.remove()  # of a session that died between its record and this
+            self.checkpoints.remove()  # left by a session that died after writing its record
         self.model = load_trained(self.weights_dir, device=self.device, merge=False)
         return record
 
     def _build_optimizer(self):
-        """Read the rows, build the optimizer, and lay the run out on its device."""
+        """Read the rows, build the optimizer, and plan the run on its device."""
         cfg = self.cfg
         self.rows = Rows(data.load_split(self.study.data_dir, "train"))
         self.valid = Rows(data.load_split(self.study.data_dir, "valid"))
         self.plan = StepPlan(len(self.rows), cfg.batch_size, cfg.epochs, cfg.seed, cfg.max_steps)
         self.optimizer = self.method.build_optimizer(self.model, cfg)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.rate_factor = 1.0  # on the peak rates; a resume may set another
+        self.rate_factor = 1.0  # factor on the peak rates; a resume may change it
         self.scaler = loss_scaler(self.device, self.precision)
         self._open.enter_context(memory_cap(cfg, self.device))
         how = {"device": self.device, "precision": self.precision, "log": self.log}
@@ -161,7 +161,7 @@ class TrainingRun:
             self.stepper.use_graphs(self.execution.tokens)
 
     def _loop(self, interrupted):
-        """Step, log, evaluate and save until the last step or a reason to stop."""
+        """Step, log, evaluate and save until the last step or until there is a reason to stop."""
         deadline, self._last_line_at = Deadline(self.cfg), time.monotonic()
         self._why_stop = lambda: self._reason_to_stop(interrupted, deadline)
         self.stepper.exchange.ask = lambda: (self._why_stop(), self.saver.is_due(self.progress.step + 1))
@@ -178,12 +178,12 @@ class TrainingRun:
             if why_stop or is_due:
                 self.save(must=bool(why_stop))
             if why_stop:
-                self.log(f"stopped after step {step} of {self.plan.steps} ({why_stop}); saved: run again to go on")
+                self.log(f"stopped after step {step} of {self.plan.steps} ({why_stop}) and saved: run again to resume")
                 return
         self._settle()
 
     def _step(self):
-        """One optimizer step, replayed with half the micro-batch after an out-of-memory error."""
+        """One optimizer step, repeated with half the micro-batch after an out-of-memory error."""
         step, cfg = self.progress.step, self.cfg
         numbers = self.plan.rows_of(step)
         factor = learning_rate_factor(step, self.plan.steps, cfg) * self.rate_factor
@@ -193,7 +193,7 @@ class TrainingRun:
         done = self._update(self._gradients(numbers), rate)
         tokens, seconds = int(self.rows.lengths[numbers].sum()), self._watch.lap(waits=step == 0)
         self.progress.count(tokens, seconds, not done.is_applied)
-        known = {"loss": done.loss, "grad_norm": done.grad_norm}  # unknown in a skipped fp16 step
+        known = {"loss": done.loss, "grad_norm": done.grad_norm}  # unknown if fp16 skipped the step
         known = {name: number if math.isfinite(number) else None for name, number in known.items()}
         entry = {"step": step + 1, "learning_rate": rate, "tokens": tokens, "seconds": seconds, **known}
         self.record["history"].append(entry)
@@ -201,7 +201,7 @@ class TrainingRun:
             self.execution.after_step(seconds)
 
     def _gradients(self, numbers):
-        """Accumulate the gradients of the numbered rows; returns their loss, 0-dim on the device."""
+        """Accumulate the gradients of these rows; returns their loss, 0-dim on the device."""
         step, rank, made, scored = self.progress.step, self.processes.rank, [], int(self.rows.scored[numbers].sum())
         part = divide(numbers, self.rows.lengths, self.processes.world)[rank]
 
@@ -210,18 +210,18 @@ class TrainingRun:
                 made.extend(self.rows.batches(part, self.execution.tokens, self.device))
             return made
 
-        def recover(error):  # what the plan has no answer to is raised again
+        def recover(error):  # errors that the plan cannot handle are re-raised
             self.execution.recover_from(error, step)
             made.clear()
             return self.execution.is_compiled
 
         cut()
         self._watch.launch()
-        # Dropout depends on seed, step and process alone, so nothing done between two steps can change it.
+        # Dropout depends only on seed, step and process, so nothing between two steps can change it.
         return self.stepper.gradients(cut, scored, seed=seed_of(self.cfg.seed, step, *[rank][:rank]), recover=recover)
 
     def _update(self, loss, rate):
-        """Apply the step; returns precision.Applied. NonFiniteLossError: no lower loss scale could help."""
+        """Apply the step; returns precision.Applied. NonFiniteLossError: a lower loss scale would not help."""
         try:
             return self.stepper.update(loss, step=self.progress.step + 1)
         except NonFiniteLossError as error:
@@ -252,20 +252,20 @@ class TrainingRun:
         self._watch.start()
 
     def _wanted(self):
-        """(why to save and stop now, in words, or None; whether to save), agreed on by all processes."""
+        """(the reason to save and stop now, as text, or None; whether to save), agreed by all processes."""
         if self.processes.world == 1:
             return self._why_stop(), self.saver.is_due(self.progress.step)
         stop, save = self.stepper.exchange.told
-        return (self._why_stop() or "another process is asked to") if stop else None, save
+        return (self._why_stop() or "another process was asked to stop") if stop else None, save
 
     def _reason_to_stop(self, interrupted, deadline):
-        asked = self._callbacks.any("stop_asked") and "asked to"
+        asked = self._callbacks.any("stop_asked") and "stop requested"
         return asked or ("interrupted" if interrupted.is_set() else deadline.passed())
 
     def save(self, *, must=True):
         """Write a checkpoint of the last complete step.
 
-        CheckpointError: `must`, and it could not be written. NonFiniteLossError: a tensor (named) holds inf or nan.
+        CheckpointError: `must`, and it could not be written. NonFiniteLossError: a tensor (named) contains inf or nan.
         """
         self._settle()
         self._read_memory()
@@ -276,9 +276,9 @@ class TrainingRun:
         self._watch.start()
 
     def _settle(self):
-        """Wait for the device, add that time to the last step, and stop the clock until it is started again."""
+        """Wait for the device, add that time to the last step, and stop the clock until it is restarted."""
         rest = self._watch.lap(waits=True)
-        self.processes.require()  # of an exchange that was given up nothing may be saved
+        self.processes.require()  # nothing may be saved after an abandoned exchange
         self.progress.train_seconds += rest
         self.record["history"][-1]["seconds"] += rest
 
@@ -289,12 +289,12 @@ class TrainingRun:
             self.progress.peak_reserved_bytes = max(self.progress.peak_reserved_bytes or 0, reserved)
 
     def _finish(self):
-        """Close the saver and write the record, whatever ended the loop."""
+        """Close the saver and write the record, however the loop ended."""
         self.saver.close()
         self.execution.captured = self.stepper.release()
         if not self.processes.is_main:
             return
-        self._require_lock()  # another session's record is not overwritten
+        self._require_lock()  # never overwrite another session's record
         self._read_memory()
         run_record.finalise(self)
         self._callbacks.show(self.record["status"])

@@ -1,7 +1,7 @@
-"""Predict the GPU memory of a method, and choose the micro-batch and the recomputation that fit a card.
+"""Predict a method's GPU memory, and choose the micro-batch and the recomputation that fit a GPU.
 
-Everything is counted from the model's shape: weights, gradients, optimizer and the loss's logits exactly, activations
-by what a layer keeps for its backward pass. tests/bench/methods.py prints the prediction beside each measured peak.
+Everything is counted from the model's shape: weights, gradients, optimizer state and the loss's logits exactly,
+activations by what a layer keeps for backward. tests/bench/methods.py prints the prediction next to each measured peak.
 """
 
 import itertools
@@ -17,44 +17,44 @@ from peftlib.optim.sums import GATHERED
 from peftlib.train.parallel.processes import n_processes
 
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
-HEADROOM = 0.86  # of the card: the allocator's fragments, the pools of CUDA graphs, what the driver keeps
-GPU_CHUNK = 512  # positions whose logits a GPU holds at once
-# Numbers that a compiled layer keeps for its backward pass, in units of a token's hidden, intermediate and attention
-# widths; the second factor is what the backward pass itself holds at its widest.
+HEADROOM = 0.86  # of the GPU's memory: fragmentation, CUDA graph pools and the driver take the rest
+GPU_CHUNK = 512  # positions whose logits are on the GPU at once
+# Elements per token that a compiled layer keeps for backward, in units of the hidden, intermediate and attention
+# widths; the second factor is the peak of the backward pass itself.
 _KEPT = {"hidden": 8.0, "intermediate": 3.0, "attention": 4.0}
 _BACKWARD = {"hidden": 4.0, "intermediate": 2.5}
-_EAGER = 1.45  # how much more a layer keeps when torch.compile fuses nothing
-# What is left of a layer's activations where its backward pass recomputes the cheap ones, and the time that costs.
-CHEAP_BUDGET = 0.8  # of torch.compile's own measure
+_EAGER = 1.45  # how much more a layer keeps without torch.compile's fusion
+# Fraction of a layer's activations that is left if backward recomputes the cheap ones, and the time that costs.
+CHEAP_BUDGET = 0.8  # torch.compile's activation memory budget
 _CHEAP_KEPT, _CHEAP_TIME = (
     0.65,
     {"adapters": 1.0, **dict.fromkeys(("full", "apollo", "muon", "galore_torch"), 1.055)},
-)  # GaLore's layers: nearly all go
-# A step's time over that of endless micro-batches without recomputation: tokens that a launch of all kernels is worth,
-# and the shares that recomputing or offloading every layer adds. Fitted by hand to an H200's speeds of the 1B shape,
-# but for the kernels' launches and offloading, which are assumed.
+)  # GaLore's layers: nearly all are recomputed
+# A step's time relative to infinitely large micro-batches without recomputation: the tokens that launching all kernels
+# is worth, and the fractions that recomputing or offloading every layer adds. Fitted by hand to an H200's speeds of the
+# 1B shape, except for kernel launches and offloading, which are assumed.
 _LAUNCH = {"graphs": 720, "kernels": 4096}
-_UNEVEN = 1.3  # passes of a step over what its tokens would fill: steps of real rows differ in size
+_UNEVEN = 1.3  # passes per step relative to perfect packing: steps of real rows differ in size
 _RECOMPUTING = {"off": 0.0, "on": 0.22, "offload": 0.8}
 _SIZES = (16, 12, 8, 6, 4, 3, 2, 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run a step, and the bytes it takes at its peak. micro_batch: rows of max_length tokens at once."""
+    """How to run a step, and its peak memory in bytes. micro_batch: rows of max_length tokens at once."""
 
     micro_batch: int
     checkpointing: str
-    recomputed: int  # layers, the first ones
-    is_cheap: bool  # compiled layers recompute what costs next to nothing
+    recomputed: int  # number of layers, counted from the first
+    is_cheap: bool  # compiled layers recompute cheap operations
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    total: int  # below the sum: gradients and activations do not peak together
+    total: int  # less than the sum: gradients and activations do not peak together
 
     def fits(self, device_bytes):
-        """Whether the peak stays within HEADROOM of a card."""
+        """Whether the peak stays within HEADROOM of a GPU's memory."""
         return self.total <= HEADROOM * device_bytes
 
     def line(self):
@@ -83,7 +83,7 @@ def estimate(
 ):
     """Predict the Plan of one setting.
 
-    shape: Shape. recomputed: layers that checkpoint, None for all. chunk: positions whose logits are held at once.
+    shape: Shape. recomputed: layers that checkpoint, None for all. chunk: positions whose logits are in memory at once.
     """
     counts = _Counts(shape, method, cfg)
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
@@ -94,12 +94,12 @@ def estimate(
     recomputed = 0 if checkpointing == "off" else shape.layers if recomputed is None else recomputed
     wide = 4 if precision == "fp16" else 2  # the residual stream is float32 with fp16
     held = 0 if checkpointing == "offload" else tokens * shape.hidden * wide
-    # The widest moments: the last layer's backward pass, while few gradients exist yet; the first layer's, when all do;
-    # and the loss. In step 1 there is no optimizer state, but some whole gradients.
+    # Candidates for the peak: the last layer's backward pass, when few gradients exist yet; the first layer's, when all
+    # do; and the loss. In step 1 there is no optimizer state, but there are some full gradients.
     whole_layers, layer = shape.layers - recomputed, backward + (kept if recomputed else 0)
-    stack = whole_layers * kept + recomputed * (held + (0 if is_compiled else casts))  # autocast keeps all it has cast
+    stack = whole_layers * kept + recomputed * (held + (0 if is_compiled else casts))  # autocast caches its casts
     activations = stack + max(backward if whole_layers else layer, loss)
-    # Gradients of a pass before this one, and buffers that CUDA graphs write to, lie beside the activations.
+    # Gradients of earlier passes, and buffers that CUDA graphs write to, coexist with the activations.
     stay = counts.sums() if is_graphed or micro_batch < cfg.batch_size else 0
     at_peak = max(activations + stay, layer + max(later, first - optimizer))
     sizes = (weights, max(first, later), optimizer, activations, weights + optimizer + at_peak + _WORKSPACE)
@@ -112,16 +112,16 @@ def optimizer_bytes(shape, method, cfg):
 
 
 def trained_numbers(shape, method, cfg):
-    """Weights of a method that train, without norms."""
+    """Number of trained weights of a method, without norms."""
     counts = _Counts(shape, method, cfg)
     return counts.adapter_numbers + sum(map(math.prod, itertools.chain(*counts.whole.values())))
 
 
 def candidates(cfg, *, layers, cheap_time=1.0, is_compiled=True, is_graphed=True, tokens=None):
-    """Settings of `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not.
+    """Settings for `estimate` from the fastest to the slowest: micro-batches, layers that recompute, cheap or not.
 
-    cheap_time: what recomputing cheap activations multiplies a step's time by; None: they are kept. tokens: of a step,
-    on average; None for rows of max_length.
+    cheap_time: factor on a step's time if cheap activations are recomputed; None: keep them. tokens: per step, on
+    average; None for rows of max_length.
     """
     found, most = [], cfg.batch_size * cfg.max_length
     tokens = min(tokens or most, most)
@@ -141,9 +141,9 @@ def candidates(cfg, *, layers, cheap_time=1.0, is_compiled=True, is_graphed=True
 
 
 def best_plan(shape, method, cfg, *, device_bytes, tokens=None, **how):
-    """The Plan of cfg.micro_batch_size where that is set, else of the first candidate that fits, else of the smallest.
+    """The Plan for cfg.micro_batch_size if that is set, else for the first candidate that fits, else for the smallest.
 
-    device_bytes: what training may take of the card. tokens: as in `candidates`. how: precision, is_compiled,
+    device_bytes: GPU memory that training may use. tokens: as in `candidates`. how: precision, is_compiled,
     is_graphed as in `estimate`.
     """
     if cfg.micro_batch_size:
@@ -165,23 +165,23 @@ def best_plan(shape, method, cfg, *, device_bytes, tokens=None, **how):
 
 
 def choose(shape, method, cfg, *, device_bytes, **how):
-    """The best_plan that fits. ConfigError: none does, with the numbers and what to change."""
+    """The best_plan, if it fits. ConfigError: nothing fits; the message has the numbers and what to change."""
     plan = best_plan(shape, method, cfg, device_bytes=device_bytes, **how)
     if plan.fits(device_bytes):
         return plan
     raise ConfigError(
-        f"{method} does not fit {device_bytes / GIB:.1f} GiB in any way: the least is {plan.line()}. {_of_cards(plan)}"
-        f"Lower max_length (now {cfg.max_length}), take a smaller model, or a method that needs less (qlora; galore "
+        f"{method} does not fit in {device_bytes / GIB:.1f} GiB: the smallest plan is {plan.line()}. {_of_cards(plan)}"
+        f"Lower max_length (now {cfg.max_length}), or use a smaller model or a method that needs less (qlora; galore "
         "with galore_weights='bf16', moment_bits=8)"
     )
 
 
 def _of_cards(plan):
-    """What several cards change about a run that does not fit one, in a sentence; '' where there is one."""
+    """A sentence on whether several GPUs help a run that does not fit on one; '' if there is one."""
     if n_processes() == 1:
         return ""
     return (
-        f"{n_processes()} cards do not change that: each holds all weights ({plan.weights / GIB:.2f} GiB), and only "
+        f"{n_processes()} GPUs do not help: each holds all weights ({plan.weights / GIB:.2f} GiB), and only "
         "GaLore's moments can be divided (shard_optimizer=true). "
     )
 
@@ -205,19 +205,19 @@ class _Counts:
         self.four_bit = shape.all_matrices(method.four_bit)
 
     def weights(self):
-        """Embedding, projections in the form they are held in, adapters."""
+        """Embedding, projections as stored, and adapters."""
         total = 2 * self.shape.vocabulary * self.shape.hidden + 4 * self.size.held
         is_light = "galore" in self.whole and self.cfg.galore_weights == "bf16"
         in_all, in_four = (sum(map(math.prod, kind)) for kind in (self.shape.all_matrices(PROJECTIONS), self.four_bit))
         trained = 0 if is_light else sum(map(math.prod, itertools.chain(*self.whole.values())))
-        # 4 bits, an 8-bit scale for each 64 and the fused layers' float32 copy of it
+        # 4 bits, an 8-bit scale per 64 weights, and the fused layers' float32 copy of it
         return total + 2 * (in_all - in_four) + 2 * trained + (0.5 + 1 / 64 + 4 / 64) * in_four
 
     def casts(self):
-        """Of a layer: 16-bit copies of the weights that train in float32, kept for the backward pass, or of what an
-        adapter makes of the matrices.
+        """Per layer: 16-bit copies, kept for backward, of weights that train in float32, or of the matrices that an
+        adapter computes.
 
-        Seen for GaLore; assumed for full and apollo.
+        Observed for GaLore; assumed for full and apollo.
         """
         if "galore" in self.whole and self.cfg.galore_weights == "bf16":
             return 0
@@ -225,7 +225,7 @@ class _Counts:
         return int(2 * copies) + 2 * sum(map(math.prod, itertools.chain(*self.whole.values()))) // self.shape.layers
 
     def sums(self):
-        """What a step sums over its passes: gradients, GaLore's projected ones."""
+        """What a step accumulates over its passes: gradients, projected ones for GaLore."""
         total = 4 * self.adapter_numbers
         for kind, shapes in self.whole.items():
             for rows, columns in shapes:
@@ -233,7 +233,7 @@ class _Counts:
         return total
 
     def gradients(self, is_graphed):
-        """(in the first step, later), summed over the step, at the end of its backward pass."""
+        """(in the first step, in later steps), accumulated over the step, at the end of its backward pass."""
         sums, sizes = self.sums(), [4 * rows * columns for rows, columns in self.whole.get("galore", ())]
         if not sizes:
             return sums, sums
@@ -250,11 +250,11 @@ class _Counts:
                 elif kind == "apollo":
                     total += self.cfg.apollo_rank * (4 * short + 8 * long)
                 else:
-                    total += {"muon": 4, "full": 2}[kind] * short * long  # float32 momentum, or moments in 8 bits
+                    total += {"muon": 4, "full": 2}[kind] * short * long  # float32 momentum, or 8-bit moments
         return total
 
 
-_COUNTED: dict = {}  # what `_counted` has found: some kinds take seconds
+_COUNTED: dict = {}  # results of `_counted`: some kinds take seconds
 
 
 def _counted(shape, method, cfg):
@@ -266,7 +266,7 @@ def _counted(shape, method, cfg):
 
 
 def _activations(shape, tokens, precision, is_compiled, chunk, trains_whole):
-    """(bytes kept of one layer, bytes that one layer's backward pass holds beside, bytes of the loss)."""
+    """(bytes that one layer keeps, extra bytes of one layer's backward pass, bytes of the loss)."""
     wide = 4 if precision == "fp16" else 2
     widths = {"hidden": shape.hidden, "intermediate": shape.intermediate, "attention": sum(shape.attention)}
     kept = tokens * (2 * sum(_KEPT[name] * widths[name] for name in _KEPT) + (wide - 2) * 3 * shape.hidden)

@@ -1,4 +1,4 @@
-"""How a run is laid out on its device, and the memory it takes there. None of it changes the result."""
+"""How a run executes on its device, and the memory it uses there. None of this changes the result."""
 
 import contextlib
 import functools
@@ -25,20 +25,20 @@ from peftlib.train.batching import longest_row
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
-_FIRST_STEPS = 3  # of a session, in which any error is taken for the compiler's; later ones have its own class
+_FIRST_STEPS = 3  # of a session: any error in them is blamed on the compiler; later ones are told apart by class
 
 
 class ExecutionPlan:
     """Micro-batch, recomputation, attention kernel, compiled layers and CUDA graphs of a run; prepares `model`.
 
     micro_batch_size: rows of max_length tokens at once; it may shrink. On a GPU with cfg.micro_batch_size=0 the memory
-    model chooses it and the recomputation. steps: left to do. tokens: of a step, on average. ConfigError: nothing fits.
+    model chooses it and the recomputation. steps: remaining. tokens: per step, on average. ConfigError: nothing fits.
     """
 
     def __init__(self, model, method, cfg, *, device, precision, steps, tokens, log):
         self.model, self.method, self.cfg, self.log = model, method, cfg, log
         self.micro_batch_size = cfg.micro_batch_size or _CPU_MICRO_BATCH
-        self.recomputed = None  # layers, where any are: all of them
+        self.recomputed = None  # number of recomputed layers; None: all, if any
         shape = Shape.of(core(model).config)
         work = f"{method}-{shape.layers}x{shape.hidden}-{precision}"
         self._cache = compiled.CompileCache(cache_root() / "compile", work, log=log)
@@ -54,32 +54,32 @@ class ExecutionPlan:
             use_kernel(model, self.attention, longest=longest_row(cfg.max_length, self.tokens))
         if device == "cuda":
             how = (
-                f"packs rows without masks ({self.attention})"
+                f"packing rows without masks ({self.attention})"
                 if self.attention
-                else f"packs rows by masks ({why_masks})"
+                else f"packing rows with masks ({why_masks})"
             )
-            log(f"{how}, {'runs steps as CUDA graphs' if self.is_graphed else 'runs steps kernel by kernel'}")
+            log(f"{how}, {'running steps as CUDA graphs' if self.is_graphed else 'running steps without CUDA graphs'}")
         self.compile_error, self._steps = None, 0
-        self.captured = 0  # lengths of a micro-batch that had CUDA graphs in this session
+        self.captured = 0  # micro-batch lengths captured in this session
         if self.is_compiled:
             loaded = self._cache.load()
-            log(f"compiles its layers{', from the cache' if loaded else ''}: {why}")
+            log(f"compiling the layers{', from the cache' if loaded else ''}: {why}")
             try:
                 compiled.compile_layers(model, activation_budget=budget)
-            except Exception as error:  # noqa: BLE001  raised where it is not the compiler's
+            except Exception as error:  # noqa: BLE001  re-raised if it is not the compiler's
                 self.recover_from(error, step=0)
         elif device == "cuda":
-            log(f"does not compile: {why}")
+            log(f"not compiling the layers: {why}")
 
     def _compile_costs(self, shape, precision, tokens):
-        """(seconds that compiling takes, seconds of a step that is not compiled), as expected."""
+        """Estimated (seconds to compile, seconds per uncompiled step)."""
         has_adapters = "adapters" in methods.find(self.method).trains
         compile_s = self._cache.expected_seconds(compiled.ADAPTERS_S if has_adapters else compiled.PLAIN_S)
         step_s = step_seconds(shape, self.method, precision=precision, tokens=tokens, rows=self.cfg.batch_size)
         return compile_s, step_s / (1 - compiled.GAIN)
 
     def _choose(self, precision, tokens):
-        """Set micro-batch and recomputation by the memory model; returns torch.compile's activation budget."""
+        """Set micro-batch and recomputation from the memory model; returns torch.compile's activation budget."""
         shape, available = Shape.of(core(self.model).config), memory_limit(self.cfg, "cuda")
         how = {"precision": precision, "device_bytes": available, "is_compiled": self.is_compiled}
         chosen = memory_model.choose(shape, self.method, self.cfg, **how, is_graphed=self.is_graphed, tokens=tokens)
@@ -90,7 +90,7 @@ class ExecutionPlan:
 
     @property
     def facts(self):
-        """What the record holds of it."""
+        """What the record stores about the plan."""
         failed = {"compile_error": self.compile_error} if self.compile_error else {}
         path = adapter_path(self.model)
         return {
@@ -107,7 +107,7 @@ class ExecutionPlan:
 
     @property
     def description(self):
-        """What two sessions must share for equal bits, in words."""
+        """What two sessions must have in common for bit-identical results, as text."""
         parts = [f"micro_batch_size={self.micro_batch_size}", f"compiled={self.is_compiled}"]
         parts.append(f"{torch.get_num_threads()} threads")
         parts += [f"{self.attention} attention"] * (self.attention is not None) + ["CUDA graphs"] * self.is_graphed
@@ -119,9 +119,9 @@ class ExecutionPlan:
         return self.micro_batch_size * self.cfg.max_length
 
     def recover_from(self, error, step):
-        """Change the plan after a failed step, to repeat it. ConfigError: out of memory, and nothing is left to change.
+        """Change the plan after a failed step, to retry it. ConfigError: out of memory, and nothing is left to reduce.
 
-        After an error of the compiler layers are not compiled; any other is raised again.
+        After a compiler error, training continues uncompiled; any other error is re-raised.
         """
         if isinstance(error, torch.OutOfMemoryError):
             self._shrink(step, error)
@@ -129,7 +129,7 @@ class ExecutionPlan:
             self._uncompile(error)
 
     def _shrink(self, step, error):
-        """Halve the micro-batch, or recompute. ConfigError: both are done already."""
+        """Halve the micro-batch, or recompute activations. ConfigError: both were already done."""
         if self.micro_batch_size > 1:
             self.micro_batch_size //= 2
         elif self.cfg.activation_checkpointing == "off" or self.recomputed is not None:
@@ -138,10 +138,10 @@ class ExecutionPlan:
         else:
             raise ConfigError(
                 f"{self.method} does not fit this GPU even with micro_batch_size=1 and activation_checkpointing="
-                f"{self.cfg.activation_checkpointing}: lower max_length, or take a method that needs less memory"
+                f"{self.cfg.activation_checkpointing}: lower max_length, or use a method that needs less memory"
             ) from error
         self.log(
-            f"out of memory at step {step}: going on with micro_batch_size={self.micro_batch_size}, "
+            f"out of memory at step {step}: continuing with micro_batch_size={self.micro_batch_size}, "
             f"activation_checkpointing={self.cfg.activation_checkpointing}"
         )
 
@@ -151,26 +151,26 @@ class ExecutionPlan:
             raise error
         compiled.release(self.model)
         self.is_compiled, self.compile_error = False, compiled.cause(error)
-        self.log(f"compiling failed ({self.compile_error}): training goes on uncompiled")
+        self.log(f"compiling failed ({self.compile_error}): training continues uncompiled")
 
     def after_step(self, seconds):
-        """Save what the session's first step has compiled; a failure is logged, and later sessions compile again.
+        """Save what the session's first step compiled; a failure is logged, and later sessions compile again.
 
-        seconds: that the step took.
+        seconds: how long the step took.
         """
         if self._steps == 0 and self.is_compiled:
             try:
                 self._cache.save()
                 self._cache.keep_seconds(seconds)
-            except Exception as error:  # noqa: BLE001 - a cache is never worth a run
-                self.log(f"the compiled layers could not be kept ({type(error).__name__}: {error}); training goes on")
+            except Exception as error:  # noqa: BLE001 - a cache failure must not end a run
+                self.log(f"could not cache the compiled layers ({type(error).__name__}: {error}); training continues")
         self._steps += 1
 
 
 def step_seconds(shape, method, *, precision, tokens, rows):
-    """Seconds that a step of so many tokens in so many rows may take on the GPU here, its layers compiled.
+    """Estimated seconds per step with this many tokens and rows on the local GPU, with compiled layers.
 
-    The middle of what the forecast says for one micro-batch; a card that is not listed is taken for an A100.
+    The midpoint of the forecast for one micro-batch; an unlisted GPU is treated as an A100.
     """
     _, card = card_at_hand() or find_card("a100")
     how = {"precision": precision, "length": tokens / rows, "micro_batch": rows, "rows": estimate.measured_rows()}
@@ -180,7 +180,7 @@ def step_seconds(shape, method, *, precision, tokens, rows):
 
 @contextlib.contextmanager
 def memory_cap(cfg, device):
-    """Within it this process takes at most cfg.memory_gib of the card, where that is set; then what it could before."""
+    """Context in which this process may use at most cfg.memory_gib of the GPU, if set; restores the limit after."""
     if device != "cuda" or not cfg.memory_gib:
         yield
         return
@@ -194,7 +194,7 @@ def memory_cap(cfg, device):
 
 
 def memory_limit(cfg, device):
-    """Bytes that training may take: of the card (all of it, or cfg.memory_gib), else of this machine or its
+    """Bytes that training may use: the GPU's memory or cfg.memory_gib; on CPUs the memory of this machine or
     container."""
     if device == "cuda":
         whole = torch.cuda.get_device_properties("cuda").total_memory
@@ -205,10 +205,10 @@ def memory_limit(cfg, device):
 
 
 class PeakMemory:
-    """Context manager that measures peak memory; `peak_bytes` and `reserved_bytes` can be read inside and after it.
+    """Context manager that measures peak memory; read `peak_bytes` and `reserved_bytes` inside it or afterwards.
 
     On CUDA the peaks are exact: allocated, and reserved from the driver. On CPUs the resident memory of the process
-    tree is sampled ten times a second; `peak_bytes` is its rise since the start, `reserved_bytes` is None.
+    tree is sampled ten times per second; `peak_bytes` is its increase since the start, `reserved_bytes` is None.
     """
 
     def __init__(self, device):
@@ -217,7 +217,7 @@ class PeakMemory:
 
     def __enter__(self):
         if self.device == "cuda":
-            gc.collect()  # an earlier run's model lies in a cycle
+            gc.collect()  # free an earlier run's model, which is in a reference cycle
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -234,7 +234,7 @@ class PeakMemory:
             self._sampler.join()
 
     def read(self):
-        """(peak_bytes, reserved_bytes) up to now."""
+        """(peak_bytes, reserved_bytes) so far."""
         if self.device == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated()
             self.reserved_bytes = torch.cuda.max_memory_reserved()
@@ -244,7 +244,7 @@ class PeakMemory:
         return self.peak_bytes, self.reserved_bytes
 
     def now(self):
-        """(bytes in use, bytes reserved or None, peak bytes) without a wait: on a CPU resident, at the last look."""
+        """(bytes in use, bytes reserved or None, peak bytes) without waiting: on a CPU, from the last sample."""
         if self.device == "cuda":
             return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), self.read()[0]
         return self._resident_bytes, None, self.peak_bytes

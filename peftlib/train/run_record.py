@@ -1,4 +1,4 @@
-"""The record of a run: what changed between its sessions, and at the end the saved weights and final numbers."""
+"""A run's record: what changed between its sessions, and finally the saved weights and the results."""
 
 from collections import Counter
 from datetime import UTC, datetime
@@ -14,11 +14,11 @@ from peftlib.train import estimate
 from peftlib.train.step import require_finite
 
 RATE_FACTOR = "rate_factor"
-_LOWER = 0.3  # what the advice after inf or nan multiplies the learning rates by
+_LOWER = 0.3  # factor on the learning rates that we suggest after inf or nan
 
 
 def finished(run):
-    """The record of a run that has already finished and whose weights are intact, else None."""
+    """The record of a run that has finished and whose weights are intact, else None."""
     record = records.load(run.study, run.name, run.cfg.seed)
     hashes = {"run_hash": run.cfg.run_hash(run.name), "split_hash": run.manifest["split_hash"]}
     if record is None or record["status"] != "ok" or any(record[name] != kept for name, kept in hashes.items()):
@@ -28,7 +28,7 @@ def finished(run):
 
 
 def require_alike(run):
-    """ConfigError where the processes of a run differ in code, data, settings or precision."""
+    """ConfigError if the processes of a run differ in code, data, settings or precision."""
     if run.processes.world > 1:
         facts = {"precision": run.precision, "run_hash": run.cfg.run_hash(run.name)}
         facts |= {"split_hash": run.manifest["split_hash"], "peftlib's commit": records.git_state()["commit"]}
@@ -38,9 +38,9 @@ def require_alike(run):
 
 
 def describe(run):
-    """Record what trains, at which peak rates and on how many processes, and log it."""
+    """Record and log what trains, at which peak rates, and on how many processes."""
     trained, total = count_parameters(run.model)
-    rates = run.peak_rates  # one a parameter group
+    rates = run.peak_rates  # one per parameter group
     run.record.update(
         trainable_params=trained,
         total_params=total,
@@ -68,46 +68,46 @@ def describe(run):
 
 
 def advice(run, error, rate):
-    """What a run that met inf or nan says: what it was, what is kept, how to go on."""
+    """The message after inf or nan: what happened, what is kept, and how to continue."""
     run.saver.wait()
     step, lower = run.saver.saved.step, f"{_LOWER * run.rate_factor:.2g}"
-    kept = "No checkpoint was written yet, so the run would start over"
+    kept = "There is no checkpoint yet, so the run would start over"
     if step is not None:
-        kept = f"The last checkpoint is kept (step {step}), and the run would go on from there"
+        kept = f"The last checkpoint is kept (step {step}), and the run would resume from there"
     return (
         f"{error} ({run.precision}, learning rate {rate:g}). The step was not applied. {kept}: run again with "
-        f"lower learning rates, by resume_rate_factor = {lower} in the notebook's parameters or `python -m "
+        f"lower learning rates: set resume_rate_factor = {lower} in the notebook's parameters or `python -m "
         f"peftlib run --study {run.study.folder.name} -p resume_rate_factor={lower}`, or with precision='fp32'"
     )
 
 
 def note_change(run, what, before, now):
-    """Add a change to the record, with its step and time."""
+    """Add a change to the record, with step and time."""
     change = {"step": run.progress.step, "what": what, "from": before, "to": now}
     run.record["changes"].append(change | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def note_session(run, state):
-    """Compare this session with the one that wrote a checkpoint, whose state is given; note and log differences."""
+    """Compare this session with the one that wrote a checkpoint, given its state; record and log differences."""
     ours = {"precision": run.precision, "device": run.record["device"], "plan": run.execution.description}
     state, ours["processes"] = {"processes": 1, **state}, run.processes.world
     for what, now in ours.items():
-        before = state.get(what, now)  # older versions did not save their precision
+        before = state.get(what, now)  # older versions did not save this
         if before != now:
             note_change(run, what, before, now)
-            run.log(f"the checkpoint was made with {what} {before}, here it is {now}: going on, not bit for bit")
+            run.log(f"the checkpoint was made with {what} {before}, now it is {now}: results will not be bit-identical")
     if state.get("precision", run.precision) != run.precision:
-        four_bit = "; 4-bit weights are quantized from that, alike where the model's files hold 16 bits"
+        four_bit = "; 4-bit weights are quantized from that, identically if the model's files have 16 bits"
         run.log(
             f"frozen weights are read in {run.precision}{four_bit if run.method.four_bit else ''}; trained weights and "
-            "optimizer state stay as they were"
+            "optimizer state are unchanged"
         )
 
 
 def set_rate_factor(run, before):
-    """Set the factor on the study's learning rates: cfg.resume_rate_factor, or `before` where that is 1.
+    """Set the factor on the study's learning rates: cfg.resume_rate_factor, or `before` if that is 1.
 
-    It multiplies the study's rates, not those of the session before, so giving it twice changes nothing.
+    It multiplies the study's rates, not the previous session's, so setting it twice has no further effect.
     """
     asked = run.cfg.resume_rate_factor
     run.rate_factor = before if asked == 1.0 else asked
@@ -120,21 +120,21 @@ def set_rate_factor(run, before):
 
 
 def require_same_architecture(kept, ours, where):
-    """CheckpointError unless two layer tables agree in names, classes, numbers of weights, 4-bit form and what trains.
+    """CheckpointError unless two layer tables agree in names, classes, weight counts, 4-bit layers and what trains.
 
-    The dtypes of the rest may differ, as two cards do.
+    Other dtypes may differ, because they depend on the GPU.
     """
     before, now = _architecture(kept), _architecture(ours)
     if before != now:
         missing, new = (", ".join(sorted(a - b)) or "fewer" for a, b in ((before, now), (now, before)))
         raise CheckpointError(
-            f"the model's layers are {new}, those of the checkpoint in {where} {missing}: take the model and versions "
+            f"the model has the layers {new}, but the checkpoint in {where} has {missing}: use the model and versions "
             "it was made with"
         )
 
 
 def _architecture(layers):
-    """{a description for each kind of layer}; rows that differ in dtype alone are summed."""
+    """{a description of each kind of layer}; rows that differ only in dtype are summed."""
     count, weights = Counter(), Counter()
     for row in layers:
         form = "in 4 bits" if row.get("dtype") == "nf4" else "plain"
@@ -145,25 +145,25 @@ def _architecture(layers):
 
 
 def change_sentences(record):
-    """Yield what a report has to say about a run whose rates or precision changed on the way."""
+    """Yield sentences for the report about a run whose rates or precision changed during training."""
     run = f"{record['method']} (seed {record['seed']})"
     for change in record.get("changes") or ():
         if change["what"] == RATE_FACTOR:
             yield (
-                f"{run} was not treated as the others: from step {change['step']} on its learning rates were "
+                f"{run} was not trained like the others: from step {change['step']} on, its learning rates were "
                 f"{change['to']:g} times the study's (before: {change['from']:g} times)."
             )
         elif change["what"] == "precision":
             yield (
-                f"{run} went on in {change['to']} from step {change['step']} on (before: {change['from']}), so its "
-                "memory and speed are of both."
+                f"{run} continued in {change['to']} from step {change['step']} on (before: {change['from']}), so its "
+                "memory and speed mix both."
             )
 
 
 def save_weights(run):
-    """Save the trained weights and put their digests into the record; answers of earlier weights are deleted.
+    """Save the trained weights and add their digests to the record; deletes answers of earlier weights.
 
-    NonFiniteLossError: a trained weight holds inf or nan; then nothing is written.
+    NonFiniteLossError: a trained weight contains inf or nan; nothing is written.
     """
     require_finite(trainable(run.model), "the trained model")
     facts = {
@@ -186,14 +186,14 @@ def save_weights(run):
 
 
 def finalise(run):
-    """Write the final numbers to the record; once a run is complete its checkpoints are deleted. MFU comes last."""
+    """Write the final results to the record; the checkpoints of a complete run are deleted. MFU comes last."""
     done, record = run.progress, run.record
     record |= {name: value for name, value in vars(done).items() if name != "step"}
     losses = [entry["loss"] for entry in record["history"][-max(1, run.plan.steps // 10) :]]
-    losses = [loss for loss in losses if loss is not None]  # a skipped step may have none
+    losses = [loss for loss in losses if loss is not None]  # a skipped step may have no loss
     record.update(
         steps=done.step,
-        saves=run.saver.saves,  # of this session
+        saves=run.saver.saves,  # in this session
         save_stall_seconds=run.saver.stall_seconds,
         placement=run.execution.facts,
         rate_factor=run.rate_factor,
@@ -207,14 +207,14 @@ def finalise(run):
     if record["tokens_per_second"]:
         try:
             _measure_mfu(run)
-        except RuntimeError as error:  # a card that is full, or broken by what ended the run
-            run.log(f"the share of the device's speed was not measured ({type(error).__name__}: {error})")
+        except RuntimeError as error:  # the GPU is full, or failed when the run ended
+            run.log(f"MFU was not measured ({type(error).__name__}: {error})")
         else:
             records.save(run.study, record)
 
 
 def _measure_mfu(run):
-    """Model FLOPs utilization: the arithmetic that useful tokens need over what this device's products reach."""
+    """Model FLOPs utilization: the FLOP/s for useful tokens over what matrix products reach on this device."""
     how = {"length": float(run.rows.lengths.mean()), "rank": run.cfg.galore_rank}
     needed = estimate.flops_per_token(Shape.of(core(run.model).config), run.method, **how)
     ceiling = estimate.matmul_ceiling(run.device, DTYPES[run.precision])

@@ -1,4 +1,4 @@
-"""The checkpoint of a run: what it saves, how it resumes, and how another study's weights begin a new run."""
+"""A run's checkpoint: what it contains, how a run resumes, and how a run starts from another study's weights."""
 
 import contextlib
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from peftlib.storage.saver import Saver, require_space
 from peftlib.train import memory_model, run_record
 from peftlib.train.step import first_nonfinite, require_finite
 
-_SAME = "take the same model, method and ranks"
+_SAME = "use the same model, method and ranks"
 _STEP = {"step": int, "tokens": float, "seconds": float, "learning_rate": float}
-# Shape of a checkpoint's state; what later versions have added is optional.
+# Shape of a checkpoint's state; fields added by later versions are optional.
 _STATE = {
     "config": {},
     "run_hash": str,
@@ -41,18 +41,18 @@ _UNKNOWN_AT_FIRST = ("first_step_s", "peak_reserved_bytes")
 
 @dataclass
 class Progress:
-    """What a run has done so far; all of it is in every checkpoint."""
+    """What a run has done so far; every checkpoint contains all of it."""
 
     step: int = 0
-    train_tokens: int = 0  # unpadded, scored or not
-    train_seconds: float = 0.0  # steps and all waits, without loading, log lines, validation and saving
+    train_tokens: int = 0  # without padding, scored or not
+    train_seconds: float = 0.0  # steps and waits, excluding loading, log lines, validation and saving
     first_step_s: float | None = None
     skipped_steps: int = 0
     peak_memory_bytes: int = 0
     peak_reserved_bytes: int | None = None
 
     def count(self, tokens, seconds, is_skipped):
-        """Add one more step."""
+        """Add one step."""
         if self.step == 0:
             self.first_step_s = seconds
         self.step += 1
@@ -62,7 +62,7 @@ class Progress:
 
 
 def checkpoint_of(run):
-    """Make the Checkpoint of a TrainingRun between two steps; its tensors are the run's own.
+    """The Checkpoint of a TrainingRun between two steps; it shares the run's tensors.
 
     NonFiniteLossError: a weight or a part of the optimizer's state (named) is inf or nan.
     """
@@ -97,14 +97,14 @@ def checkpoint_of(run):
 
 
 def checkpoint_bytes(run):
-    """Bytes of a TrainingRun's checkpoint: what trains, and the optimizer's state as the memory model counts it."""
+    """Bytes of a TrainingRun's checkpoint: trained weights, and optimizer state as counted by the memory model."""
     weights = sum(p.numel() * p.element_size() for p in trainable(run.model).values())
     whole = run.cfg.replace(shard_optimizer=False)
     return weights + memory_model.optimizer_bytes(Shape.of(core(run.model).config), run.name, whole)
 
 
 def open_run(run):
-    """Open the record of a TrainingRun, and restore the newest checkpoint if there is any."""
+    """Open the record of a TrainingRun, and restore the newest checkpoint if there is one."""
     run.progress = Progress()
     how = {"device": run.device, "precision": run.precision, "precision_reason": run.precision_reason}
     run.record = identity.new_record(run.study, run.name, **how)
@@ -129,7 +129,7 @@ def open_run(run):
 def resume_or_start(run):
     """Resume from the newest checkpoint, or start: from another study's weights (cfg.fork), or over after inf or nan.
 
-    Errors as in `resume_from_checkpoint` and `init_from_study`.
+    Errors: see `resume_from_checkpoint` and `init_from_study`.
     """
     if resume_from_checkpoint(run):
         return
@@ -138,19 +138,19 @@ def resume_or_start(run):
     failed = records.load(run.study, run.name, run.cfg.seed) or {}
     is_ours = failed.get("run_hash") == run.cfg.run_hash(run.name) and failed.get("status") == "failed"
     if is_ours and (failed.get("error") or "").startswith(NonFiniteLossError.__name__):
-        run.rate_factor = failed.get("rate_factor") or 1.0  # it met inf or nan before its first checkpoint
+        run.rate_factor = failed.get("rate_factor") or 1.0  # inf or nan came before the first checkpoint
         if run.rate_factor != 1.0:
             run_record.note_change(run, run_record.RATE_FACTOR, 1.0, run.rate_factor)
         run_record.set_rate_factor(run, run.rate_factor)
     elif run.cfg.resume_rate_factor != 1.0:
-        run.log("resume_rate_factor is for resumed runs; this one starts, at the study's learning rates")
+        run.log("resume_rate_factor applies only to resumed runs: this run starts with the study's learning rates")
 
 
 def resume_from_checkpoint(run):
-    """Restore the newest checkpoint that verifies; returns whether there was one.
+    """Restore the newest valid checkpoint; returns whether there was one.
 
-    CheckpointError: it was made with other settings (fields named), layers, or schema version, or holds something else
-    than a checkpoint of this run.
+    CheckpointError: it was made with other settings (fields named), layers or schema version, or it is not a
+    checkpoint of this run.
     """
     found, skipped = run.checkpoints.newest()
     for line in skipped:
@@ -164,15 +164,15 @@ def resume_from_checkpoint(run):
     if (state["run_hash"], state["split_hash"]) != (run.cfg.run_hash(run.name), run.manifest["split_hash"]):
         changed = differences(current_names(state["config"]), run.cfg.fields_of("data", "math")) or ["split_hash"]
         raise CheckpointError(
-            f"{what} was made with other settings: {'; '.join(changed)}. Set them back, choose another study name "
-            "(with fork = this one, it starts from these weights), or delete that folder to start over."
+            f"{what} was made with other settings: {'; '.join(changed)}. Change them back, choose another study name "
+            "(with fork = this study, it starts from these weights), or delete that folder to start over."
         )
     run_record.require_same_architecture(state["layers"], run.record["layers"], where)
     weights = _fitting_weights(found.weights, state, run, what)
     with _refusing_other_content(where):
         run.optimizer.require_state(found.optimizer)
         run.optimizer.load_state_dict(found.optimizer)
-        if state["scaler"] and run.scaler.is_enabled():  # empty: of a session without fp16, so this one's starts anew
+        if state["scaler"] and run.scaler.is_enabled():  # empty if that session was not fp16
             run.scaler.load_state_dict(state["scaler"])
         set_generator_states(found.generators)
     _load_weights(run, weights)
@@ -184,11 +184,10 @@ def resume_from_checkpoint(run):
 
 
 def init_from_study(run):
-    """Start from the weights that the run of the same method and seed reached in study cfg.fork, with a fresh
-    optimizer.
+    """Start with a fresh optimizer from the weights of the run of the same method and seed
 
-    StudyError: that study has neither a checkpoint nor finished weights of it, or was trained on rows that are tested
-    or validated here. CheckpointError: the weights do not fit.
+    StudyError: that study has neither a checkpoint nor final weights of this run, or was trained on rows that are
+    test or validation rows here. CheckpointError: the weights do not fit.
     """
     other = run.study.folder.parent / run.cfg.fork
     _refuse_leaked_rows(other, run)
@@ -196,26 +195,26 @@ def init_from_study(run):
     what = f"fork={run.cfg.fork!r}: what its {run.name} trained"
     _load_weights(run, _fitting_weights(weights, made_with, run, what))
     run.record["forked_from"] = where
-    run.log(f"starts from the weights of {where}")
+    run.log(f"starting from the weights of {where}")
 
 
 @contextlib.contextmanager
 def _refusing_other_content(where):
-    """Turns what follows from a checkpoint that is whole but holds other things into a CheckpointError."""
+    """Convert errors caused by an intact checkpoint with unexpected content into a CheckpointError."""
     try:
         yield
     except (CheckpointError, AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CheckpointError(
-            f"the checkpoint in {where} is whole but does not hold what a run of this kind saves "
-            f"({type(error).__name__}: {error}): delete that folder to start over, or bring back a copy of it"
+            f"the checkpoint in {where} is undamaged but does not contain what this kind of run saves "
+            f"({type(error).__name__}: {error}): delete that folder to start over, or restore a copy of it"
         ) from error
 
 
 def _require_state(state, steps):
-    """ValueError, TypeError: a part of a checkpoint's state is missing, odd, or out of range. steps: of the whole
-    run."""
+    """ValueError, TypeError: a part of a checkpoint's state is missing, invalid, or out of range. steps: of the
+    full run."""
     found = fault(state, _STATE) or fault(state["progress"], {"step": int}, "progress")
     if found:
         raise ValueError(found)
@@ -224,13 +223,13 @@ def _require_state(state, steps):
         if (value is None and name not in _UNKNOWN_AT_FIRST) or (value is not None and value < 0):
             raise ValueError(f"progress.{name} is {value}")
     if progress.step > steps:
-        raise ValueError(f"progress.step is {progress.step}, the run has {steps} steps")
+        raise ValueError(f"progress.step is {progress.step}, but the run has {steps} steps")
     if state.get("rate_factor", 1.0) <= 0:
         raise ValueError(f"rate_factor is {state['rate_factor']}")
 
 
 def _fitting_weights(weights, made_with, run, what):
-    """`weights` as {name: tensor}, whole and checked to be those that train here. made_with: what names their base
+    """`weights` as {name: tensor}, checked to match the weights that train here. made_with: identifies their base
     model.
 
     CheckpointError: another base model, other names or shapes, or inf or nan in one of them.
@@ -239,14 +238,14 @@ def _fitting_weights(weights, made_with, run, what):
     params = trainable(run.model)
     unlike = [name for name in params if name not in weights] + [name for name in weights if name not in params]
     if unlike:
-        raise CheckpointError(f"{what} holds other weights ({', '.join(unlike[:3])}): {_SAME}")
+        raise CheckpointError(f"{what} contains other weights ({', '.join(unlike[:3])}): {_SAME}")
     for name, p in params.items():
         if weights[name].shape != p.shape:
-            shapes = f"{tuple(weights[name].shape)}, here it has {tuple(p.shape)}"
+            shapes = f"{tuple(weights[name].shape)}, but here it has {tuple(p.shape)}"
             raise CheckpointError(f"{what}: {name} has the shape {shapes}: {_SAME}")
     unfit = first_nonfinite(weights)
     if unfit is not None:
-        raise CheckpointError(f"{what}: {unfit} holds inf or nan, so nothing can go on from it: delete it")
+        raise CheckpointError(f"{what}: {unfit} contains inf or nan, so no run can continue from it: delete it")
     return weights
 
 
@@ -262,8 +261,8 @@ def _refuse_leaked_rows(other, run):
         known = sum(key in learnt for key in rows)
         if known:
             raise StudyError(
-                f"fork={run.cfg.fork!r}: {known} of the {len(rows)} {split} rows here were trained on there, so scores "
-                "would mean nothing: give this study the same sources, split_seed and numbers of rows"
+                f"fork={run.cfg.fork!r}: {known} of the {len(rows)} {split} rows here were training rows there, so "
+                "scores would be meaningless: give this study the same sources, split_seed and numbers of rows"
             )
 
 
@@ -273,7 +272,7 @@ def _prompt_keys(folder, split):
 
 
 def _weights_reached(folder, run):
-    """({name: tensor}, where they come from in words, what names the base model they were made with)."""
+    """({name: tensor}, a description of their origin, facts that identify their base model)."""
     name = f"{run.name}-s{run.cfg.seed}"
     checkpoints = CheckpointDir(folder / "checkpoints" / name, keep=1, log=run.log)
     found, _ = checkpoints.newest()
@@ -284,10 +283,10 @@ def _weights_reached(folder, run):
     files = sorted(trained.glob("*.safetensors"))
     if not files:
         raise StudyError(
-            f"fork={run.cfg.fork!r}: {folder} holds neither a checkpoint nor weights of {name}: train it there first"
+            f"fork={run.cfg.fork!r}: {folder} has neither a checkpoint nor weights of {name}: train it there first"
         )
     identity.require_weights(trained, saved.record_of(trained), log=run.log)
-    # PEFT leaves the adapter's name out of what it saves.
+    # PEFT omits the adapter's name when saving.
     ours = {weight.replace(".default", ""): weight for weight in trainable(run.model)}
     found = {ours.get(w, w): tensor for path in files for w, tensor in saved.tensors_of(path).items()}
     chosen = {weight: found[weight] for weight in trainable(run.model) if weight in found}

@@ -1,6 +1,6 @@
-"""Optimizer steps: which rows and learning rate each has, its passes and update, and the check that all is finite.
+"""Optimizer steps: the rows and learning rate of each, its passes and update, and the check that all is finite.
 
-Rows and rates are pure functions of the step, so a resume needs no state of the data.
+Rows and rates are pure functions of the step, so resuming needs no data-loader state.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from peftlib.train.parallel.alone import OneProcess
 from peftlib.train.parallel.exchange import Exchange
 
 _ALONE = OneProcess()
-_CAPTURE_FAILURES = 8  # of a run, after which it goes on without CUDA graphs
+_CAPTURE_FAILURES = 8  # per run; after this many, CUDA graphs are disabled
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Row numbers of every optimizer step; the same for every method of a study.
+    """Row numbers of every optimizer step; the same for all methods of a study.
 
-    rows: number of training rows. The last step of an epoch takes what is left. max_steps: 0 means all of the epochs.
+    rows: number of training rows. The last step of an epoch takes the remainder. max_steps: 0 means all epochs.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class StepPlan:
         return min(total, self.max_steps) if self.max_steps else total
 
     def rows_of(self, step):
-        """List the row numbers of a step, counted from 0. IndexError: no such step."""
+        """Row numbers of a step, counted from 0. IndexError: no such step."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -56,7 +56,7 @@ class StepPlan:
 
 
 def learning_rate_factor(step, steps, cfg):
-    """Share of the peak rate at a step counted from 0: linear warm-up over warmup_ratio, then cfg.lr_scheduler to 0."""
+    """Fraction of the peak rate at a step, from 0: linear warm-up over warmup_ratio, then cfg.lr_scheduler to 0."""
     warmup = round(cfg.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -65,11 +65,10 @@ def learning_rate_factor(step, steps, cfg):
 
 
 class Stepper:
-    """Runs the steps of a model in training mode. The host waits for the device once a step, between backward and
-    update.
+    """Runs training steps of a model. The host waits for the device once per step,
 
-    loss_settings: of losses.chunked_loss_sum; is_compiled also fuses the loss. log: called where CUDA graphs fail.
-    processes: parallel.processes' that share the rows of each step.
+    loss_settings: for losses.chunked_loss_sum; is_compiled also fuses the loss. log: called if CUDA graphs fail.
+    processes: of parallel.processes; they share the rows of each step.
     """
 
     def __init__(self, model, optimizer, scaler, *, device, precision, log=print, processes=_ALONE, **loss_settings):
@@ -81,32 +80,32 @@ class Stepper:
         self.graphs, self.log, self._failures = None, log, 0
 
     def use_graphs(self, tokens):
-        """Run flat batches of at most `tokens` tokens by CUDA graphs from the second step on."""
+        """Run flat batches of at most `tokens` tokens as CUDA graphs from the second step on."""
         self.graphs = StepGraphs(self, tokens=tokens)
 
     def start_over(self, *, is_compiled):
-        """Forget gradients and captured graphs of a step that failed. is_compiled: whether the loss is from now on."""
+        """Drop gradients and graphs of a failed step. is_compiled: whether the loss is compiled from now on."""
         self.loss_settings["is_compiled"] = is_compiled
         if self.graphs:
-            self.graphs.reset()  # first: it waits for what the failed step has still queued
+            self.graphs.reset()  # first, because it waits for work that the failed step queued
         self.optimizer.drop_gradients()
         torch.cuda.empty_cache()
 
     def with_room(self, call):
-        """What `call()` returns; where it runs out of memory, it is called again without what CUDA graphs hold."""
+        """Return `call()`; if it runs out of memory, free the CUDA graphs and call it again."""
         try:
             return call()
         except torch.OutOfMemoryError:
             if not self.graphs or not self.graphs.captured:
                 raise
-        self.graphs.reset()  # now that the error no longer holds what failed
+        self.graphs.reset()  # here the error no longer references the failed tensors
         return call()
 
     def release(self):
-        """Free what CUDA graphs hold: no step comes any more. Returns how many lengths of a micro-batch had graphs."""
+        """Free the CUDA graphs after the last step. Returns how many micro-batch lengths were captured."""
         captured = self.graphs.captured if self.graphs else 0
         if self.graphs:
-            with contextlib.suppress(RuntimeError):  # of a device that is broken already
+            with contextlib.suppress(RuntimeError):  # the device already failed
                 self.graphs.reset()
             self.graphs = None
         return captured
@@ -114,11 +113,11 @@ class Stepper:
     def gradients(self, batches, scored, *, seed, recover=None):
         """Accumulate gradients over all batches; returns nats per scored token, a 0-dim tensor on the device.
 
-        batches: batching.Batch, on the device: a list, or a function that cuts this process's part of the step anew.
-        scored: tokens that count in the loss, over all batches of all processes. seed: of dropout; set anew for each
-        pass over the batches, so that every pass sees the same gradients. recover(error): what a pass that failed
-        changes before it is repeated; returns whether the loss is compiled from then on, or raises. Other processes
-        wait meanwhile, for every pass ends in one exchange.
+        batches: batching.Batch on the device: a list, or a function that divides this process's rows again.
+        scored: tokens that count in the loss, over all batches of all processes. seed: for dropout; reset for each
+        pass over the batches, so that every pass has the same gradients. recover(error): called before a failed pass
+        is repeated; returns whether the loss is compiled from then on, or raises. Other processes wait in the
+        meantime, because every pass ends with one exchange.
         """
         cut = batches if callable(batches) else lambda: batches
         with self._stream():
@@ -128,7 +127,7 @@ class Stepper:
             return self.exchange.gradients(self._accumulate(cut, scored, seed, recover))
 
     def _accumulate(self, cut, scored, seed, recover):
-        """One pass over the batches, repeated until it comes to its end."""
+        """One pass over the batches, repeated until it succeeds."""
         is_captured = True
         while True:
             try:
@@ -142,14 +141,14 @@ class Stepper:
                 if recover is None:
                     raise
                 is_compiled = recover(error)
-            self.start_over(is_compiled=is_compiled)  # now that the error no longer holds what failed
+            self.start_over(is_compiled=is_compiled)  # here the error no longer references the failed tensors
 
     def _count_failure(self, error):
-        """A shape that torch.compile has not seen cannot be captured; once this step has run, it can."""
+        """Count a failed capture. A shape new to torch.compile cannot be captured until a step has run with it."""
         self._failures += 1
         if self._failures > _CAPTURE_FAILURES:
             self.graphs = None
-            self.log(f"CUDA graphs are not used ({brief(error)}): training goes on without them")
+            self.log(f"CUDA graphs are disabled ({brief(error)}): training continues without them")
 
     def _stream(self):
         return self.graphs.on_stream() if self.graphs else contextlib.nullcontext()
@@ -177,7 +176,7 @@ class Stepper:
         NonFiniteLossError: the loss, a gradient (named) or their norm is inf or nan, and no loss scale could cure it;
         weights and optimizer are unchanged. With fp16 such a step is skipped instead.
         """
-        # GradScaler keeps books about the optimizer itself.
+        # GradScaler tracks the optimizer object itself.
         optimizer = self.graphs if self.graphs and not self.scaler.is_enabled() else self.optimizer
         with self._stream():
             done = apply_step(optimizer, self.scaler, loss)
@@ -189,7 +188,7 @@ class Stepper:
 
 
 def _cause(model, optimizer, applied, step):
-    """Name what was not finite in a step that was not applied."""
+    """Describe what was not finite in a step that was not applied."""
     of_step = "" if step is None else f" of step {step}"
     if not math.isfinite(applied.loss):
         return f"the loss{of_step} is {applied.loss}"
@@ -198,19 +197,19 @@ def _cause(model, optimizer, applied, step):
         return f"the norm of the gradients{of_step} is {applied.grad_norm}, though each of them is finite"
     params = trainable(model)
     numbers = {id(p): (i, name) for i, (name, p) in enumerate(params.items())}
-    # A backward pass runs from the last layer to the first, so the last weight in the model's order is where it began.
+    # Backward runs from the last layer to the first, so it started at the last weight in the model's order.
     _, name = max(numbers[id(p)] for p in unfit)
-    return f"the gradient of {name}{of_step} is inf or nan ({len(unfit)} of {len(params)} trained weights have such)"
+    return f"the gradient of {name}{of_step} is inf or nan ({len(unfit)} of {len(params)} gradients are not finite)"
 
 
 def first_nonfinite(tensors):
-    """Return the name of the first tensor in {name: tensor} that holds inf or nan, or None. Waits once per device."""
+    """Name of the first tensor in {name: tensor} that contains inf or nan, or None. Synchronises once per device."""
     by_device = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
             by_device.setdefault(tensor.device, []).append((name, tensor.detach()))
     for named in by_device.values():
-        # Minimum and maximum pass a nan on and need no memory, where isfinite() of the whole would make a mask of it.
+        # Minimum and maximum propagate nan and need no memory; isfinite() would allocate a mask of the same shape.
         ends = torch.stack([torch.stack(torch.aminmax(tensor)).float() for _, tensor in named])
         for (name, _), is_finite in zip(named, torch.isfinite(ends).all(1).tolist(), strict=True):
             if not is_finite:
@@ -219,8 +218,8 @@ def first_nonfinite(tensors):
 
 
 def require_finite(tensors, what):
-    """NonFiniteLossError for the first of {name: tensor} that holds inf or nan. what: they belong to, for the
+    """NonFiniteLossError for the first of {name: tensor} that contains inf or nan. what: their owner, for the
     message."""
     name = first_nonfinite(tensors)
     if name is not None:
-        raise NonFiniteLossError(f"{name} holds inf or nan, so {what} was not saved; what was saved before is kept")
+        raise NonFiniteLossError(f"{name} contains inf or nan, so {what} was not saved; earlier files are kept")

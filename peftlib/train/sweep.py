@@ -1,4 +1,4 @@
-"""A learning-rate sweep per method that brackets its best rate, scored on the validation rows and kept in the study."""
+"""Learning-rate sweep that brackets a method's best rate, scored on validation rows and saved in the study."""
 
 import shutil
 import statistics
@@ -15,9 +15,9 @@ from peftlib.train.callbacks import Callback
 from peftlib.train.loop import TrainingRun
 from peftlib.train.parallel.processes import require_one
 
-ROWS, TRIALS = 1500, 9  # of each trial; at most, for every method
-CLEARLY_WORSE = 0.5  # nats per token above the least loss: a rate that ends there, or stays there, has diverged
-_FIRST_LOOK = 4  # tenths of the steps before which no trial is stopped
+ROWS, TRIALS = 1500, 9  # rows per trial; maximum trials per method
+CLEARLY_WORSE = 0.5  # nats per token above the lowest loss: a trial that ends or stays there has diverged
+_FIRST_LOOK = 4  # no trial is stopped before this many tenths of the steps
 _TRIED = {"factor": float, "factor_2?": float, "valid_loss": Maybe(float), "train_loss?": Maybe(float)}
 _SHAPE = {"method": str, "rows": int, "steps": int, "seed?": int, "tried": [_TRIED], "best": _TRIED}
 _SHAPE |= {"max_trials?": int, "is_at_edge?": bool, "diverges_beyond?": {}}
@@ -31,23 +31,23 @@ def sweep(
     rows: int = ROWS,
     log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Train `method` on the first `rows` of the study's row order at several rates; returns the findings.
+    """Train `method` on the first `rows` of the study's row order at several rates; returns the results.
 
-    factors: of the study's rates, all rates of a method multiplied; each is trained to the end. None: searched by
-    `next_trial` from 1/3, 1 and 3 on, two rates (the hybrid's) apart, in at most TRIALS trials, and a trial that
-    `is_hopeless` is stopped. A cut sweep resumes where it stopped, each trial is kept; test rows are never seen.
+    factors: multiply all of the method's rates in the study; each trial is trained to the end. None: `next_trial`
+    searches from 1/3, 1 and 3 on, two rates (the hybrid's) separately, in at most TRIALS trials, and a trial that
+    `is_hopeless` is stopped. An interrupted sweep resumes, and every trial is kept; test rows are never used.
     Returned, and written to sweeps/<method>.json: {'method', 'rows', 'steps', 'seed', 'tried': [{'factor', 'factor_2'
-    where two rates are searched apart, one entry a rate field, 'valid_loss' (None where the loss became inf or nan, or
+    if two rates are searched separately, one entry per rate field, 'valid_loss' (None if the loss became inf or nan, or
     the trial was stopped), 'train_loss', 'curve': see curve_of, 'stopped_at': its step, or None}, ...], 'best': the
-    entry of the least validation loss, 'is_at_edge': nothing was tried on one side of it, so it may not be called best,
+    entry with the lowest validation loss, 'is_at_edge': nothing was tried on one side of it, so it may not be optimal,
     'diverges_beyond': {field: the next higher rate, which diverged}, 'max_trials' of a search}.
-    ConfigError: no validation rows, a factor that is not positive or leads to a rate out of range. StudyError: the
-    study has begun with other settings. Stopped: cut, and saved. NonFiniteLossError: no factor led to a finite loss.
+    ConfigError: no validation rows, or a factor is not positive or gives a rate out of range. StudyError: the study
+    started with other settings. Stopped: interrupted, and saved. NonFiniteLossError: no factor gave a finite loss.
     """
     require_one("a sweep")
     cfg, fields = study.cfg, methods.find(method).rates
     if cfg.valid_rows == 0:
-        raise ConfigError("valid_rows=0: a sweep is scored on validation rows, so build the data with some")
+        raise ConfigError("valid_rows=0: a sweep needs validation rows, so build the data with some")
     if factors is not None and (not factors or min(factors) <= 0):
         raise ConfigError(f"factors={factors!r}: use positive numbers")
     study.freeze()
@@ -56,7 +56,7 @@ def sweep(
     tried: list[dict[str, Any]] = []
     for point in _search(cfg, fields, tried) if factors is None else [(factor,) for factor in factors]:
         rates = _rates(cfg, fields, point)
-        own = {"max_steps": steps, "resume_rate_factor": 1.0}  # a trial that diverges is a finding, not to be saved
+        own = {"max_steps": steps, "resume_rate_factor": 1.0}  # a diverged trial is a result and needs no rescue
         least = _least(tried) if factors is None else None
         entry = _trial(study, method, cfg.replace(**own, **rates), point, least and least["curve"], log)
         tried.append({**dict(zip(("factor", "factor_2"), point)), **rates, **entry})
@@ -65,7 +65,7 @@ def sweep(
         log(f"{method}, {_shown(rates)}: " + (f"stopped at step {cut}, clearly worse" if cut else ended))
     best = _least(tried)
     if best is None:
-        raise NonFiniteLossError(f"{method}: no rate of {len(tried)} led to a finite loss: sweep with smaller factors")
+        raise NonFiniteLossError(f"{method}: none of {len(tried)} rates gave a finite loss: sweep with smaller factors")
     found = {"method": method, "rows": rows, "steps": steps, "seed": cfg.seed, "tried": tried, "best": best}
     found |= {"is_at_edge": is_at_edge(found), "diverges_beyond": _diverges_beyond(found, fields)}
     found |= {"max_trials": TRIALS} if factors is None else {}
@@ -73,17 +73,17 @@ def sweep(
     log(f"{method}: {verdict(found)}: {_shown({name: best[name] for name in fields})}")
     if any(best[name] != getattr(cfg, name) for name in fields):
         given = " ".join(f"-p {name}={best[name]:g}" for name in fields)
-        log(f"to train with it: {given}, in a study in which nothing was trained yet")
+        log(f"to train with it: {given}, in a study without any training runs yet")
     return found
 
 
 def next_trial(tried, n_rates=1, *, trials=TRIALS, is_allowed=lambda powers: True):
-    """The powers of 3 by which to multiply the rates next, or None when the search is over.
+    """The powers of 3 by which to multiply the rates in the next trial, or None when the search is over.
 
-    tried: {powers: validation loss, or None where it diverged}, in the order of the trials. First 0, -1 and 1 of the
-    first rate; then the untried neighbours of what has the least loss, along the rate that was varied last before the
-    other, until there are none, so the best lies between worse rates or below one that diverged. While nothing was
-    finite all rates are lowered. is_allowed(powers): whether such rates exist. Never more than `trials` in all.
+    tried: {powers: validation loss, or None if it diverged}, in trial order. First 0, -1 and 1 for the first rate;
+    then the untried neighbours of the lowest loss, starting with the rate that was varied last, until there are none,
+    so that the best rate is between worse ones or below one that diverged. While no loss is finite, all rates are
+    lowered. is_allowed(powers): whether such rates are valid. Never more than `trials` in total.
     """
     known = {powers: loss for powers, loss in tried.items() if loss is not None}
     if len(tried) >= trials:
@@ -107,7 +107,7 @@ def _moved(powers, axis, by):
 
 
 def curve_of(losses, steps):
-    """Mean training loss over each tenth of `steps` that is over; of under ten steps none. A skipped step has None."""
+    """Mean training loss over each completed tenth of `steps`; empty for fewer than ten. A skipped step has None."""
     size = steps // 10
     parts = [losses[k * size : (k + 1) * size] for k in range(min(10, len(losses) // size))] if size else []
     known = [[loss for loss in part if loss is not None] for part in parts]
@@ -115,10 +115,10 @@ def curve_of(losses, steps):
 
 
 def is_hopeless(curve, best):
-    """Whether a trial may be stopped: from four tenths of the steps on, its training loss lies more than CLEARLY_WORSE
-    above the best trial's at the same steps and rows, and the gap has not shrunk since the tenth before.
+    """Whether to stop a trial: after four tenths of the steps, its training loss is more than CLEARLY_WORSE above the
+    best trial's at the same steps and rows, and the gap has not shrunk since the previous tenth.
 
-    A rate too low, which catches up slowly, is therefore trained to the end.
+    So a rate that is too low, which catches up slowly, is trained to the end.
     """
     last = [*curve[-2:], *best[max(0, len(curve) - 2) : len(curve)]]
     if len(curve) < _FIRST_LOOK or len(last) < 4 or None in last:
@@ -128,14 +128,14 @@ def is_hopeless(curve, best):
 
 
 def path_of(study, method):
-    """Where the result of a method's sweep is written."""
+    """The file with the result of a method's sweep."""
     return study.folder / "sweeps" / f"{method}.json"
 
 
 def kept(study, method, *, factors=None, rows=ROWS):
-    """Read what an earlier sweep of the same factors and rows found, or None.
+    """The result of an earlier sweep with the same factors and rows, or None.
 
-    factors=None: a search, or whatever the study has adopted its rates from.
+    factors=None: a search, or whichever sweep the study adopted its rates from.
     """
     path = path_of(study, method)
     found = require_shape(read_json(path), _SHAPE, path) if path.exists() else None
@@ -147,25 +147,25 @@ def kept(study, method, *, factors=None, rows=ROWS):
 
 
 def is_at_edge(found):
-    """Whether on one side of the best rate nothing was tried, so that a better one may lie beyond."""
+    """Whether nothing was tried on one side of the best rate, so that a better one may lie beyond."""
     lines = _lines(found)
     return any(not below or not above for below, above in lines)
 
 
 def verdict(found):
-    """What a sweep's least loss may be called, in words: 'best' only inside its bracket. found: or what was adopted."""
+    """Text for a sweep's lowest loss: 'best' only if it is bracketed. found: a result, or what was adopted from one."""
     n_tried = f"{len(found['tried'])} trial{'s'[: len(found['tried']) > 1]}"
     n_tried += f" of at most {found['max_trials']}" if "max_trials" in found else ""
     at = f"on {found['rows']:,} rows"
     if is_at_edge(found):
-        return f"least loss of {n_tried} {at}, at the edge of what was tried (a better rate may lie beyond)"
+        return f"lowest loss of {n_tried} {at}, at the edge of the tried range (a better rate may lie beyond)"
     return f"best of {n_tried} {at}" + (
         ", the next higher rate diverged or was clearly worse" if found.get("diverges_beyond") else ""
     )
 
 
 def _lines(found):
-    """[(entries below, entries above), ...] of the best, one pair a searched factor, the nearest last and first."""
+    """[(entries below, entries above), ...] the best, one pair per searched factor; the nearest last and first."""
     best, made = _least(found["tried"]), []
     names = [name for name in ("factor", "factor_2") if name in best]
     for name in names:
@@ -177,7 +177,7 @@ def _lines(found):
 
 
 def _diverges_beyond(found, fields):
-    """{field: the next higher rate} of rates at which training diverged."""
+    """{field: the next higher rate} for rates at which training diverged."""
     highest, made = _least(found["tried"])["valid_loss"] + CLEARLY_WORSE, {}
     for at, (_, above) in enumerate(_lines(found)):
         if above and (above[0]["valid_loss"] is None or above[0]["valid_loss"] > highest):
@@ -186,12 +186,12 @@ def _diverges_beyond(found, fields):
 
 
 def _search(cfg, fields, tried):
-    """Yield the factors of the next trial; its entry is in `tried` when the next one is asked for."""
+    """Yield the factors of each trial; the caller adds its entry to `tried` before the next one."""
 
     def is_allowed(powers):
         try:
             return bool(cfg.replace(**_rates(cfg, fields, [3.0**power for power in powers])))
-        except ConfigError:  # a rate that is out of range
+        except ConfigError:  # a rate out of range
             return False
 
     powers = []
@@ -205,7 +205,7 @@ def _search(cfg, fields, tried):
 
 
 def _rates(cfg, fields, point):
-    """{field: rate}; one factor is that of all rates."""
+    """{field: rate}; a single factor applies to all rates."""
     each = point if len(point) > 1 else point * len(fields)
     return {name: getattr(cfg, name) * factor for name, factor in zip(fields, each, strict=True)}
 
@@ -216,7 +216,7 @@ def _least(tried):
 
 
 class _Hopeless(Callback):
-    """Asks a trial to stop when it is hopeless beside the best trial's curve."""
+    """Stops a trial that is hopeless compared with the best trial's curve."""
 
     is_so = False
 
@@ -234,9 +234,9 @@ def _is_hopeless(record, best):
 
 
 def _trial(study, method, cfg, point, best, log):
-    """What one run of the sweep came to, read or trained now. Only its record is kept.
+    """The result of one trial, read from its record or trained now. Only the record is kept.
 
-    best: the curve of the best trial, beside which a hopeless one is stopped, or None.
+    best: the best trial's curve, for stopping a hopeless trial, or None.
     """
     shown = "x".join(f"{factor:g}" for factor in point)
     small = Study(study.folder / "sweeps" / f"{method}-{shown}", cfg)
@@ -248,7 +248,7 @@ def _trial(study, method, cfg, point, best, log):
     )
     if not is_settled or record["run_hash"] != cfg.run_hash(method):
         if not small.data_dir.exists():
-            beside = small.folder / "data.copying"  # a cut copy must not pass for the data
+            beside = small.folder / "data.copying"  # an incomplete copy must not be taken for the data
             shutil.rmtree(beside, ignore_errors=True)
             copy_tree(study.data_dir, beside)
             rename(beside, small.data_dir)

@@ -34,7 +34,7 @@ def test_01_refuses_a_typed_mistake_in_words_and_runs_cell_by_cell(lab, fields):
         parameters.type_at_end("lora_rank = 0")
         parameters.run()
         setup.run()
-        assert setup.text == "ConfigError: lora_rank=0 is out of range: use 1 or more (columns of each adapter)"
+        assert setup.text == "ConfigError: lora_rank=0 is out of range: use 1 or more (rank of each adapter)"
         assert setup.problems() == [f"an error: {setup.text}"]
         parameters.type_at_end(f"lora_rank = {TINY['lora_rank']}")
         for cell in opened.code_cells:

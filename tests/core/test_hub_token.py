@@ -118,7 +118,7 @@ def test_colab_is_not_asked_outside_a_kernel_or_where_nobody_looks(colab, monkey
     monkeypatch.setattr(hub_token, "is_watched", session.is_watched)  # this process is no kernel
     # What Colab's own function comes to in a terminal.
     colab.answer = AttributeError("'NoneType' object has no attribute 'kernel'")
-    with pytest.raises(ModelError, match="in a notebook's cell alone, not from a terminal"):
+    with pytest.raises(ModelError, match="only in a notebook cell, not from a terminal"):
         hub_token.hf_token()
     assert colab.asked == []
 
@@ -161,7 +161,9 @@ def test_kaggles_secret_is_asked_on_kaggle_and_colabs_is_not(colab, monkeypatch)
     kaggle.UserSecretsClient = Client
     monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle)
     assert hub_token.hf_token() == "HF_TOKEN planted"
-    with pytest.raises(ModelError, match=r"secret HF_TOKEN could not be read \(BackendError: .*\): under Add-ons"):
+    with pytest.raises(
+        ModelError, match=r"secret HF_TOKEN could not be read \(BackendError: .*\): add it under Add-ons"
+    ):
         hub_token.hf_token()
     assert colab.asked == []
 
@@ -217,4 +219,4 @@ def test_a_command_in_colabs_terminal_ends_in_the_named_error(colab, monkeypatch
     assert main(["plan", "-p", "profile", "t4", "-p", "model", "google/gemma-9-it"]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said and colab.asked == []
-    assert "no Hugging Face token. Colab's secrets can be read in a notebook's cell alone" in said
+    assert "no Hugging Face token. Colab's secrets can be read only in a notebook cell" in said

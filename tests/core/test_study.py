@@ -23,7 +23,7 @@ def frozen(study):
 
 def test_what_the_data_rest_on_is_fixed_with_them(make_study):
     study = make_study()
-    with pytest.raises(StudyError, match=r"another config: train_rows: \d+ -> 3\. Set these fields back, or choose"):
+    with pytest.raises(StudyError, match=r"another config: train_rows: \d+ -> 3\. Change these fields back, or choose"):
         reopened(study, train_rows=3)
 
 

@@ -142,7 +142,7 @@ def test_a_test_file_gives_the_test_rows(two_files, cfg_of, tmp_path):
     own = write_jsonl(tmp_path / "own.jsonl", chat_rows(random.Random(11), 20))
     files = {"tulu": f"{two_files['tulu']},{own}"}
     manifest = data.build_data(cfg_of(sources_text(files)), tmp_path / "data", quiet)
-    assert manifest["sources"]["tulu"]["test_rows_from"] == "rows of their own"
+    assert manifest["sources"]["tulu"]["test_rows_from"] == "separate rows"
     assert set(manifest["sources"]["tulu"]["sha256"]) == {"main", "test"}
     raw = {json.dumps(json.loads(line)["messages"]) for line in own.read_text().splitlines()}
     for split, messages in messages_of(tmp_path / "data").items():

@@ -98,7 +98,7 @@ def test_workers_change_no_byte(two_files, cfg_of, tmp_path, monkeypatch):
 def test_a_worker_that_is_killed_ends_the_build_with_the_way_out(two_files, cfg_of, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "_ROWS_WORTH_A_WORKER", 1)
     monkeypatch.setattr(tokenize, "_encode_batch", _killed)
-    with pytest.raises(DataError, match="tokenizing processes was killed, perhaps for memory: set workers = 1"):
+    with pytest.raises(DataError, match="tokenizing processes was killed, perhaps out of memory: set workers = 1"):
         data.build_data(dataclasses.replace(cfg_of(sources_text(two_files)), workers=2), tmp_path / "data", quiet)
 
 
@@ -134,7 +134,7 @@ def test_data_that_stand_are_kept_and_made_again_where_anything_changed(two_file
         patch.setattr(build, "choose", None)  # building again would call it
         again = data.build_data(cfg, folder, said.append)
     assert again == first
-    assert said == [f"data already built: split {first['split_hash']}, from the same inputs"]
+    assert said == [f"data already built from the same inputs: split {first['split_hash']}"]
     for name, content in {
         "train.parquet": b"damaged",
         "rejects.jsonl": b"{}\n",

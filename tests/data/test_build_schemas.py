@@ -20,7 +20,7 @@ def test_fields_that_are_not_used_are_listed_and_said_once(cfg_of, tmp_path):
     cfg = cfg_of(f"mine={write_jsonl(tmp_path / 'a.jsonl', rows)}")
     manifest = data.build_data(cfg, tmp_path / "data", said.append)
     assert manifest["ignored_fields"] == {"mine": {"context": 40}}
-    assert said.count("mine: fields that are not used: 'context'") == 1
+    assert said.count("mine: unused fields: 'context'") == 1
 
 
 def test_a_parquet_file_from_pandas_with_a_time_beyond_pythons_is_used(cfg_of, tmp_path):
@@ -39,7 +39,7 @@ def test_a_parquet_file_from_pandas_with_a_time_beyond_pythons_is_used(cfg_of, t
 def test_a_source_without_any_known_schema_names_fields_and_schemas(cfg_of, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 1}] * 150)
     with pytest.raises(
-        DataError, match=r"none of its first 100 rows is of a known schema \(fields 'text', 'label'\).*ShareGPT"
+        DataError, match=r"none of its first 100 rows has a known schema \(fields 'text', 'label'\).*ShareGPT"
     ):
         data.build_data(cfg_of(f"alpaca={path}"), tmp_path / "data", quiet)
 
@@ -58,18 +58,18 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             "comma.jsonl",
             ",\n".join(map(json.dumps, [PAIR, PAIR, {}])),
-            r"2 not_json: not JSON.*without a comma behind it.*row 1: Extra data",
+            r"2 not_json: not JSON.*without a trailing comma.*row 1: Extra data",
         ),
-        ("array.jsonl", json.dumps(TABLE), r"not a list: give one array of objects, in a .json file"),
-        ("pretty.jsonl", json.dumps(TABLE, indent=1), r"an array goes into a .json file"),
-        ("wrapped.json", json.dumps({"data": TABLE}), r"fields 'data'.*give that list alone"),
+        ("array.jsonl", json.dumps(TABLE), r"not a list: use one array of objects, in a .json file"),
+        ("pretty.jsonl", json.dumps(TABLE, indent=1), r"put an array into a .json file"),
+        ("wrapped.json", json.dumps({"data": TABLE}), r"fields 'data'.*save only that list"),
         ("nested.json", json.dumps([TABLE]), r"not a list"),
-        ("texts.json", json.dumps(["a", "b"]), r"A row is an object of named fields"),
-        ("semicolons.csv", "instruction;output\na;b\n", r"commas separate the columns"),
-        ("semicolons2.csv", "instruction;output\na, b;c\n", r"commas separate the columns"),
+        ("texts.json", json.dumps(["a", "b"]), r"A row must be an object with named fields"),
+        ("semicolons.csv", "instruction;output\na;b\n", r"separated by commas"),
+        ("semicolons2.csv", "instruction;output\na, b;c\n", r"separated by commas"),
         ("odd.csv", "Frage,Antwort\na,b\n", r"rename\(columns={'Frage': 'instruction', 'Antwort': 'output'}\)"),
         ("half.json", json.dumps([{"instruction": "a", "reply": "b"}]), r"columns={'reply': 'output'}"),
-        ("capitals.csv", "Instruction, output\na,b\n", r"Names of fields are lower case, without spaces"),
+        ("capitals.csv", "Instruction, output\na,b\n", r"Field names must be lower case, without surrounding spaces"),
         (
             "latin.csv",
             "instruction,output\ncaf\udce9,b\n",
@@ -82,7 +82,7 @@ def test_files_of_no_known_schema_come_with_advice(tmp_path, name, content, mess
     path.write_bytes(content.encode(errors="surrogateescape"))
     [source] = parse_sources(f"mine={path}")
     stream = Stream("main", Tally(source, quiet), seed=0, n_held=10)
-    with pytest.raises(DataError, match=rf"{name}: none of its first \d+ rows is of a known schema .*{message}"):
+    with pytest.raises(DataError, match=rf"{name}: none of its first \d+ rows has a known schema .*{message}"):
         list(stream.batches())
 
 
@@ -106,7 +106,7 @@ def test_what_the_rows_are_read_as_is_said(two_files, cfg_of, tmp_path):
         ("mine=hub", "mine=hub, but hub has only alpaca, tulu, ultrachat"),
         ("alpaca=a.jsonl,b.jsonl,c.jsonl", "is not FILE or FILE,TESTFILE"),
         ("alpaca=a.jsonl,", "is not FILE or FILE,TESTFILE"),
-        ("alpaca=~nobody-here/a.jsonl", "give the whole path"),
+        ("alpaca=~nobody-here/a.jsonl", "use the full path"),
     ],
 )
 def test_malformed_sources_are_refused(text, message):

@@ -63,12 +63,12 @@ def test_a_source_that_runs_out_gives_rows_to_all_splits_and_the_others_stay_exa
             "valid": {"asked": 2, "given": 1},
         }
     }
-    assert "alpaca runs out after 12 rows: they are shared out in the proportions asked" in said
-    assert "alpaca has fewer rows than asked: test 3 of 20, train 8 of 50, valid 1 of 2" in said
+    assert "alpaca has only 12 usable rows: dividing them in the requested proportions" in said
+    assert "alpaca has fewer rows than requested: test 3 of 20, train 8 of 50, valid 1 of 2" in said
     assert manifest["rejected"]["alpaca"] == {"duplicate": 3} and manifest["unused"]["alpaca"] == 0
     assert_accounts(manifest)
     assert leaks.leaks(messages_of(tmp_path / "data")) == {}
-    assert "alpaca has fewer rows than asked" in (tmp_path / "data" / "README.md").read_text()
+    assert "alpaca has fewer rows than requested" in (tmp_path / "data" / "README.md").read_text()
     random.Random(1).shuffle(short)
     write_jsonl(tmp_path / "short.jsonl", [*short, *short[:3]])
     again = data.build_data(cfg_of(sources_text(files), **sizes), tmp_path / "again", quiet)
@@ -93,7 +93,7 @@ def test_too_few_rows_for_one_in_each_split_are_an_error(cfg_of, tmp_path):
     rows = [*alpaca_rows(random.Random(7), 2), {"instruction": "a", "output": " "}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(
-        DataError, match=r"for one in each split: 2 can be used, which leaves none for valid. .*valid_rows = 0"
+        DataError, match=r"for every split: only 2 can be used, which leaves none for valid. .*valid_rows = 0"
     ):
         data.build_data(cfg_of(f"alpaca={path}", allow_short=True), tmp_path / "data", quiet)
     manifest = data.build_data(cfg_of(f"alpaca={path}", allow_short=True, valid_rows=0), tmp_path / "data", quiet)
@@ -105,8 +105,8 @@ def test_a_source_of_which_no_row_can_be_used_is_an_error_that_shows_one(two_fil
     path = write_jsonl(tmp_path / "b.jsonl", rows)
     with pytest.raises(
         DataError,
-        match=r"no row can be used. mine has 2 rows, rejected: not_text 2; not_text is a text that is a number.*, "
-        r"first in row 1 of .*b.jsonl, system: .*Give other data, or leave the source out",
+        match=r"no usable rows. mine has 2 rows, rejected: not_text 2; not_text: a number.*, "
+        r"first in row 1 of .*b.jsonl, system: .*Use other data, or remove the source",
     ):
         cfg = cfg_of(sources_text({**two_files, "mine": path}), allow_short=True)
         data.build_data(cfg, tmp_path / "data", quiet)

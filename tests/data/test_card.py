@@ -55,7 +55,7 @@ def test_hub_sources_are_streamed_at_their_revision_and_ultrachat_has_its_own_te
     }
     assert all(s["streaming"] is True and s["revision"] == source.revision for _, s in fake_hub)
     told = manifest["sources"]["ultrachat"]
-    assert (told["revision"], told["license"], told["test_rows_from"]) == (source.revision, "MIT", "rows of their own")
+    assert (told["revision"], told["license"], told["test_rows_from"]) == (source.revision, "MIT", "separate rows")
     origins = data.load_split(tmp_path / "data", "test").column("origin")
     assert len(origins) == 10 and all(int(origin) >= 1000 for origin in origins)
     n_calls = len(fake_hub)

@@ -73,7 +73,7 @@ def test_json_may_hold_any_value_as_a_row(tmp_path):
 
 
 def test_an_empty_array_holds_no_rows(tmp_path):
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         rows_of(written(tmp_path / "rows.json", b" [ ] "))
 
 
@@ -128,13 +128,13 @@ def test_misplaced_csv_quotes_cost_their_row(tmp_path):
 
 def test_a_csv_quote_never_closed_is_an_error_and_no_loss_of_all_rows_behind_it(tmp_path):
     path = written(tmp_path / "rows.csv", b'instruction,output\na,b\n"c,d\ne,f\n')
-    with pytest.raises(DataError, match="quote opened in line 3 is never closed"):
+    with pytest.raises(DataError, match="quote opened on line 3 is never closed"):
         rows_of(path)
 
 
 def test_a_csv_whose_header_is_broken_is_an_error(tmp_path):
     path = written(tmp_path / "rows.csv", b'instruction,"sa"0\nask,say\n')
-    with pytest.raises(DataError, match="first line, the header, is no CSV"):
+    with pytest.raises(DataError, match="first line, the header, is not CSV"):
         rows_of(path)
 
 
@@ -178,9 +178,9 @@ def test_a_field_given_twice_costs_its_row(tmp_path, kind):
         ("a,b\nc,d\n".encode("utf-16"), "UTF-16 text: save it as UTF-8"),
         ("a,b\nc,d\n".encode("utf-16-le"), "UTF-16 text: save it as UTF-8"),
         ("a,b\nc,d\n".encode("utf-16-be"), "UTF-16 text: save it as UTF-8"),
-        (b"PK\x03\x04rest", "a spreadsheet as CSV"),
-        (b"\x28\xb5\x2f\xfdrest", "compressed by zstd: unpack it"),
-        (gzip.compress(gzip.compress(b"a,b\nc,d\n", mtime=0), mtime=0), "compressed by gzip twice"),
+        (b"PK\x03\x04rest", "save the spreadsheet as CSV"),
+        (b"\x28\xb5\x2f\xfdrest", "compressed with zstd: unpack it"),
+        (gzip.compress(gzip.compress(b"a,b\nc,d\n", mtime=0), mtime=0), "compressed with gzip twice"),
         (as_bytes("parquet"), "Parquet: name it .parquet"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", denied)
-    with pytest.raises(DataError, match="rows.jsonl cannot be read .*Permission denied.*who may read it"):
+    with pytest.raises(DataError, match="rows.jsonl cannot be read .*Permission denied.*its permissions"):
         rows_of(path)
 
 
@@ -248,7 +248,7 @@ def test_truncated_gzip_is_an_error(tmp_path, kind, share):
     whole = gzip.compress(as_bytes(kind, ROWS * 50))
     path = tmp_path / f"rows.{kind}.gz"
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(DataError, match=r"damaged or cut short after row \d+.*again"):
+    with pytest.raises(DataError, match=r"damaged or truncated after row \d+.*again"):
         rows_of(path)
 
 
@@ -257,7 +257,7 @@ def test_gzip_with_a_flipped_byte_is_an_error(tmp_path):
     whole[len(whole) // 2] ^= 0xFF
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(whole)
-    with pytest.raises(DataError, match="damaged or cut short|cannot be read"):
+    with pytest.raises(DataError, match="damaged or truncated|cannot be read"):
         rows_of(path)
 
 
@@ -277,7 +277,7 @@ def test_malformed_json_is_an_error(tmp_path, content):
 
 @pytest.mark.parametrize("cut", [4, 100, -5])
 def test_truncated_parquet_is_an_error(tmp_path, cut):
-    with pytest.raises(DataError, match="no whole Parquet file"):
+    with pytest.raises(DataError, match="not a complete Parquet file"):
         rows_of(written(tmp_path / "rows.parquet", as_bytes("parquet")[:cut]))
 
 
@@ -288,11 +288,11 @@ def test_missing_file_folder_empty_file_and_unknown_kind(tmp_path):
     written(tmp_path / "rows.xlsx", b"PK")
     for name, message in {
         "absent.jsonl": r"does not exist: check the path, or use 'hub' or 'sample'",
-        ".": r"is a folder: name one file in it \(.jsonl",
-        "empty.jsonl": r"is empty: fetch or write",
-        "blank.jsonl": "holds no rows",
-        "header.csv": "holds no rows",
-        "rows.xlsx": r"of no known kind: name it .jsonl",
+        ".": r"is a folder: give one file in it \(.jsonl",
+        "empty.jsonl": r"is empty: download or write",
+        "blank.jsonl": "has no rows",
+        "header.csv": "has no rows",
+        "rows.xlsx": r"unknown file type: use .jsonl",
     }.items():
         with pytest.raises(DataError, match=message):
             rows_of(tmp_path / name)

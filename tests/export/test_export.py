@@ -115,7 +115,7 @@ def test_only_what_a_finished_run_left_is_exported(finished, tmp_path):
         export_model(study, "qlora", to=tmp_path / "out")
     write_json(path, record)
     (weights / "adapter_model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ModelError, match=r"not what the run's record speaks of: adapter_model.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"does not match the run's record: adapter_model.safetensors is damaged"):
         export_model(study, "qlora", to=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

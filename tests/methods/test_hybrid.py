@@ -90,12 +90,12 @@ def test_a_resumed_run_is_bit_equal(make_study, choice):
 @pytest.mark.parametrize(
     "choice, words",
     [
-        ("o_prj", r"'o_prj' names no projection: did you mean o_proj"),
-        ("mlp,nothing", r"'nothing' names no projection: known: attention, mlp, q_proj"),
+        ("o_prj", r"'o_prj' is not a projection: did you mean o_proj"),
+        ("mlp,nothing", r"'nothing' is not a projection: known: attention, mlp, q_proj"),
         ("last_2_layer", r"did you mean last_4_layers"),
-        ("last_0_layers", r"names no projection"),
+        ("last_0_layers", r"is not a projection"),
         ("", r"names no projection: that is the method qlora"),
-        ("attention,mlp", r"none is left in 4 bits: take the method galore"),
+        ("attention,mlp", r"none is left in 4 bits: use the method galore"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused_with_the_way_out(choice, words):

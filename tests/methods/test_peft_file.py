@@ -76,7 +76,7 @@ def test_a_study_does_without_the_file_here_and_on_another_machine(make_study, f
     assert name in study.report_path.read_text(encoding="utf-8")
     assert LIGHT.color_of(name) != LIGHT.other and marker_of(name) != "*"
     made = export_model(study, name, to=tmp_path / "out", log=silent)
-    assert "PEFT's LORA by the config my_q_v" in made.card
+    assert "PEFT's LORA with the config my_q_v" in made.card
     assert records.load(study, name, 0)["method"] == name
     finished_study.call("plan", "--study", "tiny", "--gpu", "t4", "--methods", name)
 
@@ -97,7 +97,7 @@ def test_the_copy_in_a_study_is_checked(make_study, file, monkeypatch):
     assert methods.find(name).peft_config == FIELDS
     monkeypatch.setattr(peft_file, "_known", {})
     shutil.move(path, path.with_name(f"{name[:-8]}00000000.json"))
-    with pytest.raises(StudyError, match="is damaged: it is called"):
+    with pytest.raises(StudyError, match="is damaged: its name is"):
         methods.find(f"{name[:-8]}00000000")
     monkeypatch.setattr(peft_file, "_known", {})
     with pytest.raises(ConfigError, match=f"method='{name}' is unknown: use qlora, .*or peft:FILE.json"):
@@ -107,13 +107,13 @@ def test_the_copy_in_a_study_is_checked(make_study, file, monkeypatch):
 @pytest.mark.parametrize(
     "content, told",
     [
-        (None, "there is no file .*: give an adapter_config.json"),
-        ("{", "is no JSON"),
+        (None, "there is no file .*: use PEFT's adapter_config.json"),
+        ("{", "is not JSON"),
         (json.dumps({**FIELDS, "peft_type": "PROMPT_TUNING"}), "trains a prompt"),
-        (json.dumps({**FIELDS, "target_modules": ["q_porj"]}), "'q_porj', which no layer is called: use q_proj"),
+        (json.dumps({**FIELDS, "target_modules": ["q_porj"]}), "'q_porj', which is not a layer: use q_proj"),
         (
             json.dumps({**FIELDS, "base_model_name_or_path": "google/gemma-3-4b-it"}),
-            "='google/gemma-3-4b-it', the study's",
+            "='google/gemma-3-4b-it', but the study's",
         ),
     ],
 )

@@ -93,5 +93,5 @@ def test_it_has_its_own_colour_marker_and_place(seventh):
 
 def test_a_name_is_taken_once(seventh):
     for name in (NAME, "base", "qlora"):
-        with pytest.raises(ConfigError, match="exists already"):
+        with pytest.raises(ConfigError, match="already exists"):
             methods.register(dataclasses.replace(SPEC, name=name))

@@ -44,7 +44,7 @@ def base(tiny_model, four_bit):
 def test_a_kind_trains_and_is_saved_loaded_and_merged(tiny_model, tmp_path, kind, four_bit):
     torch.manual_seed(0)
     if four_bit and not KINDS[kind].takes_4_bit:
-        with pytest.raises(ConfigError, match=f"peft_type='{kind}' takes no 4-bit weights"):
+        with pytest.raises(ConfigError, match=f"peft_type='{kind}' does not support 4-bit weights"):
             adapted(base(tiny_model, four_bit), kind)
         return
     model = adapted(base(tiny_model, four_bit), kind)
@@ -86,26 +86,26 @@ def test_numbers_counted_without_memory_are_those_of_a_real_model(kind):
 
 
 REFUSED = [
-    ([], "holds a list"),
+    ([], "is a list: use an object"),
     ({}, "peft_type=None is missing: use LORA, "),
     ({"peft_type": "LOR"}, "peft_type='LOR' is unknown .did you mean LORA"),
     ({"peft_type": ["LORA"]}, "peft_type=.*is unknown"),
     ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "peft_type='PREFIX_TUNING' trains a prompt before each"),
-    ({"peft_type": "ADALORA"}, "peft_type='ADALORA' is not among"),
-    (fields_of("LORA", task_type="SEQ_CLS"), "task_type='SEQ_CLS' is no language model's: use 'CAUSAL_LM'"),
-    (fields_of("LORA", lora_alhpa=8), "lora_alhpa=8 is no field of LoraConfig: use lora_alpha"),
-    (fields_of("LORA", auto_map={"a": "b"}), "names code in auto_map"),
-    (fields_of("LORA", init_lora_weights="eva"), "init_lora_weights='eva' cannot be repeated"),
-    (fields_of("LORA", eva_config={"rho": 2}), "eva_config needs more than the rows"),
-    (fields_of("LORA", r=0), "PEFT refuses it .*r. should be a positive"),
+    ({"peft_type": "ADALORA"}, "peft_type='ADALORA' is not supported"),
+    (fields_of("LORA", task_type="SEQ_CLS"), "task_type='SEQ_CLS' is not for language models: use 'CAUSAL_LM'"),
+    (fields_of("LORA", lora_alhpa=8), "lora_alhpa=8 is not a field of LoraConfig: use lora_alpha"),
+    (fields_of("LORA", auto_map={"a": "b"}), "refers to code in auto_map"),
+    (fields_of("LORA", init_lora_weights="eva"), "init_lora_weights='eva' cannot be reproduced"),
+    (fields_of("LORA", eva_config={"rho": 2}), "eva_config needs more than a study"),
+    (fields_of("LORA", r=0), "PEFT rejects it .*r. should be a positive"),
     (fields_of("LORA", r=65), "r=65 is larger than q_proj: use 1..64 there"),
     (fields_of("LORA", r=33), "r=33 is larger than k_proj: use 1..32 there"),
-    (fields_of("OFT", oft_block_size=4, r=4), "PEFT refuses it .You can only specify either r"),
-    (fields_of("LORA", target_modules=["q_prj"]), "target_modules has 'q_prj', which no layer is called: use q_proj"),
+    (fields_of("OFT", oft_block_size=4, r=4), "PEFT rejects it .You can only specify either r"),
+    (fields_of("LORA", target_modules=["q_prj"]), "target_modules has 'q_prj', which is not a layer: use q_proj"),
     (fields_of("LORA", target_modules=["q_proj", "dense"]), "target_modules has 'dense'"),
-    (fields_of("LORA", target_modules="nothing.*"), "PEFT refuses it .*nothing"),
-    (fields_of("LORA", target_modules=["lm_head"]), "hold the embedding, which stays frozen"),
-    (fields_of("LORA", modules_to_save=["embed_tokens"]), "hold the embedding, which stays frozen"),
+    (fields_of("LORA", target_modules="nothing.*"), "PEFT rejects it .*nothing"),
+    (fields_of("LORA", target_modules=["lm_head"]), "include the embedding, which stays frozen"),
+    (fields_of("LORA", modules_to_save=["embed_tokens"]), "include the embedding, which stays frozen"),
 ]
 
 

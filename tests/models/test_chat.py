@@ -73,7 +73,7 @@ def test_a_changed_template_is_refused(tmp_path, monkeypatch):
     other = tmp_path / "gemma3_chat_template.jinja"
     other.write_text(chat.template_text() + " ")
     monkeypatch.setattr(chat, "TEMPLATE_PATH", other)
-    with pytest.raises(ModelError, match=r"SHA-256 .* install peftlib again"):
+    with pytest.raises(ModelError, match=r"SHA-256 .* reinstall peftlib"):
         chat.set_template(tiny.tokenizer())
 
 

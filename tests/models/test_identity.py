@@ -76,7 +76,7 @@ def test_a_flipped_bit_of_the_weights_is_refused_by_all_who_use_them(finished, t
     study = finished("qlora")
     path = study.weights_dir("qlora", 0) / "adapter_model.safetensors"
     flip(path)
-    said = "not what the run's record speaks of: adapter_model.safetensors is damaged"
+    said = "does not match the run's record: adapter_model.safetensors is damaged"
     for use in uses(study, "qlora", tmp_path):
         with pytest.raises(ModelError, match=said):
             use()
@@ -94,7 +94,7 @@ def test_a_flipped_bit_of_the_weights_is_refused_by_all_who_use_them(finished, t
         (
             "lora",
             lambda folder: shutil.copy(folder / "adapter_model.safetensors", folder / "attention.safetensors"),
-            "attention.safetensors is not in it",
+            "attention.safetensors is not listed",
         ),
         (
             "lora",
@@ -115,7 +115,7 @@ def test_weights_that_something_else_saved_there_are_refused(finished, tiny_mode
     study = finished("galore")
     facts = {"model": str(tiny_model), "four_bit": [], "precision": "fp32"}
     save_trained(tiny.model(seed=9), data.load_tokenizer(str(tiny_model)), study.weights_dir("galore", 0), facts)
-    with pytest.raises(ModelError, match="model.safetensors is damaged or was exchanged"):
+    with pytest.raises(ModelError, match="model.safetensors is damaged or was replaced"):
         load_trained(study.weights_dir("galore", 0))
 
 
@@ -155,7 +155,7 @@ def test_a_run_does_not_go_on_with_another_base(make_study, own_base, method):
     assert TrainingRun(study, method, log=quiet).train()["status"] == "stopped"
     exchange(own_base)
     study.record_path(method, 0).unlink()  # the checkpoint alone knows
-    with pytest.raises(CheckpointError, match=r"base' is another base model than the one of the checkpoint in .*-s0"):
+    with pytest.raises(CheckpointError, match=r"base' is not the base model of the checkpoint in .*-s0"):
         TrainingRun(study, method, log=quiet).train()
     tiny.model_folder(own_base)
     again = make_study(model=str(own_base), max_steps=2)
@@ -170,7 +170,7 @@ def test_another_base_is_refused_by_all_who_use_it(make_study, own_base, tmp_pat
     ours = records.load(study, method, 0)["model_sha256"]
     exchange(own_base)
     other = identity.base_facts(str(own_base))["model_sha256"]
-    both = rf"another base model than the one of .*SHA-256 {other[:16]} here, SHA-256 {ours[:16]} there.*another study name"
+    both = rf"is not the base model of .*SHA-256 {other[:16]} here, SHA-256 {ours[:16]} there.*another study name"
     uses_of_base = [  # whose results would stand beside those of the former base
         lambda: evaluate.evaluate(study, "base", log=quiet),
         lambda: talk.main(study, "base", seed=0, max_new_tokens=2),
@@ -182,7 +182,9 @@ def test_another_base_is_refused_by_all_who_use_it(make_study, own_base, tmp_pat
     for use in [*used, *uses_of_base]:
         with pytest.raises(ModelError, match=both):
             use()
-    with pytest.raises(CheckpointError, match=rf"than the one of fork='tiny': what its {method} trained: SHA-256"):
+    with pytest.raises(
+        CheckpointError, match=rf"is not the base model of fork='tiny': what its {method} trained: SHA-256"
+    ):
         TrainingRun(forked, method, log=quiet).train()
 
 
@@ -200,7 +202,7 @@ def test_what_is_older_than_digests_opens_and_says_once_that_it_is_not_checked(m
     write_json(facts, {k: v for k, v in read_json(facts).items() if not k.startswith("model_")})
     for name in ("base", "qlora", "base", "qlora"):
         assert evaluate.load_model(study, name, 0, device="cpu", dtype=torch.float32, log=lines.append)
-    assert len(lines) == 2 and all("names no digest of its base model" in line for line in lines)
+    assert len(lines) == 2 and all("has no digest of its base model" in line for line in lines)
     forked = make_study(study="forked", fork="tiny", max_steps=1, lora_learning_rate=1e-2, galore_learning_rate=1e-2)
     assert TrainingRun(forked, "qlora", log=lines.append).train()["status"] == "ok"
 
@@ -259,7 +261,7 @@ def test_a_large_models_digest_is_kept_in_the_users_cache(own_base, tmp_path, mo
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0nonsense", b"\x02\0\0\0\0\0\0\0[]"])
 def test_a_base_that_is_no_safetensors_file_is_named(own_base, content):
     (own_base / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match="model.safetensors is no whole safetensors file"):
+    with pytest.raises(ModelError, match="model.safetensors is not a complete safetensors file"):
         identity.base_facts(str(own_base))
 
 

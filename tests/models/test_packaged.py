@@ -86,6 +86,6 @@ def test_a_damaged_conversion_is_said_and_made_again(converted, monkeypatch, cap
     assert packaged.packaged_model() == converted.folder and len(converted.conversions) == 1  # verified in this process
     monkeypatch.setattr(packaged, "_VERIFIED", set())
     assert packaged.packaged_model() == converted.folder and len(converted.conversions) == 2
-    assert re.search(f"is not whole \\({said}\\): it is converted again", capsys.readouterr().out)
+    assert re.search(f"is damaged \\({said}\\): converting it again", capsys.readouterr().out)
     assert (converted.folder / "model.safetensors").read_bytes() == b"weights"
     assert [path.name for path in converted.folder.parent.iterdir()] == [converted.folder.name]

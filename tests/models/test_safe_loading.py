@@ -104,10 +104,10 @@ def test_a_base_models_own_code_is_neither_run_nor_asked_about(base, monkeypatch
         lambda: auto_tokenizer(base),
     ]
     for call in calls:
-        with pytest.raises(ModelError, match="base wants Python code of its own to be run .auto_map"):
+        with pytest.raises(ModelError, match="base needs its own Python code .auto_map"):
             call()
     if fields:
-        with pytest.raises(ModelError, match="base.*auto_map|base.*has no config"):
+        with pytest.raises(ModelError, match="base.*auto_map|base.*has no Gemma-like config"):
             shape_of(str(base))
     assert not ran.exists()
 
@@ -126,13 +126,13 @@ def test_pickled_weights_are_refused_by_name(base, copy_of, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **how: pytest.fail("a pickle was read"))
     torch.save(load_file(base / WEIGHTS), base / "pytorch_model.bin")
     (base / WEIGHTS).unlink()
-    with pytest.raises(ModelError, match="base holds its weights as pickle .pytorch_model.bin.*safetensors alone"):
+    with pytest.raises(ModelError, match="base has pickled weights .pytorch_model.bin.*only safetensors"):
         load_base(str(base), precision="fp32", device="cpu")
     for method, file, pickle in (("lora", ADAPTER, "adapter_model.bin"), ("galore", WEIGHTS, "pytorch_model.bin")):
         folder = copy_of(method)
         torch.save(load_file(folder / file), folder / pickle)
         (folder / file).unlink()
-        with pytest.raises(ModelError, match=f"{method} holds its weights as pickle .{pickle}"):
+        with pytest.raises(ModelError, match=f"{method} has pickled weights .{pickle}"):
             load_trained(folder, log=quiet)
 
 

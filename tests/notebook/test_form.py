@@ -59,16 +59,16 @@ def test_a_choice_moves_the_numbers_it_should(fresh):
 @pytest.mark.parametrize(
     "choices, words",
     [
-        ({"lora_rank": 0}, "lora_rank=0 is out of range: use 1 or more (columns of each adapter)"),
+        ({"lora_rank": 0}, "lora_rank=0 is out of range: use 1 or more (rank of each adapter)"),
         ({"moment_bits": 16}, "moment_bits=16 is not allowed: use 8, 32"),
         ({"train_rows": "many"}, "train_rows='many' is a str: use a whole number (rows per source)"),
-        ({"max_length": 32768, "model": "google/gemma-3-1b-it", "memory_gib": 1.0}, "the least is"),
+        ({"max_length": 32768, "model": "google/gemma-3-1b-it", "memory_gib": 1.0}, "the smallest is"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(fresh, choices, words):
     found = form.answer(fresh, choices, "t4")
     assert words in found.refused
-    assert f"<b>Not possible:</b> {html.escape(words)[:20]}" in form.as_html(found) or "the least is" in words
+    assert f"<b>Not possible:</b> {html.escape(words)[:20]}" in form.as_html(found) or "the smallest is" in words
 
 
 def test_a_rank_larger_than_a_layer_refuses_the_methods_that_need_it_by_the_trainings_own_words(fresh):
@@ -83,8 +83,8 @@ def test_where_nothing_fits_it_says_what_to_change(fresh):
     small = CARDS["t4"].__class__(2.0, 65, 320, "fp16", "Small")
     found = estimate.forecast(resolve("t4", micro_batch_size=16), "small card", small, shape=SHAPES["gemma-3-1b"])
     assert not any(cost.fits for cost in found.costs)
-    assert "on a small card with 2.0 GiB: the least is" in found.refusal
-    assert "Set micro_batch_size to 0, lower max_length (now 1024), or take a smaller model" in found.refusal
+    assert "on a small card with 2.0 GiB: the smallest is" in found.refusal
+    assert "Set micro_batch_size to 0, lower max_length (now 1024), or use a smaller model" in found.refusal
     too_wide = resolve("t4", lora_rank=10**6, galore_rank=10**6, apollo_rank=10**6)
     found = estimate.forecast(too_wide, "t4", CARDS["t4"], shape=SHAPES["gemma-3-1b"])
     assert [cost.method for cost in found.costs if cost.fits] == ["full"]
@@ -121,7 +121,7 @@ def test_lines_and_command_give_just_that_config(fresh, choices, monkeypatch):
 def test_where_data_stand_they_give_the_hours_and_a_choice_they_fix_makes_a_new_study(make_study):
     study = make_study()
     same = form.answer(study, {"epochs": study.cfg.epochs}, "t4")
-    assert any("as the study's data have them" in line for line in same.forecast.notes())
+    assert any("from the study's data" in line for line in same.forecast.notes())
     other = form.answer(study, {"train_rows": 5}, "t4")
     assert other.cfg.study == "tiny-2" and other.cfg.train_rows == 5
     assert any("was made with another config: train_rows: 4 -> 5" in line for line in other.remarks)

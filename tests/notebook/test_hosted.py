@@ -139,7 +139,7 @@ def test_a_hosted_session_without_the_packaged_model_is_told_the_line_to_run(at,
     monkeypatch.setattr(packaged, "_PACKAGES", ["peftlib-no-such-package"])
     for host in ("colab", "kaggle"):
         at(host)
-        with pytest.raises(ModelError, match="in a cell and go on, without a restart") as told:
+        with pytest.raises(ModelError, match="in a cell and continue, without a restart") as told:
             packaged.packaged_model()
         assert paths.install_line("demo") in str(told.value)
 

@@ -219,7 +219,7 @@ def test_in_a_live_kernel_an_edited_parameters_cell_wins_and_errors_are_short(st
         _said(client, "# Parameters\nlora_rank = 0")
         status, said = _said(client, 'study = setup("01_data")')
         assert status == "error"
-        assert said == "ConfigError: lora_rank=0 is out of range: use 1 or more (columns of each adapter)"
+        assert said == "ConfigError: lora_rank=0 is out of range: use 1 or more (rank of each adapter)"
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -55,8 +55,8 @@ def test_a_cell_trains_on_two_stops_survives_the_others_death_and_goes_on(kernel
     [other] = kernel.children()
     other.kill()
     said = front_end.end_of(cell)
-    assert re.search(r"ParallelError: process 0 of 2 cannot go on: process 1 \(\S+, \d+\) is gone", said), said
-    assert "the same command or cell goes on from there" in said
+    assert re.search(r"ParallelError: process 0 of 2 cannot continue: process 1 \(\S+, \d+\) is gone", said), said
+    assert "run the same command or cell again to resume" in said
     record, kept = records.load(study, "qlora", 0), checkpoints.last_step()
     assert record["status"] == "failed" and record["error"].startswith("ParallelError") and kept >= stopped + 5
 

@@ -45,7 +45,7 @@ def test_the_loss_falls_on_repeated_rows(make_study):
 def test_what_it_has_nothing_for_is_refused_by_field(make_study, field, value):
     study = make_study(**FIELDS, **{field: value})
     with pytest.raises(
-        ConfigError, match=rf"{field}={value!r} is not for galore_engine='galore_torch': set {field} to"
+        ConfigError, match=rf"{field}={value!r} does not work with galore_engine='galore_torch': set {field} to"
     ):
         run_of(study).train()
 

@@ -304,5 +304,5 @@ def test_light_states_and_weights_resume_bit_equal_and_still_learn(moment_bits, 
 
 def test_float16_weights_are_refused():
     weight = torch.nn.Parameter(torch.zeros(8, 16, dtype=torch.float16))
-    with pytest.raises(ConfigError, match="float16 weight.*hold it in float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="float16 weight.*keep it in float32 or bfloat16"):
         GaLoreAdamW([{"params": [weight], "rank": 2, "update_gap": 3, "scale": 1.0}], lr=1e-2)

@@ -128,8 +128,8 @@ def test_the_report_says_that_a_runs_rates_or_precision_were_changed_midway(smal
     fake_study.write_record(small, {**record, "changes": changed})
     report.build_report(small)
     text = small.report_path.read_text(encoding="utf-8")
-    assert "qlora (seed 0) was not treated as the others: from step 9 on its learning rates were 0.3 times" in text
-    assert "qlora (seed 0) went on in fp16 from step 12 on (before: bf16)" in text
+    assert "qlora (seed 0) was not trained like the others: from step 9 on, its learning rates were 0.3 times" in text
+    assert "qlora (seed 0) continued in fp16 from step 12 on (before: bf16)" in text
 
 
 def test_a_loss_whose_perplexity_no_number_holds_is_reported(tmp_path, monkeypatch):

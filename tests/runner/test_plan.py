@@ -23,7 +23,7 @@ def rows_of(lines):
 
 def test_a_t4_gets_every_method_with_hours_that_are_marked_as_estimates():
     said = list(plan_lines("T4", {}))
-    assert said[0].startswith("google/gemma-3-1b-it on a t4: 14.6 GiB, fp16, rows of up to 1024 tokens, 16 a step")
+    assert said[0].startswith("google/gemma-3-1b-it on a t4: 14.6 GiB, fp16, rows of up to 1024 tokens, 16 per step")
     found = rows_of(said)
     assert list(found) == list(methods.default_methods())
     assert all(cells[1] == "yes" and cells[-1] == "estimate" and " to " in cells[-2] for cells in found.values())
@@ -82,7 +82,7 @@ def test_hours_come_from_the_studys_own_rows(make_study):
     manifest = study.manifest()
     low, high, basis = estimate.study_tokens(study.cfg, manifest)
     total = sum(found["total"] for found in manifest["tokens"]["train"].values())
-    assert low == high == pytest.approx(total) and "as the study's data have them" in basis
+    assert low == high == pytest.approx(total) and "from the study's data" in basis
     assert estimate.study_tokens(study.cfg.replace(epochs=3), manifest)[0] == pytest.approx(3 * total)
     steps = study.cfg.replace(max_steps=1)
     n_rows = sum(manifest["counts"]["train"].values())
@@ -101,8 +101,8 @@ def test_the_command_prints_the_table_for_a_study_and_settings(make_study, capsy
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--gpu", "b9"], "'b9' is not known: use t4, v100, l4"),
-        (["--gpu", "t4", "-p", "memory_gib", "0.5"], r"no method trains google/gemma-3-1b-it on a t4 with 0\.5 GiB: the least"),
+        (["--gpu", "b9"], "'b9' is unknown: use t4, v100, l4"),
+        (["--gpu", "t4", "-p", "memory_gib", "0.5"], r"no method can train google/gemma-3-1b-it on a t4 with 0\.5 GiB: the smallest"),
         (["--gpu", "t4", "-p", "max_lenght", "9"], "did you mean max_length"),
         (["--gpu", "t4", "--study", "nowhere"], "there is no study 'nowhere'"),
     ],
@@ -118,7 +118,7 @@ def test_shapes_are_found_offline_from_ids_and_folders(tiny_model, tmp_path):
     assert shape_of("Gemma-3-1B-pt") == SHAPES["gemma-3-1b"]
     assert shape_of(str(tiny_model)) == Shape.of(tiny.config())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="has no config as Gemma"):
+    with pytest.raises(ModelError, match="has no Gemma-like config"):
         shape_of(str(tmp_path / "empty"))
 
 
@@ -133,10 +133,10 @@ def test_cards_are_found_by_their_usual_names():
 
 def test_hours_are_priced_where_the_price_is_known():
     def said(gpu):
-        return [line for line in plan_lines(gpu, {}) if line.startswith("cost of")]
+        return [line for line in plan_lines(gpu, {}) if line.startswith("cost at")]
 
     [line] = said("t4")
-    assert "$0.54 each (Google Cloud" in line and re.search(r"qlora \$\d\.\d\d to \$\d\.\d\d, ", line)
+    assert "$0.54 per hour (Google Cloud" in line and re.search(r"qlora \$\d\.\d\d to \$\d\.\d\d, ", line)
     assert said("h100") == [] and CARDS["t4"].cost((1, 2)) == "$0.54 to $1.08"
     assert CARDS["t4"].cost((1e-9, 1e-9)) == "$0.01"
 

@@ -81,12 +81,12 @@ def test_without_factors_a_study_adopts_what_a_search_finds(settings, in_this_pr
     assert adopted["rates"]["lora_learning_rate"] == found["best"]["lora_learning_rate"]
     assert adopted["from"]["max_trials"] == 9 >= len(found["tried"]) >= 3
     said = study.report_path.read_text().split("Learning rate of qlora: ")[1].split("\n")[0]
-    assert said.startswith("least loss of " if found["is_at_edge"] else "best of ")
+    assert said.startswith("lowest loss of " if found["is_at_edge"] else "best of ")
 
 
 def test_later_rates_are_refused(settings, in_this_process):
     run(settings(methods=("qlora",), seeds=(0,), has_report=False), log=str)
-    with pytest.raises(StudyError, match="has learning rates of qlora already"):
+    with pytest.raises(StudyError, match="already has learning rates for qlora"):
         changed = settings(methods=("qlora",), seeds=(0, 1), factors=(0.1,), has_report=False)
         run(changed, log=str)
 

@@ -96,7 +96,7 @@ def test_one_of_another_schema_version_is_refused_and_a_flipped_version_is_damag
     monkeypatch.setattr(files, "SCHEMA_VERSION", 7)
     folder.save(1, checkpoint(1))
     monkeypatch.setattr(files, "SCHEMA_VERSION", 1)
-    with pytest.raises(CheckpointError, match="schema_version 7, this is peftlib .* with 1: resume with that version"):
+    with pytest.raises(CheckpointError, match="schema_version 7, but peftlib .* uses 1: resume with that version"):
         folder.newest()
     manifest = tmp_path / "step-000001" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"schema_version": 7', b'"schema_version": 5'))

@@ -100,7 +100,7 @@ def test_a_changed_value_shows_and_a_purpose_can_be_told(tmp_path):
     write_json(path, {"rate": 2e-4, "by_seed": {1: 0.5}})
     assert read_json(path) == {"schema_version": 1, "rate": 2e-4, "by_seed": {"1": 0.5}}
     path.write_text(path.read_text().replace("0.0002", "0.0003"))
-    with pytest.raises(StudyError, match=r"found\.json is damaged \(its SHA-256 differs\).*take its line 'seal' out"):
+    with pytest.raises(StudyError, match=r"found\.json is damaged \(its SHA-256 differs\).*remove its line 'seal'"):
         read_json(path)
     lines = [line for line in path.read_text().splitlines() if '"seal"' not in line]
     path.write_text("\n".join(lines).replace("},\n}", "}\n}"))
@@ -118,7 +118,7 @@ def test_a_record_with_odd_values_is_refused_by_field(tmp_path, field, value):
 def test_a_record_with_nan_is_refused(tmp_path):
     path = tmp_path / "hybrid-s0.json"
     path.write_text('{"schema_version": 1, "method": "hybrid", "seed": 0, "eval_loss": NaN}')
-    with pytest.raises(StudyError, match=r"hybrid-s0\.json is damaged \(NaN is no number\)"):
+    with pytest.raises(StudyError, match=r"hybrid-s0\.json is damaged \(NaN is not a number\)"):
         read_record(path)
 
 

@@ -195,10 +195,10 @@ def test_a_fault_at_any_operation_is_named_and_nothing_is_lost(name, built_study
         (errno.ENOSPC, "free some space there"),
         (errno.EDQUOT, "free some space there"),
         (errno.EROFS, "mounted read-only"),
-        (errno.EACCES, "who may write there"),
-        (errno.EIO, "still mounted and sound"),
-        (errno.ENAMETOOLONG, "a shorter name of the study"),
-        (errno.EISDIR, "moved away first"),
+        (errno.EACCES, "check the permissions"),
+        (errno.EIO, "still mounted and healthy"),
+        (errno.ENAMETOOLONG, "a shorter study name"),
+        (errno.EISDIR, "move it away first"),
     ],
 )
 def test_each_error_of_a_disk_has_a_path_and_a_way_out(number, way_out, tmp_path):

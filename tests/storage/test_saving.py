@@ -179,10 +179,12 @@ def test_what_ends_a_session(monkeypatch):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     monkeypatch.setattr(session.psutil.Process, "create_time", lambda self: session.time.time() - 11.95 * 3600)
     assert session.host() == "colab" and session.seconds_left() < 0
-    assert session.Deadline(resolve("t4")).passed() == "this session's 12 hours, see session_hours, end in 3 minutes"
+    assert session.Deadline(resolve("t4")).passed() == "this session's 12 hours (see session_hours) end in 3 minutes"
     assert session.Deadline(resolve("t4", session_hours=24.0)).passed() is None
-    assert session.Deadline(resolve("t4", session_hours=24.0, max_seconds=1e-9)).passed() == "max_seconds=1e-09 is over"
+    assert (
+        session.Deadline(resolve("t4", session_hours=24.0, max_seconds=1e-9)).passed() == "max_seconds=1e-09 is reached"
+    )
     monkeypatch.setattr(session.psutil.Process, "create_time", lambda self: session.time.time() - 12.1 * 3600)
     assert session.Deadline(resolve("t4")).passed() is None  # a paid session lasts longer, and one that says so ends
     told = session.Deadline(resolve("t4", session_hours=12.0)).passed()
-    assert told == "this session's 12 hours, see session_hours, end in 0 minutes"
+    assert told == "this session's 12 hours (see session_hours) end in 0 minutes"

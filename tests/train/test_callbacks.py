@@ -52,7 +52,7 @@ def test_asked_to_stop_it_saves_the_step_at_hand_and_goes_on_to_the_same_end(mak
     study = make_study()
     record, lines = watched(study, Looker(stop_at=3))
     assert (record["status"], record["steps"]) == ("stopped", 3)
-    assert lines[-1] == "stopped after step 3 of 6 (asked to); saved: run again to go on"
+    assert lines[-1] == "stopped after step 3 of 6 (stop requested) and saved: run again to resume"
     kept, _ = CheckpointDir(study.checkpoint_dir("qlora", 0), keep=1).newest()
     assert kept.state["progress"]["step"] == 3
     looker = Looker()
@@ -72,7 +72,7 @@ def test_a_watcher_that_raises_is_told_once_and_dropped(make_study, method):
     record, lines = watched(make_study(logging_steps=100), broken, whole)
     assert record["status"] == "ok" and broken.is_dropped and not whole.is_dropped
     assert [line for line in lines if "Looker" in line] == [
-        "Looker failed (RuntimeError: no such colour) and is left out; training goes on"
+        "Looker failed (RuntimeError: no such colour) and was disabled; training continues"
     ]
     assert whole.seen[-1].status == "ok" and len(whole.seen) == 8
 

@@ -48,7 +48,7 @@ def test_a_fork_that_cannot_be_is_refused_with_the_way_out(make_study):
     with pytest.raises(StudyError, match="fork='b': .* train it there first"):
         trained(make_study(study="a", fork="b"), "qlora")
     trained(source, "qlora")
-    with pytest.raises(CheckpointError, match="take the same model, method and ranks"):
+    with pytest.raises(CheckpointError, match="use the same model, method and ranks"):
         trained(make_study(study="c", fork="b", lora_rank=2), "qlora")
 
 
@@ -59,5 +59,5 @@ def test_a_fork_that_has_learnt_its_test_rows_is_refused(make_study, monkeypatch
     real = data.load_split
     leaky = {"test": "train", "valid": "valid", "train": "train"}
     monkeypatch.setattr("peftlib.train.run_state.data.load_split", lambda folder, split: real(folder, leaky[split]))
-    with pytest.raises(StudyError, match=r"fork='source': 12 of the 12 test rows here were trained on there"):
+    with pytest.raises(StudyError, match=r"fork='source': 12 of the 12 test rows here were training rows there"):
         run.train()

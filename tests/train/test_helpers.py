@@ -59,7 +59,7 @@ def test_a_notebook_leaves_the_record_of_the_command_on_two_processes(make_study
 def test_several_train_a_run_and_none_is_left(make_study):
     record, lines = lived(make_study(processes=2, **FIELDS))
     assert (record["status"], record["steps"], record["processes"]) == ("ok", 6, 2)
-    assert lines[0] == "starts 1 more process to train with this one" and record["exchange"]["bytes"] > 0
+    assert lines[0] == "starting 1 more process to train with this one" and record["exchange"]["bytes"] > 0
     assert n_processes() == 1 and not psutil.Process().children()
 
 
@@ -115,4 +115,4 @@ def test_a_process_without_a_gpu_says_so(monkeypatch):
 def test_a_finished_run_starts_no_process(finished, monkeypatch):
     monkeypatch.setattr(helpers, "_Helper", lambda *args: pytest.fail("a process was started"))
     record, lines = lived(finished("galore", processes=2))
-    assert record["status"] == "ok" and "finished before" in lines[0]
+    assert record["status"] == "ok" and "already finished" in lines[0]

@@ -45,7 +45,7 @@ def test_less_memory_never_gives_a_larger_plan():
 
 def test_a_card_too_small_for_any_plan_is_refused_with_the_least_that_would_do():
     with pytest.raises(
-        ConfigError, match=r"full does not fit 2\.0 GiB in any way: the least is micro_batch_size=1.*Lower"
+        ConfigError, match=r"full does not fit in 2\.0 GiB: the smallest plan is micro_batch_size=1.*Lower"
     ):
         plan.choose(SHAPE_1B, "full", config.resolve("t4"), precision="fp16", device_bytes=2 * plan.GIB)
     four = {"precision": "fp16", "device_bytes": 4 * plan.GIB}

@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_though_its_gradients_are(make_s
     )
     seen, one = [], run._step
     run._step = lambda: (seen.append(state_of(run)), one())
-    with pytest.raises(NonFiniteLossError, match="the loss of step 2 is inf .*No checkpoint was written yet"):
+    with pytest.raises(NonFiniteLossError, match="the loss of step 2 is inf .*There is no checkpoint yet"):
         run.train()
     assert_unchanged(run, seen[-1])
 
@@ -215,7 +215,7 @@ def test_what_is_not_finite_is_not_saved_but_named(make_study, at, what):
         assert run.train()["status"] == "ok"  # moments are no part of what stays
         return
     named = name if what == "weight" else f"exp_avg of {name}"
-    with pytest.raises(NonFiniteLossError, match=f"{named} holds inf or nan, so the .* was not saved"):
+    with pytest.raises(NonFiniteLossError, match=f"{named} contains inf or nan, so the .* was not saved"):
         run.train()
     assert CheckpointDir(study.checkpoint_dir("lora", 0), keep=1).newest()[0].state["progress"]["step"] == at - 1
     assert not study.weights_dir("lora", 0).exists()
@@ -235,7 +235,7 @@ def test_a_validation_loss_that_is_nan_is_recorded_as_unknown_and_told(make_stud
     record = run.train([looker])
     assert record["status"] == "ok" and record["valid_history"] == [{"step": 2, "valid_loss": None}]
     assert "step 2/2  validation loss is nan: recorded as unknown" in lines
-    assert not looker.is_dropped and shown and not any("is left out" in line for line in lines)
+    assert not looker.is_dropped and shown and not any("was disabled" in line for line in lines)
     assert figures.loss_curves([record]).alt
 
 
@@ -277,7 +277,9 @@ def test_a_run_goes_on_at_lower_rates_from_its_checkpoint_and_says_so(make_study
     [change] = record["changes"]
     assert change.pop("at") and change == {"step": 2, "what": "rate_factor", "from": 1.0, "to": 0.25}
     told = next(run_record.change_sentences(record))
-    assert told.startswith("qlora (seed 0) was not treated as the others: from step 2 on its learning rates were 0.25")
+    assert told.startswith(
+        "qlora (seed 0) was not trained like the others: from step 2 on, its learning rates were 0.25"
+    )
 
 
 def test_a_run_without_a_checkpoint_starts_over_at_lower_rates_and_a_fresh_one_does_not(make_study):
@@ -289,7 +291,7 @@ def test_a_run_without_a_checkpoint_starts_over_at_lower_rates_and_a_fresh_one_d
     assert [(c["step"], c["from"], c["to"]) for c in record["changes"]] == [(0, 1.0, 0.5)]
     record = run_of(make_study(study="fresh", resume_rate_factor=0.5), "qlora", lines).train()
     assert rates_of(record) == straight and record["changes"] == [] and record["rate_factor"] == 1.0
-    assert any("this one starts, at the study's learning rates" in line for line in lines)
+    assert any("this run starts with the study's learning rates" in line for line in lines)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 101.0, float("nan")])

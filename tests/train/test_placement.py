@@ -66,7 +66,7 @@ def test_a_compile_cache_that_cannot_be_written_costs_a_line(make_study, monkeyp
     lines = []
     record = TrainingRun(make_study(max_steps=2), "qlora", log=lines.append).train()
     assert record["status"] == "ok" and record["placement"]["is_compiled"]
-    told = [line for line in lines if "compiled layers could not be kept" in line]
+    told = [line for line in lines if "could not cache the compiled layers" in line]
     assert len(told) == 1 and str(error) in told[0]
 
 
@@ -117,7 +117,7 @@ def test_where_compiling_fails_the_step_is_repeated_and_training_goes_on_uncompi
     assert record["status"] == "ok" and record["steps"] == 4 and record["placement"]["is_compiled"] is False
     assert record["placement"]["compile_error"] == "RuntimeError: planted: no code for sm_75"
     told = [line for line in lines if "compiling failed" in line]
-    assert told == ["compiling failed (RuntimeError: planted: no code for sm_75): training goes on uncompiled"]
+    assert told == ["compiling failed (RuntimeError: planted: no code for sm_75): training continues uncompiled"]
     assert not run.stepper.loss_settings["is_compiled"] and not list(run.execution._cache.path.parent.glob("*.bin"))
     for ours, theirs in zip(record["history"], plain["history"], strict=True):
         assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=1e-4)
@@ -167,7 +167,7 @@ def told_on_a_card(study, monkeypatch, method="qlora"):
     with monkeypatch.context() as patch:
         patch.setattr("peftlib.train.loop.ExecutionPlan", on_cuda)
         run._build_optimizer()
-    return next(line for line in lines if "compiles its" in line or "does not compile" in line), run.execution
+    return next(line for line in lines if "compiling the layers" in line), run.execution
 
 
 def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make_study, monkeypatch, tmp_path):
@@ -175,13 +175,16 @@ def test_auto_weighs_what_compiling_takes_against_what_it_saves_and_says_so(make
     monkeypatch.setattr(placement, "step_seconds", lambda *args, **how: 0.75)  # compiled; else 1.0
     long, short = (make_study(study=f"{n}", epochs=200, max_steps=n) for n in (400, 40))
     told, execution = told_on_a_card(long, monkeypatch)
-    assert told == "compiles its layers: about 25 s, saves about 100 s over 400 steps" and execution.is_compiled
+    assert told == "compiling the layers: about 25 s, saves about 100 s over 400 steps" and execution.is_compiled
     told, execution = told_on_a_card(short, monkeypatch)
-    assert told == "does not compile: about 25 s, would save about 10 s over 40 steps" and not execution.is_compiled
+    assert (
+        told == "not compiling the layers: about 25 s, would save about 10 s over 40 steps"
+        and not execution.is_compiled
+    )
     assert "about 20 s, saves about 100 s" in told_on_a_card(long, monkeypatch, "galore")[0]
     execution._cache.keep_seconds(8.0)  # as this machine has done it before
     told, execution = told_on_a_card(short, monkeypatch)
-    assert told == "compiles its layers: about 8 s, saves about 10 s over 40 steps" and execution.is_compiled
+    assert told == "compiling the layers: about 8 s, saves about 10 s over 40 steps" and execution.is_compiled
     execution._cache.path.write_bytes(b"of an earlier session")
     assert "about 5 s, saves" in told_on_a_card(short, monkeypatch)[0]
 
@@ -193,7 +196,9 @@ def test_a_resumed_run_counts_the_steps_left(make_study, monkeypatch, tmp_path):
     (study.checkpoint_dir("qlora", 0) / "step-000370").mkdir(parents=True)
     (study.checkpoint_dir("qlora", 0) / "step-of-nobody").mkdir()
     told, execution = told_on_a_card(study, monkeypatch)
-    assert told == "does not compile: about 25 s, would save about 8 s over 30 steps" and not execution.is_compiled
+    assert (
+        told == "not compiling the layers: about 25 s, would save about 8 s over 30 steps" and not execution.is_compiled
+    )
 
 
 def test_the_first_compiled_step_is_what_compiling_took(make_study, compiling, monkeypatch):

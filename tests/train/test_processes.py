@@ -147,7 +147,9 @@ def test_a_killed_process_ends_the_others_and_the_checkpoint_stays(make_study, t
     kept = checkpoints.last_step()
     if killed:
         record = records.load(study, "qlora", 0)
-        assert record["status"] == "failed" and record["error"].startswith("ParallelError: process 0 of 2 cannot go on")
+        assert record["status"] == "failed" and record["error"].startswith(
+            "ParallelError: process 0 of 2 cannot continue"
+        )
     lines = []
     again = make_study(**{**FIELDS, "max_steps": 2000, "epochs": 4000, "eval_steps": 500}, max_seconds=1e-6)
     record = TrainingRun(again, "qlora", log=lines.append).train()
@@ -185,7 +187,7 @@ def test_what_ends_the_main_process_is_said_by_the_others(make_study, tmp_path):
     folder.write_text("in the way")
     started = processes.start(2, [("qlora", asdict(study.cfg))], tmp_path / "runs", tmp_path)
     assert all(process.wait(120) != 0 for process in started)
-    assert "process 1 of 2 cannot go on: process 0 failed with" in (tmp_path / "1.log").read_text()
+    assert "process 1 of 2 cannot continue: process 0 failed with" in (tmp_path / "1.log").read_text()
 
 
 @SLOW
@@ -195,7 +197,7 @@ def test_out_of_memory_on_one_process_is_its_own_affair(make_study, tmp_path):
     several = make_study(study="several", **FIELDS)
     fields = asdict(several.cfg) | {"micro_batch_size": 4}
     said = processes.train(2, [("galore", fields)], tmp_path / "runs", tmp_path, full_rank=0)
-    assert "out of memory at step 3: going on with micro_batch_size=2" in said
+    assert "out of memory at step 3: continuing with micro_batch_size=2" in said
     assert relative(weights_there(several, "galore", 2), weights_of(run)) < 1e-5
 
 
@@ -204,7 +206,7 @@ def test_what_several_cards_cannot_do_is_refused_with_the_arithmetic(make_study,
     whole = memory_model.optimizer_bytes(SHAPES["gemma-3-1b"], "galore", cfg)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert 0.25 * whole < memory_model.optimizer_bytes(SHAPES["gemma-3-1b"], "galore", cfg) < 0.6 * whole
-    with pytest.raises(ConfigError, match=r"4 cards do not change that: each holds all weights \(\d\.\d\d GiB\)"):
+    with pytest.raises(ConfigError, match=r"4 GPUs do not help: each holds all weights \(\d\.\d\d GiB\)"):
         memory_model.choose(SHAPES["gemma-3-1b"], "galore", cfg, device_bytes=2 * GIB, precision="bf16")
-    with pytest.raises(ConfigError, match="4 processes: a sweep works in one process"):
+    with pytest.raises(ConfigError, match="4 processes: a sweep runs in one process"):
         sweep.sweep(make_study(), "qlora", log=lambda line: None)

@@ -56,11 +56,11 @@ def test_a_run_goes_on_in_any_other_precision(make_study, method, precisions):
     told = [(c["step"], c["from"], c["to"]) for c in record["changes"] if c["what"] == "precision"]
     assert told == [(at, *pair) for at, pair in enumerate(itertools.pairwise(precisions), start=1)]
     assert all(change["at"] for change in record["changes"])
-    assert any("made with precision bf16, here it is fp16: going on, not bit for bit" in line for line in lines)
+    assert any("made with precision bf16, now it is fp16: results will not be bit-identical" in line for line in lines)
     four_bit = [line for line in lines if "4-bit weights are quantized from that" in line]
     assert bool(four_bit) == bool(methods.find(method).four_bit)
     said = list(run_record.change_sentences(record))
-    assert said[0].startswith(f"{method} (seed 0) went on in fp16 from step 1 on (before: bf16)")
+    assert said[0].startswith(f"{method} (seed 0) continued in fp16 from step 1 on (before: bf16)")
 
 
 def test_light_weights_and_moments_go_on_in_another_precision_as_they_were(make_study):
@@ -175,21 +175,21 @@ ODD = {
     ),
     "one part more": (lambda t, s: ({**t, "more": {}}, s), "'more'"),
     "a weight of text": (lambda t, s: ({**t, "weights": dict.fromkeys(t["weights"], "x")}, s), "is not a tensor"),
-    "optimizer of text": (lambda t, s: ({**t, "optimizer": "x"}, s), "does not hold what a run of this kind saves"),
+    "optimizer of text": (lambda t, s: ({**t, "optimizer": "x"}, s), "does not contain what this kind of run saves"),
     "groups of another number": (
         lambda t, s: ({**t, "optimizer": {**t["optimizer"], "param_groups": []}}, s),
-        "does not hold what a run of this kind saves .*groups",
+        "does not contain what this kind of run saves .*groups",
     ),
-    "no generators": (lambda t, s: ({**t, "generators": {}}, s), "does not hold what .*KeyError: 'python'"),
+    "no generators": (lambda t, s: ({**t, "generators": {}}, s), "does not contain what .*KeyError: 'python'"),
     "a broadcastable shape": (wider, r"lora_A.* has the shape \(1, .*here it has \(4, .*same model"),
-    "a broadcastable moment": (moment_of_one_row, r"exp_avg of weight .* should have the shape \(8, .*it is \(1, "),
-    "a nan": (with_nan, "holds inf or nan, so nothing can go on from it"),
-    "no config hash": (state_without("run_hash"), "does not hold what .*lacks 'run_hash'"),
-    "no progress": (state_without("progress"), "does not hold what .*lacks 'progress'"),
+    "a broadcastable moment": (moment_of_one_row, r"exp_avg of weight .* should have the shape \(8, .*but is \(1, "),
+    "a nan": (with_nan, "contains inf or nan, so no run can continue from it"),
+    "no config hash": (state_without("run_hash"), "does not contain what .*lacks 'run_hash'"),
+    "no progress": (state_without("progress"), "does not contain what .*lacks 'progress'"),
     "progress of text": (state_with(progress="x"), 'progress is "x", not an object'),
     "unknown progress": (state_with(progress={"steps": 1}), "progress lacks 'step'"),
     "step of text": (state_with(progress={"step": "2"}), 'progress.step is "2", not a number'),
-    "a step beyond the end": (state_with(progress={"step": 900}), "progress.step is 900, the run has 6 steps"),
+    "a step beyond the end": (state_with(progress={"step": 900}), "progress.step is 900, but the run has 6 steps"),
     "history of numbers": (state_with(history=[1, 2]), "history.0 is 1, not an object"),
     "history without loss": (
         state_with(history=[{"step": 1, "tokens": 1, "seconds": 1.0, "learning_rate": 1.0}]),
@@ -224,7 +224,7 @@ def test_a_fork_takes_no_nan_over(cut, make_study):
     study, folder = cut
     rewrite(folder, with_nan)
     forked = make_study(study="forked", fork=study.folder.name)
-    with pytest.raises(CheckpointError, match="fork='tiny': what its hybrid trained: .* holds inf or nan"):
+    with pytest.raises(CheckpointError, match="fork='tiny': what its hybrid trained: .* contains inf or nan"):
         TrainingRun(forked, "hybrid", log=lambda line: None).train()
 
 
@@ -246,5 +246,5 @@ def test_a_checkpoint_of_another_model_is_refused(make_study, tmp_path):
     study = make_study(model=str(folder), max_seconds=1e-9)
     trained(study, "galore")
     tiny.model_folder(folder, seed=1)
-    with pytest.raises(ModelError, match="another base model than the one of galore"):
+    with pytest.raises(ModelError, match="is not the base model of galore"):
         trained(study, "galore")

@@ -199,7 +199,7 @@ def test_sweeps_of_earlier_versions_are_read(make_study):
         write_json(module.path_of(study, method), {**facts, "best": min(tried, key=lambda trial: trial["valid_loss"])})
         found = kept(study, method, factors=(0.3, 1.0, 3.0))
         assert is_at_edge(found) == (method == "galore")
-        assert verdict(found).startswith("least loss" if is_at_edge(found) else "best of 3 trials on 1,500 rows")
+        assert verdict(found).startswith("lowest loss" if is_at_edge(found) else "best of 3 trials on 1,500 rows")
         assert kept(study, method) is None  # no search, and nothing was adopted from it
     study.adopt("galore", {"galore_learning_rate": 3e-4}, {})
     assert kept(study, "galore")["best"]["factor"] == 0.3
@@ -229,7 +229,7 @@ def test_a_factor_that_is_not_positive_is_refused(make_study):
 def test_the_command_sweeps_the_named_method(make_study, capsys):
     study = make_study()
     assert main(["sweep", "--study", study.folder.name, "--method", "qlora", "--factor", "1", "--rows", "2"]) == 0
-    assert "qlora: least loss of 1 trial on 2 rows, at the edge of what was tried" in capsys.readouterr().out
+    assert "qlora: lowest loss of 1 trial on 2 rows, at the edge of the tried range" in capsys.readouterr().out
 
 
 def test_a_rate_that_diverges_is_recorded_and_the_sweep_goes_on(make_study, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_rate_that_diverges_is_recorded_and_the_sweep_goes_on(make_study, monk
     lines.clear()
     assert sweep(study, "galore", factors=(1.0, 3.0), rows=4, log=lines.append) == found
     assert not any("step 1/" in line for line in lines)
-    with pytest.raises(NonFiniteLossError, match="no rate of 1 led to a finite loss"):
+    with pytest.raises(NonFiniteLossError, match="none of 1 rates gave a finite loss"):
         sweep(study, "galore", factors=(3.0,), rows=4, log=lines.append)
 
 
@@ -266,7 +266,7 @@ def test_rates_are_adopted_once_and_before_the_first_run(make_study):
     study = make_study()
     study.adopt("qlora", {"lora_learning_rate": 6e-4}, {"rows": 6})
     study.adopt("qlora", {"lora_learning_rate": 6e-4}, {"rows": 6})
-    with pytest.raises(StudyError, match=r"has learning rates of qlora already: lora_learning_rate: 0.0006 -> 0.0001"):
+    with pytest.raises(StudyError, match=r"already has learning rates for qlora: lora_learning_rate: 0.0006 -> 0.0001"):
         study.adopt("qlora", {"lora_learning_rate": 1e-4}, {})
     record = TrainingRun(study, "qlora").train()
     assert record["learning_rate"] == 6e-4 and record["config"]["lora_learning_rate"] == 6e-4

@@ -146,7 +146,7 @@ def test_another_plan_or_device_goes_on_and_says_so(make_study):
     record = TrainingRun(study, "qlora", log=lines.append).train()
     assert record["status"] == "ok"
     assert any(
-        "was made with plan micro_batch_size=2" in line and "here it is micro_batch_size=1" in line for line in lines
+        "was made with plan micro_batch_size=2" in line and "now it is micro_batch_size=1" in line for line in lines
     )
 
 

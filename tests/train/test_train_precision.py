@@ -43,7 +43,7 @@ def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(make_study, m
 
     monkeypatch.setattr(Stepper, "forward_backward", full_card)
     run.train()
-    assert any("going on with micro_batch_size=2" in line for line in lines)
+    assert any("continuing with micro_batch_size=2" in line for line in lines)
     assert_equal_weights(kept_weights(plain, "galore"), kept_weights(short, "galore"))
 
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_of_other_layers_is_refused(make_study, monkeypatch):
     TrainingRun(study, "hybrid", log=lambda line: None).train()
     run = TrainingRun(study, "hybrid", log=lambda line: None)
     monkeypatch.setattr("peftlib.train.run_state.layer_table", lambda model: [{"layer": "q_proj", "class": "Other"}])
-    with pytest.raises(CheckpointError, match="the model's layers are .*'Other'.*take the model and versions"):
+    with pytest.raises(CheckpointError, match="the model has the layers .*'Other'.*use the model and versions"):
         run.train()
 
 

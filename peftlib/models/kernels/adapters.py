@@ -1,4 +1,4 @@
-"""Adapters on frozen layers, 4-bit or plain, as one operator: what PEFT computes in many small steps."""
+"""Adapters on frozen layers, 4-bit or plain, fused into one operator; PEFT uses many small ones."""
 
 import itertools
 import math
@@ -14,16 +14,16 @@ from torch.utils.flop_counter import register_flop_formula
 from peftlib.models.inspect import is_four_bit
 
 _SMALL = 2048  # rows of a weight
-_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called one after the other with one input
+_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called in sequence with the same input
 
 
 def fuse_adapters(model):
-    """Let linear layers with one plain adapter run as one operator, `peftlib::adapted_products`; returns how many.
+    """Run linear layers with one plain adapter as one operator, `peftlib::adapted_products`; returns how many.
 
-    PEFT and bitsandbytes repeat their checks at every call, copy the product, and cannot be compiled in one piece. The
-    result is PEFT's, and parameters, their names and saved files stay PEFT's. Layers with DoRA or several adapters keep
-    PEFT's forward; 4-bit ones of them give their input's dtype, see _as_given. Layers that get the same input become
-    one product: their weights then lie side by side in memory.
+    PEFT and bitsandbytes repeat their checks in every call, copy the product, and cause graph breaks. Results and saved
+    files, parameters and their names are the same as PEFT's. Layers with DoRA or several adapters keep PEFT's forward;
+    if they are 4-bit, they return their input's dtype, see _as_given. Layers with the same input become one product,
+    with their weights concatenated in memory.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -42,8 +42,8 @@ def fuse_adapters(model):
 
 
 def _as_given(module, args, output):
-    """In the input's dtype, as a 4-bit layer without adapter: under a GPU's autocast PEFT's DoRA, IA3 and RoAd give
-    float32, and the whole residual stream would take it over."""
+    """Cast to the input's dtype, as 4-bit layers without adapter do: under autocast on a GPU, PEFT's DoRA, IA3 and RoAd
+    return float32, and the whole residual stream would become float32."""
     return output.to(args[0].dtype)
 
 
@@ -78,17 +78,17 @@ def _adapted_forward(self, x):
 
 
 class _Fused:
-    """Adapted layers that get the same input, one call after the other: the first call computes all products."""
+    """Adapted layers that are called in sequence with the same input: the first call computes all products."""
 
     def __init__(self, modules):
         self.modules, self.frozen = modules, _side_by_side([module.base_layer for module in modules])
         sizes = [module.base_layer.out_features for module in modules]
-        # Small products are worth a launch less, for large ones two are better than putting their gradients together.
+        # For small products, fusing saves a launch; for large ones, separate products avoid concatenating gradients.
         self.sizes, self.joins = sizes, max(sizes) <= _SMALL
-        self.given, self.waiting = None, ()  # the input, and the products whose call is still to come
+        self.given, self.waiting = None, ()  # the input, and the products that have not been requested yet
 
     def product(self, module, x):
-        if module is not self.modules[0] and (self.given is not x or not self.waiting):  # called alone
+        if module is not self.modules[0] and (self.given is not x or not self.waiting):  # called out of sequence
             return self._products(x)[self.modules.index(module)]
         if module is self.modules[0]:
             self.waiting = self._products(x)
@@ -120,7 +120,7 @@ class _Fused:
 
 
 def _block_diagonal(blocks):
-    """(sum of rows, sum of columns) with the blocks on its diagonal."""
+    """Block-diagonal matrix of shape (sum of rows, sum of columns)."""
     ends = list(itertools.accumulate(block.shape[1] for block in blocks))
     return torch.cat(
         [F.pad(block, (end - block.shape[1], ends[-1] - end)) for block, end in zip(blocks, ends, strict=True)]
@@ -128,7 +128,7 @@ def _block_diagonal(blocks):
 
 
 class _Frozen(NamedTuple):
-    """Weights (out, in) one below the other: plain, or packed uint8 in 4 bits with (blocks,) float32 scales."""
+    """Vertically stacked weights (out, in): plain, or 4-bit as packed uint8 with (blocks,) float32 scales."""
 
     weight: Tensor
     dtype: torch.dtype
@@ -138,10 +138,10 @@ class _Frozen(NamedTuple):
 
 
 def _side_by_side(layers):
-    """The _Frozen of some layers, whose weights become parts of it."""
+    """The _Frozen of several layers, whose weights become views of it."""
     from bitsandbytes.functional import dequantize_blockwise
 
-    # Plain tensors beside the parameters, which may be of a subclass that compilers stop at; they share memory.
+    # Plain tensors that share memory with the parameters, whose subclass may cause graph breaks.
     parts = [layer.weight.data.as_subclass(torch.Tensor) for layer in layers]
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
@@ -169,16 +169,16 @@ def adapted_products(
 ) -> list[Tensor]:
     """[x W^T + (x down^T) up^T for each part W (out, in) of a frozen weight and its up, and last x down^T].
 
-    x: (..., in); dropped: what the adapters get in place of x, or None. frozen: the parts one below the other, or their
-    packed uint8 where there are scales: (blocks,) float32; it is dequantized again for the gradients. down: (r, in);
-    ups: (out, its part of r), scaled. The last result is (tokens, r). Opaque to torch.compile, which would trace the
+    x: (..., in); dropped: the adapters' input if it differs from x, or None. frozen: the stacked parts, or their packed
+    uint8 if there are scales: (blocks,) float32; dequantized again for the gradients. down: (r, in); ups: (out, its
+    part of r), scaled. The last result is (tokens, r). Opaque to torch.compile, which would otherwise trace the
     dequantization of every layer.
     """
     flat, weight = x.flatten(0, -2), _weight(frozen, scales, down, ups, blocksize, quant_type)
     low, products = (flat if dropped is None else dropped.flatten(0, -2)) @ down.T, []
     for part, up, part_low in zip(_rows(weight, ups), ups, _columns(low, ups), strict=True):
         product = F.linear(flat, part)
-        product.addmm_(part_low, up.T)  # in place: the product is large, and a sum beside it would be a copy
+        product.addmm_(part_low, up.T)  # in place: the product is large, and a separate sum would copy it
         products.append(product.view(*x.shape[:-1], len(up)))
     return [*products, low]
 
@@ -191,7 +191,7 @@ def _(x, dropped, frozen, scales, down, ups, blocksize, quant_type):
 
 @register_flop_formula(torch.ops.peftlib.adapted_products)
 def _(x_shape, dropped_shape, frozen_shape, scales_shape, down_shape, up_shapes, *others, **settings):
-    return 2 * math.prod(x_shape) * sum(rows for rows, _ in up_shapes)  # what torch.compile weighs recomputation by
+    return 2 * math.prod(x_shape) * sum(rows for rows, _ in up_shapes)  # torch.compile's cost of recomputation
 
 
 @torch.library.custom_op("peftlib::adapted_products_backward", mutates_args=())
@@ -207,7 +207,7 @@ def adapted_products_backward(
     blocksize: int,
     quant_type: str,
 ) -> list[Tensor]:
-    """Gradients of x, dropped (empty where it is None), down and each of ups."""
+    """Gradients of x, dropped (empty if it is None), down and each of ups."""
     flats = [grad.flatten(0, -2) for grad in grads]
     lows = [flat @ up for flat, up in zip(flats, ups, strict=True)]
     grad_low = lows[0] if len(lows) == 1 else torch.cat(lows, 1)
@@ -236,7 +236,7 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, grads):
-    x, dropped, low, frozen, scales, down, *ups = ctx.saved_tensors  # read once: checkpointing allows no more
+    x, dropped, low, frozen, scales, down, *ups = ctx.saved_tensors  # read once: checkpointing does not allow more
     grad_x, grad_dropped, grad_down, *grad_ups = torch.ops.peftlib.adapted_products_backward(
         list(grads[:-1]), x, dropped, low, frozen, scales, down, ups, *ctx.format
     )

@@ -1,8 +1,8 @@
 """Attention over packed rows without masks: one flat sequence and the cumulative lengths of its rows.
 
-Two kernels of torch know where a row begins: varlen attention (FlashAttention 2, Dao 2023, arXiv:2307.08691; compute
-capability 8.0 and newer) and the memory-efficient one (Rabe and Staats 2021, arXiv:2112.05682), which a T4 has too.
-Each is tried on a few short rows before it is used; where none is right, rows are packed with masks.
+Two torch kernels support row boundaries: varlen attention (FlashAttention 2, Dao 2023, arXiv:2307.08691; compute
+capability 8.0 and newer) and memory-efficient attention (Rabe and Staats 2021, arXiv:2112.05682), which also runs on a
+T4. Each is tested on a few short rows before it is used; if none is correct, rows are packed with masks.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from torch import Tensor
 from peftlib.models.inspect import core
 from peftlib.models.precision import DTYPES
 
-with contextlib.suppress(ImportError):  # of a torch before 2.10, which runs the other kernel
+with contextlib.suppress(ImportError):  # torch before 2.10 uses the other kernel
     from torch.nn.attention.varlen import varlen_attn
 
-    # Whether it takes fewer heads of keys and values than of queries.
+    # Whether it supports fewer key and value heads than query heads.
     _SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-_TOLERANCE = 0.02  # relative L2 distance of outputs and gradients in 16 bits; a wrong mask is off by far more
-_LENGTHS, _WINDOW = (3, 45, 16), 8  # of the rows that a kernel is tried on
+_TOLERANCE = 0.02  # relative L2 distance of outputs and gradients in 16 bits; a wrong mask gives far more
+_LENGTHS, _WINDOW = (3, 45, 16), 8  # of the rows that a kernel is tested on
 
 
 def _varlen(query, key, value, cu_seqlens, longest, window, scale):
@@ -55,7 +55,7 @@ def efficient_attention(
 ) -> tuple[Tensor, Tensor]:
     """(output (T, H, D), log-sum-exp of the scores) of causal attention within rows of at most `longest` tokens.
 
-    cu_seqlens: (rows + 1,) int32. window: tokens, itself included, that a token sees; 0 for all before it.
+    cu_seqlens: (rows + 1,) int32. window: tokens, including itself, that a token sees; 0: all before it.
     """
     out, lse, *_ = torch.ops.aten._efficient_attention_forward(
         query[None], key[None], value[None], None, cu_seqlens, cu_seqlens, longest, longest, 0.0, 1, True,
@@ -111,7 +111,7 @@ efficient_attention.register_autograd(_efficient_gradients, setup_context=_keep)
 
 
 def _interface(name, longest):
-    """transformers' attention function that runs a kernel on packed rows, and SDPA where no cumulative lengths come."""
+    """A transformers attention function that runs a kernel on packed rows, and SDPA if there is no cu_seqlens."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     kernel = KERNELS[name]
@@ -119,7 +119,7 @@ def _interface(name, longest):
     def attend(module, query, key, value, attention_mask, *, scaling, sliding_window=None, cu_seqlens=None, **settings):
         if cu_seqlens is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
-        # As SDPA under autocast: FlashAttention takes 16 bits alone, and some adapters of PEFT's give float32.
+        # As SDPA under autocast: FlashAttention supports only 16 bits, and some PEFT adapters return float32.
         kind = value.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
         flat = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))  # each (T, heads, D)
@@ -129,9 +129,9 @@ def _interface(name, longest):
 
 
 def use_kernel(model, name, *, longest):
-    """Let a model attend by one of KERNELS where its call passes `cu_seqlens`; the result is that of masks.
+    """Make a model use one of KERNELS if its call passes `cu_seqlens`; results are the same as with masks.
 
-    longest: tokens of the longest row, padding included, that will come: the kernels go through so many for each row.
+    longest: tokens of the longest row to expect, including padding: the kernels process this many per row.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -142,14 +142,14 @@ def use_kernel(model, name, *, longest):
 
 
 def choose_kernel(model, *, device, precision):
-    """(name, reason) of the first of KERNELS that this device runs rightly; name is None where rows need masks."""
+    """(name, reason) of the first of KERNELS that works correctly on this device; name is None if rows need masks."""
     if device != "cuda":
         return None, "no GPU"
     reasons = []
     for name in KERNELS:
         try:
             fault = _fault(name, core(model).config, DTYPES[precision])
-        except Exception as error:  # noqa: BLE001 - kernels refuse cards, dtypes and head sizes by errors of any kind
+        except Exception as error:  # noqa: BLE001 - kernels reject GPUs, dtypes and head sizes with all kinds of errors
             fault = " ".join(str(error).split())[:120] or type(error).__name__
         if fault is None:
             return name, "; ".join(reasons)
@@ -175,7 +175,7 @@ def _fault(name, config, dtype, device="cuda"):
 
 
 def _outputs(kernel, given, *how):
-    """The output of a kernel and the gradients of its square's sum, each in float32."""
+    """A kernel's output and the gradients of the sum of its squares, each in float32."""
     given = [t.detach().clone().requires_grad_() for t in given]
     with torch.enable_grad():
         out = kernel(*given, *how)
@@ -184,10 +184,10 @@ def _outputs(kernel, given, *how):
 
 
 def attention_by_rows(query, key, value, cu_seqlens, longest, window, scale):
-    """What the kernels compute, by SDPA one row at a time: (T, H, D) of query (T, H, D), key and value (T, K, D).
+    """Reference for the kernels, by SDPA one row at a time: (T, H, D) from query (T, H, D), key and value (T, K, D).
 
-    cu_seqlens: (rows + 1,) int32. longest: of no use here. window: tokens, itself included, that a token sees; None for
-    all before it.
+    cu_seqlens: (rows + 1,) int32. longest: unused. window: tokens, including itself, that a token sees; None: all
+    before it.
     """
     key, value = (_repeated(t, query.shape[1]) for t in (key, value))
     edges, parts = cu_seqlens.tolist(), []

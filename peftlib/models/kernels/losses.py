@@ -1,4 +1,4 @@
-"""Cross-entropy over a 262,144-word head without ever holding all logits (1 MiB of float32 a token)."""
+"""Cross-entropy over a 262,144-token vocabulary without materializing all logits (1 MiB of float32 per token)."""
 
 import functools
 
@@ -9,27 +9,27 @@ from torch.utils.checkpoint import checkpoint
 
 from peftlib.models.inspect import head_weight, hidden_states
 
-IGNORE = -100  # label of a position that is not scored, torch's own default
-CHUNK = 256  # positions whose logits are held at once
-_FP16_LIFT = 1024.0  # exact power of two that keeps small probabilities above fp16's smallest number
+IGNORE = -100  # label of positions that are not scored, torch's default
+CHUNK = 256  # positions whose logits are in memory at once
+_FP16_LIFT = 1024.0  # power of two that keeps small probabilities above fp16's smallest number
 
 
 def chunked_loss_sum(
     hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor, *, chunk=CHUNK, is_compiled=False
 ) -> Tensor:
-    """Sum over the scored positions of the cross-entropy, in nats, float32, 0-dim.
+    """Sum of the cross-entropy over the scored positions, in nats, float32, 0-dim.
 
-    hidden: (B, T, D), any float dtype; head: (V, D), the output embedding, in whose dtype the products run; positions,
-    targets: (N,) int64, what `next_tokens` finds. A target of IGNORE counts nothing. Divide by the step's number of
-    scored tokens. is_compiled: let torch.compile fuse a chunk's softmax.
+    hidden: (B, T, D), any float dtype; head: (V, D), the output embedding, whose dtype the products use; positions,
+    targets: (N,) int64 from `next_tokens`. A target of IGNORE does not count. Divide by the step's number of scored
+    tokens. is_compiled: let torch.compile fuse a chunk's softmax.
 
-    Only scored positions reach the head, `chunk` of them at a time. For a frozen head the gradient is made in the
-    forward pass, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), so the logits are made once; a trained head
-    makes them again in the backward pass. Not torch's linear_cross_entropy, whose bf16 loss was seen wrong on CPUs.
+    Only scored positions go through the head, `chunk` at a time. For a frozen head the gradient is computed in the
+    forward pass, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), so logits are computed once; a trained head
+    recomputes them in the backward pass. We do not use torch's linear_cross_entropy: its bf16 loss was wrong on CPUs.
     """
     rows = hidden.flatten(0, 1).index_select(0, positions)  # (N, D)
     if torch.is_grad_enabled() and head.requires_grad:
-        total = 0.0 * rows.float().sum()  # keeps the graph where nothing is scored
+        total = 0.0 * rows.float().sum()  # keeps the graph connected if nothing is scored
         for part, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True):
             total = total + checkpoint(_logits_loss, part, head, wanted, use_reentrant=False)
         return total
@@ -43,9 +43,9 @@ def batch_loss_sum(model, batch, **settings) -> Tensor:
 
 
 def next_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions, targets) of (B, T) unshifted labels, (N,) int64 each, without those that are IGNORE.
+    """(positions, targets), (N,) int64 each, of (B, T) unshifted labels, without those that are IGNORE.
 
-    The hidden state at positions[i] of the flattened (B, T) predicts targets[i], the label of the token after it.
+    The hidden state at positions[i] of the flattened (B, T) predicts targets[i], the next token's label.
     """
     is_scored = F.pad(labels[:, 1:] != IGNORE, (0, 1), value=False)
     positions = is_scored.flatten().nonzero().squeeze(1)
@@ -57,7 +57,7 @@ def _logits_loss(rows, head, targets):
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Sum of losses whose gradient with respect to the rows is kept from the forward pass, (N, D) float32."""
+    """Sum of losses; the gradient with respect to the rows, (N, D) float32, is saved in the forward pass."""
 
     @staticmethod
     def forward(ctx, rows, head, targets, chunk, is_compiled):
@@ -82,7 +82,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _chunk_loss(rows, head, wanted, wants_grad):
-    """(loss, its slope with respect to the logits, lifted, in the head's dtype) of (c, D) rows and (c, 1) targets."""
+    """(loss, its gradient with respect to the logits, lifted, in the head's dtype) of (c, D) rows, (c, 1) targets."""
     log_p = F.log_softmax(F.linear(rows.to(head.dtype), head), dim=-1, dtype=torch.float32)
     counts, wanted = (wanted != IGNORE).float(), wanted.clamp_min(0)
     loss = -(log_p.gather(1, wanted) * counts).sum()
@@ -93,7 +93,7 @@ def _chunk_loss(rows, head, wanted, wants_grad):
 
 
 def _chunk_loss_to_fuse(rows, head, wanted, wants_grad):
-    """_chunk_loss in a form that a compiler turns into two passes over the logits and no float32 copy of them."""
+    """_chunk_loss in a form that compiles to two passes over the logits without a float32 copy of them."""
     logits = F.linear(rows.to(head.dtype), head).float()
     log_z = logits.logsumexp(-1, keepdim=True)
     counts = (wanted != IGNORE).float()

@@ -1,9 +1,9 @@
-"""Linear layers whose weight is trained in a low-rank view of its gradient, which is made without the gradient.
+"""Linear layers that compute a low-rank projection of their weight's gradient without computing the gradient.
 
-GaLore (Zhao et al. 2024, arXiv:2403.03507) sees only R = P^T G of a weight's gradient G = g^T x, where x enters the
-layer and g is the gradient of what leaves it. R = (g P)^T x, or (x P)^T g where P is a basis of the other side: at rank
-128 of a layer of 1,152 by 6,912 that takes an eighth of the work, and G is never held. Where a basis is due, the
-optimizer asks for G itself.
+GaLore (Zhao et al. 2024, arXiv:2403.03507) uses only R = P^T G of a weight's gradient G = g^T x, where x is the layer's
+input and g the gradient of its output. R = (g P)^T x, or (x P)^T g if P is a basis of the other side: for a layer of
+1,152 by 6,912 at rank 128 that is an eighth of the work, and G is never stored. When a basis is due for a refresh, the
+optimizer requests G itself.
 """
 
 import math
@@ -18,31 +18,31 @@ from torch.utils.flop_counter import register_flop_formula
 
 from peftlib.optim.subspace import low_gradient
 
-# {address of a view's gradient: View}: an operator that is opaque to compilers is given tensors alone.
+# {address of a view's gradient: View}, because an operator that is opaque to compilers can take only tensors.
 _VIEWS: weakref.WeakValueDictionary[int, "View"] = weakref.WeakValueDictionary()
 
 
 class View:
-    """What an optimizer sees of one layer's gradient.
+    """An optimizer's view of one layer's gradient.
 
-    basis: (m, r) float32, orthonormal columns over the weight's shorter side m; `adopt` fills it.
-    gradient: R (r, n) is summed in its `grad`, as autograd does.
+    basis: (m, r) float32, orthonormal columns over the weight's shorter side m; set by `adopt`.
+    gradient: a leaf whose `grad` accumulates R (r, n), as in autograd.
     """
 
     def __init__(self, weight: Tensor, rank: int):
         self.basis = torch.zeros(min(weight.shape), rank, device=weight.device)
         self._narrow: Tensor | None = None  # the basis in the dtype of the products
-        # Its numbers are never read, so one stands for all: autograd wants a leaf of R's shape.
+        # Autograd needs a leaf of R's shape; its values are never read, so one element is expanded.
         self.gradient = torch.zeros(1, device=weight.device).expand(rank, max(weight.shape)).requires_grad_()
         self._take: weakref.WeakMethod | None = None
         _VIEWS[self.gradient.data_ptr()] = self
 
     def give_to(self, take: Callable[[Tensor, Tensor], Tensor | None]):
-        """Ask a bound method take(g (T, out), x (T, in)) in each backward pass; a tensor that it returns is R."""
+        """Call the bound method take(g (T, out), x (T, in)) in each backward pass; a tensor that it returns is R."""
         self._take = weakref.WeakMethod(take)
 
     def adopt(self, basis: Tensor) -> Tensor:
-        """Copy a basis to `basis`, which is returned."""
+        """Copy a basis to `basis`, and return `basis`."""
         self.basis.copy_(basis)
         if self._narrow is not None:
             self._narrow.copy_(basis)
@@ -60,9 +60,9 @@ class View:
 
 
 def train_in_views(model, weights, rank):
-    """Have the linear layers of these weights give R instead of their weight's gradient; returns {weight: View}.
+    """Make the linear layers of these weights compute R instead of the weight's gradient; returns {weight: View}.
 
-    A layer with a bias, or whose R would cost more than its gradient, goes on as it was.
+    A layer with a bias, or whose R would cost more than its gradient, is left unchanged.
     """
     views, wanted = {}, set(weights)
     for module in model.modules():
@@ -83,7 +83,7 @@ def _forward(self, x):
 
 @torch.library.custom_op("peftlib::viewed_product", mutates_args=())
 def viewed_product(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """x W^T, whose backward pass gives R to `gradient` (r, n), a View's. x: (..., in); weight: (out, in)."""
+    """x W^T, whose backward pass adds R to a View's `gradient` (r, n). x: (..., in); weight: (out, in)."""
     return F.linear(x, weight)
 
 
@@ -94,7 +94,7 @@ def _(x, weight, gradient):
 
 @torch.library.custom_op("peftlib::viewed_product_backward", mutates_args=())
 def viewed_product_backward(grad: Tensor, x: Tensor, weight: Tensor, gradient: Tensor, needs_x: bool) -> list[Tensor]:
-    """[gradient of x (empty unless it is needed), R (r, n) float32]."""
+    """[gradient of x (empty if not needed), R (r, n) float32]."""
     low = _VIEWS[gradient.data_ptr()].low(grad.flatten(0, -2), x.flatten(0, -2))
     return [(grad @ weight) if needs_x else x.new_empty(0), low]
 

@@ -1,1 +1,1 @@
-"""One run on several processes, a GPU each: the process group, and what its members tell each other."""
+"""One run on several processes with a GPU each: the process group, and communication between its members."""

@@ -1,14 +1,14 @@
-"""A run that one process trains, with the interface of several."""
+"""A single-process run with the interface of a multi-process one."""
 
 import contextlib
 
 
 class OneProcess:
-    """A run in this process alone: everything that several processes agree on is its own word."""
+    """A run in this process only: there is nothing to agree on with other processes."""
 
     rank, world = 0, 1
     is_main = True
-    bytes_exchanged = 0  # handed to the group by this process, in all
+    bytes_exchanged = 0  # sent to the group by this process, in total
 
     def sum_(self, tensor):
         """Replace a tensor by its sum over all processes."""
@@ -17,20 +17,20 @@ class OneProcess:
         """Replace tensors by those of one process."""
 
     def from_main(self, call):
-        """What `call` returns in the main process, a JSON value; it runs there alone."""
+        """Run `call` in the main process only, and return its result, a JSON value, in every process."""
         return call()
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process goes through first: what it downloads or writes the others find."""
+        """Context that the main process enters first, so that the others find what it downloads or writes."""
         yield
 
     def require_alike(self, facts):
-        """ConfigError where {name: value} of two processes differ."""
+        """ConfigError if {name: value} differs between processes."""
 
     @contextlib.contextmanager
     def together(self):
-        """Within it the failure of one process ends the others with its reason; nobody leaves before the main one."""
+        """Context in which the failure of one process ends the others with its reason; the main one leaves first."""
         yield
 
     def require(self):

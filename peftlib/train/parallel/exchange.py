@@ -1,8 +1,8 @@
-"""What the processes of a step sum: gradients, the loss, and whether one of them is asked to stop.
+"""What processes sum in a step: gradients, the loss, and whether one of them was asked to stop.
 
-What travels is what optimizers sum: whole gradients of adapters and norms, of GaLore's weights the rank-r projections
-(projecting is linear, so the sum of projections is the projection of the sum), and only where a basis is due the whole
-gradients. The optimizer's sums lie side by side in one buffer, so they are exchanged where they are, once a step.
+They exchange what optimizers sum: full gradients of adapters and norms, rank-r projections for GaLore's weights
+(projecting is linear, so the sum of projections is the projection of the sum), and full gradients only if a basis is
+due for a refresh. The optimizer's sums share one buffer, so they are reduced in place, once per step.
 """
 
 import torch
@@ -11,9 +11,9 @@ _EXTRAS = 3  # loss, stop, save
 
 
 def divide(numbers, lengths, parts):
-    """Deal rows out to `parts` processes by tokens: [[row, ...], ...], the longest first to the least loaded.
+    """Divide rows among `parts` processes by tokens: [[row, ...], ...], longest first, to the least loaded process.
 
-    The same on every process. A part may be empty.
+    The result is the same on every process. A part may be empty.
     """
     shares, loads = [[] for _ in range(parts)], [0] * parts
     for row in sorted(numbers, key=lambda row: (-lengths[row], row)):
@@ -24,9 +24,9 @@ def divide(numbers, lengths, parts):
 
 
 class Exchange:
-    """Sums a step's accumulation over the processes of a run, in place.
+    """Sums a step's accumulated gradients over the processes of a run, in place.
 
-    ask(): (stop, save), what this process wants after the step. told: what one of them wants, valid once the step's
+    ask(): (stop, save), what this process wants after the step. told: what any process wants, valid once the step's
     update has waited for the device.
     """
 
@@ -40,22 +40,22 @@ class Exchange:
 
     @property
     def bytes_a_step(self):
-        """Bytes that each process hands over in a step without a refresh."""
+        """Bytes that each process sends in a step without a basis refresh."""
         return 0 if self._flat is None else self._flat.numel() * self._flat.element_size()
 
     @property
     def told(self):
-        """(stop, save): whether a process of several asked for it."""
+        """(stop, save): whether any process asked for it."""
         return tuple(number > 0 for number in self._told.tolist())
 
     def whole_gradients(self):
-        """Sum the whole gradients that new bases come from."""
+        """Sum the full gradients for new bases."""
         if self._flat is not None:
             for total in self._optimizer.whole_sums():
                 self._processes.sum_(total)
 
     def gradients(self, loss):
-        """Sum all else; returns the loss over all rows. loss: over this process's rows, 0-dim."""
+        """Sum everything else; returns the loss over all rows. loss: over this process's rows, 0-dim."""
         if self._flat is None:
             return loss
         self.whole_gradients()

@@ -1,7 +1,7 @@
-"""Processes that a notebook's kernel starts to train its run with it, one for each further GPU.
+"""Helper processes that a notebook's kernel starts to train its run, one per additional GPU.
 
-The kernel itself is the main process: it has the model, the panel and the interrupt. A fork would not survive CUDA,
-which it has initialised, and a launcher's child in its place would need a second copy of the model on its card.
+The kernel itself is the main process: it has the model, the panel and the interrupt. Forking does not work after CUDA
+is initialised, and a launcher's child as the main process would need a second copy of the model on the kernel's GPU.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from peftlib.core.study import Study
 from peftlib.train.parallel import processes
 
 _LOOK_EVERY_S = 0.1
-_END_S = 20.0  # in which the others end by themselves once training is over
+_END_S = 20.0  # time for the others to exit once training is over
 
 
 def wanted(cfg, device):
-    """On how many processes a run trains: cfg.processes, else one for each GPU like the first; on a CPU one."""
+    """Number of processes for a run: cfg.processes, else one for each GPU like the first; one on a CPU."""
     if cfg.processes or device != "cuda":
         return cfg.processes or 1
     import torch
@@ -37,9 +37,9 @@ def wanted(cfg, device):
 
 @contextlib.contextmanager
 def helping(run):
-    """Within it run.train() trains on as many processes as are wanted. run: a TrainingRun; a finished one needs none.
+    """Context in which run.train() uses as many processes as wanted. run: a TrainingRun; a finished one needs none.
 
-    ParallelError: a process ended before it could train.
+    ParallelError: a process exited before it could train.
     """
     n = wanted(run.cfg, run.device)
     if n == 1 or run.finished_record() is not None:
@@ -50,19 +50,19 @@ def helping(run):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0", "LOCAL_RANK": "0"}
-    place |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}  # whose watchdog would end this process with the one that failed
+    place |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}  # its watchdog would kill this process when another fails
     before, alone = {name: os.environ.get(name) for name in place}, run.processes
     with contextlib.ExitStack() as stack:
         stack.callback(_set, before)
         _set(place)
-        run.log(f"starts {n - 1} more process{'es' * (n > 2)} to train with this one")
+        run.log(f"starting {n - 1} more process{'es' * (n > 2)} to train with this one")
         others = [stack.enter_context(_Helper(run, rank, n)) for rank in range(1, n)]
         for other in others:
             other.await_in(processes.words_of(store))
         stack.callback(processes.leave)
         run.processes = processes.join(run.device, end_others=lambda: [other.kill() for other in others])
         stack.callback(setattr, run, "processes", alone)
-        with run.processes.main_first():  # the others load the model, which is here
+        with run.processes.main_first():  # the others load the model, which is already here
             pass
         yield
 
@@ -76,7 +76,7 @@ def _set(variables):
 
 
 class _Helper:
-    """Process `rank` of n. As a context manager it is gone in the end."""
+    """Process `rank` of n. The context manager ends it on exit."""
 
     def __init__(self, run, rank, n):
         self._rank, self._n, self._grace_s = rank, n, 0.0
@@ -85,23 +85,23 @@ class _Helper:
         env |= os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", __name__, json.dumps([str(run.study.folder), asdict(run.cfg), run.name])]
         how = {"stdin": subprocess.DEVNULL, "stdout": self._said, "stderr": subprocess.STDOUT, "env": env}
-        self._process = subprocess.Popen(command, **how, start_new_session=True)  # interrupts are for the main one
+        self._process = subprocess.Popen(command, **how, start_new_session=True)  # interrupts go to the main process
 
     def await_in(self, words):
-        """Wait until it has joined."""
+        """Wait until it has joined the group."""
         while not words.check([f"process/{self._rank}"]):
             if self._process.poll() is not None:
                 self._said.seek(0)
                 lines = self._said.read().decode("utf-8", errors="replace").strip().split("\n")
                 raise ParallelError(
-                    f"process {self._rank} of {self._n} did not start: {lines[-1] or 'no word'}. "
-                    "processes=1 trains without it"
+                    f"process {self._rank} of {self._n} did not start: {lines[-1] or 'no output'}. "
+                    "Set processes=1 to train without it"
                 )
             time.sleep(_LOOK_EVERY_S)
         self._grace_s = _END_S
 
     def kill(self):
-        """End it at once."""
+        """Kill it immediately."""
         self._process.kill()
 
     def __enter__(self):

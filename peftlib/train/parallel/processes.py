@@ -1,7 +1,7 @@
-"""The processes that train one run together, as torchrun, `accelerate launch` or a notebook (`helpers`) started them.
+"""The processes that train one run together, started by torchrun, `accelerate launch` or a notebook (`helpers`).
 
-Tensors travel by torch.distributed (NCCL on GPUs, gloo on CPUs). Words, and waiting for the main process, go through
-the launcher's key-value store instead: a wait there can be given up, and then says why another process has failed.
+Tensors use torch.distributed (NCCL on GPUs, gloo on CPUs). Messages, and waiting for the main process, use the
+launcher's key-value store: a wait there can be abandoned, and the reason why another process failed can be read.
 """
 
 import atexit
@@ -20,28 +20,28 @@ from peftlib.train.parallel.alone import OneProcess
 
 _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 1.0
-_GRACE_S = 10.0  # for a process whose exchange cannot come to an end, after which it is ended
-_HEARD_S = 5.0  # in which all others have heard why the main process fails
-_GONE = "process 0 is gone, the main one"
-_LEAVE_S = 60.0  # that a process stays for the main one to write its record: the launcher kills it when the first ends
-_JOINED: dict = {}  # the group of this process, once it has joined
+_GRACE_S = 10.0  # a process whose exchange cannot complete is ended after this time
+_HEARD_S = 5.0  # time for all others to read why the main process failed
+_GONE = "process 0, the main process, is gone"
+_LEAVE_S = 60.0  # others wait for the main one to write its record: the launcher kills it once one exits
+_JOINED: dict = {}  # this process's group, once it has joined
 
 
 def n_processes():
-    """How many processes a launcher started for this run; 1 without one."""
+    """Number of processes that a launcher started for this run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def require_one(what):
-    """ConfigError: a launcher started several processes, and `what` is for one."""
+    """ConfigError if a launcher started several processes, because `what` needs a single one."""
     if n_processes() > 1:
-        raise ConfigError(f"{n_processes()} processes: {what} works in one process; start it without torchrun")
+        raise ConfigError(f"{n_processes()} processes: {what} runs in one process; start it without torchrun")
 
 
 def join(device, *, end_others=None):
-    """The processes of this run. device: as a config has it. Imports nothing where there is one.
+    """The processes of this run. device: as in a config. Imports nothing if there is only one.
 
-    end_others: called where another has failed and this process still waits for it; without it this process is ended.
+    end_others: called if another process failed and this one still waits for it; by default this process is ended.
     ConfigError: more processes than GPUs on this machine.
     """
     if n_processes() == 1:
@@ -53,13 +53,13 @@ def join(device, *, end_others=None):
 
 
 def leave():
-    """Leave what `join` has formed, so that this process can form another."""
+    """Leave the group that `join` formed, so that this process can join another."""
     while _JOINED:
         _JOINED.popitem()[1].close()
 
 
 def words_of(store):
-    """The part of a launcher's store in which the processes of a run write to each other."""
+    """The part of a launcher's store that a run's processes use for messages."""
     from torch.distributed import PrefixStore
 
     launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
@@ -67,7 +67,7 @@ def words_of(store):
 
 
 class Processes(OneProcess):
-    """A process group. device: 'cuda', of which this process takes card LOCAL_RANK, or 'cpu'. end_others: of `join`."""
+    """A process group. device: 'cuda' (this process uses GPU LOCAL_RANK) or 'cpu'. end_others: as in `join`."""
 
     def __init__(self, device, *, end_others=None):
         import torch
@@ -79,21 +79,21 @@ class Processes(OneProcess):
             here, cards = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
             if here >= cards:
                 raise ConfigError(
-                    f"process {here} of this machine has no GPU: torch sees {cards}; start at most one process a GPU "
+                    f"process {here} of this machine has no GPU: torch sees {cards}; start at most one process per GPU "
                     f"(--nproc-per-node {cards})"
                 )
             torch.cuda.set_device(here)
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             self._server = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
-        # A client of its own for each thread, for one that waits blocks the others that share it.
+        # One client per thread, because a waiting thread blocks others that share its client.
         clients = [dist.TCPStore(*address, is_master=False, wait_for_workers=False) for _ in range(3)]
         self._store, self._watched, group = map(words_of, clients)
         self._turn, self.failed, self._is_leaving, self._has_told = 0, None, False, False
         here = psutil.Process()
         self._store.set(f"process/{self.rank}", json.dumps([socket.gethostname(), here.pid, here.create_time()]))
         self._peers = [json.loads(self._wait(f"process/{rank}")) for rank in range(self.world)]
-        if not dist.is_initialized():  # only now, for its wait for the others cannot be interrupted
+        if not dist.is_initialized():  # only now, because it waits for the others and cannot be interrupted
             kind, group = "nccl" if device == "cuda" else "gloo", dist.PrefixStore("group", group)
             dist.init_process_group(kind, store=group, rank=self.rank, world_size=self.world)
         self._is_over = threading.Event()
@@ -103,11 +103,11 @@ class Processes(OneProcess):
 
     def sum_(self, tensor):
         """As for one process. ParallelError: another has failed."""
-        # NCCL takes memory as it lies; a turned gradient is summed as it was made.
+        # NCCL reduces memory in its layout; a transposed gradient is summed as it was allocated.
         self._exchange(self._dist.all_reduce, tensor if tensor.is_contiguous() else tensor.T)
 
     def broadcast_(self, tensors, source=0):
-        """As for one process; the tensors, of one dtype, travel as one. ParallelError: another has failed."""
+        """As for one process; tensors of one dtype are sent as one. ParallelError: another has failed."""
         if not tensors:
             return
         flat = self._torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -121,7 +121,7 @@ class Processes(OneProcess):
         self.require()
         try:
             call(tensor, *args)
-        except RuntimeError as error:  # gloo's, where a process is gone
+        except RuntimeError as error:  # raised by gloo if a process is gone
             self._raise(self._reason(wait_s=5.0) or str(error).split("\n")[0], error)
         self.bytes_exchanged += tensor.numel() * tensor.element_size()
 
@@ -146,14 +146,14 @@ class Processes(OneProcess):
             self._store.set(key, "1")
 
     def require_alike(self, facts):
-        """As for one process; each is compared with the main one."""
+        """As for one process; each process is compared with the main one."""
         ours = json.loads(json.dumps(facts))
         for name, value in self.from_main(lambda: facts).items():
             if ours[name] != value:
                 here, there = socket.gethostname(), self._peers[0][0]
                 raise ConfigError(
                     f"{name} is {ours[name]!r} in process {self.rank} ({here}) and {value!r} in process 0 ({there}): "
-                    "all processes of a run need the same"
+                    "it must be the same in all processes of a run"
                 )
 
     @contextlib.contextmanager
@@ -176,11 +176,11 @@ class Processes(OneProcess):
 
     @contextlib.contextmanager
     def _telling(self):
-        """Let the others know what ends this process."""
+        """Tell the others why this process ends."""
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(RuntimeError):  # the store went with the main process
+            with contextlib.suppress(RuntimeError):  # the store ended with the main process
                 self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
             self._has_told = True
             raise
@@ -191,7 +191,7 @@ class Processes(OneProcess):
             self._raise(self.failed)
 
     def _wait(self, key):
-        """The text under a key of the store, once it is there."""
+        """Wait for a key of the store, and return its text."""
         try:
             while not self._store.check([key]):
                 self.require()
@@ -199,18 +199,18 @@ class Processes(OneProcess):
             return self._store.get(key).decode()
         except ParallelError:
             raise
-        except RuntimeError as error:  # the store's: where no launcher holds it, it is in the main process
+        except RuntimeError as error:  # from the store: without a launcher, the main process hosts it
             self._raise(self.failed or _GONE, error)
 
     def _raise(self, reason, cause=None):
         self.failed = reason
         raise ParallelError(
-            f"process {self.rank} of {self.world} cannot go on: {reason}. The last checkpoint is kept, and the "
-            "same command or cell goes on from there"
+            f"process {self.rank} of {self.world} cannot continue: {reason}. The last checkpoint is kept; run the "
+            "same command or cell again to resume"
         ) from cause
 
     def _reason(self, wait_s=0.0):
-        """Why another process is out of the run, or None."""
+        """Why another process is no longer in the run, or None."""
         until = time.monotonic() + wait_s
         while True:
             for rank, peer in enumerate(self._peers):
@@ -229,7 +229,7 @@ class Processes(OneProcess):
             time.sleep(_LOOK_EVERY_S)
 
     def _watch(self):
-        """End what waits for a process that will not come; NCCL's kernels would wait for minutes."""
+        """End waits for a process that is gone; NCCL kernels would wait for minutes."""
         while not self._is_over.wait(_WATCH_EVERY_S):
             reason = None if self._is_leaving else self._reason()
             if reason is None:
@@ -242,13 +242,13 @@ class Processes(OneProcess):
                 if self._is_leaving or self._is_over.wait(_LOOK_EVERY_S):
                     return
             if self._end_others:
-                self._end_others()  # gloo waits for as long as the other end of a connection lives
+                self._end_others()  # gloo waits as long as the other end of a connection is alive
                 return
-            print(f"process {self.rank} ends: {reason}; the last checkpoint is kept", flush=True)
+            print(f"process {self.rank} exits: {reason}; the last checkpoint is kept", flush=True)
             os._exit(1)
 
     def close(self):
-        """Leave the group, whatever state it is in."""
+        """Leave the group in whatever state it is."""
         atexit.unregister(self._leave)
         self._leave()
         self._watcher.join()
@@ -268,7 +268,7 @@ class Processes(OneProcess):
 
 
 def _is_alive(peer):
-    """Whether a process, [host, pid, when it began], lives; those of other machines are taken to."""
+    """Whether a process, [host, pid, start time], is alive; processes on other machines are assumed to be."""
     host, pid, began = peer
     if host != socket.gethostname():
         return True

@@ -118,9 +118,9 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
     monkeypatch.setattr(evaluation, "load_model", lambda *args, **how: pytest.fail("nothing is loaded"))
     for words, said in (
         (["base", "--rewind", "0.5"], "rewind .0.5,. of base: use factors from 0 to 1 of a trained method"),
-        (["galore", "--rewind", "0.5,2"], "--rewind='0.5,2': use numbers from 0 to 1"),
-        (["galore", "--rewind", "half"], "--rewind='half': use numbers"),
-        (["galore", "--rewind", "nan"], "--rewind='nan': use numbers"),
+        (["galore", "--rewind", "0.5,2"], "--rewind='0.5,2': use different numbers from 0 to 1"),
+        (["galore", "--rewind", "half"], "--rewind='half': use different numbers"),
+        (["galore", "--rewind", "nan"], "--rewind='nan': use different numbers"),
         (["--path", "x", "--rewind", "0.5"], "--rewind needs a METHOD of the study"),
         (["galore", "--tasks", "piqa"], "--tasks piqa needs --rewind"),
     ):
