@@ -82,7 +82,7 @@ def data(
     split_seed: Annotated[int | None, Option("--split-seed", "--seed", help="another seed draws other rows")] = None,
     settings: Settings = None,
 ):
-    """Build the train, valid and test rows of a study and freeze its settings.
+    """Build a study's rows and freeze its settings.
 
     With --train or --test and without --profile, max_length and the share of validation rows come from the full
     study, and the model comes from the hardware's profile.
@@ -105,7 +105,7 @@ def data(
 
 @_command("train qlora --study first", "train galore --study first --seed 1 -p max_seconds=3600")
 def train(method: Method, study: AnyName = None, profile: Profile = None, seed: Seed = 0, settings: Settings = None):
-    """Train one method on a study's rows, or resume an interrupted run.
+    """Train one method, or resume an interrupted run.
 
     On several GPUs: torchrun --nproc-per-node N -m peftlib train METHOD ...
     """
@@ -142,7 +142,7 @@ def evaluate(
         Path | None, Option(metavar="FOLDER", help="with --tasks: folder of the benchmarks' files; default: the hub")
     ] = None,
 ):
-    """Answer and score a study's test rows with a trained method, base, or a model trained elsewhere."""
+    """Answer and score a study's test rows. The model is a trained method, base, or one trained elsewhere."""
     if (method is None) == (path is None):
         raise ConfigError("give one model: a METHOD, or --path FOLDER")
     if rewind and path:
@@ -178,7 +178,7 @@ def evaluate(
 
 @_command("report --study first")
 def report(study: Name):
-    """Rebuild results.csv, report.md, report.html and the figures of a study."""
+    """Rebuild a study's report, results.csv and figures."""
     found = open_study(study)
     from peftlib import build_report
     from peftlib.core.files import readable_path
@@ -202,7 +202,7 @@ def chat(
     seed: Seed = 0,
     max_new_tokens: Annotated[int, Option(help="token limit per answer")] = 256,
 ):
-    """Chat with a trained model, or with base; /new starts over, /quit ends."""
+    """Chat with a trained model or base. /new starts over, /quit ends."""
     found = open_study(study)
     found.cfg.replace(max_new_tokens=max_new_tokens)  # validates the value
     from peftlib.evaluation.chat import main as talk
@@ -224,7 +224,7 @@ def export(
     public: Annotated[bool, Option("--public", help="create the repository public")] = False,
     dry_run: Flag = False,
 ):
-    """Export a trained model with its model card to a folder or the hub."""
+    """Export a trained model to a folder or the hub. The export includes a model card."""
     found = open_study(study)
     from peftlib import export_model
     from peftlib.export.export import lines_of
@@ -260,7 +260,7 @@ def sweep(
     factor: Annotated[list[float] | None, Option(help="multiplies the study's rates; default: a search")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
-    """Try learning rates of a study's methods on its validation rows.
+    """Try learning rates on a study's validation rows.
 
     The search starts at 1/3, 1 and 3 times the study's rates and continues by factors of 3 until the best rate lies
     between worse ones or the next diverges. A method's two rates are searched apart, in at most 9 trials. Run the

@@ -24,7 +24,7 @@ def bench(
     limit: Annotated[int, Option(min=0, metavar="N", help="use the first N rows of each task; 0: all")] = 0,
     seed: Annotated[int, Option(min=0, help="seed of the run")] = 0,
 ):
-    """Score models on standard benchmarks through lm-evaluation-harness; needs peftlib[bench].
+    """Score models on standard benchmarks. Needs lm-evaluation-harness (peftlib[bench]).
 
     retention is what a model may forget (arc_easy, arc_challenge, piqa, winogrande, boolq, openbookqa, lambada_openai,
     wikitext), skill what it may learn (ifeval, gsm8k). Run it again to resume. `peftlib report` shows the scores.
@@ -62,7 +62,7 @@ def judge(
     timeout: Annotated[float, Option(metavar="SECONDS", help="time limit of one call")] = 60.0,
     retries: Annotated[int, Option(min=0, metavar="N", help="retries of a failed call")] = 5,
 ):
-    """Have a language model compare two methods' answers to the same test rows, in both orders.
+    """Let a language model compare two methods' answers. Each pair is judged in both orders.
 
     An endpoint's key is read from the environment variable OPENAI_API_KEY and stored nowhere.
     """
@@ -93,7 +93,7 @@ def plan(
     settings: Settings = None,
     methods: Annotated[str | None, Option(metavar="A,B,...", help="default: six; see `peftlib methods`")] = None,
 ):
-    """Show which methods fit a GPU, with which micro-batch, and for how many hours they train."""
+    """Show which methods fit a GPU. It also gives the micro-batch and the hours of training."""
     given = given_settings(settings, profile=profile, model=model)
     found = open_study(study) if study else None
     from peftlib.runner.suite_plan import plan_lines
@@ -105,7 +105,7 @@ def plan(
 def methods(
     names: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: all except peft:FILE.json")] = None,
 ):
-    """List the methods: what trains, the base's precision, the memory of the 1B model on a T4, the paper."""
+    """List the methods. It shows what trains, the base's precision, the 1B model's memory on a T4, and the paper."""
     from peftlib.runner.suite_plan import method_lines
 
     for line in method_lines(names or ()):
@@ -113,7 +113,7 @@ def methods(
 
 
 def compare(studies: Annotated[list[str], Argument(metavar="STUDY", help="two or more names or folders")]):
-    """Compare studies that were evaluated on the same test rows."""
+    """Compare studies that have the same test rows."""
     from peftlib import compare_studies
 
     print(compare_studies(studies), end="")
@@ -123,7 +123,7 @@ def site(
     studies: Annotated[list[str], Argument(metavar="STUDY", help="names or folders with the same test rows")],
     to: Annotated[Path, Option(metavar="DIR", help="a new or empty folder, or one with an earlier page")],
 ):
-    """Write a results page that opens from disk: runs, charts, answers, and which methods fit which GPU."""
+    """Write a results page that opens from disk. It has runs, charts, answers, and which methods fit which GPU."""
     from peftlib.report.site.build import build_site
 
     print(build_site(studies, to))
