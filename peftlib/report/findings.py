@@ -3,6 +3,7 @@
 import math
 
 from peftlib.evaluation import forgetting, stats
+from peftlib.evaluation.benchmarks.scores import BALANCED
 from peftlib.evaluation.comparison import mean_of
 from peftlib.evaluation.results import BASE, BASE_CUT
 
@@ -193,8 +194,13 @@ def _figure(value):
 
 
 def of_benchmarks(benchmarks):
-    """[sentence, ...] on differences from base beyond the noise, and on tasks at their floor."""
-    pairs = [pair for scores in benchmarks for pair in scores.pairs() if pair.other == BASE]
+    """[sentence, ...] on differences from base beyond the noise, and on tasks at their floor.
+
+    A task with a balanced accuracy counts once, by that one: plain accuracy changes if a model says "yes" less often.
+    """
+    tasks = {scores.task for scores in benchmarks}
+    counted = [scores for scores in benchmarks if scores.task + BALANCED not in tasks]
+    pairs = [pair for scores in counted for pair in scores.pairs() if pair.other == BASE]
     beyond = [pair for pair in pairs if not pair.difference.is_noise]
     if pairs:
         listed = ", ".join(f"{p.method} on {p.metric} {p.difference.value:+.3f} ({p.verdict})" for p in beyond[:_MOST])

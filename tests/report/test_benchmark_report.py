@@ -55,6 +55,18 @@ def test_the_report_says_what_is_a_finding_and_what_is_not(built):
     assert "Standard benchmarks" in study.folder.joinpath("report.html").read_text()
 
 
+def test_a_task_with_a_balanced_accuracy_is_counted_by_it(tmp_path, monkeypatch):
+    study, answers = fake_study.make(tmp_path, monkeypatch, methods=("base", "galore")), np.array(["yes", "no"] * 60)
+    for name, said in (("base", answers), ("galore", np.array(["yes"] * 120))):
+        record = records.load(study, name, 0)
+        write(study, record, "boolq", answers == said, chance=0.5, labels=answers)
+        records.save(study, record)
+    said = [sentence for sentence in report.build_report(study).findings if "benchmarks" in sentence]
+    assert said[0].startswith(
+        "On standard benchmarks, 1 of 1 differences from base are beyond the noise: galore on boolq_balanced -0.500"
+    )
+
+
 def test_figures_show_guessing_and_what_was_gained_against_what_was_lost(built):
     _, made = built
     assert "piqa base 0.500, galore 0.500 (guessing 0.500)" in made.alt["benchmarks"]
