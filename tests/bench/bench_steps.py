@@ -1,4 +1,4 @@
-"""Steps of one setting of bench_settings through peftlib's own Stepper: speed, memory, and what a refresh or save costs."""
+"""Runs one setting of bench_settings through peftlib's own Stepper: speed, memory, cost of a refresh and of a save."""
 
 import itertools
 import json
