@@ -34,11 +34,11 @@ def units_of(folder):
     folder, units = Path(folder), {}
     if (folder / "data" / "manifest.json").exists():
         units["data"] = _files_below(folder / "data")
-    for run in sorted(folder.glob("weights/[!.]*/")):
+    for run in filter(Path.is_dir, _entries(folder / "weights")):
         units[f"weights-{run.name}"] = _files_below(run)
-    for run in sorted(folder.glob("checkpoints/[!.]*/")):
-        whole = sorted(step for step in run.glob("step-*") if (step / MANIFEST).exists())
-        files = [path for step in whole[-1:] for path in _files_below(step)]
+    for run in filter(Path.is_dir, _entries(folder / "checkpoints")):
+        whole = [step for step in _entries(run) if step.match("step-*") and (step / MANIFEST).exists()]
+        files = _files_below(whole[-1]) if whole else []
         if whole and (whole[-1] / MANIFEST).exists():  # training has not deleted it in the meantime
             units[f"checkpoint-{run.name}"] = files
     small = _files_below(folder, but=_OWN)
@@ -96,17 +96,18 @@ def content(folder, files):
     return digest.hexdigest()
 
 
-def _files_below(folder, but=()):
-    """Files below a folder, except hidden ones and those in folders named `but`, at any depth.
-
-    Training may delete folders meanwhile: a missing folder has no files.
-    """
-    found = []
+def _entries(folder):
+    """What a folder contains, sorted, without hidden entries; nothing if it is gone: training may delete it meanwhile."""
     try:
-        names = sorted(os.listdir(folder))
+        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    for path in (folder / name for name in names if not name.startswith(".")):
+
+
+def _files_below(folder, but=()):
+    """Files below a folder, except hidden ones and those in folders named `but`, at any depth."""
+    found = []
+    for path in _entries(folder):
         if path.is_dir():
             found += [] if path.name in but else _files_below(path, but)
         elif not path.name.endswith(_NOT_KEPT):
