@@ -97,7 +97,7 @@ def content(folder, files):
 
 
 def _entries(folder):
-    """What a folder contains, sorted, without hidden entries; nothing if it is gone: training may delete it meanwhile."""
+    """What a folder contains, sorted, without hidden entries; nothing if training has deleted it meanwhile."""
     try:
         return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
