@@ -55,9 +55,10 @@ def resolve(asked, device, steps, costs):
 def compile_layers(model, *, backend="inductor", activation_budget=1.0):
     """Compile each decoder layer, for any batch size and length; returns the model.
 
-    Per layer, not the whole model: all layers share two compiled versions (sliding and full attention), gradient
-    checkpointing stays outside, and a layer's hooks run between the compiled parts. activation_budget: torch's
-    activation memory budget, the fraction of activations kept for backward; below 1 it recomputes the cheap ones.
+    Per layer, not the whole model: all layers share one compiled version (two if rows have masks: sliding and full
+    attention), gradient checkpointing stays outside, and a layer's hooks run between the compiled parts.
+    activation_budget: torch's activation memory budget, the fraction of activations kept for backward; below 1 it
+    recomputes the cheap ones.
     """
     torch._functorch.config.activation_memory_budget = activation_budget
     sum_norm_gradients(model)

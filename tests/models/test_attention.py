@@ -1,9 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
 from test_adapters import KINDS, adapted
 from test_layers import loss_and_gradients, prepared, rows  # noqa: F401
 
+from peftlib.models.compile import compile_layers
 from peftlib.models.inspect import PROJECTIONS, core
 from peftlib.models.kernels import attention
 from peftlib.models.load import load_base
@@ -83,7 +86,7 @@ def test_a_kernel_that_is_right_is_taken(monkeypatch, on_the_cpu):
 
 def test_a_kernel_that_is_wrong_is_not_taken(monkeypatch, on_the_cpu):
     def without_window(query, key, value, cu_seqlens, longest, window, scale):
-        return attention.attention_by_rows(query, key, value, cu_seqlens, longest, None, scale)
+        return attention.attention_by_rows(query, key, value, cu_seqlens, longest, torch.tensor(0), scale)
 
     monkeypatch.setattr(attention, "KERNELS", {"wrong": without_window})
     name, reason = attention.choose_kernel(tiny.model(), device="cuda", precision="fp32")
@@ -94,9 +97,55 @@ def test_without_a_gpu_rows_have_masks():
     assert attention.choose_kernel(tiny.model(), device="cpu", precision="fp32") == (None, "no GPU")
 
 
-def test_the_operators_shapes_are_those_they_promise():
-    """What torch.compile is told of the memory-efficient operator, whose kernel needs a GPU."""
-    query, key = (torch.empty(70, heads, 16, device="meta") for heads in (4, 4))
+@pytest.mark.parametrize("kernel, lse_shape", [("efficient", (3, 4, 64)), ("varlen", (4, 70))])
+def test_the_operators_shapes_are_those_they_promise(kernel, lse_shape):
+    """What torch.compile is told of the operator, whose kernels need a GPU."""
+    query = torch.empty(70, 4, 16, device="meta")
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
-    out, lse = torch.ops.peftlib.efficient_attention(query, key, key, cu_seqlens, 40, 8, 0.25)
-    assert out.shape == (70, 4, 16) and lse.dtype == torch.float32
+    out, lse = torch.ops.peftlib.packed_attention(query, query, query, cu_seqlens, torch.tensor(8), 40, 0.25, kernel)
+    assert out.shape == (70, 4, 16) and lse.shape == lse_shape and lse.dtype == torch.float32
+
+
+def on_rows(call, *given):
+    """call(*given) where gradients can be taken: an operator's kernel runs below autograd, another thread does not."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, *given).result()
+
+
+@pytest.fixture
+def on_the_cpus_rows():
+    """The operator's kernels, by rows on the CPU."""
+
+    def forward(query, key, value, cu_seqlens, window, longest, scale, kernel):
+        out = attention.attention_by_rows(query, key, value, cu_seqlens, longest, window, scale)
+        return out.contiguous(), query.new_zeros(query.shape[1], len(query), dtype=torch.float32)
+
+    def backward(grad, query, key, value, out, lse, cu_seqlens, window, longest, scale, kernel):
+        def gradients():
+            given = [t.detach().requires_grad_() for t in (query, key, value)]
+            out = attention.attention_by_rows(*given, cu_seqlens, longest, window, scale)
+            return tuple(t.contiguous() for t in torch.autograd.grad(out, given, grad))
+
+        return on_rows(gradients)
+
+    attention.packed_attention.register_kernel("cpu", forward)
+    attention.packed_attention_backward.register_kernel("cpu", backward)
+
+
+@pytest.mark.parametrize("method", ["qlora", "galore"])
+def test_layers_with_and_without_a_window_are_one_form_to_the_compiler(prepared, on_the_cpus_rows, method):  # noqa: F811
+    model, _ = prepared(method)
+    core(model).model.layers[1].self_attn.sliding_window = None  # as every sixth layer of the 270M and the 1B has it
+    data = rows([50, 9, 33, 21, 40])
+    data.is_flat = True
+    flat = list(data.batches(range(5), 200, "cpu"))
+    attention.use_kernel(model, "varlen", longest=50)
+    wanted, theirs = loss_and_gradients(model, flat)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(model, backend="aot_eager")
+    found, ours = loss_and_gradients(model, flat)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert abs(found - wanted) < 1e-5 * wanted
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4, msg=name)

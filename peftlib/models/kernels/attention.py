@@ -6,6 +6,7 @@ T4. Each is tested on a few short rows before it is used; if none is correct, ro
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 
@@ -16,31 +17,22 @@ from torch import Tensor
 from peftlib.models.inspect import core
 from peftlib.models.precision import DTYPES
 
-with contextlib.suppress(ImportError):  # torch before 2.10 uses the other kernel
+with contextlib.suppress(ImportError):  # torch before 2.10 repeats the heads, as for the other kernel
     from torch.nn.attention.varlen import varlen_attn
 
-    # Whether it supports fewer key and value heads than query heads.
-    _SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
+# Whether it supports fewer key and value heads than query heads.
+_SHARES_HEADS = "varlen_attn" in globals() and "enable_gqa" in inspect.signature(varlen_attn).parameters
 _TOLERANCE = 0.02  # relative L2 distance of outputs and gradients in 16 bits; a wrong mask gives far more
 _LENGTHS, _WINDOW = (3, 45, 16), 8  # of the rows that a kernel is tested on
 
 
-def _varlen(query, key, value, cu_seqlens, longest, window, scale):
-    how = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
-    if _SHARES_HEADS:
-        how["enable_gqa"] = True
-    else:
+def _kernel(name, query, key, value, cu_seqlens, longest, window, scale):
+    if not (name == "varlen" and _SHARES_HEADS):
         key, value = (_repeated(t, query.shape[1]) for t in (key, value))
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **how)
+    return torch.ops.peftlib.packed_attention(query, key, value, cu_seqlens, window, longest, scale, name)[0]
 
 
-def _efficient(query, key, value, cu_seqlens, longest, window, scale):
-    key, value = (_repeated(t, query.shape[1]) for t in (key, value))
-    return torch.ops.peftlib.efficient_attention(query, key, value, cu_seqlens, longest, window or 0, scale)[0]
-
-
-KERNELS = {"varlen": _varlen, "efficient": _efficient}  # best first
+KERNELS = {name: functools.partial(_kernel, name) for name in ("varlen", "efficient")}  # best first
 
 
 def _repeated(t, heads):
@@ -49,29 +41,48 @@ def _repeated(t, heads):
     return t[:, :, None].expand(length, kept, heads // kept, width).reshape(length, heads, width)
 
 
-@torch.library.custom_op("peftlib::efficient_attention", mutates_args=())
-def efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, window: int, scale: float
+@torch.library.custom_op("peftlib::packed_attention", mutates_args=())
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    window: Tensor,
+    longest: int,
+    scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """(output (T, H, D), log-sum-exp of the scores) of causal attention within rows of at most `longest` tokens.
 
-    cu_seqlens: (rows + 1,) int32. window: tokens, including itself, that a token sees; 0: all before it.
+    cu_seqlens: (rows + 1,) int32. window: tokens, including itself, that a token sees; 0: all before it. A CPU tensor,
+    so that layers with and without a window share one compiled version. kernel: a key of KERNELS.
     """
+    seen, lengths = int(window), (cu_seqlens, cu_seqlens, longest, longest)
+    if kernel == "varlen":
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *lengths, 0.0, not seen, False, scale=scale, **_flash_window(seen)
+        )
+        return out, lse
     out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        query[None], key[None], value[None], None, cu_seqlens, cu_seqlens, longest, longest, 0.0, 1, True,
-        scale=scale, window_size=window or None,
-    )  # fmt: skip
+        query[None], key[None], value[None], None, *lengths, 0.0, 1, True, scale=scale, window_size=seen or None
+    )
     return out[0].clone(memory_format=torch.contiguous_format), lse
 
 
-@efficient_attention.register_fake
-def _(query, key, value, cu_seqlens, longest, window, scale):
+def _flash_window(seen):
+    return {"window_size_left": seen - 1 if seen else -1, "window_size_right": 0}
+
+
+@packed_attention.register_fake
+def _(query, key, value, cu_seqlens, window, longest, scale, kernel):
     rows, aligned = cu_seqlens.shape[0] - 1, -(-longest // 32) * 32
-    return torch.empty_like(query), query.new_empty((rows, query.shape[1], aligned), dtype=torch.float32)
+    heads = query.shape[1]
+    lse = (heads, query.shape[0]) if kernel == "varlen" else (rows, heads, aligned)
+    return torch.empty_like(query), query.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.custom_op("peftlib::efficient_attention_backward", mutates_args=())
-def efficient_attention_backward(
+@torch.library.custom_op("peftlib::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -79,35 +90,43 @@ def efficient_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    window: Tensor,
     longest: int,
-    window: int,
     scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of efficient_attention's query, key and value."""
+    """Gradients of packed_attention's query, key and value."""
+    seen, lengths = int(window), (cu_seqlens, cu_seqlens, longest, longest)
+    if kernel == "varlen":
+        unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout
+        return torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), query, key, value, out, lse, *lengths, 0.0, not seen, unused, unused[:0],
+            scale=scale, **_flash_window(seen),
+        )  # fmt: skip
     unused = torch.zeros((), dtype=torch.int64, device=query.device)
     found = torch.ops.aten._efficient_attention_backward(
-        grad[None].contiguous(), query[None], key[None], value[None], None, out[None], cu_seqlens, cu_seqlens, longest,
-        longest, lse, 0.0, unused, unused, 1, False, scale=scale, window_size=window or None,
+        grad[None].contiguous(), query[None], key[None], value[None], None, out[None], *lengths,
+        lse, 0.0, unused, unused, 1, False, scale=scale, window_size=seen or None,
     )  # fmt: skip
     return tuple(t[0].clone(memory_format=torch.contiguous_format) for t in found[:3])
 
 
-@efficient_attention_backward.register_fake
-def _(grad, query, key, value, out, lse, cu_seqlens, longest, window, scale):
+@packed_attention_backward.register_fake
+def _(grad, query, key, value, out, lse, cu_seqlens, window, longest, scale, kernel):
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _keep(ctx, inputs, output):
-    query, key, value, cu_seqlens, *ctx.how = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
+    query, key, value, cu_seqlens, window, *ctx.how = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, window)
 
 
-def _efficient_gradients(ctx, grad, _):
-    grads = torch.ops.peftlib.efficient_attention_backward(grad, *ctx.saved_tensors, *ctx.how)
-    return (*grads, None, None, None, None)
+def _gradients(ctx, grad, _):
+    grads = torch.ops.peftlib.packed_attention_backward(grad, *ctx.saved_tensors, *ctx.how)
+    return (*grads, None, None, None, None, None)
 
 
-efficient_attention.register_autograd(_efficient_gradients, setup_context=_keep)
+packed_attention.register_autograd(_gradients, setup_context=_keep)
 
 
 def _interface(name, longest):
@@ -117,13 +136,14 @@ def _interface(name, longest):
     kernel = KERNELS[name]
 
     def attend(module, query, key, value, attention_mask, *, scaling, sliding_window=None, cu_seqlens=None, **settings):
+        # module.window, not sliding_window: a number would make two compiled versions of one.
         if cu_seqlens is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         # As SDPA under autocast: FlashAttention supports only 16 bits, and some PEFT adapters return float32.
         kind = value.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
         flat = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))  # each (T, heads, D)
-        return kernel(*flat, cu_seqlens, longest, sliding_window, scaling)[None], None
+        return kernel(*flat, cu_seqlens, longest, module.window, scaling)[None], None
 
     return attend
 
@@ -136,6 +156,8 @@ def use_kernel(model, name, *, longest):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    for layer in core(model).model.layers:
+        layer.self_attn.window = torch.tensor(layer.self_attn.sliding_window or 0)  # no buffer: stays on the CPU
     ALL_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", _interface(name, longest))
     ALL_MASK_ATTENTION_FUNCTIONS.register(f"peftlib_{name}", sdpa_mask)
     core(model).set_attn_implementation(f"peftlib_{name}")
@@ -164,7 +186,7 @@ def _fault(name, config, dtype, device="cuda"):
     total, scale = sum(_LENGTHS), config.head_dim**-0.5
     given = [torch.randn(total, n, config.head_dim, generator=draw, device=device).to(dtype) for n in heads]
     cu_seqlens = torch.tensor([0, *_LENGTHS], device=device).cumsum(0).to(torch.int32)
-    for window in (None, _WINDOW):
+    for window in (torch.tensor(0), torch.tensor(_WINDOW)):
         how = (cu_seqlens, max(_LENGTHS), window, scale)
         found, wanted = (_outputs(call, given, *how) for call in (KERNELS[name], attention_by_rows))
         for one, two in zip(found, wanted, strict=True):
@@ -186,8 +208,8 @@ def _outputs(kernel, given, *how):
 def attention_by_rows(query, key, value, cu_seqlens, longest, window, scale):
     """Reference for the kernels, by SDPA one row at a time: (T, H, D) from query (T, H, D), key and value (T, K, D).
 
-    cu_seqlens: (rows + 1,) int32. longest: unused. window: tokens, including itself, that a token sees; None: all
-    before it.
+    cu_seqlens: (rows + 1,) int32. longest: unused. window: tokens, including itself, that a token sees; 0: all before
+    it.
     """
     key, value = (_repeated(t, query.shape[1]) for t in (key, value))
     edges, parts = cu_seqlens.tolist(), []
@@ -195,6 +217,6 @@ def attention_by_rows(query, key, value, cu_seqlens, longest, window, scale):
         rows = [t[start:end].transpose(0, 1) for t in (query, key, value)]
         position = torch.arange(end - start, device=query.device)
         back = position[:, None] - position
-        seen = (back >= 0) & (back < (window or end))
+        seen = (back >= 0) & (back < (int(window) or end))
         parts.append(F.scaled_dot_product_attention(*rows, attn_mask=seen, scale=scale).transpose(0, 1))
     return torch.cat(parts)
