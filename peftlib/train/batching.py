@@ -46,7 +46,9 @@ class Batch(NamedTuple):
 class Rows:
     """Tokenized rows. lengths: (N,) tokens; scored: (N,) tokens that count in the loss.
 
-    is_flat: `batches` are flat, for attention without masks (models/attention.py).
+    is_flat: `batches` are flat, for attention without masks (models/attention.py). sizes, counts: the tokens and scored
+    tokens that flat batches are padded to, in ascending order; padded_size if there is none that is large enough.
+    longest: the tokens of the longest row that the attention kernel supports; padding is divided into such rows.
     """
 
     def __init__(self, rows, *, is_flat=False):
@@ -55,6 +57,7 @@ class Rows:
         self.lengths = np.array([len(ids) for ids in self.ids])
         self.scored = np.array([mask.sum() for mask in self.is_scored])
         self.is_flat = is_flat
+        self.sizes, self.counts, self.longest = (), (), math.inf
 
     def __len__(self):
         return len(self.ids)
@@ -83,19 +86,40 @@ class Rows:
         """Build a flat Batch of rows on the host, padded to one of a few sizes so that shapes repeat."""
         edges = np.cumsum([0, *(self.lengths[n] for n in rows)])
         total = int(edges[-1])
-        size, count = padded_size(total), -(-len(rows) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        size = _fitting(self.sizes, total)
         ids, places = np.zeros((1, size), dtype=np.int64), np.zeros((1, size), dtype=np.int64)
         ids[0, :total] = np.concatenate([self.ids[n] for n in rows])
         places[0, :total] = np.concatenate([np.arange(self.lengths[n]) for n in rows])
         before = [start + self.is_scored[n][1:].nonzero()[0] for start, n in zip(edges[:-1], rows, strict=True)]
         before = np.concatenate(before)
-        positions = np.zeros(padded_size(len(before)), dtype=np.int64)
+        positions = np.zeros(_fitting(self.counts, len(before)), dtype=np.int64)
         targets = np.full(len(positions), IGNORE, dtype=np.int64)
         positions[: len(before)], targets[: len(before)] = before, ids[0, before + 1]
-        cu_seqlens = np.full(count + 2, size, dtype=np.int32)
-        cu_seqlens[: len(edges)] = edges
-        made = (ids, positions, targets, places, None, cu_seqlens)
+        made = (ids, positions, targets, places, None, self._cu_seqlens(edges, size))
         return Batch(*(t if t is None else torch.from_numpy(t) for t in made))
+
+    def _cu_seqlens(self, edges, size):
+        """The row boundaries of a flat batch: its rows', then those of its padding, their number the same for many."""
+        parts = 1 if self.longest == math.inf else -(-max(self.sizes, default=1) // self.longest)
+        count = -(-(len(edges) - 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE + 1
+        cu_seqlens = np.full(count + parts, size, dtype=np.int32)
+        cu_seqlens[: len(edges)] = edges
+        for i in range(len(edges), len(cu_seqlens)):
+            cu_seqlens[i] = min(cu_seqlens[i - 1] + self.longest, size)
+        return cu_seqlens
+
+    def limit_shapes(self, steps, tokens, *, remaining, capture, longest):
+        """Set `sizes` and `counts` to those that make a run with CUDA graphs fastest.
+
+        steps: a sample of the steps' row numbers, [[row, ...], ...]. tokens: of the largest micro-batch. remaining:
+        number of steps to run. capture: the cost of capturing a size, in passes of that size. longest: see Rows.
+        """
+        passes = [rows for numbers in steps if len(numbers) for rows in self.cut_flat(numbers, tokens)]
+        each = {"weight": remaining / max(1, len(steps)), "capture": capture}
+        lengths, scored = ([int(of[rows].sum()) for rows in passes] for of in (self.lengths, self.scored))
+        self.sizes = cheapest_sizes([padded_size(n) for n in [*lengths, tokens]], **each)
+        self.counts = cheapest_sizes([padded_size(n) for n in scored], **each)
+        self.longest = longest
 
     def batches(self, numbers, tokens, device):
         """Yield Batches of at most `tokens` tokens (padded, unless flat) that together hold the rows."""
@@ -164,6 +188,33 @@ def padded_size(n):
     """The padded size of a flat batch of n tokens: sixteen sizes between powers of two, from 128."""
     step = max(128, 1 << max(0, (n - 1).bit_length() - 5))
     return max(1, -(-n // step)) * step
+
+
+def cheapest_sizes(needed, *, weight, capture):
+    """The sizes to pad to, in ascending order, so that padding and capturing each size cost least: dynamic programming.
+
+    needed: sizes of passes, each of which runs at the next larger of the result. weight: how often each of them runs.
+    capture: the cost of capturing a size, in passes of that size; a pass's cost is proportional to its size.
+    """
+    sizes, numbers = (found.tolist() for found in np.unique(np.asarray(needed, dtype=np.int64), return_counts=True))
+    costs, before = [0.0], []  # of the best choice for the first j sizes; the number of sizes below its last
+    for j, size in enumerate(sizes):
+        options, padding = [], 0.0
+        for i in range(j, -1, -1):  # one graph for the sizes i to j
+            padding += weight * numbers[i] * (size - sizes[i])
+            options.append((costs[i] + padding + capture * size, i))
+        cost, i = min(options)
+        costs.append(cost)
+        before.append(i)
+    chosen, j = [], len(sizes)
+    while j:
+        chosen.append(sizes[j - 1])
+        j = before[j - 1]
+    return tuple(reversed(chosen))
+
+
+def _fitting(sizes, n):
+    return next((size for size in sizes if size >= n), None) or padded_size(n)
 
 
 def pack(rows, lengths, tokens, *, multiple=1, least=1):

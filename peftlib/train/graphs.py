@@ -15,6 +15,7 @@ from peftlib.models.precision import DTYPES, autocast
 from peftlib.train.batching import Batch, padded_size
 
 _WARM_UP = 3  # micro-batches that first run without graphs: torch.compile sees two shapes, libraries load
+CAPTURE_PASSES = 5  # passes that take as long as capturing one; we measured 3 to 6 on an H200
 _AT_MOST = 64  # maximum captured lengths; each costs a few MiB
 _SMALL = 1 << 20  # elements of a weight whose gradient may be in memory twice
 
@@ -53,7 +54,8 @@ class StepGraphs:
     def reset(self):
         """Drop all captured graphs and free their memory."""
         torch.cuda.synchronize()
-        self._bodies, self._losses, self._finish, self._move, self._discarded = {}, {}, None, None, []
+        self._bodies, self._losses, self._finish, self._move = {}, {}, None, None
+        self._of_pass, self._discarded = {}, []
         # The loss has its own pool: it runs while a body's activations wait for their backward pass.
         self._pools = {"body": torch.cuda.graph_pool_handle(), "rest": torch.cuda.graph_pool_handle()}
         torch.cuda.empty_cache()
@@ -70,6 +72,11 @@ class StepGraphs:
     def captured(self):
         """Number of captured lengths."""
         return len(self._bodies)
+
+    def begin_pass(self):
+        """Start a pass over the micro-batches of a step."""
+        self.total.zero_()
+        self._of_pass = {}
 
     def forward_backward(self, batch, scored):
         """Add a flat batch's gradients, and its share of the loss to `total`; returns whether it did.
@@ -103,8 +110,11 @@ class StepGraphs:
     def _body(self, size, edges):
         """The forward and backward graphs for a length, kept if every pass is like this one."""
         is_kept = self._optimizer.is_steady()
-        if is_kept and (size, edges) in self._bodies:
-            return self._bodies[size, edges]
+        # The first micro-batch of a pass that refreshes bases creates the full gradients that the others add to.
+        key = (size, edges) if is_kept else (size, edges, bool(self._of_pass))
+        found = (self._bodies if is_kept else self._of_pass).get(key)
+        if found:
+            return found
         if is_kept and not self._bodies and size < self._tokens:
             # Longest first: all others fit into its memory, whereas blocks of shorter ones would not merge.
             with contextlib.suppress(CaptureError):
@@ -114,9 +124,11 @@ class StepGraphs:
         forward, hidden = self._capture("body", self._run_forward, size, edges)
         backward, _ = self._capture("body", self._run_backward, hidden)
         if is_kept and len(self._bodies) < _AT_MOST:
-            self._bodies[size, edges] = forward, backward
-        else:
-            self._discarded.append((forward, backward))  # keep until the device is done with them
+            self._bodies[key] = forward, backward
+            return forward, backward
+        if not is_kept:
+            self._of_pass[key] = forward, backward
+        self._discarded.append((forward, backward))  # keep until the device is done with them
         return forward, backward
 
     def _run_forward(self, size, edges):
@@ -228,6 +240,7 @@ class StepGraphs:
         """Count a step, after its update, when the device has finished its passes."""
         self._updates += 1
         self._is_zeroed = False
+        self._of_pass = {}
         self._discarded.clear()
 
 

@@ -157,8 +157,7 @@ class TrainingRun:
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
         how |= {"processes": self.processes, "is_compiled": self.execution.is_compiled}
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
-        if self.execution.is_graphed:
-            self.stepper.use_graphs(self.execution.tokens)
+        self.execution.use_graphs(self.stepper, self.rows, self.plan, self.checkpoints.last_step(), self.processes)
 
     def _loop(self, interrupted):
         """Step, log, evaluate and save until the last step or until there is a reason to stop."""

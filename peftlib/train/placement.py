@@ -22,9 +22,12 @@ from peftlib.models.packaged import cache_root
 from peftlib.models.shapes import Shape, card_at_hand, find_card
 from peftlib.train import estimate, memory_model
 from peftlib.train.batching import longest_row
+from peftlib.train.graphs import CAPTURE_PASSES
+from peftlib.train.parallel.exchange import divide
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
+_SAMPLED_STEPS = 256  # whose lengths stand for those of all steps
 _FIRST_STEPS = 3  # of a session: any error in them is blamed on the compiler; later ones are told apart by class
 
 
@@ -51,7 +54,7 @@ class ExecutionPlan:
             budget = self._choose(precision, tokens)
         checkpoint_layers(model, self.cfg, self.recomputed)
         if self.attention:
-            use_kernel(model, self.attention, longest=longest_row(cfg.max_length, self.tokens))
+            use_kernel(model, self.attention, longest=self.longest)
         if device == "cuda":
             how = (
                 f"packing rows without masks ({self.attention})"
@@ -117,6 +120,21 @@ class ExecutionPlan:
     def tokens(self):
         """Padded tokens of a micro-batch."""
         return self.micro_batch_size * self.cfg.max_length
+
+    @property
+    def longest(self):
+        """Tokens of the longest row in a micro-batch."""
+        return longest_row(self.cfg.max_length, self.tokens)
+
+    def use_graphs(self, stepper, rows, plan, first, processes):
+        """Run the plan's steps from `first` on as CUDA graphs, if possible; few shapes of `rows` then are captured."""
+        if not self.is_graphed:
+            return
+        stepper.use_graphs(self.tokens)
+        steps = range(first, plan.steps)
+        sample = steps[:: max(1, len(steps) // _SAMPLED_STEPS)]
+        parts = [divide(plan.rows_of(step), rows.lengths, processes.world)[processes.rank] for step in sample]
+        rows.limit_shapes(parts, self.tokens, remaining=len(steps), capture=CAPTURE_PASSES, longest=self.longest)
 
     def recover_from(self, error, step):
         """Change the plan after a failed step, to retry it. ConfigError: out of memory, and nothing is left to reduce.

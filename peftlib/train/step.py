@@ -157,7 +157,7 @@ class Stepper:
         torch.manual_seed(seed)
         total = torch.zeros((), device=self.device)
         if self.graphs:
-            self.graphs.total.zero_()
+            self.graphs.begin_pass()
         for batch in batches:
             if not (is_captured and self.graphs and self.graphs.forward_backward(batch, scored)):
                 total += self.forward_backward(batch, scored)

@@ -15,7 +15,7 @@ from peftlib.models.kernels import attention
 from peftlib.models.load import load_base
 from peftlib.models.precision import loss_scaler
 from peftlib.train.batching import Rows, padded_size
-from peftlib.train.graphs import CaptureError, StepGraphs
+from peftlib.train.graphs import CAPTURE_PASSES, CaptureError, StepGraphs
 from peftlib.train.step import Stepper
 
 STEPS = 9
@@ -61,7 +61,7 @@ def rerun(self, pool, call, *args):
 
 @pytest.fixture
 def trained(tiny_model):
-    def train(method, *, is_graphed, lines=None, is_flat=True):
+    def train(method, *, is_graphed, lines=None, is_flat=True, tokens=300, is_limited=False):
         cfg = config.resolve(
             "demo", model=str(tiny_model), lora_rank=4, galore_rank=8, apollo_rank=8, galore_update_interval=4
         )
@@ -76,16 +76,18 @@ def trained(tiny_model):
         log = (lines if lines is not None else []).append
         stepper = Stepper(model, optimizer, loss_scaler("cpu", "fp32"), device="cpu", precision="fp32", log=log)
         if is_graphed:
-            stepper.use_graphs(300)
+            stepper.use_graphs(tokens)
         draw = np.random.default_rng(0)
         rows = [
             {"input_ids": draw.integers(5, tiny.WORDS, n), "is_scored": np.arange(n) > n // 3}
             for n in draw.integers(10, 120, 24)
         ]
         rows, losses = Rows(rows, is_flat=is_flat), []
+        if is_limited:
+            rows.limit_shapes([range(6)], tokens, remaining=1, capture=CAPTURE_PASSES, longest=128)
         for step in range(STEPS):
             numbers = [(5 * step + i) % 24 for i in range(6 - step % 2)]
-            batches = list(rows.batches(numbers, 300, "cpu"))
+            batches = list(rows.batches(numbers, tokens, "cpu"))
             done = stepper.update(stepper.gradients(batches, int(rows.scored[numbers].sum()), seed=step))
             assert done.is_applied
             losses.append(done.loss)
@@ -115,6 +117,36 @@ def test_flat_rows_and_captured_steps_train_as_rows_with_masks_do(trained, metho
     assert captured.count("finish_accumulation") == captured.count("_run_moves") == is_captured
     if method == "qlora":  # all its steps are alike: a length is captured once
         assert captured.count("_run_forward") == graphed[2].graphs.captured
+
+
+@pytest.mark.parametrize("method", ["qlora", "galore"])
+def test_steps_padded_to_few_sizes_train_as_others_do(trained, method, monkeypatch):
+    monkeypatch.setattr(StepGraphs, "_capture", rerun)
+    how = {"is_graphed": True, "tokens": 640}
+    free, limited = (trained(method, **how, is_limited=is_limited) for is_limited in (False, True))
+    assert_alike(limited, free)
+    assert limited[2].graphs.captured < free[2].graphs.captured
+
+
+def test_a_step_that_refreshes_captures_each_size_of_its_micro_batches_twice_at_most(trained, monkeypatch):
+    passes = []
+
+    def begin(self):
+        passes.append([])
+        plain(self)
+
+    def remember(self, pool, call, *args):
+        if call.__name__ == "_run_forward" and not self._optimizer.is_steady():
+            passes[-1].append(args)
+        return rerun(self, pool, call, *args)
+
+    plain = StepGraphs.begin_pass
+    monkeypatch.setattr(StepGraphs, "begin_pass", begin)
+    monkeypatch.setattr(StepGraphs, "_capture", remember)
+    graphed = trained("galore", is_graphed=True, tokens=128)
+    refreshing = [shapes for shapes in passes if shapes]
+    assert refreshing and all(len(shapes) <= 1 + len(set(shapes)) for shapes in refreshing)
+    assert_alike(graphed, trained("galore", is_graphed=False, tokens=128))
 
 
 def test_the_longest_pass_is_captured_first_so_that_others_find_room_in_its_memory(trained, monkeypatch):
