@@ -28,11 +28,13 @@ class StepGraphs:
     """Runs a Stepper's micro-batches and its optimizer's update as CUDA graphs.
 
     model, optimizer, scaler, autocast settings and loss_settings: the Stepper's. tokens: of the largest micro-batch.
+    when_warm: called once, after the last step without graphs.
     Tensors that a graph reads or writes keep their addresses: parameters, gradients (optimizer.keeps_buffers),
     optimizer state, and the buffers here. The first steps run without graphs and allocate them.
     """
 
-    def __init__(self, stepper, *, tokens):
+    def __init__(self, stepper, *, tokens, when_warm=lambda: None):
+        self._when_warm = when_warm
         self._stepper, self._optimizer = stepper, stepper.optimizer
         self._optimizer.keeps_buffers = True
         self._optimizer.gather_refreshes()
@@ -48,6 +50,7 @@ class StepGraphs:
         self._one, self._share, self.total = (torch.ones((), device=device) for _ in range(3))
         self._rates = torch.zeros(len(self._optimizer.param_groups), 3, device=device)
         self._seen = self._updates = 0
+        self._is_warm = False  # whether passes run as graphs; changes between steps only
         self._can_capture_update, self._is_alike, self._is_zeroed = True, False, False
         self.reset()
 
@@ -85,7 +88,7 @@ class StepGraphs:
         """
         size = batch.ids.shape[1]
         self._seen += 1
-        if size > self._tokens or self._seen <= _WARM_UP or not self._updates:
+        if size > self._tokens or not self._is_warm:
             return False
         if not self._bodies:
             torch.cuda.empty_cache()  # memory of the first steps; graphs allocate from their own pools
@@ -239,6 +242,9 @@ class StepGraphs:
     def end_step(self):
         """Count a step, after its update, when the device has finished its passes."""
         self._updates += 1
+        if not self._is_warm and self._seen >= _WARM_UP:
+            self._is_warm = True
+            self._when_warm()
         self._is_zeroed = False
         self._of_pass = {}
         self._discarded.clear()

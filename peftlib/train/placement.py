@@ -127,14 +127,18 @@ class ExecutionPlan:
         return longest_row(self.cfg.max_length, self.tokens)
 
     def use_graphs(self, stepper, rows, plan, first, processes):
-        """Run the plan's steps from `first` on as CUDA graphs, if possible; few shapes of `rows` then are captured."""
+        """Run the plan's steps from `first` on as CUDA graphs, if possible.
+
+        The shapes of `rows` are limited to a few, so that few are captured, but not in the first steps: they run
+        without graphs, where more padding only costs time and memory.
+        """
         if not self.is_graphed:
             return
-        stepper.use_graphs(self.tokens)
         steps = range(first, plan.steps)
         sample = steps[:: max(1, len(steps) // _SAMPLED_STEPS)]
         parts = [divide(plan.rows_of(step), rows.lengths, processes.world)[processes.rank] for step in sample]
-        rows.limit_shapes(parts, self.tokens, remaining=len(steps), capture=CAPTURE_PASSES, longest=self.longest)
+        limits = {"remaining": len(steps), "capture": CAPTURE_PASSES, "longest": self.longest}
+        stepper.use_graphs(self.tokens, when_warm=lambda: rows.limit_shapes(parts, self.tokens, **limits))
 
     def recover_from(self, error, step):
         """Change the plan after a failed step, to retry it. ConfigError: out of memory, and nothing is left to reduce.

@@ -79,9 +79,12 @@ class Stepper:
         self.loss_settings = {"chunk": chunk, "is_compiled": False, **loss_settings}
         self.graphs, self.log, self._failures = None, log, 0
 
-    def use_graphs(self, tokens):
-        """Run flat batches of at most `tokens` tokens as CUDA graphs from the second step on."""
-        self.graphs = StepGraphs(self, tokens=tokens)
+    def use_graphs(self, tokens, *, when_warm=lambda: None):
+        """Run flat batches of at most `tokens` tokens as CUDA graphs, except in the first steps.
+
+        when_warm: called once these steps are over.
+        """
+        self.graphs = StepGraphs(self, tokens=tokens, when_warm=when_warm)
 
     def start_over(self, *, is_compiled):
         """Drop gradients and graphs of a failed step. is_compiled: whether the loss is compiled from now on."""

@@ -75,16 +75,16 @@ def trained(tiny_model):
         optimizer.gather_refreshes()
         log = (lines if lines is not None else []).append
         stepper = Stepper(model, optimizer, loss_scaler("cpu", "fp32"), device="cpu", precision="fp32", log=log)
-        if is_graphed:
-            stepper.use_graphs(tokens)
         draw = np.random.default_rng(0)
         rows = [
             {"input_ids": draw.integers(5, tiny.WORDS, n), "is_scored": np.arange(n) > n // 3}
             for n in draw.integers(10, 120, 24)
         ]
         rows, losses = Rows(rows, is_flat=is_flat), []
-        if is_limited:
-            rows.limit_shapes([range(6)], tokens, remaining=1, capture=CAPTURE_PASSES, longest=128)
+        limits = {"remaining": 1, "capture": CAPTURE_PASSES, "longest": 128}
+        limit = {"when_warm": lambda: rows.limit_shapes([range(6)], tokens, **limits)} if is_limited else {}
+        if is_graphed:
+            stepper.use_graphs(tokens, **limit)
         for step in range(STEPS):
             numbers = [(5 * step + i) % 24 for i in range(6 - step % 2)]
             batches = list(rows.batches(numbers, tokens, "cpu"))
@@ -126,6 +126,21 @@ def test_steps_padded_to_few_sizes_train_as_others_do(trained, method, monkeypat
     free, limited = (trained(method, **how, is_limited=is_limited) for is_limited in (False, True))
     assert_alike(limited, free)
     assert limited[2].graphs.captured < free[2].graphs.captured
+
+
+def test_the_first_steps_are_padded_as_without_graphs(trained, monkeypatch):
+    sizes = {True: [], False: []}
+
+    def remember(self, batch, scored):
+        is_captured = plain(self, batch, scored)
+        sizes[is_captured].append(batch.ids.shape[1])
+        return is_captured
+
+    plain = StepGraphs.forward_backward
+    monkeypatch.setattr(StepGraphs, "forward_backward", remember)
+    monkeypatch.setattr(StepGraphs, "_capture", rerun)
+    trained("qlora", is_graphed=True, tokens=640, is_limited=True)
+    assert len(set(sizes[False])) > 1 and set(sizes[True]) == {640}
 
 
 def test_a_step_that_refreshes_captures_each_size_of_its_micro_batches_twice_at_most(trained, monkeypatch):
