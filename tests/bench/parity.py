@@ -55,6 +55,40 @@ def started(study, method, initial):
     return run
 
 
+class KernelShare:
+    """Callback of a TrainingRun that profiles a few steps in its middle. share: time of their kernels / their time."""
+
+    is_dropped, STEPS = False, 4
+
+    def __init__(self, steps, device):
+        self.share, self._step, self._device = None, 0, device
+        self._first = steps // 2
+
+    def wants_numbers(self):
+        return False
+
+    def show(self, snapshot):
+        pass
+
+    def stop_asked(self):
+        from parity_stock import wait
+        from torch.profiler import ProfilerActivity, profile
+
+        self._step += 1
+        if self._device == "cuda" and self._step == self._first:
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            wait(self._device)
+            self._profile.start()
+            self._started = time.perf_counter()
+        elif self._device == "cuda" and self._step == self._first + self.STEPS:
+            wait(self._device)
+            wall = time.perf_counter() - self._started
+            self._profile.stop()
+            kernels = sum(event.self_device_time_total for event in self._profile.key_averages()) / 1e6
+            self.share = kernels / wall
+        return False
+
+
 def train_ours(study, method, initial):
     """(what was found, the trained model as a plain one)."""
     import torch
@@ -63,11 +97,13 @@ def train_ours(study, method, initial):
     from peftlib import load_trained
 
     run = started(study, method, initial)
-    record = run.train()
+    kernels = KernelShare(study.cfg.max_steps, run.device)
+    record = run.train([kernels])
     placement = record["placement"]
     found = {
         **speed_of([(entry["tokens"], entry["seconds"]) for entry in record["history"]]),
         "losses": [entry["loss"] for entry in record["history"]],
+        "kernel_share": kernels.share,
         "first_step_s": record["first_step_s"],
         "peak_gib": record["peak_memory_bytes"] / 2**30,
         "cap_gib": study.cfg.memory_gib,
