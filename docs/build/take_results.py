@@ -55,7 +55,7 @@ def take_reference(study, target):
     other NAME-LABEL as what its config changes.
     StudyError: no run is finished, or as build_report.
     """
-    built, sibling, sides = build_report(study), sibling_of(study), sides_of(study)
+    built = build_report(study)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     for folder in (target / "sweeps", target / "figures", *target.glob("records*")):
@@ -66,21 +66,48 @@ def take_reference(study, target):
     config = read_json(study.config_path)
     write_json(target / "config.json", {**config, "config": public_config(config["config"])})
     _records(study, target / "records")
-    for label, side in {**({"fp16": sibling} if sibling else {}), **sides}.items():
-        _records(side, target / f"records-{label}")
     for path in sorted((study.folder / "sweeps").glob("*.json")):
         write_json(target / "sweeps" / path.name, read_json(path))
     summary = summary_of(study, built)
-    summary["precision"] = compared(built, sibling) if sibling is not None else {}
-    summary["sides"] = {
+    summary |= _beside(study, built, target)
+    summary["figures"] = _pictures(built, target / "figures")
+    write_json(target / "summary.json", summary)
+
+
+def take_sides(study, target):
+    """Write only the comparisons of a reference study with the studies beside it again; its own results stay.
+
+    study: has the reference's rows and settings. Its runs are a control: the reference's runs with which the studies
+    beside it are compared, trained again together with them.
+    StudyError: its test rows are not those of the reference in `target`, or as build_report.
+    """
+    built = build_report(study)
+    summary = {name: value for name, value in read_json(target / "summary.json").items() if name != "seal"}
+    if built.study.split_hash != summary["split_hash"]:
+        raise StudyError(
+            f"{study.folder} has split {built.study.split_hash}, but {target} is of split {summary['split_hash']}: "
+            "build its data from the same files and settings"
+        )
+    for folder in target.glob("records-*"):
+        shutil.rmtree(folder)
+    _records(study, target / "records-control")
+    dates = {"date": time.strftime("%Y-%m-%d"), "devices": sorted({run["device"] for run in study.records()})}
+    write_json(target / "summary.json", {**summary, **_beside(study, built, target), "control": dates})
+
+
+def _beside(study, built, target):
+    """{'precision': ..., 'sides': ...} of a summary; the records of the studies beside this one are written."""
+    sibling, sides = sibling_of(study), sides_of(study)
+    for label, side in {**({"fp16": sibling} if sibling else {}), **sides}.items():
+        _records(side, target / f"records-{label}")
+    compared_sides = {
         label: {
             "changes": differences(study.cfg.study_fields(), side.cfg.study_fields()),
             "methods": compared(built, side, ("side", "main")),
         }
         for label, side in sides.items()
     }
-    summary["figures"] = _pictures(built, target / "figures")
-    write_json(target / "summary.json", summary)
+    return {"precision": compared(built, sibling) if sibling else {}, "sides": compared_sides}
 
 
 def sibling_of(study):

@@ -3,7 +3,7 @@
 A table stands between the markers `<!-- NAME -->` and `<!-- /NAME -->`; result_tables.py says what its rows are. The
 prose around it is written by hand, and tests/docs/test_numbers.py checks the numbers in it. `--take STUDY` first
 copies a finished study's results into results/demo, `--take-reference STUDY` those of a reference study into
-results/reference.
+results/reference, and `--take-sides STUDY` only those of the studies beside it.
 """
 
 import argparse
@@ -49,12 +49,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python docs/build/update.py", description=__doc__)
     parser.add_argument("--take", metavar="STUDY", help="a finished study whose results become results/demo first")
     parser.add_argument("--take-reference", metavar="STUDY", help="the same for results/reference")
+    parser.add_argument("--take-sides", metavar="STUDY", help="compare the studies beside this one with its runs")
     args = parser.parse_args(argv)
     try:
         if args.take:
             take_results.take_demo(open_study(args.take), RESULTS / "demo")
         if args.take_reference:
             take_results.take_reference(open_study(args.take_reference), RESULTS / "reference")
+        if args.take_sides:
+            take_results.take_sides(open_study(args.take_sides), RESULTS / "reference")
         tables = make_all(Results())
         for page in pages():
             text = page.read_text(encoding="utf-8")

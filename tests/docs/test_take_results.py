@@ -61,13 +61,14 @@ def taken(tmp_path_factory):
         monkeypatch.setattr(reference_summary, "FIRST_LOOK_TOKENS", 2)
         monkeypatch.setattr(reference_summary, "load_tokenizer", lambda model: tiny.tokenizer())
         built = take_results.build_report(study)
-        monkeypatch.setattr(take_results, "build_report", lambda study: built)  # once for both
-        take_results.take_reference(study, results / "reference")
-        take_results.take_demo(study, results / "demo")
-    shutil.copytree(RESULTS / "bench", results / "bench")
-    folder = results / "reference"
-    found = read_json(folder / "summary.json")
-    return SimpleNamespace(study=study, folder=folder, found=found, tables=make_all(Results(results)))
+        with pytest.MonkeyPatch.context() as once:  # for both
+            once.setattr(take_results, "build_report", lambda study: built)
+            take_results.take_reference(study, results / "reference")
+            take_results.take_demo(study, results / "demo")
+        shutil.copytree(RESULTS / "bench", results / "bench")
+        folder = results / "reference"
+        found = read_json(folder / "summary.json")
+        yield SimpleNamespace(study=study, folder=folder, found=found, tables=make_all(Results(results)))
 
 
 def _study(tmp_path, monkeypatch):
@@ -208,6 +209,25 @@ def test_a_study_with_another_setting_stands_beside_it(taken):
         "| galore with `galore_rank` = 4 | 0."
     )
     assert f"| {ends(gap)} |" in lines[1].replace("**", "") and lines[1].endswith("| 2.00 |")
+
+
+def test_sides_are_taken_again_beside_a_control_and_the_rest_stays(taken, tmp_path):
+    target = tmp_path / "reference"
+    shutil.copytree(taken.folder, target)
+    shutil.rmtree(target / "records-r4")
+    (target / "records-old").mkdir()
+    whole = {name: of for name, of in taken.found.items() if name != "seal"}
+    write_json(target / "summary.json", {**whole, "sides": {}, "precision": {}})
+    take_results.take_sides(taken.study, target)
+    found = read_json(target / "summary.json")
+    assert found.pop("control")["devices"]
+    assert {name: of for name, of in found.items() if name != "seal"} == whole
+    folders = {path.name for path in target.glob("records*")}
+    assert folders == {"records", "records-control", "records-fp16", "records-r4"}
+    write_json(target / "summary.json", {**whole, "split_hash": "other"})
+    with pytest.raises(StudyError, match="is of split other: build its data"):
+        take_results.take_sides(taken.study, target)
+    assert folders == {path.name for path in target.glob("records*")}
 
 
 def test_benchmarks_stand_beside_the_untrained_model_with_their_seeds(taken):
