@@ -80,8 +80,8 @@ def test_when_to_compile():
 
 def test_only_a_run_with_enough_steps_left_is_compiled_and_no_triton_is_said(monkeypatch):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: object())
-    assert compiled.resolve("auto", "cuda", 300, costs) == (True, "about 25 s, saves about 90 s over 300 steps")
-    assert compiled.resolve("auto", "cuda", 30, costs) == (False, "about 25 s, would save about 9 s over 30 steps")
+    assert compiled.resolve("auto", "cuda", 300, costs) == (True, "about 25 s, saves about 144 s over 300 steps")
+    assert compiled.resolve("auto", "cuda", 30, costs) == (False, "about 25 s, would save about 14 s over 30 steps")
     assert compiled.resolve("auto", "cuda", 0, costs)[0] is False
     assert compiled.resolve("on", "cuda", 30, costs) == (True, "as set by compile")
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
