@@ -66,20 +66,25 @@ def method_rows(names=()):
 def lines(settings):
     """Yield the runs of a study with training time and status, then the total of the remaining runs.
 
-    settings: suite_jobs.Settings. StudyError: the study has no data yet. ModelError: the model's shape is unknown.
+    settings: suite_jobs.Settings. Without data, rows are assumed, which a line says. ModelError: the model's shape is
+    unknown.
     """
     study = Study.resolve(**settings.given)
-    cfg, manifest, (name, card) = study.cfg, study.manifest(), card_at_hand() or find_card("t4")
+    cfg, (name, card) = study.cfg, card_at_hand() or find_card("t4")
+    manifest = study.manifest() if study.manifest_path.exists() else None
     names = [method for method in settings.methods if method != BASE]
     costs = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names).costs
     hours_of = {BASE: (0.0, 0.0)} | {cost.method: cost.hours for cost in costs}
-    n_seen = sum(manifest["counts"]["train"].values()) * cfg.epochs
+    trial = cfg.replace(max_steps=max(1, settings.rows // cfg.batch_size))
+    of_a_trial, of_a_run = (estimate.study_tokens(one, manifest)[0] for one in (trial, cfg))
     jobs, chosen = settings.jobs(study)
     left, words = [(0.0, 0.0)], lambda low, high: estimate.duration(low, high) if high else "none"
+    if manifest is None:
+        yield f"no data yet: assuming {estimate.study_tokens(cfg)[2].removesuffix(' (no data yet)')}"
     yield f"{'run':<18} {'training':<18}  now"
     for job in jobs:
         n_trials = TRIALS if settings.factors is None else len(settings.factors)  # at most
-        times = 3600 * (n_trials * min(1.0, settings.rows / n_seen) if job.is_sweep else 1)
+        times = 3600 * (n_trials * of_a_trial / of_a_run if job.is_sweep else 1)
         status, seconds = job.state()[0], [times * end for end in hours_of[job.method] or ()]
         left += [seconds] if seconds and job in chosen and status != DONE else []
         yield f"{job.name:<18} {words(*seconds) if seconds else 'does not fit':<18}  {status}"

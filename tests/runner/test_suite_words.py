@@ -63,6 +63,16 @@ def test_a_dry_run_tells_what_is_left_and_changes_nothing(make_study, capsys):
     assert not (study.folder / "records").exists()
 
 
+def test_a_dry_run_before_the_data_exist_says_what_it_assumes(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEFTLIB_ROOT", str(tmp_path / "runs"))
+    words = f"study run --study new --profile demo -p model={tiny_model} --dry-run --only galore -p train_rows=9"
+    assert main(words.split()) == 0
+    first, _, *rows, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("no data yet: assuming 27 training rows of ")
+    assert any(row.startswith("galore-s2 ") and row.endswith("waits") for row in rows) and last.startswith("left: ")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.fixture
 def study_words(settings):
     """The words that say which runs of the study there are, for `study list` and `study run`."""
