@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from peftlib.core.config import resolve
 from peftlib.core.env import output_root
-from peftlib.core.errors import ConfigError
+from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.limits import factors_of
 from peftlib.core.study import Study
 from peftlib.runner import analysis_cli, console, suite_cli
@@ -260,7 +260,7 @@ def sweep(
     factor: Annotated[list[float] | None, Option(help="multiplies the study's rates; default: a search")] = None,
     rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
 ):
-    """Try learning rates on a study's validation rows.
+    """Try learning rates on a study's validation rows; later runs of the method train with the best ones.
 
     The search starts at 1/3, 1 and 3 times the study's rates and continues by factors of 3 until the best rate lies
     between worse ones or the next diverges. A method's two rates are searched apart, in at most 9 trials. Run the
@@ -271,7 +271,12 @@ def sweep(
     from peftlib.train import sweep as trials
 
     for method in methods or default_methods():
-        trials.sweep(found, method, factors=factor or None, rows=rows)
+        result = trials.sweep(found, method, factors=factor or None, rows=rows)
+        try:
+            trials.adopt(found, result)
+            console.say(f"{method}: runs of this study train with it from now on")
+        except StudyError as error:
+            console.say(f"{method}: not adopted, because {error}")
 
 
 app.add_typer(suite_cli.app, name="study")

@@ -140,9 +140,7 @@ def adopt_sweeps(study, settings):
     for path in (study.folder / "sweeps").glob("*.json") if settings.factors != () else []:
         found = Job(study, settings, path.stem, is_sweep=True).swept()
         if found:
-            rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
-            basis = {name: value for name, value in found.items() if name not in ("schema_version", "method", "best")}
-            study.adopt(path.stem, rates, {**basis, "is_at_edge": sweep.is_at_edge(found)})
+            sweep.adopt(study, {**found, "method": path.stem})
 
 
 def table(states):

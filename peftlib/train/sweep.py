@@ -35,7 +35,8 @@ def sweep(
 
     factors: multiply all of the method's rates in the study; each trial is trained to the end. None: `next_trial`
     searches from 1/3, 1 and 3 on, two rates (the hybrid's) separately, in at most TRIALS trials, and a trial that
-    `is_hopeless` is stopped. An interrupted sweep resumes, and every trial is kept; test rows are never used.
+    `is_hopeless` is stopped. An interrupted sweep resumes, and every trial is kept; test rows are never used. The
+    study keeps its rates until they are adopted (see `adopt`).
     Returned, and written to sweeps/<method>.json: {'method', 'rows', 'steps', 'seed', 'tried': [{'factor', 'factor_2'
     if two rates are searched separately, one entry per rate field, 'valid_loss' (None if the loss became inf or nan, or
     the trial was stopped), 'train_loss', 'curve': see curve_of, 'stopped_at': its step, or None}, ...], 'best': the
@@ -71,10 +72,17 @@ def sweep(
     found |= {"max_trials": TRIALS} if factors is None else {}
     write_json(path_of(study, method), found)
     log(f"{method}: {verdict(found)}: {_shown({name: best[name] for name in fields})}")
-    if any(best[name] != getattr(cfg, name) for name in fields):
-        given = " ".join(f"-p {name}={best[name]:g}" for name in fields)
-        log(f"to train with it: {given}, in a study without any training runs yet")
     return found
+
+
+def adopt(study: Study, found: dict[str, Any]) -> None:
+    """Train a method with the best rates of its sweep from now on. found: as `sweep` returned it.
+
+    StudyError: the method was already trained with other rates, or has adopted others.
+    """
+    rates = {name: value for name, value in found["best"].items() if name.endswith("_learning_rate")}
+    basis = {name: value for name, value in found.items() if name not in ("schema_version", "method", "best")}
+    study.adopt(found["method"], rates, {**basis, "is_at_edge": is_at_edge(found)})
 
 
 def next_trial(tried, n_rates=1, *, trials=TRIALS, is_allowed=lambda powers: True):

@@ -138,8 +138,8 @@ def test_a_search_over_a_fake_trial_writes_its_bracket_and_resumes(make_study, m
     assert [entry["factor"] for entry in found["tried"]] == [1.0, 1 / 3, 3.0, 9.0] and found["best"]["factor"] == 3.0
     assert found["is_at_edge"] is False and found["max_trials"] == 9
     assert found["diverges_beyond"] == {"lora_learning_rate": pytest.approx(9 * study.cfg.lora_learning_rate)}
-    assert "stopped at step 7, clearly worse" in lines[-3]
-    assert "best of 4 trials of at most 9 on 6 rows, the next higher rate diverged or was clearly worse" in lines[-2]
+    assert "stopped at step 7, clearly worse" in lines[-2]
+    assert "best of 4 trials of at most 9 on 6 rows, the next higher rate diverged or was clearly worse" in lines[-1]
     assert kept(study, "qlora", rows=6)["best"] == found["best"] and kept(study, "qlora", rows=8) is None
 
 
@@ -226,10 +226,17 @@ def test_a_factor_that_is_not_positive_is_refused(make_study):
         sweep(make_study(), "qlora", factors=(0.0,))
 
 
-def test_the_command_sweeps_the_named_method(make_study, capsys):
+def test_the_command_sweeps_the_named_method_and_later_runs_train_with_its_best_rate(make_study, capsys):
     study = make_study()
-    assert main(["sweep", "--study", study.folder.name, "--method", "qlora", "--factor", "1", "--rows", "2"]) == 0
-    assert "qlora: lowest loss of 1 trial on 2 rows, at the edge of the tried range" in capsys.readouterr().out
+    words = ["sweep", "qlora", "--study", study.folder.name, "--rows", "2"]
+    assert main([*words, "--factor", "2"]) == 0
+    assert "qlora: runs of this study train with it from now on" in capsys.readouterr().out
+    rate = 2 * study.cfg.lora_learning_rate
+    assert TrainingRun(Study.open(study.cfg), "qlora", log=str).cfg.lora_learning_rate == pytest.approx(rate)
+    assert TrainingRun(Study.open(study.cfg), "galore", log=str).cfg == study.cfg
+    assert main([*words, "--factor", "2"]) == 0
+    assert main([*words, "--factor", "1"]) == 0
+    assert "qlora: not adopted, because study 'tiny' already has learning rates" in capsys.readouterr().out
 
 
 def test_a_rate_that_diverges_is_recorded_and_the_sweep_goes_on(make_study, monkeypatch):
