@@ -24,6 +24,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _CODE = (
     "kernels/attention.py",
     "kernels/adapters.py",
+    "kernels/projections.py",
     "layers.py",
     "kernels/losses.py",
     "compile.py",

@@ -4,6 +4,7 @@ import functools
 import types
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from peftlib.core.errors import ConfigError
 from peftlib.models.inspect import core, has_dropout
@@ -63,15 +64,30 @@ def checkpoint_layers(model, cfg, count=None):
             f"activation_checkpointing='offload' with {what}: use activation_checkpointing='on', or no dropout"
         )
     settings = {"use_reentrant": False, "preserve_rng_state": keeps_random_state, "determinism_check": "none"}
-    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
-    (newer or model.gradient_checkpointing_enable)(settings)
-    layers = core(model).model.layers
-    for layer in layers[len(layers) if count is None else count :]:
-        layer.gradient_checkpointing = False
-    if cfg.activation_checkpointing == "offload":
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = offloaded
+    recomputed = functools.partial(checkpoint, **settings)
+    for n, layer in enumerate(core(model).model.layers):
+        if not hasattr(layer, "recomputed"):
+            layer.__class__ = _recomputing(type(layer))
+        is_kept = count is not None and n >= count
+        layer.recomputed = None if is_kept else offloaded if cfg.activation_checkpointing == "offload" else recomputed
+
+
+@functools.cache
+def _recomputing(cls):
+    """A subclass of a decoder layer's class whose calls go through the layer's `recomputed` in training, if it has one.
+
+    transformers' own checkpointing is inside `forward` since 5.23, and so inside a compiled layer, where it ends
+    compiling ("offload", adapters) or leaves the choice of what is kept to the compiler.
+    """
+
+    def call(self, hidden, **inputs):
+        plain = super(made, self).__call__
+        if self.recomputed is None or not self.training:
+            return plain(hidden, **inputs)
+        return self.recomputed(functools.partial(plain, **inputs), hidden)
+
+    made = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return made
 
 
 def offloaded(layer, hidden, **inputs):

@@ -81,7 +81,8 @@ class ShardedGaLoreAdamW(GaLoreAdamW):
                 for tensor in parts.values():
                     self.processes.broadcast_([tensor], self._owner[p])
                 if not is_mine and self.processes.is_main:
-                    found["state"][number] |= {name: tensor.cpu() for name, tensor in parts.items()}
+                    others = {name: tensor.cpu() for name, tensor in parts.items()}
+                    found["state"][number] = found["state"][number] | others  # a new dict: `state` has the old one
         return found
 
     def load_state_dict(self, state_dict):

@@ -32,22 +32,18 @@ class Batch(NamedTuple):
     documents: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
 
-    def pinned(self):
-        """A copy in pinned host memory, for asynchronous copies to a GPU."""
-        return Batch(*(t if t is None else t.pin_memory() for t in self))
-
     def to(self, device):
         """Copy to a device asynchronously."""
         if device == "cpu":
             return self
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self.pinned()))
+        return Batch(*(t if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))
 
 
 class Rows:
     """Tokenized rows. lengths: (N,) tokens; scored: (N,) tokens that count in the loss.
 
-    is_flat: `batches` are flat, for attention without masks (models/attention.py). sizes, counts: the tokens and scored
-    tokens that flat batches are padded to, in ascending order; padded_size if there is none that is large enough.
+    is_flat: `batches` are flat, for attention without masks (models/kernels/attention.py). sizes, counts: the tokens
+    and scored tokens that flat batches are padded to, in ascending order; padded_size if none is large enough.
     longest: the tokens of the longest row that the attention kernel supports; padding is divided into such rows.
     """
 
@@ -100,13 +96,10 @@ class Rows:
 
     def _cu_seqlens(self, edges, size):
         """The row boundaries of a flat batch: its rows', then those of its padding, their number the same for many."""
-        parts = 1 if self.longest == math.inf else -(-max(self.sizes, default=1) // self.longest)
+        parts = int(-(-max(self.sizes, default=1) // self.longest))
         count = -(-(len(edges) - 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE + 1
-        cu_seqlens = np.full(count + parts, size, dtype=np.int32)
-        cu_seqlens[: len(edges)] = edges
-        for i in range(len(edges), len(cu_seqlens)):
-            cu_seqlens[i] = min(cu_seqlens[i - 1] + self.longest, size)
-        return cu_seqlens
+        padding = np.minimum(edges[-1] + self.longest * np.arange(1, count + parts - len(edges) + 1), size)
+        return np.concatenate([edges, padding]).astype(np.int32)
 
     def limit_shapes(self, steps, tokens, *, remaining, capture, longest):
         """Set `sizes` and `counts` to those that make a run with CUDA graphs fastest.
@@ -167,11 +160,12 @@ def mean_loss(model, rows, *, device, precision, tokens=2048, processes=None):
     numbers = range(len(rows))
     if processes is not None:
         numbers = divide(numbers, rows.lengths, processes.world)[processes.rank]
-    with torch.no_grad(), autocast(device, precision):
-        for batch in rows.batches(numbers, tokens, device):
-            loss = batch_loss_sum(model, batch)
-            total += loss.double().cpu()
-    model.train(was_training)
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            for batch in rows.batches(numbers, tokens, device):
+                total += batch_loss_sum(model, batch).double().cpu()
+    finally:
+        model.train(was_training)
     if processes is not None and processes.world > 1:
         summed = total.to(device)
         processes.sum_(summed)
@@ -214,7 +208,7 @@ def cheapest_sizes(needed, *, weight, capture):
 
 
 def _fitting(sizes, n):
-    return next((size for size in sizes if size >= n), None) or padded_size(n)
+    return next((size for size in sizes if size >= n), padded_size(n))
 
 
 def pack(rows, lengths, tokens, *, multiple=1, least=1):

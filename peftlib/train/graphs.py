@@ -28,7 +28,7 @@ class StepGraphs:
     """Runs a Stepper's micro-batches and its optimizer's update as CUDA graphs.
 
     model, optimizer, scaler, autocast settings and loss_settings: the Stepper's. tokens: of the largest micro-batch.
-    when_warm: called once, after the last step without graphs.
+    when_warm: called after the last step without graphs, and when `limit` changed what is captured.
     Tensors that a graph reads or writes keep their addresses: parameters, gradients (optimizer.keeps_buffers),
     optimizer state, and the buffers here. The first steps run without graphs and allocate them.
     """
@@ -63,6 +63,12 @@ class StepGraphs:
         self._pools = {"body": torch.cuda.graph_pool_handle(), "rest": torch.cuda.graph_pool_handle()}
         torch.cuda.empty_cache()
 
+    def limit(self, tokens):
+        """Capture no more than `tokens` tokens from now on, after an out-of-memory error."""
+        self._tokens = min(self._tokens, padded_size(tokens))
+        if self._is_warm:
+            self._when_warm()
+
     @contextlib.contextmanager
     def on_stream(self):
         """Context that queues work on the graphs' stream, after all work queued before."""
@@ -73,7 +79,7 @@ class StepGraphs:
 
     @property
     def captured(self):
-        """Number of captured lengths."""
+        """Number of captured shapes."""
         return len(self._bodies)
 
     def begin_pass(self):
@@ -93,12 +99,11 @@ class StepGraphs:
         if not self._bodies:
             torch.cuda.empty_cache()  # memory of the first steps; graphs allocate from their own pools
         forward, backward = self._body(size, len(batch.cu_seqlens))
-        loss = self._losses.get(len(batch.positions))
-        if loss is None:
-            loss, _ = self._capture("rest", self._run_loss, len(batch.positions))
-            self._losses[len(batch.positions)] = loss
+        count = len(batch.positions)
+        if count not in self._losses:
+            self._losses[count], _ = self._capture("rest", self._run_loss, count)
         self._fill(batch, scored)
-        for part in (forward, loss, backward):
+        for part in (forward, self._losses[count], backward):
             part.replay()
         return True
 
@@ -126,13 +131,14 @@ class StepGraphs:
             self._cu_seqlens[edges] = torch.zeros(edges, dtype=torch.int32, device=self._device)
         forward, hidden = self._capture("body", self._run_forward, size, edges)
         backward, _ = self._capture("body", self._run_backward, hidden)
+        graphs = forward, backward
         if is_kept and len(self._bodies) < _AT_MOST:
-            self._bodies[key] = forward, backward
-            return forward, backward
+            self._bodies[key] = graphs
+            return graphs
         if not is_kept:
-            self._of_pass[key] = forward, backward
-        self._discarded.append((forward, backward))  # keep until the device is done with them
-        return forward, backward
+            self._of_pass[key] = graphs
+        self._discarded.append(graphs)  # keep until the device is done with them
+        return graphs
 
     def _run_forward(self, size, edges):
         batch = self._batch._replace(
@@ -158,13 +164,13 @@ class StepGraphs:
                 p.grad = total
 
     def _run_loss(self, count):
-        hidden = self._hidden.detach().requires_grad_()
+        hidden = self._hidden[:, : self._tokens].detach().requires_grad_()
         positions, targets = self._batch.positions[:count], self._batch.targets[:count]
         with autocast(self._device, self._stepper.precision):
             head = head_weight(self._stepper.model)
             loss = chunked_loss_sum(hidden, head, positions, targets, **self._stepper.loss_settings)
         loss = loss * self._share
-        self._grad.copy_(torch.autograd.grad(loss, hidden)[0])
+        self._grad[:, : self._tokens].copy_(torch.autograd.grad(loss, hidden)[0])
         self.total.add_(loss.detach() / self._stepper.scaler.scale(self._one))
 
     def _capture(self, pool, call, *args):
@@ -229,7 +235,7 @@ class StepGraphs:
         try:
             if self._optimizer.can_capture():
                 return self._capture("rest", call)
-        except CaptureError as error:
+        except (CaptureError, torch.OutOfMemoryError) as error:
             self._stepper.log(f"the optimizer update runs without CUDA graphs ({brief(error)})")
         self._can_capture_update = False
         return None

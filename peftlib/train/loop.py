@@ -29,15 +29,13 @@ from peftlib.train.parallel.exchange import divide
 from peftlib.train.placement import ExecutionPlan, PeakMemory, memory_cap
 from peftlib.train.step import Stepper, StepPlan, learning_rate_factor
 
-_ECHO_S = 5.0  # a launcher may forward within this time a signal that the terminal already sent to all processes
 _SECONDS_BETWEEN_LINES = 20.0  # headless runs print a line at least this often
 
 
 def run_training(
     study: Study, method: str, *, callbacks: Iterable[Callback] = (), log: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Train one method and seed of a study, or resume it; returns its record. Arguments and errors: see
-    TrainingRun."""
+    """Train one method and seed of a study, or resume it; returns its record. Arguments and errors: see TrainingRun."""
     return TrainingRun(study, method, log=log).train(callbacks)
 
 
@@ -104,7 +102,7 @@ class TrainingRun:
             self._callbacks = CallbackList(self, [*loggers.of(self), *callbacks] if self.processes.is_main else [])
             self._callbacks.show()
             try:
-                with interrupts(echo_s=0.0 if self.processes.world == 1 else _ECHO_S) as interrupted:
+                with self.processes.exchanging(), interrupts(echo_s=self.processes.echo_s) as interrupted:
                     self._loop(interrupted)
                 compiled.release(self.model)
                 if self.progress.step == self.plan.steps:
@@ -152,8 +150,9 @@ class TrainingRun:
         self.scaler = loss_scaler(self.device, self.precision)
         self._open.enter_context(memory_cap(cfg, self.device))
         how = {"device": self.device, "precision": self.precision, "log": self.log}
-        left, tokens = self.plan.steps - self.checkpoints.last_step(), float(self.rows.lengths.mean()) * cfg.batch_size
-        self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=max(0, left), tokens=tokens)
+        left = max(0, self.plan.steps - self.checkpoints.last_step())
+        tokens = float(self.rows.lengths.mean()) * cfg.batch_size / self.processes.world
+        self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=left, tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
         how |= {"processes": self.processes, "is_compiled": self.execution.is_compiled}
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
@@ -211,13 +210,15 @@ class TrainingRun:
 
         def recover(error):  # errors that the plan cannot handle are re-raised
             self.execution.recover_from(error, step)
+            self.stepper.limit(self.execution.tokens)
             made.clear()
             return self.execution.is_compiled
 
         cut()
         self._watch.launch()
         # Dropout depends only on seed, step and process, so nothing between two steps can change it.
-        return self.stepper.gradients(cut, scored, seed=seed_of(self.cfg.seed, step, *[rank][:rank]), recover=recover)
+        seed = seed_of(self.cfg.seed, step, *([rank] if rank else []))
+        return self.stepper.gradients(cut, scored, seed=seed, recover=recover)
 
     def _update(self, loss, rate):
         """Apply the step; returns precision.Applied. NonFiniteLossError: a lower loss scale would not help."""

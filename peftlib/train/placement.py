@@ -1,4 +1,7 @@
-"""How a run executes on its device, and the memory it uses there. None of this changes the result."""
+"""How a run executes on its device, and the memory it uses there.
+
+It changes results only by rounding; with CUDA graphs, GaLore's bases are refreshed in other steps, several at once.
+"""
 
 import contextlib
 import functools
@@ -24,6 +27,7 @@ from peftlib.train import estimate, memory_model
 from peftlib.train.batching import longest_row
 from peftlib.train.graphs import CAPTURE_PASSES
 from peftlib.train.parallel.exchange import divide
+from peftlib.train.parallel.processes import n_processes
 
 _CPU_MICRO_BATCH = 4
 _SAMPLED_EVERY_S = 0.1
@@ -35,7 +39,8 @@ class ExecutionPlan:
     """Micro-batch, recomputation, attention kernel, compiled layers and CUDA graphs of a run; prepares `model`.
 
     micro_batch_size: rows of max_length tokens at once; it may shrink. On a GPU with cfg.micro_batch_size=0 the memory
-    model chooses it and the recomputation. steps: remaining. tokens: per step, on average. ConfigError: nothing fits.
+    model chooses it and the recomputation. steps: remaining. tokens: of this process in a step, on average.
+    ConfigError: nothing fits.
     """
 
     def __init__(self, model, method, cfg, *, device, precision, steps, tokens, log):
@@ -78,7 +83,8 @@ class ExecutionPlan:
         """Estimated (seconds to compile, seconds per uncompiled step)."""
         has_adapters = "adapters" in methods.find(self.method).trains
         compile_s = self._cache.expected_seconds(compiled.ADAPTERS_S if has_adapters else compiled.PLAIN_S)
-        step_s = step_seconds(shape, self.method, precision=precision, tokens=tokens, rows=self.cfg.batch_size)
+        rows = self.cfg.batch_size / n_processes()
+        step_s = step_seconds(shape, self.method, precision=precision, tokens=tokens, rows=rows)
         return compile_s, step_s / (1 - compiled.GAIN)
 
     def _choose(self, precision, tokens):
@@ -110,7 +116,7 @@ class ExecutionPlan:
 
     @property
     def description(self):
-        """What two sessions must have in common for bit-identical results, as text."""
+        """What two sessions must have in common for bit-identical results on a CPU, as text."""
         parts = [f"micro_batch_size={self.micro_batch_size}", f"compiled={self.is_compiled}"]
         parts.append(f"{torch.get_num_threads()} threads")
         parts += [f"{self.attention} attention"] * (self.attention is not None) + ["CUDA graphs"] * self.is_graphed
@@ -119,7 +125,7 @@ class ExecutionPlan:
     @property
     def tokens(self):
         """Padded tokens of a micro-batch."""
-        return self.micro_batch_size * self.cfg.max_length
+        return min(self.micro_batch_size, self.cfg.batch_size) * self.cfg.max_length
 
     @property
     def longest(self):
@@ -152,9 +158,11 @@ class ExecutionPlan:
 
     def _shrink(self, step, error):
         """Halve the micro-batch, or recompute activations. ConfigError: both were already done."""
-        if self.micro_batch_size > 1:
-            self.micro_batch_size //= 2
-        elif self.cfg.activation_checkpointing == "off" or self.recomputed is not None:
+        before, how = self.tokens, self.cfg.activation_checkpointing
+        if before > self.cfg.max_length:
+            while self.tokens == before:  # it may be more than the rows of a step
+                self.micro_batch_size //= 2
+        elif how == "off" or (how == "on" and self.recomputed is not None):
             self.recomputed, self.cfg = None, self.cfg.replace(activation_checkpointing="on")
             checkpoint_layers(self.model, self.cfg)
         else:

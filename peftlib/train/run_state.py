@@ -1,6 +1,7 @@
 """A run's checkpoint: what it contains, how a run resumes, and how a run starts from another study's weights."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,7 @@ def open_run(run):
     size = checkpoint_bytes(run)
     run.saver = Saver(
         run.checkpoints,
-        every=run.cfg.save_steps,
+        every=run.cfg.save_steps if run.processes.is_main else math.inf,  # the main process decides
         stall_share=run.cfg.max_save_overhead,
         is_background=run.device != "cpu",
         expected_bytes=size,
@@ -184,7 +185,7 @@ def resume_from_checkpoint(run):
 
 
 def init_from_study(run):
-    """Start with a fresh optimizer from the weights of the run of the same method and seed
+    """Start with a fresh optimizer from the weights of cfg.fork's run of the same method and seed.
 
     StudyError: that study has neither a checkpoint nor final weights of this run, or was trained on rows that are
     test or validation rows here. CheckpointError: the weights do not fit.

@@ -12,6 +12,7 @@ import torch
 
 from peftlib.core.errors import NonFiniteLossError
 from peftlib.models.inspect import trainable
+from peftlib.models.kernels.adapters import drop_waiting
 from peftlib.models.kernels.losses import CHUNK, batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train.graphs import CaptureError, StepGraphs, brief
@@ -65,7 +66,7 @@ def learning_rate_factor(step, steps, cfg):
 
 
 class Stepper:
-    """Runs training steps of a model. The host waits for the device once per step,
+    """Runs training steps of a model. The host waits for the device once per step.
 
     loss_settings: for losses.chunked_loss_sum; is_compiled also fuses the loss. log: called if CUDA graphs fail.
     processes: of parallel.processes; they share the rows of each step.
@@ -82,9 +83,14 @@ class Stepper:
     def use_graphs(self, tokens, *, when_warm=lambda: None):
         """Run flat batches of at most `tokens` tokens as CUDA graphs, except in the first steps.
 
-        when_warm: called once these steps are over.
+        when_warm: as for StepGraphs.
         """
         self.graphs = StepGraphs(self, tokens=tokens, when_warm=when_warm)
+
+    def limit(self, tokens):
+        """Capture CUDA graphs of at most `tokens` tokens from now on."""
+        if self.graphs:
+            self.graphs.limit(tokens)
 
     def start_over(self, *, is_compiled):
         """Drop gradients and graphs of a failed step. is_compiled: whether the loss is compiled from now on."""
@@ -92,6 +98,7 @@ class Stepper:
         if self.graphs:
             self.graphs.reset()  # first, because it waits for work that the failed step queued
         self.optimizer.drop_gradients()
+        drop_waiting(self.model)
         torch.cuda.empty_cache()
 
     def with_room(self, call):

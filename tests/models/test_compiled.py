@@ -11,6 +11,7 @@ from peftlib.core.errors import ModelError
 from peftlib.core.files import write_json
 from peftlib.models import compile as compiled
 from peftlib.models.compile import CompileCache
+from peftlib.models.layers import checkpoint_layers
 from peftlib.train.batching import pack
 from peftlib.train.loop import TrainingRun
 
@@ -42,6 +43,34 @@ def test_compiled_layers_have_no_break_one_form_for_all_shapes_and_equal_gradien
     with compiled.uncompiled(model):
         assert all(layer._compiled_call_impl is None for layer in compiled.core(model).model.layers)
     assert all(layer._compiled_call_impl is not None for layer in compiled.core(model).model.layers)
+    compiled.release(model)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "offload"])
+@METHODS
+def test_recomputed_layers_are_compiled_too_and_recompute_outside(prepared, method, checkpointing):  # noqa: F811
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(
+            {str(node.target) for module in graph.modules() for node in getattr(module, "graph", graph).nodes}
+        )
+        return graph.forward
+
+    model, cfg = prepared(method)
+    batches = [rows([20, 30, 25, 21]).batch([[0, 1], [2, 3]], "cpu")]
+    plain = loss_and_gradients(model, batches)
+    checkpoint_layers(model, cfg.replace(activation_checkpointing=checkpointing), 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_layers(model, backend=backend)
+    loss, gradients = loss_and_gradients(model, batches)
+    assert loss == pytest.approx(plain[0], rel=1e-5)
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], plain[1][name], atol=1e-4, rtol=1e-4, msg=name)
+    assert graphs and not any("checkpoint" in name for names in graphs for name in names)
+    assert not torch._dynamo.utils.counters["graph_break"]
     compiled.release(model)
     torch._dynamo.reset()
 

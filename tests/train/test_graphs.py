@@ -14,8 +14,10 @@ from peftlib.models.inspect import trainable
 from peftlib.models.kernels import attention
 from peftlib.models.load import load_base
 from peftlib.models.precision import loss_scaler
+from peftlib.train import placement
 from peftlib.train.batching import Rows, padded_size
 from peftlib.train.graphs import CAPTURE_PASSES, CaptureError, StepGraphs
+from peftlib.train.loop import TrainingRun
 from peftlib.train.step import Stepper
 
 STEPS = 9
@@ -164,6 +166,43 @@ def test_a_step_that_refreshes_captures_each_size_of_its_micro_batches_twice_at_
     assert_alike(graphed, trained("galore", is_graphed=False, tokens=128))
 
 
+def test_what_a_pass_reads_is_made_before_any_capture(trained, monkeypatch):
+    missing = []
+
+    def look(self, pool, call, *args):
+        missing.extend(view for view in self._optimizer._views.values() if view._narrow is None)
+        return rerun(self, pool, call, *args)
+
+    monkeypatch.setattr(StepGraphs, "_capture", look)
+    graphs = trained("galore", is_graphed=True, tokens=128)[2].graphs  # of three passes and more in the first step
+    assert graphs.captured and graphs._optimizer._views and not missing
+
+
+def test_after_out_of_memory_nothing_longer_than_the_new_micro_batch_is_captured(make_study, monkeypatch):
+    asked = []
+
+    def capture(self, pool, call, *args):
+        if call.__name__ == "_run_forward":
+            asked.append(args[0])
+            if args[0] > 1500:
+                self.reset()
+                raise torch.OutOfMemoryError("planted")
+        return rerun(self, pool, call, *args)
+
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
+    monkeypatch.setattr(placement, "choose_kernel", lambda *args, **settings: ("rows", ""))
+    fields = {"batch_size": 3, "micro_batch_size": 16, "max_length": 700, "max_steps": 8, "epochs": 10}
+    lines = []
+    run = TrainingRun(make_study(**fields), "qlora", log=lines.append)
+    record = run.train()
+    assert record["status"] == "ok" and record["placement"]["captured_lengths"] > 0
+    assert [line.split(": ")[1] for line in lines if line.startswith("out of memory")] == [
+        "continuing with micro_batch_size=2, activation_checkpointing=off"
+    ]
+    assert asked[0] == padded_size(3 * 700) and max(asked[1:]) == padded_size(2 * 700)
+    assert max(run.rows.sizes) == padded_size(2 * 700)
+
+
 def test_the_longest_pass_is_captured_first_so_that_others_find_room_in_its_memory(trained, monkeypatch):
     sizes = []
 
@@ -214,6 +253,19 @@ def test_an_update_that_cannot_be_captured_runs_kernel_by_kernel(trained, monkey
     found = trained("qlora", is_graphed=True, lines=lines)
     assert_alike(found, plain)
     assert lines == ["the optimizer update runs without CUDA graphs (planted)"] and found[2].graphs.captured
+
+
+def test_an_update_whose_capture_runs_out_of_memory_runs_kernel_by_kernel(trained, monkeypatch):
+    def full(self, pool, call, *args):
+        if call.__name__ == "finish_accumulation":
+            self.reset()
+            raise torch.OutOfMemoryError("planted")
+        return rerun(self, pool, call, *args)
+
+    plain, lines = trained("qlora", is_graphed=False), []
+    monkeypatch.setattr(StepGraphs, "_capture", full)
+    assert_alike(trained("qlora", is_graphed=True, lines=lines), plain)
+    assert lines == ["the optimizer update runs without CUDA graphs (planted)"]
 
 
 def test_out_of_memory_in_a_capture_reaches_the_loop(trained, monkeypatch):

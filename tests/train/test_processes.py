@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from peftlib.train.parallel.processes import Processes
 
 # Ten steps with a refresh in them. Three rows a step, of unequal lengths: of four processes one has none.
 FIELDS = {"max_steps": 10, "epochs": 20, "batch_size": 3, "galore_update_interval": 6, "eval_steps": 5}
+FIELDS |= {"save_steps": 4, "max_save_overhead": 0.0}
 SLOW = pytest.mark.slow
 
 
@@ -39,6 +41,25 @@ def test_what_is_summed_lies_in_memory_as_nccl_wants_it(monkeypatch):
     for tensor in (torch.zeros(5, 3), turned):
         group.sum_(tensor)
         assert given[-1].is_contiguous() and given[-1].data_ptr() == tensor.data_ptr()
+
+
+def test_a_process_that_ends_after_the_last_exchange_ends_no_other(monkeypatch):
+    group = object.__new__(Processes)
+    group.rank, group.failed, group._is_leaving, group._is_over = 0, None, False, threading.Event()
+    ended, group._end_others = [], lambda: ended.append(group._is_leaving)
+    monkeypatch.setattr(group, "_reason", lambda: "process 1 is gone", raising=False)
+    group._dist = SimpleNamespace(distributed_c10d=SimpleNamespace(_abort_process_group=lambda: None))
+    monkeypatch.setattr("peftlib.train.parallel.processes._WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr("peftlib.train.parallel.processes._GRACE_S", 0.05)
+    with group.exchanging():
+        pass
+    watcher = threading.Thread(target=group._watch, daemon=True)
+    watcher.start()
+    time.sleep(0.3)  # the main process writes its weights
+    assert group.failed is None and not ended
+    group._is_leaving = False  # as while it exchanges
+    watcher.join(5)
+    assert group.failed == "process 1 is gone" and ended == [False]
 
 
 def ways(methods_):
@@ -100,6 +121,7 @@ def test_several_processes_reach_the_weights_of_one(make_study, tmp_path, n, nam
         ours, theirs = ([entry["valid_loss"] for entry in each["valid_history"]] for each in (found, record))
         assert ours == pytest.approx(theirs, rel=1e-4)
         assert found["exchange"]["bytes"] >= 10 * found["exchange"]["bytes_a_step"] > 0
+        assert found["saves"] == 2  # after 4 and 8 of 10 steps
 
 
 @SLOW

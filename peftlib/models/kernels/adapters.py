@@ -59,6 +59,13 @@ def _can_fuse(module):
     )
 
 
+def drop_waiting(model):
+    """Drop products that no layer has requested, after a failed pass: they keep its activations in memory."""
+    for module in model.modules() if model else ():
+        if fused := getattr(module, "fused", None):
+            fused.given, fused.waiting = None, ()
+
+
 def _drops(module):
     return isinstance(module.lora_dropout["default"], torch.nn.Dropout)
 

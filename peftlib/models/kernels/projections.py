@@ -50,13 +50,12 @@ class View:
 
     def low(self, g: Tensor, x: Tensor) -> Tensor:
         """R (r, n) float32 of the gradient g^T x."""
+        if self._narrow is None or self._narrow.dtype != g.dtype:
+            # Also where it is not needed: in a CUDA graph, which may never be replayed, it would stay unfilled.
+            self._narrow = self.basis.to(g.dtype)
         take = self._take() if self._take else None
         taken = take(self, g, x) if take else None
-        if taken is not None:
-            return taken
-        if self._narrow is None or self._narrow.dtype != g.dtype:
-            self._narrow = self.basis.to(g.dtype)
-        return low_gradient(g, x, self._narrow)
+        return low_gradient(g, x, self._narrow) if taken is None else taken
 
 
 def train_in_views(model, weights, rank):

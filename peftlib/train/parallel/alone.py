@@ -8,6 +8,7 @@ class OneProcess:
 
     rank, world = 0, 1
     is_main = True
+    echo_s = 0.0  # as for session.interrupts
     bytes_exchanged = 0  # sent to the group by this process, in total
 
     def sum_(self, tensor):
@@ -31,6 +32,11 @@ class OneProcess:
     @contextlib.contextmanager
     def together(self):
         """Context in which the failure of one process ends the others with its reason; the main one leaves first."""
+        yield
+
+    @contextlib.contextmanager
+    def exchanging(self):
+        """Context of a run's exchanges; what a process does after it, it does even if another one ends."""
         yield
 
     def require(self):

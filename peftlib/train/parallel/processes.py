@@ -69,6 +69,8 @@ def words_of(store):
 class Processes(OneProcess):
     """A process group. device: 'cuda' (this process uses GPU LOCAL_RANK) or 'cpu'. end_others: as in `join`."""
 
+    echo_s = 5.0  # a launcher may forward within this time a signal that the terminal already sent to all processes
+
     def __init__(self, device, *, end_others=None):
         import torch
         import torch.distributed as dist
@@ -173,6 +175,14 @@ class Processes(OneProcess):
                 until = time.monotonic() + _LEAVE_S
                 while not self._store.check([key]) and time.monotonic() < until and _is_alive(self._peers[0]):
                     time.sleep(_LOOK_EVERY_S)
+
+    @contextlib.contextmanager
+    def exchanging(self):
+        """As for one process."""
+        try:
+            yield
+        finally:
+            self._is_leaving = True
 
     @contextlib.contextmanager
     def _telling(self):
