@@ -140,7 +140,7 @@ class SummedProjections(ProjectedAdamW):
         for i, part in enumerate(parts):
             for p in part:
                 gap = self._group_of[p]["update_gap"]
-                self._phase[p] = i * gap // max(len(parts), 1) if gap >= _STEPS_BETWEEN * len(parts) else 0
+                self._phase[p] = i * gap // len(parts) if gap >= _STEPS_BETWEEN * len(parts) else 0
 
     def is_steady(self):
         """False if a basis is due, because its weight keeps its full gradient."""

@@ -9,8 +9,10 @@ import torch
 
 from peftlib.models.kernels.losses import IGNORE, batch_loss_sum, next_tokens
 from peftlib.models.precision import autocast
+from peftlib.train.parallel.alone import OneProcess
 from peftlib.train.parallel.exchange import divide
 
+_ALONE = OneProcess()
 _ROWS_AT_ONCE = 64  # packed together; more would gain little, and first fit is quadratic
 _ROWS_MULTIPLE = 16  # the number of rows in a flat batch is padded to a multiple of this
 _ATTENTION_SHARE = 2.5e-4  # cost of attending to one more token, as a fraction of a token's other work
@@ -149,27 +151,22 @@ class Rows:
             yield [*bins, []] if len(bins) < least and has_room else bins
 
 
-def mean_loss(model, rows, *, device, precision, tokens=2048, processes=None):
+def mean_loss(model, rows, *, device, precision, tokens=2048, processes=_ALONE):
     """Mean loss over all Rows in nats per scored token; rows are packed into batches of at most `tokens` tokens.
 
     processes: share the rows among these.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    numbers = range(len(rows))
-    if processes is not None:
-        numbers = divide(numbers, rows.lengths, processes.world)[processes.rank]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    numbers = divide(range(len(rows)), rows.lengths, processes.world)[processes.rank]
     try:
         with torch.no_grad(), autocast(device, precision):
             for batch in rows.batches(numbers, tokens, device):
-                total += batch_loss_sum(model, batch).double().cpu()
+                total += batch_loss_sum(model, batch)
     finally:
         model.train(was_training)
-    if processes is not None and processes.world > 1:
-        summed = total.to(device)
-        processes.sum_(summed)
-        total = summed.cpu()
+    processes.sum_(total)
     return float(total / rows.scored.sum())
 
 
