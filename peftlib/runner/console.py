@@ -118,7 +118,8 @@ def call(app, argv):
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own errors have it; their class depends on its version
             raise
-        raise ConfigError(" ".join(error.format_message().split())) from None
+        hint = "" if argv else " See peftlib --help"
+        raise ConfigError(" ".join(error.format_message().split()) + hint) from None
 
 
 def in_todays_words(argv):
