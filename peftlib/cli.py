@@ -12,6 +12,7 @@ from peftlib.core.config import resolve
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.limits import factors_of
+from peftlib.core.record import loss_text
 from peftlib.core.study import Study
 from peftlib.runner import analysis_cli, console, suite_cli
 from peftlib.runner.console import (
@@ -166,7 +167,7 @@ def evaluate(
         if method
         else evaluation.evaluate_path(found, path or "", name=name)
     )
-    loss = "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
+    loss = loss_text(record)
     scored_on = (record.get("trained_elsewhere") or {}).get("scored_on")
     base = f", on {scored_on}" if scored_on else ""
     print(f"{record['method']}: loss {loss} on {record['evaluation']['n_test']} test rows{base}")
@@ -258,7 +259,7 @@ def sweep(
     study: Name,
     methods: Annotated[list[str] | None, Argument(metavar="METHOD", help="default: the study's six")] = None,
     factor: Annotated[list[float] | None, Option(help="multiplies the study's rates; default: a search")] = None,
-    rows: Annotated[int, Option(metavar="N", help="training rows of each trial")] = 1500,
+    rows: Annotated[int, Option(min=1, metavar="N", help="training rows of each trial")] = 1500,
 ):
     """Try learning rates on a study's validation rows; later runs of the method train with the best ones.
 

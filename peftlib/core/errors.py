@@ -99,6 +99,16 @@ def writing(path):
         raise _disk_error(number, error, path, "written") from error
 
 
+def require_writable(path):
+    """DiskError if this user may not create `path`, before work whose result goes there."""
+    above = next(place for place in (path, *path.parents) if place.exists())
+    with writing(path):
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
 @contextlib.contextmanager
 def reading(path, way_out=MADE_AGAIN):
     """Convert disk errors to a DiskError and damaged files to a StudyError; both name `path`."""

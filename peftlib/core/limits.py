@@ -31,6 +31,8 @@ def checked(f, value):
     low, high, above, choices, unit = (limits[name] for name in ("low", "high", "above", "choices", "unit"))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is bool and value in ("true", "false"):  # papermill passes on `-p make_missing true` as text
+        value = value == "true"
     if type(value) is not kind:
         raise ConfigError(f"{f.name}={value!r} is a {type(value).__name__}: use a {_KINDS[kind]} ({unit})")
     if kind is str and "\0" in value:

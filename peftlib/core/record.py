@@ -184,11 +184,16 @@ def require_fields(record, path):
         raise StudyError(f"{path} lacks {', '.join(missing)}: delete it and run its notebook again")
 
 
+def loss_text(record):
+    """The loss of a scored run for people, in nats per token."""
+    return "not finite" if record["eval_loss"] is None else f"{record['eval_loss']:.4f} nats per token"
+
+
 def require_ok(record):
     """StudyError unless the run finished."""
     if record["status"] != "ok":
         raise StudyError(
             f"{record['method']} (seed {record['seed']}) is {record['status']} at step {record['steps']} of "
-            f"{record['planned_steps']}{': ' + record['error'] if record['error'] else ''}. "
-            "Run this notebook again: it resumes from the last checkpoint."
+            f"{record['planned_steps']}{': ' + record['error'] if record['error'] else ''}. Resume it with its "
+            f"notebook or with peftlib train {record['method']}"
         )

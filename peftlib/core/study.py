@@ -95,8 +95,11 @@ class Study:
         require_folder_name("study", name)
         folder = output_root() / name
         if not (folder / "config.json").exists():
+            known = sorted(path.parent.name for path in output_root().glob("*/config.json"))
+            here = f"studies there: {', '.join(known[:20])}; " if known else ""
             raise StudyError(
-                f"there is no study {name!r} in {output_root()}: create it with python -m peftlib run --study {name}"
+                f"there is no study {name!r} in {output_root()}: {here}a new one is made by python -m peftlib run "
+                f"--study {name}"
             )
         frozen = frozen_of(folder / "config.json")
         return cls.open(resolve(frozen["profile"], study=name, **frozen["config"]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peftlib.core.config import Config
-from peftlib.core.errors import DataError, StudyError
+from peftlib.core.errors import DataError, require_writable, writing
 from peftlib.core.files import MANIFEST, readable_path
 from peftlib.data.dedup import GRAM_WORDS, THRESHOLD
 from peftlib.data.outcomes import (
@@ -38,7 +38,7 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
 
     Existing data from the same inputs are kept. log: called with progress lines.
     DataError: a source cannot be read or has too few rows (see allow_short). ConfigError: `sources` is malformed.
-    ModelError: no tokenizer. StudyError: the folder cannot be written, or another session is using it.
+    ModelError: no tokenizer. DiskError: the folder cannot be written. StudyError: another session is using it.
     """
     folder, sources = Path(folder), parse_sources(cfg.sources, most=cfg.max_read_rows)
     try:
@@ -55,6 +55,7 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
         log(f"data already built from the same inputs: split {manifest['split_hash']}")
         return manifest
 
+    require_writable(folder)
     asked = {"test": cfg.test_rows, "valid": cfg.valid_rows, "train": cfg.train_rows}
     quotas = {(source.name, split): n for source in sources for split, n in asked.items()}
     while True:  # repeated if a stream runs out and its rows have to be divided among its splits
@@ -74,14 +75,8 @@ def build_data(cfg: Config, folder: str | Path, log: Callable[[str], object] = p
     for line in _remarks(manifest):
         log(line)
     examples = [example for tally in tallies.values() for example in tally.examples]
-    try:
-        with held(folder.parent, "building the data", log=log):
-            return write_data(folder, splits, examples, manifest)
-    except OSError as error:
-        raise StudyError(
-            f"{folder} cannot be written ({error.strerror or error}): free some space there, or set PEFTLIB_ROOT to "
-            "another folder"
-        ) from error
+    with writing(folder), held(folder.parent, "building the data", log=log):
+        return write_data(folder, splits, examples, manifest)
 
 
 def _inputs(cfg, sources):

@@ -153,7 +153,8 @@ def require_rows(counts, asked, tallies, *, allow_short):
     """
     for name, tally in tallies.items():
         if not any(found[name] for found in counts.values()):
-            raise DataError(f"no usable rows. {tally.account()}. Use other data, or remove the source")
+            way_out = ", or raise max_length" if tally.rejected["too_long"] else ""
+            raise DataError(f"no usable rows. {tally.account()}. Use other data, or remove the source{way_out}")
     short = {} if allow_short else shortfalls(counts, asked)
     if short:
         lines = [

@@ -1,7 +1,6 @@
 """The files of a study's data folder: Parquet splits, rejects, and the manifest, which is written last."""
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,11 +53,12 @@ def load_split(folder: str | Path, split: str) -> Split:
         name = path.absolute().parent.parent.name if path.parent.name == "data" else "NAME"
         raise StudyError(f"no {path.name} in {folder}: run 01_data first (python -m peftlib run 01 --study {name})")
     with reading(path, _MADE_AGAIN):
-        content, manifest = path.read_bytes(), path.with_name(MANIFEST)
+        # In memory that Arrow owns: if one of its threads releases a Python buffer while Python exits, that aborts.
+        content, manifest = pa.OSFile(str(path)).read_buffer(), path.with_name(MANIFEST)
         listed = read_json(manifest).get("files", {}).get(path.name) if manifest.exists() else None
         if listed not in (None, hashlib.sha256(content).hexdigest()):
             raise StudyError(f"{path} is damaged (it is not what {MANIFEST} lists): {_MADE_AGAIN}")
-        return Split(parquet.read_table(io.BytesIO(content)))
+        return Split(parquet.read_table(pa.BufferReader(content)))
 
 
 def write_data(folder, splits, examples, manifest):

@@ -4,10 +4,11 @@ from functools import partial
 
 import torch
 
+from peftlib.core.errors import ConfigError
 from peftlib.methods import qlora
 from peftlib.methods.spec import LORA_SETTINGS, MethodSpec
 from peftlib.models.adapters import with_adapter
-from peftlib.models.inspect import PROJECTIONS
+from peftlib.models.inspect import PROJECTIONS, named_weights
 from peftlib.optim.adamw import AccumulatingAdamW
 from peftlib.optim.adamw_8bit import adamw_8bit
 
@@ -24,7 +25,11 @@ def _prepare_lora(model, cfg, changes):
 def _oft(model, cfg):
     from peft import OFTConfig
 
-    size = cfg.oft_block_size
+    size, widths = cfg.oft_block_size, {p.shape[1] for p in named_weights(model, PROJECTIONS).values()}
+    if any(width % size for width in widths):
+        fits = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
+        nearest = min(fits, key=lambda n: abs(n - size))
+        raise ConfigError(f"oft_block_size={size} does not divide all widths of the layers: use {nearest}")
     config = OFTConfig(oft_block_size=size, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
     return with_adapter(model, config, source=f"oft_block_size={size}")
 

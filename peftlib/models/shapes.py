@@ -1,5 +1,6 @@
 """Published figures of GPUs and shapes of well-known models, for planning without network access."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,28 +107,29 @@ CARDS = {
     "a10g": Card(22.0, 70, 600, "bf16", "A10G"),
     "rtx3090": Card(23.5, 71, 936, "bf16", "RTX 3090"),
     "rtx4090": Card(23.5, 165, 1008, "bf16", "RTX 4090"),
-    "a100": Card(39.4, 312, 1555, "bf16", "A100-SXM4-40GB", 3.67),
+    "a100": Card(39.4, 312, 1555, "bf16", "A100 40GB", 3.67),
     "l40s": Card(44.4, 362, 864, "bf16", "L40S"),
-    "a100-80": Card(79.1, 312, 2039, "bf16", "A100-SXM4-80GB"),
+    "a100-80": Card(79.1, 312, 2039, "bf16", "A100 80GB"),
     "h100": Card(79.1, 989, 3350, "bf16", "H100"),
     "h200": Card(139.8, 989, 4800, "bf16", "H200"),
 }
-_ALIASES = {"a100-40": "a100", "a100-40gb": "a100", "a100-80gb": "a100-80", "a10": "a10g", "3090": "rtx3090"}
-_ALIASES |= {"4090": "rtx4090"}
+_ALIASES = {"a10040": "a100", "a10040gb": "a100", "a10080": "a100-80", "a10080gb": "a100-80", "a10": "a10g"}
+_ALIASES |= {"3090": "rtx3090", "4090": "rtx4090"}
+NEAREST = "for another card, name the nearest of these and its memory, such as --gpu rtx4090 -p memory_gib=11"
 
 
 def find_card(name):
     """(name, Card) of a GPU; case does not matter. ConfigError: unknown; the message lists the known ones."""
-    key = name.strip().lower().replace(" ", "").replace("_", "-")
+    key = re.sub("nvidia|tesla|geforce|[ _-]", "", name.lower())
     key = _ALIASES.get(key, key)
     if key not in CARDS:
-        raise ConfigError(f"--gpu {name!r} is unknown: use {', '.join(CARDS)}")
+        raise ConfigError(f"--gpu {name!r} is unknown: use {', '.join(CARDS)}; {NEAREST}")
     return key, CARDS[key]
 
 
 def card_of_device(device):
     """The Card for torch's device name, or None."""
-    words = (device or "").replace("NVIDIA", " ").split()
+    words = re.split("[ -]", device or "")
     return next((card for card in CARDS.values() if set(card.device.split()) <= set(words)), None)
 
 
@@ -137,8 +139,11 @@ def short_name(device):
     return " ".join(words[:2] if words[:1] == ["RTX"] else words[:1])
 
 
-def card_at_hand():
-    """(name in CARDS, Card with this machine's memory) of the local GPU; None: there is none, or it is not listed."""
+def card_at_hand(*, is_strict=False):
+    """(name in CARDS, Card with this machine's memory) of the local GPU; None: there is none, or it is not listed.
+
+    ConfigError: is_strict, and it is not listed.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -146,6 +151,9 @@ def card_at_hand():
     seen = torch.cuda.get_device_properties(0)
     card = card_of_device(seen.name)
     if card is None:
+        if is_strict:
+            memory = f"{seen.total_memory / GIB:.1f} GiB"
+            raise ConfigError(f"no figures of this machine's {seen.name} ({memory}) are known: use --gpu; {NEAREST}")
         return None
     name = next(name for name, known in CARDS.items() if known is card)
     return name, replace(card, gib=seen.total_memory / GIB)

@@ -22,6 +22,8 @@ _API = {
     "drive_box": ("peftlib.notebook.hand_on", "drive_box"),
     "hub_box": ("peftlib.notebook.hand_on", "hub_box"),
     "gguf_box": ("peftlib.notebook.hand_on", "gguf_box"),
+    "require_finished": ("peftlib.notebook.session", "require_finished"),
+    "loss_text": ("peftlib.core.record", "loss_text"),
     "show_runtime": ("peftlib.notebook.hosted", "show_runtime"),
     "ExportPreview": ("peftlib.export.export", "Preview"),
 }

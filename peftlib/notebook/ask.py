@@ -15,7 +15,7 @@ from peftlib.evaluation.results import BASE
 from peftlib.models.chat_template import encode_prompt
 from peftlib.models.load import load_tokenizer
 from peftlib.notebook.answers import answer_card, ended, page, side
-from peftlib.notebook.widgets import Action, can_click, checkboxes, look, off, ticked
+from peftlib.notebook.widgets import Action, can_click, checkboxes, look, of_run, off, ticked
 from peftlib.report.palette import THEMES
 
 # A model stays loaded while this many times its size is free: space to load and merge the next one.
@@ -141,7 +141,7 @@ def chat_box(study, method, *, is_interactive=None):
     """Show a box to chat with a trained method or base; print the command in a headless run."""
     if can_click(is_interactive):
         return ChatBox(study, method)
-    return off("chatting needs input", f"peftlib chat {method} --study {study.cfg.study}")
+    return off("chatting needs input", f"peftlib chat {method} {of_run(study)}")
 
 
 class ChatBox(Action):

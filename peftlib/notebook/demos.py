@@ -149,15 +149,18 @@ def captured_energy(run, layers, *, rows=4):
     `rows` training rows: the share of the squared Frobenius norm inside the leading galore_rank directions, and
     the share r / m that random directions would keep.
     """
-    batch = Rows(load_split(run.study.data_dir, "train")[:rows]).batch([[n] for n in range(rows)], run.device)
+    data = Rows(load_split(run.study.data_dir, "train")[:rows])
     weights = {
         name: weight
         for name, weight in named_weights(run.model, PROJECTIONS).items()
         if any(f"layers.{layer}." in name for layer in layers)
     }
-    with autocast(run.device, run.precision):
-        loss = batch_loss_sum(run.model, batch)
-    grads = torch.autograd.grad(loss, list(weights.values()))
+    grads = None
+    for n in range(len(data)):  # one by one, as several rows may not fit a card that trains with recomputation
+        with autocast(run.device, run.precision):
+            loss = batch_loss_sum(run.model, data.batch([[n]], run.device))
+        found = torch.autograd.grad(loss, list(weights.values()))
+        grads = found if grads is None else [total + part for total, part in zip(grads, found, strict=True)]
     return [
         {
             "layer": int(name.split("layers.")[1].split(".")[0]),

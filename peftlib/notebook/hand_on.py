@@ -9,7 +9,7 @@ from peftlib.core.errors import StudyError
 from peftlib.core.files import copy_tree, readable_path
 from peftlib.export.export import FORMS, Preview, export_model
 from peftlib.export.gguf import MODELFILE, QUANTS
-from peftlib.notebook.widgets import Action, can_click, look, off
+from peftlib.notebook.widgets import Action, can_click, look, of_run, off
 from peftlib.report.render import plain
 from peftlib.storage import remotes
 
@@ -57,7 +57,7 @@ def hub_box(study, method, *, is_interactive=None, api=None):
     """
     if can_click(is_interactive):
         return HubBox(study, method, api)
-    command = f"peftlib export {method} --study {study.cfg.study} --to hf://USER/REPO"
+    command = f"peftlib export {method} {of_run(study)} --to hf://USER/REPO"
     return off("a push needs a click", command)
 
 
@@ -110,7 +110,7 @@ class HubBox(Action):
 def gguf_box(study, method, *, is_interactive=None):
     """Show a button that makes a GGUF file with a Modelfile, and then the commands to run it in Ollama."""
     if not can_click(is_interactive):
-        command = f"peftlib export {method} --study {study.cfg.study} --form gguf --to FOLDER"
+        command = f"peftlib export {method} {of_run(study)} --form gguf --to FOLDER"
         return off("it takes minutes and writes a file as large as the model", command)
     import ipywidgets as w
 

@@ -15,6 +15,7 @@ from peftlib.core.errors import ModelError
 from peftlib.core.files import gib
 from peftlib.core.paths import TORCHAO_MIN
 from peftlib.core.session import host, is_watched
+from peftlib.core.study import frozen_of
 from peftlib.storage.remotes import remote_of
 
 _CHANGED_BY_INSTALL = ("huggingface_hub", "tokenizers", "transformers", "accelerate", "peft", "torchao")
@@ -53,17 +54,25 @@ def show_runtime():
 
 
 def with_first_profile(given):
-    """Settings in which `auto` means quick on the T4 of Colab and Kaggle, unless a study t4 exists here or remotely."""
-    is_open = all(given.get(name) in (None, "auto") for name in ("profile", "study"))
-    if not (is_open and host() and is_watched() and profile_for_hardware() == "t4") or _exists("t4"):
+    """Settings in which `auto` means quick on the T4 of Colab and Kaggle, unless the study exists here or remotely.
+
+    The study is t4 if none is named. One that exists here keeps its profile.
+    """
+    is_open = given.get("profile") in (None, "auto")
+    if not (is_open and host() and is_watched() and profile_for_hardware() == "t4"):
         return given
-    return {**given, "profile": "quick"}
+    named = given.get("study") not in (None, "auto")
+    study = given["study"] if named else "t4"
+    if not _exists(study):
+        return {**given, "profile": "quick"}
+    path = output_root() / study / "config.json"
+    return {**given, "profile": frozen_of(path)["profile"]} if named and path.exists() else given
 
 
 def _exists(study):
     with contextlib.suppress(OSError):
         remote = remote_of(study)
-        return (output_root() / study).exists() or bool(remote and remote.listing())
+        return (output_root() / study / "config.json").exists() or bool(remote and remote.listing())
     return False
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftlib.core.config import differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root, resolve_device, training_precision
-from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.errors import ConfigError, Stopped, StudyError
 from peftlib.core.files import readable_path, size_text
 from peftlib.core.record import device_name
 from peftlib.core.session import host, is_watched
@@ -119,11 +119,23 @@ def make_inputs(name, study, missing, say):
             build_data(study.cfg, study.data_dir, log=say)
             study.freeze()
         else:
-            run_training(study, what, log=say)
+            require_finished(study, run_training(study, what, log=say))
             if "04_eval" in NOTEBOOKS[name]:
                 evaluate(study, what, log=say)
     if missing and say is not print:
         say("Done. Run this cell again.")
+
+
+def require_finished(study, record):
+    """Stop a notebook whose next cells need a finished run. Stopped: it is not; its checkpoint is copied first."""
+    if record["status"] == "ok":
+        return
+    mirror = running(study.folder)
+    if mirror is not None:
+        mirror.flush()
+        print(mirror.state())
+    done = f"step {record['steps']} of {record['planned_steps']}"
+    raise Stopped(f"{record['method']} is saved at {done}: run this notebook again to resume")
 
 
 def finish(study: Study, name: str, wrote: Iterable[str | Path], status: str = "ok") -> None:

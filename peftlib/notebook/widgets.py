@@ -25,6 +25,11 @@ def can_click(is_interactive=None):
     return importlib.util.find_spec("ipywidgets") is not None and is_watched()
 
 
+def of_run(study):
+    """The options of a command for this study and its seed."""
+    return f"--study {study.cfg.study}" + (f" --seed {study.cfg.seed}" if study.cfg.seed else "")
+
+
 def off(why, command):
     """Print why a cell does nothing in a headless run, and the command to use instead; returns None."""
     print(f"off in a headless run, because {why}: use `{command}`")

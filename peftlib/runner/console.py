@@ -54,10 +54,15 @@ def study_of(given, *, is_copied=True):
 
 
 def sized_as_full_study(given):
-    """Settings completed with the full study's lengths and row counts, with validation rows in proportion."""
-    full = PROFILES["t4"]
-    given = {**{name: full[name] for name in ("train_rows", "test_rows", "max_length", "max_new_tokens")}, **given}
-    return {"valid_rows": round(full["valid_rows"] / full["train_rows"] * given["train_rows"]), **given}
+    """Settings completed with the full study's row counts, lengths, batch size and rates.
+
+    Validation rows are in proportion to the training rows, at least one.
+    """
+    full = resolve("t4")
+    names = ("train_rows", "test_rows", "max_length", "max_new_tokens", *PROFILES["demo"])
+    names = [name for name in names if name in full.fields_of("data", "math")]
+    given = {**{name: getattr(full, name) for name in names if name != "valid_rows"}, **given}
+    return {"valid_rows": max(1, round(full.valid_rows / full.train_rows * given["train_rows"])), **given}
 
 
 def numbers(option, text, kind):
@@ -113,7 +118,8 @@ def call(app, argv):
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own errors have it; their class depends on its version
             raise
-        raise ConfigError(" ".join(error.format_message().split())) from None
+        hint = "" if argv else " See peftlib --help"
+        raise ConfigError(" ".join(error.format_message().split()) + hint) from None
 
 
 def in_todays_words(argv):

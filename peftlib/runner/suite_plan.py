@@ -22,11 +22,12 @@ def plan_lines(gpu, given, study=None, names=None):
     config. study: a Study whose config and data to plan for. names: methods; None for the default methods.
     ConfigError: an unknown GPU or setting, or no method fits the card. ModelError: the model's shape is unknown.
     """
-    name, card = find_card(gpu) if gpu else card_at_hand() or find_card("t4")
+    name, card = find_card(gpu) if gpu else card_at_hand(is_strict=True) or find_card("t4")
     if gpu is None:
         yield f"no --gpu given: planning for a {name}"
-    own = {field: value for field, value in given.items() if field != "profile"}
-    cfg = study.cfg.replace(**own) if study else resolve(**{"profile": "gpu", **given})  # t4 asks for the same rows
+    # Where and how fast a study runs is up to the card, not to the machine that built its data.
+    kept = {**study.cfg.fields_of("data", "math"), "study": study.cfg.study} if study else {}
+    cfg = resolve(**{"profile": "gpu", **kept, **given})  # t4 asks for the same rows
     manifest = study.manifest() if study and study.manifest_path.exists() else None
     found = estimate.forecast(cfg, name, card, shape=shape_of(cfg.model), manifest=manifest, names=names)
     if found.refusal:

@@ -25,11 +25,11 @@ PUBLIC = "PEFTLIB_MIRROR_PUBLIC"  # environment variable: 1 allows copies to a p
 _LISTED = {"unit": str, "serial": int, "origin": str, "bytes": int, "sha256": str}  # facts of an archive on a remote
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AWAY = (errno.ENOTCONN, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOENT)
+_SCHEMES = ("file", "hf", "s3", "gs", "gcs", "memory")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # what fsspec needs for a scheme
 _ANONYMOUS: dict[str, dict] = {
     "s3": {"anon": True, "key": None, "secret": None},
-    "gs": {"token": "anon"},
-    "gcs": {"token": "anon"},
+    **{scheme: {"token": "anon"} for scheme in ("gs", "gcs")},
 }
 _SQUASH_BYTES = 1 << 30  # old versions that may accumulate in a hub repository
 
@@ -260,14 +260,14 @@ class Remote:
 
         try:
             fsspec.get_filesystem_class(self._scheme)
-            if not below and self.folder is None:
+            if self._scheme not in _SCHEMES or (not below and self.folder is None):
                 raise ValueError("no bucket")
         except ImportError:
             package = _PACKAGES.get(self._scheme, self._scheme)
             raise ConfigError(f"PEFTLIB_MIRROR={self._name!r} needs a package: pip install {package}") from None
         except ValueError:
-            known = "a folder, hf://USER/REPO, s3://BUCKET or gs://BUCKET"
-            raise ConfigError(f"PEFTLIB_MIRROR={self._name!r}: use {known}") from None
+            use = "use a folder, hf://USER/REPO, s3://BUCKET or gs://BUCKET"
+            raise ConfigError(f"PEFTLIB_MIRROR={self._name!r}: {use}") from None
 
     def reconnect(self):
         """Restore a lost connection."""

@@ -1,5 +1,6 @@
 """Learning-rate sweep that brackets a method's best rate, scored on validation rows and saved in the study."""
 
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -49,8 +50,10 @@ def sweep(
     cfg, fields = study.cfg, methods.find(method).rates
     if cfg.valid_rows == 0:
         raise ConfigError("valid_rows=0: a sweep needs validation rows, so build the data with some")
-    if factors is not None and (not factors or min(factors) <= 0):
-        raise ConfigError(f"factors={factors!r}: use positive numbers")
+    if rows < 1:
+        raise ConfigError(f"rows={rows}: a trial needs at least one training row, so use 1 or more")
+    if factors is not None and (not factors or not all(0 < factor < math.inf for factor in factors)):
+        raise ConfigError(f"factors={factors!r}: use positive finite numbers")
     study.freeze()
     method = methods.keep(method, study.folder)
     steps = max(1, rows // cfg.batch_size)

@@ -96,6 +96,11 @@ def test_command_line_text_becomes_the_fields_type(name, text, value):
     assert config.from_text(name, text) == value
 
 
+def test_true_and_false_as_papermill_passes_them_on_are_taken():
+    assert config.resolve("demo", make_missing="true").make_missing is True
+    assert config.resolve("demo", make_missing="false").make_missing is False
+
+
 def test_text_that_is_no_number_is_refused_by_name():
     with pytest.raises(ConfigError, match="seed='three' is not a whole number"):
         config.from_text("seed", "three")

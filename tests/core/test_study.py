@@ -100,3 +100,9 @@ def test_a_record_says_whether_the_package_differs_from_its_commit(tmp_path):
     assert len(found["commit"]) == 40 and found["is_dirty"] is False
     (package / "b.py").write_text("b = 1\n")
     assert record.git_state(package)["is_dirty"] is True
+
+
+def test_a_mistyped_study_is_answered_with_those_that_there_are(make_study):
+    make_study(study="mine")
+    with pytest.raises(StudyError, match="no study 'mien' in .*: studies there: mine; a new one is made by"):
+        Study.existing("mien")

@@ -15,7 +15,7 @@ import pytest
 from made_rows import alpaca_rows, chat_rows, quiet, sources_text, splits_of, write_jsonl
 
 from peftlib import data
-from peftlib.core.errors import DataError, StudyError
+from peftlib.core.errors import DataError, DiskError
 from peftlib.data import build, store, tokenize
 from peftlib.data.outcomes import Tally
 from peftlib.data.sampling import Stream
@@ -157,7 +157,7 @@ def test_a_cut_build_leaves_no_manifest(two_files, cfg_of, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "write_card", full_disk)
-    with pytest.raises(StudyError, match="No space left.*free some space there, or set PEFTLIB_ROOT"):
+    with pytest.raises(DiskError, match="No space left.*free some space there.*set PEFTLIB_ROOT"):
         data.build_data(cfg_of(sources_text(two_files), split_seed=1), folder, quiet)
     assert not (folder / "manifest.json").exists()
     assert not list(folder.glob(".*writing"))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftlib import methods
+from peftlib.core.errors import ConfigError
 from peftlib.export.export import export_model
 from peftlib.models.saved import load_trained
 from peftlib.report.build import build_report
@@ -193,3 +194,8 @@ def test_a_study_of_all_methods_has_its_report(make_study, tmp_path, in_this_pro
     assert all(record["status"] == "ok" and record["evaluation"] for record in found.values())
     report = study.report_path.read_text(encoding="utf-8")
     assert all(name in report for name in found)
+
+
+def test_a_block_size_that_divides_no_width_is_refused_with_the_nearest(make_study):
+    with pytest.raises(ConfigError, match="oft_block_size=7 does not divide all widths of the layers: use 8"):
+        TrainingRun(make_study(oft_block_size=7), "oft", log=str)

@@ -103,6 +103,10 @@ def test_row_counts_on_the_command_line_bring_the_full_studys_other_settings():
     cfg = resolve("demo", **sized_as_full_study({"study": "x", "train_rows": 5000, "test_rows": 2000}))
     assert (cfg.valid_rows, cfg.max_length) == (200, 1024)
     assert sized_as_full_study({"train_rows": 500})["valid_rows"] == 20
+    assert sized_as_full_study({"train_rows": 10})["valid_rows"] == 1
+    full = resolve("t4")
+    for name in ("batch_size", "lora_learning_rate", "galore_learning_rate", "galore_update_interval"):
+        assert getattr(cfg, name) == getattr(full, name) != getattr(resolve("demo"), name)
 
 
 def test_a_profile_brings_its_own_sizes(root, tiny_model):

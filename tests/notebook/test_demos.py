@@ -56,6 +56,7 @@ def test_bits_are_those_of_what_bitsandbytes_holds():
 def test_kept_energy_is_the_share_of_the_largest_singular_values(make_study):
     study = make_study(galore_rank=4)
     run = TrainingRun(study, "galore", log=str)
+    assert len(demos.captured_energy(run, [0], rows=99)) == len(PROJECTIONS)  # more than the study has
     rows = demos.captured_energy(run, [0], rows=2)
     assert [row["projection"] for row in rows] == list(PROJECTIONS) and {row["layer"] for row in rows} == {0}
     for row in load_split(study.data_dir, "train")[:2]:

@@ -26,6 +26,13 @@ def test_a_headless_run_says_in_one_line_why_an_end_is_off(make_study, capsys, e
     assert line.startswith("off in a headless run, because ") and line.endswith("`")
 
 
+def test_the_command_in_that_line_names_the_seed(make_study, capsys):
+    study = make_study(seed=2)
+    for end in ("chat_box", "hub_box", "gguf_box"):
+        getattr(notebook, end)(study, "qlora", is_interactive=False)
+    assert capsys.readouterr().out.count("--study tiny --seed 2") == 3
+
+
 def press(box, button=None):
     """Click a button of an Action; what its status line says then."""
     (button or box.button).click()

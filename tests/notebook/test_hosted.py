@@ -247,12 +247,17 @@ def test_what_the_demo_takes_is_what_was_measured():
 def test_auto_is_quick_on_a_hosted_t4_until_a_full_study_stands_there(at, on_t4, watched, monkeypatch, tmp_path):
     at("colab")
     assert hosted.with_first_profile({"profile": "auto", "lora_rank": 8}) == {"profile": "quick", "lora_rank": 8}
-    for given in ({"profile": "t4"}, {"profile": "auto", "study": "mine"}):
-        assert hosted.with_first_profile(given) == given
+    assert hosted.with_first_profile({"profile": "t4"}) == {"profile": "t4"}
+    assert hosted.with_first_profile({"study": "mine"}) == {"study": "mine", "profile": "quick"}
+    mine = config.resolve("t4", study="mine", model="packaged")
+    Study.open(mine).freeze()
+    assert hosted.with_first_profile({"study": "mine", "profile": "auto"}) == {"study": "mine", "profile": "t4"}
     monkeypatch.setattr(hosted, "remote_of", lambda name: types.SimpleNamespace(listing=lambda: {"a": name}))
     assert hosted.with_first_profile({}) == {}, "it is on Drive"
     monkeypatch.setattr(hosted, "remote_of", lambda name: None)
     (tmp_path / "runs" / "t4").mkdir(parents=True)
+    assert hosted.with_first_profile({}) == {"profile": "quick"}, "nothing was built there"
+    (tmp_path / "runs" / "t4" / "config.json").write_text("{}")
     assert hosted.with_first_profile({}) == {}
     at("")
     shutil.rmtree(tmp_path / "runs")

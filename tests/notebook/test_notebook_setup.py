@@ -9,10 +9,12 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 from peftlib.core.config import resolve
-from peftlib.core.errors import ConfigError, StudyError
+from peftlib.core.errors import ConfigError, Stopped, StudyError
 from peftlib.core.files import readable_path
 from peftlib.core.study import Study
+from peftlib.notebook import require_finished
 from peftlib.notebook import session as notebook
+from peftlib.train.loop import run_training
 
 CHECKOUT = Path(notebook.__file__).resolve().parents[2]
 SETUP = 'from peftlib.notebook.session import finish, headless, setup\n\nstudy = setup("NAME")'
@@ -239,3 +241,13 @@ def _said(client, code):
 
 def test_a_notebooks_state_is_the_first_editions():
     assert notebook.state_hash("02_qlora", resolve("t4")) == "810aefb2f37a"
+
+
+def test_a_notebook_whose_training_stopped_ends_as_stopped(make_study, monkeypatch):
+    study = make_study(max_seconds=1e-6)
+    record = run_training(study, "qlora", log=str)
+    with pytest.raises(Stopped, match="qlora is saved at step 1 of 6: run this notebook again to resume"):
+        require_finished(study, record)
+    with pytest.raises(Stopped):
+        notebook.make_inputs("04_eval", study, ["qlora"], str)
+    assert require_finished(study, {**record, "status": "ok"}) is None

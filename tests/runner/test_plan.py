@@ -2,9 +2,11 @@
 
 import json
 import re
+import types
 
 import pytest
 import tiny
+import torch
 
 from peftlib import cli as command_line
 from peftlib import methods
@@ -123,7 +125,27 @@ def test_shapes_are_found_offline_from_ids_and_folders(tiny_model, tmp_path):
 
 
 def test_cards_are_found_by_their_usual_names():
-    assert find_card("A100-80GB")[0] == "a100-80" and find_card("RTX 4090")[0] == "rtx4090"
+    for name, key in (
+        ("A100-80GB", "a100-80"),
+        ("A100 80GB", "a100-80"),
+        ("a100-80", "a100-80"),
+        ("RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("tesla t4", "t4"),
+    ):
+        assert find_card(name)[0] == key
+    with pytest.raises(
+        ConfigError, match="'rtx3060' is unknown: use t4, .* its memory, such as --gpu rtx4090 -p memory"
+    ):
+        find_card("rtx3060")
+    for device, key in (
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA A100-PCIE-40GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+    ):
+        assert card_of_device(device) is CARDS[key]
     assert card_of_device("NVIDIA H200") is CARDS["h200"] and card_of_device("Tesla T4") is CARDS["t4"]
     assert card_of_device("NVIDIA H100 80GB HBM3") is CARDS["h100"]
     assert card_of_device("NVIDIA A100-SXM4-40GB") is CARDS["a100"] and card_of_device("CPU (x, 2 cores)") is None
@@ -146,3 +168,17 @@ def test_rows_of_other_lengths_and_ranks_are_no_speeds_to_plan_by(tmp_path):
     rows = [{**row, "seq": seq, "fields": fields} for seq in (256, 1024) for fields in ({}, {"lora_rank": 8})]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert estimate.measured_rows(tmp_path / "rows.json") == [{**row, "seq": 1024, "fields": {}}]
+
+
+def test_a_card_of_unknown_speed_is_not_planned_as_a_t4(monkeypatch):
+    seen = types.SimpleNamespace(name="NVIDIA GeForce RTX 4070", total_memory=12 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: seen)
+    with pytest.raises(ConfigError, match=r"RTX 4070 \(12.0 GiB\) are known: use --gpu; .* -p memory_gib=11"):
+        list(plan_lines(None, {}))
+
+
+def test_a_study_is_planned_for_the_card_not_as_the_machine_that_built_its_data(make_study):
+    study = make_study(micro_batch_size=4)
+    lines = "\n".join(plan_lines("t4", {}, study))
+    assert "micro_batch_size=4" not in lines and lines != "\n".join(plan_lines("t4", {"micro_batch_size": 4}, study))

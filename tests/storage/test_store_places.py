@@ -118,6 +118,7 @@ def test_old_versions_are_squashed_out_of_a_repository_of_copies_alone(study, tm
     [
         ("s3://", "s3://BUCKET"),
         ("odd://x", "use a folder, hf://USER/REPO, s3://BUCKET or gs://BUCKET"),
+        ("ftp://x/y", "use a folder, hf://USER/REPO, s3://BUCKET or gs://BUCKET"),
         ("gs://bucket", "pip install gcsfs"),
         ("hf://buckets/me", "hf://buckets/USER/BUCKET"),
     ],

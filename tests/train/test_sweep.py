@@ -222,8 +222,12 @@ def test_a_sweep_finds_the_least_validation_loss_and_records_every_trial(make_st
 
 
 def test_a_factor_that_is_not_positive_is_refused(make_study):
-    with pytest.raises(ConfigError, match=r"factors=\(0\.0,\): use positive numbers"):
+    with pytest.raises(ConfigError, match=r"factors=\(0\.0,\): use positive finite numbers"):
         sweep(make_study(), "qlora", factors=(0.0,))
+    with pytest.raises(ConfigError, match="use positive finite numbers"):
+        sweep(make_study(), "qlora", factors=(math.nan,))
+    with pytest.raises(ConfigError, match="rows=0: a trial needs at least one"):
+        sweep(make_study(), "qlora", rows=0)
 
 
 def test_the_command_sweeps_the_named_method_and_later_runs_train_with_its_best_rate(make_study, capsys):

@@ -61,7 +61,7 @@ def rewound(model, base, factor):
 def require_factors(method, factors):
     """ConfigError unless a method can be rewound to factors."""
     if method == BASE or not all(0 <= factor <= 1 for factor in factors):
-        raise ConfigError(f"rewind {factors} of {method}: use factors from 0 to 1 of a trained method")
+        raise ConfigError(f"--rewind {factors} of {method}: use factors from 0 to 1 of a trained method")
 
 
 def missing(study, record, factors):

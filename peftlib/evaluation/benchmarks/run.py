@@ -20,6 +20,7 @@ from peftlib.core.study import Study
 from peftlib.evaluation.benchmarks import tasks
 from peftlib.evaluation.benchmarks.scores import read_rows, score_of
 from peftlib.evaluation.evaluate import evaluation_dtype, opened
+from peftlib.methods import BASE
 
 _BATCH_CPU, _BATCH, _BATCH_LARGE = 8, 32, 64  # rows whose logits are held at a time; halved when out of memory
 _LARGE_GIB = 40  # of a card's memory
@@ -47,6 +48,9 @@ def bench(
     the memory. StudyError: as in `evaluate`, or scores of other rows or weights exist. Stopped: this session ends soon.
     """
     chosen, doing = tasks.chosen(names), "running benchmarks"
+    record = records.load(study, method, study.cfg.seed) if method and not path else None
+    if record and method != BASE:
+        records.require_ok(record)  # before anything is downloaded
     benchmarks = [tasks.load(task, data) for task in chosen]  # before a model is loaded: most errors occur here
     path = Path(path).expanduser() if path else None
     with opened(study, name if path else method, doing, path=path, log=log) as (record, load):

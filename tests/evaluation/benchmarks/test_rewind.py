@@ -117,7 +117,7 @@ def test_what_cannot_be_rewound_is_named_before_anything_is_loaded(finished, mon
     monkeypatch.setattr("peftlib.cli.open_study", lambda name: study)
     monkeypatch.setattr(evaluation, "load_model", lambda *args, **how: pytest.fail("nothing is loaded"))
     for words, said in (
-        (["base", "--rewind", "0.5"], "rewind .0.5,. of base: use factors from 0 to 1 of a trained method"),
+        (["base", "--rewind", "0.5"], "--rewind .0.5,. of base: use factors from 0 to 1 of a trained method"),
         (["galore", "--rewind", "0.5,2"], "--rewind='0.5,2': use different numbers from 0 to 1"),
         (["galore", "--rewind", "half"], "--rewind='half': use different numbers"),
         (["galore", "--rewind", "nan"], "--rewind='nan': use different numbers"),
