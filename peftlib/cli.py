@@ -85,8 +85,8 @@ def data(
 ):
     """Build a study's rows and freeze its settings.
 
-    With --train or --test and without --profile, max_length and the share of validation rows come from the full
-    study, and the model comes from the hardware's profile.
+    With --train or --test and without --profile, lengths, the share of validation rows, batch size and learning rates
+    come from the full study, and the model comes from the hardware's profile.
     """
     sizes = {"train_rows": train, "valid_rows": valid, "test_rows": test, "split_seed": split_seed}
     given = given_settings(settings, source=source, study=study, **sizes)
