@@ -70,6 +70,7 @@ def measured(argv, args, method):
         "largest_relative_loss_difference": max(abs(one - two) / one for one, two in zip(*losses, strict=True)),
         "placement": cut["placement"],
         "losses": losses,
+        "peak_gib": [record["peak_memory_bytes"] / 2**30 for record in (whole, cut)],  # uninterrupted, resumed
         "device": cut["device"],
         "cap_gib": CAP_GIB,
         "date": time.strftime("%Y-%m-%d"),
