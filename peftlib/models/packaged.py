@@ -16,7 +16,7 @@ from peftlib.core import paths
 from peftlib.core.errors import ModelError, StudyError
 from peftlib.core.files import fault_of, read_json, sha256, write_json, write_text
 from peftlib.core.session import host
-from peftlib.models.chat_template import set_template, stop_at
+from peftlib.models.chat_template import check_tokenizer, set_template, stop_at
 
 PROVENANCE = "Gemma 3 270M, pretrained, dequantized to bf16 from a Q4_K_M GGUF (not the original release)"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -31,7 +31,8 @@ def packaged_model():
     """Folder with config, bf16 safetensors and tokenizer of the packaged model; converted on the first call.
 
     The first call in a process verifies the converted files; if one is damaged, it says so and converts all again.
-    ModelError: the packages are not installed, or their assembled file has an unexpected checksum.
+    ModelError: the packages are not installed, their assembled file has an unexpected checksum, or the installed
+    transformers converts their tokenizer wrongly.
     """
     folder = packaged_folder()
     if folder in _VERIFIED:
@@ -115,6 +116,7 @@ def _piece_paths():
 
 def _convert(gguf, folder):
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with _header_read_once():
@@ -126,6 +128,13 @@ def _convert(gguf, folder):
             trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    try:
+        check_tokenizer(tokenizer)
+    except ModelError as error:  # transformers 5.17 drops the control tokens
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot convert the packaged model ({error}): install 5.18 or "
+            "newer, with pip install -U transformers, and restart"
+        ) from error
     stop_at(model).save_pretrained(folder)
     set_template(tokenizer).save_pretrained(folder)
 

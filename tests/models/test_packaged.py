@@ -3,6 +3,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from peftlib.core.errors import ModelError
 from peftlib.models import packaged
@@ -41,6 +42,18 @@ def test_a_cut_conversion_is_not_taken_for_a_whole_one(monkeypatch, tmp_path):
     monkeypatch.setattr(packaged, "_piece_paths", list)
     with pytest.raises(ModelError, match="SHA-256"):
         packaged.packaged_model()
+
+
+def test_a_tokenizer_that_transformers_converts_wrongly_is_refused(monkeypatch, tmp_path):
+    split = SimpleNamespace(encode=lambda text, **_: [ord(letter) for letter in text])
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: split)
+    version = re.escape(transformers.__version__)
+    with pytest.raises(
+        ModelError, match=rf"transformers {version} cannot convert.*start_of_turn.*install 5\.18 or newer"
+    ):
+        packaged._convert(tmp_path / "model.gguf", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.fixture
