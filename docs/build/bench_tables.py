@@ -51,12 +51,18 @@ def peers(results):
                 row.get("grid") or f"`{row['name']}` (ours{'' if 'graphs' in row else ', before CUDA graphs'})",
                 short_name(row["device"]),
                 str(row["micro_batch"]),
-                "cheap parts" if row.get("is_cheap") else "no" if row["checkpointing"] == "off" else "layers",
+                _recomputes(row),
                 f"{row['tok_s']:,.0f}",
                 f"{row['peak_gib']:.2f}",
                 f"{row['first_step_s']:.0f}",
                 " and ".join(f"{mine['tok_s'] / row['tok_s']:.2f}" for mine in ours) if "grid" in row else "",
             )
+
+
+def _recomputes(row):
+    if row["checkpointing"] == "off":
+        return "cheap parts" if row.get("is_cheap") else "no"
+    return {"on": "layers", "offload": "layers, from the host's memory"}[row["checkpointing"]]
 
 
 def best_of_grids(rows):

@@ -88,9 +88,11 @@ def one_cards_rows(rows):
 
 
 def growth(results):
-    """What a token costs at other lengths and ranks than the first row of each method, in the 1B under a T4's cap."""
+    """What a token costs at other lengths and ranks than in a method's first row of the same card and day, in the 1B
+    under a T4's cap."""
     yield (
         "method",
+        "on",
         "tokens a row",
         "rank",
         "micro-batch",
@@ -104,15 +106,18 @@ def growth(results):
     for method in planner.TRAINED:
         rows = [row for row in usable if row["method"] == method]
         for row in rows:
+            day = row["device"], row["date"]
+            first = next(other for other in rows if (other["device"], other["date"]) == day)
             yield (
                 f"`{method}`",
+                f"{short_name(row['device'])}, {row['date']}",
                 f"{row['seq']:,}",
                 ", ".join(f"{name.split('_')[0]} {rank}" for name, rank in row["fields"].items()) or "default",
                 *_how(row),
                 f"{row['tok_s']:,.0f}",
                 f"{row['peak_gib']:.2f}",
                 f"{row['predicted_gib']:.2f}",
-                f"{rows[0]['tok_s'] / row['tok_s']:.2f}",
+                f"{first['tok_s'] / row['tok_s']:.2f}",
             )
 
 

@@ -154,7 +154,7 @@ class TrainingRun:
         tokens = float(self.rows.lengths.mean()) * cfg.batch_size / self.processes.world
         self.execution = ExecutionPlan(self.model, self.name, cfg, **how, steps=left, tokens=tokens)
         self.rows.is_flat = self.valid.is_flat = self.execution.attention is not None
-        how |= {"processes": self.processes, "is_compiled": self.execution.is_compiled}
+        how |= {"processes": self.processes, "is_compiled": self.execution.is_compiled, "chunk": self.execution.chunk}
         self.stepper = Stepper(self.model, self.optimizer, self.scaler, **how)
         self.execution.use_graphs(self.stepper, self.rows, self.plan, self.checkpoints.last_step(), self.processes)
 

@@ -13,12 +13,13 @@ from peftlib.core.errors import ConfigError
 from peftlib.core.files import GIB
 from peftlib.models.adapters import UNFUSED_LORA, Size, adapter_size
 from peftlib.models.inspect import PROJECTIONS
+from peftlib.models.kernels.losses import CHUNK
 from peftlib.optim.sums import GATHERED
 from peftlib.train.parallel.processes import n_processes
 
 _WORKSPACE = 0.05 * GIB  # cuBLAS, small buffers
 HEADROOM = 0.86  # of the GPU's memory: fragmentation, CUDA graph pools and the driver take the rest
-GPU_CHUNK = 512  # positions whose logits are on the GPU at once
+GPU_CHUNK = 512  # see chunk_of
 # Elements per token that a compiled layer keeps for backward, in units of the hidden, intermediate and attention
 # widths; the second factor is the peak of the backward pass itself.
 _KEPT = {"hidden": 8.0, "intermediate": 3.0, "attention": 4.0}
@@ -79,12 +80,14 @@ def estimate(
     is_cheap=False,
     is_compiled=True,
     is_graphed=True,
-    chunk=GPU_CHUNK,
+    chunk=None,
 ):
     """Predict the Plan of one setting.
 
-    shape: Shape. recomputed: layers that checkpoint, None for all. chunk: positions whose logits are in memory at once.
+    shape: Shape. recomputed: layers that checkpoint, None for all. chunk: positions whose logits are in memory at once;
+    None: chunk_of.
     """
+    chunk = chunk or chunk_of(checkpointing)
     counts = _Counts(shape, method, cfg)
     weights, (first, later), optimizer = counts.weights(), counts.gradients(is_graphed), counts.optimizer()
     tokens = micro_batch * cfg.max_length
@@ -104,6 +107,11 @@ def estimate(
     at_peak = max(activations + stay, layer + max(later, first - optimizer))
     sizes = (weights, max(first, later), optimizer, activations, weights + optimizer + at_peak + _WORKSPACE)
     return Plan(micro_batch, checkpointing, recomputed, is_cheap, *map(int, sizes))
+
+
+def chunk_of(checkpointing, device="cuda"):
+    """Positions whose logits are in memory at once. Fewer with offloaded activations: the loss is the peak there."""
+    return CHUNK if device == "cpu" or checkpointing == "offload" else GPU_CHUNK
 
 
 def optimizer_bytes(shape, method, cfg):

@@ -57,6 +57,7 @@ class ExecutionPlan:
         budget = 1.0
         if device == "cuda" and cfg.micro_batch_size == 0:
             budget = self._choose(precision, tokens)
+        self.chunk = memory_model.chunk_of(self.cfg.activation_checkpointing, device)
         checkpoint_layers(model, self.cfg, self.recomputed)
         if self.attention:
             use_kernel(model, self.attention, longest=self.longest)

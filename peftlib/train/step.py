@@ -13,10 +13,10 @@ import torch
 from peftlib.core.errors import NonFiniteLossError
 from peftlib.models.inspect import trainable
 from peftlib.models.kernels.adapters import drop_waiting
-from peftlib.models.kernels.losses import CHUNK, batch_loss_sum
+from peftlib.models.kernels.losses import batch_loss_sum
 from peftlib.models.precision import apply_step, autocast
 from peftlib.train.graphs import CaptureError, StepGraphs, brief
-from peftlib.train.memory_model import GPU_CHUNK
+from peftlib.train.memory_model import chunk_of
 from peftlib.train.parallel.alone import OneProcess
 from peftlib.train.parallel.exchange import Exchange
 
@@ -76,8 +76,7 @@ class Stepper:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.exchange = Exchange(processes, optimizer)
         self.device, self.precision = device, precision
-        chunk = CHUNK if device == "cpu" else GPU_CHUNK
-        self.loss_settings = {"chunk": chunk, "is_compiled": False, **loss_settings}
+        self.loss_settings = {"chunk": chunk_of("off", device), "is_compiled": False, **loss_settings}
         self.graphs, self.log, self._failures = None, log, 0
 
     def use_graphs(self, tokens, *, when_warm=lambda: None):

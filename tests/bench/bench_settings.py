@@ -36,7 +36,7 @@ DEFAULTS = {
     "masks": False,  # pack rows with masks, as on a card without the kernels
     "recomputed": None,  # layers, where checkpointing is on; None: all
     "is_cheap": False,  # compiled layers recompute the cheap activations
-    "chunk": 512,
+    "chunk": 0,  # positions whose logits are in memory at once; 0: as a run has it
     "seq": TOKENS,
     "steps": 7,
     "fields": {},  # of the config, beside the gpu profile's
@@ -51,6 +51,7 @@ def settings():
     light = {"galore_weights": "bf16", "moment_bits": 8}
     yield {"name": "qlora_speed", "method": "qlora", **speed}
     yield {"name": "qlora_memory", "method": "qlora", **memory, "profile": True}
+    yield {"name": "qlora_memory_16", "method": "qlora", **memory, "micro_batch": 16}
     yield {"name": "unsloth", "peer": "unsloth", "micro_batch": 4, "accumulation": 4}
     yield {"name": "galore", "method": "galore", **speed, "refresh": True, "saving": True}
     yield {"name": "galore_memory", "method": "galore", "micro_batch": 8, "checkpointing": "on", "fields": light}

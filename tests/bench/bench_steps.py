@@ -23,7 +23,7 @@ def build(setting, **how):
     from peftlib.models.load import load_base
     from peftlib.models.precision import loss_scaler
     from peftlib.train.batching import longest_row
-    from peftlib.train.memory_model import CHEAP_BUDGET
+    from peftlib.train.memory_model import CHEAP_BUDGET, chunk_of
     from peftlib.train.step import Stepper
 
     if setting["cap_gib"] and torch.cuda.is_available():
@@ -52,7 +52,7 @@ def build(setting, **how):
         loss_scaler(device, setting["precision"]),
         device=device,
         precision=setting["precision"],
-        chunk=setting["chunk"],
+        chunk=setting["chunk"] or chunk_of(setting["checkpointing"]),
         is_compiled=is_compiled,
         **how,
     )
@@ -87,9 +87,13 @@ def measure(setting):
         is_cheap=setting["is_cheap"],
         is_compiled=stepper.loss_settings["is_compiled"],
         is_graphed=stepper.graphs is not None,
-        chunk=setting["chunk"],
+        chunk=stepper.loss_settings["chunk"],
     )
-    found = {"weights_gib": _allocated(), "predicted_gib": predicted.total / 2**30}
+    found = {
+        "chunk": stepper.loss_settings["chunk"],
+        "weights_gib": _allocated(),
+        "predicted_gib": predicted.total / 2**30,
+    }
     batches, scored, useful = _batches(setting, model.config.vocab_size, stepper.device, is_flat)
     seconds = []
     for step in range(setting["steps"]):

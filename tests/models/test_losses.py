@@ -1,7 +1,10 @@
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from peftlib.models.kernels import losses
 from peftlib.models.kernels.losses import IGNORE, chunked_loss_sum, next_tokens
 
 
@@ -60,3 +63,20 @@ def test_an_fp16_head_keeps_the_gradient_of_improbable_words():
     exact = torch.autograd.grad(chunked_loss_sum(hidden, head, *next_tokens(labels)), hidden)[0]
     half = torch.autograd.grad(chunked_loss_sum(hidden, head.half(), *next_tokens(labels)), hidden)[0]
     assert (half - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_one_chunk_of_logits_is_in_memory_at_once(monkeypatch, is_compiled):
+    hidden, head, labels = case(torch.float32, scored_share=1.0)
+    made = []
+
+    def chunk_loss(*args):
+        assert all(slope() is None for slope in made), "an earlier chunk's gradient is still in memory"
+        loss, slope = losses._chunk_loss_to_fuse(*args)
+        made.append(weakref.ref(slope))
+        return loss, slope
+
+    monkeypatch.setattr(losses, "_chunk_loss", chunk_loss)
+    monkeypatch.setattr(losses, "_compiled_chunk_loss", lambda: chunk_loss)
+    chunked_loss_sum(hidden, head.detach(), *next_tokens(labels), chunk=8, is_compiled=is_compiled)
+    assert len(made) == 6

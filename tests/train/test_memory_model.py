@@ -25,7 +25,8 @@ def test_the_prediction_is_within_15_percent_of_what_was_measured(row):
     setting |= {name: row.get(name, default) for name, default in (("recomputed", None), ("is_cheap", False))}
     setting["is_graphed"] = row.get("graphs", False)  # rows of before graphs lack it
     predicted = plan.estimate(SHAPE_1B, row["method"], cfg, **setting).total / 2**30
-    assert abs(predicted / row["peak_gib"] - 1) < 0.15, (predicted, row["peak_gib"])
+    peak = row["peak_gib"] - row.get("fault_gib", 0.0)  # of a fault that was mended since
+    assert abs(predicted / peak - 1) < 0.15, (predicted, peak)
     assert row["predicted_gib"] == pytest.approx(predicted, rel=1e-3)
 
 
@@ -69,3 +70,10 @@ def test_the_ceiling_is_a_speed(capsys):
     import torch
 
     assert matmul_ceiling("cpu", torch.float32, size=64, seconds=0.01) > 1e6
+
+
+def test_offloading_halves_the_logits_in_memory_because_they_are_its_peak():
+    assert plan.chunk_of("offload") == plan.chunk_of("on", "cpu") == plan.chunk_of("on") // 2
+    cfg, how = config.resolve("gpu", moment_bits=8), {"precision": "bf16", "micro_batch": 4, "checkpointing": "offload"}
+    half, whole = (plan.estimate(SHAPE_1B, "qlora", cfg, **how, chunk=chunk).total for chunk in (None, plan.GPU_CHUNK))
+    assert 0 < whole - half <= plan.GPU_CHUNK // 2 * SHAPE_1B.vocabulary * 4
