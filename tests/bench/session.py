@@ -1,0 +1,168 @@
+"""Measures what docs/memory.md states, in order of need, on all GPUs of a machine within a time limit.
+
+    python tests/bench/session.py OUT --model FOLDER --data DIR --seconds N [--only NAME,...] [--list]
+
+FOLDER and DIR as in parity.py: the real 270M and the three sources. One process a card with cores of its own, so that
+timings do not disturb each other, and a fresh compile cache for each. What is found lies in OUT as soon as it is: a
+JSON file for each job, merged by hand into results/bench, and its lines under OUT/logs. A job that cannot end in time
+is not started. Exit status 1: a job failed, and 2: the first of its kind failed, so the others were not started.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import bench_settings
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("qlora", "galore", "lora", "full")
+ROWS = (
+    *("qlora_memory", "qlora_memory_16", "galore_3_off", "full_3_cheap", "apollo_3_cheap", "qlora", "galore", "hybrid"),
+    *("qlora_real_lengths", "galore_real_lengths", "hybrid_real_lengths", "qlora_lean", "galore_lean", "hybrid_lean"),
+)
+N_LENGTHS = 768  # 48 steps of 16 rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command whose result is one file; `kind`: jobs that fail for the same reasons. seconds: that it may take."""
+
+    name: str
+    kind: str
+    command: list
+    seconds: int = 240
+
+
+def jobs(args):
+    """All jobs, the most needed first."""
+
+    def bench(script, *words):
+        return [sys.executable, str(HERE / script), *map(str, words)]
+
+    def parity(name, method, who, *more):
+        where = ("--model", args.model, "--data", args.data, "--work", args.out / "work" / name)
+        where = (*where, "--only", method, "--who", who)
+        return Job(name, "parity", bench("parity.py", args.out / f"{name}.json", *where, *more), 300)
+
+    found = [parity(f"parity_{m}_compiled", m, "ours", "--set", "compile=on") for m in METHODS]
+    found += [Job("graphs", "graphs", bench("graphs.py", args.out / "graphs.json"))]
+    found += [Job(name, "methods", bench("methods.py", args.out / f"{name}.json", "--only", name)) for name in ROWS]
+    found += [parity(f"parity_{m}_{who}", m, who) for m in METHODS for who in ("stock", "ours")]
+    kills = ("--model", bench_settings.FOLDER, "--data", args.data)
+    found += [Job("kills", "kills", bench("kills.py", args.out / "kills.json", *kills, "--methods", "galore"))]
+    if args.only:
+        unknown = {*args.only.split(",")} - {job.name for job in found}
+        if unknown:
+            raise SystemExit(f"no jobs named {', '.join(sorted(unknown))}")
+    return [job for job in found if not args.only or job.name in args.only.split(",")]
+
+
+def build(args):
+    """Folder of the rows that parity.py trains on, built once; also writes the lengths for steps of real rows."""
+    from parity import study_of
+
+    from peftlib import build_data, load_split
+
+    os.environ |= {"PEFTLIB_ROOT": str(args.out / "work" / "built"), "PEFTLIB_MIRROR": "off", "HF_HUB_OFFLINE": "1"}
+    study = study_of(argparse.Namespace(model=args.model, data=args.data, steps=300, set=[]))
+    build_data(study.cfg, study.data_dir)
+    tokens = [row["n_tokens"] for row in load_split(study.data_dir, "train")]  # source by source
+    found = tokens[:: max(1, len(tokens) // N_LENGTHS)][:N_LENGTHS]
+    (args.out / "lengths.json").write_text(json.dumps({"lengths": found}), encoding="utf-8")
+    return study.data_dir
+
+
+def run_all(waiting, places, out, end, *, env):
+    """Run the jobs, one at a time on each place; returns {name: exit status or what happened instead}.
+
+    places: [(GPU, cores), ...]. end: on time.monotonic's clock. A kind whose first job failed is not tried again.
+    """
+    todo, results, failed, passed, lock = queue.SimpleQueue(), {}, set(), set(), threading.Lock()
+    for job in waiting:
+        todo.put(job)
+
+    def work(gpu, cores):
+        while True:
+            try:
+                job = todo.get_nowait()
+            except queue.Empty:
+                return
+            if time.monotonic() + job.seconds > end:
+                results[job.name] = "no time left"
+            elif job.kind in failed - passed:
+                results[job.name] = "others of its kind failed"
+            else:
+                results[job.name] = status = _run(job, gpu, cores, out, env)
+                with lock:
+                    (failed if status else passed).add(job.kind)
+            print(f"{job.name:<28}{results[job.name]}", flush=True)
+
+    threads = [threading.Thread(target=work, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def _run(job, gpu, cores, out, env):
+    """The exit status of a job; 'out of time' if it was killed."""
+    with tempfile.TemporaryDirectory(prefix="peftlib-bench-") as cache:
+        where = {**env, "CUDA_VISIBLE_DEVICES": str(gpu), "PEFTLIB_ROOT": f"{cache}/runs", "PEFTLIB_CACHE": cache}
+        where |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        with open(out / "logs" / f"{job.name}.log", "w", encoding="utf-8") as log:
+            os.sched_setaffinity(0, cores)  # of this thread, and so of the process that it starts
+            with subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=where) as child:
+                try:
+                    return child.wait(job.seconds)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    return "out of time"
+
+
+def places():
+    """[(GPU, its share of this process's cores), ...]."""
+    import torch
+
+    cores, gpus = sorted(os.sched_getaffinity(0)), max(1, torch.cuda.device_count())
+    return [(gpu, {*cores[gpu::gpus]} or {*cores}) for gpu in range(gpus)]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=lambda text: Path(text).absolute())
+    parser.add_argument("--model", required=True, type=lambda text: Path(text).absolute())
+    parser.add_argument("--data", required=True, type=lambda text: Path(text).absolute())
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--only", help="names of jobs, with commas between")
+    parser.add_argument("--list", action="store_true", help="only print the jobs")
+    args = parser.parse_args(argv)
+    chosen, end = jobs(args), time.monotonic() + args.seconds
+    if args.list:
+        print("\n".join(job.name for job in chosen))
+        return 0
+    (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    os.environ["PEERS_TOKENIZER"] = str(args.model)
+    bench_settings.make_model()  # now, because several processes at once would each make it
+    built = build(args)
+    for job in chosen:
+        if job.kind == "parity":
+            shutil.copytree(built, args.out / "work" / job.name / "runs" / "parity" / "data", dirs_exist_ok=True)
+    env = {**os.environ, "BENCH_LENGTHS": str(args.out / "lengths.json")}
+    results = run_all(chosen, places(), args.out, end, env=env)
+    (args.out / "jobs.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 2 if "others of its kind failed" in results.values() else int(any(v for v in results.values() if v != 0))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+    sys.exit(main(sys.argv[1:]))
