@@ -1,11 +1,15 @@
 """Measures what docs/memory.md states, in order of need, on all GPUs of a machine within a time limit.
 
     python tests/bench/session.py OUT --model FOLDER --data DIR --seconds N [--only NAME,...] [--list]
+    python tests/bench/session.py OUT --jobs FILE --slots 3 --seconds N
 
 FOLDER and DIR as in parity.py: the real 270M and the three sources. One process a card with cores of its own, so that
 timings do not disturb each other, and a fresh compile cache for each. What is found lies in OUT as soon as it is: a
 JSON file for each job, merged by hand into results/bench, and its lines under OUT/logs. A job that cannot end in time
 is not started. Exit status 1: a job failed, and 2: the first of its kind failed, so the others were not started.
+
+FILE: other commands, [{"name": ..., "command": "a line for the shell", "seconds": that it may take}, ...], such as
+results/reference/sides.json; they run in this folder with this environment and PYTHON, --slots at once on each card.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +34,7 @@ ROWS = (
     *("qlora_memory", "qlora_memory_16", "galore_3_off", "full_3_cheap", "apollo_3_cheap", "qlora", "galore", "hybrid"),
     *("qlora_real_lengths", "galore_real_lengths", "hybrid_real_lengths", "qlora_lean", "galore_lean", "hybrid_lean"),
 )
+GIVEN = "given"  # kind of the jobs that a file lists
 N_LENGTHS = 768  # 48 steps of 16 rows
 
 
@@ -43,7 +49,23 @@ class Job:
 
 
 def jobs(args):
-    """All jobs, the most needed first."""
+    """All jobs, the most needed first, or those of --jobs."""
+    found = given(args.jobs) if args.jobs else all_jobs(args)
+    if args.only:
+        unknown = {*args.only.split(",")} - {job.name for job in found}
+        if unknown:
+            raise SystemExit(f"no jobs named {', '.join(sorted(unknown))}")
+    return [job for job in found if not args.only or job.name in args.only.split(",")]
+
+
+def given(path):
+    """The jobs of a file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Job(row["name"], GIVEN, ["bash", "-c", row["command"]], row["seconds"]) for row in rows]
+
+
+def all_jobs(args):
+    """What docs/memory.md needs."""
 
     def bench(script, *words):
         return [sys.executable, str(HERE / script), *map(str, words)]
@@ -59,11 +81,18 @@ def jobs(args):
     found += [parity(f"parity_{m}_{who}", m, who) for m in METHODS for who in ("stock", "ours")]
     kills = ("--model", bench_settings.FOLDER, "--data", args.data)
     found += [Job("kills", "kills", bench("kills.py", args.out / "kills.json", *kills, "--methods", "galore"))]
-    if args.only:
-        unknown = {*args.only.split(",")} - {job.name for job in found}
-        if unknown:
-            raise SystemExit(f"no jobs named {', '.join(sorted(unknown))}")
-    return [job for job in found if not args.only or job.name in args.only.split(",")]
+    return found
+
+
+def prepared(args, chosen):
+    """The environment of our jobs, after making what several of them read."""
+    os.environ["PEERS_TOKENIZER"] = str(args.model)
+    bench_settings.make_model()  # now, because several processes at once would each make it
+    built = build(args)
+    for job in chosen:
+        if job.kind == "parity":
+            shutil.copytree(built, args.out / "work" / job.name / "runs" / "parity" / "data", dirs_exist_ok=True)
+    return {**os.environ, "BENCH_LENGTHS": str(args.out / "lengths.json")}
 
 
 def build(args):
@@ -98,7 +127,7 @@ def run_all(waiting, places, out, end, *, env):
                 return
             if time.monotonic() + job.seconds > end:
                 results[job.name] = "no time left"
-            elif job.kind in failed - passed:
+            elif job.kind in failed - passed - {GIVEN}:
                 results[job.name] = "others of its kind failed"
             else:
                 results[job.name] = status = _run(job, gpu, cores, out, env)
@@ -117,48 +146,50 @@ def run_all(waiting, places, out, end, *, env):
 def _run(job, gpu, cores, out, env):
     """The exit status of a job; 'out of time' if it was killed."""
     with tempfile.TemporaryDirectory(prefix="peftlib-bench-") as cache:
-        where = {**env, "CUDA_VISIBLE_DEVICES": str(gpu), "PEFTLIB_ROOT": f"{cache}/runs", "PEFTLIB_CACHE": cache}
-        where |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        where = {**env, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHON": sys.executable}
+        if job.kind != GIVEN:
+            where |= {"PEFTLIB_ROOT": f"{cache}/runs", "PEFTLIB_CACHE": cache}
+            where |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
         with open(out / "logs" / f"{job.name}.log", "w", encoding="utf-8") as log:
             os.sched_setaffinity(0, cores)  # of this thread, and so of the process that it starts
-            with subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=where) as child:
+            with subprocess.Popen(
+                job.command, stdout=log, stderr=subprocess.STDOUT, env=where, start_new_session=True
+            ) as child:
                 try:
                     return child.wait(job.seconds)
                 except subprocess.TimeoutExpired:
-                    child.kill()
+                    os.killpg(child.pid, signal.SIGKILL)  # with all that it started
                     return "out of time"
 
 
-def places():
-    """[(GPU, its share of this process's cores), ...]."""
+def places(slots=1):
+    """[(GPU, its share of this process's cores), ...], `slots` of each."""
     import torch
 
     cores, gpus = sorted(os.sched_getaffinity(0)), max(1, torch.cuda.device_count())
-    return [(gpu, {*cores[gpu::gpus]} or {*cores}) for gpu in range(gpus)]
+    return [(gpu, {*cores[gpu::gpus]} or {*cores}) for gpu in range(gpus)] * slots
 
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=lambda text: Path(text).absolute())
-    parser.add_argument("--model", required=True, type=lambda text: Path(text).absolute())
-    parser.add_argument("--data", required=True, type=lambda text: Path(text).absolute())
+    parser.add_argument("--model", type=lambda text: Path(text).absolute())
+    parser.add_argument("--data", type=lambda text: Path(text).absolute())
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--jobs", type=Path, metavar="FILE", help="run these commands instead")
+    parser.add_argument("--slots", type=int, default=1, help="jobs at once on each card")
     parser.add_argument("--only", help="names of jobs, with commas between")
     parser.add_argument("--list", action="store_true", help="only print the jobs")
     args = parser.parse_args(argv)
+    if not args.jobs and not (args.model and args.data):
+        parser.error("--model and --data, or --jobs FILE")
     chosen, end = jobs(args), time.monotonic() + args.seconds
     if args.list:
         print("\n".join(job.name for job in chosen))
         return 0
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
-    os.environ["PEERS_TOKENIZER"] = str(args.model)
-    bench_settings.make_model()  # now, because several processes at once would each make it
-    built = build(args)
-    for job in chosen:
-        if job.kind == "parity":
-            shutil.copytree(built, args.out / "work" / job.name / "runs" / "parity" / "data", dirs_exist_ok=True)
-    env = {**os.environ, "BENCH_LENGTHS": str(args.out / "lengths.json")}
-    results = run_all(chosen, places(), args.out, end, env=env)
+    env = dict(os.environ) if args.jobs else prepared(args, chosen)
+    results = run_all(chosen, places(args.slots), args.out, end, env=env)
     (args.out / "jobs.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 2 if "others of its kind failed" in results.values() else int(any(v for v in results.values() if v != 0))
 
