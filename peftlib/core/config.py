@@ -242,10 +242,11 @@ PROFILES: dict[str, dict[str, Any]] = {
     "t4": _STUDY,
     "gpu": _STUDY,
 }
+AUTO = [(name, "auto") for name in ("model", "sources", "theme")]  # the profile's value, in forms that take text
 
 
 def resolve(profile: str | None = "auto", **overrides: Any) -> Config:
-    """A profile's config with some fields overridden; None keeps the profile's value.
+    """A profile's config with some fields overridden; None keeps the profile's value, as do the AUTO ones.
 
     Names of the first edition (`RENAMED`) are accepted with a FutureWarning.
     ConfigError: unknown profile or field (with the nearest names), or a value out of range.
@@ -254,7 +255,7 @@ def resolve(profile: str | None = "auto", **overrides: Any) -> Config:
         profile = profile_for_hardware()
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r} is unknown: use auto, {', '.join(PROFILES)}")
-    given = _accepted({name: value for name, value in overrides.items() if value is not None})
+    given = _accepted({n: value for n, value in overrides.items() if value is not None and (n, value) not in AUTO})
     if given.get("study") in (None, "auto"):
         given["study"] = profile
     return Config(**{"profile": profile, **PROFILES[profile], **given})

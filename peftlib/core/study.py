@@ -7,7 +7,7 @@ from typing import Any
 from filelock import FileLock
 
 from peftlib.core import record as records
-from peftlib.core.config import Config, current_names, differences, first_names, resolve, short_hash
+from peftlib.core.config import AUTO, Config, current_names, differences, first_names, resolve, short_hash
 from peftlib.core.env import output_root
 from peftlib.core.errors import ConfigError, StudyError
 from peftlib.core.files import read_json, write_json
@@ -82,7 +82,7 @@ class Study:
         cfg = resolve(**given)
         path = cls(output_root() / cfg.study, cfg).config_path
         if path.exists():
-            chosen = {name: value for name, value in given.items() if value is not None}
+            chosen = {n: value for n, value in given.items() if value is not None and (n, value) not in AUTO}
             cfg = resolve(**{**frozen_of(path)["config"], **chosen, "profile": cfg.profile, "study": cfg.study})
         return cls.open(cfg)
 

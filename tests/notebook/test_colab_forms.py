@@ -74,6 +74,13 @@ def test_the_default_is_a_choice_and_every_choice_is_a_value_that_the_config_tak
             assert chosen in (None, "auto") or getattr(cfg, name) == chosen
 
 
+def test_text_is_typed_without_quotes(path):
+    for name, value, _, properties in fields_of(path)[1:]:  # after the profile
+        if Config.__dataclass_fields__[name].type in (str, "str"):
+            assert properties.get("type") != "raw", f"{name}: Colab would take unquoted text as code"
+            assert resolve("demo", **{name: ast.literal_eval(value)}) == resolve("demo", **{name: None}), name
+
+
 def test_a_closed_list_is_all_that_the_config_allows_and_an_open_one_says_so(path):
     for name, _, choices, properties in fields_of(path):
         allowed = Config.__dataclass_fields__[name].metadata["choices"]
