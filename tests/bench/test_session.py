@@ -33,10 +33,9 @@ def test_jobs_run_in_order_and_a_kind_that_failed_is_not_tried_again(tmp_path):
     assert not (tmp_path / "logs" / "worse.log").exists()
 
 
-def test_every_row_is_a_setting_and_every_place_has_cores(monkeypatch):
+def test_every_row_is_a_setting():
     names = {setting["name"] for setting in session.bench_settings.settings()}
     assert {*session.ROWS} <= names
-    assert all(cores for _, cores in session.places())
 
 
 def test_commands_of_a_file_go_on_after_one_failed(tmp_path):
@@ -51,7 +50,7 @@ def test_commands_of_a_file_go_on_after_one_failed(tmp_path):
     assert (tmp_path / "logs" / "good.log").read_text() == "kept\n"
 
 
-def test_the_sides_of_the_reference_study_are_commands_that_peftlib_takes(monkeypatch):
+def test_the_sides_of_the_reference_study_are_commands_that_peftlib_takes():
     listed = session.given(session.HERE.parents[1] / "results" / "reference" / "sides.json")
     assert len({job.name for job in listed}) == len(listed) == 11
     for job in listed:

@@ -173,6 +173,8 @@ FROM_RESULTS = [
     ("memory.md", "kept {fault_gib} GiB of logits", bench(name="qlora_memory", date=DAYS[1])),
     ("memory.md", "losses went from {:.1f} to {:.1f} and {:.1f}", [graphed(True)[i] for i in (0, -2, -1)]),
     ("memory.md", "Now they go to {:.1f} and {:.1f}", graphed(False)[-2:]),
+    ("memory.md", "GaLore ran at {:,.0f} tokens/s with it and at {:,.0f} without",
+     [bench(name="galore", date=DAYS[0])["tok_s"], bench(name="galore_real_lengths", date=DAYS[1])["tok_s"]]),
     ("memory.md", "ran at {tok_s:,.0f} tokens/s on the H200 of 2026-11-28", bench(name="galore", date=DAYS[1])),
     ("memory.md", "micro-batch {micro_batch} with {recomputed} recomputed layers, which ran", bench(name="galore", date=DAYS[1])),
     ("memory.md", "for want of memory, at {tok_s:,.0f}.", bench(name="galore_real_lengths", date=DAYS[1])),
