@@ -1,4 +1,4 @@
-"""Measures speeds, memory and parity for docs/memory.md, in order of need, on all GPUs of a machine within a time limit.
+"""Measures speeds, memory and parity for docs/memory.md, by need, on all GPUs of a machine within a time limit.
 
     python tests/bench/session.py OUT --model FOLDER --data DIR --seconds N [--only NAME,...] [--list]
     python tests/bench/session.py OUT --jobs FILE --slots 3 --seconds N
