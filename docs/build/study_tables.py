@@ -109,17 +109,18 @@ def _swept(sweep):
 
 
 def sides(results):
-    """The main study's run beside those of studies that change one setting, one seed each."""
+    """Runs of studies that change one setting, one seed each, below the run that each is compared with."""
     if not results.reference.get("sides"):
         yield NOT_MEASURED
         return
     yield "one seed", "ROUGE-L", "difference", "test loss", "validation loss", "general text loss", "peak GiB"
     shown = set()
-    for side in results.reference["sides"].values():
+    for side in sorted(results.reference["sides"].values(), key=lambda side: side.get("is_control", False)):
+        who = "trained again as in the study" if side.get("is_control") else "as in the study"
         for method, both in side["methods"].items():
-            if method not in shown:
-                yield f"{method}, as in the study", *_side(both["main"], "")
-            shown.add(method)
+            if (method, who) not in shown:
+                yield f"{method}, {who}", *_side(both["main"], "")
+            shown.add((method, who))
             gap = told(both["difference"]["rougeL"]) if both["difference"] else both["unscored_because"]
             settings = (change.partition(": ")[::2] for change in side["changes"])
             changed = ", ".join(f"`{name}` = {values.rpartition(' -> ')[2]}" for name, values in settings)

@@ -66,8 +66,7 @@ def take_reference(study, target):
     config = read_json(study.config_path)
     write_json(target / "config.json", {**config, "config": public_config(config["config"])})
     _records(study, target / "records")
-    for path in sorted((study.folder / "sweeps").glob("*.json")):
-        write_json(target / "sweeps" / path.name, read_json(path))
+    _sweeps(study, target)
     summary = summary_of(study, built)
     summary |= _beside(study, built, target)
     summary["figures"] = _pictures(built, target / "figures")
@@ -75,10 +74,11 @@ def take_reference(study, target):
 
 
 def take_sides(study, target):
-    """Write only the comparisons of a reference study with the studies beside it again; its own results stay.
+    """Write only the comparisons with the studies beside a reference study again; its own results stay.
 
     study: has the reference's rows and settings. Its runs are a control: the reference's runs with which the studies
-    beside it are compared, trained again together with them.
+    beside it are compared, trained again together with them. Earlier comparisons with studies that are not beside it
+    now stay, with their records. Sweeps in its folder are taken too.
     StudyError: its test rows are not those of the reference in `target`, or as build_report.
     """
     built = build_report(study)
@@ -88,11 +88,15 @@ def take_sides(study, target):
             f"{study.folder} has split {built.study.split_hash}, but {target} is of split {summary['split_hash']}: "
             "build its data from the same files and settings"
         )
-    for folder in target.glob("records-*"):
-        shutil.rmtree(folder)
     _records(study, target / "records-control")
+    _sweeps(study, target)
+    found = _beside(study, built, target)
+    for side in found["sides"].values():
+        side["is_control"] = True
+    found["sides"] = {**summary.get("sides", {}), **found["sides"]}
+    found["precision"] = found["precision"] or summary.get("precision", {})
     dates = {"date": time.strftime("%Y-%m-%d"), "devices": sorted({run["device"] for run in study.records()})}
-    write_json(target / "summary.json", {**summary, **_beside(study, built, target), "control": dates})
+    write_json(target / "summary.json", {**summary, **found, "control": dates})
 
 
 def _beside(study, built, target):
@@ -128,7 +132,14 @@ def sides_of(study):
     return made
 
 
+def _sweeps(study, target):
+    for path in sorted((study.folder / "sweeps").glob("*.json")):
+        write_json(target / "sweeps" / path.name, read_json(path))
+
+
 def _records(study, folder):
+    """The records of a study in `folder`, without those that were there before."""
+    shutil.rmtree(folder, ignore_errors=True)
     for record in study.records():
         kept = {name: value for name, value in record.items() if name not in _LEFT_OUT}
         kept |= {name: without_folders(kept.get(name)) for name in ("error", "evaluation_error") if name in kept}

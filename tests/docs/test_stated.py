@@ -41,6 +41,7 @@ NAMES = {
     "config": read("config.json").config,
     "rows": pd.read_csv(FOLDER / "results.csv"),
     "record": lambda method, seed: read(f"records/{method}-s{seed}.json"),
+    "side_record": lambda label: read(f"records-{label}/galore-s0.json"),
     # value, low, high and is_noise of method - other; metric: rougeL or bleu4, what: eval_loss or general_loss
     "pair": lambda metric, method, other: View(pair_of(R, metric, method, other)),
     "loss": lambda what, method, other: View(loss_gap(R, what, method, other)),

@@ -15,6 +15,7 @@ import tiny
 from cells import ends
 from plan_tables import one_cards_rows
 from result_tables import RESULTS, Results, make_all
+from study_tables import sides
 
 from peftlib.core.errors import StudyError
 from peftlib.core.files import read_json, write_json
@@ -217,13 +218,24 @@ def test_sides_are_taken_again_beside_a_control_and_the_rest_stays(taken, tmp_pa
     shutil.rmtree(target / "records-r4")
     (target / "records-old").mkdir()
     whole = {name: of for name, of in taken.found.items() if name != "seal"}
-    write_json(target / "summary.json", {**whole, "sides": {}, "precision": {}})
+    old = {"changes": ["moment_bits: 32 -> 8"], "methods": taken.found["sides"]["r4"]["methods"]}
+    write_json(target / "summary.json", {**whole, "sides": {"old": old, "r4": {}}, "precision": {}})
     take_results.take_sides(taken.study, target)
     found = read_json(target / "summary.json")
     assert found.pop("control")["devices"]
-    assert {name: of for name, of in found.items() if name != "seal"} == whole
+    assert found.pop("sides") == {"old": old, "r4": {**whole["sides"]["r4"], "is_control": True}}
+    assert {name: of for name, of in found.items() if name != "seal"} == {
+        k: v for k, v in whole.items() if k != "sides"
+    }
     folders = {path.name for path in target.glob("records*")}
-    assert folders == {"records", "records-control", "records-fp16", "records-r4"}
+    assert folders == {"records", "records-control", "records-fp16", "records-old", "records-r4"}
+    rows = [*sides(SimpleNamespace(reference=read_json(target / "summary.json")))]
+    assert [row[0] for row in rows[1:]] == [
+        "galore, as in the study",
+        "galore with `moment_bits` = 8",
+        "galore, trained again as in the study",
+        "galore with `galore_rank` = 4",
+    ]
     write_json(target / "summary.json", {**whole, "split_hash": "other"})
     with pytest.raises(StudyError, match="is of split other: build its data"):
         take_results.take_sides(taken.study, target)
