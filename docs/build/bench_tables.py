@@ -144,15 +144,18 @@ def resume(results):
 
 def parity(results):
     """The same rows in the same order by ours and by stock libraries: validation losses, speed, memory."""
-    yield "method", "rate", "loss, ours", "loss, stock", "difference", "useful tokens/s", "stock", "peak GiB", "stock"
-    of = {(row["method"], row["who"]): row for row in results.parity}
-    for method in (row["method"] for row in results.parity if row["who"] == "ours"):
-        ours, stock = of[method, "ours"], of[method, "stock"]
-        yield (
-            *(f"`{method}`", f"{ours['learning_rate']:g}"),
-            *(f"{ours['valid_loss']:.4f}", f"{stock['valid_loss']:.4f}", f"{ours['loss_over_stock']:+.2%}"),
-            *(f"{ours['tok_s']:,.0f}", f"{stock['tok_s']:,.0f}", f"{ours['peak_gib']:.2f}", f"{stock['peak_gib']:.2f}"),
-        )
+    yield (
+        *("training", "rate", "validation loss", "against stock", "useful tokens/s", "over all steps"),
+        *("kernels' share", "peak GiB"),
+    )
+    names = {"ours": "ours", "compiled": "ours, compiled", "stock": "stock"}
+    for row in results.parity:
+        if row["who"] in names:
+            yield (
+                *(f"`{row['method']}`, {names[row['who']]}", f"{row['learning_rate']:g}", f"{row['valid_loss']:.4f}"),
+                *(number(row.get("loss_over_stock"), "{:+.2%}"), f"{row['tok_s']:,.0f}", f"{row['tok_s_mean']:,.0f}"),
+                *(number(row.get("kernel_share"), "{:.0%}"), f"{row['peak_gib']:.2f}"),
+            )
 
 
 def scale(results):

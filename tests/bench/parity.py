@@ -1,9 +1,9 @@
 """The same trainings by peftlib and by stock libraries: losses on the same validation rows, speed, memory.
 
-    python tests/bench/parity.py OUT.json --model FOLDER --data DIR [--only qlora,...] [--who ours,stock,sdpa]
+    python tests/bench/parity.py OUT.json --model FOLDER --data DIR [--only qlora,...] [--who ours,compiled,stock]
 
 Both sides start from the same weights and see the same rows in the same order, 16 a step. `ours` is a TrainingRun as
-users call it, under a cap of 14.5 GiB. `stock` is what transformers with eager attention, PEFT, bitsandbytes and
+users call it, under a cap of 14.5 GiB; so is `compiled`, with compile=on. `stock` is what transformers with eager attention, PEFT, bitsandbytes and
 galore_torch do in a plain loop: right-padded micro-batches of 8 rows under autocast, float32 trained weights, the
 optimizer, rates, schedule and clipping of our config. `sdpa` is the same with sdpa attention; it ends at the first
 loss or gradient that is not finite, whose step it reports. One plain function takes all validation losses. DIR holds
@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "bench")]
 FILES = {"alpaca": "alpaca.jsonl.gz", "tulu": "tulu_v2.jsonl.gz", "ultrachat": "ultrachat_200k.jsonl.gz"}
-METHODS, SIDES = ("qlora", "lora", "galore", "full"), ("ours", "stock", "sdpa")
+METHODS, SIDES = ("qlora", "lora", "galore", "full"), ("ours", "compiled", "stock", "sdpa")
 RATES = {"lora_learning_rate": 6e-4, "galore_learning_rate": 1e-3, "full_learning_rate": 6e-5}
+OURS = SIDES[:2]
 CAP_GIB, VALID_ROWS, VALID_TOKENS = 14.5, 600, 2048
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "galore-torch")
 
@@ -40,6 +42,16 @@ def study_of(args):
     fields = {**rows, **RATES, "max_steps": args.steps, "memory_gib": CAP_GIB, "eval_steps": args.steps}
     fields |= {name: from_text(name, text) for name, text in (pair.split("=", 1) for pair in args.set)}
     return Study.open(resolve("gpu", study="parity", model=str(args.model), sources=sources, **fields))
+
+
+def compiled(study, args):
+    """The same study with compile=on, in a folder of its own because its runs have the same names."""
+    os.environ["PEFTLIB_ROOT"] = str(args.work / "compiled")
+    args.set.append("compile=on")
+    other = study_of(args)
+    shutil.copytree(study.data_dir, other.data_dir, dirs_exist_ok=True)
+    other.freeze()
+    return other
 
 
 def started(study, method, initial):
@@ -153,7 +165,9 @@ def one(args):
     if who == "start":
         started(study, method, initial)
         return
-    if who == "ours":
+    if who == "compiled":
+        study = compiled(study, args)
+    if who in OURS:
         found, model = train_ours(study, method, initial)
     else:
         found, model = train_stock(study, method, initial, "eager" if who == "stock" else "sdpa")
@@ -200,18 +214,18 @@ def with_differences(rows):
     stock = {row["method"]: row.get("valid_loss") for row in rows if row["who"] == "stock"}
     for row in rows:
         base = stock.get(row["method"])
-        if row["who"] == "ours" and row.get("valid_loss") and base:
+        if row["who"] in OURS and row.get("valid_loss") and base:
             row["loss_over_stock"] = row["valid_loss"] / base - 1
     return rows
 
 
 def line_of(row):
     if "error" in row:
-        return f"{row['name']:<14}{row['error']}"
+        return f"{row['name']:<18}{row['error']}"
     loss = f"not finite at step {row['nan_step']}" if "nan_step" in row else f"{row['valid_loss']:.4f}"
     beside = f" ({row['loss_over_stock']:+.2%} of stock)" if "loss_over_stock" in row else ""
     speed = f"{row['tok_s'] or 0:>10,.0f} tok/s {row['peak_gib']:7.2f} GiB  first step {row['first_step_s'] or 0:.1f} s"
-    return f"{row['name']:<14}{speed}  validation loss {loss}{beside}"
+    return f"{row['name']:<18}{speed}  validation loss {loss}{beside}"
 
 
 def main(argv):
@@ -221,7 +235,7 @@ def main(argv):
     parser.add_argument("--data", required=True, type=Path, help=f"folder with {', '.join(FILES.values())}")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", default=",".join(METHODS), help="methods, with commas between")
-    parser.add_argument("--who", default="ours,stock", help="of ours, stock, sdpa")
+    parser.add_argument("--who", default="ours,stock", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the study")
     parser.add_argument("--work", type=Path, help="folder of the study; a finished training there is not repeated")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -243,7 +257,7 @@ def main(argv):
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     for method in chosen:
         for who in sides:
-            if who != "ours" and not (args.work / f"initial-{method}.safetensors").exists():
+            if who not in OURS and not (args.work / f"initial-{method}.safetensors").exists():
                 in_own_process(args, f"{method}:start")
             row = in_own_process(args, f"{method}:{who}")
             rows = with_differences([*(kept for kept in rows if kept["name"] != row["name"]), row])

@@ -70,15 +70,16 @@ def all_jobs(args):
     def bench(script, *words):
         return [sys.executable, str(HERE / script), *map(str, words)]
 
-    def parity(name, method, who, *more):
+    def parity(method, who):
+        name = f"parity_{method}_{who}"
         where = ("--model", args.model, "--data", args.data, "--work", args.out / "work" / name)
-        where = (*where, "--only", method, "--who", who)
-        return Job(name, "parity", bench("parity.py", args.out / f"{name}.json", *where, *more), 300)
+        command = bench("parity.py", args.out / f"{name}.json", *where, "--only", method, "--who", who)
+        return Job(name, "parity", command, 300)
 
-    found = [parity(f"parity_{m}_compiled", m, "ours", "--set", "compile=on") for m in METHODS]
+    found = [parity(method, "compiled") for method in METHODS]
     found += [Job("graphs", "graphs", bench("graphs.py", args.out / "graphs.json"))]
     found += [Job(name, "methods", bench("methods.py", args.out / f"{name}.json", "--only", name)) for name in ROWS]
-    found += [parity(f"parity_{m}_{who}", m, who) for m in METHODS for who in ("stock", "ours")]
+    found += [parity(method, who) for method in METHODS for who in ("stock", "ours")]
     kills = ("--model", bench_settings.FOLDER, "--data", args.data)
     found += [Job("kills", "kills", bench("kills.py", args.out / "kills.json", *kills, "--methods", "galore"))]
     return found

@@ -23,6 +23,7 @@ from peftlib.train.memory_model import trained_numbers
 
 R = Results()
 BENCH = Path(__file__).resolve().parents[2] / "results" / "bench"
+FIRST_RUN = "two cards, a queue each"  # of the second of these days
 DAYS = "2026-11-27", "2026-11-28"  # on which ours ran beside Unsloth: on an H100, on an H200
 PAGES = {page.name: page for page in update.pages()}
 # Thousands with commas, decimals, and whole percents; no dates, versions or parts of names.
@@ -124,6 +125,13 @@ def parity(who, name):
     return [row[name] for row in R.parity if row["who"] == who]
 
 
+def first_steps(cache, *only):
+    """Least and most seconds of the first steps of some methods, of all but DoRA if none is named."""
+    rows = [row for row in bench_file("first_steps") if row["cache"] == cache]
+    found = [row["first_step_s"] for row in rows if (row["method"] in only if only else row["method"] != "dora")]
+    return min(found), max(found)
+
+
 def bench_file(name):
     return json.loads((BENCH / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -167,28 +175,26 @@ FROM_RESULTS = [
     ("memory.md", "at {:.2f} times Unsloth's best speed, on the H200 at {:.2f} times", [ratio("qlora", "unsloth", day) for day in DAYS]),
     ("memory.md", "{peak_gib:.2f} GiB at micro-batch 16, for {tok_s:,.0f} tokens/s on the H100", bench(name="unsloth_16_on", date=DAYS[0])),
     ("memory.md", "and {tok_s:,.0f} on the H200", bench(name="unsloth_16_on", date=DAYS[1])),
-    ("memory.md", "Unsloth takes {peak_gib:.2f} GiB, for {tok_s:,.0f} tokens/s", bench(name="unsloth_4_on", date=DAYS[1])),
-    ("memory.md", "took {peak_gib:.2f} GiB there, for {tok_s:,.0f} tokens/s", bench(name="qlora_memory", date=DAYS[1])),
-    ("memory.md", "before it had CUDA graphs it took {peak_gib:.2f}", bench(name="qlora_memory", date="2026-11-26")),
-    ("memory.md", "kept {fault_gib} GiB of logits", bench(name="qlora_memory", date=DAYS[1])),
+    ("memory.md", "where Unsloth takes {peak_gib:.2f} GiB, for {tok_s:,.0f}.", bench(name="unsloth_4_on", date=DAYS[1])),
+    ("memory.md", "to the host: {peak_gib:.2f} GiB at micro-batch 16, for {tok_s:,.0f} tokens/s", bench(name="qlora_memory_16")),
+    ("memory.md", "micro-batch 4 it takes {peak_gib:.2f} GiB, for {tok_s:,.0f} tokens/s", bench(name="qlora_memory", date=DAYS[1])),
     ("memory.md", "losses went from {:.1f} to {:.1f} and {:.1f}", [graphed(True)[i] for i in (0, -2, -1)]),
     ("memory.md", "Now they go to {:.1f} and {:.1f}", graphed(False)[-2:]),
     ("memory.md", "GaLore ran at {:,.0f} tokens/s with it and at {:,.0f} without",
      [bench(name="galore", date=DAYS[0])["tok_s"], bench(name="galore_real_lengths", date=DAYS[1])["tok_s"]]),
-    ("memory.md", "ran at {tok_s:,.0f} tokens/s on the H200 of 2026-11-28", bench(name="galore", date=DAYS[1])),
-    ("memory.md", "micro-batch {micro_batch} with {recomputed} recomputed layers, which ran", bench(name="galore", date=DAYS[1])),
-    ("memory.md", "for want of memory, at {tok_s:,.0f}.", bench(name="galore_real_lengths", date=DAYS[1])),
+    ("memory.md", "micro-batch {micro_batch} with {recomputed} recomputed layers, which ran at {tok_s:,.0f} tokens/s on an H200",
+     bench(name="galore", date=DAYS[1], run=FIRST_RUN)),
+    ("memory.md", "micro-batch {micro_batch} without recomputation, which ran at {tok_s:,.0f}.", bench(name="galore_3_off")),
+    ("memory.md", "micro-batch {micro_batch} without recomputation ran at {tok_s:,.0f}, and", bench(name="galore_real_lengths", date=DAYS[1])),
     ("memory.md", "Ours took {peak_gib:.2f} GiB at micro-batch 8 for {tok_s:,.0f} tokens/s", bench(name="qlora_8_on")),
     ("memory.md", "16 rows of {:,} tokens a card and step", [R.scale[0]["seq"]]),
-    ("memory.md", "ours averaged {:,.0f} to {:,.0f} tokens/s",
-     [min(parity("ours", "tok_s_mean")), max(parity("ours", "tok_s_mean"))]),
+    ("memory.md", "which compiles, took {:.0f} to {:.0f} s", [f(parity("compiled", "first_step_s")) for f in (min, max)]),
     ("memory.md", "at {:.2f} and {:.2f} times, in {:.2f} GiB",
      [*(ratio("qlora_lean", "unsloth", day) for day in DAYS), bench(name="qlora_lean", date=DAYS[0])["peak_gib"]]),
     ("README.md", "our QLoRA runs at {tok_s:,.0f} tokens/s", bench(name="qlora", date=DAYS[0])),
     ("README.md", "ran at {:.2f} to {:.2f} times the speed of one", [f(r["ratio"] for r in R.scale if r["gpus"] == 4) for f in (min, max)]),
-    ("memory.md", "{:.0f} to {:.0f} s on two cores of an H100's host with an empty cache, {:.0f} to {:.0f} s with a filled one",
-     [f(r["first_step_s"] for r in bench_file("first_steps") if r["cache"] == cache)
-      for cache in ("empty", "filled") for f in (min, max)]),
+    ("memory.md", "{:.0f} to {:.0f} s (`dora` {:.0f} s) on two cores of an H200's host with an empty cache, {:.0f} to {:.0f} s with a filled one",
+     [*first_steps("empty"), first_steps("empty", "dora")[0], *first_steps("filled")]),
     ("memory.md", "take {:.2f} (`qlora`) and {:.2f} (`galore`) of the time, at {:.1f} and {:.1f} times the rate of one",
      [*(r["products_share"] for r in bench_file("cpu")["rows"]), *(r["products_of_ceiling"] for r in bench_file("cpu")["rows"])]),
     ("memory.md", "by at most {:.1e} (`qlora`), {:.1e} (`galore`), {:.1e} (`hybrid`) and {:.1e} (`full`) of the loss",
@@ -245,7 +251,8 @@ KNOWN = [
     ("memory.md", "(torch 2.11)"),
     ("memory.md", "A T4 counts as 14.6 GiB"),
     ("memory.md", "about 2,600 to 2,900"),
-    ("memory.md", "within 0.5 % of those without graphs"),  # held to the results by a test below
+    *(("memory.md", words) for words in ("within 0.5 % of those without graphs", "within 0.1 % of those with graphs",
+      "was 0.7 % away")),  # held to the results by a test below
     ("memory.md", "A profiled step of 2,688 tokens on an H100"),
     ("memory.md", "| 37.2 | 2,887 | 21.0 | 5.1 | 2.0 | 1.9 | 1.4 |"),
     ("memory.md", "| 40.2 | 2,685 | 20.0 | 6.9 | none | 1.9 | 1.4 |"),
@@ -253,12 +260,11 @@ KNOWN = [
     ("memory.md", "of 11 s that we profiled"),
     ("memory.md", "autograd took 4 s, generating code 5.5 s"),
     ("memory.md", "quarter of the 104 s"),
-    ("memory.md", "19 to 22 s (`dora` 28 s)"),
     ("memory.md", "saved only 2 % of the compiler's"),
     ("memory.md", "estimated as 40 % of each remaining step"),
     ("memory.md", "got 52 to 55 % shorter on an H100 and an H200"),
     ("memory.md", "an H100's host with"),
-    ("memory.md", "at step 5 there (transformers 5.17"),
+    ("memory.md", "at step 5 (transformers 5.17"),
     ("memory.md", "over 24 steps of the 1B shape, killed after step 14"),
     ("memory.md", "same 4,800 real rows in the same order, 300 steps of 16"),
     ("memory.md", "(600 rows, one seed)"),
@@ -330,13 +336,22 @@ def test_the_table_of_costs_has_the_figures_that_peftlib_plan_prints():
 
 
 def test_losses_with_cuda_graphs_are_as_near_to_those_without_as_the_page_says():
-    plain = next(row["losses"] for row in bench_file("graphs") if row["way"] == "none" and row["precision"] == "bf16")
-    assert all(abs(a / b - 1) < 0.005 for a, b in zip(graphed(has_fault=False), plain, strict=True))
+    def furthest(code, way):
+        """Share by which a loss of CUDA graphs differs at most from that of another way."""
+        of = {
+            row["way"]: row["losses"]
+            for row in bench_file("graphs")
+            if (row["code"], row["precision"], row["micro_batch"]) == (code, "bf16", 1)
+        }
+        return max(abs(a / b - 1) for a, b in zip(of["graphs"], of[way], strict=True))
+
+    assert furthest("ffde2b5", "none") < 0.005
+    assert furthest("aba94d2", "gathered") < 0.001 and 0.0065 < furthest("aba94d2", "none") < 0.0075
 
 
 def test_losses_are_as_near_to_those_of_stock_libraries_as_readme_says():
     assert {row["method"] for row in R.parity if row["who"] == "ours"} == {"qlora", "lora", "galore", "full"}
-    assert max(map(abs, parity("ours", "loss_over_stock"))) < 0.001
+    assert max(map(abs, parity("ours", "loss_over_stock") + parity("compiled", "loss_over_stock"))) < 0.001
 
 
 def test_the_demo_is_too_small_to_tell_what_training_gained_beyond_stopping():
