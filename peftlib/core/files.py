@@ -211,27 +211,28 @@ def write_json(path, value):
     _write_bytes(path, sealed(value))
 
 
-def read_json(path, *, is_sealed=False):
+def read_json(path, *, is_sealed=False, way_out=MADE_AGAIN):
     """A JSON object of this project, as json_reading.Fields.
 
-    is_sealed: require its SHA-256, which people may remove from files that they edit.
+    is_sealed: require its SHA-256, which people may remove from files that they edit. way_out: what to do if it is
+    damaged.
     StudyError: damaged. SchemaError: undamaged, but another schema version. DiskError: it cannot be read.
     """
-    return json_of(read_text(path), Path(path), is_sealed=is_sealed)
+    return json_of(read_text(path), Path(path), is_sealed=is_sealed, way_out=way_out)
 
 
-def json_of(text, path, *, is_sealed=False):
+def json_of(text, path, *, is_sealed=False, way_out=MADE_AGAIN):
     """As read_json, for text that was read from `path`."""
-    with reading(path):
+    with reading(path, way_out):
         value = parse(text, path)
     if not isinstance(value, dict):
-        raise StudyError(f"{path} is damaged (it is not a JSON object): {MADE_AGAIN}")
+        raise StudyError(f"{path} is damaged (it is not a JSON object): {way_out}")
     if is_sealed and _SEAL not in value:
-        raise StudyError(f"{path} is damaged (it lacks its SHA-256): {MADE_AGAIN}")
+        raise StudyError(f"{path} is damaged (it lacks its SHA-256): {way_out}")
     seal = value.pop(_SEAL, None)
     if seal is not None and seal != _seal(value):
         raise StudyError(
-            f"{path} is damaged (its SHA-256 differs): {MADE_AGAIN}. If you edited it on purpose, remove its line "
+            f"{path} is damaged (its SHA-256 differs): {way_out}. If you edited it on purpose, remove its line "
             f"{_SEAL!r}"
         )
     version = value.get("schema_version")

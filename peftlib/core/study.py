@@ -31,6 +31,7 @@ _MANIFEST = {
     "near_duplicate?": {},
     "meaning?": Map(Map(str)),
 }
+_WAY_OUT = "delete it and run 01_data with the study's original settings"
 
 
 def frozen_of(path):
@@ -38,7 +39,7 @@ def frozen_of(path):
 
     StudyError: it is damaged, or has settings that this peftlib does not know or allow.
     """
-    found = require_shape(read_json(path), _CONFIG, path)
+    found = require_shape(read_json(path, way_out=_WAY_OUT), _CONFIG, path, _WAY_OUT)
     found["config"] = current_names(found["config"])
     try:
         for name, value in found["config"].items():
@@ -47,8 +48,7 @@ def frozen_of(path):
         resolve(found["profile"], **found["config"])
     except ConfigError as error:
         raise StudyError(
-            f"{path} cannot be used ({error}): it is damaged, or from another version of peftlib; fix it, or "
-            "delete it and run 01_data with the study's original settings"
+            f"{path} cannot be used ({error}): it is damaged, or from another version of peftlib; fix it, or {_WAY_OUT}"
         ) from None
     return found
 

@@ -27,6 +27,7 @@ from peftlib.storage.mirror import running
 HEARTBEAT_S = 15.0  # seconds between two heartbeats
 STALE_S = 90.0  # seconds without a heartbeat after which a lock is stale
 _NAME = "lock.json"
+_ATTEMPTS = 20  # to take the OS lock
 OWNER = {"host": str, "token": str, "heartbeat": float, "what?": str, "pid?": int, "boot?": float, "since?": float}
 _LATEST = 2.0**33  # the year 2242: a later time is invalid
 
@@ -146,14 +147,16 @@ class StudyLock:
     def _acquire_local(self):
         """Take the OS lock. LockedError: another process or thread of this machine holds it."""
         owner = None
-        for attempt in range(20):
+        for attempt in range(_ATTEMPTS):
             with writing(self.path):
                 try:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self._local.acquire(blocking=False)
                     return
-                except FileNotFoundError:
-                    continue  # the previous session removed the folder with its lock
+                except FileNotFoundError:  # the previous session removed the folder with its lock,
+                    if attempt == _ATTEMPTS - 1:
+                        raise  # or it cannot be made
+                    continue
                 except Timeout:
                     owner = _read(self.path)
             if owner is not None and is_of_this_machine(owner) and attempt >= 3:

@@ -87,6 +87,16 @@ def test_a_study_older_than_a_setting_had_its_default(make_study):
     assert reopened(study).cfg.galore_on_refresh == config.resolve("demo").galore_on_refresh
 
 
+@pytest.mark.parametrize("text", ['{"sch', "[]", '{"schema_version": 1, "profile": "demo", "seal": "0"}'])
+def test_a_damaged_config_is_named_with_the_way_out(make_study, text):
+    study = make_study()
+    study.config_path.write_text(text)
+    with pytest.raises(
+        StudyError, match=r"config\.json is damaged .*delete it and run 01_data with the study's original"
+    ):
+        reopened(study)
+
+
 def test_a_record_says_whether_the_package_differs_from_its_commit(tmp_path):
     package = tmp_path / "peftlib"
     package.mkdir()

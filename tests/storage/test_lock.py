@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import peftlib.storage.lock
-from peftlib.core.errors import LockedError
+from peftlib.core.errors import DiskError, LockedError
 from peftlib.storage.claims import Claims
 from peftlib.storage.lock import STALE_S, StudyLock, claimed, held
 
@@ -217,6 +217,11 @@ def test_what_stands_in_the_locks_place_and_is_none_is_named(tmp_path):
     with pytest.raises(LockedError, match=r"lock\.json cannot be read as a lock: .*move it away"):
         StudyLock(tmp_path, "x").__enter__()
     assert (tmp_path / "lock.json").is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_named_as_such():
+    with pytest.raises(DiskError, match="/proc/nothing.* cannot be written"):
+        StudyLock(Path("/proc/nothing/study"), "x").__enter__()
 
 
 def test_a_folder_that_goes_with_its_lock_is_made_again(tmp_path, monkeypatch):
