@@ -128,8 +128,9 @@ def make_model():
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE_1B)).to(torch.bfloat16)
         model.save_pretrained(FOLDER)
-        if os.environ.get("PEERS_TOKENIZER"):  # Unsloth loads one with every model
-            AutoTokenizer.from_pretrained(os.environ["PEERS_TOKENIZER"]).save_pretrained(FOLDER)
+    # Unsloth loads a tokenizer with every model, and kills.py trains on real rows; first_steps.py needs none.
+    if os.environ.get("PEERS_TOKENIZER") and not (FOLDER / "tokenizer.json").exists():
+        AutoTokenizer.from_pretrained(os.environ["PEERS_TOKENIZER"]).save_pretrained(FOLDER)
 
 
 def choose_plan(setting):

@@ -3,12 +3,13 @@
     python tests/bench/parity.py OUT.json --model FOLDER --data DIR [--only qlora,...] [--who ours,compiled,stock]
 
 Both sides start from the same weights and see the same rows in the same order, 16 a step. `ours` is a TrainingRun as
-users call it, under a cap of 14.5 GiB; so is `compiled`, with compile=on. `stock` is what transformers with eager attention, PEFT, bitsandbytes and
-galore_torch do in a plain loop: right-padded micro-batches of 8 rows under autocast, float32 trained weights, the
-optimizer, rates, schedule and clipping of our config. `sdpa` is the same with sdpa attention; it ends at the first
-loss or gradient that is not finite, whose step it reports. One plain function takes all validation losses. DIR holds
-the three sources as ../shared/data or its real/ do. Each training has a process of its own; rows of other names in OUT
-stay. galore_torch clips by the norm of whole gradients, ours by that of the projected ones.
+users call it, under a cap of 14.5 GiB; so is `compiled`, with compile=on. `stock` is what transformers with eager
+attention, PEFT, bitsandbytes and galore_torch do in a plain loop: right-padded micro-batches of 8 rows under autocast,
+float32 trained weights, the optimizer, rates, schedule and clipping of our config. `sdpa` is the same with sdpa
+attention; it ends at the first loss or gradient that is not finite, whose step it reports. One plain function takes all
+validation losses. DIR holds the three sources as ../shared/data or its real/ do. Each training has a process of its
+own; rows of other names in OUT stay. galore_torch clips by the norm of whole gradients, ours by that of the projected
+ones.
 """
 
 import argparse
