@@ -114,13 +114,13 @@ def sides(results):
         yield NOT_MEASURED
         return
     yield "one seed", "ROUGE-L", "difference", "test loss", "validation loss", "general text loss", "peak GiB"
-    shown = set()
+    shown = []  # what runs were compared with: the study's own, or a control, or an older one
     for side in sorted(results.reference["sides"].values(), key=lambda side: side.get("is_control", False)):
         who = "trained again as in the study" if side.get("is_control") else "as in the study"
         for method, both in side["methods"].items():
-            if (method, who) not in shown:
+            if (method, who, both["main"]) not in shown:
                 yield f"{method}, {who}", *_side(both["main"], "")
-            shown.add((method, who))
+                shown.append((method, who, both["main"]))
             gap = told(both["difference"]["rougeL"]) if both["difference"] else both["unscored_because"]
             settings = (change.partition(": ")[::2] for change in side["changes"])
             changed = ", ".join(f"`{name}` = {values.rpartition(' -> ')[2]}" for name, values in settings)
